@@ -1,0 +1,57 @@
+"""From lists of ids to rectangles: padding, batches by token budget, an even share for every rank. Pure."""
+
+import torch
+
+
+def pad(sequences: list[list[int]], pad_id: int, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack `sequences` into int64 ids [batch, length] and the bool mask [batch, length] of their real tokens.
+
+    The mask comes from lengths, never from `ids != pad_id`, so `pad_id` may also occur as a real token.
+    `side` is where the padding goes: "right" for training and scoring, "left" for generation.
+    """
+    if side not in ("left", "right"):
+        raise ValueError(f"side must be 'left' or 'right', not {side!r}")
+    length = max(map(len, sequences), default=0)
+    ids = torch.full((len(sequences), length), pad_id, dtype=torch.int64)
+    mask = torch.zeros(len(sequences), length, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        start = length - len(sequence) if side == "left" else 0
+        stop = start + len(sequence)
+        ids[row, start:stop] = torch.tensor(sequence, dtype=torch.int64)
+        mask[row, start:stop] = True
+    return ids, mask
+
+
+def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Split indices into batches whose padded size, len(batch) * longest, stays within `max_tokens`.
+
+    Longest first, so that a batch wastes little on padding and memory peaks at once, not an hour in. A sequence
+    longer than the budget stands alone. Every index occurs once; equal lengths keep their order.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        # The first of a batch is its longest: one more row costs that many tokens.
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def balance(lengths: list[int], num_ranks: int) -> list[list[int]]:
+    """Share indices out over `num_ranks` so that the token totals come out even; deterministic.
+
+    Longest first, each to the rank with the fewest tokens so far (greedy scheduling, at most 4/3 of the best
+    possible maximum). Every rank gets at least one item when there are enough; each share is in ascending order.
+    """
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks must be at least 1, not {num_ranks}")
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    totals = [0] * num_ranks
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        lightest = min(range(num_ranks), key=lambda r: (totals[r], len(shares[r]), r))
+        shares[lightest].append(index)
+        totals[lightest] += lengths[index]
+    return [sorted(share) for share in shares]

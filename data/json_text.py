@@ -1,0 +1,77 @@
+"""JSON files to (value, line) pairs, so that every record of a data file can be pointed at."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+Located = list[tuple[Any, int]]
+
+
+def parse_json_lines(file: Path) -> Located:
+    """(value, line) of a file with one JSON value a line; blank lines are skipped. UserError names file:line."""
+    located: Located = []
+    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
+    for line, text in enumerate(_read(file).split("\n"), start=1):
+        if text.strip():
+            try:
+                located.append((json.loads(text), line))
+            except (ValueError, RecursionError) as error:
+                raise _broken(file, line, error) from error
+    return located
+
+
+def parse_json_list(file: Path) -> Located:
+    """(item, line on which it begins) of a file that is one JSON list. UserError names file:line."""
+    text = _read(file)
+    position, line = _skip_space(text, 0), 1
+    if position == len(text):
+        return []
+    if text[position] != "[":
+        raise UserError(f"{file}:1: expected a list of records; with one JSON value a line, name the file .jsonl")
+    located: Located = []
+    decoder = json.JSONDecoder()
+    separator = "["
+    while separator != "]":
+        start = _skip_space(text, position + 1)
+        line += text.count("\n", position, start)
+        if separator == "[" and text[start : start + 1] == "]":
+            position = start
+            break
+        try:
+            value, stop = decoder.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            raise _broken(file, error.lineno, error) from error
+        except (ValueError, RecursionError) as error:
+            raise _broken(file, line, error) from error
+        located.append((value, line))
+        position = _skip_space(text, stop)
+        line += text.count("\n", start, position)
+        separator = text[position : position + 1]
+        if separator not in ("]", ","):
+            raise UserError(f"{file}:{line}: broken JSON (expected ',' or ']' after a record); mend the file")
+    if _skip_space(text, position + 1) < len(text):
+        raise UserError(f"{file}:{line}: broken JSON (something follows the end of the list); mend the file")
+    return located
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{file}:{line}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"--data_path: cannot read {file}: {error.strerror}") from error
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _broken(file: Path, line: int, error: Exception) -> UserError:
+    reason = getattr(error, "msg", None) or str(error).split(";")[0]
+    return UserError(f"{file}:{line}: broken JSON ({reason}); mend the file")

@@ -1,0 +1,64 @@
+"""Tokenizers for the tests: a published 32,000-piece LLaMA-format one, a tiny one and a chat one trained here."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+SAMPLES = Path(__file__).parents[2] / "data" / "samples"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def llama_model() -> Path:
+    """A `tokenizer.model` with 32,000 pieces, bos 1, eos 2, unk 0, no pad."""
+    package = importlib.util.find_spec("mistral_common")
+    if package is None:
+        pytest.skip("mistral_common, which carries a LLaMA-format tokenizer.model, is not installed")
+    return Path(package.origin).parent / "data" / "tokenizer.model.v1"
+
+
+def train_sentencepiece(folder: Path, **options) -> Path:
+    """A byte-pair `tokenizer.model` of 1,500 pieces over the sample texts, with LLaMA's settings unless told."""
+    settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False} | options
+    sentencepiece.SentencePieceTrainer.train(
+        input=",".join(str(file) for file in sorted(SAMPLES.glob("*/*/train.json*"))),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=1500,
+        byte_fallback=True,
+        character_coverage=0.99,
+        minloglevel=2,
+        **settings,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    return train_sentencepiece(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory) -> Path:
+    """A byte-level tokenizer with ChatML tags and template, and no bos, as the small chat models have it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    tokenizer.train([str(file) for file in sorted(SAMPLES.glob("*/prompts/train.json"))], trainer)
+    folder = tmp_path_factory.mktemp("chat")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    fast.chat_template = CHATML
+    fast.save_pretrained(folder)
+    return folder

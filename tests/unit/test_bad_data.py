@@ -1,0 +1,177 @@
+"""Bad data files: each stops with one line that names flag or file:line, or is counted record by record."""
+
+import json
+
+import pytest
+
+from data.dialogues import load_dialogues
+from data.preferences import load_preferences
+from data.prompts import load_prompts
+from data.records import read_records
+from utils.errors import UserError
+from utils.tokenizer import load_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.json", b'[\n["a"],\n["b"\n', "x.json:4: broken JSON"),
+        ("x.json", b'[["a"],\n["b"}]', "x.json:2: broken JSON"),
+        ("x.json", b'[["a"]\n["b"]]', r"x.json:2: broken JSON \(expected ',' or '\]'"),
+        ("x.json", b'[["a"],\n]', "x.json:2: broken JSON"),
+        ("x.json", b'[["a"]]\n[["b"]]', "x.json:1: broken JSON .something follows"),
+        ("x.json", b'[["a"]', "x.json:1: broken JSON"),
+        ("x.json", b"[", "x.json:1: broken JSON"),
+        ("x.json", b'{"prompt": "a"}\n', r"x.json:1: expected a list.*\.jsonl"),
+        ("x.json", b"nonsense", "x.json:1: expected a list"),
+        ("x.json", b"[" * 200000, "x.json:1: broken JSON"),
+        ("x.json", b"[" + b"1" * 10000 + b"]", "x.json:1: broken JSON"),
+        ("x.json", b'[\n["caf\xe9"]]', "x.json:2: not UTF-8"),
+        ("x.json", b"", "--data_path.*empty"),
+        ("x.json", b" \n", "--data_path.*empty"),
+        ("x.json", b"[ ]", "--data_path.*empty"),
+        ("x.jsonl", b"\n\n", "--data_path.*empty"),
+        ("x.jsonl", b'["a"]\n\n{"prompt": \n', "x.jsonl:3: broken JSON"),
+        ("x.jsonl", b'["a"]\n\xff', "x.jsonl:2: not UTF-8"),
+        ("x.txt", b"hello", "--data_path.*ending '.txt'"),
+        ("x.parquet", b"not parquet", "--data_path.*cannot load"),
+    ],
+)
+def test_files_that_stop_the_run(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        read_records(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    (tmp_path / "x.json").write_text("[]")
+
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)  # root may read everything, so chmod shows nothing
+    with pytest.raises(UserError, match=r"--data_path: cannot read .*x.json: Permission denied"):
+        read_records(str(tmp_path / "x.json"))
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "nowhere", "data/nowhere", "some/nowhere.json"])
+def test_missing_paths_stay_local(path, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("went to the hub"))
+    with pytest.raises(UserError, match=r"--data_path: .*does not exist"):
+        read_records(path)
+
+
+def test_hub_offline_and_hub_without_a_train_split(monkeypatch):
+    def offline(_):
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(UserError, match=r"--data_path: cannot load owner/set \(no route\)"):
+        read_records("owner/set")
+    monkeypatch.setattr("datasets.load_dataset", lambda _: {"test": []})
+    with pytest.raises(UserError, match="no split called train, only test"):
+        read_records("owner/set")
+
+
+def test_folders_without_training_files(tmp_path):
+    with pytest.raises(UserError, match=r"--data_path: no .train.json.*no JSON files at all"):
+        read_records(str(tmp_path))
+    (tmp_path / "valid.json").write_text('[["a"]]')
+    with pytest.raises(UserError, match=r"--data_path: no .train.json.*valid.json"):
+        read_records(str(tmp_path))
+
+
+BAD_RECORDS = [
+    "a bare string",
+    3,
+    None,
+    [],
+    [""],
+    ["a", 3],
+    {},
+    {"text": "a"},
+    {"messages": "a"},
+    {"messages": [{"role": "tool", "content": "a"}]},
+    {"messages": [{"role": ["user"], "content": "a"}]},
+    {"messages": [{"role": "user"}]},
+    {"messages": [{"role": "user", "content": 3}]},
+    {"conversations": [{"from": "gpt", "value": "a"}]},
+    {"instruction": None},
+    {"instruction": "a", "input": 3},
+    {"prompt": 3},
+    {"prompt": "a", "response": 3},
+    {"prompt": "Human: a\n\nHuman: b"},
+    ["half \ud83d"],
+]
+
+
+@pytest.mark.parametrize("record", BAD_RECORDS, ids=repr)
+def test_bad_records_are_counted_and_the_rest_is_used(tmp_path, tiny_model, record):
+    file = tmp_path / "x.jsonl"
+    file.write_text(json.dumps(["fine", "good"]) + "\n" + (json.dumps(record) + "\n") * 2)
+    for load in (
+        lambda say: load_prompts(str(file), load_tokenizer(str(tiny_model)), "moss_en", 99, 0, 0, say),
+        lambda say: load_dialogues(str(file), 0, 0, say),
+    ):
+        said = []
+        train, _ = load(said.append)
+        assert len(train) == 1
+        assert any(": 2 dropped: " in line and line.endswith("x.jsonl:2") for line in said), said
+
+
+GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (["a", "b"], "keys chosen and rejected"),
+        ({"chosen": ["a", "b"]}, "keys chosen and rejected"),
+        ({"chosen": ["a", "b"], "rejected": ["x", "c"]}, "histories of chosen and rejected differ"),
+        ({"chosen": ["a", "b"], "rejected": ["a", "b "]}, "the same answer"),
+        ({"chosen": ["a", "b", "c"], "rejected": ["a", "b", "d"]}, "does not end in an answer"),
+        ({"chosen": ["a", "b"], "rejected": ["a", " "]}, "an empty turn"),
+        ({"chosen": "b", "rejected": "c"}, "neither a dialogue nor an answer"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant:"}, "does not end in"),
+        (GOOD | {"chosen": 3}, "neither a dialogue nor an answer"),
+        (GOOD | {"chosen": [3]}, "a turn is a number"),
+        (GOOD | {"chosen": None}, "neither a dialogue nor an answer"),
+        (GOOD | {"prompt": 3}, "prompt is a number"),
+        (GOOD | {"prompt": ["a", "b"]}, "two turns of the assistant in a row"),
+        (GOOD | {"mean preference difference": "much"}, "not a finite number"),
+        (GOOD | {"mean preference difference": float("nan")}, "not a finite number"),
+        (GOOD | {"mean_preference_difference": True}, "not a finite number"),
+    ],
+)
+def test_bad_preferences_are_counted(tmp_path, record, reason):
+    file = tmp_path / "x.jsonl"
+    file.write_text("\n".join(map(json.dumps, [GOOD, record])))
+    said = []
+    train, _ = load_preferences(str(file), 0, 0, said.append)
+    assert len(train) == 1
+    assert reason in said[0]
+    assert said[0].endswith("x.jsonl:2")
+
+
+def test_nothing_left(tmp_path, tiny_model):
+    tokenizer = load_tokenizer(str(tiny_model))
+    file = tmp_path / "train.json"
+    file.write_text('[["much too long"], [""]]')
+    with pytest.raises(UserError, match=r"--data_path .*no usable prompts left .*1 dropped: longer than .* = 4 tokens"):
+        load_prompts(str(file), tokenizer, "moss_en", 4, 0, 0, lambda _: None)
+    with pytest.raises(UserError, match=r"no usable dialogues left .*no answer of the assistant"):
+        load_dialogues(str(file), 0, 0, lambda _: None)
+    with pytest.raises(UserError, match=r"no usable preferences left"):
+        load_preferences(str(file), 0, 0, lambda _: None)
+    file.write_text('[["a"]]')
+    (tmp_path / "valid.json").write_text('[[""]]')
+    with pytest.raises(UserError, match=r"left for validation .*an empty turn.*valid.json:1"):
+        load_prompts(str(tmp_path), tokenizer, "moss_en", 99, 0, 0, lambda _: None)
+
+
+def test_too_few_to_hold_out(tmp_path, tiny_model):
+    file = tmp_path / "train.json"
+    file.write_text('[["a"], ["b"]]')
+    with pytest.raises(UserError, match="2 usable prompts are too few to hold out 2"):
+        load_prompts(str(file), load_tokenizer(str(tiny_model)), "moss_en", 99, 2, 0, lambda _: None)

@@ -1,0 +1,232 @@
+"""Ids equal SentencePiece's own, here and wherever an exported folder is loaded; special tokens; bad folders."""
+
+import json
+import random
+import shutil
+
+import pytest
+from conftest import train_sentencepiece
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoTokenizer
+
+from data.template import encode_prompt
+from utils.errors import UserError
+from utils.hub import is_hub_id
+from utils.tokenizer import check_vocabulary, load_tokenizer, save_tokenizer
+
+TEXTS = [
+    "Hello, how are you?",
+    "你好，今天天气怎么样？",
+    "Emoji 😀 and 👩‍👩‍👧 and 🏳️‍🌈!",
+    "runs  of   spaces    and\ttabs",
+    "   leading and trailing   ",
+    "def f(x):\n    if x:\n        return {'a': [1, 2]}\n",
+    "mixed 中文 and English，全角　空格",
+    "née Zoë ﬁne ½ ①",
+    "<s>not a tag</s> <unk> <0x0A> <|Human|>",
+    "",
+    " ",
+    "\n",
+    "1234567890",
+]
+
+
+def random_texts(count: int) -> list[str]:
+    rng = random.Random(7)
+    parts = [*"abcdeinrst  \n\t(){}=.,:'ABÉ", "    ", "你", "好", "天气", "😀", "the ", "def ", "</s>", "▁", "ing"]
+    return ["".join(rng.choices(parts, k=rng.randint(1, 40))) for _ in range(count)]
+
+
+def plain(tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def assert_same_ids_everywhere(model, folder, template):
+    reference = SentencePieceProcessor(str(model))
+    ours = load_tokenizer(str(model), template)
+    save_tokenizer(ours, folder)
+    elsewhere, again = AutoTokenizer.from_pretrained(folder), load_tokenizer(str(folder), template)
+    for text in TEXTS + random_texts(300):
+        expected = reference.encode(text)
+        for tokenizer in (ours, elsewhere, again):
+            assert plain(tokenizer, text) == expected, (type(tokenizer).__name__, text)
+            assert tokenizer.decode(expected) == reference.decode(expected)
+    for tokenizer in (elsewhere, again):
+        for name in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
+            assert getattr(tokenizer, name) == getattr(ours, name)
+        assert len(tokenizer) == len(ours)
+
+
+@pytest.mark.parametrize("template", ["moss_en", "moss_zh"])
+def test_ids_are_sentencepieces_own_here_and_elsewhere(llama_model, tmp_path, template):
+    assert_same_ids_everywhere(llama_model, tmp_path, template)
+
+
+def test_ids_of_a_tiny_model(tiny_model, tmp_path):
+    assert_same_ids_everywhere(tiny_model, tmp_path / "out", "moss_zh")
+
+
+def test_ids_of_a_model_that_normalizes(tmp_path):
+    model = train_sentencepiece(tmp_path, normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True)
+    assert_same_ids_everywhere(model, tmp_path / "out", "moss_en")
+
+
+def test_special_ids_of_a_bare_file(llama_model):
+    tokenizer = load_tokenizer(str(llama_model), "moss_en")
+    ids = (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert ids == (0, 1, 2, 0)
+    assert len(tokenizer) == 32000
+
+
+def test_empty_special_tokens_of_a_published_config_are_overridden(llama_model, tmp_path):
+    shutil.copy(llama_model, tmp_path / "tokenizer.model")
+    config = {"bos_token": "", "eos_token": "", "unk_token": "", "tokenizer_class": "LLaMATokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").write_text("{}")
+    tokenizer = load_tokenizer(str(tmp_path), "moss_zh")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
+
+
+def test_moss_zh_tags_get_the_published_ids(llama_model, tiny_model):
+    tags = ["<|Human|>", "<|MOSS|>"]
+    assert load_tokenizer(str(llama_model), "moss_zh").convert_tokens_to_ids(tags) == [32000, 32001]
+    assert load_tokenizer(str(tiny_model), "moss_zh").convert_tokens_to_ids(tags) == [1500, 1501]
+    assert tags[0] not in load_tokenizer(str(tiny_model), "moss_en").get_vocab()
+
+
+def test_recorded_added_tokens_keep_their_ids(tiny_model, tmp_path):
+    shutil.copy(tiny_model, tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|MOSS|>": 1501, "[PAD]": 1502, "<|Human|>": 1500}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
+    tokenizer = load_tokenizer(str(tmp_path), "moss_zh")
+    assert tokenizer.convert_tokens_to_ids(["<|Human|>", "<|MOSS|>", "[PAD]"]) == [1500, 1501, 1502]
+    assert tokenizer.pad_token_id == 1502  # its own pad: neither eos nor bos
+    save_tokenizer(tokenizer, tmp_path / "out")
+    elsewhere = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert elsewhere.convert_tokens_to_ids(["<|Human|>", "<|MOSS|>", "[PAD]"]) == [1500, 1501, 1502]
+
+
+def test_added_tokens_with_a_gap_are_refused(tiny_model, tmp_path):
+    shutil.copy(tiny_model, tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|Human|>": 1505}))
+    with pytest.raises(UserError, match=r"<\|Human\|>.*1505"):
+        load_tokenizer(str(tmp_path), "moss_zh")
+
+
+def test_exported_folder_beside_a_llama_config(llama_model, tmp_path):
+    """Beside a model, AutoTokenizer also sees config.json, and must not swap in a class that changes ids."""
+    ours = load_tokenizer(str(llama_model), "moss_en")
+    save_tokenizer(ours, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    elsewhere = AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        assert plain(elsewhere, text) == plain(ours, text)
+    tagged = "<s>Human:Hi  there</s>Assistant:"
+    expected = encode_prompt(ours, [{"role": "user", "content": "Hi  there"}], "moss_en")
+    assert elsewhere.encode(tagged, add_special_tokens=False) == expected
+
+
+@pytest.mark.parametrize("template", ["moss_en", "moss_zh"])
+def test_exported_chat_template_prompts_as_ours(tiny_model, tmp_path, template):
+    tokenizer = load_tokenizer(str(tiny_model), template)
+    save_tokenizer(tokenizer, tmp_path)
+    elsewhere = AutoTokenizer.from_pretrained(tmp_path)
+    turns = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "What?  "},
+        {"role": "assistant", "content": "Nothing."},
+        {"role": "user", "content": "你好 😀"},
+    ]
+    theirs = elsewhere.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert theirs == encode_prompt(tokenizer, turns, template)
+
+
+def test_pad_falls_back_to_eos_and_is_never_left_open(chat_folder):
+    tokenizer = load_tokenizer(str(chat_folder), "chat")  # no unk, no pad
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_other_tokenizers_survive_saving(chat_folder, tmp_path):
+    tokenizer = load_tokenizer(str(chat_folder), "chat")
+    save_tokenizer(tokenizer, tmp_path)
+    again = load_tokenizer(str(tmp_path), "chat")
+    for text in TEXTS:
+        assert plain(again, text) == plain(tokenizer, text)
+    assert again.chat_template == tokenizer.chat_template
+
+
+def test_check_vocabulary(tiny_model):
+    tokenizer = load_tokenizer(str(tiny_model), "moss_zh")  # 1500 pieces and two tags
+    assert check_vocabulary(tokenizer, 1502, "m") == 1502
+    assert check_vocabulary(tokenizer, 1536, "m") == 1536  # a padded embedding stays
+    assert check_vocabulary(tokenizer, 1500, "m") == 1502  # the tags resize it
+    with pytest.raises(UserError, match=r"policy \(--policy_model_path x\) has 1400 .*--tokenizer_name_or_path.* 99 "):
+        check_vocabulary(tokenizer, 1400, "policy (--policy_model_path x)")
+
+
+def test_hub_ids_and_paths():
+    assert is_hub_id("owner/name")
+    for path in ("data/nothing", "./owner/name", "/abs/name", "word", "a/b/c", "owner/name.json", "models\\x"):
+        assert not is_hub_id(path), path
+
+
+def broken(folder, files: dict[str, str | bytes]) -> str:
+    for name, content in files.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no tokenizer in"),
+        ({"tokenizer.model": b"\x00\x01 not a model"}, "damaged"),
+        ({"tokenizer.model": b""}, "damaged"),
+        ({"tokenizer.model": b"cut", "tokenizer.json": "{}"}, "tokenizer.model is damaged"),
+        ({"vocab.json": '{"a": 0', "merges.txt": ""}, "vocab.json is damaged"),
+        ({"tokenizer.json": '{"version": "1.0", "mod'}, "tokenizer.json is damaged"),
+        ({"tokenizer.json": "[]"}, "not a JSON object"),
+        ({"vocab.json": '{"a": 0}', "tokenizer_config.json": b"\xff\xfe"}, "tokenizer_config.json is damaged"),
+        ({"tokenizer_config.json": "{}", "vocab.txt": ""}, "cannot load|no end-of-sequence"),
+    ],
+)
+def test_bad_folders(tmp_path, files, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_tokenizer(broken(tmp_path, files), "moss_en")
+    assert "--tokenizer_name_or_path" in str(error.value)
+
+
+def test_cut_off_model_file(tiny_model, tmp_path):
+    content = tiny_model.read_bytes()
+    with pytest.raises(UserError, match="damaged"):
+        load_tokenizer(broken(tmp_path, {"tokenizer.model": content[: len(content) // 2]}), "moss_en")
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "data/nowhere", "nowhere", "nowhere/tokenizer.model"])
+def test_missing_paths_stay_local(path, monkeypatch):
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("went to the hub"))
+    with pytest.raises(UserError, match=r"--tokenizer_name_or_path.*does not exist"):
+        load_tokenizer(path, "moss_en")
+
+
+def test_hub_id_offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="--tokenizer_name_or_path: cannot load a tokenizer from owner/name"):
+        load_tokenizer("owner/name", "moss_en")
+
+
+def test_a_sentencepiece_model_of_another_kind(tmp_path):
+    model = train_sentencepiece(tmp_path, add_dummy_prefix=False)
+    with pytest.raises(UserError, match=r"--tokenizer_name_or_path: .*not LLaMA's format"):
+        load_tokenizer(str(model), "moss_en")
+
+
+def test_missing_eos_and_chat_template(chat_folder, tiny_model, tmp_path):
+    shutil.copytree(chat_folder, tmp_path / "no_eos")
+    config_file = tmp_path / "no_eos" / "tokenizer_config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({key: value for key, value in config.items() if key != "eos_token"}))
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        load_tokenizer(str(tmp_path / "no_eos"), "chat")
+    with pytest.raises(UserError, match="--template chat"):
+        load_tokenizer(str(tiny_model), "chat")

@@ -1,0 +1,19 @@
+"""Local path or hub id? One answer for tokenizers, models and data, so that no typo goes to the network."""
+
+import re
+from pathlib import Path
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".parquet", ".txt", ".model", ".gguf", ".safetensors", ".bin", ".pt"}
+
+
+def is_hub_id(path: str) -> bool:
+    """True for `owner/name` when nothing local can be meant by it.
+
+    Not a hub id: what exists, what has a file's suffix, a single word, and a name whose first part is a folder here
+    (`models/sft` beside a folder `models` is a typo in a path, not a repository).
+    """
+    path = str(path)
+    if Path(path).exists() or "/" not in path or not _HUB_ID.fullmatch(path):
+        return False
+    return Path(path).suffix not in _DATA_SUFFIXES and not Path(path.split("/")[0]).exists()

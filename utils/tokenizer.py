@@ -1,0 +1,169 @@
+"""One tokenizer for all stages: loading, special tokens, the check against a model's vocabulary, saving."""
+
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from utils.errors import UserError
+from utils.hub import is_hub_id
+from utils.spm import SentencePieceTokenizer, is_llama_format, load_sentencepiece, read_proto, to_tokenizer_json
+
+FLAG = "--tokenizer_name_or_path"
+MOSS_ZH_TAGS = ("<|Human|>", "<|MOSS|>")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+_CHAT_TEMPLATE = (
+    "{{% if bos_token %}}{{{{ bos_token }}}}{{% endif %}}{{% set ns = namespace(system='') %}}"
+    "{{% for m in messages %}}{{% if m['role'] == 'system' %}}{{% set ns.system = m['content'] + '\\n\\n' %}}"
+    "{{% elif m['role'] == 'user' %}}{{{{ '{human}' + ns.system + m['content'] + eos_token }}}}"
+    "{{% set ns.system = '' %}}"
+    "{{% else %}}{{{{ '{assistant}' + m['content'] + eos_token }}}}{{% endif %}}{{% endfor %}}"
+    "{{% if add_generation_prompt %}}{{{{ '{assistant}' }}}}{{% endif %}}"
+)
+# The moss templates of data/template.py in other tools' language, so that an exported folder prompts right there.
+_MOSS_CHAT_TEMPLATES = {
+    "moss_en": _CHAT_TEMPLATE.format(human="Human:", assistant="Assistant:"),
+    "moss_zh": _CHAT_TEMPLATE.format(human=MOSS_ZH_TAGS[0], assistant=MOSS_ZH_TAGS[1]),
+}
+
+
+def load_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder, `tokenizer.model` file or hub id `path`, ready for `template`.
+
+    A LLaMA-format `tokenizer.model` is encoded by SentencePiece itself; anything else goes through AutoTokenizer.
+    `moss_zh` adds its two tags when they are absent. Pad is settled to a valid id: the tokenizer's own if it is
+    neither eos nor bos, else unk, else eos (masks are built from lengths, so sharing an id does no harm).
+    Raises UserError when there is no usable tokenizer, no end token, or no chat template although one is asked for.
+    """
+    file = _sentencepiece_file(Path(path))
+    tokenizer = _from_sentencepiece(file) if file else _from_auto(str(path))
+    if not tokenizer.eos_token:
+        raise UserError(f"{FLAG}: the tokenizer in {path} has no end-of-sequence token; give one whose config names it")
+    if template == "moss_zh":
+        missing = [tag for tag in MOSS_ZH_TAGS if tag not in tokenizer.get_vocab()]
+        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    if template == "chat" and not tokenizer.chat_template:
+        raise UserError(
+            f"--template chat: the tokenizer in {path} has no chat template; use --template moss_en or moss_zh"
+        )
+    tokenizer.chat_template = _MOSS_CHAT_TEMPLATES.get(template, tokenizer.chat_template)
+    _settle_pad(tokenizer)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: str) -> int:
+    """The number of embedding rows that a model of `vocab_size` rows needs for `tokenizer`; at least `vocab_size`.
+
+    Only the tags of moss_zh may lie beyond the model's rows: then the answer is larger, and the caller resizes.
+    `what` names model and flag, as in "the policy (--policy_model_path models/sft)". Raises UserError otherwise.
+    """
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
+    strangers = sorted((i, token) for token, i in beyond.items() if token not in MOSS_ZH_TAGS)
+    if strangers:
+        raise UserError(
+            f"{what} has {vocab_size} token embeddings, but {FLAG} has the token {strangers[0][1]!r} = "
+            f"{strangers[0][0]} (and {len(strangers) - 1} more that do not fit); give the tokenizer of this model"
+        )
+    return max([vocab_size, *(i + 1 for i in beyond.values())])
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write `tokenizer` so that both `load_tokenizer(folder)` and AutoTokenizer elsewhere give the same ids.
+
+    For SentencePiece that means `tokenizer.model` as it is, and beside it a `tokenizer.json` with the same merges.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        tokenizer.save_pretrained(folder)
+        return
+    (folder / "tokenizer.model").write_bytes(tokenizer.sp_model.serialized_model_proto())
+    to_tokenizer_json(tokenizer).save(str(folder / "tokenizer.json"))
+    added = {
+        str(i): {"content": token.content, "special": True, "normalized": False, "lstrip": False, "rstrip": False}
+        for i, token in tokenizer.added_tokens_decoder.items()
+    }
+    config = {
+        # The class that takes tokenizer.json as it stands; the LLaMA class would rebuild it and change ids.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        "unk_token": tokenizer.unk_token,
+        "pad_token": tokenizer.pad_token,
+        "added_tokens_decoder": added,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": tokenizer.chat_template,
+    }
+    config = {key: value for key, value in config.items() if value is not None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
+
+
+def _sentencepiece_file(path: Path) -> Path | None:
+    """The LLaMA-format model that `path` names, or None when another kind of tokenizer is to be looked for."""
+    file = path / "tokenizer.model" if path.is_dir() else path
+    if not file.is_file():
+        return None
+    proto = read_proto(file)
+    if proto is None:
+        # Not passed over in favour of a tokenizer.json beside it: that one may give other ids.
+        raise UserError(f"{FLAG}: {file} is damaged or no SentencePiece model that can be read; copy it again")
+    if is_llama_format(proto):
+        return file
+    if path.is_file():
+        raise UserError(f"{FLAG}: {file} is not LLaMA's format (BPE with dummy prefix); give its folder instead")
+    return None
+
+
+def _from_sentencepiece(file: Path) -> SentencePieceTokenizer:
+    tokenizer = load_sentencepiece(file)
+    config = _read_json(file.parent / "tokenizer_config.json")
+    recorded = {int(i): token["content"] for i, token in config.get("added_tokens_decoder", {}).items()}
+    recorded |= {i: token for token, i in _read_json(file.parent / "added_tokens.json").items()}
+    for i, token in sorted(recorded.items()):
+        if i < tokenizer.vocab_size or not token:
+            continue
+        tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
+        if tokenizer.convert_tokens_to_ids(token) != i:
+            raise UserError(f"{FLAG}: {file.parent} gives the added token {token!r} the id {i}, which leaves a gap")
+    pad = config.get("pad_token")
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    if pad and pad in tokenizer.get_vocab():
+        tokenizer.pad_token = pad
+    jinja = file.parent / "chat_template.jinja"
+    tokenizer.chat_template = jinja.read_text("utf-8") if jinja.is_file() else config.get("chat_template")
+    return tokenizer
+
+
+def _from_auto(path: str) -> PreTrainedTokenizerBase:
+    local = Path(path)
+    if not local.exists() and not is_hub_id(path):
+        raise UserError(f"{FLAG}: {path} does not exist; give a folder with a tokenizer, or a hub id (owner/name)")
+    if local.is_dir():
+        if not any((local / name).is_file() for name in _TOKENIZER_FILES):
+            raise UserError(f"{FLAG}: no tokenizer in {path} (looked for {', '.join(_TOKENIZER_FILES)})")
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
+            _read_json(local / name)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{FLAG}: cannot load a tokenizer from {path}: {reason}; check the folder or hub id") from error
+
+
+def _read_json(file: Path) -> dict:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:  # not readable; broken JSON or not UTF-8
+        raise UserError(f"{FLAG}: {file} is damaged ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{FLAG}: {file} is damaged (not a JSON object); copy it again")
+    return content
+
+
+def _settle_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.pad_token and tokenizer.pad_token not in (tokenizer.eos_token, tokenizer.bos_token):
+        return
+    tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
