@@ -1,0 +1,111 @@
+"""Folders on disk: a run's own, and model folders that appear whole or not at all."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+
+from utils.distributed import barrier, is_main
+from utils.errors import UserError
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "accelerate",
+    "datasets",
+    "sentencepiece",
+    "tensorboard",
+    "safetensors",
+)
+RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "best", "final", "tensorboard", "checkpoints")
+
+
+def check_run_folder(path: str, overwrite: bool) -> None:
+    """Raises UserError when --model_save_path cannot be written or holds a run that may not go. Changes nothing."""
+    if os.path.exists(os.path.join(path, "config.json")) and not overwrite:
+        raise UserError(f"--model_save_path {path} already holds a run: choose another folder, or add --overwrite")
+    check_writable(path, "--model_save_path")
+
+
+def check_writable(path: str, flag: str) -> None:
+    """Raises UserError when no folder can be made at the `path` of `flag`. Changes nothing."""
+    parent = os.path.abspath(path)
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+        raise UserError(f"{flag} {path} cannot be written: {parent} is not a writable folder; choose another place")
+
+
+def prepare_run_folder(path: str, overwrite: bool, config) -> None:
+    """Makes the folder (an overwritten run's files go) and writes config.json. Rank 0 writes, all ranks wait.
+
+    config: a dataclass of flags. Raises UserError as `check_run_folder` does.
+    """
+    check_run_folder(path, overwrite)
+    barrier()
+    if is_main():
+        try:
+            os.makedirs(path, exist_ok=True)
+            for name in RUN_FILES:
+                _remove(os.path.join(path, name))
+            write_json(os.path.join(path, "config.json"), run_description(config))
+        except OSError as error:
+            raise UserError(f"--model_save_path {path} cannot be written: {error.strerror}") from None
+    barrier()
+
+
+def run_description(config) -> dict:
+    """All flags, argv, versions, git commit and devices: what it takes to repeat a run."""
+    import torch
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=os.path.dirname(__file__))
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        **dataclasses.asdict(config),
+        "argv": sys.argv,
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "git_commit": commit.stdout.strip() or None,
+        "devices": cuda or [f"{os.cpu_count()} CPU cores"],
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def write_json(path: str, content) -> None:
+    """Writes beside and renames, so that a reader never sees half a file."""
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+    os.replace(f"{path}.partial", path)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str) -> Iterator[str]:
+    """Yields a new folder beside `path` that takes its place when the block ends well, and goes when it does not.
+
+    Call it on one rank. A write error becomes a UserError that names the folder.
+    """
+    partial = f"{os.path.abspath(path)}.partial"
+    _remove(partial)
+    try:
+        os.makedirs(partial)
+        yield partial
+        _remove(path)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        _remove(partial)
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.remove(path)

@@ -1,0 +1,211 @@
+"""DeepSpeed, in one file: process groups, a training engine a model, frozen models, gathered weights.
+
+Nothing else imports deepspeed. Every model under an engine is an `nn.Module` whose forward returns tensors; the
+caller makes a loss that is already divided by the *global* token count, so gradients are summed over micro-batches and
+ranks, never averaged.
+"""
+
+import contextlib
+import dataclasses
+import os
+import socket
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed probes for accelerators when it is imported
+
+import deepspeed
+import psutil
+from deepspeed.runtime.zero import unwrap_model_for_generation
+from torch import nn
+
+from utils.args import EngineConfig
+from utils.distributed import any_rank, is_main, world_size
+from utils.errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+BUCKET = 50_000_000  # elements a gradient bucket holds: 100 MB in bf16, allocated once an engine
+
+
+def device() -> torch.device:
+    """The device of this process: its launcher-given GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def init_distributed() -> None:
+    """Joins the process group (nccl on GPUs, gloo on CPUs); without a launcher, a group of this process alone."""
+    deepspeed.logger.setLevel("WARNING")
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed("nccl" if device().type == "cuda" else "gloo", auto_mpi_discovery=False)
+
+
+def shutdown_distributed() -> None:
+    """Leaves the process group, so that a finished run ends without warnings and another may follow in this process."""
+    if torch.distributed.is_initialized():
+        deepspeed.comm.destroy_process_group()
+
+
+def deepspeed_config(config: EngineConfig, offload_weights: bool = False) -> dict:
+    """The DeepSpeed JSON for our flags. Accumulation is ours (`managed_gradient_accumulation` off): step() is the
+    boundary, and the number of micro-batches may change from step to step."""
+    zero = {"stage": config.zero_stage, "contiguous_gradients": True, "reduce_bucket_size": BUCKET}
+    zero["overlap_comm"] = config.zero_stage == 2 and device().type == "cuda"
+    if config.zero_stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_param_persistence_threshold": 100_000}
+    host = {"device": "cpu", "pin_memory": device().type == "cuda"}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = host
+    if offload_weights:
+        zero["offload_param"] = host
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.gradient_clip if config.zero_stage else 0.0,
+        "zero_optimization": zero,
+        "bf16": {"enabled": config.dtype == "bf16", "check_grad_overflow": True},
+        "steps_per_print": 10**9,
+    }
+
+
+class TrainEngine:
+    """One model with its optimizer. Call it for a forward, `backward` a loss per micro-batch, `step` once.
+
+    Holds per parameter: 2 bytes of bf16 weights (under ZeRO-3 split over ranks), and split over ranks from stage 1 on
+    12 bytes of float32 weight and Adam moments; gradients 2 bytes, split from stage 2 on.
+    """
+
+    def __init__(self, module: nn.Module, config: EngineConfig, name: str):
+        """name: what error messages call the model. The module's parameters are of config.dtype, on device()."""
+        self.name = name
+        self.zero_stage = config.zero_stage
+        self.gradient_clip = config.gradient_clip
+        self._replicated_norm = None
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        betas = (config.adam_beta1, config.adam_beta2)
+        options = {"lr": 0.0, "betas": betas, "eps": config.adam_eps, "weight_decay": 0.0}
+        if config.offload_optimizer:
+            optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, **options)
+        else:
+            optimizer = torch.optim.AdamW(parameters, fused=True, **options)
+        if config.zero_stage == 0:  # DeepSpeed neither reports the norm nor checks it there
+            optimizer.register_step_pre_hook(self._clip_replicated)
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """The model inside the engine. Under ZeRO-3 its weights are whole only inside `gathered()`."""
+        return self.engine.module
+
+    def __call__(self, *args, **kwargs):
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of this rank's share of the loss. DeepSpeed averages over ranks: undone here."""
+        self.engine.backward(loss * world_size())
+
+    def step(self, lr: float) -> float:
+        """One optimizer step at this learning rate; returns the global gradient norm before clipping.
+
+        Raises UserError on all ranks, with the weights untouched, when the gradient is not finite.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        if not self.engine.was_step_applied():
+            self._refuse_gradient()
+        return float(self.engine.get_global_grad_norm() if self.zero_stage else self._replicated_norm)
+
+    def _clip_replicated(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+        limit = self.gradient_clip or float("inf")
+        self._replicated_norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        if not torch.isfinite(self._replicated_norm):
+            self._refuse_gradient()
+
+    def _refuse_gradient(self) -> None:
+        raise UserError(
+            f"the gradient of the {self.name} is not finite; its weights were not changed. Lower the learning rate, "
+            "or look in metrics.jsonl for the quantity that ran away"
+        )
+
+    @contextlib.contextmanager
+    def gathered(self):
+        """Inside, every rank holds the whole weights and the module runs without ZeRO-3's hooks. Collective."""
+        if self.zero_stage < 3:
+            yield self.module
+        else:
+            with unwrap_model_for_generation(self.engine):
+                yield self.module
+
+    def fits_gathered(self) -> bool:
+        """True when each rank has room for the whole weights once more, and half as much to work in. Collective."""
+        if self.zero_stage < 3:
+            return True
+        element = torch.finfo(next(self.module.parameters()).dtype).bits // 8
+        needed = 1.5 * element * sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+        return not any_rank(needed > free_memory(), device())
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """Name -> whole tensor in host memory on rank 0, {} elsewhere; under ZeRO-3 gathered one by one. Collective."""
+        state = {}
+        for name, parameter in self.module.named_parameters():
+            with whole_parameter(parameter):
+                if is_main():
+                    state[name] = parameter.detach().to("cpu", copy=True)
+        return state
+
+
+class InferenceEngine:
+    """A model without optimizer behind the part of TrainEngine's face that sampling and scoring use. One process."""
+
+    zero_stage = 0
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def gathered(self):
+        """The module is always whole."""
+        return contextlib.nullcontext(self.module)
+
+
+def whole_parameter(parameter: nn.Parameter):
+    """Context in which a parameter that ZeRO-3 has split is whole on every rank."""
+    if hasattr(parameter, "ds_id"):
+        return deepspeed.zero.GatheredParameters([parameter])
+    return contextlib.nullcontext()
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take on its device (host memory is shared by the ranks of a node)."""
+    if device().type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def shard_frozen(module: nn.Module, config: EngineConfig, offload: bool = False) -> nn.Module:
+    """A frozen model for scoring: under ZeRO-3 its weights are split over ranks like the trained ones, else as it is.
+
+    No optimizer state, no gradients. A sharded model must be called by all ranks together; offload: its shards wait in
+    host memory.
+    """
+    module.requires_grad_(False).eval()
+    if config.zero_stage < 3:
+        return module
+    settings = deepspeed_config(dataclasses.replace(config, offload_optimizer=False), offload_weights=offload)
+    sharded, *_ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)
+    return sharded

@@ -1,0 +1,127 @@
+"""The loop of the supervised stages: step, evaluate, keep the best. What is learnt comes in as a `Stage`."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from utils.distributed import barrier, is_main, sum_ranks
+from utils.engine import TrainEngine, device
+from utils.errors import UserError
+from utils.fit_config import FitConfig
+from utils.logger import RunLogger
+from utils.schedule import lr_factor
+
+Item = object  # whatever the stage's data is made of
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage learns, as sums over items and the numbers that they are divided by.
+
+    `sums(engine, items)` gives float32 scalars by name, `counts(items)` their denominators by the same names, known
+    to every rank from the data alone. The loss is the sum of `loss_weights[name] * sum / count` over the whole global
+    batch, so that micro-batches and ranks do not change it.
+    """
+
+    batches: Iterator[list[Item]]
+    length: Callable[[Item], int]  # tokens that an item takes in a forward pass
+    plan: Callable[[list[int]], list[tuple[list[int], float]]]  # lengths -> this rank's (indices, weight) a forward
+    sums: Callable[[TrainEngine, list[Item]], dict[str, torch.Tensor]]
+    counts: Callable[[list[Item]], dict[str, float]]
+    loss_weights: dict[str, float]
+    best_by: str  # a metric of the evaluation
+    larger_is_better: bool
+    save: Callable[[dict[str, torch.Tensor], str], None]  # (whole weights, folder), on rank 0
+
+
+def fit(engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig, log: RunLogger) -> None:
+    """Trains for --train_steps; evaluates every --save_per_step and at the end; writes best/ and final/. Collective.
+
+    Raises UserError on all ranks, before the weights change, when loss or gradient is not finite.
+    """
+    best = None
+    for step in range(config.train_steps):
+        started = time.perf_counter()
+        lr = config.lr * lr_factor(step, config.warmup_steps, config.train_steps, config.lr_schedule)
+        items = next(stage.batches)
+        metrics = train_step(engine, stage, items, lr)
+        tokens = sum(map(stage.length, items))
+        metrics["tokens_per_second"] = tokens / (time.perf_counter() - started)
+        done = step + 1
+        if done % config.print_interval == 0:
+            log.say(f"step {done}/{config.train_steps}: {numbers(metrics)}")
+        if valid and (done % config.save_per_step == 0 or done == config.train_steps):
+            evaluation = evaluate(engine, stage, valid)
+            held_out = {f"eval_{name}": value for name, value in evaluation.items()}
+            metrics |= held_out
+            log.say(f"step {done}: {numbers(held_out)}")
+            value = evaluation[stage.best_by] * (1 if stage.larger_is_better else -1)
+            if best is None or value > best:
+                best = value
+                export(engine, stage, os.path.join(config.model_save_path, "best"))
+                log.say(f"step {done}: best eval_{stage.best_by} so far, saved to {config.model_save_path}/best")
+        log.metrics(done, metrics)
+        log.advance()
+    export(engine, stage, os.path.join(config.model_save_path, "final"))
+    log.say(f"done: {config.model_save_path}/final")
+
+
+def train_step(engine: TrainEngine, stage: Stage, items: list[Item], lr: float) -> dict[str, float]:
+    """One optimizer step on the global batch `items`; returns its metrics, equal on all ranks."""
+    engine.module.train()
+    counts = stage.counts(items)
+    totals = torch.zeros(len(counts), device=device())
+    for part, weight in stage.plan([stage.length(item) for item in items]):
+        sums = stage.sums(engine, [items[i] for i in part])
+        engine.backward(weight * sum(w * sums[name] / counts[name] for name, w in stage.loss_weights.items()))
+        totals += weight * torch.stack([sums[name].detach() for name in counts])
+    metrics = _means(stage, totals, counts)
+    check_finite(metrics["loss"], items)
+    return metrics | {"lr": lr, "grad_norm": engine.step(lr)}
+
+
+@torch.no_grad()
+def evaluate(engine: TrainEngine, stage: Stage, items: list[Item]) -> dict[str, float]:
+    """The same metrics over held-out items, without learning. Collective."""
+    engine.module.eval()
+    counts = stage.counts(items)
+    totals = torch.zeros(len(counts), device=device())
+    for part, weight in stage.plan([stage.length(item) for item in items]):
+        sums = stage.sums(engine, [items[i] for i in part])
+        totals += weight * torch.stack([sums[name] for name in counts])
+    return _means(stage, totals, counts)
+
+
+def _means(stage: Stage, totals: torch.Tensor, counts: dict[str, float]) -> dict[str, float]:
+    sums = sum_ranks(totals).tolist()
+    means = {name: total / count for (name, count), total in zip(counts.items(), sums, strict=True)}
+    loss = {"loss": sum(w * means[name] for name, w in stage.loss_weights.items())}
+    if len(stage.loss_weights) == 1:  # its only term would say the same again
+        means = {name: mean for name, mean in means.items() if name not in stage.loss_weights}
+    return loss | means
+
+
+def check_finite(loss: float, items: list[Item]) -> None:
+    """Raises UserError for a loss that is NaN or infinite. It is a sum over ranks, so all of them raise together."""
+    if not abs(loss) < float("inf"):
+        where = getattr(items[0], "source", "")
+        raise UserError(
+            f"the loss is {loss} in the batch that begins with {where}; no step was made. Lower --lr, raise "
+            "--warmup_steps, or give --dtype fp32"
+        )
+
+
+def export(engine: TrainEngine, stage: Stage, folder: str) -> None:
+    """Writes the weights as they are now. Collective; rank 0 writes, the others wait."""
+    state = engine.full_state_dict()
+    if is_main():
+        stage.save(state, folder)
+    barrier()
+
+
+def numbers(metrics: dict[str, float]) -> str:
+    """`loss 0.693  lr 1e-05 …` for a line of text."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())

@@ -1,0 +1,70 @@
+"""The flags that supervised stages share (reward model, SFT). No torch: a wrong flag is answered at once."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from utils.args import EngineConfig, check_range
+from utils.errors import UserError
+
+
+@dataclass
+class FitConfig(EngineConfig):
+    """Model, data, sizes and schedule of a supervised run; stages inherit and set their own defaults."""
+
+    hf_model_name_or_path: str = ""
+    """Model to start from: a Hugging Face folder or hub id"""
+    tokenizer_name_or_path: str | None = None
+    """Tokenizer folder, tokenizer.model or hub id; default: --hf_model_name_or_path"""
+    data_path: str = ""
+    """A folder of *train.json(l) and *valid.json(l), a file or a hub id"""
+    model_save_path: str = ""
+    """Folder of the run: config.json, metrics.jsonl, best/, final/"""
+    logdir: str | None = None
+    """TensorBoard folder; default: tensorboard/ in the run's folder"""
+    report_to: str = "none"
+    """More trackers, comma-separated, by accelerate's names: wandb, swanlab, mlflow, ..."""
+    overwrite: bool = False
+    """Replace a run that is already in --model_save_path"""
+    lang: Literal["en", "zh"] = "en"
+    """Language of the released models: picks the template moss_en or moss_zh"""
+    template: Literal["moss_en", "moss_zh", "chat"] | None = None
+    """How a dialogue becomes tokens; default: by --lang. chat is the tokenizer's own chat template"""
+    seed: int = 42
+    """Seeds the order of the data, what is held out, and a new head"""
+
+    lr: float = 1e-5
+    """Peak learning rate"""
+    lr_schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = "cosine"
+    """What follows the warm-up; cosine and linear end at a tenth"""
+    train_steps: int = 1000
+    """Optimizer steps"""
+    warmup_steps: int = 100
+    """Steps of linear warm-up, the first of them at lr / warmup_steps"""
+    batch_size: int = 32
+    """Items an optimizer step, over all ranks"""
+    micro_batch_tokens: int = 8192
+    """Tokens of a forward pass, padding included, a device: speed and memory only"""
+    context_truncate: int = 2048
+    """Longest dialogue, tokens; the oldest turns of longer ones go first"""
+    save_per_step: int = 100
+    """Steps between evaluations; the best model so far goes to best/"""
+    print_interval: int = 10
+    """Steps between printed lines; metrics.jsonl and TensorBoard get every step"""
+    num_valid: int = 100
+    """Items taken off the training data for evaluation when it comes without a *valid* file; 0: no evaluation then"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("hf_model_name_or_path", "data_path", "model_save_path"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is missing")
+        sizes = "train_steps warmup_steps batch_size micro_batch_tokens context_truncate save_per_step print_interval"
+        for name in sizes.split():
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
+        if self.warmup_steps > self.train_steps:
+            raise UserError(f"--warmup_steps {self.warmup_steps}: give at most --train_steps {self.train_steps}")
+        check_range(self, num_valid=(0, None), lr=(0, None))
+        if not self.lr:
+            raise UserError("--lr 0 trains nothing: give a positive number")
+        self.tokenizer_name_or_path = self.tokenizer_name_or_path or self.hf_model_name_or_path

@@ -1,0 +1,136 @@
+"""Where a run writes what happens: metrics.jsonl, TensorBoard, other trackers, samples.jsonl, the terminal."""
+
+import json
+import math
+import os
+import time
+
+from tqdm import tqdm
+
+from utils.checkpoint import check_run_folder, check_writable
+from utils.distributed import is_main
+from utils.errors import UserError
+
+PROGRESS = {"score_mean": "score", "kl_ref": "kl", "response_length": "length", "loss": "loss", "accuracy": "accuracy"}
+
+
+class Stopwatch:
+    """Seconds of the stages of a step."""
+
+    def __init__(self):
+        self._seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Ends a stage: the time since the last lap is its own."""
+        now = time.perf_counter()
+        self._seconds[f"seconds_{stage}"] = now - self._last
+        self._last = now
+
+    def metrics(self, samples: int, tokens: int) -> dict[str, float]:
+        """Seconds a stage; samples and response tokens, of all ranks, a second of all stages together."""
+        total = sum(self._seconds.values())
+        return self._seconds | {"samples_per_second": samples / total, "tokens_per_second": tokens / total}
+
+
+class RunLogger:
+    """All output of a run. Rank 0 writes; on other ranks every method does nothing.
+
+    folder: the run's folder, already made. logdir: TensorBoard's (None: folder/tensorboard). report_to: comma-separated
+    names of accelerate's trackers besides TensorBoard ("wandb,swanlab"), "none" for none. config: what trackers store.
+    """
+
+    def __init__(self, folder: str, logdir: str | None, report_to: str, config: dict, total_steps: int):
+        self.folder = folder
+        self.trackers = []
+        if not is_main():
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.logdir = logdir or os.path.join(folder, "tensorboard")
+        self.board = SummaryWriter(self.logdir)
+        self.trackers = [_tracker(name, folder, config) for name in tracker_names(report_to)]
+        self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """One step's numbers: a line of metrics.jsonl, scalars, the progress bar. A NaN is written as null."""
+        if not is_main():
+            return
+        clean = {key: (value if math.isfinite(value) else None) for key, value in values.items()}
+        _append(os.path.join(self.folder, "metrics.jsonl"), {"step": step, **clean})
+        for key, value in values.items():
+            self.board.add_scalar(key, value, step)
+        for tracker in self.trackers:
+            tracker.log(values, step=step)
+        shown = {PROGRESS[key]: f"{value:.3g}" for key, value in values.items() if key in PROGRESS}
+        if shown:
+            self.bar.set_postfix(shown, refresh=False)
+
+    def advance(self) -> None:
+        """One step of the progress bar is done."""
+        if is_main():
+            self.bar.update()
+
+    def samples(self, step: int, rows: list[dict]) -> None:
+        """Texts of this step: lines of samples.jsonl, and TensorBoard's text tab."""
+        if not is_main():
+            return
+        for row in rows:
+            _append(os.path.join(self.folder, "samples.jsonl"), {"step": step, **row})
+        text = "\n\n---\n\n".join("\n\n".join(f"**{key}**: {value}" for key, value in row.items()) for row in rows)
+        self.board.add_text("samples", text, step)
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        if is_main():
+            self.bar.write(text)
+
+    def close(self) -> None:
+        """Flushes everything; call it at the end of a run."""
+        if not is_main():
+            return
+        self.bar.close()
+        self.board.close()
+        for tracker in self.trackers:
+            tracker.finish()
+
+
+def _append(path: str, row: dict) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def check_outputs(config) -> None:
+    """Raises UserError when the run's folder, --logdir or a tracker of --report_to cannot be used. Changes nothing."""
+    check_run_folder(config.model_save_path, config.overwrite)
+    if config.logdir:
+        check_writable(config.logdir, "--logdir")
+    names = tracker_names(config.report_to)
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = [str(getattr(kind, "value", kind)) for kind in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"--report_to {name}: choose from {', '.join(sorted(LOGGER_TYPE_TO_CLASS))} or none")
+        if name not in installed:
+            raise UserError(f"--report_to {name}: its package is not installed; pip install {name}")
+
+
+def tracker_names(report_to: str) -> list[str]:
+    """The names in the flag's comma-separated list; none for "none"."""
+    return [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
+
+
+def _tracker(name: str, folder: str, config: dict):
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # the trackers ask accelerate which process they are in
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    run_name = os.path.basename(os.path.abspath(folder))
+    tracker = kind(run_name, folder) if kind.requires_logging_directory else kind(run_name)
+    tracker.start()
+    tracker.store_init_configuration({key: value for key, value in config.items() if value is not None})
+    return tracker

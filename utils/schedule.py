@@ -1,0 +1,30 @@
+"""Learning-rate schedules as a function of the step alone. Pure."""
+
+import math
+
+SCHEDULES = ("inverse_sqrt", "cosine", "linear", "constant")
+FLOOR = 0.1  # what cosine and linear decay end at
+
+
+def lr_factor(step: int, warmup_steps: int, total_steps: int, schedule: str) -> float:
+    """What the peak learning rate is multiplied by at `step`, counted from 0.
+
+    Linear warm-up, (step + 1) / warmup_steps, reaches 1 at its last step. Then inverse_sqrt: sqrt(warmup_steps /
+    (step + 1)); cosine and linear: down to 10 % at step total_steps - 1; constant: 1. Raises ValueError for an
+    unknown schedule and for warmup_steps below 1.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"--lr_schedule {schedule}: must be one of {', '.join(SCHEDULES)}")
+    if warmup_steps < 1:
+        raise ValueError(f"--warmup_steps {warmup_steps}: must be at least 1")
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "inverse_sqrt":
+        return math.sqrt(warmup_steps / (step + 1))
+    # 0 at the last step of the warm-up, 1 at the last of all.
+    progress = min(1.0, (step + 1 - warmup_steps) / max(1, total_steps - warmup_steps))
+    if schedule == "cosine":
+        return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule == "linear":
+        return 1 - (1 - FLOOR) * progress
+    return 1.0

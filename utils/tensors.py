@@ -1,0 +1,75 @@
+"""Small functions on masked [batch, length] tensors. The one-token shift between logits and tokens lives here."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+
+def identity(x: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks of a run with one rank."""
+    return x
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of x where mask is True; 0 if it is True nowhere. x, mask: same shape -> float32 scalar."""
+    mask = mask.bool()
+    return x.float().masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def whiten(
+    x: torch.Tensor, mask: torch.Tensor, sum_ranks: Callable[[torch.Tensor], torch.Tensor] = identity
+) -> torch.Tensor:
+    """Shifts and scales to mean 0 and population variance 1 over the masked entries of all ranks; 0 outside.
+
+    x, mask: [batch, length] -> float32 like x. The variance gets 1e-6 added under the root, so one entry gives 0.
+    sum_ranks: adds a tensor over ranks.
+    """
+    mask = mask.bool()
+    x = x.float().masked_fill(~mask, 0.0)
+    total, count = sum_ranks(torch.stack([x.sum(), mask.sum().float()])).unbind()
+    count = count.clamp(min=1)
+    centred = (x - total / count).masked_fill(~mask, 0.0)
+    variance = sum_ranks(centred.square().sum()) / count
+    return centred * torch.rsqrt(variance + 1e-6)
+
+
+def token_logprobs(logits: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
+    """log p(token t | tokens < t) at index t, 0 at index 0.
+
+    logits: [batch, length, vocabulary], sequences: [batch, length] -> float32 [batch, length]. Peak memory is one
+    float32 copy of `logits`.
+    """
+    logprobs = torch.log_softmax(logits[:, :-1].float(), dim=-1)
+    picked = logprobs.gather(-1, sequences[:, 1:, None]).squeeze(-1)
+    return F.pad(picked, (1, 0))
+
+
+def before_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The states from which the masked tokens are predicted.
+
+    states: [batch, length, ...], mask: [batch, length] -> [n, ...]. Token t is predicted from t - 1;
+    the mask must be False at index 0.
+    """
+    return states[:, :-1][mask[:, 1:]]
+
+
+def at_tokens(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Puts one value a masked token back in its place. rows: [n], mask: [batch, length], n True -> like mask."""
+    return torch.zeros(mask.shape, dtype=rows.dtype, device=rows.device).masked_scatter(mask, rows)
+
+
+def shift_to_next(x: torch.Tensor) -> torch.Tensor:
+    """Moves what stands at t - 1 to t, 0 at 0: per-position outputs become per-token ones. [batch, length]."""
+    return F.pad(x[:, :-1], (1, 0))
+
+
+def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
+    """0, 1, 2 … over the real tokens of each row, wherever the padding stands. [batch, length] bool -> int64."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def last_index(mask: torch.Tensor) -> torch.Tensor:
+    """Index of the last True of each row, 0 for a row without any. [batch, length] -> [batch] int64."""
+    places = torch.arange(mask.shape[1], device=mask.device)
+    return (mask.long() * places).amax(dim=1)
