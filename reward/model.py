@@ -1,0 +1,163 @@
+"""A decoder with a scalar at every token: the reward model (its last scalar) and the critic (all of them).
+
+Reads three layouts: a sequence-classification folder with one label, the published MOSS one (causal-LM keys plus
+`reward_head.weight`), and a plain causal LM, which gets a new head. Writes the first, so that other tools read it.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from utils.errors import UserError
+from utils.export import write_model
+from utils.models import (
+    FLAG,
+    fit_vocabulary,
+    from_folder,
+    model_folder,
+    read_tensor,
+    tensor_files,
+)
+from utils.nll import head_logits, sum_nll
+from utils.tensors import last_index
+
+HEAD_NAMES = ("score.weight", "reward_head.weight")  # sequence classification, MOSS
+
+
+class ScalarHead(nn.Linear):
+    """hidden -> 1 without bias, in float32 whatever the weight's dtype: bf16 scores would differ by steps of 1 %."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden.float(), self.weight.float())
+
+
+class ScalarModel(nn.Module):
+    """`backbone` (decoder without LM head) and `head`; `lm_head` only where a language-model loss is asked for."""
+
+    def __init__(self, backbone: PreTrainedModel, head: ScalarHead, lm_head: nn.Module | None = None):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.lm_head = lm_head
+
+    @property
+    def config(self):
+        return self.backbone.config
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, nll_mask: torch.Tensor | None = None):
+        """Scalars float32 [batch, length] at every position, 0 at padding. Inputs [batch, length], right-padded.
+
+        No attention mask goes in: behind right padding causality alone hides it, and attention kernels are fastest so.
+        With nll_mask (bool, first positions False; needs lm_head): (scalars, summed NLL of those tokens).
+        """
+        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        values = self.head(hidden).squeeze(-1).masked_fill(~attention_mask.bool(), 0.0)
+        if nll_mask is None:
+            return values
+        logits = partial(head_logits, self.lm_head, self.config.get_text_config())
+        return values, sum_nll(hidden, input_ids, nll_mask, logits)
+
+
+def last_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The scalar at each row's last real token. values, attention_mask: [batch, length] -> [batch]."""
+    return values.gather(1, last_index(attention_mask).unsqueeze(1)).squeeze(1)
+
+
+def load_scalar_model(
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str | None = None,
+    tokenizer=None,
+    with_lm_head: bool = False,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+    flag: str = FLAG,
+) -> ScalarModel:
+    """The scalar model of a folder or hub id in any of the three layouts, in `dtype` on `device`, in eval mode.
+
+    A new head is drawn from N(0, 1/sqrt(hidden + 1)) with `seed`, and said. With a tokenizer its vocabulary is
+    checked. `flag` is what error messages call the path. Raises UserError for more than one label, and as
+    `utils.models.load_causal_lm` does.
+    """
+    folder = model_folder(path, flag)
+    files = tensor_files(folder, flag)
+    name = next((name for name in HEAD_NAMES if name in files), None)
+    weight = None if name is None else read_tensor(files[name], name, flag)
+    if weight is not None and weight.shape[0] != 1:
+        raise UserError(f"{flag}: {path} has {weight.shape[0]} labels, and a reward model has one; give another folder")
+    if with_lm_head and name == HEAD_NAMES[0]:
+        raise UserError(f"{flag}: {path} is a classifier without an LM head; give --reward_lm_loss_factor 0 with it")
+    auto_class = AutoModelForCausalLM if with_lm_head else AutoModel
+    model = from_folder(auto_class, folder, dtype, device, attn_implementation, flag)
+    if tokenizer is not None:
+        fit_vocabulary(model, tokenizer, f"{flag} {path}", say)
+    backbone, lm_head = (model.base_model, model.get_output_embeddings()) if with_lm_head else (model, None)
+    if type(model.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"{flag}: {path} is a {model.config.model_type} model, for which transformers has no sequence "
+            "classification, the form in which scalar models are saved; give another architecture"
+        )
+    hidden_size = backbone.config.get_text_config().hidden_size
+    if weight is None:
+        weight = new_head_weight(hidden_size, seed)
+        say(f"{path}: no reward head in it; a new one is drawn from N(0, 1/sqrt({hidden_size} + 1)), seed {seed}")
+    elif weight.shape[1] != hidden_size:
+        raise UserError(f"{flag}: the reward head in {path} is for hidden size {weight.shape[1]}, not {hidden_size}")
+    if not bool(torch.isfinite(weight).all()):
+        raise UserError(f"{flag}: the reward head in {path} is not finite; give an earlier checkpoint")
+    head = ScalarHead(hidden_size, 1, bias=False, dtype=dtype, device=device)
+    head.weight.data.copy_(weight)
+    return ScalarModel(backbone.to(device), head, lm_head and lm_head.to(device)).eval()
+
+
+def with_own_pad(tokenizer):
+    """The tokenizer, or where its pad is its eos a copy that pads with another special token, if it has one."""
+    eos = tokenizer.eos_token_id
+    if tokenizer.pad_token_id != eos:
+        return tokenizer
+    candidates = [tokenizer.unk_token_id, *tokenizer.all_special_ids]
+    other = next((i for i in candidates if i not in (None, eos)), eos)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(other)
+    return tokenizer
+
+
+def new_head_weight(hidden_size: int, seed: int) -> torch.Tensor:
+    """float32 [1, hidden_size] from N(0, 1/sqrt(hidden_size + 1)): scores of unit states start at about +-1."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, hidden_size, generator=generator) / (hidden_size + 1) ** 0.5
+
+
+def save_scalar_model(
+    model: ScalarModel, folder: str, state_dict: dict[str, torch.Tensor] | None = None, tokenizer=None
+) -> None:
+    """Writes `folder`, whole or not at all, as a sequence-classification model with one label, and its tokenizer.
+
+    state_dict: whole tensors by the names of `model.named_parameters()`; default: the model's own. The pad id is one
+    that no answer ends in, since other tools take the score at the last token that is not padding.
+    """
+    state = dict(model.named_parameters()) if state_dict is None else state_dict
+    prefix = model.backbone.base_model_prefix
+    renamed = {"score.weight": state["head.weight"].detach()}
+    for name, tensor in state.items():
+        if name.startswith("backbone."):
+            renamed[f"{prefix}.{name.removeprefix('backbone.')}"] = tensor.detach()
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    if tokenizer is not None:
+        tokenizer = with_own_pad(tokenizer)
+    elif config.pad_token_id is None or config.pad_token_id == config.eos_token_id:
+        config.pad_token_id = 0
+    write_model(AutoModelForSequenceClassification, config, renamed, folder, tokenizer)

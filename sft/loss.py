@@ -1,0 +1,22 @@
+"""Next-token loss on the answers of dialogues. Pure."""
+
+from collections.abc import Callable
+
+import torch
+
+from utils.nll import sum_nll
+
+
+def answer_loss(
+    hidden: torch.Tensor,
+    sequences: torch.Tensor,
+    answer_mask: torch.Tensor,
+    lm_head: Callable[[torch.Tensor], torch.Tensor],
+    num_tokens: float = 1.0,
+) -> torch.Tensor:
+    """Cross entropy of the answer tokens, their EOS included, summed and divided by `num_tokens`. -> float32 scalar.
+
+    hidden: [batch, length, hidden], of right-padded sequences; sequences, answer_mask: [batch, length]; num_tokens:
+    answer tokens of the whole global batch, so that micro-batches and ranks add up to the same loss.
+    """
+    return sum_nll(hidden, sequences, answer_mask, lm_head) / num_tokens

@@ -1,0 +1,73 @@
+"""`reward.train` under the deepspeed launcher: two ranks make the numbers and the weights of one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.tiny import SAMPLES, tiny_llama_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+def flags(base: Path, out: Path, **changes) -> list[str]:
+    values = {
+        "hf_model_name_or_path": base,
+        "data_path": SAMPLES / "en" / "preferences",
+        "model_save_path": out,
+        "train_steps": 4,
+        "warmup_steps": 1,
+        "batch_size": 5,  # an odd number: the ranks' shares differ, and so do their numbers of micro-batches
+        "context_truncate": 256,
+        "lr": 1e-3,
+        "save_per_step": 2,
+        "dtype": "fp32",
+        "micro_batch_tokens": 200,
+        "reward_lm_loss_factor": 0.5,
+    }
+    return [word for name, value in (values | changes).items() for word in (f"--{name}", str(value))]
+
+
+def run(launcher: list[str], arguments: list[str]) -> None:
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run(
+        [*launcher, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def metrics_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tiny_llama_folder(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def single(base, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("single") / "run"
+    run([sys.executable, "-m", "reward.train"], flags(base, out, micro_batch_tokens=8192))
+    return out
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_two_ranks_equal_one(base, single, tmp_path, zero_stage):
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--no_local_rank"]
+    out = tmp_path / "run"
+    run([*launcher, "--module", "reward.train"], flags(base, out, zero_stage=zero_stage))
+    ours, theirs = metrics_of(out), metrics_of(single)
+    assert len(ours) == len(theirs) == 4
+    for row, expected in zip(ours, theirs, strict=True):
+        assert set(row) == set(expected)
+        for key in set(row) - {"tokens_per_second"}:
+            assert row[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), key
+    weights, expected = (load_file(folder / "final" / "model.safetensors") for folder in (out, single))
+    assert set(weights) == set(expected)
+    for name, tensor in weights.items():
+        assert (tensor - expected[name]).abs().max() < 1e-4, name

@@ -1,0 +1,184 @@
+"""`python -m reward.train` on tiny models: learns, leaves what it promises, and refuses what cannot work."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from data.preferences import Preference
+from reward.train import encode_pair, main
+from tests.tiny import SAMPLES, tiny_llama_folder
+from utils.tokenizer import load_tokenizer
+
+DATA = SAMPLES / "en" / "preferences"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tiny_llama_folder(tmp_path_factory.mktemp("base"))
+
+
+def flags(base: Path, out: Path, **changes) -> list[str]:
+    values = {
+        "hf_model_name_or_path": base,
+        "data_path": DATA,
+        "model_save_path": out,
+        "train_steps": 6,
+        "warmup_steps": 2,
+        "batch_size": 4,
+        "context_truncate": 256,
+        "lr": 1e-3,
+        "save_per_step": 3,
+        "dtype": "fp32",
+    }
+    return [word for name, value in (values | changes).items() for word in (f"--{name}", str(value))]
+
+
+def metrics_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def refusal(argv: list[str], capsys) -> str:
+    """The one line on stderr of a run that must fail with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "reward"
+    main(flags(base, out, train_steps=16, save_per_step=8))
+    return out
+
+
+def test_the_loss_falls_below_that_of_a_coin_and_held_out_pairs_are_ranked(run):
+    metrics = metrics_of(run)
+    assert [row["step"] for row in metrics] == list(range(1, 17))
+    assert metrics[-1]["loss"] < 0.3
+    assert metrics[-1]["eval_accuracy"] == 1.0
+    assert metrics[-1]["eval_score_difference"] > metrics[7]["eval_score_difference"] > 0
+    expected = {"step", "loss", "accuracy", "score_difference", "lr", "grad_norm", "tokens_per_second"}
+    assert set(metrics[0]) == expected
+    assert set(metrics[7]) == expected | {"eval_loss", "eval_accuracy", "eval_score_difference"}
+
+
+def test_the_learning_rate_warms_up_and_decays_to_a_tenth(run):
+    rates = [row["lr"] for row in metrics_of(run)]
+    assert rates[:2] == pytest.approx([5e-4, 1e-3])
+    assert rates[-1] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("folder", ["best", "final"])
+def test_other_tools_load_the_result(run, folder):
+    model, report = AutoModelForSequenceClassification.from_pretrained(run / folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert model.config.num_labels == 1
+    tokenizer = AutoTokenizer.from_pretrained(run / folder)
+    ours = load_tokenizer(str(run / folder))
+    text = "How do I boil an egg?  Tell me 😀"
+    assert tokenizer.encode(text, add_special_tokens=False) == ours.encode(text, add_special_tokens=False)
+
+
+def test_the_run_is_described_and_can_be_watched(run):
+    config = json.loads((run / "config.json").read_text())
+    assert config["train_steps"] == 16
+    assert config["tokenizer_name_or_path"] == config["hf_model_name_or_path"]
+    assert list((run / "tensorboard").glob("events.*"))
+
+
+def test_micro_batches_change_nothing_and_the_lm_term_adds_up(base, tmp_path):
+    """Micro-batches change nothing; step 1, before any update, costs beta x CE more with the LM term."""
+    for name, changes in {"a": {}, "b": {"micro_batch_tokens": 1}, "c": {"reward_lm_loss_factor": 0.5}}.items():
+        main(flags(base, tmp_path / name, train_steps=2, **changes))
+    a, b, c = (metrics_of(tmp_path / name) for name in "abc")
+    for row_a, row_b in zip(a, b, strict=True):
+        for key in ("loss", "accuracy", "score_difference", "grad_norm"):
+            assert row_b[key] == pytest.approx(row_a[key], rel=1e-4, abs=1e-6)
+    assert c[0]["ranking_loss"] == pytest.approx(a[0]["loss"], rel=1e-5)
+    assert c[0]["loss"] == pytest.approx(c[0]["ranking_loss"] + 0.5 * c[0]["lm_loss"], rel=1e-5)
+    assert abs(c[0]["lm_loss"] - 6.0) < 0.5  # a random model spreads over 400 pieces: ln 400 = 5.99
+    assert c[1]["eval_lm_loss"] < c[0]["lm_loss"]
+
+
+def test_a_seed_repeats_a_run_and_checkpointing_changes_nothing(base, tmp_path):
+    main(flags(base, tmp_path / "a", train_steps=3))
+    main([*flags(base, tmp_path / "b", train_steps=3), "--gradient_checkpoint"])
+    main(flags(base, tmp_path / "c", train_steps=3, seed=7))
+    a, b, c = ([row["loss"] for row in metrics_of(tmp_path / name)] for name in "abc")
+    assert b == pytest.approx(a, rel=1e-5)
+    assert c != pytest.approx(a, rel=1e-3)
+
+
+def test_bf16_and_every_zero_stage_agree(base, tmp_path):
+    losses = {}
+    for dtype, stage in (("fp32", 0), ("fp32", 3), ("bf16", 1), ("bf16", 3)):
+        out = tmp_path / f"{dtype}{stage}"
+        main(flags(base, out, dtype=dtype, zero_stage=stage, train_steps=2))
+        losses[dtype, stage] = [row["loss"] for row in metrics_of(out)]
+    reference = losses["fp32", 0]
+    assert losses["fp32", 3] == pytest.approx(reference, rel=1e-5)
+    assert losses["bf16", 1] == pytest.approx(reference, rel=2e-2)
+    assert losses["bf16", 3] == pytest.approx(reference, rel=2e-2)
+
+
+def test_truncation_drops_the_oldest_turns_and_keeps_the_answers_whole(base):
+    tokenizer = load_tokenizer(str(base))
+    turns = [("user", "first " * 20), ("assistant", "second " * 20), ("user", "Third?")]
+    history = [{"role": role, "content": text.strip()} for role, text in turns]
+    preference = Preference(history, "A good answer.", "No.", None, "file.json:1")
+    whole, cut = encode_pair(tokenizer, preference, "moss_en", 1000)
+    assert cut == 0
+    short, cut = encode_pair(tokenizer, preference, "moss_en", 64)
+    assert cut == 2
+    assert short.chosen[short.prompt_length :] == whole.chosen[whole.prompt_length :]
+    assert short.rejected[short.prompt_length :] == whole.rejected[whole.prompt_length :]
+    assert short.chosen[0] == 1
+    assert short.chosen[-1] == short.rejected[-1] == 2
+    assert tokenizer.decode(short.chosen[short.prompt_length : -1]).strip() == "A good answer."
+    assert encode_pair(tokenizer, preference, "moss_en", 5) == (None, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hf_model_name_or_path": "/nowhere", "tokenizer_name_or_path": "TOKENIZER"}, "/nowhere does not exist"),
+        ({"train_steps": 0}, "--train_steps 0"),
+        ({"warmup_steps": 0}, "--warmup_steps 0"),
+        ({"warmup_steps": 7}, "--warmup_steps 7: give at most --train_steps 6"),
+        ({"batch_size": 2}, "--batch_size 2: give 4 to 128"),
+        ({"batch_size": 100}, "are fewer than --batch_size 100"),
+        ({"context_truncate": 8}, "0 pairs to train on"),
+        ({"context_truncate": 4096}, "--context_truncate 4096 is longer than the model's window: give at most 512"),
+        ({"lr": "nan"}, "--lr nan"),
+        ({"delimiter": "||"}, "--delimiter '||'"),
+        ({"data_path": "/nowhere.json"}, "/nowhere.json"),
+        ({"lrr": 1}, "--lrr"),
+    ],
+)
+def test_bad_flags_end_in_one_line_and_leave_nothing(base, tmp_path, capsys, changes, message):
+    changes = {name: base if value == "TOKENIZER" else value for name, value in changes.items()}
+    assert message in refusal(flags(base, tmp_path / "out", **changes), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_run_is_kept_unless_told(base, run, capsys):
+    before = (run / "metrics.jsonl").read_text()
+    assert "--overwrite" in refusal(flags(base, run), capsys)
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(base, tmp_path, capsys):
+    broken = shutil.copytree(base, tmp_path / "broken")
+    state = load_file(broken / "model.safetensors")
+    state["model.norm.weight"][0] = torch.nan
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    assert "the loss is nan" in refusal(flags(broken, tmp_path / "out"), capsys)
+    assert not (tmp_path / "out" / "final").exists()

@@ -1,0 +1,208 @@
+"""reward/model.py: the three layouts in, the sequence-classification one out, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+
+from reward.model import last_scores, load_scalar_model, save_scalar_model
+from tests.tiny import VOCAB, tiny_llama, tiny_llama_config, tiny_llama_folder, tiny_tokenizer_folder
+from utils.errors import UserError
+from utils.models import load_causal_lm
+from utils.tokenizer import load_tokenizer
+
+CPU = torch.device("cpu")
+FP32 = torch.float32
+
+
+def right_padded(pad_id: int = 0):
+    """Three rows of random ids; the first ends in EOS, the second is short."""
+    ids = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    ids[0, -1] = 2
+    mask[1, 5:] = False
+    ids[1, 5:] = pad_id
+    return ids, mask
+
+
+def moss_folder(folder, suffix: str):
+    """Causal-LM keys and `reward_head.weight`, in two shards with an index."""
+    state = tiny_llama(seed=3).state_dict()
+    state["reward_head.weight"] = torch.linspace(-1, 1, 64).unsqueeze(0)
+    tiny_llama_config().save_pretrained(folder)
+    names = sorted(state)
+    stem, half = "pytorch_model" if suffix == "bin" else "model", len(names) // 2
+    index = {}
+    for number, part in enumerate((names[:half], names[half:]), start=1):
+        file = f"{stem}-0000{number}-of-00002.{suffix}"
+        tensors = {name: state[name].contiguous() for name in part}
+        if suffix == "bin":
+            torch.save(tensors, folder / file)
+        else:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(part, file)
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return state
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return tiny_llama_folder(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_moss_layout_scores_with_its_head_on_the_last_hidden_state(tmp_path, suffix):
+    state = moss_folder(tmp_path, suffix)
+    model = load_scalar_model(str(tmp_path), FP32, CPU)
+    ids, mask = right_padded()
+    hidden = tiny_llama(seed=3).model(input_ids=ids[1:2, :5]).last_hidden_state
+    expected = hidden[0, -1] @ state["reward_head.weight"][0]
+    torch.testing.assert_close(last_scores(model(ids, mask), mask)[1], expected)
+
+
+def test_sequence_classification_folder_gives_its_own_scores(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        other = LlamaForSequenceClassification(tiny_llama_config(num_labels=1, pad_token_id=0)).eval()
+    other.save_pretrained(tmp_path)
+    ids, mask = right_padded()
+    model = load_scalar_model(str(tmp_path), FP32, CPU)
+    torch.testing.assert_close(last_scores(model(ids, mask), mask), other(ids).logits.squeeze(1))
+
+
+def test_plain_causal_lm_gets_a_seeded_head_and_says_so(plain):
+    lines = []
+    model = load_scalar_model(str(plain), FP32, CPU, seed=7, say=lines.append)
+    assert "no reward head" in lines[0]
+    assert torch.equal(model.head.weight, load_scalar_model(str(plain), FP32, CPU, seed=7, say=str).head.weight)
+    assert not torch.equal(model.head.weight, load_scalar_model(str(plain), FP32, CPU, seed=8, say=str).head.weight)
+
+
+def test_new_head_has_the_deviation_one_over_the_root_of_width_plus_one(tmp_path):
+    sizes = {"hidden_size": 4096, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 32}
+    tiny_llama_folder(tmp_path, vocab=8, tokenizer=False, **sizes, num_key_value_heads=1)
+    weight = load_scalar_model(str(tmp_path), FP32, CPU, say=str).head.weight
+    assert weight.std().item() == pytest.approx(1 / 4097**0.5, rel=0.05)
+    assert abs(weight.mean().item()) < 4 / 4097  # four standard errors of a mean of 4096
+
+
+def test_saved_folder_gives_the_same_scores_in_transformers(plain, tmp_path):
+    tokenizer = load_tokenizer(str(plain))
+    model = load_scalar_model(str(plain), FP32, CPU, say=str)
+    save_scalar_model(model, str(tmp_path / "out"), tokenizer=tokenizer)
+    other, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    ids, mask = right_padded(tokenizer.pad_token_id)
+    ours = last_scores(model(ids, mask), mask)
+    torch.testing.assert_close(ours, other(ids, attention_mask=mask.long()).logits.squeeze(1))
+    again = load_scalar_model(str(tmp_path / "out"), FP32, CPU)
+    assert torch.equal(last_scores(again(ids, mask), mask), ours)
+
+
+def test_a_tokenizer_that_pads_with_its_eos_is_saved_with_another_pad(plain, tmp_path):
+    tokenizer = load_tokenizer(str(plain))
+    tokenizer.pad_token = tokenizer.eos_token
+    model = load_scalar_model(str(plain), FP32, CPU, say=str)
+    save_scalar_model(model, str(tmp_path / "out"), tokenizer=tokenizer)
+    assert tokenizer.pad_token_id == 2  # the caller's is left alone
+    other = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert other.config.pad_token_id == load_tokenizer(str(tmp_path / "out")).pad_token_id != 2
+    ids, mask = right_padded(other.config.pad_token_id)
+    torch.testing.assert_close(last_scores(model(ids, mask), mask), other(ids).logits.squeeze(1))
+
+
+def test_given_state_is_what_is_written_in_its_dtype(plain, tmp_path):
+    model = load_scalar_model(str(plain), torch.bfloat16, CPU, say=str)
+    state = {name: p.detach() + 1 for name, p in model.named_parameters()}
+    save_scalar_model(model, str(tmp_path / "out"), state)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["score.weight"], state["head.weight"])
+    assert torch.equal(written["model.norm.weight"], state["backbone.norm.weight"])
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_values_are_zero_at_padding_and_do_not_depend_on_it(plain):
+    model = load_scalar_model(str(plain), FP32, CPU, say=str)
+    ids, mask = right_padded()
+    values = model(ids, mask)
+    assert values.shape == (3, 9)
+    assert torch.equal(values[1, 5:], torch.zeros(4))
+    torch.testing.assert_close(values[1, :5], model(ids[1:2, :5], mask[1:2, :5])[0])
+
+
+def test_bf16_weights_stay_bf16_and_scores_are_float32(plain):
+    model = load_scalar_model(str(plain), torch.bfloat16, CPU, say=str)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(*right_padded()).dtype == torch.float32
+
+
+def test_dropout_of_the_config_is_off(tmp_path):
+    folder = tiny_llama_folder(tmp_path, tokenizer=False, attention_dropout=0.5)
+    model = load_scalar_model(str(folder), FP32, CPU, say=str).train()
+    ids, mask = right_padded()
+    assert torch.equal(model(ids, mask), model(ids, mask))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_moss_zh_tags_resize_the_embedding_with_mean_rows(tmp_path, tied):
+    folder = tiny_llama_folder(tmp_path, tie_word_embeddings=tied)
+    tokenizer = load_tokenizer(str(folder), "moss_zh")
+    lines = []
+    scalar = load_scalar_model(str(folder), FP32, CPU, tokenizer=tokenizer, say=lines.append)
+    assert "resized from 400 to 402" in lines[0]
+    lm = load_causal_lm(str(folder), FP32, CPU, tokenizer=tokenizer, say=str)
+    for rows in (scalar.backbone.embed_tokens.weight, lm.model.embed_tokens.weight, lm.lm_head.weight):
+        assert rows.shape[0] == 402
+        torch.testing.assert_close(rows[400:], rows[:400].mean(0).expand(2, -1))
+    assert (lm.lm_head.weight is lm.model.embed_tokens.weight) == tied
+
+
+def test_nll_of_the_answer_is_the_causal_lms_own(plain):
+    model = load_scalar_model(str(plain), FP32, CPU, with_lm_head=True, say=str)
+    ids, mask = right_padded()
+    answer = mask.clone()
+    answer[:, :3] = False
+    logprobs = tiny_llama()(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+    expected = -logprobs[answer[:, 1:]].sum()
+    torch.testing.assert_close(model(ids, mask, answer)[1], expected)
+
+
+def test_what_cannot_be_used_is_named(tmp_path, plain):
+    def refused(match: str, path, **options):
+        with pytest.raises(UserError, match=match):
+            load_scalar_model(str(path), FP32, CPU, say=str, **options)
+
+    refused("does not exist", tmp_path / "nowhere")
+    refused("no config.json", tmp_path)
+    tiny_llama_config().save_pretrained(tmp_path)
+    refused("no model.safetensors or pytorch_model.bin", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00broken")
+    refused("not readable or damaged", tmp_path)
+    two = tmp_path / "two"
+    LlamaForSequenceClassification(tiny_llama_config(num_labels=2)).save_pretrained(two)
+    refused("2 labels", two)
+    small = tiny_llama_folder(tmp_path / "small", vocab=390)
+    refused("390 token embeddings", small, tokenizer=load_tokenizer(str(small)))
+    save_scalar_model(load_scalar_model(str(plain), FP32, CPU, say=str), str(tmp_path / "scalar"))
+    refused("without an LM head", tmp_path / "scalar", with_lm_head=True)
+    with pytest.raises(UserError, match=r"--policy_model_path.*no weights for lm_head"):
+        load_causal_lm(str(tmp_path / "scalar"), FP32, CPU, flag="--policy_model_path")
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    moss_folder(tmp_path, "bin")
+    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(UserError, match=r"lacks pytorch_model-00002-of-00002\.bin"):
+        load_scalar_model(str(tmp_path), FP32, CPU)
+
+
+def test_a_weight_file_with_code_in_it_is_refused(tmp_path):
+    tiny_tokenizer_folder(tmp_path)
+    tiny_llama_config().save_pretrained(tmp_path)
+    torch.save({"model.norm.weight": print}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="damaged"):
+        load_scalar_model(str(tmp_path), FP32, CPU)

@@ -1,0 +1,75 @@
+"""sft/loss.py and utils/nll.py: by hand, and against a plain cross entropy over all logits."""
+
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sft.loss import answer_loss
+from utils.nll import head_logits, sum_nll
+
+
+def case(batch: int = 3, length: int = 7, width: int = 8, vocab: int = 11):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(batch, length, width, generator=generator)
+    sequences = torch.randint(0, vocab, (batch, length), generator=generator)
+    mask = torch.rand(batch, length, generator=generator) < 0.5
+    mask[:, 0] = False
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = nn.Linear(width, vocab, bias=False)
+    return hidden, sequences, mask, head
+
+
+def test_each_token_is_predicted_from_the_state_before_it():
+    # Logits are the states themselves: p(token 1 | state 0) = 3/4 with logits (log 3, 0), p(token 2 | state 1) = 1/2.
+    hidden = torch.tensor([[[math.log(3.0), 0.0], [7.0, 7.0], [99.0, -99.0]]])
+    loss = answer_loss(hidden, torch.tensor([[1, 0, 1]]), torch.tensor([[False, True, True]]), nn.Identity(), 2)
+    assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2, abs=1e-6)
+
+
+def test_unmasked_tokens_change_nothing():
+    hidden, sequences, mask, head = case()
+    changed = torch.where(mask, sequences, (sequences + 1) % 11)
+    assert torch.equal(sum_nll(hidden, sequences, mask, head), sum_nll(hidden, changed, mask, head))
+
+
+def test_chunks_give_the_loss_and_gradient_of_a_plain_cross_entropy():
+    hidden, sequences, mask, head = case()
+    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    sum_nll(ours, sequences, mask, head, chunk=2).backward()
+    our_weight_grad, head.weight.grad = head.weight.grad, None
+    targets = torch.where(mask, sequences, -100)[:, 1:]
+    expected = F.cross_entropy(head(theirs)[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum")
+    expected.backward()
+    assert sum_nll(hidden, sequences, mask, head, chunk=2).item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(our_weight_grad, head.weight.grad)
+
+
+def test_micro_batches_with_the_global_denominator_add_up():
+    hidden, sequences, mask, head = case()
+    num_tokens = int(mask.sum())
+    whole = answer_loss(hidden, sequences, mask, head, num_tokens)
+    parts = [answer_loss(hidden[i : i + 1], sequences[i : i + 1], mask[i : i + 1], head, num_tokens) for i in range(3)]
+    assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+def test_no_answer_tokens_cost_nothing():
+    hidden, sequences, mask, head = case()
+    assert sum_nll(hidden, sequences, torch.zeros_like(mask), head).item() == 0.0
+
+
+def test_bf16_states_give_a_float32_loss():
+    hidden, sequences, mask, head = case()
+    loss = sum_nll(hidden.bfloat16(), sequences, mask, head.bfloat16())
+    assert loss.dtype == torch.float32
+
+
+def test_soft_capped_logits_stay_within_the_cap():
+    logits = partial(head_logits, nn.Identity(), SimpleNamespace(final_logit_softcapping=30.0))
+    assert logits(torch.tensor([30.0])).item() == pytest.approx(30 * math.tanh(1.0), rel=1e-6)
