@@ -1,0 +1,228 @@
+"""Every flag of `train_ppo.py`, its default and its limits. No torch: a wrong flag is answered at once."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from utils.args import EngineConfig, check_range
+from utils.errors import UserError
+
+# The defaults below are PPO-max (Part I §5.4). Explicit flags win over a preset, a preset over the defaults.
+PRESETS = {
+    "ppo_max": {},
+    "vanilla": {
+        "use_reward_scaling": False,
+        "use_reward_norm": False,
+        "use_reward_clip": False,
+        "use_critic_loss_clip": False,
+        "use_advantage_norm": False,
+        "kl_penalty_weight": 0.0,
+        "gradient_clip": 0.0,
+    },
+}
+AMOUNTS = {
+    "use_reward_clip": "reward_clip",
+    "use_advantage_clip": "advantage_clip",
+    "use_policy_loss_clip": "pg_clip",
+    "use_critic_loss_clip": "value_clip",
+    "use_entropy_loss": "entropy_loss_weight",
+    "use_ppo_pretrain_loss": "ppo_pretrain_loss_weight",
+}
+
+COUNTS = ["train_steps", "num_rollouts", "batch_size", "ppo_epochs", "rollout_batch_size", "micro_batch_tokens"]
+COUNTS += ["save_per_step", "maxlen_prompt", "maxlen_res", "warmup_steps", "ppo_pretrain_batch_size"]
+
+
+@dataclass
+class PPOConfig(EngineConfig):
+    """Align a language model with PPO-max."""
+
+    policy_model_path: str = ""
+    """SFT model to align: a Hugging Face folder or hub id. Also the reference that the KL is measured against"""
+    critic_model_path: str = ""
+    """Reward model that the critic starts from (a causal LM gets a new head).
+    Also scores, unless --reward_model_path or --reward_fn does"""
+    reward_model_path: str | None = None
+    """Reward model that scores responses; default: --critic_model_path"""
+    reward_fn: str | None = None
+    """file.py:function, called with (prompts, answers) -> a number each; RUNS THAT FILE.
+    Alone it replaces the reward model; with --reward_model_path it is added to it"""
+    tokenizer_name_or_path: str | None = None
+    """Tokenizer folder, tokenizer.model or hub id; default: --policy_model_path"""
+    data_path: str = ""
+    """Prompts: a folder of *train.json(l) and *valid.json(l), a file or a hub id"""
+    model_save_path: str = "outputs/ppo"
+    """Folder of the run: config.json, metrics.jsonl, samples.jsonl, best/, final/"""
+    logdir: str | None = None
+    """TensorBoard folder; default: tensorboard/ in the run's folder"""
+    report_to: str = "none"
+    """More trackers, comma-separated, by accelerate's names: wandb, swanlab, mlflow, ..."""
+    overwrite: bool = False
+    """Replace a run that is already in --model_save_path"""
+    lang: Literal["en", "zh"] = "en"
+    """Language of the released models: picks the template moss_en or moss_zh"""
+    template: Literal["moss_en", "moss_zh", "chat"] | None = None
+    """How a dialogue becomes tokens; default: by --lang. chat is the tokenizer's own chat template"""
+    preset: Literal["ppo_max", "vanilla"] = "ppo_max"
+    """vanilla: every trick but the clipped surrogate off. Explicit flags win"""
+    seed: int = 42
+    """Seeds the order of prompts, the responses and a new head"""
+
+    train_steps: int = 1000
+    """Steps that move the policy: each samples --num_rollouts responses and trains --ppo_epochs on them"""
+    critic_pretrain_steps: int = 0
+    """Steps before those in which only the critic learns"""
+    num_rollouts: int = 128
+    """Responses in the experience buffer, over all ranks"""
+    batch_size: int = 32
+    """Responses an optimizer step, over all ranks"""
+    ppo_epochs: int = 1
+    """Passes over each buffer"""
+    rollout_batch_size: int = 32
+    """Sequences decoded at once, a device: speed and memory only"""
+    micro_batch_tokens: int = 8192
+    """Tokens of a forward pass, padding included, a device: speed and memory only"""
+    save_per_step: int = 100
+    """Steps between evaluations on held-out prompts; the best model so far goes to best/"""
+    num_eval_prompts: int = 128
+    """Held-out prompts an evaluation; taken off the training prompts when there is no *valid* file. 0: none"""
+    best_max_kl: float = 50.0
+    """best/ is the evaluation with the highest mean score among those with at most this mean KL, nats a response"""
+    num_samples: int = 4
+    """Responses written to samples.jsonl each step"""
+
+    maxlen_prompt: int = 2048
+    """Tokens of prompt and response together; prompts keep maxlen_prompt - maxlen_res, oldest turns go first"""
+    maxlen_res: int = 512
+    """Longest response, tokens"""
+    temperature: float = 1.0
+    """Sampling temperature, which log-probabilities are taken at too"""
+    topp: float = 1.0
+    """Nucleus sampling; below 1 the ratio ignores it"""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens seen before; other than 1 the ratio ignores it"""
+
+    lr: float = 5e-7
+    """Policy learning rate"""
+    critic_lr: float = 1.65e-6
+    """Critic learning rate"""
+    warmup_steps: int = 100
+    """Steps of linear warm-up, for both"""
+    lr_schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = "inverse_sqrt"
+    """What follows the warm-up; cosine and linear end at a tenth"""
+
+    kl_penalty_weight: float = 0.05
+    """Weight of the token-level KL to the reference"""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimate of that KL from one sample"""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the KL goes: into each token's reward, or (k2, k3) into the loss"""
+    use_reward_scaling: bool = True
+    """Divide scores by their running deviation"""
+    use_reward_norm: bool = True
+    """Subtract the running mean too"""
+    use_reward_clip: bool = True
+    """Clip scores after that"""
+    reward_clip: float = 0.3
+    """to ± this"""
+    missing_eos_penalty: float = 0.0
+    """Subtracted from the shaped score of a response that reached --maxlen_res without EOS"""
+    gamma: float = 1.0
+    """Discount a token"""
+    lam: float = 0.95
+    """λ of generalised advantage estimation"""
+    use_advantage_norm: bool = True
+    """Whiten the buffer's advantages"""
+    use_advantage_clip: bool = False
+    """Clip advantages"""
+    advantage_clip: float = 0.5
+    """to ± this"""
+    use_policy_loss_clip: bool = True
+    """Clip the probability ratio"""
+    pg_clip: float = 0.2
+    """to 1 ± this"""
+    use_critic_loss_clip: bool = True
+    """Clip values around the old ones"""
+    value_clip: float = 0.2
+    """by ± this"""
+    vf_loss_weight: float = 1.0
+    """Weight of the value loss (the critic has its own engine: it scales its gradient, before clipping)"""
+    use_entropy_loss: bool = False
+    """Reward entropy"""
+    entropy_loss_weight: float = 0.0
+    """with this weight"""
+    entropy_clip: float = 0.0
+    """up to this many nats a token; 0: no limit. Cannot exceed ln(vocabulary)"""
+    use_ppo_pretrain_loss: bool = False
+    """Add the loss of a pre-training batch to every policy step (ptx)"""
+    ppo_pretrain_data_path: str | None = None
+    """Dialogues for it"""
+    ppo_pretrain_loss_weight: float = 0.0
+    """Its weight"""
+    ppo_pretrain_batch_size: int = 32
+    """Its dialogues a policy step, over all ranks"""
+
+    offload_frozen: bool = False
+    """Keep reference and reward model in host memory between scorings"""
+    gather_for_generation: Literal["auto", "always", "never"] = "auto"
+    """ZeRO-3: gather the policy once a rollout; auto: when it fits"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_paths()
+        self._check_sizes()
+        self._check_numbers()
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the loop, critic pre-training included."""
+        return self.critic_pretrain_steps + self.train_steps
+
+    def _check_paths(self) -> None:
+        for name in ("policy_model_path", "critic_model_path", "data_path", "model_save_path"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is missing: give it a path")
+        if self.use_ppo_pretrain_loss and not self.ppo_pretrain_data_path:
+            raise UserError("--use_ppo_pretrain_loss needs dialogues: give --ppo_pretrain_data_path")
+
+    def _check_sizes(self) -> None:
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
+        if self.maxlen_res >= self.maxlen_prompt:
+            raise UserError(
+                f"--maxlen_res {self.maxlen_res} leaves no room for a prompt: --maxlen_prompt {self.maxlen_prompt} "
+                "counts prompt and response together, raise it above --maxlen_res"
+            )
+        if self.num_rollouts % self.batch_size:
+            raise UserError(
+                f"--num_rollouts {self.num_rollouts} is not a multiple of --batch_size {self.batch_size}: "
+                "a buffer is trained on in whole batches"
+            )
+
+    def _check_numbers(self) -> None:
+        check_range(
+            self, lr=(0, None), critic_lr=(0, None), gamma=(0, 1), lam=(0, 1), temperature=(0.01, None), topp=(1e-6, 1),
+            repetition_penalty=(0.01, None), kl_penalty_weight=(0, None), reward_clip=(0, None), pg_clip=(0, None),
+            value_clip=(0, None), advantage_clip=(0, None), entropy_clip=(0, None), entropy_loss_weight=(0, None),
+            ppo_pretrain_loss_weight=(0, None), vf_loss_weight=(0, None), missing_eos_penalty=(0, None),
+            critic_pretrain_steps=(0, None), num_eval_prompts=(0, None), num_samples=(0, None), best_max_kl=(0, None),
+        )  # fmt: skip
+        for switch, amount in AMOUNTS.items():
+            if getattr(self, switch) and not getattr(self, amount):
+                raise UserError(
+                    f"--{switch} with --{amount} 0 would do nothing: give an amount, or leave the switch out"
+                )
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise UserError("--kl_in loss needs --kl_estimator k2 or k3: the gradient of k1 is not the KL's")
+
+    def check_world(self, world_size: int, vocab_size: int) -> None:
+        """What can only be said once the number of ranks and the vocabulary are known."""
+        for name in ("num_rollouts", "batch_size", "ppo_pretrain_batch_size"):
+            if getattr(self, name) % world_size and (name != "ppo_pretrain_batch_size" or self.use_ppo_pretrain_loss):
+                raise UserError(f"--{name} {getattr(self, name)} does not divide by the {world_size} processes")
+        if self.use_entropy_loss and self.entropy_clip > math.log(vocab_size):
+            raise UserError(
+                f"--entropy_clip {self.entropy_clip:g} can never be reached: entropy is at most "
+                f"ln({vocab_size}) = {math.log(vocab_size):.2f}"
+            )

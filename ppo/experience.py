@@ -1,0 +1,83 @@
+"""From scores to what the update learns from: shaped scores, token rewards, advantages. And the rollout's metrics."""
+
+import torch
+
+from ppo.advantages import gae
+from ppo.config import PPOConfig
+from ppo.kl import KL_ESTIMATORS, k1
+from ppo.rewards import shape_scores, token_rewards
+from ppo.types import Experience, Rollout, Scores
+from utils.errors import UserError
+from utils.moments import RunningMoments
+from utils.tensors import masked_mean, whiten
+
+
+def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, config: PPOConfig) -> Experience:
+    """The whole buffer (all ranks' samples, in the same order everywhere) -> Experience [samples, length].
+
+    `moments` takes in these scores first: the buffer is normalised with one set of statistics, itself included.
+    """
+    if not bool(torch.isfinite(scores.scores).all()):
+        place = int((~torch.isfinite(scores.scores)).nonzero()[0])
+        raise UserError(f"the score of response {place} of this step is not finite; look at the reward model's inputs")
+    moments.update(scores.scores)
+    missing_eos = torch.where(rollout.ended, 0.0, -config.missing_eos_penalty)
+    clip = config.reward_clip if config.use_reward_clip else 0.0
+    shaped = shape_scores(scores.scores, moments, config.use_reward_norm, config.use_reward_scaling, clip, missing_eos)
+    mask = rollout.response_mask
+    kl = KL_ESTIMATORS[config.kl_estimator](scores.old_logprobs, scores.ref_logprobs)
+    kl_coef = config.kl_penalty_weight if config.kl_in == "reward" else 0.0
+    rewards = token_rewards(shaped, kl, mask, kl_coef)
+    advantages, returns = gae(rewards, scores.old_values, mask, config.gamma, config.lam)
+    if config.use_advantage_norm:
+        advantages = whiten(advantages, mask)
+    if config.use_advantage_clip:
+        advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
+    return Experience(
+        rollout.sequences, rollout.attention_mask, mask, scores.old_logprobs, scores.ref_logprobs, scores.old_values,
+        rewards, advantages, returns,
+    )  # fmt: skip
+
+
+def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:
+    """Of all samples: score, KL in nats a response, length in tokens, perplexities, entropy in nats a token."""
+    mask = rollout.response_mask
+    deviation = scores.scores.std(correction=0)
+    values = {
+        "score_mean": scores.scores.mean(),
+        "score_std": deviation,
+        "kl_ref": k1(scores.old_logprobs, scores.ref_logprobs).sum(1).mean(),
+        "response_length": mask.sum(1).float().mean(),
+        "perplexity": torch.exp(-masked_mean(scores.old_logprobs, mask)),
+        "perplexity_ref": torch.exp(-masked_mean(scores.ref_logprobs, mask)),
+        "entropy": masked_mean(scores.entropy, mask),
+        "eos_fraction": rollout.ended.float().mean(),
+    }
+    return {key: float(value) for key, value in values.items()}
+
+
+def negative_kl_warning(rollout: Rollout, scores: Scores) -> str | None:
+    """A sentence when the mean KL of this buffer is below 0 by more than three standard errors: it cannot be, so
+
+    sampling and scoring disagree (or the sampler's top-p and penalty, which scoring ignores, are strong).
+    """
+    kl = k1(scores.old_logprobs, scores.ref_logprobs).sum(1)
+    if len(kl) < 32 or float(kl.mean() + 3 * kl.std() / len(kl) ** 0.5) >= 0:
+        return None
+    return f"warning: mean KL {float(kl.mean()):.2f} is below 0: what is sampled is not what is scored"
+
+
+def experience_metrics(experience: Experience) -> dict[str, float]:
+    """Of all response tokens of the buffer."""
+    mask = experience.response_mask
+    errors = (experience.returns - experience.old_values)[mask]
+    returns = experience.returns[mask]
+    advantages = experience.advantages[mask]
+    values = {
+        "advantage_mean": advantages.mean(),
+        "advantage_std": advantages.std(correction=0),
+        "return_mean": returns.mean(),
+        "value_mean": experience.old_values[mask].mean(),
+        "explained_variance": 1.0 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8),
+    }
+    return {key: float(value) for key, value in values.items()}

@@ -1,0 +1,65 @@
+"""Answers of policies to held-out prompts, and what the judges say of each."""
+
+from data.prompts import load_prompts
+from data.template import decode_answer, template_for
+from ppo.compare import CompareConfig
+from ppo.models import Frozen, Models, PolicyModel
+from ppo.rollout import generate, response_ids
+from ppo.sampling import EVALUATION, Sampling
+from ppo.score import call_reward_fn, load_reward_fn, score
+from ppo.types import PromptBatch
+from reward.model import load_scalar_model
+from utils.engine import DTYPES, InferenceEngine, device
+from utils.errors import UserError
+from utils.models import load_causal_lm
+from utils.tokenizer import load_tokenizer
+
+
+def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
+    """(before, after, KL of each plain sample of AFTER to BEFORE). Both: {"rows": texts, "columns": numbers a prompt}.
+
+    Columns: the reward model's score and the function's, length, nll of the response under its own policy and under
+    BEFORE. Holds two policies and the reward model, no optimizer.
+    """
+    template = template_for(config.lang, config.template)
+    tokenizer = load_tokenizer(config.tokenizer_name_or_path or config.policies[0], template)
+    room = config.maxlen_prompt - config.maxlen_res
+    _, prompts = load_prompts(config.data_path, tokenizer, template, room, config.num_prompts, config.seed)
+    prompts = prompts[: config.num_prompts]
+    if not prompts:
+        raise UserError(f"--data_path {config.data_path}: no held-out prompt in it")
+    batch = PromptBatch([p.ids for p in prompts], [p.turns for p in prompts], list(range(len(prompts))))
+    reward_fn = load_reward_fn(config.reward_fn) if config.reward_fn else None
+    dtype, place = DTYPES[config.dtype], device()
+
+    def load_policy(path: str) -> PolicyModel:
+        return PolicyModel(
+            load_causal_lm(path, dtype, place, config.attn_implementation, tokenizer, flag="--policies")
+        ).requires_grad_(False)
+
+    first, second = (load_policy(path) for path in config.policies)
+    reward = None
+    if config.reward_model_path:
+        reward = load_scalar_model(
+            config.reward_model_path, dtype, place, config.attn_implementation, tokenizer, flag="--reward_model_path"
+        )
+
+    def judge(policy: PolicyModel, sampling: Sampling) -> dict:
+        models = Models(InferenceEngine(policy), None, Frozen(first, False), reward and Frozen(reward, False))
+        rollout = generate(models.policy, batch, sampling, config.seed, tokenizer, config)
+        scores = score(rollout, batch, models, None, tokenizer, 1.0, config)
+        answers = [decode_answer(tokenizer, ids) for ids in response_ids(rollout)]
+        columns = {}
+        if reward_fn:
+            columns["reward_fn score"] = call_reward_fn(reward_fn, batch.turns, answers)
+        if reward:
+            columns["reward model score"] = scores.scores.tolist()
+        columns["length"] = rollout.response_mask.sum(1).tolist()
+        columns["nll"] = (-scores.old_logprobs.sum(1)).tolist()
+        columns["nll under before"] = (-scores.ref_logprobs.sum(1)).tolist()
+        rows = [{"prompt": p.turns[-1]["content"], "answer": a} for p, a in zip(prompts, answers, strict=True)]
+        return {"rows": rows, "columns": columns}
+
+    plain = judge(second, Sampling())["columns"]
+    kl = [b - a for a, b in zip(plain["nll"], plain["nll under before"], strict=True)]
+    return judge(first, EVALUATION), judge(second, EVALUATION), kl

@@ -1,0 +1,172 @@
+"""The four models: policy and critic under engines, reference and reward model frozen."""
+
+import contextlib
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from data.template import template_for
+from ppo.config import PPOConfig
+from reward.model import ScalarModel, load_scalar_model
+from utils.engine import DTYPES, InferenceEngine, TrainEngine, device, shard_frozen
+from utils.errors import UserError
+from utils.models import check_window, enable_checkpointing, load_causal_lm, model_folder
+from utils.nll import head_logits
+from utils.tensors import at_tokens, before_tokens
+from utils.tokenizer import load_tokenizer
+
+CHUNK_ELEMENTS = 1 << 24  # float32 logits held at once: 64 MB, whatever batch and vocabulary
+
+
+class PolicyModel(nn.Module):
+    """A causal LM that gives log-probabilities of chosen tokens, or next-token logits while decoding.
+
+    Logits are made at the asked tokens only, in chunks, float32 from the weights' dtype; chunks are recomputed in the
+    backward pass, so that [tokens, vocabulary] is never held.
+    """
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, sequences=None, token_mask=None, temperature: float = 1.0, decode: dict | None = None):
+        """sequences, token_mask: [batch, length], right-padded -> (logprobs, entropy), the same shape, float32.
+
+        decode: arguments of the LM's own forward instead -> logits of the last position [batch, vocabulary].
+        """
+        if decode is not None:
+            return self.lm(**decode).logits[:, -1]
+        # Right padding needs no attention mask: causality hides it, and attention kernels are fastest so.
+        hidden = self.lm.get_decoder()(input_ids=sequences, use_cache=False).last_hidden_state
+        rows, targets = before_tokens(hidden, token_mask), sequences[token_mask]
+        size = max(1, CHUNK_ELEMENTS // self.lm.config.get_text_config().vocab_size)
+        parts = [self._chunk(r, t, temperature) for r, t in zip(rows.split(size), targets.split(size), strict=True)]
+        logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+        return at_tokens(logprobs, token_mask), at_tokens(entropy, token_mask)
+
+    def _chunk(self, rows: torch.Tensor, targets: torch.Tensor, temperature: float):
+        if torch.is_grad_enabled() and rows.requires_grad:
+            return checkpoint(self._head, rows, targets, temperature, use_reentrant=False, preserve_rng_state=False)
+        return self._head(rows, targets, temperature)
+
+    def _head(self, rows: torch.Tensor, targets: torch.Tensor, temperature: float):
+        """[n, hidden], [n] -> log-probabilities and entropies [n] float32."""
+        logits = self.logits(rows).float() / temperature
+        log_all = torch.log_softmax(logits, dim=-1)
+        entropy = -(log_all.exp() * log_all).sum(-1)
+        return log_all.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the LM's own forward does after its decoder. [n, hidden] -> [n, vocabulary]."""
+        return head_logits(self.lm.get_output_embeddings(), self.lm.config.get_text_config(), rows)
+
+
+@torch.no_grad()
+def check_head(model: PolicyModel, path: str) -> None:
+    """Raises UserError when decoder plus head is not the architecture's own forward, or the weights are not finite."""
+    ids = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
+    own = model.lm(input_ids=ids).logits.float()
+    ours = model.logits(model.lm.get_decoder()(input_ids=ids).last_hidden_state).float()
+    if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
+        raise UserError(
+            f"--policy_model_path {path}: {type(model.lm).__name__} changes its logits after the head in a way "
+            "that utils/nll.py does not know; add it to head_logits"
+        )
+
+
+@dataclass
+class Frozen:
+    """A model that only scores. Between its turns it may live in host memory."""
+
+    model: nn.Module
+    offload: bool
+
+    @contextlib.contextmanager
+    def resident(self):
+        """Inside, the model is on the device. Moving costs its weights' size over the bus, twice."""
+        if self.offload:
+            self.model.to(device())
+        try:
+            yield self.model
+        finally:
+            if self.offload:
+                self.model.to("cpu")
+
+
+@dataclass
+class Models:
+    """What the loop works with. `reward` is None when --reward_fn alone scores, `critic` where no values are needed."""
+
+    policy: TrainEngine | InferenceEngine
+    critic: TrainEngine | None
+    reference: Frozen
+    reward: Frozen | None
+
+
+def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print) -> Models:
+    """Loads each model once, in config.dtype, straight onto its device, and puts it under its engine.
+
+    Host memory holds at most one model's weights a rank at a time (none, with GPUs: files are mapped). Reference and
+    policy come from one read, and so do critic and reward model when they are the same.
+    """
+    dtype, place = DTYPES[config.dtype], device()
+    lm = load_causal_lm(
+        config.policy_model_path, dtype, place, config.attn_implementation, tokenizer, say, flag="--policy_model_path"
+    )
+    check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
+    check_head(PolicyModel(lm), config.policy_model_path)
+    reference = _freeze(PolicyModel(copy.deepcopy(lm)), config)
+    if config.gradient_checkpoint:
+        enable_checkpointing(lm)
+    policy = TrainEngine(PolicyModel(lm), config, "policy")
+
+    critic_model = load_scalar(config, config.critic_model_path, "--critic_model_path", tokenizer, say)
+    reward = None
+    if config.reward_model_path and config.reward_model_path != config.critic_model_path:
+        reward_model = load_scalar(config, config.reward_model_path, "--reward_model_path", tokenizer, say)
+        reward = _freeze(reward_model, config)
+    elif config.reward_model_path or not config.reward_fn:
+        reward = _freeze(copy.deepcopy(critic_model), config)
+    if config.gradient_checkpoint:
+        enable_checkpointing(critic_model.backbone)
+    critic = TrainEngine(critic_model, config, "critic")
+    return Models(policy, critic, reference, reward)
+
+
+def load_scalar(config: PPOConfig, path: str, flag: str, tokenizer, say: Callable[[str], None]) -> ScalarModel:
+    """A reward model or critic by the run's flags. Raises UserError when its folder brings another tokenizer."""
+    check_same_tokenizer(path, flag, tokenizer, template_for(config.lang, config.template))
+    return load_scalar_model(
+        path,
+        DTYPES[config.dtype],
+        device(),
+        config.attn_implementation,
+        tokenizer,
+        seed=config.seed,
+        say=say,
+        flag=flag,
+    )
+
+
+def check_same_tokenizer(path: str, flag: str, tokenizer, template: str) -> None:
+    """Raises UserError when the folder's own tokenizer, if it has one, gives other ids: its scores would be noise."""
+    folder = model_folder(path, flag)
+    if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        return
+    if load_tokenizer(str(folder), template).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{flag} {path} was trained with another tokenizer than the policy's: give a reward model and critic of "
+            "the same vocabulary as --policy_model_path"
+        )
+
+
+def _freeze(model: nn.Module, config: PPOConfig) -> Frozen:
+    offload = config.offload_frozen and config.zero_stage < 3  # ZeRO-3 offloads what it has split by itself
+    frozen = Frozen(shard_frozen(model, config, config.offload_frozen), offload)
+    if offload:
+        frozen.model.to("cpu")
+    return frozen

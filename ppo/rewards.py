@@ -1,0 +1,37 @@
+"""From the reward model's score to a reward a token."""
+
+import torch
+
+from utils.moments import RunningMoments
+from utils.tensors import last_index
+
+
+def shape_scores(
+    scores: torch.Tensor, moments: RunningMoments, center: bool, scale: bool, clip: float, missing_eos: torch.Tensor
+) -> torch.Tensor:
+    """clip((score - mean) / std, -clip, clip) by running statistics (Part I eq. 18). scores [batch] -> [batch].
+
+    center: subtract the mean (and divide). scale: divide by the deviation only. clip 0: none. `moments` already holds
+    this batch. missing_eos [batch]: a fixed amount added after the clipping (0, or a penalty for truncated answers).
+    """
+    if center:
+        scores = scores - moments.mean
+    if center or scale:
+        scores = scores / moments.std
+    if clip:
+        scores = scores.clamp(-clip, clip)
+    return scores + missing_eos
+
+
+def token_rewards(scores: torch.Tensor, kl: torch.Tensor, response_mask: torch.Tensor, kl_coef: float) -> torch.Tensor:
+    """R_t = -kl_coef · kl_t, and the score on the last response token besides (Part I eq. 19).
+
+    scores [batch], already shaped and clipped; kl, response_mask [batch, length] -> [batch, length], 0 outside the
+    response. A row with an empty response has no token to carry its score: its rewards are all 0.
+    """
+    rewards = (-kl_coef * kl).masked_fill(~response_mask, 0.0)
+    last = last_index(response_mask)
+    carries = response_mask.any(dim=1)
+    rows = torch.arange(len(rewards), device=rewards.device)[carries]
+    rewards[rows, last[carries]] += scores[carries].to(rewards.dtype)
+    return rewards

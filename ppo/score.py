@@ -1,0 +1,132 @@
+"""What the four models say of finished responses: log-probabilities, values, scores. No gradients."""
+
+import importlib.util
+import os
+import traceback
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from data.collate import micro_batches
+from data.template import decode_answer
+from ppo.config import PPOConfig
+from ppo.models import Models
+from ppo.rollout import response_ids
+from ppo.types import PromptBatch, Rollout, Scores
+from reward.model import last_scores
+from utils.distributed import gather_objects
+from utils.errors import UserError
+from utils.tensors import shift_to_next
+
+RewardFunction = Callable[[list[list[dict]], list[str]], list[float]]
+
+
+@torch.no_grad()
+def score(
+    rollout: Rollout, prompts: PromptBatch, models: Models, reward_fn: RewardFunction | None,
+    tokenizer, temperature: float, config: PPOConfig,
+) -> Scores:  # fmt: skip
+    """Forwards of at most micro_batch_tokens padded tokens each; logits at response tokens only.
+
+    Log-probabilities of policy and reference are taken at the temperature that was sampled at. Every rank does the
+    same number of forwards. Memory: one micro-batch's activations, whatever the buffer.
+    """
+    models.policy.module.eval()
+    batches = even_batches(rollout, config.micro_batch_tokens)
+
+    def of_policy(model: nn.Module) -> tuple[torch.Tensor, ...]:
+        return _by_batch(rollout, batches, lambda part: model(part.sequences, part.response_mask, temperature))
+
+    logprobs, entropy = of_policy(models.policy)
+    with models.reference.resident() as reference:
+        ref_logprobs, _ = of_policy(reference)
+
+    def token_values(part: Rollout) -> tuple[torch.Tensor]:
+        values = models.critic(part.sequences, part.attention_mask)
+        return (shift_to_next(values).masked_fill(~part.response_mask, 0.0),)
+
+    values = torch.zeros_like(logprobs)
+    if models.critic is not None:
+        models.critic.module.eval()
+        (values,) = _by_batch(rollout, batches, token_values)
+    scores = torch.zeros(len(rollout), device=rollout.sequences.device)
+    if models.reward is not None:
+        with models.reward.resident() as reward:
+            (scores,) = _by_batch(
+                rollout,
+                batches,
+                lambda part: (last_scores(reward(part.sequences, part.attention_mask), part.attention_mask),),
+            )
+    if reward_fn is not None:
+        answers = [decode_answer(tokenizer, ids) for ids in response_ids(rollout)]
+        scores = scores + torch.tensor(call_reward_fn(reward_fn, prompts.turns, answers), device=scores.device)
+    return Scores(logprobs, ref_logprobs, entropy, values, scores)
+
+
+def even_batches(rollout: Rollout, max_tokens: int) -> list[list[int]]:
+    """Micro-batches by token budget, as many on every rank: a rank with fewer scores its shortest row again."""
+    lengths = rollout.attention_mask.sum(1).tolist()
+    batches = micro_batches(lengths, max_tokens)
+    most = max(gather_objects(len(batches)))
+    shortest = min(range(len(lengths)), key=lengths.__getitem__)
+    return batches + [[shortest]] * (most - len(batches))
+
+
+def _by_batch(
+    rollout: Rollout, batches: list[list[int]], function: Callable[[Rollout], tuple[torch.Tensor, ...]]
+) -> tuple[torch.Tensor, ...]:
+    """Runs a function of a rollout over micro-batches, cut to their longest row, and puts the results back in place."""
+    results = None
+    for rows in batches:
+        part = rollout.rows(rows)
+        longest = int(part.attention_mask.sum(1).max())
+        part = part.map(lambda x, longest=longest: x[:, :longest] if x.dim() > 1 else x)
+        outputs = function(part)
+        if results is None:
+            shapes = [rollout.sequences.shape if x.dim() > 1 else rollout.sequences.shape[:1] for x in outputs]
+            results = tuple(torch.zeros(shape, device=x.device) for shape, x in zip(shapes, outputs, strict=True))
+        for result, x in zip(results, outputs, strict=True):
+            if x.dim() > 1:
+                result[rows, : x.shape[1]] = x.float()
+            else:
+                result[rows] = x.float()
+    return results
+
+
+def load_reward_fn(spec: str) -> RewardFunction:
+    """The function in `file.py:name`. This runs that file: it is the one place where a user's code is executed."""
+    path, _, name = spec.rpartition(":")
+    if not path or not os.path.isfile(path):
+        raise UserError(f"--reward_fn {spec}: give an existing file and a function, as in my_scores.py:length")
+    module_spec = importlib.util.spec_from_file_location("reward_fn", path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # whatever that file may do wrong
+        raise UserError(f"--reward_fn {spec} cannot be loaded: {_failure(error)}") from error
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"--reward_fn {spec}: {path} has no function {name}")
+    return getattr(module, name)
+
+
+def call_reward_fn(reward_fn: RewardFunction, prompts: list[list[dict]], answers: list[str]) -> list[float]:
+    """One number an answer, or a UserError that says what came instead. prompts: the turns of each dialogue."""
+    try:
+        scores = reward_fn(prompts, answers)
+    except Exception as error:  # whatever the user's function may do wrong
+        raise UserError(f"--reward_fn failed: {_failure(error)}") from error
+    try:
+        scores = [float(score) for score in scores]
+    except (TypeError, ValueError):
+        raise UserError("--reward_fn must return a list of numbers, one an answer") from None
+    if len(scores) != len(answers):
+        raise UserError(f"--reward_fn returned {len(scores)} numbers for {len(answers)} answers")
+    return scores
+
+
+def _failure(error: Exception) -> str:
+    """ "file.py:12: KeyError: 'x'; mend it": where in the user's code an error came from, on one line."""
+    last = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
+    reason = " ".join(traceback.format_exception_only(error)[-1].split())
+    return f"{last.filename}:{last.lineno}: {reason}; mend it"

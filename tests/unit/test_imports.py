@@ -1,0 +1,89 @@
+"""The table of folders, held: who may import whom, which files stay pure, where deepspeed and collectives live."""
+
+import ast
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+MAY_IMPORT = {
+    "ppo": {"ppo", "reward", "sft.loss", "data", "utils"},
+    "reward": {"reward", "data", "utils"},
+    "sft": {"sft", "data", "utils"},
+    "data": {"data", "utils"},
+    "utils": {"utils"},
+}
+OURS = set(MAY_IMPORT)
+PURE = {
+    "ppo.types", "ppo.kl", "ppo.rewards", "ppo.advantages", "ppo.loss", "ppo.sampling", "reward.loss", "sft.loss",
+    "data.collate", "data.order", "data.shares", "utils.tensors", "utils.moments", "utils.nll", "utils.schedule",
+    "utils.errors",
+}  # fmt: skip
+FILES = sorted(file for folder in MAY_IMPORT for file in (REPOSITORY / folder).rglob("*.py"))
+
+
+def module_of(file: Path) -> str:
+    return ".".join(file.relative_to(REPOSITORY).with_suffix("").parts)
+
+
+@cache
+def nodes(file: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(file.read_text("utf-8"))))
+
+
+def imports(file: Path) -> set[str]:
+    """Every module that the file names, those inside functions included: `a.b` for both `import a.b` and its names."""
+    found = set()
+    for node in nodes(file):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def attributes(file: Path) -> set[str]:
+    """Every dotted name in use: `import torch` alone is enough to say torch.distributed.barrier()."""
+    return {ast.unparse(node) for node in nodes(file) if isinstance(node, ast.Attribute)}
+
+
+def inside(module: str, allowed: set[str]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in allowed)
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_arrows_between_folders_point_down(file):
+    allowed = MAY_IMPORT[file.relative_to(REPOSITORY).parts[0]]
+    ours = {module for module in imports(file) if module.split(".")[0] in OURS | {"train_ppo", "tests", "benchmarks"}}
+    # `from sft import loss` names sft as well: a bare folder is no more than the names taken from it.
+    wrong = {module for module in ours if not inside(module, allowed) and module != "sft"}
+    assert not wrong
+
+
+@pytest.mark.parametrize("module", sorted(PURE))
+def test_pure_files_import_torch_the_standard_library_and_pure_files(module):
+    found = imports(REPOSITORY / f"{module.replace('.', '/')}.py")
+    for name in found:
+        assert inside(name, PURE) or name.split(".")[0] in sys.stdlib_module_names | {"torch"}, f"{module}: {name}"
+    assert not any(name.startswith("torch.distributed") for name in found)
+
+
+@pytest.mark.parametrize(
+    ("library", "homes"),
+    [("deepspeed", {"utils.engine"}), ("torch.distributed", {"utils.engine", "utils.distributed"})],
+)
+def test_library_has_its_only_home(library, homes):
+    users = {module_of(file) for file in FILES if any(inside(name, {library}) for name in imports(file))}
+    users |= {module_of(file) for file in FILES if any(inside(name, {library}) for name in attributes(file))}
+    assert users == homes
+
+
+def test_no_pickle_and_no_remote_code():
+    for file in FILES:
+        text = file.read_text("utf-8")
+        assert "trust_remote_code=True" not in text, file
+        assert "pickle.load" not in text, file
+        assert "weights_only=False" not in text, file

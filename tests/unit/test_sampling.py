@@ -1,0 +1,125 @@
+"""From logits to tokens: the random numbers, nucleus and penalty by hand, and the distribution that comes out."""
+
+import math
+
+import pytest
+import torch
+
+from ppo.sampling import EVALUATION, Sampling, keep_nucleus, penalise_repetition, sample, uniforms
+
+PLAIN = Sampling()
+MANY = torch.arange(40_000)
+
+
+def chi_square(tokens: torch.Tensor, probs: torch.Tensor) -> float:
+    """Σ (seen - expected)² / expected over tokens of probability above 0."""
+    seen, expected = torch.bincount(tokens, minlength=len(probs)).double(), probs.double() * len(tokens)
+    possible = expected > 0
+    return float(((seen - expected).square()[possible] / expected[possible]).sum())
+
+
+def draw(logits: torch.Tensor, sampling: Sampling = PLAIN, seed: int = 3, seen: torch.Tensor | None = None):
+    rows = logits.expand(len(MANY), -1)
+    return sample(rows, uniforms(seed, MANY, 0), sampling, None if seen is None else seen.expand(len(MANY), -1))
+
+
+def test_uniforms_are_in_range_even_and_repeatable():
+    numbers = uniforms(1, MANY, 5)
+    assert numbers.dtype == torch.float64
+    assert 0.0 <= float(numbers.min()) < float(numbers.max()) < 1.0
+    # Ten equal bins: chi-square with 9 degrees of freedom exceeds 27.9 once in a thousand.
+    assert chi_square((numbers * 10).long(), torch.full((10,), 0.1)) < 27.9
+    assert torch.equal(numbers, uniforms(1, MANY, 5))
+
+
+def test_uniforms_never_repeat_over_places_positions_and_seeds():
+    numbers = [uniforms(seed, MANY[:2000], position) for seed in (0, 1, 42) for position in range(8)]
+    everything = torch.cat(numbers)
+    assert len(everything.unique()) == len(everything)
+
+
+@pytest.mark.parametrize("shift", ["place", "position", "seed"])
+def test_neighbouring_streams_are_uncorrelated(shift):
+    first = uniforms(7, MANY, 3)
+    other = {"place": uniforms(7, MANY + 1, 3), "position": uniforms(7, MANY, 4), "seed": uniforms(8, MANY, 3)}[shift]
+    correlation = float(torch.corrcoef(torch.stack([first, other]))[0, 1])
+    assert abs(correlation) < 4 / math.sqrt(len(MANY))
+
+
+def test_a_place_has_its_own_number_whatever_the_batch():
+    places = torch.tensor([5, 0, 9, 2])
+    together = uniforms(1, places, 4)
+    assert torch.equal(together, torch.cat([uniforms(1, place[None], 4) for place in places]))
+    assert torch.equal(together.flip(0), uniforms(1, places.flip(0), 4))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_frequencies_are_the_softmax(temperature):
+    logits = torch.tensor([[2.0, -1.0, 0.0, 1.0, float("-inf"), -3.0]])
+    tokens = draw(logits, Sampling(temperature=temperature))
+    weights = [math.exp(x / temperature) for x in logits[0].tolist()]
+    probs = torch.tensor([w / sum(weights) for w in weights])
+    assert chi_square(tokens, probs) < 18.5  # four degrees of freedom, p = 0.001
+    assert not (tokens == 4).any()
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-53])
+def test_a_token_of_probability_zero_is_never_drawn(uniform):
+    # At both ends and in the middle, where an inverted sum would slip onto its neighbour.
+    minus = float("-inf")
+    logits = torch.tensor([[minus, 0.0, minus, 0.0, minus]])
+    token = sample(logits, torch.tensor([uniform], dtype=torch.float64), PLAIN, None)
+    assert token.item() == (1 if uniform < 0.5 else 3)
+
+
+def test_draws_do_not_depend_on_the_batch():
+    generator = torch.Generator().manual_seed(0)
+    logits, places = torch.randn(6, 50, generator=generator), torch.arange(100, 106)
+    together = sample(logits, uniforms(1, places, 0), PLAIN, None)
+    alone = torch.cat([sample(logits[i : i + 1], uniforms(1, places[i : i + 1], 0), PLAIN, None) for i in range(6)])
+    turned = sample(logits.flip(0), uniforms(1, places.flip(0), 0), PLAIN, None).flip(0)
+    assert together.tolist() == alone.tolist() == turned.tolist()
+
+
+@pytest.mark.parametrize(
+    ("topp", "expected"),
+    [
+        (0.4, [0.0, 1.0, 0.0, 0.0]),
+        (0.6, [0.0, 0.5 / 0.8, 0.3 / 0.8, 0.0]),  # 0.5 does not reach it, so the next comes too
+        (0.85, [0.15 / 0.95, 0.5 / 0.95, 0.3 / 0.95, 0.0]),
+        (1.0, [0.15, 0.5, 0.3, 0.05]),
+        (1e-6, [0.0, 1.0, 0.0, 0.0]),  # the likeliest always stays
+    ],
+)
+def test_nucleus_by_hand(topp, expected):
+    kept = keep_nucleus(torch.tensor([[0.15, 0.5, 0.3, 0.05]]), topp)
+    torch.testing.assert_close(kept, torch.tensor([expected]))
+
+
+def test_sampling_stays_in_the_nucleus():
+    probs = torch.tensor([[0.15, 0.5, 0.3, 0.05]])
+    tokens = draw(probs.log(), Sampling(topp=0.6))
+    assert chi_square(tokens, torch.tensor([0.0, 0.625, 0.375, 0.0])) < 10.8  # one degree of freedom, p = 0.001
+    assert set(tokens.tolist()) == {1, 2}
+
+
+def test_repetition_penalty_by_hand():
+    logits = torch.tensor([[2.0, -2.0, 2.0, -2.0, 0.0]])
+    seen = torch.tensor([[True, True, False, False, True]])
+    assert penalise_repetition(logits, seen, 4.0).tolist() == [[0.5, -8.0, 2.0, -2.0, 0.0]]
+
+
+def test_penalty_comes_before_the_temperature():
+    logits = torch.tensor([[2.0, 2.0]])
+    tokens = draw(logits, Sampling(temperature=0.5, repetition_penalty=2.0), seen=torch.tensor([[True, False]]))
+    # 2 / 2 against 2, both over 0.5: a log-odds of 2
+    share = 1 / (1 + math.exp(2))
+    assert chi_square(tokens, torch.tensor([share, 1 - share])) < 10.8
+
+
+def test_defaults_are_plain_and_evaluation_is_the_papers():
+    assert Sampling().caveat is None
+    assert (EVALUATION.topp, EVALUATION.temperature, EVALUATION.repetition_penalty) == (0.9, 0.8, 1.1)
+    for sampling in (Sampling(topp=0.9), Sampling(repetition_penalty=1.1)):
+        assert "--topp" in sampling.caveat
+        assert "ratio" in sampling.caveat

@@ -1,0 +1,73 @@
+"""Align a language model with PPO-max: prompts -> rollout -> scores -> experience -> update.
+
+`python train_ppo.py ...` is one process; under `deepspeed` the same file runs on every rank. Flags: ppo/config.py.
+"""
+
+import contextlib
+
+from ppo.config import AMOUNTS, PRESETS, PPOConfig
+from utils.args import entry_point, parse_args
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    """Command line in, a run's folder out. A wrong flag is answered before torch and deepspeed are loaded."""
+    train(parse_args(PPOConfig, argv, PRESETS, AMOUNTS))
+
+
+def train(config: PPOConfig) -> None:
+    """The whole job: build, the loop, the final model. Every rank runs it, with the same number of steps."""
+    from ppo.build import build
+    from utils.engine import shutdown_distributed
+
+    run = build(config)
+    with contextlib.closing(run.logger):  # when a run is stopped too, so that the reason gets a line of its own
+        loop(run)
+        run.export("final")
+    shutdown_distributed()
+
+
+def loop(run) -> None:
+    """PPO over a `ppo.build.Run`, from the step that its state is at to the last one."""
+    from ppo.evaluate import gather_batch
+    from ppo.experience import experience_metrics, make_experience, negative_kl_warning, rollout_metrics
+    from ppo.rollout import generate
+    from ppo.sampling import Sampling
+    from ppo.score import score
+    from ppo.update import update
+    from utils.logger import Stopwatch
+
+    config, state, models = run.config, run.state, run.models
+    sampling = Sampling(config.temperature, config.topp, config.repetition_penalty)
+    while state.step < config.total_steps:
+        lr, critic_lr = run.learning_rates(state.step)
+        watch = Stopwatch()
+
+        # 1. Sample a response to each prompt.
+        prompts = run.next_prompts()
+        rollout = generate(models.policy, prompts, sampling, config.seed, run.tokenizer, config)
+        watch.lap("rollout")
+
+        # 2. What policy, reference, critic and reward model say of them.
+        scores = score(rollout, prompts, models, run.reward_fn, run.tokenizer, sampling.temperature, config)
+        watch.lap("score")
+
+        # 3. Small next to the models, so every rank gets all of it; from here on ranks differ only in their work.
+        rollout, scores = gather_batch(rollout), gather_batch(scores)
+        experience = make_experience(rollout, scores, state.moments, config)
+
+        # 4. Epochs over the buffer, minibatches, a step of the policy and one of the critic each.
+        metrics = update(models.policy, models.critic, experience, config, state.step, lr, critic_lr, run.pretrain)
+        watch.lap("update")
+
+        state.step += 1
+        metrics |= rollout_metrics(rollout, scores) | experience_metrics(experience)
+        metrics |= {"lr_policy": lr, "lr_critic": critic_lr}
+        metrics |= watch.metrics(samples=len(rollout), tokens=int(rollout.response_mask.sum()))
+        if warning := negative_kl_warning(rollout, scores):
+            run.logger.say(warning)
+        run.after_step(rollout, scores, prompts, metrics)
+
+
+if __name__ == "__main__":
+    main()
