@@ -1,0 +1,139 @@
+"""Where the time of a PPO step goes:   python benchmarks/ppo_step.py [--steps 3]
+
+A 58M LLaMA (hidden 512, 8 layers, 8 heads, intermediate 1376, vocabulary 32,000), random weights, bf16, one process.
+8 prompts of 32 to 448 tokens (log-uniform, seed 0), 64 response tokens each, one optimizer step of policy and critic.
+Prints seconds a sample for rollout, score and update, peak memory, this machine's bf16 matrix-product rate in the same
+run, and the share of it that scoring and update reach in useful FLOPs: real tokens only, heads where they are needed,
+nothing counted twice for recomputation. The first step warms up and is not counted; each figure is a median.
+"""
+
+import argparse
+import copy
+import math
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ppo.config import PPOConfig
+from ppo.experience import make_experience
+from ppo.models import Frozen, Models, PolicyModel
+from ppo.rollout import generate
+from ppo.sampling import Sampling
+from ppo.score import score
+from ppo.types import PromptBatch, Rollout
+from ppo.update import update
+from reward.model import ScalarHead, ScalarModel
+from utils.engine import TrainEngine, device, init_distributed, shutdown_distributed
+from utils.moments import RunningMoments
+
+SAMPLES, RESPONSE = 8, 64
+NO_EOS = SimpleNamespace(eos_token_id=-1, pad_token_id=0)  # every response runs to its full length
+
+
+def build(config: PPOConfig) -> Models:
+    """Policy, critic, reference and reward model of the same random 58M LLaMA."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376}
+    lm = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32000, max_position_embeddings=2048))
+    lm = lm.to(device(), torch.bfloat16)
+
+    def scalar() -> ScalarModel:
+        head = ScalarHead(512, 1, bias=False, dtype=torch.bfloat16, device=device())
+        return ScalarModel(copy.deepcopy(lm.model), head)
+
+    frozen = [Frozen(model.requires_grad_(False), False) for model in (PolicyModel(copy.deepcopy(lm)), scalar())]
+    critic = TrainEngine(scalar(), config, "critic")
+    return Models(TrainEngine(PolicyModel(lm), config, "policy"), critic, *frozen)
+
+
+def prompt_batch() -> PromptBatch:
+    """Random ids, lengths log-uniform in 32 to 448."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.rand(SAMPLES, generator=generator)
+    lengths = (32 * (448 / 32) ** spread).int().tolist()
+    ids = [torch.randint(3, 32000, (length,), generator=generator).tolist() for length in lengths]
+    return PromptBatch(ids, [[]] * SAMPLES, list(range(SAMPLES)))
+
+
+def forward_flops(model: nn.Module, rollout: Rollout, with_head: bool) -> float:
+    """Useful FLOPs of one forward: 2 a weight and token in the body, attention over earlier tokens, 2 a head weight
+    and response token."""
+    backbone = model.lm.model if with_head else model.backbone
+    weights = sum(p.numel() for p in backbone.layers.parameters())
+    lengths = rollout.attention_mask.sum(1).tolist()
+    config = backbone.config
+    attention = sum(2 * length**2 * config.hidden_size * config.num_hidden_layers for length in lengths)
+    head = 2 * config.hidden_size * config.vocab_size * int(rollout.response_mask.sum()) if with_head else 0
+    return 2 * weights * sum(lengths) + attention + head
+
+
+def matrix_rate(size: int = 2048, repeats: int = 10) -> float:
+    """FLOP/s of a bf16 product of two size x size matrices; median."""
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device()) for _ in range(2))
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        (a @ b).sum().item()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times[1:])
+
+
+def main() -> None:
+    """Runs the steps and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--micro_batch_tokens", type=int, default=2048)
+    options = parser.parse_args()
+    config = PPOConfig(
+        policy_model_path="-", critic_model_path="-", data_path="-", num_rollouts=SAMPLES, batch_size=SAMPLES,
+        maxlen_prompt=512, maxlen_res=RESPONSE, micro_batch_tokens=options.micro_batch_tokens,
+    )  # fmt: skip
+    init_distributed()
+    models, prompts, moments = build(config), prompt_batch(), RunningMoments()
+    seconds = {"rollout": [], "score": [], "update": []}
+    for step in range(options.steps + 1):
+        marks = [time.perf_counter()]
+        rollout = generate(models.policy, prompts, Sampling(), step, NO_EOS, config)
+        marks.append(time.perf_counter())
+        scores = score(rollout, prompts, models, None, NO_EOS, 1.0, config)
+        marks.append(time.perf_counter())
+        experience = make_experience(rollout, scores, moments, config)
+        update(models.policy, models.critic, experience, config, step, config.lr, config.critic_lr)
+        marks.append(time.perf_counter())
+        if step:
+            for stage, start, end in zip(seconds, marks, marks[1:], strict=True):
+                seconds[stage].append(end - start)
+    report(models, rollout, {stage: statistics.median(times) for stage, times in seconds.items()}, matrix_rate())
+    shutdown_distributed()
+
+
+def report(models: Models, rollout: Rollout, seconds: dict[str, float], rate: float) -> None:
+    """Prints seconds a sample, shares of the matrix rate, peak memory."""
+    policy = forward_flops(models.policy.module, rollout, with_head=True)
+    critic = forward_flops(models.critic.module, rollout, with_head=False)
+    useful = {"rollout": math.nan, "score": 2 * policy + 2 * critic, "update": 3 * policy + 3 * critic}
+    print(f"bf16 matrix rate {rate / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads, {device()}")
+    print(f"{int(rollout.attention_mask.sum())} real tokens in {SAMPLES} samples of {RESPONSE} response tokens")
+    for stage, time_taken in seconds.items():
+        share = useful[stage] / time_taken / rate
+        part = (
+            "" if math.isnan(share) else f"  {useful[stage] / 1e9:6.0f} useful GFLOP, {share:4.0%} of the matrix rate"
+        )
+        print(f"{stage:8} {time_taken / SAMPLES:6.3f} s a sample{part}")
+    print(f"{'total':8} {sum(seconds.values()) / SAMPLES:6.3f} s a sample")
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB resident")
+    if device().type == "cuda":
+        print(f"            {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+#!/usr/bin/env bash
+# PPO-max on Chinese dialogues:            bash run_zh.sh [flags of train_ppo.py, which win over those below]
+# See it work first, on any machine:        bash run_zh.sh --demo [--seed N] [flags of train_ppo.py]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source utils/launch.sh
+
+NUM_GPUS=${NUM_GPUS:-$(count_gpus)} # on each machine; 0: one process on the CPU
+HOSTFILE=${HOSTFILE:-}              # DeepSpeed's list of machines, when there are several
+
+POLICY_MODEL=${POLICY_MODEL:-models/moss-rlhf-sft-model-7B-zh/recover}
+REWARD_MODEL=${REWARD_MODEL:-models/moss-rlhf-reward-model-7B-zh/recover} # scores the answers
+CRITIC_MODEL=${CRITIC_MODEL:-$REWARD_MODEL}                              # where the critic starts from
+TOKENIZER=${TOKENIZER:-$POLICY_MODEL}
+DATA=${DATA:-data/ppo_data} # a folder with *train.json(l) and *valid.json(l), a file, or a hub id
+OUTPUT=${OUTPUT:-outputs/ppo_zh}
+
+# All three stages from nothing: a small LLaMA learns to go on with customers' reviews, a reward model what satisfied
+# customers write, and PPO-max turns the first towards the second. The review's own sentiment plays the annotator.
+demo() { # "$@" goes to train_ppo.py
+  local seed cache=.demo/zh output=${OUTPUT_DEMO:-outputs/demo_zh} sft reward
+  seed=$(flag_value --seed 1 "$@")
+  sft=$cache/sft-seed$seed
+  reward=$cache/reward-seed$seed
+  begin_demo "$output"
+
+  python -m data.demo.chinese --out "$cache"
+
+  local sft_args=(
+    --hf_model_name_or_path "$cache/base"
+    --data_path "$cache/dialogues"
+    --model_save_path "$sft"
+    --lang zh
+    --seed "$seed"
+    --dtype fp32
+    --lr 2e-3              # 9.5e-6 in the paper: this model starts from random weights
+    --train_steps 700      # some four epochs of reviews
+    --warmup_steps 35
+    --batch_size 64
+    --context_truncate 128 # tokens; the longest review has about 90
+    --micro_batch_tokens 4096
+    --overwrite            # a run that was stopped half-way starts anew
+  )
+  run_once "$sft/final" "$output/sft.log" -m sft.train "${sft_args[@]}"
+
+  local reward_args=(
+    --hf_model_name_or_path "$sft/final"
+    --data_path "$cache/preferences"
+    --model_save_path "$reward"
+    --lang zh
+    --seed "$seed"
+    --dtype fp32
+    --lr 3e-4              # 5e-6 in the paper, for 7 billion parameters
+    --train_steps 180      # one epoch of pairs; 1000 in the paper
+    --warmup_steps 18      # the first tenth
+    --batch_size 32        # pairs
+    --context_truncate 128
+    --micro_batch_tokens 4096
+    --overwrite
+  )
+  run_once "$reward/final" "$output/reward.log" -m reward.train "${reward_args[@]}"
+
+  local ppo_args=(
+    --policy_model_path "$sft/final"
+    --critic_model_path "$reward/final" # the reward model, and where the critic starts from
+    --tokenizer_name_or_path "$sft/final"
+    --data_path "$cache/prompts"
+    --model_save_path "$output"
+    --logdir "$output/tensorboard"
+    --lang zh
+    --dtype fp32
+    --zero_stage 2
+    --lr 1e-4
+    --critic_lr 2e-4
+    --train_steps 40
+    --warmup_steps 4
+    --critic_pretrain_steps 2
+    --num_rollouts 64
+    --batch_size 32
+    --maxlen_prompt 64 # of which 24 for the prompt
+    --maxlen_res 40
+    --save_per_step 20 # steps between evaluations
+    --num_eval_prompts 64
+    --seed "$seed"
+    --overwrite
+  )
+  launch "$output/ppo.log" train_ppo.py "${ppo_args[@]}" "$@"
+
+  local compare_args=(
+    --policies "$sft/final" "$output/final"
+    --reward_model_path "$reward/final"
+    --reward_fn data/demo/annotators.py:snownlp_sentiment
+    --data_path "$cache/prompts"
+    --lang zh
+    --num_prompts 256
+    --maxlen_prompt 64
+    --maxlen_res 40
+    --output "$output/comparison.json"
+  )
+  launch "$output/compare.log" -m ppo.compare "${compare_args[@]}"
+  end_demo "$output"
+}
+
+if [[ ${1:-} == --demo ]]; then
+  shift
+  demo "$@"
+  exit
+fi
+
+require_models zh POLICY_MODEL REWARD_MODEL CRITIC_MODEL TOKENIZER DATA
+activate_repository_venv
+use_devices "$NUM_GPUS"
+mkdir -p "$OUTPUT"
+
+# One hyper-parameter a line, with what it does and what the paper ("Secrets of RLHF in Large Language Models Part I",
+# arXiv 2307.04964) says about it. `python train_ppo.py --help` lists the rest.
+ARGS=(
+  --preset ppo_max # the tricks below; vanilla switches all of them off
+  --lang zh        # the prompt's template: <s><|Human|>question</s><|MOSS|>
+  --policy_model_path "$POLICY_MODEL"
+  --reward_model_path "$REWARD_MODEL"
+  --critic_model_path "$CRITIC_MODEL"
+  --tokenizer_name_or_path "$TOKENIZER"
+  --data_path "$DATA"
+  --model_save_path "$OUTPUT"
+  --logdir "$OUTPUT/tensorboard"
+  --seed 42
+
+  # How much, and how long. All sizes count samples on all GPUs together
+  --train_steps 1000          # buffers of samples; paper: 1000, stable up to 10,000
+  --num_rollouts 128          # samples in a buffer; paper: 128
+  --batch_size 32             # samples an optimizer step, so four steps a buffer; paper: 32
+  --ppo_epochs 1              # passes over a buffer
+  --critic_pretrain_steps 10  # buffers for the critic alone before the policy moves; paper: does it, no number given
+  --warmup_steps 100          # of both learning rates; paper: the first tenth
+  --maxlen_prompt 2048        # tokens of prompt and answer together; older turns are dropped first
+  --maxlen_res 512            # tokens of an answer at most
+  --rollout_batch_size 32     # answers written at once on a GPU: speed and memory only
+  --micro_batch_tokens 8192   # tokens in one forward pass on a GPU: speed and memory only
+
+  # Optimizer
+  --lr 5e-7                   # of the policy; paper: 5e-7
+  --critic_lr 1.65e-6         # paper: 1.65e-6
+  --lr_schedule inverse_sqrt  # how both fall after the warm-up; or cosine, linear, constant
+  --gradient_clip 1.0         # global norm, policy and critic apart; paper: part of PPO-max, not enough by itself
+
+  # Score: what the reward model says, made fit to learn from
+  --use_reward_scaling True   # divide by the running standard deviation; paper: part of PPO-max
+  --use_reward_norm True      # and subtract the running mean; paper: part of PPO-max
+  --use_reward_clip True
+  --reward_clip 0.3           # largest score in standard deviations; paper: 0.3 holds, 0.8 collapses
+  --kl_penalty_weight 0.05    # pull of each token towards the reference; paper: 0.05, 0.1 and 0.2 are all stable
+  --kl_in reward              # the penalty is part of the reward, token by token; paper: so
+  --kl_estimator k1           # log ratio; paper: so
+
+  # Advantages
+  --gamma 1.0                 # discount a token; 1: none, the score at the end counts in full
+  --lam 0.95                  # GAE; paper: 0.9 in the figures, 0.95 in the released scripts; 0 and 1 are unstable
+  --use_advantage_norm True   # mean 0 and variance 1 over the buffer
+  --use_advantage_clip False  # paper: a bound of 0.12 holds too, as another way to the same end
+
+  # Losses
+  --use_policy_loss_clip True
+  --pg_clip 0.2               # the ratio stays within 1 +- this; paper: not enough by itself
+  --use_critic_loss_clip True
+  --value_clip 0.2            # values stay this close to the old ones; paper: part of PPO-max
+  --vf_loss_weight 1.0        # of the value loss
+  --use_entropy_loss False    # True with --entropy_loss_weight and _clip; paper: collapses without the clip
+  --use_ppo_pretrain_loss False # True with --ppo_pretrain_data_path and _loss_weight: less is forgotten on the way
+
+  # Sampling: what is learnt from is what was sampled, so nothing is cut off
+  --temperature 1.0
+  --topp 1.0
+  --repetition_penalty 1.0
+
+  # Memory
+  --dtype bf16
+  --zero_stage 2              # paper: ZeRO-2
+  --gradient_checkpoint True  # paper: so
+  --offload_optimizer False   # True: the optimizer's state lives in host memory
+  --offload_frozen False      # True: reference and reward model too, while they are not needed
+
+  # Watching
+  --save_per_step 100         # evaluate on held-out prompts and save every so many buffers
+  --num_eval_prompts 128
+)
+launch "$OUTPUT/train.log" train_ppo.py "${ARGS[@]}" "$@"

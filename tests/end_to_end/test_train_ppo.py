@@ -1,0 +1,155 @@
+"""A whole tiny run: what it writes, that it repeats, how it starts and how it is stopped."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny_run import HELD_OUT, REPOSITORY, clean_environment, read_lines, read_metrics, run_flags
+from train_ppo import main
+from utils.tokenizer import load_tokenizer
+
+METRICS = {
+    *("score_mean", "score_std", "kl_ref", "response_length", "perplexity", "perplexity_ref", "entropy"),
+    *("eos_fraction", "policy_loss", "value_loss", "approx_kl", "clip_fraction", "value_clip_fraction", "ratio_mean"),
+    *("advantage_mean", "advantage_std", "return_mean", "value_mean", "explained_variance", "grad_norm_policy"),
+    *("grad_norm_critic", "lr_policy", "lr_critic", "samples_per_second", "tokens_per_second", "seconds_rollout"),
+    *("seconds_score", "seconds_update"),
+}
+
+
+@pytest.fixture(scope="module")
+def run(inputs, tmp_path_factory):
+    """The folder of a run of two steps."""
+    out = tmp_path_factory.mktemp("run") / "new"
+    main(run_flags(inputs, out))
+    return out
+
+
+def test_config_says_how_to_repeat_the_run(run, inputs):
+    config = json.loads((run / "config.json").read_text())
+    assert (config["policy_model_path"], config["lr"], config["seed"]) == (str(inputs.policy), 1e-4, 7)
+    assert config["use_reward_norm"] is True  # a default, not given
+    assert config["world_size"] == 1
+    assert {"torch", "transformers", "deepspeed"} <= config["versions"].keys()
+
+
+def test_metrics_of_every_step(run):
+    rows = read_lines(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row.keys() >= METRICS
+        assert all(math.isfinite(row[name]) for name in METRICS)
+    assert rows[0]["kl_ref"] == 0.0  # the first responses come from the reference itself
+    assert rows[0]["perplexity"] == rows[0]["perplexity_ref"]
+    assert rows[0]["lr_policy"] == 1e-4
+    assert rows[1]["lr_policy"] == pytest.approx(1e-4 / math.sqrt(2))  # inverse square root after one step of warm-up
+    assert rows[1]["kl_ref"] != 0.0
+    assert 0.0 < rows[0]["eos_fraction"] < 1.0  # the inputs are such that both endings occur
+
+
+def test_samples(run):
+    rows = read_lines(run / "samples.jsonl")
+    trained = [row for row in rows if not row.get("held_out")]
+    assert [row["step"] for row in trained] == [1] * 4 + [2] * 4
+    assert all(isinstance(row["answer"], str) and math.isfinite(row["score"]) for row in rows)
+    held_out = [row["prompt"] for row in rows if row.get("held_out")]
+    assert held_out == [question for (question,) in HELD_OUT] * 2
+
+
+def test_tensorboard_holds_the_same_numbers(run):
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    scalars = events.Scalars("score_mean")
+    assert [event.step for event in scalars] == [1, 2]
+    expected = [row["score_mean"] for row in read_lines(run / "metrics.jsonl")]
+    assert [event.value for event in scalars] == pytest.approx(expected, rel=1e-6)
+    assert "samples/text_summary" in events.Tags()["tensors"]
+
+
+@pytest.mark.parametrize("name", ["best", "final"])
+def test_exported_folders_load_elsewhere(run, inputs, name):
+    model = AutoModelForCausalLM.from_pretrained(run / name)
+    before = AutoModelForCausalLM.from_pretrained(inputs.policy)
+    assert model.generation_config.eos_token_id == 2
+    assert model.generation_config.bos_token_id == 1
+    assert model.generation_config.max_new_tokens == 12
+    assert model.dtype == before.dtype
+    moved = (model.lm_head.weight - before.lm_head.weight).abs().max()
+    assert 0.0 < moved < 1e-3  # Adam's steps are about the learning rate: four of 1e-4
+    tokenizer = AutoTokenizer.from_pretrained(run / name)
+    ours = load_tokenizer(str(inputs.policy), "moss_en")
+    text = "How do I bake  bread? 你好 🙂"
+    assert tokenizer(text, add_special_tokens=False).input_ids == ours(text, add_special_tokens=False).input_ids
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert not list(run.glob("*.partial"))
+
+
+def test_a_seed_repeats_the_run_and_another_does_not(run, inputs, tmp_path):
+    main(run_flags(inputs, tmp_path / "again"))
+    main(run_flags(inputs, tmp_path / "other", seed=8))
+    assert read_metrics(tmp_path / "again") == read_metrics(run)
+    assert read_metrics(tmp_path / "other")[0]["score_mean"] != read_metrics(run)[0]["score_mean"]
+    assert read_lines(tmp_path / "again" / "samples.jsonl") == read_lines(run / "samples.jsonl")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rollout_batch_size": 8, "micro_batch_tokens": 4000},
+        {"gradient_checkpoint": True},
+        {"offload_frozen": True},
+        {"zero_stage": 0},
+        {"zero_stage": 1},
+    ],
+    ids=str,
+)
+def test_what_changes_speed_and_memory_changes_no_number(run, inputs, tmp_path, changes):
+    main(run_flags(inputs, tmp_path / "run", **changes))
+    for row, expected in zip(read_metrics(tmp_path / "run"), read_metrics(run), strict=True):
+        assert row == pytest.approx(expected, rel=1e-4, abs=2e-5)
+
+
+def test_overwrite_leaves_nothing_of_the_earlier_run(inputs, tmp_path):
+    out = tmp_path / "run"
+    main(run_flags(inputs, out))
+    main(run_flags(inputs, out, train_steps=1, overwrite=True))
+    assert [row["step"] for row in read_metrics(out)] == [1]
+
+
+def test_as_a_user_types_it(run, inputs, tmp_path):
+    command = [sys.executable, "train_ppo.py", *run_flags(inputs, tmp_path / "run")]
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True, timeout=150
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "Traceback" not in result.stderr
+    for row, expected in zip(read_metrics(tmp_path / "run"), read_metrics(run), strict=True):
+        assert row == pytest.approx(expected, rel=1e-4, abs=2e-5)
+
+
+def test_ctrl_c_leaves_no_debris(inputs, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "train_ppo.py", *run_flags(inputs, out, train_steps=100000)]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1] == "stopped by Ctrl-C"
+    assert "Traceback" not in stderr
+    written = {path.name for path in out.iterdir()}
+    assert written <= {"config.json", "metrics.jsonl", "samples.jsonl", "tensorboard", "best"}

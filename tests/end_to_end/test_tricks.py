@@ -1,0 +1,156 @@
+"""Every trick has a switch, and every switch does what it says in a run."""
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny_run import HELD_OUT, read_lines, read_metrics, run_flags, write_json
+from train_ppo import main
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ bos_token if loop.first }}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def run_with(inputs, tmp_path_factory):
+    """Runs with changed flags and gives the metrics of its steps; the same flags run once."""
+    known = {}
+
+    def run(**changes) -> list[dict]:
+        key = repr(sorted(changes.items()))
+        if key not in known:
+            out = tmp_path_factory.mktemp("run") / "new"
+            main(run_flags(inputs, out, num_eval_prompts=0, **changes))
+            known[key] = read_metrics(out)
+        return known[key]
+
+    return run
+
+
+def all_of(rows: list[dict], name: str) -> list[float]:
+    return [row[name] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("changes", "moved"),
+    [
+        ({"kl_in": "loss", "kl_estimator": "k2", "kl_penalty_weight": 1}, "grad_norm_policy"),
+        ({"kl_in": "loss", "kl_estimator": "k3", "kl_penalty_weight": 1}, "grad_norm_policy"),
+        ({"use_entropy_loss": True, "entropy_loss_weight": 1, "entropy_clip": 5.0}, "grad_norm_policy"),
+        ({"use_policy_loss_clip": "false", "ppo_epochs": 4, "lr": 1e-3}, "approx_kl"),
+        ({"use_advantage_norm": "false"}, "advantage_std"),
+        ({"use_advantage_clip": True, "advantage_clip": 0.12}, "advantage_std"),
+        ({"use_reward_norm": "false"}, "return_mean"),
+        ({"use_reward_scaling": "false", "use_reward_norm": "false"}, "return_mean"),
+        ({"use_reward_clip": "false"}, "return_mean"),
+        ({"use_critic_loss_clip": "false", "ppo_epochs": 4}, "value_loss"),
+        ({"gradient_clip": 0}, "grad_norm_policy"),
+        ({"gamma": 0.5}, "return_mean"),
+        ({"lam": 0.0}, "return_mean"),
+        ({"kl_penalty_weight": 5.0}, "return_mean"),
+        ({"vf_loss_weight": 0.1}, "grad_norm_critic"),
+        ({"preset": "vanilla"}, "return_mean"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_each_switch_moves_its_number(run_with, changes, moved):
+    same = {name: changes[name] for name in ("ppo_epochs", "lr") if name in changes}
+    rows, baseline = run_with(**changes), run_with(**same)
+    assert all_of(rows, moved) != pytest.approx(all_of(baseline, moved), rel=1e-4)
+    assert rows[0]["score_mean"] == baseline[0]["score_mean"]  # the first responses are the same
+
+
+def test_advantage_clip_bounds_the_advantages(run_with):
+    assert max(all_of(run_with(use_advantage_clip=True, advantage_clip=0.12), "advantage_std")) <= 0.12
+
+
+def test_an_entropy_below_the_clip_only_gets_the_bonus(run_with):
+    """Every token of the tiny policy has less than 5.9 nats: that clip changes nothing, one of 0.01 stops the push."""
+    unclipped = run_with(use_entropy_loss=True, entropy_loss_weight=1)
+    assert run_with(use_entropy_loss=True, entropy_loss_weight=1, entropy_clip=5.9) == unclipped
+    stopped = run_with(use_entropy_loss=True, entropy_loss_weight=1, entropy_clip=1e-6)
+    assert all_of(stopped, "grad_norm_policy") == pytest.approx(all_of(run_with(), "grad_norm_policy"), rel=1e-4)
+
+
+def test_vanilla_is_all_switches_off(run_with):
+    flags = ("use_reward_scaling", "use_reward_norm", "use_reward_clip", "use_critic_loss_clip", "use_advantage_norm")
+    by_hand = run_with(**dict.fromkeys(flags, "false"), kl_penalty_weight=0, gradient_clip=0)
+    assert run_with(preset="vanilla") == by_hand
+
+
+def test_critic_pretraining_leaves_the_policy_alone(inputs, tmp_path):
+    out = tmp_path / "run"
+    main(run_flags(inputs, out, critic_pretrain_steps=2, train_steps=1, best_max_kl=0))
+    rows = read_metrics(out)
+    assert [row["lr_policy"] for row in rows] == [0.0, 0.0, 1e-4]
+    assert "policy_loss" not in rows[0]
+    assert all(row["grad_norm_critic"] > 0 for row in rows)
+    for row in rows[:2]:
+        assert row["kl_ref"] == row["eval_kl_ref"] == 0.0
+    assert rows[2]["eval_kl_ref"] != 0.0
+    assert rows[2]["kl_ref"] == 0.0  # its responses were sampled before the first step of the policy
+
+
+def test_several_epochs_move_further(run_with):
+    one, four = run_with(), run_with(ppo_epochs=4)
+    assert four[0]["approx_kl"] > 2 * one[0]["approx_kl"]
+
+
+def test_sampling_flags_are_used_and_said(inputs, run_with, tmp_path, capsys):
+    flags = {"temperature": 0.7, "topp": 0.9, "repetition_penalty": 1.2}
+    main(run_flags(inputs, tmp_path / "run", num_eval_prompts=0, **flags))
+    assert "--topp or --repetition_penalty" in capsys.readouterr().out
+    row, plain = read_metrics(tmp_path / "run")[0], run_with()[0]
+    assert row["entropy"] < plain["entropy"]  # of the model at temperature 0.7, which is sharper
+    assert row["kl_ref"] == 0.0
+
+
+def test_missing_eos_costs_its_penalty(run_with):
+    """gamma = lam = 1: the return at a token is the sum of rewards from it on, so the last one's penalty is in all."""
+    settings = {"gamma": 1.0, "lam": 1.0, "kl_penalty_weight": 0, "train_steps": 1}
+    free, fined = run_with(**settings), run_with(**settings, missing_eos_penalty=5.0)
+    cut = 1.0 - free[0]["eos_fraction"]
+    tokens = free[0]["response_length"]
+    # A response without EOS has maxlen_res = 12 tokens, each of which loses 5.
+    assert free[0]["return_mean"] - fined[0]["return_mean"] == pytest.approx(5.0 * 12 * cut / tokens, rel=1e-4)
+
+
+def test_reward_function_alone_and_with_a_reward_model(inputs, run_with):
+    function = f"{inputs.reward_file}:vowels"
+    alone, model = run_with(reward_fn=function)[0], run_with()[0]
+    both = run_with(reward_fn=function, reward_model_path=inputs.reward)[0]
+    assert 0.0 < alone["score_mean"] < 1.0  # a share of letters
+    assert both["score_mean"] == pytest.approx(alone["score_mean"] + model["score_mean"], abs=1e-5)
+
+
+def test_pretraining_loss_joins_the_policy_step(inputs, run_with):
+    flags = {"ppo_pretrain_data_path": inputs.dialogues, "ppo_pretrain_batch_size": 4}
+    ptx = run_with(use_ppo_pretrain_loss=True, ppo_pretrain_loss_weight=1, **flags)
+    assert ptx[0]["pretrain_loss"] > 1.0  # nats a token of a random model
+    assert ptx[0]["grad_norm_policy"] != pytest.approx(run_with()[0]["grad_norm_policy"], rel=1e-3)
+    assert ptx[0]["value_loss"] == run_with()[0]["value_loss"]  # the critic has no part in it
+
+
+def test_chinese_tags_resize_the_embedding(inputs, tmp_path, capsys):
+    out = tmp_path / "run"
+    prompts = write_json(tmp_path / "prompts.json", [["你好"], ["今天天气怎么样?"], ["讲一个故事"], ["再见"]] * 3)
+    main(run_flags(inputs, out, lang="zh", data_path=prompts))
+    assert "resized from 400 to 402" in capsys.readouterr().out
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out / "final"), AutoTokenizer.from_pretrained(out / "final")
+    assert model.get_input_embeddings().weight.shape == (402, 32)
+    assert tokenizer.convert_tokens_to_ids(["<|Human|>", "<|MOSS|>"]) == [400, 401]
+
+
+def test_chat_template(inputs, tmp_path):
+    settings = tmp_path / "tokenizer"
+    settings.mkdir()
+    (settings / "tokenizer.model").write_bytes((inputs.policy / "tokenizer.model").read_bytes())
+    write_json(settings / "tokenizer_config.json", {"chat_template": CHAT_TEMPLATE})
+    out = tmp_path / "run"
+    main(run_flags(inputs, out, template="chat", tokenizer_name_or_path=settings))
+    tokenizer = AutoTokenizer.from_pretrained(out / "final")
+    turns = [{"role": "user", "content": HELD_OUT[0][0]}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert text == "<s>user: What is a good name for a cat?</s>assistant:"
+    assert len(read_lines(out / "metrics.jsonl")) == 2

@@ -1,0 +1,100 @@
+# What the recipes share: processes, threads, one launcher for CPU and GPUs, the frame of the demos. Sourced, not run.
+
+count_gpus() { # 0 where there is no nvidia-smi
+  { nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true
+}
+
+use_threads() { # $1: processes on this machine. Shares its cores out, unless OMP_NUM_THREADS is set already
+  local cores
+  cores=$(getconf _NPROCESSORS_ONLN)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
+}
+
+use_devices() { # $1: number of GPUs; without any, DeepSpeed is told to use the CPU
+  if (($1 == 0)); then
+    export DS_ACCELERATOR=cpu
+    # Keep freed memory: giving large tensors back to the system and taking them again costs a third of a step
+    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=67108864 MALLOC_ARENA_MAX=1
+  fi
+  use_threads "$(($1 > 1 ? $1 : 1))"
+}
+
+activate_repository_venv() { # the .venv that utils/setup.sh made, unless an environment is active
+  if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -f .venv/bin/activate ]]; then
+    # shellcheck disable=SC1091
+    source .venv/bin/activate
+  fi
+}
+
+launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS and HOSTFILE say where
+  local log=$1 launcher=(python)
+  shift
+  if ((NUM_GPUS > 0)); then
+    launcher=(deepspeed --num_gpus "$NUM_GPUS" ${HOSTFILE:+--hostfile "$HOSTFILE"})
+  fi
+  # tee outlives a Ctrl-C, so that the last words of the run are still shown and kept
+  "${launcher[@]}" "$@" 2>&1 | tee -i "$log"
+}
+
+recover_command() { # $1: en or zh; $2: where the whole model belongs; $3: policy or reward
+  echo "  python merge_weight_$1.py recover --path_raw LLAMA --path_diff $(dirname "$2")/diff --path_tuned $2 --model_type $3"
+}
+
+is_there() { # $1: a local path, or a hub id (owner/name, where owner is no folder here)
+  [[ -e $1 ]] || [[ $1 =~ ^[[:alnum:]][[:alnum:]._-]*/[[:alnum:]][[:alnum:]._-]*$ && ! -e ${1%%/*} ]]
+}
+
+require_models() { # $1: en or zh; then names of variables. Stops with advice unless what they name is there
+  local language=$1 name missing=()
+  shift
+  for name in "$@"; do
+    is_there "${!name}" || missing+=("  $name=${!name}")
+  done
+  ((${#missing[@]})) || return 0
+  {
+    echo "error: these do not exist (set the variables, or edit the top of run_$language.sh):"
+    printf '%s\n' "${missing[@]}"
+    echo "The published models are differences to LLaMA's weights. With those in a folder diff beside it, recover one by"
+    recover_command "$language" "$POLICY_MODEL" policy
+    recover_command "$language" "$REWARD_MODEL" reward
+    echo "Without any of them, a small demo trains its own:"
+    echo "  bash run_$language.sh --demo"
+  } >&2
+  exit 1
+}
+
+begin_demo() { # $1: output folder. One process, on the first GPU if there is one; nothing is fetched from a hub
+  # shellcheck disable=SC1091
+  source utils/setup.sh demo
+  use_devices "$((NUM_GPUS > 0))"
+  NUM_GPUS=0 # from here on: no launcher
+  export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+  mkdir -p "$1"
+}
+
+run_once() { # $1: folder that the stage ends with; $2: log file; then as for launch
+  local finished=$1
+  shift
+  if [[ -d $finished ]]; then
+    echo "$finished: ready, kept from an earlier run"
+  else
+    launch "$@"
+  fi
+}
+
+end_demo() { # $1: output folder
+  echo "Everything is in $1; curves and samples: tensorboard --logdir $1/tensorboard"
+}
+
+flag_value() { # $1: flag; $2: default; then a command line. Prints the flag's last value there
+  local flag=$1 value=$2
+  shift 2
+  while (($#)); do
+    case $1 in
+      "$flag") value=${2:-} ;;
+      "$flag="*) value=${1#*=} ;;
+    esac
+    shift
+  done
+  printf '%s' "$value"
+}
