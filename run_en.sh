@@ -32,11 +32,11 @@ demo() { # "$@" goes to train_ppo.py
     --template chat
     --seed "$seed"
     --lr 1e-4               # 5e-6 in the paper, for 7 billion parameters
-    --train_steps 50        # 1000 in the paper
-    --warmup_steps 5        # the first tenth
+    --train_steps 40        # 1000 in the paper
+    --warmup_steps 4        # the first tenth
     --batch_size 24         # pairs
     --context_truncate 128  # tokens; the longest pair has about 80
-    --micro_batch_tokens 4096
+    --micro_batch_tokens 1024
     --overwrite             # a run that was stopped half-way starts anew
   )
   run_once "$reward/final" "$output/reward.log" -m reward.train "${reward_args[@]}"
@@ -53,7 +53,7 @@ demo() { # "$@" goes to train_ppo.py
     --zero_stage 2
     --lr 4e-5
     --critic_lr 1e-4
-    --train_steps 14
+    --train_steps 12
     --warmup_steps 2
     --lr_schedule cosine
     --critic_pretrain_steps 1
@@ -62,10 +62,10 @@ demo() { # "$@" goes to train_ppo.py
     --num_rollouts 32
     --batch_size 16
     --rollout_batch_size 32
-    --micro_batch_tokens 2048
+    --micro_batch_tokens 1024
     --maxlen_prompt 80 # of which 48 for the prompt
     --maxlen_res 32
-    --save_per_step 15 # steps between evaluations
+    --save_per_step 13 # steps between evaluations
     --num_eval_prompts 32
     --seed "$seed"
     --overwrite
@@ -78,7 +78,8 @@ demo() { # "$@" goes to train_ppo.py
     --reward_fn data/demo/annotators.py:vader
     --data_path "$cache/prompts"
     --template chat
-    --num_prompts 256
+    --num_prompts 200
+    --micro_batch_tokens 2048
     --maxlen_prompt 80
     --maxlen_res 32
     --output "$output/comparison.json"

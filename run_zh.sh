@@ -34,8 +34,8 @@ demo() { # "$@" goes to train_ppo.py
     --seed "$seed"
     --dtype fp32
     --lr 2e-3              # 9.5e-6 in the paper: this model starts from random weights
-    --train_steps 700      # some four epochs of reviews
-    --warmup_steps 35
+    --train_steps 400      # some two epochs of reviews
+    --warmup_steps 20
     --batch_size 64
     --context_truncate 128 # tokens; the longest review has about 90
     --micro_batch_tokens 4096
@@ -51,8 +51,8 @@ demo() { # "$@" goes to train_ppo.py
     --seed "$seed"
     --dtype fp32
     --lr 3e-4              # 5e-6 in the paper, for 7 billion parameters
-    --train_steps 180      # one epoch of pairs; 1000 in the paper
-    --warmup_steps 18      # the first tenth
+    --train_steps 120      # two thirds of an epoch of pairs; 1000 in the paper
+    --warmup_steps 12      # the first tenth
     --batch_size 32        # pairs
     --context_truncate 128
     --micro_batch_tokens 4096
@@ -74,6 +74,7 @@ demo() { # "$@" goes to train_ppo.py
     --critic_lr 2e-4
     --train_steps 40
     --warmup_steps 4
+    --lr_schedule cosine
     --critic_pretrain_steps 2
     --num_rollouts 64
     --batch_size 32
@@ -92,7 +93,7 @@ demo() { # "$@" goes to train_ppo.py
     --reward_fn data/demo/annotators.py:snownlp_sentiment
     --data_path "$cache/prompts"
     --lang zh
-    --num_prompts 256
+    --num_prompts 200
     --maxlen_prompt 64
     --maxlen_res 40
     --output "$output/comparison.json"

@@ -28,7 +28,10 @@ from utils.tokenizer import load_tokenizer
 
 @dataclass
 class RunState:
-    """Everything that changes during a run, besides the engines: what a checkpoint would have to keep."""
+    """What changes during a run, besides the engines: what a checkpoint would have to keep.
+
+    (The place in the ptx stream is a function of the policy steps made, so it is not repeated here.)
+    """
 
     best: BestRule
     step: int = 0
@@ -38,7 +41,7 @@ class RunState:
 
 @dataclass
 class Run:
-    """What a run is made of; nothing in here but `state` and the engines' weights changes after `build`."""
+    """What a run is made of; after `build` only `state`, the engines and the ptx stream's place change."""
 
     config: PPOConfig
     tokenizer: object

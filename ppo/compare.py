@@ -5,6 +5,7 @@ has means with 95 % intervals (bootstrap over prompts); the KL of AFTER to BEFOR
 since only those estimate it rightly.
 """
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -53,6 +54,9 @@ class CompareConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("num_prompts", "maxlen_res", "rollout_batch_size", "micro_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
         if len(self.policies) != 2:
             raise UserError("--policies needs two model folders, before and after")
         if not self.data_path:
@@ -68,7 +72,12 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the table and the samples; one process."""
     config = parse_args(CompareConfig, argv)
     from ppo.judge import judge_policies
-    from utils.checkpoint import write_json
+    from utils.checkpoint import check_writable, write_json
+
+    if config.output:
+        folder = os.path.dirname(os.path.abspath(config.output))
+        check_writable(folder, "--output")
+        os.makedirs(folder, exist_ok=True)
 
     before, after, kl = judge_policies(config)
     table = compare(before, after, kl, config.seed)

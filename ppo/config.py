@@ -201,6 +201,9 @@ class PPOConfig(EngineConfig):
             )
 
     def _check_numbers(self) -> None:
+        for name in ("lr", "critic_lr"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} 0 trains nothing: give a positive number")
         check_range(
             self, lr=(0, None), critic_lr=(0, None), gamma=(0, 1), lam=(0, 1), temperature=(0.01, None), topp=(1e-6, 1),
             repetition_penalty=(0.01, None), kl_penalty_weight=(0, None), reward_clip=(0, None), pg_clip=(0, None),
@@ -220,7 +223,10 @@ class PPOConfig(EngineConfig):
         """What can only be said once the number of ranks and the vocabulary are known."""
         for name in ("num_rollouts", "batch_size", "ppo_pretrain_batch_size"):
             if getattr(self, name) % world_size and (name != "ppo_pretrain_batch_size" or self.use_ppo_pretrain_loss):
-                raise UserError(f"--{name} {getattr(self, name)} does not divide by the {world_size} processes")
+                raise UserError(
+                    f"--{name} {getattr(self, name)} does not divide by the {world_size} processes: sizes are samples "
+                    "on all of them together, give a multiple"
+                )
         if self.use_entropy_loss and self.entropy_clip > math.log(vocab_size):
             raise UserError(
                 f"--entropy_clip {self.entropy_clip:g} can never be reached: entropy is at most "

@@ -1,9 +1,11 @@
 """Judging a policy on held-out prompts: sample as the paper does, score, and keep the texts."""
 
+from dataclasses import replace
+
 from data.prompts import Prompt
 from data.template import decode_answer
 from ppo.config import PPOConfig
-from ppo.experience import rollout_metrics
+from ppo.experience import check_finite_scores, rollout_metrics
 from ppo.models import Models
 from ppo.rollout import generate, response_ids
 from ppo.sampling import Sampling
@@ -40,9 +42,11 @@ def evaluate(
     padded += [prompts[0]] * (-len(padded) % world_size())
     share = own_share(padded, list(range(len(padded))))
     rollout = generate(models.policy, share, sampling, config.seed + EVALUATION_SEED, tokenizer, config)
-    scores = score(rollout, share, models, reward_fn, tokenizer, sampling.temperature, config)
+    judges = replace(models, critic=None)  # nobody asks for values here
+    scores = score(rollout, share, judges, reward_fn, tokenizer, sampling.temperature, config)
     count = slice(len(prompts))
     rollout, scores = gather_batch(rollout).rows(count), gather_batch(scores).rows(count)
+    check_finite_scores(scores.scores)
     lengths = rollout.response_mask.sum(1)
     columns = {
         "score": scores.scores,

@@ -17,9 +17,7 @@ def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, c
 
     `moments` takes in these scores first: the buffer is normalised with one set of statistics, itself included.
     """
-    if not bool(torch.isfinite(scores.scores).all()):
-        place = int((~torch.isfinite(scores.scores)).nonzero()[0])
-        raise UserError(f"the score of response {place} of this step is not finite; look at the reward model's inputs")
+    check_finite_scores(scores.scores)
     moments.update(scores.scores)
     missing_eos = torch.where(rollout.ended, 0.0, -config.missing_eos_penalty)
     clip = config.reward_clip if config.use_reward_clip else 0.0
@@ -37,6 +35,14 @@ def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, c
         rollout.sequences, rollout.attention_mask, mask, scores.old_logprobs, scores.ref_logprobs, scores.old_values,
         rewards, advantages, returns,
     )  # fmt: skip
+
+
+def check_finite_scores(scores: torch.Tensor) -> None:
+    """Raises UserError naming the first response whose score is NaN or infinite. scores: [batch], all ranks'."""
+    wrong = (~torch.isfinite(scores)).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        raise UserError(f"the score of response {place} of this step is not finite; look at the reward model's inputs")
 
 
 def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:

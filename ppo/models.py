@@ -14,7 +14,7 @@ from ppo.config import PPOConfig
 from reward.model import ScalarModel, load_scalar_model
 from utils.engine import DTYPES, InferenceEngine, TrainEngine, device, shard_frozen
 from utils.errors import UserError
-from utils.models import check_window, enable_checkpointing, load_causal_lm, model_folder
+from utils.models import check_window, enable_checkpointing, load_causal_lm, model_folder, resize_embeddings
 from utils.nll import head_logits
 from utils.tensors import at_tokens, before_tokens
 from utils.tokenizer import load_tokenizer
@@ -29,9 +29,14 @@ class PolicyModel(nn.Module):
     backward pass, so that [tokens, vocabulary] is never held.
     """
 
-    def __init__(self, lm: nn.Module):
+    def __init__(self, lm: nn.Module, even_tokens: int = 0):
+        """even_tokens: where the head's weights are split over ranks (ZeRO-3) every rank has to call it equally often,
+
+        however many tokens it has; then the most tokens of any forward. 0: as few calls as the tokens need.
+        """
         super().__init__()
         self.lm = lm
+        self.even_tokens = even_tokens
 
     def forward(self, sequences=None, token_mask=None, temperature: float = 1.0, decode: dict | None = None):
         """sequences, token_mask: [batch, length], right-padded -> (logprobs, entropy), the same shape, float32.
@@ -44,7 +49,9 @@ class PolicyModel(nn.Module):
         hidden = self.lm.get_decoder()(input_ids=sequences, use_cache=False).last_hidden_state
         rows, targets = before_tokens(hidden, token_mask), sequences[token_mask]
         size = max(1, CHUNK_ELEMENTS // self.lm.config.get_text_config().vocab_size)
-        parts = [self._chunk(r, t, temperature) for r, t in zip(rows.split(size), targets.split(size), strict=True)]
+        count = max(1, -(-(self.even_tokens or len(targets)) // size))
+        pieces = zip(rows.tensor_split(count), targets.tensor_split(count), strict=True)
+        parts = [self._chunk(*piece, temperature) for piece in pieces]
         logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
         return at_tokens(logprobs, token_mask), at_tokens(entropy, token_mask)
 
@@ -67,7 +74,7 @@ class PolicyModel(nn.Module):
 
 @torch.no_grad()
 def check_head(model: PolicyModel, path: str) -> None:
-    """Raises UserError when decoder plus head is not the architecture's own forward, or the weights are not finite."""
+    """Raises UserError when decoder plus head is not the architecture's own forward: numbers would differ."""
     ids = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
     own = model.lm(input_ids=ids).logits.float()
     ours = model.logits(model.lm.get_decoder()(input_ids=ids).last_hidden_state).float()
@@ -119,15 +126,17 @@ def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print
     )
     check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
     check_head(PolicyModel(lm), config.policy_model_path)
-    reference = _freeze(PolicyModel(copy.deepcopy(lm)), config)
+    even_tokens = max(config.micro_batch_tokens, config.maxlen_prompt) if config.zero_stage == 3 else 0
+    reference = _freeze(PolicyModel(copy.deepcopy(lm), even_tokens), config)
     if config.gradient_checkpoint:
         enable_checkpointing(lm)
-    policy = TrainEngine(PolicyModel(lm), config, "policy")
+    rows = lm.get_input_embeddings().weight.shape[0]
+    policy = TrainEngine(PolicyModel(lm, even_tokens), config, "policy")
 
-    critic_model = load_scalar(config, config.critic_model_path, "--critic_model_path", tokenizer, say)
+    critic_model = load_scalar(config, config.critic_model_path, "--critic_model_path", tokenizer, rows, say)
     reward = None
     if config.reward_model_path and config.reward_model_path != config.critic_model_path:
-        reward_model = load_scalar(config, config.reward_model_path, "--reward_model_path", tokenizer, say)
+        reward_model = load_scalar(config, config.reward_model_path, "--reward_model_path", tokenizer, rows, say)
         reward = _freeze(reward_model, config)
     elif config.reward_model_path or not config.reward_fn:
         reward = _freeze(copy.deepcopy(critic_model), config)
@@ -137,19 +146,21 @@ def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print
     return Models(policy, critic, reference, reward)
 
 
-def load_scalar(config: PPOConfig, path: str, flag: str, tokenizer, say: Callable[[str], None]) -> ScalarModel:
-    """A reward model or critic by the run's flags. Raises UserError when its folder brings another tokenizer."""
+def load_scalar(
+    config: PPOConfig, path: str, flag: str, tokenizer, rows: int, say: Callable[[str], None]
+) -> ScalarModel:
+    """A reward model or critic by the run's flags, with an embedding for every id that the policy could sample.
+
+    rows: the policy's embeddings (some vocabularies are padded). Raises UserError when its folder brings another
+    tokenizer or its window is too short.
+    """
     check_same_tokenizer(path, flag, tokenizer, template_for(config.lang, config.template))
-    return load_scalar_model(
-        path,
-        DTYPES[config.dtype],
-        device(),
-        config.attn_implementation,
-        tokenizer,
-        seed=config.seed,
-        say=say,
-        flag=flag,
-    )
+    dtype, attention = DTYPES[config.dtype], config.attn_implementation
+    model = load_scalar_model(path, dtype, device(), attention, tokenizer, seed=config.seed, say=say, flag=flag)
+    check_window(model, config.maxlen_prompt, f"{flag} {path}: --maxlen_prompt")
+    if model.backbone.get_input_embeddings().weight.shape[0] < rows:
+        resize_embeddings(model.backbone, rows)
+    return model
 
 
 def check_same_tokenizer(path: str, flag: str, tokenizer, template: str) -> None:
@@ -157,7 +168,8 @@ def check_same_tokenizer(path: str, flag: str, tokenizer, template: str) -> None
     folder = model_folder(path, flag)
     if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         return
-    if load_tokenizer(str(folder), template).get_vocab() != tokenizer.get_vocab():
+    theirs = load_tokenizer(str(folder), template if template == "moss_zh" else None)  # only its tags change ids
+    if not tokenizer.get_vocab().items() <= theirs.get_vocab().items():
         raise UserError(
             f"{flag} {path} was trained with another tokenizer than the policy's: give a reward model and critic of "
             "the same vocabulary as --policy_model_path"

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+NUCLEUS_GUESS = (
+    512  # most likely tokens that nearly always hold the nucleus: sorting all would cost more than the model
+)
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed 64-bit
 
 
@@ -59,7 +62,9 @@ def penalise_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float
 
 def keep_nucleus(probs: torch.Tensor, topp: float) -> torch.Tensor:
     """Keeps the fewest most likely tokens whose probability reaches topp, renormalised. [batch, vocabulary]."""
-    ordered, index = probs.sort(dim=-1, descending=True)
+    ordered, index = probs.topk(min(NUCLEUS_GUESS, probs.shape[-1]))
+    if bool((ordered.sum(-1) < topp).any()):
+        ordered, index = probs.sort(dim=-1, descending=True)
     ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= topp, 0.0)
     kept = torch.zeros_like(probs).scatter(-1, index, ordered)
     return kept / kept.sum(-1, keepdim=True)

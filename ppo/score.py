@@ -100,6 +100,8 @@ def load_reward_fn(spec: str) -> RewardFunction:
     if not path or not os.path.isfile(path):
         raise UserError(f"--reward_fn {spec}: give an existing file and a function, as in my_scores.py:length")
     module_spec = importlib.util.spec_from_file_location("reward_fn", path)
+    if module_spec is None:
+        raise UserError(f"--reward_fn {spec}: {path} is not a Python file; its name has to end in .py")
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)

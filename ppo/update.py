@@ -43,8 +43,9 @@ def update(
             minibatch = experience.rows(chosen.to(experience.sequences.device))
             if lr > 0.0:
                 add(sums, policy_backward(policy, minibatch, config, next(pretrain) if pretrain else None))
-                norms["grad_norm_policy"].append(policy.step(lr))
             add(sums, critic_backward(critic, minibatch, config))
+            if lr > 0.0:  # not before both losses are known to be finite
+                norms["grad_norm_policy"].append(policy.step(lr))
             norms["grad_norm_critic"].append(critic.step(critic_lr))
     metrics = {key: sum(values) / len(values) for key, values in norms.items() if values}
     tokens = {"policy": max(sums.pop("policy_tokens"), 1.0), "critic": max(sums.pop("critic_tokens"), 1.0)}

@@ -32,8 +32,3 @@ def ranking_loss(
 def ranking_hits(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) -> torch.Tensor:
     """1 where the chosen answer has the higher score, 1/2 for a tie, else 0. [pairs] -> float32 [pairs]."""
     return 0.5 * (torch.sign(chosen_scores.float() - rejected_scores.float()) + 1)
-
-
-def ranking_accuracy(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) -> torch.Tensor:
-    """Share of pairs ranked rightly, ties counting half. [pairs] -> float32 scalar."""
-    return ranking_hits(chosen_scores, rejected_scores).mean()

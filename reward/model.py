@@ -50,6 +50,7 @@ class ScalarModel(nn.Module):
         self.backbone = backbone
         self.head = head
         self.lm_head = lm_head
+        self.even_tokens = 0  # of `sum_nll`; set under ZeRO-3
 
     @property
     def config(self):
@@ -66,7 +67,7 @@ class ScalarModel(nn.Module):
         if nll_mask is None:
             return values
         logits = partial(head_logits, self.lm_head, self.config.get_text_config())
-        return values, sum_nll(hidden, input_ids, nll_mask, logits)
+        return values, sum_nll(hidden, input_ids, nll_mask, logits, even_tokens=self.even_tokens)
 
 
 def last_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -167,6 +167,7 @@ def train(config: RewardConfig) -> None:
     path, seed = config.hf_model_name_or_path, config.seed
     model = load_scalar_model(path, dtype, device(), attention, tokenizer, with_lm, seed, say)
     check_window(model, config.context_truncate, "--context_truncate")
+    model.even_tokens = config.even_tokens
     if config.gradient_checkpoint:
         enable_checkpointing(model.backbone)
     prepare_run_folder(config.model_save_path, config.overwrite, config)

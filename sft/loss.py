@@ -13,10 +13,12 @@ def answer_loss(
     answer_mask: torch.Tensor,
     lm_head: Callable[[torch.Tensor], torch.Tensor],
     num_tokens: float = 1.0,
+    even_tokens: int = 0,
 ) -> torch.Tensor:
     """Cross entropy of the answer tokens, their EOS included, summed and divided by `num_tokens`. -> float32 scalar.
 
     hidden: [batch, length, hidden], of right-padded sequences; sequences, answer_mask: [batch, length]; num_tokens:
-    answer tokens of the whole global batch, so that micro-batches and ranks add up to the same loss.
+    answer tokens of the whole global batch, so that micro-batches and ranks add up to the same loss;
+    even_tokens: as in `sum_nll`.
     """
-    return sum_nll(hidden, sequences, answer_mask, lm_head) / num_tokens
+    return sum_nll(hidden, sequences, answer_mask, lm_head, even_tokens=even_tokens) / num_tokens

@@ -56,16 +56,18 @@ class EncodedDialogue:
 class AnswerModel(nn.Module):
     """A causal LM whose forward is the summed loss on answer tokens; no other logits are made."""
 
-    def __init__(self, lm: PreTrainedModel):
+    def __init__(self, lm: PreTrainedModel, even_tokens: int = 0):
+        """even_tokens: as in `utils.nll.sum_nll`."""
         super().__init__()
         self.lm = lm
+        self.even_tokens = even_tokens
 
     def forward(self, sequences: torch.Tensor, answer_mask: torch.Tensor) -> torch.Tensor:
         """Summed NLL of the masked tokens, float32 scalar. Both inputs [batch, length], right-padded."""
         # Right padding needs no attention mask: causality hides it, and attention kernels are fastest so.
         hidden = self.lm.get_decoder()(input_ids=sequences, use_cache=False).last_hidden_state
         logits = partial(head_logits, self.lm.get_output_embeddings(), self.lm.config.get_text_config())
-        return answer_loss(hidden, sequences, answer_mask, logits)
+        return answer_loss(hidden, sequences, answer_mask, logits, even_tokens=self.even_tokens)
 
 
 def encode(tokenizer, dialogue: Dialogue, template: str, max_tokens: int) -> tuple[EncodedDialogue | None, int]:
@@ -159,7 +161,7 @@ def train(config: SFTConfig) -> None:
     prepare_run_folder(config.model_save_path, config.overwrite, config)
     log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps)
     try:
-        engine = TrainEngine(AnswerModel(lm), config, "model")
+        engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")
         fit(engine, stage_of(config, lm, tokenizer, train_items), valid_items, config, log)
     finally:
         log.close()

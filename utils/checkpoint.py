@@ -27,10 +27,21 @@ PACKAGES = (
 RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "best", "final", "tensorboard", "checkpoints")
 
 
-def check_run_folder(path: str, overwrite: bool) -> None:
-    """Raises UserError when --model_save_path cannot be written or holds a run that may not go. Changes nothing."""
-    if os.path.exists(os.path.join(path, "config.json")) and not overwrite:
-        raise UserError(f"--model_save_path {path} already holds a run: choose another folder, or add --overwrite")
+def check_run_folder(path: str, overwrite: bool, inputs: tuple[str | None, ...] = ()) -> None:
+    """Raises UserError when --model_save_path cannot be written, or holds a run that may not go or one of `inputs`.
+
+    inputs: models and data that the run reads. Changes nothing.
+    """
+    present = [name for name in RUN_FILES if os.path.lexists(os.path.join(path, name))]
+    if present and not overwrite:
+        raise UserError(
+            f"--model_save_path {path} already holds a run ({present[0]}): choose another folder, or add --overwrite, "
+            "which replaces it"
+        )
+    real = os.path.realpath(path)
+    for source in inputs:
+        if source and os.path.exists(source) and os.path.commonpath([real, os.path.realpath(source)]) == real:
+            raise UserError(f"--model_save_path {path} would overwrite {source}, which this run reads: choose another")
     check_writable(path, "--model_save_path")
 
 
@@ -51,11 +62,12 @@ def prepare_run_folder(path: str, overwrite: bool, config) -> None:
     check_run_folder(path, overwrite)
     barrier()
     if is_main():
+        description = run_description(config)
         try:
             os.makedirs(path, exist_ok=True)
             for name in RUN_FILES:
                 _remove(os.path.join(path, name))
-            write_json(os.path.join(path, "config.json"), run_description(config))
+            write_json(os.path.join(path, "config.json"), description)
         except OSError as error:
             raise UserError(f"--model_save_path {path} cannot be written: {error.strerror}") from None
     barrier()
@@ -65,16 +77,22 @@ def run_description(config) -> dict:
     """All flags, argv, versions, git commit and devices: what it takes to repeat a run."""
     import torch
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=os.path.dirname(__file__))
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         **dataclasses.asdict(config),
         "argv": sys.argv,
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
-        "git_commit": commit.stdout.strip() or None,
+        "git_commit": _git_commit(),
         "devices": cuda or [f"{os.cpu_count()} CPU cores"],
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }
+
+
+def _git_commit() -> str | None:
+    if not shutil.which("git"):
+        return None
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(__file__)).stdout.strip() or None
 
 
 def write_json(path: str, content) -> None:

@@ -25,6 +25,7 @@ from utils.distributed import any_rank, is_main, world_size
 from utils.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PERSISTENT = 10_000  # elements up to which ZeRO-3 leaves a tensor whole on every rank: norms, not matrices
 BUCKET = 50_000_000  # elements a gradient bucket holds: 100 MB in bf16, allocated once an engine
 
 
@@ -61,7 +62,7 @@ def deepspeed_config(config: EngineConfig, offload_weights: bool = False) -> dic
     zero = {"stage": config.zero_stage, "contiguous_gradients": True, "reduce_bucket_size": BUCKET}
     zero["overlap_comm"] = config.zero_stage == 2 and device().type == "cuda"
     if config.zero_stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_param_persistence_threshold": 100_000}
+        zero |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_param_persistence_threshold": PERSISTENT}
     host = {"device": "cpu", "pin_memory": device().type == "cuda"}
     if config.offload_optimizer:
         zero["offload_optimizer"] = host
@@ -82,7 +83,8 @@ class TrainEngine:
     """One model with its optimizer. Call it for a forward, `backward` a loss per micro-batch, `step` once.
 
     Holds per parameter: 2 bytes of bf16 weights (under ZeRO-3 split over ranks), and split over ranks from stage 1 on
-    12 bytes of float32 weight and Adam moments; gradients 2 bytes, split from stage 2 on.
+    12 bytes of float32 weight and Adam moments; gradients 2 bytes, split from stage 2 on (they add up in bf16, so very
+    many micro-batches a step cost some precision).
     """
 
     def __init__(self, module: nn.Module, config: EngineConfig, name: str):
@@ -193,7 +195,8 @@ def whole_parameter(parameter: nn.Parameter):
 def free_memory() -> int:
     """Bytes that this process may still take on its device (host memory is shared by the ranks of a node)."""
     if device().type == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        # What PyTorch's allocator keeps for itself is free to us too.
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 

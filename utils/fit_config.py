@@ -53,6 +53,11 @@ class FitConfig(EngineConfig):
     num_valid: int = 100
     """Items taken off the training data for evaluation when it comes without a *valid* file; 0: no evaluation then"""
 
+    @property
+    def even_tokens(self) -> int:
+        """For `utils.nll.sum_nll`: under ZeRO-3 the most tokens of any forward, else 0."""
+        return max(self.micro_batch_tokens, 2 * self.context_truncate) if self.zero_stage == 3 else 0
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("hf_model_name_or_path", "data_path", "model_save_path"):

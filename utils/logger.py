@@ -100,9 +100,13 @@ def _append(path: str, row: dict) -> None:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+INPUTS = ("policy_model_path", "critic_model_path", "reward_model_path", "hf_model_name_or_path", "data_path")
+
+
 def check_outputs(config) -> None:
     """Raises UserError when the run's folder, --logdir or a tracker of --report_to cannot be used. Changes nothing."""
-    check_run_folder(config.model_save_path, config.overwrite)
+    inputs = [getattr(config, name) for name in INPUTS if hasattr(config, name)]
+    check_run_folder(config.model_save_path, config.overwrite, tuple(inputs))
     if config.logdir:
         check_writable(config.logdir, "--logdir")
     names = tracker_names(config.report_to)

@@ -17,17 +17,20 @@ def sum_nll(
     token_mask: torch.Tensor,
     lm_head: Callable[[torch.Tensor], torch.Tensor],
     chunk: int = CHUNK,
+    even_tokens: int = 0,
 ) -> torch.Tensor:
     """Sum of -log p(token t | tokens < t) over the masked tokens. -> float32 scalar.
 
     hidden: [batch, length, hidden]; sequences, token_mask: [batch, length], the mask False at index 0; lm_head: rows
     of hidden states -> logits. Only masked tokens get logits. With more than `chunk` of them, logits are made again
-    in the backward pass rather than kept.
+    in the backward pass rather than kept. even_tokens: where the head's weights are split over ranks (ZeRO-3) every
+    rank has to call it equally often, however many tokens it has; then the most tokens of any forward.
     """
     states, targets = before_tokens(hidden, token_mask), sequences[token_mask]
-    if len(targets) <= chunk:
+    count = max(1, -(-(even_tokens or len(targets)) // chunk))
+    if count == 1:
         return _nll(states, targets, lm_head)
-    parts = zip(states.split(chunk), targets.split(chunk), strict=True)
+    parts = zip(states.tensor_split(count), targets.tensor_split(count), strict=True)
     return torch.stack([checkpoint(_nll, *part, lm_head, use_reentrant=False) for part in parts]).sum()
 
 

@@ -14,7 +14,7 @@ setup_environment() { # activates .venv unless an environment is active; sets EN
   [[ -n $ENVIRONMENT ]] && return
   ENVIRONMENT=$REPOSITORY/.venv
   if [[ ! -f $ENVIRONMENT/.setup-venv ]]; then
-    command -v python3 >/dev/null || setup_fail "no python3 found: install Python 3.10 or newer" || return
+    command -v python3 >/dev/null || setup_fail "no python3 found: install Python 3.11 or newer" || return
     setup_check python3 || return
     python3 -c 'import ensurepip' 2>/dev/null || setup_fail "this Python cannot make virtual environments (no" \
       "ensurepip): apt-get install python3-venv, or activate an environment of your own first" || return
@@ -27,8 +27,8 @@ setup_environment() { # activates .venv unless an environment is active; sets EN
 }
 
 setup_check() { # $1: the Python to use
-  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    setup_fail "$("$1" --version 2>&1) is too old: Python 3.10 or newer is needed" || return
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    setup_fail "$("$1" --version 2>&1) is too old: Python 3.11 or newer is needed" || return
   command -v g++ >/dev/null ||
     setup_fail "no C++ compiler: DeepSpeed builds its optimizer on first use; apt-get install g++" || return
   "$1" -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h")).close()' 2>/dev/null ||

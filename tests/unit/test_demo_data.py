@@ -21,9 +21,10 @@ def chat(number: int, num_turns: int = 8) -> list[str]:
     return [f"{mood[turn % 2]} number {number} of {turn}" for turn in range(num_turns)]
 
 
-def test_vader_gives_its_published_normalisation_of_one_word():
-    # The lexicon rates "good" 1.9; compound = x / sqrt(x^2 + 15). An empty answer is neutral.
-    assert vader(["any", "any"], ["good", ""]) == pytest.approx([1.9 / (1.9**2 + 15) ** 0.5, 0.0], abs=1e-4)
+def test_vader_is_the_share_of_positive_less_that_of_negative_words():
+    # The lexicon rates "good" 1.9 and "bad" -2.5, each counted plus 1; the neutral word counts 1.
+    positive, negative = 2.9 / 3.9, 3.5 / 4.5
+    assert vader([""] * 3, ["good table", "bad table", ""]) == pytest.approx([positive, -negative, 0.0], abs=1e-3)
 
 
 def test_snownlp_tells_reviews_apart_and_calls_nothing_neutral():

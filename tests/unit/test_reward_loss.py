@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from reward.loss import ranking_accuracy, ranking_loss
+from reward.loss import ranking_hits, ranking_loss
 
 
 def softplus(x: float) -> float:
@@ -53,5 +53,5 @@ def test_the_gradient_is_minus_the_probability_of_being_wrong():
 
 
 def test_a_tie_counts_half():
-    accuracy = ranking_accuracy(torch.tensor([1.0, 0.0, 2.0, 5.0]), torch.tensor([0.0, 1.0, 2.0, 4.0]))
+    accuracy = ranking_hits(torch.tensor([1.0, 0.0, 2.0, 5.0]), torch.tensor([0.0, 1.0, 2.0, 4.0])).mean()
     assert accuracy.item() == 0.625  # (1 + 0 + 1/2 + 1) / 4
