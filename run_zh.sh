@@ -32,13 +32,13 @@ demo() { # "$@" goes to train_ppo.py
     --model_save_path "$sft"
     --lang zh
     --seed "$seed"
-    --dtype fp32
+    --dtype bf16
     --lr 2e-3              # 9.5e-6 in the paper: this model starts from random weights
-    --train_steps 400      # some two epochs of reviews
-    --warmup_steps 20
-    --batch_size 64
+    --train_steps 500      # some 1.3 epochs of reviews
+    --warmup_steps 25
+    --batch_size 32
     --context_truncate 128 # tokens; the longest review has about 90
-    --micro_batch_tokens 4096
+    --micro_batch_tokens 2048
     --overwrite            # a run that was stopped half-way starts anew
   )
   run_once "$sft/final" "$output/sft.log" -m sft.train "${sft_args[@]}"
@@ -49,13 +49,13 @@ demo() { # "$@" goes to train_ppo.py
     --model_save_path "$reward"
     --lang zh
     --seed "$seed"
-    --dtype fp32
+    --dtype bf16
     --lr 3e-4              # 5e-6 in the paper, for 7 billion parameters
     --train_steps 120      # two thirds of an epoch of pairs; 1000 in the paper
     --warmup_steps 12      # the first tenth
     --batch_size 32        # pairs
     --context_truncate 128
-    --micro_batch_tokens 4096
+    --micro_batch_tokens 2048
     --overwrite
   )
   run_once "$reward/final" "$output/reward.log" -m reward.train "${reward_args[@]}"
@@ -68,7 +68,7 @@ demo() { # "$@" goes to train_ppo.py
     --model_save_path "$output"
     --logdir "$output/tensorboard"
     --lang zh
-    --dtype fp32
+    --dtype bf16
     --zero_stage 2
     --lr 1e-4
     --critic_lr 2e-4
@@ -116,7 +116,7 @@ mkdir -p "$OUTPUT"
 # One hyper-parameter a line, with what it does and what the paper ("Secrets of RLHF in Large Language Models Part I",
 # arXiv 2307.04964) says about it. `python train_ppo.py --help` lists the rest.
 ARGS=(
-  --preset ppo_max # the tricks below; vanilla switches all of them off
+  --preset ppo_max # with the tricks below; vanilla is plain PPO without them
   --lang zh        # the prompt's template: <s><|Human|>question</s><|MOSS|>
   --policy_model_path "$POLICY_MODEL"
   --reward_model_path "$REWARD_MODEL"
@@ -136,13 +136,32 @@ ARGS=(
   --warmup_steps 100          # of both learning rates; paper: the first tenth
   --maxlen_prompt 2048        # tokens of prompt and answer together; older turns are dropped first
   --maxlen_res 512            # tokens of an answer at most
-  --rollout_batch_size 32     # answers written at once on a GPU: speed and memory only
+  --rollout_batch_size 16     # answers written at once on a GPU: speed and memory only (7B: 0.5 MB a token each)
   --micro_batch_tokens 8192   # tokens in one forward pass on a GPU: speed and memory only
 
   # Optimizer
   --lr 5e-7                   # of the policy; paper: 5e-7
   --critic_lr 1.65e-6         # paper: 1.65e-6
   --lr_schedule inverse_sqrt  # how both fall after the warm-up; or cosine, linear, constant
+
+  # Sampling: what is learnt from is what was sampled, so nothing is cut off
+  --temperature 1.0
+  --topp 1.0
+  --repetition_penalty 1.0
+
+  # Memory
+  --dtype bf16
+  --zero_stage 2              # paper: ZeRO-2
+  --gradient_checkpoint True  # paper: so
+  --offload_optimizer False   # True: the optimizer's state lives in host memory
+  --offload_frozen True       # reference and reward model wait in host memory (27 GB a GPU for 7B) between scorings
+
+  # Watching
+  --save_per_step 100         # evaluate on held-out prompts and save every so many buffers
+  --num_eval_prompts 128
+)
+# What makes PPO-max out of PPO. With `--preset vanilla` these lines are left out, and the preset's values hold.
+TRICKS=(
   --gradient_clip 1.0         # global norm, policy and critic apart; paper: part of PPO-max, not enough by itself
 
   # Score: what the reward model says, made fit to learn from
@@ -168,21 +187,8 @@ ARGS=(
   --vf_loss_weight 1.0        # of the value loss
   --use_entropy_loss False    # True with --entropy_loss_weight and _clip; paper: collapses without the clip
   --use_ppo_pretrain_loss False # True with --ppo_pretrain_data_path and _loss_weight: less is forgotten on the way
-
-  # Sampling: what is learnt from is what was sampled, so nothing is cut off
-  --temperature 1.0
-  --topp 1.0
-  --repetition_penalty 1.0
-
-  # Memory
-  --dtype bf16
-  --zero_stage 2              # paper: ZeRO-2
-  --gradient_checkpoint True  # paper: so
-  --offload_optimizer False   # True: the optimizer's state lives in host memory
-  --offload_frozen False      # True: reference and reward model too, while they are not needed
-
-  # Watching
-  --save_per_step 100         # evaluate on held-out prompts and save every so many buffers
-  --num_eval_prompts 128
 )
+if [[ $(flag_value --preset ppo_max "$@") == ppo_max ]]; then
+  ARGS+=("${TRICKS[@]}")
+fi
 launch "$OUTPUT/train.log" train_ppo.py "${ARGS[@]}" "$@"

@@ -23,14 +23,14 @@ FLAGS = {
 }  # fmt: skip
 
 
-def launch(flags: list[str]) -> subprocess.CompletedProcess:
-    """Runs train_ppo.py on two ranks of this machine, as a user would."""
+def launch(flags: list[str], script: str = "train_ppo.py") -> subprocess.CompletedProcess:
+    """Runs a script on two ranks of this machine, as a user would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--no_local_rank"]
     return subprocess.run(
-        [*launcher, "--master_port", str(port), "train_ppo.py", *flags],
+        [*launcher, "--master_port", str(port), script, *flags],
         cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True, timeout=150,
     )  # fmt: skip
 
@@ -51,11 +51,13 @@ def two_ranks(inputs, tmp_path_factory):
     """Gives the folder of a finished run on two ranks; each setting runs once."""
     known = {}
 
-    def run(**settings) -> Path:
-        key = repr(settings)
+    def run(script: str = "train_ppo.py", **settings) -> Path:
+        key = repr((script, settings))
         if key not in known:
             out = tmp_path_factory.mktemp("two") / "run"
-            result = launch(run_flags(inputs, out, ppo_pretrain_data_path=inputs.dialogues, **FLAGS, **settings))
+            result = launch(
+                run_flags(inputs, out, ppo_pretrain_data_path=inputs.dialogues, **FLAGS, **settings), script
+            )
             assert result.returncode == 0, result.stderr[-3000:]
             known[key] = out
         return known[key]
@@ -93,6 +95,13 @@ def test_generating_together_equals_generating_with_gathered_weights(two_ranks):
     assert samples[0] == samples[1]
     for name, tensor in weights(together).items():
         torch.testing.assert_close(tensor, weights(gathered)[name], rtol=0, atol=1e-5)
+
+
+def test_a_split_head_is_called_equally_often_on_every_rank(one_process, two_ranks):
+    """Logits come in pieces, and ranks have different numbers of tokens: each piece more would wait for ever."""
+    out = two_ranks("tests/distributed/small_chunks.py", zero_stage=3, gradient_checkpoint=True)
+    for row, expected in zip(read_metrics(out), read_metrics(one_process), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=5e-6)
 
 
 def test_a_score_that_is_not_finite_on_one_rank_stops_both(inputs, tmp_path):
