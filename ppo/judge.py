@@ -3,7 +3,7 @@
 from data.prompts import load_prompts
 from data.template import decode_answer, template_for
 from ppo.compare import CompareConfig
-from ppo.models import Frozen, Models, PolicyModel
+from ppo.models import Frozen, Models, PolicyModel, check_same_tokenizer
 from ppo.rollout import generate, response_ids
 from ppo.sampling import EVALUATION, Sampling
 from ppo.score import call_reward_fn, load_reward_fn, score
@@ -11,7 +11,7 @@ from ppo.types import PromptBatch
 from reward.model import load_scalar_model
 from utils.engine import DTYPES, InferenceEngine, device
 from utils.errors import UserError
-from utils.models import load_causal_lm
+from utils.models import check_window, load_causal_lm
 from utils.tokenizer import load_tokenizer
 
 
@@ -33,13 +33,14 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     dtype, place = DTYPES[config.dtype], device()
 
     def load_policy(path: str) -> PolicyModel:
-        return PolicyModel(
-            load_causal_lm(path, dtype, place, config.attn_implementation, tokenizer, flag="--policies")
-        ).requires_grad_(False)
+        lm = load_causal_lm(path, dtype, place, config.attn_implementation, tokenizer, flag="--policies")
+        check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
+        return PolicyModel(lm).requires_grad_(False)
 
     first, second = (load_policy(path) for path in config.policies)
     reward = None
     if config.reward_model_path:
+        check_same_tokenizer(config.reward_model_path, "--reward_model_path", tokenizer, template)
         reward = load_scalar_model(
             config.reward_model_path, dtype, place, config.attn_implementation, tokenizer, flag="--reward_model_path"
         )

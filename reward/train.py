@@ -21,7 +21,7 @@ from reward.model import ScalarModel, last_scores, load_scalar_model, save_scala
 from utils.args import check_range, entry_point, parse_args
 from utils.checkpoint import prepare_run_folder
 from utils.distributed import is_main, rank, world_size
-from utils.engine import DTYPES, TrainEngine, device, init_distributed
+from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
 from utils.errors import UserError
 from utils.fit import Stage, fit
 from utils.fit_config import FitConfig
@@ -177,6 +177,7 @@ def train(config: RewardConfig) -> None:
         fit(engine, stage_of(config, model, tokenizer, train_pairs), valid_pairs, config, log)
     finally:
         log.close()
+    shutdown_distributed()
 
 
 @entry_point

@@ -21,7 +21,7 @@ from sft.loss import answer_loss
 from utils.args import entry_point, parse_args
 from utils.checkpoint import prepare_run_folder
 from utils.distributed import is_main, rank, world_size
-from utils.engine import DTYPES, TrainEngine, device, init_distributed
+from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
 from utils.errors import UserError
 from utils.export import save_causal_lm
 from utils.fit import Stage, fit
@@ -165,6 +165,7 @@ def train(config: SFTConfig) -> None:
         fit(engine, stage_of(config, lm, tokenizer, train_items), valid_items, config, log)
     finally:
         log.close()
+    shutdown_distributed()
 
 
 @entry_point

@@ -32,12 +32,8 @@ def check_run_folder(path: str, overwrite: bool, inputs: tuple[str | None, ...] 
 
     inputs: models and data that the run reads. Changes nothing.
     """
-    present = [name for name in RUN_FILES if os.path.lexists(os.path.join(path, name))]
-    if present and not overwrite:
-        raise UserError(
-            f"--model_save_path {path} already holds a run ({present[0]}): choose another folder, or add --overwrite, "
-            "which replaces it"
-        )
+    if not overwrite and any(os.path.lexists(os.path.join(path, name)) for name in RUN_FILES):
+        raise UserError(f"--model_save_path {path} already holds a run: choose another folder, or add --overwrite")
     real = os.path.realpath(path)
     for source in inputs:
         if source and os.path.exists(source) and os.path.commonpath([real, os.path.realpath(source)]) == real:

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from utils.errors import UserError
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".parquet", ".txt", ".model", ".gguf", ".safetensors", ".bin", ".pt"}
 
@@ -17,3 +19,15 @@ def is_hub_id(path: str) -> bool:
     if Path(path).exists() or "/" not in path or not _HUB_ID.fullmatch(path):
         return False
     return Path(path).suffix not in _DATA_SUFFIXES and not Path(path.split("/")[0]).exists()
+
+
+def download(name: str, flag: str, **patterns: list[str]) -> Path:
+    """The local folder of a hub id's files (`allow_patterns`, `ignore_patterns`). UserError when it cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(name, **patterns))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{flag}: cannot download {name}: {reason}; check the name, or download it first") from error

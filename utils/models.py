@@ -11,15 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from utils.errors import UserError
-from utils.hub import is_hub_id
+from utils.hub import download, is_hub_id
 from utils.tokenizer import check_vocabulary
 
 FLAG = "--hf_model_name_or_path"
@@ -64,13 +62,9 @@ def model_folder(path: str, flag: str = FLAG) -> Path:
 
 
 def _download(name: str, flag: str) -> Path:
-    try:
-        folder = Path(snapshot_download(name, ignore_patterns=_NOT_NEEDED))
-        if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.bin"]))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{flag}: cannot download {name}: {reason}; check the name, or download it first") from error
+    folder = download(name, flag, ignore_patterns=_NOT_NEEDED)
+    if not list(folder.glob("*.safetensors")):
+        folder = download(name, flag, allow_patterns=["*.json", "*.bin"])
     return folder
 
 

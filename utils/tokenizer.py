@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from utils.errors import UserError
-from utils.hub import is_hub_id
+from utils.hub import download, is_hub_id
 from utils.spm import SentencePieceTokenizer, is_llama_format, load_sentencepiece, read_proto, to_tokenizer_json
 
 FLAG = "--tokenizer_name_or_path"
@@ -36,6 +36,8 @@ def load_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenize
     neither eos nor bos, else unk, else eos (masks are built from lengths, so sharing an id does no harm).
     Raises UserError when there is no usable tokenizer, no end token, or no chat template although one is asked for.
     """
+    if is_hub_id(path):  # not left to AutoTokenizer: a tokenizer.model has to be found first
+        path = str(download(path, FLAG, allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"]))
     file = _sentencepiece_file(Path(path))
     tokenizer = _from_sentencepiece(file) if file else _from_auto(str(path))
     if not tokenizer.eos_token:
@@ -137,7 +139,7 @@ def _from_sentencepiece(file: Path) -> SentencePieceTokenizer:
 
 def _from_auto(path: str) -> PreTrainedTokenizerBase:
     local = Path(path)
-    if not local.exists() and not is_hub_id(path):
+    if not local.exists():
         raise UserError(f"{FLAG}: {path} does not exist; give a folder with a tokenizer, or a hub id (owner/name)")
     if local.is_dir():
         if not any((local / name).is_file() for name in _TOKENIZER_FILES):
