@@ -53,7 +53,7 @@ demo() { # "$@" goes to train_ppo.py
     --zero_stage 2
     --lr 4e-5
     --critic_lr 1e-4
-    --train_steps 12
+    --train_steps 10
     --warmup_steps 2
     --lr_schedule cosine
     --critic_pretrain_steps 1
@@ -63,9 +63,9 @@ demo() { # "$@" goes to train_ppo.py
     --batch_size 16
     --rollout_batch_size 32
     --micro_batch_tokens 1024
-    --maxlen_prompt 80 # of which 48 for the prompt
-    --maxlen_res 32
-    --save_per_step 13 # steps between evaluations
+    --maxlen_prompt 72 # of which 48 for the prompt
+    --maxlen_res 24
+    --save_per_step 11 # steps between evaluations
     --num_eval_prompts 32
     --seed "$seed"
     --overwrite
@@ -80,8 +80,8 @@ demo() { # "$@" goes to train_ppo.py
     --template chat
     --num_prompts 200
     --micro_batch_tokens 2048
-    --maxlen_prompt 80
-    --maxlen_res 32
+    --maxlen_prompt 72
+    --maxlen_res 24
     --output "$output/comparison.json"
   )
   launch "$output/compare.log" -m ppo.compare "${compare_args[@]}"

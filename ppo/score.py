@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from data.collate import micro_batches
@@ -52,9 +53,10 @@ def score(
         (values,) = _by_batch(rollout, batches, token_values)
     scores = torch.zeros(len(rollout), device=rollout.sequences.device)
     if models.reward is not None:
+        closed = close_responses(rollout, tokenizer.eos_token_id)
         with models.reward.resident() as reward:
             (scores,) = _by_batch(
-                rollout,
+                closed,
                 batches,
                 lambda part: (last_scores(reward(part.sequences, part.attention_mask), part.attention_mask),),
             )
@@ -62,6 +64,20 @@ def score(
         answers = [decode_answer(tokenizer, ids) for ids in response_ids(rollout)]
         scores = scores + torch.tensor(call_reward_fn(reward_fn, prompts.turns, answers), device=scores.device)
     return Scores(logprobs, ref_logprobs, entropy, values, scores)
+
+
+def close_responses(rollout: Rollout, eos_id: int) -> Rollout:
+    """The rollout with an EOS behind responses that were cut off at their longest; [batch, length + 1].
+
+    For the reward model only: it was trained on whole answers, and its score at any other token says nothing. What a
+    missing EOS shall cost is --missing_eos_penalty's to say.
+    """
+    sequences, mask = F.pad(rollout.sequences, (0, 1)), F.pad(rollout.attention_mask, (0, 1))
+    ends = mask.sum(1, keepdim=True)
+    cut = ~rollout.ended[:, None]
+    sequences = sequences.scatter(1, ends, torch.where(cut, eos_id, sequences.gather(1, ends)))
+    mask = mask.scatter(1, ends, cut)
+    return Rollout(sequences, mask, F.pad(rollout.response_mask, (0, 1)), rollout.ended)
 
 
 def even_batches(rollout: Rollout, max_tokens: int) -> list[list[int]]:
