@@ -106,5 +106,5 @@ def scored(rollout: Rollout, models: Models, **flags) -> tuple[Experience, PPOCo
     """(experience, flags) of a rollout scored by these models."""
     config = ppo_config(**flags)
     prompts = prompts_of(*PROMPTS)
-    scores = score(rollout, prompts, models, None, None, config.temperature, config)
+    scores = score(rollout, prompts, models, None, token_ids(), config.temperature, config)
     return make_experience(rollout, scores, RunningMoments(), config), config

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ppo.score import call_reward_fn, load_reward_fn, score
-from tests.parts import PROMPTS, RESPONSES, ppo_config, prompts_of, rollout_by_hand, tiny_models
+from tests.parts import EOS, PROMPTS, RESPONSES, ppo_config, prompts_of, rollout_by_hand, tiny_models, token_ids
 from utils.errors import UserError
 
 ROLLOUT = rollout_by_hand()
@@ -12,6 +12,8 @@ ROLLOUT = rollout_by_hand()
 
 class Letters:
     """A tokenizer whose token i is the letter number i."""
+
+    eos_token_id = EOS
 
     def __len__(self) -> int:
         return 24
@@ -22,13 +24,15 @@ class Letters:
 
 def test_value_of_a_token_is_read_before_it_and_the_score_after_the_last():
     models = tiny_models()
-    scores = score(ROLLOUT, prompts_of(*PROMPTS), models, None, None, 1.0, ppo_config())
+    scores = score(ROLLOUT, prompts_of(*PROMPTS), models, None, token_ids(), 1.0, ppo_config())
     for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
         alone = torch.tensor([prompt + response])
         inside = torch.ones_like(alone).bool()
         values = models.critic.module(alone, inside)[0, len(prompt) - 1 : -1]
         torch.testing.assert_close(scores.old_values[i][ROLLOUT.response_mask[i]], values, atol=1e-5, rtol=1e-4)
-        last = models.reward.model(alone, inside)[0, -1]
+        # The reward model sees whole answers: what was cut off, the empty answer too, gets its EOS first.
+        closed = torch.tensor([prompt + response + ([] if response[-1:] == [EOS] else [EOS])])
+        last = models.reward.model(closed, torch.ones_like(closed).bool())[0, -1]
         torch.testing.assert_close(scores.scores[i], last, atol=1e-5, rtol=1e-4)
     assert not scores.old_values[~ROLLOUT.response_mask].any()
 
@@ -36,15 +40,15 @@ def test_value_of_a_token_is_read_before_it_and_the_score_after_the_last():
 @pytest.mark.parametrize("micro_batch_tokens", [1, 17, 40])
 def test_micro_batches_change_nothing(micro_batch_tokens):
     models, prompts = tiny_models(), prompts_of(*PROMPTS)
-    whole = score(ROLLOUT, prompts, models, None, None, 1.0, ppo_config())
-    parts = score(ROLLOUT, prompts, models, None, None, 1.0, ppo_config(micro_batch_tokens=micro_batch_tokens))
+    whole = score(ROLLOUT, prompts, models, None, token_ids(), 1.0, ppo_config())
+    parts = score(ROLLOUT, prompts, models, None, token_ids(), 1.0, ppo_config(micro_batch_tokens=micro_batch_tokens))
     for name in vars(whole):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), atol=1e-5, rtol=1e-4)
 
 
 def test_entropy_is_the_models_own():
     models = tiny_models()
-    entropy = score(ROLLOUT, prompts_of(*PROMPTS), models, None, None, 1.0, ppo_config()).entropy
+    entropy = score(ROLLOUT, prompts_of(*PROMPTS), models, None, token_ids(), 1.0, ppo_config()).entropy
     logits = models.policy.module.lm(ROLLOUT.sequences).logits[:, :-1]
     expected = torch.distributions.Categorical(logits=logits).entropy()
     mask = ROLLOUT.response_mask
@@ -56,7 +60,7 @@ def test_reward_function_is_added_to_the_reward_model_or_stands_alone():
         return [len(answer) for answer in answers]
 
     models, prompts, config = tiny_models(), prompts_of(*PROMPTS), ppo_config()
-    by_model = score(ROLLOUT, prompts, models, None, None, 1.0, config).scores
+    by_model = score(ROLLOUT, prompts, models, None, token_ids(), 1.0, config).scores
     both = score(ROLLOUT, prompts, models, lengths, Letters(), 1.0, config).scores
     torch.testing.assert_close(both - by_model, torch.tensor([2.0, 0.0, 0.0, 8.0]), atol=1e-5, rtol=0)
     models.reward = None

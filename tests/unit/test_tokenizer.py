@@ -211,7 +211,7 @@ def test_missing_paths_stay_local(path, monkeypatch):
 
 def test_hub_id_offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="--tokenizer_name_or_path: cannot download owner/name.*download it first"):
+    with pytest.raises(UserError, match=r"--tokenizer_name_or_path: cannot download owner/name.*download it first"):
         load_tokenizer("owner/name", "moss_en")
 
 

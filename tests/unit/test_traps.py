@@ -114,7 +114,7 @@ def test_trap_05_float32_from_bf16_logits_and_no_logits_for_prompts():
 
 def test_trap_06_what_is_sampled_is_what_is_trained_on():
     rollout, models, config = rollout_by_hand(), tiny_models(), ppo_config(temperature=0.5)
-    scores = score(rollout, prompts_of(*PROMPTS), models, None, None, 0.5, config)
+    scores = score(rollout, prompts_of(*PROMPTS), models, None, token_ids(), 0.5, config)
     mask = rollout.response_mask
     for found, model in ((scores.old_logprobs, models.policy), (scores.ref_logprobs, models.reference.model)):
         lm = model.lm if isinstance(model, PolicyModel) else model.module.lm
