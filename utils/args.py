@@ -77,13 +77,20 @@ def field_help(config_type: type) -> dict[str, str]:
     return texts
 
 
+class FlagParser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes are UserErrors."""
+
+    def error(self, message: str):
+        """What argparse calls instead of returning."""
+        raise UserError(f"{message}{_suggestion(message, self)} (see --help)")
+
+
 def build_parser(config_type: type) -> argparse.ArgumentParser:
     """An HfArgumentParser for the dataclass: no abbreviations, help from field docstrings, mistakes as UserError."""
     from transformers.hf_argparser import HfArgumentParser
 
-    class Parser(HfArgumentParser):
-        def error(self, message: str):
-            raise UserError(f"{message}{_suggestion(message, self)} (see --help)")
+    class Parser(FlagParser, HfArgumentParser):
+        pass
 
     help_texts = field_help(config_type)
     for field in dataclasses.fields(config_type):

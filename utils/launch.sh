@@ -37,7 +37,7 @@ launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS 
   "${launcher[@]}" "$@" 2>&1 | tee -i "$log"
 }
 
-recover_command() { # $1: en or zh; $2: where the whole model belongs; $3: policy or reward
+recover_command() { # $1: en or zh; $2: where the whole model belongs; $3: sft or reward
   echo "  python merge_weight_$1.py recover --path_raw LLAMA --path_diff $(dirname "$2")/diff --path_tuned $2 --model_type $3"
 }
 
@@ -56,7 +56,7 @@ require_models() { # $1: en or zh; then names of variables. Stops with advice un
     echo "error: these do not exist (set the variables, or edit the top of run_$language.sh):"
     printf '%s\n' "${missing[@]}"
     echo "The published models are differences to LLaMA's weights. With those in a folder diff beside it, recover one by"
-    recover_command "$language" "$POLICY_MODEL" policy
+    recover_command "$language" "$POLICY_MODEL" sft
     recover_command "$language" "$REWARD_MODEL" reward
     echo "Without any of them, a small demo trains its own:"
     echo "  bash run_$language.sh --demo"
