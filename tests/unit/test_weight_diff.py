@@ -268,3 +268,21 @@ def test_shards_keep_to_their_size_and_the_index_is_whole(with_manifest, tmp_pat
     for name, file in index["weight_map"].items():
         by_file.setdefault(file, []).append(2 * load_folder(folder)[name].numel())
     assert all(sum(sizes) <= 500 or len(sizes) == 1 for sizes in by_file.values())
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "zip"])
+def test_hub_ids_are_downloaded_safetensors_first(tmp_path, monkeypatch, lines, layout):
+    """The hub is played by a folder: what it would send is what the patterns let through."""
+    save_folder(tmp_path / "hub" / "raw", random_weights(1), layout)
+    save_folder(tmp_path / "hub" / "diff", random_weights(2), layout)
+    asked = []
+
+    def snapshot_download(name, **patterns):
+        asked.append((name, "*.bin" not in patterns.get("ignore_patterns", [])))
+        return str(tmp_path / "hub" / name.removeprefix("owner/"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    recover("owner/raw", "owner/diff", str(tmp_path / "tuned"), RELEASE, "policy", Output(), say=lines.append)
+    with_bin = [("owner/raw", True), ("owner/diff", True)] if layout == "zip" else []
+    assert sorted(asked) == sorted([("owner/raw", False), ("owner/diff", False), *with_bin])
+    assert (tmp_path / "tuned").is_dir()
