@@ -15,6 +15,7 @@ from data.preferences import Preference, load_preferences
 from data.prompts import without_oldest
 from data.shares import rank_plan
 from data.template import encode_dialogue, template_for
+from data.window import encode_fitting
 from reward.batches import MAX_PAIRS, MIN_PAIRS, EncodedPair, dynamic_batches
 from reward.loss import ranking_hits, ranking_losses
 from reward.model import ScalarModel, last_scores, load_scalar_model, save_scalar_model
@@ -75,27 +76,14 @@ def encode_pair(tokenizer, preference: Preference, template: str, max_tokens: in
     return None, 0
 
 
-def encode_pairs(
-    tokenizer, preferences: list[Preference], template: str, max_tokens: int, say: Callable[[str], None]
-) -> list[EncodedPair]:
-    """All pairs that fit into `max_tokens`; what was cut and what was dropped is said with its first place."""
-    encoded = [encode_pair(tokenizer, preference, template, max_tokens) for preference in preferences]
-    dropped = [p.source for p, (pair, _) in zip(preferences, encoded, strict=True) if pair is None]
-    truncated = [pair.source for pair, cut in encoded if cut]
-    if truncated:
-        say(f"{len(truncated)} pairs truncated (oldest turns dropped) to --context_truncate, first: {truncated[0]}")
-    if dropped:
-        say(f"{len(dropped)} pairs dropped: question and answer exceed --context_truncate, first: {dropped[0]}")
-    return [pair for pair, _ in encoded if pair is not None]
-
-
 def load_pairs(
     config: RewardConfig, tokenizer, say: Callable[[str], None]
 ) -> tuple[list[EncodedPair], list[EncodedPair]]:
     """(train, valid) pairs of --data_path. UserError when too few are left for a batch."""
     template = template_for(config.lang, config.template)
     splits = load_preferences(config.data_path, config.num_valid, config.seed, say)
-    train, valid = (encode_pairs(tokenizer, split, template, config.context_truncate, say) for split in splits)
+    encode = partial(encode_pair, tokenizer, template=template, max_tokens=config.context_truncate)
+    train, valid = (encode_fitting(split, encode, "pairs", say) for split in splits)
     if len(train) < config.batch_size:
         raise UserError(
             f"--data_path {config.data_path}: {len(train)} pairs to train on are fewer than --batch_size "

@@ -17,6 +17,7 @@ from data.order import order
 from data.prompts import without_oldest
 from data.shares import rank_plan
 from data.template import encode_dialogue, template_for
+from data.window import encode_fitting
 from sft.loss import answer_loss
 from utils.args import entry_point, parse_args
 from utils.checkpoint import prepare_run_folder
@@ -81,27 +82,14 @@ def encode(tokenizer, dialogue: Dialogue, template: str, max_tokens: int) -> tup
     return None, 0
 
 
-def encode_all(
-    tokenizer, dialogues: list[Dialogue], template: str, max_tokens: int, say: Callable[[str], None]
-) -> list[EncodedDialogue]:
-    """All dialogues that fit into `max_tokens`; what was cut and what was dropped is said with its first place."""
-    encoded = [encode(tokenizer, dialogue, template, max_tokens) for dialogue in dialogues]
-    dropped = [d.source for d, (item, _) in zip(dialogues, encoded, strict=True) if item is None]
-    truncated = [item.source for item, cut in encoded if cut]
-    if truncated:
-        say(f"{len(truncated)} dialogues truncated (oldest turns dropped) to --context_truncate, first: {truncated[0]}")
-    if dropped:
-        say(f"{len(dropped)} dialogues dropped: last exchange exceeds --context_truncate, first: {dropped[0]}")
-    return [item for item, _ in encoded if item is not None]
-
-
 def load_encoded(
     config: SFTConfig, tokenizer, say: Callable[[str], None]
 ) -> tuple[list[EncodedDialogue], list[EncodedDialogue]]:
     """(train, valid) dialogues of --data_path. UserError when too few are left for a batch."""
     template = template_for(config.lang, config.template)
     splits = load_dialogues(config.data_path, config.num_valid, config.seed, say)
-    train, valid = (encode_all(tokenizer, split, template, config.context_truncate, say) for split in splits)
+    fit_window = partial(encode, tokenizer, template=template, max_tokens=config.context_truncate)
+    train, valid = (encode_fitting(split, fit_window, "dialogues", say) for split in splits)
     if len(train) < config.batch_size:
         raise UserError(
             f"--data_path {config.data_path}: {len(train)} dialogues to train on are fewer than --batch_size "
