@@ -3,7 +3,7 @@
 Next-token loss on the assistant's tokens and their EOS alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -12,12 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from data.collate import pad
-from data.dialogues import Dialogue, load_dialogues
-from data.order import order
-from data.prompts import without_oldest
+from data.dialogues import EncodedDialogue, batches, encode_dialogues, load_dialogues
 from data.shares import rank_plan
-from data.template import encode_dialogue, template_for
-from data.window import encode_fitting
+from data.template import template_for
 from sft.loss import answer_loss
 from utils.args import entry_point, parse_args
 from utils.checkpoint import prepare_run_folder
@@ -45,15 +42,6 @@ class SFTConfig(FitConfig):
     """Dialogues an optimizer step, over all ranks"""
 
 
-@dataclass(frozen=True)
-class EncodedDialogue:
-    """Ids of a dialogue, and which of them are learnt. `source` is where the record stands."""
-
-    ids: list[int]
-    answer_mask: list[bool]
-    source: str
-
-
 class AnswerModel(nn.Module):
     """A causal LM whose forward is the summed loss on answer tokens; no other logits are made."""
 
@@ -71,25 +59,13 @@ class AnswerModel(nn.Module):
         return answer_loss(hidden, sequences, answer_mask, logits, even_tokens=self.even_tokens)
 
 
-def encode(tokenizer, dialogue: Dialogue, template: str, max_tokens: int) -> tuple[EncodedDialogue | None, int]:
-    """(the dialogue as ids, how many turns were left out): the oldest go until it fits; None when the last do not."""
-    turns = dialogue.turns
-    while turns:
-        ids, mask = encode_dialogue(tokenizer, turns, template)
-        if len(ids) <= max_tokens:
-            return EncodedDialogue(ids, mask, dialogue.source), len(dialogue.turns) - len(turns)
-        turns = without_oldest(turns)
-    return None, 0
-
-
 def load_encoded(
     config: SFTConfig, tokenizer, say: Callable[[str], None]
 ) -> tuple[list[EncodedDialogue], list[EncodedDialogue]]:
     """(train, valid) dialogues of --data_path. UserError when too few are left for a batch."""
     template = template_for(config.lang, config.template)
     splits = load_dialogues(config.data_path, config.num_valid, config.seed, say)
-    fit_window = partial(encode, tokenizer, template=template, max_tokens=config.context_truncate)
-    train, valid = (encode_fitting(split, fit_window, "dialogues", say) for split in splits)
+    train, valid = (encode_dialogues(tokenizer, split, template, config.context_truncate, say) for split in splits)
     if len(train) < config.batch_size:
         raise UserError(
             f"--data_path {config.data_path}: {len(train)} dialogues to train on are fewer than --batch_size "
@@ -105,14 +81,6 @@ def nll_sums(engine: Callable, dialogues: list[EncodedDialogue]) -> dict[str, to
     return {"lm_loss": engine(ids.to(device()), answers.bool().to(device()))}
 
 
-def batches(dialogues: list[EncodedDialogue], batch_size: int, seed: int) -> Iterator[list[EncodedDialogue]]:
-    """Endless batches, epoch after epoch in seeded order."""
-    start = 0
-    while True:
-        yield [dialogues[i] for i in order(start, batch_size, len(dialogues), seed)]
-        start += batch_size
-
-
 def stage_of(config: SFTConfig, lm: PreTrainedModel, tokenizer, train: list[EncodedDialogue]) -> Stage:
     """SFT's part in `utils.fit`."""
 
@@ -120,7 +88,7 @@ def stage_of(config: SFTConfig, lm: PreTrainedModel, tokenizer, train: list[Enco
         save_causal_lm(lm.config, {name.removeprefix("lm."): x for name, x in state.items()}, folder, tokenizer)
 
     return Stage(
-        batches=batches(train, config.batch_size, config.seed),
+        batches=batches([train], config.batch_size, config.seed),
         length=lambda dialogue: len(dialogue.ids),
         plan=lambda lengths: rank_plan(lengths, config.micro_batch_tokens, world_size(), rank()),
         sums=nll_sums,

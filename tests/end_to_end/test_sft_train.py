@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.dialogues import Dialogue, load_dialogues
+from data.dialogues import Dialogue, encode, load_dialogues
 from data.template import encode_dialogue
-from sft.train import encode, main
+from sft.train import main
 from tests.tiny import SAMPLES, tiny_llama, tiny_llama_folder
 from utils.tokenizer import load_tokenizer
 
