@@ -1,5 +1,7 @@
-"""Asking reward models what they think of whole dialogues: encoding, batches by length, one score each."""
+"""Asking one or several reward models what they think of whole dialogues: encoding, batches, scores, one rule."""
 
+import contextlib
+import json
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,8 @@ from data.prompts import without_oldest
 from data.template import Turns, encode_dialogue
 from reward.model import ScalarModel, last_scores
 from utils.engine import device
+from utils.errors import UserError
+from utils.models import model_folder
 
 
 @dataclass(frozen=True)
@@ -66,3 +70,81 @@ def score_dialogues(
     encoding = Encoding(tokenizer, template, window_of(model))
     sequences = [encoding(turns)[0] for turns in dialogues]
     return score_ids(model, sequences, micro_batches([len(ids) for ids in sequences], max_tokens)).tolist()
+
+
+@dataclass
+class Frozen:
+    """A model that only scores. Between its turns it may live in host memory."""
+
+    model: nn.Module
+    offload: bool
+
+    def __post_init__(self) -> None:
+        if self.offload:
+            self.model.to("cpu")
+
+    @contextlib.contextmanager
+    def resident(self):
+        """Inside, the model is on the device. Moving costs its weights' size over the bus, twice."""
+        if self.offload:
+            self.model.to(device())
+        try:
+            yield self.model
+        finally:
+            if self.offload:
+                self.model.to("cpu")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One reward model of an ensemble. `encoding` None: it reads the ids that the policy has sampled, as they are."""
+
+    model: Frozen
+    window: int | None
+    encoding: Encoding | None = None
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """One or several reward models and the rule that makes one score of theirs."""
+
+    members: list[Member]
+    rule: str = "mean"
+    std_coef: float = 1.0
+
+    def combine(self, scores: torch.Tensor) -> torch.Tensor:
+        """One score a dialogue, from the raw scores of all members: [batch, members] -> [batch].
+
+        mean; min; mean_minus_std: mean - std_coef x population deviation over the members (Coste et al. 2023 subtract
+        the variance; the deviation is in the scores' own unit). One member's score is left as it is by every rule.
+        """
+        if self.rule == "min":
+            return scores.amin(1)
+        mean = scores.mean(1)
+        return mean - self.std_coef * scores.std(1, correction=0) if self.rule == "mean_minus_std" else mean
+
+
+def check_labels(paths: list[str], flag: str) -> None:
+    """Raises UserError, naming both, when two reward models' configs do not call their score by the same name.
+
+    A label's name (`id2label`) and the problem type are all that a folder says about what its score means and which
+    way is up; without names the label is transformers' LABEL_0. Several labels are refused where a model is loaded.
+    """
+    meanings = [_label_meaning(path, flag) for path in paths]
+    for path, meaning in zip(paths, meanings, strict=True):
+        if meaning != meanings[0]:
+            raise UserError(
+                f"{flag}: the scores of {path} mean {meaning}, those of {paths[0]} {meanings[0]}: give models of one "
+                "meaning, or the same id2label and problem_type in their config.json if it is the same"
+            )
+
+
+def _label_meaning(path: str, flag: str) -> str:
+    file = model_folder(path, flag) / "config.json"
+    try:
+        config = json.loads(file.read_text("utf-8"))
+        labels = list(config.get("id2label", {"0": "LABEL_0"}).values())
+        kind = config.get("problem_type") or "regression"
+    except (ValueError, AttributeError) as error:  # broken JSON or not UTF-8; no objects where they belong
+        raise UserError(f"{flag}: {file} is damaged ({error}); copy it again") from error
+    return f"{', '.join(map(str, labels))} ({kind})"

@@ -54,6 +54,19 @@ def load_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenize
     return tokenizer
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a model folder brings a tokenizer of its own."""
+    return any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The template that a tokenizer's folder was made for, by its chat template: ours by name, else chat; or None."""
+    own = {text: name for name, text in _MOSS_CHAT_TEMPLATES.items()}
+    if not tokenizer.chat_template:
+        return None
+    return own.get(str(tokenizer.chat_template), "chat")
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: str) -> int:
     """The number of embedding rows that a model of `vocab_size` rows needs for `tokenizer`; at least `vocab_size`.
 
@@ -142,7 +155,7 @@ def _from_auto(path: str) -> PreTrainedTokenizerBase:
     if not local.exists():
         raise UserError(f"{FLAG}: {path} does not exist; give a folder with a tokenizer, or a hub id (owner/name)")
     if local.is_dir():
-        if not any((local / name).is_file() for name in _TOKENIZER_FILES):
+        if not has_tokenizer(local):
             raise UserError(f"{FLAG}: no tokenizer in {path} (looked for {', '.join(_TOKENIZER_FILES)})")
         for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
             _read_json(local / name)

@@ -1,12 +1,17 @@
-"""Reward models asked about dialogues: the same scores whatever the batches; what overflows the window is cut."""
+"""Reward models asked about dialogues: one score each whatever the batches, one rule over several models."""
+
+import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from data.template import encode_dialogue
-from reward.ensemble import Encoding, score_dialogues
+from reward.ensemble import Encoding, Ensemble, Frozen, check_labels, score_dialogues
 from tests.parts import tiny_scalar_model
 from tests.tiny import VOCAB, tiny_tokenizer_folder
+from utils.errors import UserError
 from utils.tokenizer import load_tokenizer
 
 
@@ -54,3 +59,79 @@ def test_the_oldest_turns_go_until_the_dialogue_fits_the_window(tokenizer):
         (len(last_only) - 1, last_only[:1] + last_only[2:], True),  # the BOS stays, and so does the whole answer
     ]:
         assert Encoding(tokenizer, "moss_en", window)(turns) == (expected, cut), window
+
+
+SCORES = torch.tensor([[1.0, 3.0, 8.0], [-2.0, -2.0, -2.0]])
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("mean", [4.0, -2.0]),
+        ("min", [1.0, -2.0]),
+        ("mean_minus_std", [4.0 - 0.5 * math.sqrt((9 + 1 + 16) / 3), -2.0]),
+    ],
+)
+def test_rules_by_hand(rule, expected):
+    ensemble = Ensemble([], rule, std_coef=0.5)
+    assert ensemble.combine(SCORES).tolist() == pytest.approx(expected, abs=1e-6)
+    assert torch.equal(ensemble.combine(SCORES[:, :1]), SCORES[:, 0])
+
+
+class Recorded(torch.nn.Linear):
+    """A module that says where it goes."""
+
+    def __init__(self, name: str, said: list[str]):
+        super().__init__(1, 1)
+        self.name, self.said = name, said
+
+    def to(self, place):
+        self.said.append(f"{self.name} to {place}")
+        return self
+
+
+def test_a_model_that_waits_in_host_memory_is_on_the_device_in_its_turn_only(monkeypatch):
+    monkeypatch.setattr("reward.ensemble.device", lambda: "cuda")
+    said = []
+    waiting, staying = Frozen(Recorded("a", said), offload=True), Frozen(Recorded("b", said), offload=False)
+    with waiting.resident(), staying.resident():
+        said.append("scoring")
+    assert said == ["a to cpu", "a to cuda", "scoring", "a to cpu"]
+
+
+def reward_folder(folder: Path, **config) -> str:
+    folder.mkdir()
+    torch.save({"score.weight": torch.zeros(1, 2)}, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_labels_of_one_meaning(tmp_path):
+    unnamed = reward_folder(tmp_path / "unnamed")
+    ours = reward_folder(tmp_path / "ours", id2label={"0": "LABEL_0"}, problem_type="regression")
+    check_labels([unnamed, ours], "--model")
+    check_labels([reward_folder(tmp_path / "named", id2label={"0": "toxicity"})], "--model")
+
+
+@pytest.mark.parametrize(
+    ("config", "meaning"),
+    [
+        ({"id2label": {"0": "toxicity"}}, r"toxicity \(regression\)"),
+        ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, r"LABEL_0, LABEL_1 \(regression\)"),
+        ({"problem_type": "single_label_classification"}, r"LABEL_0 \(single_label_classification\)"),
+    ],
+)
+def test_labels_of_two_meanings_are_named(tmp_path, config, meaning):
+    paths = [reward_folder(tmp_path / "a"), reward_folder(tmp_path / "b", **config)]
+    with pytest.raises(
+        UserError, match=rf"^--model: the scores of .*/b mean {meaning}, .*/a LABEL_0 .*: give"
+    ) as error:
+        check_labels(paths, "--model")
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_that_is_no_object_is_named(tmp_path):
+    path = reward_folder(tmp_path / "a")
+    (tmp_path / "a" / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"--model: .*config.json is damaged"):
+        check_labels([path], "--model")
