@@ -37,6 +37,7 @@ class Stage:
     save: Callable[[dict[str, torch.Tensor], str], None]  # (whole weights, folder), on rank 0
     prepare: Callable[[TrainEngine, list[Item]], list[Item]] | None = None  # sees a step's batch before its forwards
     evaluate: Callable[[TrainEngine, list[Item]], dict[str, float]] | None = None  # for what is no mean over items
+    samples: Callable[[TrainEngine], list[dict]] | None = None  # texts that an evaluation writes to samples.jsonl
 
 
 def fit(engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig, log: RunLogger) -> None:
@@ -60,6 +61,8 @@ def fit(engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig,
             held_out = {f"eval_{name}": value for name, value in evaluation.items()}
             metrics |= held_out
             log.say(f"step {done}: {numbers(held_out)}")
+            if stage.samples:
+                log.samples(done, stage.samples(engine))
             value = evaluation[stage.best_by] * (1 if stage.larger_is_better else -1)
             if best is None or value > best:
                 best = value
