@@ -87,6 +87,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     """Write `tokenizer` so that both `load_tokenizer(folder)` and AutoTokenizer elsewhere give the same ids.
 
     For SentencePiece that means `tokenizer.model` as it is, and beside it a `tokenizer.json` with the same merges.
+    `apply_chat_template` there gives the prompts of data.template, unless a text spells a special token out: with
+    moss_en an answer in the history is kept from merging with the colon of its "Assistant:" (as ":)" would). Other
+    tokenizers are saved as they are, and with moss_en may merge there.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +97,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
         tokenizer.save_pretrained(folder)
         return
     (folder / "tokenizer.model").write_bytes(tokenizer.sp_model.serialized_model_proto())
-    to_tokenizer_json(tokenizer).save(str(folder / "tokenizer.json"))
+    opening = "Assistant:" if tokenizer.chat_template == _MOSS_CHAT_TEMPLATES["moss_en"] else None
+    to_tokenizer_json(tokenizer, opening).save(str(folder / "tokenizer.json"))
     added = {
         str(i): {"content": token.content, "special": True, "normalized": False, "lstrip": False, "rstrip": False}
         for i, token in tokenizer.added_tokens_decoder.items()
