@@ -27,8 +27,9 @@ class Pull:
 class Comparison:
     """Whole dialogues that share their first `prompt_length` ids; the rest of each is an answer with its EOS.
 
-    pairs: (place of the better answer, of the worse); margins: one a pair; subset, source: as in data.preferences.
-    Of a pair record there is one pair; of a ranked list, all. Without pairs: answers to be scored alone.
+    pairs: (place of the better answer, of the worse); margins: one a pair; subset, source: as in data.preferences;
+    place: of the preference among all that were encoded. Of a pair record there is one pair; of a ranked list, all.
+    Without pairs: answers to be scored alone.
     """
 
     answers: list[list[int]]
@@ -37,6 +38,7 @@ class Comparison:
     margins: list[float]
     subset: str
     source: str
+    place: int = 0
     pull: Pull | None = None
 
     @property

@@ -1,7 +1,8 @@
 """From data files to comparisons as token ids: what a window cuts is cut alike for all answers to a prompt."""
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from itertools import count
 
 from transformers import PreTrainedTokenizerBase
 
@@ -57,7 +58,13 @@ def encode_all(
     say: Callable[[str], None],
 ) -> list[Comparison]:
     """All preferences that fit; what was cut or dropped is said, and which subsets nothing is left of."""
-    encode = partial(encode_preference, tokenizer=tokenizer, template=template, max_tokens=max_tokens)
+    places = count()
+
+    def encode(preference: Preference) -> tuple[Comparison | None, int]:
+        place = next(places)
+        item, cut = encode_preference(preference, tokenizer, template, max_tokens)
+        return item and replace(item, place=place), cut
+
     kept = encode_fitting(preferences, encode, "preferences", say)
     for subset in sorted({p.subset for p in preferences} - {item.subset for item in kept}):
         say(f"preferences: nothing is left of the subset {subset!r}")

@@ -4,6 +4,7 @@ Every prompt counts once: of its pairs, each 1 / number of them. Pure.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,10 +50,14 @@ class Scored:
         """Tokens of every answer. float32 [answers]"""
         return torch.tensor([length for item in self.items for length in item.answer_lengths], dtype=torch.float32)
 
+    def where(self, keep: Callable[[Comparison], bool]) -> "Scored":
+        """The comparisons for which `keep` holds."""
+        rows = torch.tensor([keep(item) for item in self.items for _ in item.answers], dtype=torch.bool)
+        return Scored([item for item in self.items if keep(item)], self.scores[rows])
+
     def of(self, subset: str) -> "Scored":
         """The comparisons of one subset."""
-        kept = torch.tensor([item.subset == subset for item in self.items for _ in item.answers], dtype=torch.bool)
-        return Scored([item for item in self.items if item.subset == subset], self.scores[kept])
+        return self.where(lambda item: item.subset == subset)
 
     @property
     def subsets(self) -> list[str]:
