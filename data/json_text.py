@@ -15,11 +15,16 @@ def parse_json_lines(file: Path, flag: str) -> Located:
     # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
     for line, text in enumerate(_read(file, flag).split("\n"), start=1):
         if text.strip():
-            try:
-                located.append((json.loads(text), line))
-            except (ValueError, RecursionError) as error:
-                raise _broken(file, line, error) from error
+            located.append((parse_line(text, file, line), line))
     return located
+
+
+def parse_line(text: str, file: Path | str, line: int) -> Any:
+    """The one JSON value of a line. UserError names file:line."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _broken(file, line, error) from error
 
 
 def parse_json_list(file: Path, flag: str) -> Located:
@@ -72,6 +77,6 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
-def _broken(file: Path, line: int, error: Exception) -> UserError:
+def _broken(file: Path | str, line: int, error: Exception) -> UserError:
     reason = getattr(error, "msg", None) or str(error).split(";")[0]
     return UserError(f"{file}:{line}: broken JSON ({reason}); mend the file")

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data.collate import micro_batches, pad
 from data.prompts import without_oldest
-from data.template import Turns, encode_dialogue
+from data.template import Turns, encode_dialogue, encode_text
 from reward.model import ScalarModel, last_scores
 from utils.engine import device
 from utils.errors import UserError
@@ -25,19 +25,24 @@ class Encoding:
     template: str
     window: int | None
 
-    def __call__(self, turns: Turns) -> tuple[list[int], bool]:
+    def __call__(self, turns: Turns | str) -> tuple[list[int], bool]:
         """(ids of a dialogue that ends in the assistant's answer, whether something had to go to fit the window).
 
         The oldest exchanges go first. Where question and answer alone are too long, the front of the question goes:
-        the score stands on the answer's EOS, which is never cut off.
+        the score stands on the answer's EOS, which is never cut off. A text that is no dialogue goes without template.
         """
-        ids, _ = encode_dialogue(self.tokenizer, turns, self.template)
+        ids = self._whole(turns)
         if self.window is None or len(ids) <= self.window:
             return ids, False
-        while (history := without_oldest(turns[:-1])) and len(ids) > self.window:
+        while len(ids) > self.window and not isinstance(turns, str) and (history := without_oldest(turns[:-1])):
             turns = [*history, turns[-1]]
-            ids, _ = encode_dialogue(self.tokenizer, turns, self.template)
+            ids = self._whole(turns)
         return (ids if len(ids) <= self.window else ids[:1] + ids[1 - self.window :]), True
+
+    def _whole(self, turns: Turns | str) -> list[int]:
+        if isinstance(turns, str):
+            return encode_text(self.tokenizer, turns)
+        return encode_dialogue(self.tokenizer, turns, self.template)[0]
 
 
 def window_of(model: ScalarModel) -> int | None:
@@ -59,17 +64,27 @@ def score_ids(model: nn.Module, sequences: list[list[int]], batches: list[list[i
     return scores
 
 
+def score_encoded(
+    model: nn.Module, encoding: Encoding, dialogues: list[Turns | str], max_tokens: int
+) -> tuple[list[float], list[bool]]:
+    """(one score a dialogue, whether it was cut for the window), in the order given.
+
+    Batched by length, at most `max_tokens` padded tokens a forward. The model is on this process's device.
+    """
+    encoded = [encoding(turns) for turns in dialogues]
+    sequences = [ids for ids, _ in encoded]
+    batches = micro_batches([len(ids) for ids in sequences], max_tokens)
+    return score_ids(model, sequences, batches).tolist(), [cut for _, cut in encoded]
+
+
 def score_dialogues(
     model: ScalarModel, tokenizer: PreTrainedTokenizerBase, template: str, dialogues: list[Turns], max_tokens: int
 ) -> list[float]:
     """One score a dialogue, in the order given; each has to end in the assistant's answer.
 
-    Batched by length, at most `max_tokens` padded tokens a forward. What overflows the model's window loses its oldest
-    turns (`Encoding`). The model is in eval mode, on this process's device.
+    What overflows the model's window loses its oldest turns (`Encoding`); else as `score_encoded`.
     """
-    encoding = Encoding(tokenizer, template, window_of(model))
-    sequences = [encoding(turns)[0] for turns in dialogues]
-    return score_ids(model, sequences, micro_batches([len(ids) for ids in sequences], max_tokens)).tolist()
+    return score_encoded(model, Encoding(tokenizer, template, window_of(model)), dialogues, max_tokens)[0]
 
 
 @dataclass
