@@ -100,7 +100,7 @@ def load_ensemble(
     members = []
     for reader in readers:
         if reader.own:
-            model = _load(config, reader.path, config.reward_flag, reader.own[0], say)
+            model = _load(config, reader.path, config.reward_flag, reader.own[0], say, trained=True)
             encoding = Encoding(*reader.own, window_of(model))
         else:
             shared = critic is not None and reader.path == critic[0]
@@ -115,19 +115,22 @@ def load_scalar(
 ) -> ScalarModel:
     """A critic, or a reward model that reads the policy's ids, with an embedding for each that could be sampled.
 
-    rows: the policy's embeddings (some vocabularies are padded). Raises UserError when its window is too short.
+    rows: the policy's embeddings (some vocabularies are padded). Raises UserError when its window is too short, and
+    when it has to score but has no head that was trained for it.
     """
     flag = flag or config.reward_flag
-    model = _load(config, path, flag, tokenizer, say)
+    model = _load(config, path, flag, tokenizer, say, trained=path in config.reward_paths)
     check_window(model, config.maxlen_prompt, f"{flag} {path}: --maxlen_prompt")
     if model.backbone.get_input_embeddings().weight.shape[0] < rows:
         resize_embeddings(model.backbone, rows)
     return model
 
 
-def _load(config: RewardFlags, path: str, flag: str, tokenizer, say: Callable[[str], None]) -> ScalarModel:
+def _load(config: RewardFlags, path: str, flag: str, tokenizer, say: Callable[[str], None], trained: bool):
     dtype, attention = DTYPES[config.dtype], config.attn_implementation
-    return load_scalar_model(path, dtype, device(), attention, tokenizer, seed=config.seed, say=say, flag=flag)
+    return load_scalar_model(
+        path, dtype, device(), attention, tokenizer, seed=config.seed, say=say, flag=flag, trained=trained
+    )
 
 
 def check_same_tokenizer(path: str, flag: str, tokenizer, template: str) -> None:

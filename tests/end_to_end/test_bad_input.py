@@ -12,10 +12,12 @@ from tokenizers import Tokenizer, models
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from reward.model import load_scalar_model, save_scalar_model
 from tests.tiny import tiny_llama_folder, tiny_tokenizer_folder
 from tests.tiny_run import PROMPTS, SIZES, run_flags, write_json
 from train_ppo import main
 from utils.engine import init_distributed
+from utils.tokenizer import load_tokenizer
 
 FLAGS = {
     "no such flag": ({"learning_rate": 1}, r"unrecognized.*--learning_rate 1 \(see --help"),
@@ -171,6 +173,9 @@ def test_damaged_config(refused, inputs, tmp_path):
 @pytest.mark.parametrize("flag", ["policy_model_path", "critic_model_path", "reward_model_path"])
 def test_models_of_another_vocabulary(refused, inputs, tmp_path, flag):
     other = tiny_llama_folder(tmp_path / "model", vocab=300, **SIZES)
+    if flag != "policy_model_path":
+        model = load_scalar_model(str(other), torch.float32, torch.device("cpu"), say=str)
+        save_scalar_model(model, str(other), tokenizer=load_tokenizer(str(inputs.policy)))
     error = refused(**{flag: other, "tokenizer_name_or_path": inputs.policy})
     assert re.search(f"--{flag} .*300 token embeddings.*--tokenizer_name_or_path.*give", error)
 
@@ -180,6 +185,11 @@ def test_a_critic_of_another_tokenizer(refused, tmp_path):
     tiny_tokenizer_folder(critic, 370)
     error = refused(critic_model_path=critic)
     assert re.search("--critic_model_path .*another tokenizer.*--reward_model_path, which may differ", error)
+
+
+@pytest.mark.parametrize("flag", ["critic_model_path", "reward_model_path"])
+def test_what_scores_has_a_head(refused, inputs, flag):
+    assert re.search(f"--{flag}: .*policy has no reward head", refused(**{flag: inputs.policy}))
 
 
 def test_reward_models_whose_scores_mean_different_things(refused, inputs, tmp_path):
