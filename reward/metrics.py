@@ -3,7 +3,6 @@
 Every prompt counts once: of its pairs, each 1 / number of them. Pure.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 
 from reward.batches import Comparison, PairIndex, pair_index, ranges_of
 from reward.loss import ranking_hits, ranking_losses
+from reward.outcomes import share_interval
 
 LARGER_IS_BETTER = {
     "accuracy": True,
@@ -21,7 +21,6 @@ LARGER_IS_BETTER = {
     "length_bias": False,
 }
 BINS = 10  # of predicted preferences from 1/2 to 1
-Z95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -87,12 +86,10 @@ def accuracy(scored: Scored) -> float:
     return weighted_mean(ranking_hits(scored.scores[index.better], scored.scores[index.worse]), index.weights)
 
 
-def accuracy_interval(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval for a share seen among `count` prompts; pairs of one prompt are one trial."""
-    middle = share + Z95**2 / (2 * count)
-    spread = Z95 * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
-    scale = 1 + Z95**2 / count
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+def accuracy_interval(scored: Scored) -> tuple[float, float]:
+    """Its 95 % interval (Wilson), in which the pairs of one prompt are one trial."""
+    count = len(scored.items)
+    return share_interval(accuracy(scored) * count, count)[1:]
 
 
 def calibration(scored: Scored, num_bins: int = BINS) -> list[Bin]:

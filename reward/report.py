@@ -13,6 +13,7 @@ from reward.metrics import (
     held_out_metrics,
     length_preference,
 )
+from reward.outcomes import share_interval
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -24,7 +25,7 @@ def model_report(scored: Scored) -> dict:
     longer_better, longer_preferred = length_preference(scored)
     return {
         **{name: x for name, x in held_out_metrics(scored).items() if not name.startswith("accuracy_")},
-        "accuracy_interval": accuracy_interval(accuracy(scored), len(scored.items)),
+        "accuracy_interval": accuracy_interval(scored),
         "subsets": {name: subset_report(scored.of(name)) for name in scored.subsets},
         "calibration": [asdict(b) for b in calibration(scored)],
         "score_difference_std": float(differences.std(correction=0)),
@@ -36,8 +37,11 @@ def model_report(scored: Scored) -> dict:
 
 def subset_report(scored: Scored) -> dict:
     """Prompts, accuracy and its 95 % interval."""
-    share, count = accuracy(scored), len(scored.items)
-    return {"prompts": count, "accuracy": share, "accuracy_interval": accuracy_interval(share, count)}
+    return {
+        "prompts": len(scored.items),
+        "accuracy": accuracy(scored),
+        "accuracy_interval": accuracy_interval(scored),
+    }
 
 
 def evaluation_report(scored: dict[str, Scored], data_path: str) -> dict:
@@ -50,8 +54,8 @@ def evaluation_report(scored: dict[str, Scored], data_path: str) -> dict:
         "models": {name: model_report(model) for name, model in scored.items()},
     }
     if len(scored) > 1:
-        found = agreement(list(scored.values()))
-        report["ensemble"] = found | {"accuracy_interval": accuracy_interval(found["accuracy"], len(first.items))}
+        found, count = agreement(list(scored.values())), len(first.items)
+        report["ensemble"] = found | {"accuracy_interval": share_interval(found["accuracy"] * count, count)[1:]}
     return report
 
 

@@ -44,11 +44,13 @@ def test_ties_count_half_and_every_prompt_counts_once():
     assert mean_best(scored) == pytest.approx((2 + 3) / 2)
 
 
-def test_wilsons_interval_against_published_figures():
-    """81 of 263: 0.255 to 0.366 (Newcombe 1998, table I, method 3); 0 of 20: 0 to 0.161."""
-    assert accuracy_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert accuracy_interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
-    assert accuracy_interval(1.0, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
+def test_an_interval_counts_prompts_and_not_pairs():
+    """81 of 263 right: 0.255 to 0.366 (Newcombe 1998, table I, method 3), whether 263 pairs or as many ranked lists."""
+    hits = [1.0] * 81 + [-1.0] * 182
+    assert accuracy_interval(pairs(*hits)) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    ranked = item((3, 3, 3), ((0, 1), (0, 2)))
+    scores = torch.tensor([x for hit in hits for x in (hit, 0.0, 0.0)])
+    assert accuracy_interval(Scored([ranked] * 263, scores)) == pytest.approx((0.2553, 0.3662), abs=1e-4)
 
 
 def test_calibration_compares_predicted_with_observed_in_bins():
