@@ -26,12 +26,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ppo.config import PPOConfig
 from ppo.experience import make_experience
-from ppo.models import Frozen, Models, PolicyModel
+from ppo.models import Models, PolicyModel
 from ppo.rollout import generate
 from ppo.sampling import Sampling
 from ppo.score import score
 from ppo.types import PromptBatch, Rollout
 from ppo.update import update
+from reward.ensemble import Ensemble, Frozen, Member
 from reward.model import ScalarHead, ScalarModel
 from utils.engine import TrainEngine, device, init_distributed, shutdown_distributed
 from utils.moments import RunningMoments
@@ -51,9 +52,9 @@ def build(config: PPOConfig) -> Models:
         head = ScalarHead(512, 1, bias=False, dtype=torch.bfloat16, device=device())
         return ScalarModel(copy.deepcopy(lm.model), head)
 
-    frozen = [Frozen(model.requires_grad_(False), False) for model in (PolicyModel(copy.deepcopy(lm)), scalar())]
-    critic = TrainEngine(scalar(), config, "critic")
-    return Models(TrainEngine(PolicyModel(lm), config, "policy"), critic, *frozen)
+    reference, reward = (Frozen(m.requires_grad_(False), False) for m in (PolicyModel(copy.deepcopy(lm)), scalar()))
+    critic, ensemble = TrainEngine(scalar(), config, "critic"), Ensemble([Member(reward, window=2048)])
+    return Models(TrainEngine(PolicyModel(lm), config, "policy"), critic, reference, ensemble)
 
 
 def prompt_batch() -> PromptBatch:

@@ -1,11 +1,17 @@
 """Dialogues for SFT and for the pre-training (ptx) loss: the assistant's answers are what is learnt."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
-from data.records import BadRecord, Record, Tally, load_items
-from data.template import Turns
+from transformers import PreTrainedTokenizerBase
+
+from data.order import mixture, order
+from data.prompts import without_oldest
+from data.records import FLAG, BadRecord, Record, Tally, load_items
+from data.template import Turns, encode_dialogue
 from data.turns import turns_of
+from data.window import encode_fitting
 
 
 @dataclass(frozen=True)
@@ -16,15 +22,24 @@ class Dialogue:
     source: str
 
 
+@dataclass(frozen=True)
+class EncodedDialogue:
+    """Ids of a dialogue, and which of them are learnt: the assistant's. `source` is where the record stands."""
+
+    ids: list[int]
+    answer_mask: list[bool]
+    source: str = ""
+
+
 def load_dialogues(
-    path: str, num_valid: int, seed: int, say: Callable[[str], None] = print
+    path: str, num_valid: int, seed: int, say: Callable[[str], None] = print, flag: str = FLAG
 ) -> tuple[list[Dialogue], list[Dialogue]]:
-    """(train, valid) dialogues of `path` in any form of data/turns.py.
+    """(train, valid) dialogues of `path`, which `flag` gave, in any form of data/turns.py.
 
     A last question without an answer is cut off; a record with no answer at all, or malformed, is dropped. Both are
     counted and said. Raises UserError when the data cannot be read or nothing is left.
     """
-    return load_items(path, "dialogues", _dialogue_of, num_valid, seed, say)
+    return load_items(path, "dialogues", _dialogue_of, num_valid, seed, say, flag)
 
 
 def _dialogue_of(record: Record, tally: Tally) -> Dialogue:
@@ -35,3 +50,43 @@ def _dialogue_of(record: Record, tally: Tally) -> Dialogue:
         turns = turns[:-1]
         tally.add("ended in a question without an answer, which was cut off", record.source)
     return Dialogue(turns, record.source)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, template: str, max_tokens: int
+) -> tuple[EncodedDialogue | None, int]:
+    """(the dialogue as ids, how many turns were left out): the oldest go until it fits; None when the last do not."""
+    turns = dialogue.turns
+    while turns:
+        ids, mask = encode_dialogue(tokenizer, turns, template)
+        if len(ids) <= max_tokens:
+            return EncodedDialogue(ids, mask, dialogue.source), len(dialogue.turns) - len(turns)
+        turns = without_oldest(turns)
+    return None, 0
+
+
+def encode_dialogues(
+    tokenizer: PreTrainedTokenizerBase, dialogues: list[Dialogue], template: str, max_tokens: int,
+    say: Callable[[str], None], flag: str = "--context_truncate",
+) -> list[EncodedDialogue]:  # fmt: skip
+    """All that fit into the `max_tokens` of `flag`; what was cut and what was dropped is counted and said."""
+    fit = partial(encode, tokenizer, template=template, max_tokens=max_tokens)
+    return encode_fitting(dialogues, fit, "dialogues", say, flag)
+
+
+def batches(
+    sets: list[list[EncodedDialogue]], size: int, seed: int, weights: list[float] | None = None
+) -> Iterator[list[EncodedDialogue]]:
+    """Endless batches in seeded order, the same on every rank. With weights, each set has that share of the samples.
+
+    Each set is run through epoch by epoch; without weights all of them together are one set.
+    """
+    merged = [dialogue for items in sets for dialogue in items]
+    start = 0
+    while True:
+        if weights is None:
+            yield [merged[i] for i in order(start, size, len(merged), seed)]
+        else:
+            places = mixture(start, size, [len(items) for items in sets], weights, seed)
+            yield [sets[k][i] for k, i in places]
+        start += size

@@ -9,22 +9,27 @@ from utils.errors import UserError
 Located = list[tuple[Any, int]]
 
 
-def parse_json_lines(file: Path) -> Located:
-    """(value, line) of a file with one JSON value a line; blank lines are skipped. UserError names file:line."""
+def parse_json_lines(file: Path, flag: str) -> Located:
+    """(value, line) of a file with one JSON value a line; blank lines are skipped. UserError: file:line or `flag`."""
     located: Located = []
     # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
-    for line, text in enumerate(_read(file).split("\n"), start=1):
+    for line, text in enumerate(_read(file, flag).split("\n"), start=1):
         if text.strip():
-            try:
-                located.append((json.loads(text), line))
-            except (ValueError, RecursionError) as error:
-                raise _broken(file, line, error) from error
+            located.append((parse_line(text, file, line), line))
     return located
 
 
-def parse_json_list(file: Path) -> Located:
-    """(item, line on which it begins) of a file that is one JSON list. UserError names file:line."""
-    text = _read(file)
+def parse_line(text: str, file: Path | str, line: int) -> Any:
+    """The one JSON value of a line. UserError names file:line."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _broken(file, line, error) from error
+
+
+def parse_json_list(file: Path, flag: str) -> Located:
+    """(item, line on which it begins) of a file that is one JSON list. UserError names file:line, or `flag`."""
+    text = _read(file, flag)
     position, line = _skip_space(text, 0), 1
     if position == len(text):
         return []
@@ -56,14 +61,14 @@ def parse_json_list(file: Path) -> Located:
     return located
 
 
-def _read(file: Path) -> str:
+def _read(file: Path, flag: str) -> str:
     try:
         return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{file}:{line}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
     except OSError as error:
-        raise UserError(f"--data_path: cannot read {file}: {error.strerror}") from error
+        raise UserError(f"{flag}: cannot read {file}: {error.strerror}") from error
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -72,6 +77,6 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
-def _broken(file: Path, line: int, error: Exception) -> UserError:
+def _broken(file: Path | str, line: int, error: Exception) -> UserError:
     reason = getattr(error, "msg", None) or str(error).split(";")[0]
     return UserError(f"{file}:{line}: broken JSON ({reason}); mend the file")

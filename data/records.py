@@ -49,15 +49,16 @@ class Tally:
 
 
 def load_items(
-    path: str, what: str, parse: Callable[[Record, Tally], Item], num_valid: int, seed: int, say: Callable[[str], None]
-) -> tuple[list[Item], list[Item]]:
-    """Read `path`, `parse` every record, and split into (train, valid).
+    path: str, what: str, parse: Callable[[Record, Tally], Item], num_valid: int, seed: int, say: Callable[[str], None],
+    flag: str = FLAG,
+) -> tuple[list[Item], list[Item]]:  # fmt: skip
+    """Read `path`, which `flag` gave, `parse` every record, and split into (train, valid).
 
     The valid set is the folder's *valid* files or the hub's validation split; failing that, `num_valid` items off
     the seeded order. A record for which `parse` raises BadRecord is dropped; all such, and all that `parse` adds to
     the tally, are said. Raises UserError when nothing is left to train on.
     """
-    train_records, valid_records = read_records(path)
+    train_records, valid_records = read_records(path, flag)
     tally = Tally(what)
     train = _parse_all(train_records, parse, tally)
     valid = _parse_all(valid_records or [], parse, tally)
@@ -65,13 +66,13 @@ def load_items(
         say(line)
     if not train:
         reasons = "; ".join(tally.lines()) or "it holds no records"
-        raise UserError(f"{FLAG} {path}: no usable {what} left ({reasons})")
+        raise UserError(f"{flag} {path}: no usable {what} left ({reasons})")
     if valid_records is not None and not valid:
-        raise UserError(f"{FLAG} {path}: no usable {what} left for validation ({'; '.join(tally.lines())})")
+        raise UserError(f"{flag} {path}: no usable {what} left for validation ({'; '.join(tally.lines())})")
     if valid_records is None and num_valid > 0:
         if num_valid >= len(train):
             raise UserError(
-                f"{FLAG} {path}: {len(train)} usable {what} are too few to hold out {num_valid} for validation; "
+                f"{flag} {path}: {len(train)} usable {what} are too few to hold out {num_valid} for validation; "
                 "add data, a *valid.json file, or hold out fewer"
             )
         chosen = order(0, len(train), len(train), seed)
@@ -92,52 +93,52 @@ def _parse_all(records: list[Record], parse: Callable[[Record, Tally], Item], ta
     return items
 
 
-def read_records(path: str) -> tuple[list[Record], list[Record] | None]:
+def read_records(path: str, flag: str = FLAG) -> tuple[list[Record], list[Record] | None]:
     """(train, valid) records of a folder, file or hub id; valid is None where there is no validation file or split.
 
-    Raises UserError, naming the flag or file:line, for what is missing, unreadable, empty or not parseable.
+    Raises UserError, naming `flag` or file:line, for what is missing, unreadable, empty or not parseable.
     """
     local = Path(path)
     if local.is_dir():
-        return _read_folder(local)
+        return _read_folder(local, flag)
     if local.is_file():
-        return read_file(local), None
+        return read_file(local, flag), None
     if is_hub_id(path):
-        return _read_hub(path)
-    raise UserError(f"{FLAG}: {path} does not exist; give a folder, a .json or .jsonl file, or a hub id (owner/name)")
+        return _read_hub(path, flag)
+    raise UserError(f"{flag}: {path} does not exist; give a folder, a .json or .jsonl file, or a hub id (owner/name)")
 
 
-def read_file(file: Path) -> list[Record]:
+def read_file(file: Path, flag: str = FLAG) -> list[Record]:
     """All records of one file. Raises UserError when it holds none or cannot be parsed."""
     suffix = file.suffix.lower()
     if suffix in _TABLES:
-        return _from_datasets(_TABLES[suffix], str(file), data_files=str(file))["train"]
+        return _from_datasets(_TABLES[suffix], str(file), flag, data_files=str(file))["train"]
     if suffix not in (".json", ".jsonl"):
-        raise UserError(f"{FLAG}: {file} has the unknown ending {suffix!r}; use .json, .jsonl, .parquet or .csv")
-    values = parse_json_lines(file) if suffix == ".jsonl" else parse_json_list(file)
+        raise UserError(f"{flag}: {file} has the unknown ending {suffix!r}; use .json, .jsonl, .parquet or .csv")
+    values = (parse_json_lines if suffix == ".jsonl" else parse_json_list)(file, flag)
     if not values:
-        raise UserError(f"{FLAG}: {file} is empty; it should hold at least one record")
+        raise UserError(f"{flag}: {file} is empty; it should hold at least one record")
     return [Record(value, f"{file}:{line}") for value, line in values]
 
 
-def _read_folder(folder: Path) -> tuple[list[Record], list[Record] | None]:
+def _read_folder(folder: Path, flag: str) -> tuple[list[Record], list[Record] | None]:
     files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".jsonl"))
     split = {name: [file for file in files if file.stem.endswith(name)] for name in ("train", "valid")}
     if not split["train"]:
         found = ", ".join(file.name for file in files) or "no JSON files at all"
-        raise UserError(f"{FLAG}: no *train.json or *train.jsonl in {folder} ({found}); rename the file or name it")
-    train, valid = ([record for file in split[name] for record in read_file(file)] for name in ("train", "valid"))
+        raise UserError(f"{flag}: no *train.json or *train.jsonl in {folder} ({found}); rename the file or name it")
+    train, valid = ([record for file in split[name] for record in read_file(file, flag)] for name in ("train", "valid"))
     return train, valid if split["valid"] else None
 
 
-def _read_hub(name: str) -> tuple[list[Record], list[Record] | None]:
-    splits = _from_datasets(name, name)
+def _read_hub(name: str, flag: str) -> tuple[list[Record], list[Record] | None]:
+    splits = _from_datasets(name, name, flag)
     if "train" not in splits:
-        raise UserError(f"{FLAG}: the data set {name} has no split called train, only {', '.join(splits)}")
+        raise UserError(f"{flag}: the data set {name} has no split called train, only {', '.join(splits)}")
     return splits["train"], splits.get("validation", splits.get("valid"))
 
 
-def _from_datasets(builder: str, name: str, **options: Any) -> dict[str, list[Record]]:
+def _from_datasets(builder: str, name: str, flag: str, **options: Any) -> dict[str, list[Record]]:
     """All splits through `datasets`; imported here, since local JSON does not need it and it takes a second."""
     import datasets
 
@@ -145,7 +146,7 @@ def _from_datasets(builder: str, name: str, **options: Any) -> dict[str, list[Re
         splits = datasets.load_dataset(builder, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{FLAG}: cannot load {name} ({reason}); check the name, or download it first") from error
+        raise UserError(f"{flag}: cannot load {name} ({reason}); check the name, or download it first") from error
     return {
         split: [Record(row, f"{name}[{split}]:{i}") for i, row in enumerate(rows, start=1)]
         for split, rows in splits.items()

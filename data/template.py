@@ -53,6 +53,12 @@ def encode_dialogue(tokenizer: PreTrainedTokenizerBase, turns: Turns, template: 
     return prompt + answer, mask + [True] * len(answer)
 
 
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text that is no dialogue: BOS, if the tokenizer has one, the text and EOS."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [*bos, *_encode(tokenizer, text), tokenizer.eos_token_id]
+
+
 def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """The text of response ids: special tokens and ids beyond the tokenizer's (a padded embedding) are left out."""
     known = [i for i in ids if i < len(tokenizer)]

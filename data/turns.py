@@ -19,28 +19,28 @@ _ROLES = {
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
-def turns_of(value: Any) -> Turns:
-    """The dialogue in a record of any form below, checked. Raises BadRecord, saying why.
+def turns_of(value: Any, empty_answer: bool = False) -> Turns:
+    """The dialogue in a record of any form below, checked as `check_turns` does. Raises BadRecord, saying why.
 
     A list of strings (human first) or of messages; {"messages"}; {"conversations"} (ShareGPT); {"instruction",
     "input", "output"} (Alpaca); {"prompt"} and {"prompt", "response"}, where the prompt is any of the first two or
     text, plain or in Anthropic's form ("\\n\\nHuman: … \\n\\nAssistant: …").
     """
     if isinstance(value, list):
-        return check_turns(_from_list(value))
+        return check_turns(_from_list(value), empty_answer)
     if not isinstance(value, dict):
         raise BadRecord(f"neither a list nor an object but {_kind(value)}")
     for key in ("messages", "conversations"):
         if key in value:
-            return check_turns(_from_list(_expect(value, key, list)))
+            return check_turns(_from_list(_expect(value, key, list)), empty_answer)
     if "instruction" in value:
-        return check_turns(_from_alpaca(value))
+        return check_turns(_from_alpaca(value), empty_answer)
     if "prompt" not in value:
         raise BadRecord("none of the keys messages, conversations, instruction, prompt")
     turns = history_of(value["prompt"])
     if value.get("response") is not None:
         turns = [*turns, {"role": "assistant", "content": _expect(value, "response", str)}]
-    return check_turns(turns)
+    return check_turns(turns, empty_answer)
 
 
 def history_of(prompt: Any) -> Turns:
@@ -71,10 +71,11 @@ def from_hh(text: str) -> Turns:
     return turns
 
 
-def check_turns(turns: Turns) -> Turns:
+def check_turns(turns: Turns, empty_answer: bool = False) -> Turns:
     """The same turns with white space at their ends removed. Raises BadRecord unless they can be encoded.
 
-    Wanted: at most one system turn, in front; then human and assistant in turn, human first; none empty.
+    Wanted: at most one system turn, in front; then human and assistant in turn, human first; none empty (with
+    empty_answer a last answer may be, for models do say nothing at times).
     """
     turns = [{"role": turn["role"], "content": turn["content"].strip()} for turn in turns]
     spoken = turns[1:] if turns and turns[0]["role"] == "system" else turns
@@ -83,8 +84,8 @@ def check_turns(turns: Turns) -> Turns:
     for k, turn in enumerate(spoken):
         if turn["role"] != ("user", "assistant")[k % 2]:
             raise BadRecord(_order_error(k, turn["role"]))
-    for turn in turns:
-        if not turn["content"]:
+    for k, turn in enumerate(turns, start=1):
+        if not turn["content"] and not (empty_answer and k == len(turns) and turn["role"] == "assistant"):
             raise BadRecord("an empty turn")
         if any("\ud800" <= char <= "\udfff" for char in turn["content"]):
             raise BadRecord("half a surrogate pair in the text")

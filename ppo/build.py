@@ -125,9 +125,10 @@ def build(config: PPOConfig) -> Run:
     init_distributed()
     say = print if is_main() else _silent
     check_outputs(config)
-    for flag in ("policy_model_path", "critic_model_path", "reward_model_path"):
-        if path := getattr(config, flag):
-            model_folder(path, f"--{flag}")
+    model_folder(config.policy_model_path, "--policy_model_path")
+    model_folder(config.critic_model_path, "--critic_model_path")
+    for path in config.reward_model_path:
+        model_folder(path, "--reward_model_path")
     template = template_for(config.lang, config.template)
     reward_fn = load_reward_fn(config.reward_fn) if config.reward_fn else None
     tokenizer = load_tokenizer(config.tokenizer_name_or_path or config.policy_model_path, template)

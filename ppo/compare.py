@@ -9,22 +9,21 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from utils.args import EngineConfig, entry_point, parse_args
+from ppo.reward_flags import RewardFlags
+from utils.args import entry_point, parse_args
 from utils.errors import UserError
 
 RESAMPLES = 2000
 
 
 @dataclass
-class CompareConfig(EngineConfig):
+class CompareConfig(RewardFlags):
     """Compare two policies on held-out prompts."""
 
     policies: list[str] = field(default_factory=list)
     """Two model folders: before and after"""
     tokenizer_name_or_path: str | None = None
     """Tokenizer of both; default: the first policy's"""
-    reward_model_path: str | None = None
-    """Reward model that scores the answers"""
     reward_fn: str | None = None
     """file.py:function that scores them too; runs that file"""
     data_path: str = ""

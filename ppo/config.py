@@ -1,10 +1,11 @@
 """Every flag of `train_ppo.py`, its default and its limits. No torch: a wrong flag is answered at once."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from utils.args import EngineConfig, check_range
+from ppo.reward_flags import RewardFlags
+from utils.args import check_range
 from utils.errors import UserError
 
 # The defaults below are PPO-max (Part I §5.4). Explicit flags win over a preset, a preset over the defaults.
@@ -34,7 +35,7 @@ COUNTS += ["save_per_step", "maxlen_prompt", "maxlen_res", "warmup_steps", "ppo_
 
 
 @dataclass
-class PPOConfig(EngineConfig):
+class PPOConfig(RewardFlags):
     """Align a language model with PPO-max."""
 
     policy_model_path: str = ""
@@ -42,8 +43,8 @@ class PPOConfig(EngineConfig):
     critic_model_path: str = ""
     """Reward model that the critic starts from (a causal LM gets a new head).
     Also scores, unless --reward_model_path or --reward_fn does"""
-    reward_model_path: str | None = None
-    """Reward model that scores responses; default: --critic_model_path"""
+    reward_model_path: list[str] = field(default_factory=list)
+    """Reward model that scores responses, or several; default: --critic_model_path"""
     reward_fn: str | None = None
     """file.py:function, called with (prompts, answers) -> a number each; RUNS THAT FILE.
     Alone it replaces the reward model; with --reward_model_path it is added to it"""
@@ -162,8 +163,6 @@ class PPOConfig(EngineConfig):
     ppo_pretrain_batch_size: int = 32
     """Its dialogues a policy step, over all ranks"""
 
-    offload_frozen: bool = False
-    """Keep reference and reward model in host memory between scorings"""
     gather_for_generation: Literal["auto", "always", "never"] = "auto"
     """ZeRO-3: gather the policy once a rollout; auto: when it fits"""
 
@@ -177,6 +176,16 @@ class PPOConfig(EngineConfig):
     def total_steps(self) -> int:
         """Steps of the loop, critic pre-training included."""
         return self.critic_pretrain_steps + self.train_steps
+
+    @property
+    def reward_paths(self) -> list[str]:
+        """The reward models that score; the critic's unless --reward_model_path or --reward_fn does."""
+        return self.reward_model_path or ([] if self.reward_fn else [self.critic_model_path])
+
+    @property
+    def reward_flag(self) -> str:
+        """The flag that named them."""
+        return "--reward_model_path" if self.reward_model_path else "--critic_model_path"
 
     def _check_paths(self) -> None:
         for name in ("policy_model_path", "critic_model_path", "data_path", "model_save_path"):

@@ -59,7 +59,21 @@ def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:
         "entropy": masked_mean(scores.entropy, mask),
         "eos_fraction": rollout.ended.float().mean(),
     }
-    return {key: float(value) for key, value in values.items()}
+    return {key: float(value) for key, value in (values | member_metrics(scores)).items()}
+
+
+def member_metrics(scores: Scores) -> dict[str, torch.Tensor]:
+    """Of several reward models, the mean of each and how far apart they are; of those that encode anew, what they cut.
+
+    Nothing for a single reward model that reads the policy's ids.
+    """
+    values, members = {}, scores.member_scores
+    if members.shape[1] > 1:
+        values |= {f"score_mean_{i}": column.mean() for i, column in enumerate(members.unbind(1), start=1)}
+        values["score_disagreement"] = members.std(1, correction=0).mean()
+    if scores.truncated.shape[1]:
+        values["reward_truncated_fraction"] = scores.truncated.float().mean()
+    return values
 
 
 def negative_kl_warning(rollout: Rollout, scores: Scores) -> str | None:

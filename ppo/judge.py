@@ -3,12 +3,13 @@
 from data.prompts import load_prompts
 from data.template import decode_answer, template_for
 from ppo.compare import CompareConfig
-from ppo.models import Frozen, Models, PolicyModel, check_same_tokenizer
+from ppo.models import Models, PolicyModel
+from ppo.reward_models import load_ensemble, reward_readers
 from ppo.rollout import generate, response_ids
 from ppo.sampling import EVALUATION, Sampling
 from ppo.score import call_reward_fn, load_reward_fn, score
 from ppo.types import PromptBatch
-from reward.model import load_scalar_model
+from reward.ensemble import Frozen
 from utils.engine import DTYPES, InferenceEngine, device
 from utils.errors import UserError
 from utils.models import check_window, load_causal_lm
@@ -30,6 +31,7 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
         raise UserError(f"--data_path {config.data_path}: no held-out prompt in it")
     batch = PromptBatch([p.ids for p in prompts], [p.turns for p in prompts], list(range(len(prompts))))
     reward_fn = load_reward_fn(config.reward_fn) if config.reward_fn else None
+    readers = reward_readers(config, tokenizer, print)
     dtype, place = DTYPES[config.dtype], device()
 
     def load_policy(path: str) -> PolicyModel:
@@ -38,15 +40,11 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
         return PolicyModel(lm).requires_grad_(False)
 
     first, second = (load_policy(path) for path in config.policies)
-    reward = None
-    if config.reward_model_path:
-        check_same_tokenizer(config.reward_model_path, "--reward_model_path", tokenizer, template)
-        reward = load_scalar_model(
-            config.reward_model_path, dtype, place, config.attn_implementation, tokenizer, flag="--reward_model_path"
-        )
+    rows = first.lm.get_input_embeddings().weight.shape[0]
+    reward = load_ensemble(config, readers, tokenizer, rows, lambda model: Frozen(model, config.offload_frozen), print)
 
     def judge(policy: PolicyModel, sampling: Sampling) -> dict:
-        models = Models(InferenceEngine(policy), None, Frozen(first, False), reward and Frozen(reward, False))
+        models = Models(InferenceEngine(policy), None, Frozen(first, False), reward)
         rollout = generate(models.policy, batch, sampling, config.seed, tokenizer, config)
         scores = score(rollout, batch, models, None, tokenizer, 1.0, config)
         answers = [decode_answer(tokenizer, ids) for ids in response_ids(rollout)]
@@ -55,6 +53,10 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
             columns["reward_fn score"] = call_reward_fn(reward_fn, batch.turns, answers)
         if reward:
             columns["reward model score"] = scores.scores.tolist()
+            if len(reward.members) > 1:
+                columns |= {
+                    f"reward model {i} score": c.tolist() for i, c in enumerate(scores.member_scores.T, start=1)
+                }
         columns["length"] = rollout.response_mask.sum(1).tolist()
         columns["nll"] = (-scores.old_logprobs.sum(1)).tolist()
         columns["nll under before"] = (-scores.ref_logprobs.sum(1)).tolist()

@@ -1,9 +1,9 @@
-"""The four models: policy and critic under engines, reference and reward model frozen."""
+"""The four models: policy and critic under engines, reference and reward model (or several) frozen."""
 
-import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,13 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from data.template import template_for
 from ppo.config import PPOConfig
-from reward.model import ScalarModel, load_scalar_model
+from ppo.reward_models import check_same_tokenizer, load_ensemble, load_scalar, reward_readers
+from reward.ensemble import Ensemble, Frozen
 from utils.engine import DTYPES, InferenceEngine, TrainEngine, device, shard_frozen
 from utils.errors import UserError
-from utils.models import check_window, enable_checkpointing, load_causal_lm, model_folder, resize_embeddings
+from utils.models import check_window, enable_checkpointing, load_causal_lm
 from utils.nll import head_logits
 from utils.tensors import at_tokens, before_tokens
-from utils.tokenizer import load_tokenizer
 
 CHUNK_ELEMENTS = 1 << 24  # float32 logits held at once: 64 MB, whatever batch and vocabulary
 
@@ -86,40 +86,25 @@ def check_head(model: PolicyModel, path: str) -> None:
 
 
 @dataclass
-class Frozen:
-    """A model that only scores. Between its turns it may live in host memory."""
-
-    model: nn.Module
-    offload: bool
-
-    @contextlib.contextmanager
-    def resident(self):
-        """Inside, the model is on the device. Moving costs its weights' size over the bus, twice."""
-        if self.offload:
-            self.model.to(device())
-        try:
-            yield self.model
-        finally:
-            if self.offload:
-                self.model.to("cpu")
-
-
-@dataclass
 class Models:
     """What the loop works with. `reward` is None when --reward_fn alone scores, `critic` where no values are needed."""
 
     policy: TrainEngine | InferenceEngine
     critic: TrainEngine | None
     reference: Frozen
-    reward: Frozen | None
+    reward: Ensemble | None
 
 
 def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print) -> Models:
     """Loads each model once, in config.dtype, straight onto its device, and puts it under its engine.
 
     Host memory holds at most one model's weights a rank at a time (none, with GPUs: files are mapped). Reference and
-    policy come from one read, and so do critic and reward model when they are the same.
+    policy come from one read, and so do critic and reward model when they are the same. The tokenizers of all are
+    compared before the first weights are read.
     """
+    critic_path, critic_flag = config.critic_model_path, "--critic_model_path"
+    check_same_tokenizer(critic_path, critic_flag, tokenizer, template_for(config.lang, config.template))
+    readers = reward_readers(config, tokenizer, say)
     dtype, place = DTYPES[config.dtype], device()
     lm = load_causal_lm(
         config.policy_model_path, dtype, place, config.attn_implementation, tokenizer, say, flag="--policy_model_path"
@@ -133,52 +118,15 @@ def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print
     rows = lm.get_input_embeddings().weight.shape[0]
     policy = TrainEngine(PolicyModel(lm, even_tokens), config, "policy")
 
-    critic_model = load_scalar(config, config.critic_model_path, "--critic_model_path", tokenizer, rows, say)
-    reward = None
-    if config.reward_model_path and config.reward_model_path != config.critic_model_path:
-        reward_model = load_scalar(config, config.reward_model_path, "--reward_model_path", tokenizer, rows, say)
-        reward = _freeze(reward_model, config)
-    elif config.reward_model_path or not config.reward_fn:
-        reward = _freeze(copy.deepcopy(critic_model), config)
+    critic_model = load_scalar(config, critic_path, tokenizer, rows, say, critic_flag)
+    freeze = partial(_freeze, config=config)
+    reward = load_ensemble(config, readers, tokenizer, rows, freeze, say, critic=(critic_path, critic_model))
     if config.gradient_checkpoint:
         enable_checkpointing(critic_model.backbone)
     critic = TrainEngine(critic_model, config, "critic")
     return Models(policy, critic, reference, reward)
 
 
-def load_scalar(
-    config: PPOConfig, path: str, flag: str, tokenizer, rows: int, say: Callable[[str], None]
-) -> ScalarModel:
-    """A reward model or critic by the run's flags, with an embedding for every id that the policy could sample.
-
-    rows: the policy's embeddings (some vocabularies are padded). Raises UserError when its folder brings another
-    tokenizer or its window is too short.
-    """
-    check_same_tokenizer(path, flag, tokenizer, template_for(config.lang, config.template))
-    dtype, attention = DTYPES[config.dtype], config.attn_implementation
-    model = load_scalar_model(path, dtype, device(), attention, tokenizer, seed=config.seed, say=say, flag=flag)
-    check_window(model, config.maxlen_prompt, f"{flag} {path}: --maxlen_prompt")
-    if model.backbone.get_input_embeddings().weight.shape[0] < rows:
-        resize_embeddings(model.backbone, rows)
-    return model
-
-
-def check_same_tokenizer(path: str, flag: str, tokenizer, template: str) -> None:
-    """Raises UserError when the folder's own tokenizer, if it has one, gives other ids: its scores would be noise."""
-    folder = model_folder(path, flag)
-    if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
-        return
-    theirs = load_tokenizer(str(folder), template if template == "moss_zh" else None)  # only its tags change ids
-    if not tokenizer.get_vocab().items() <= theirs.get_vocab().items():
-        raise UserError(
-            f"{flag} {path} was trained with another tokenizer than the policy's: give a reward model and critic of "
-            "the same vocabulary as --policy_model_path"
-        )
-
-
 def _freeze(model: nn.Module, config: PPOConfig) -> Frozen:
     offload = config.offload_frozen and config.zero_stage < 3  # ZeRO-3 offloads what it has split by itself
-    frozen = Frozen(shard_frozen(model, config, config.offload_frozen), offload)
-    if offload:
-        frozen.model.to("cpu")
-    return frozen
+    return Frozen(shard_frozen(model, config, config.offload_frozen), offload)

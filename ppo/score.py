@@ -6,16 +6,15 @@ import traceback
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from data.collate import micro_batches
-from data.template import decode_answer
+from data.template import Turns, decode_answer
 from ppo.config import PPOConfig
 from ppo.models import Models
 from ppo.rollout import response_ids
 from ppo.types import PromptBatch, Rollout, Scores
-from reward.model import last_scores
+from reward.ensemble import Ensemble, score_ids
 from utils.distributed import gather_objects
 from utils.errors import UserError
 from utils.tensors import shift_to_next
@@ -34,7 +33,7 @@ def score(
     same number of forwards. Memory: one micro-batch's activations, whatever the buffer.
     """
     models.policy.module.eval()
-    batches = even_batches(rollout, config.micro_batch_tokens)
+    batches = even_batches(rollout.attention_mask.sum(1).tolist(), config.micro_batch_tokens)
 
     def of_policy(model: nn.Module) -> tuple[torch.Tensor, ...]:
         return _by_batch(rollout, batches, lambda part: model(part.sequences, part.response_mask, temperature))
@@ -51,38 +50,59 @@ def score(
     if models.critic is not None:
         models.critic.module.eval()
         (values,) = _by_batch(rollout, batches, token_values)
+    members, truncated = reward_scores(rollout, prompts, models.reward, tokenizer, config.micro_batch_tokens)
     scores = torch.zeros(len(rollout), device=rollout.sequences.device)
     if models.reward is not None:
-        closed = close_responses(rollout, tokenizer.eos_token_id)
-        with models.reward.resident() as reward:
-            (scores,) = _by_batch(
-                closed,
-                batches,
-                lambda part: (last_scores(reward(part.sequences, part.attention_mask), part.attention_mask),),
-            )
+        scores = models.reward.combine(members)
     if reward_fn is not None:
         answers = [decode_answer(tokenizer, ids) for ids in response_ids(rollout)]
         scores = scores + torch.tensor(call_reward_fn(reward_fn, prompts.turns, answers), device=scores.device)
-    return Scores(logprobs, ref_logprobs, entropy, values, scores)
+    return Scores(logprobs, ref_logprobs, entropy, values, scores, members, truncated)
 
 
-def close_responses(rollout: Rollout, eos_id: int) -> Rollout:
-    """The rollout with an EOS behind responses that were cut off at their longest; [batch, length + 1].
+def reward_scores(
+    rollout: Rollout, prompts: PromptBatch, reward: Ensemble | None, tokenizer, max_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`member_scores` and `truncated` of `Scores`: each reward model's raw scores, one model after the other.
+
+    Those that read the policy's ids get them as sampled; for the others the answers are decoded and encoded anew behind
+    their prompt's turns. Every rank does the same number of forwards either way.
+    """
+    scores = truncated = torch.zeros(len(rollout), 0, device=rollout.sequences.device)
+    members = reward.members if reward else []
+    texts = dialogues(rollout, prompts, tokenizer) if any(member.encoding for member in members) else []
+    for member in members:
+        if member.encoding is None:
+            ids = closed_ids(rollout, tokenizer.eos_token_id, member.window)
+        else:
+            ids, cut = zip(*map(member.encoding, texts), strict=True)
+            truncated = torch.cat([truncated, torch.tensor(cut, device=truncated.device)[:, None]], 1)
+        batches = even_batches([len(row) for row in ids], max_tokens)
+        with member.model.resident() as model:
+            scores = torch.cat([scores, score_ids(model, ids, batches)[:, None]], 1)
+    return scores, truncated.bool()
+
+
+def dialogues(rollout: Rollout, prompts: PromptBatch, tokenizer) -> list[Turns]:
+    """The texts of the rollout: each prompt's turns and the answer."""
+    answers = [decode_answer(tokenizer, ids) for ids in response_ids(rollout)]
+    return [[*turns, {"role": "assistant", "content": a}] for turns, a in zip(prompts.turns, answers, strict=True)]
+
+
+def closed_ids(rollout: Rollout, eos_id: int, window: int | None = None) -> list[list[int]]:
+    """Prompt and response of each row, with an EOS behind responses that were cut off at their longest.
 
     For the reward model only: it was trained on whole answers, and its score at any other token says nothing. What a
-    missing EOS shall cost is --missing_eos_penalty's to say.
+    missing EOS shall cost is --missing_eos_penalty's to say. Where the row fills the window, the EOS takes the place of
+    its last token.
     """
-    sequences, mask = F.pad(rollout.sequences, (0, 1)), F.pad(rollout.attention_mask, (0, 1))
-    ends = mask.sum(1, keepdim=True)
-    cut = ~rollout.ended[:, None]
-    sequences = sequences.scatter(1, ends, torch.where(cut, eos_id, sequences.gather(1, ends)))
-    mask = mask.scatter(1, ends, cut)
-    return Rollout(sequences, mask, F.pad(rollout.response_mask, (0, 1)), rollout.ended)
+    rows = zip(rollout.sequences.tolist(), rollout.attention_mask.sum(1).tolist(), rollout.ended.tolist(), strict=True)
+    room = None if window is None else window - 1
+    return [ids[:length] if ended else [*ids[:length][:room], eos_id] for ids, length, ended in rows]
 
 
-def even_batches(rollout: Rollout, max_tokens: int) -> list[list[int]]:
+def even_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Micro-batches by token budget, as many on every rank: a rank with fewer scores its shortest row again."""
-    lengths = rollout.attention_mask.sum(1).tolist()
     batches = micro_batches(lengths, max_tokens)
     most = max(gather_objects(len(batches)))
     shortest = min(range(len(lengths)), key=lengths.__getitem__)

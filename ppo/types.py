@@ -48,9 +48,11 @@ class Rollout(Batch):
 
 @dataclass(frozen=True)
 class Scores(Batch):
-    """What the four models say of a rollout: float32, [batch, length] but for `scores` [batch].
+    """What the four models say of a rollout: float32, [batch, length] but for the scores.
 
-    `entropy` is the sampling policy's, in nats, before each response token.
+    `entropy` is the sampling policy's, in nats, before each response token. `scores` [batch] is what the policy learns
+    from, `member_scores` [batch, reward models] what each reward model says by itself. `truncated` bool [batch, those
+    of them that encode answers anew]: the dialogue was too long for that model's window.
     """
 
     old_logprobs: torch.Tensor
@@ -58,6 +60,8 @@ class Scores(Batch):
     entropy: torch.Tensor
     old_values: torch.Tensor
     scores: torch.Tensor
+    member_scores: torch.Tensor
+    truncated: torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -32,3 +32,15 @@ def ranking_loss(
 def ranking_hits(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) -> torch.Tensor:
     """1 where the chosen answer has the higher score, 1/2 for a tie, else 0. [pairs] -> float32 [pairs]."""
     return 0.5 * (torch.sign(chosen_scores.float() - rejected_scores.float()) + 1)
+
+
+def simcse_losses(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
+    """-log of the share that a pair's own second view has in exp(cos(first_i, second_j) / t), summed over all j.
+
+    first, second: [pairs, hidden], two views of every pair under different dropout; all other pairs are its negatives.
+    -> float32 [pairs]; 0 for a single pair. SimCSE (arXiv 2104.08821) eq. 4; as Part II's contrastive term the
+    features are differences of the last hidden states of chosen and rejected.
+    """
+    first, second = (F.normalize(x.float(), dim=1, eps=1e-3) for x in (first, second))  # bounds the gradient at 0
+    similarity = first @ second.T / temperature
+    return F.cross_entropy(similarity, torch.arange(len(similarity), device=similarity.device), reduction="none")

@@ -2,9 +2,13 @@
 
 Reads three layouts: a sequence-classification folder with one label, the published MOSS one (causal-LM keys plus
 `reward_head.weight`), and a plain causal LM, which gets a new head. Writes the first, so that other tools read it.
+
+`score_center` in a folder's config is the score that counts as 0. LLaMA's classifier has no bias to hold it, so other
+tools give scores that are larger by it: differences, and so preferences, are the same.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -51,23 +55,35 @@ class ScalarModel(nn.Module):
         self.head = head
         self.lm_head = lm_head
         self.even_tokens = 0  # of `sum_nll`; set under ZeRO-3
+        self.score_center = float(getattr(self.config, "score_center", 0.0))
 
     @property
     def config(self):
         return self.backbone.config
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, nll_mask: torch.Tensor | None = None):
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        nll_mask: torch.Tensor | None = None,
+        with_states: bool = False,
+    ):
         """Scalars float32 [batch, length] at every position, 0 at padding. Inputs [batch, length], right-padded.
 
         No attention mask goes in: behind right padding causality alone hides it, and attention kernels are fastest so.
-        With nll_mask (bool, first positions False; needs lm_head): (scalars, summed NLL of those tokens).
+        With nll_mask (bool, first positions False; needs lm_head): (scalars, summed NLL of those tokens). with_states:
+        the float32 states [batch, hidden] of each row's last real token follow.
         """
         hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        values = self.head(hidden).squeeze(-1).masked_fill(~attention_mask.bool(), 0.0)
-        if nll_mask is None:
-            return values
-        logits = partial(head_logits, self.lm_head, self.config.get_text_config())
-        return values, sum_nll(hidden, input_ids, nll_mask, logits, even_tokens=self.even_tokens)
+        values = (self.head(hidden).squeeze(-1) - self.score_center).masked_fill(~attention_mask.bool(), 0.0)
+        extras = ()
+        if nll_mask is not None:
+            logits = partial(head_logits, self.lm_head, self.config.get_text_config())
+            extras += (sum_nll(hidden, input_ids, nll_mask, logits, even_tokens=self.even_tokens),)
+        if with_states:
+            rows = torch.arange(len(hidden), device=hidden.device)
+            extras += (hidden[rows, last_index(attention_mask)].float(),)
+        return (values, *extras) if extras else values
 
 
 def last_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -85,17 +101,23 @@ def load_scalar_model(
     seed: int = 0,
     say: Callable[[str], None] = print,
     flag: str = FLAG,
+    trained: bool = False,
 ) -> ScalarModel:
     """The scalar model of a folder or hub id in any of the three layouts, in `dtype` on `device`, in eval mode.
 
-    A new head is drawn from N(0, 1/sqrt(hidden + 1)) with `seed`, and said. With a tokenizer its vocabulary is
-    checked. `flag` is what error messages call the path. Raises UserError for more than one label, and as
-    `utils.models.load_causal_lm` does.
+    A new head is drawn from N(0, 1/sqrt(hidden + 1)) with `seed`, and said; with `trained`, a folder without a head is
+    refused. With a tokenizer its vocabulary is checked. `flag` is what error messages call the path. Raises UserError
+    for more than one label, and as `utils.models.load_causal_lm` does.
     """
     folder = model_folder(path, flag)
     files = tensor_files(folder, flag)
     name = next((name for name in HEAD_NAMES if name in files), None)
     weight = None if name is None else read_tensor(files[name], name, flag)
+    if weight is None and trained:
+        raise UserError(
+            f"{flag}: {path} has no reward head ({' or '.join(HEAD_NAMES)}): it is no reward model; train it with "
+            "python -m reward.train first"
+        )
     if weight is not None and weight.shape[0] != 1:
         raise UserError(f"{flag}: {path} has {weight.shape[0]} labels, and a reward model has one; give another folder")
     if with_lm_head and name == HEAD_NAMES[0]:
@@ -118,6 +140,11 @@ def load_scalar_model(
         raise UserError(f"{flag}: the reward head in {path} is for hidden size {weight.shape[1]}, not {hidden_size}")
     if not bool(torch.isfinite(weight).all()):
         raise UserError(f"{flag}: the reward head in {path} is not finite; give an earlier checkpoint")
+    center = getattr(model.config, "score_center", 0.0)
+    if not isinstance(center, int | float) or not math.isfinite(center):
+        raise UserError(
+            f"{flag}: score_center {center!r} in {path}/config.json is not a number; mend it or take it out"
+        )
     head = ScalarHead(hidden_size, 1, bias=False, dtype=dtype, device=device)
     head.weight.data.copy_(weight)
     return ScalarModel(backbone.to(device), head, lm_head and lm_head.to(device)).eval()
@@ -141,13 +168,39 @@ def new_head_weight(hidden_size: int, seed: int) -> torch.Tensor:
     return torch.randn(1, hidden_size, generator=generator) / (hidden_size + 1) ** 0.5
 
 
+def set_dropout(model: ScalarModel, share: float) -> None:
+    """Drops this share in training mode wherever the architecture has dropout (LLaMA: attention weights alone).
+
+    Raises UserError when it has none.
+    """
+    places = 0
+    for module in model.backbone.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = share
+        elif isinstance(getattr(module, "attention_dropout", None), int | float):
+            module.attention_dropout = share
+        else:
+            continue
+        places += 1
+    if not places:
+        kind = model.config.model_type
+        raise UserError(
+            f"--simcse_coef: a {kind} model has no dropout to make two views of an answer with; leave it out"
+        )
+
+
 def save_scalar_model(
-    model: ScalarModel, folder: str, state_dict: dict[str, torch.Tensor] | None = None, tokenizer=None
+    model: ScalarModel,
+    folder: str,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    tokenizer=None,
+    center: float = 0.0,
 ) -> None:
     """Writes `folder`, whole or not at all, as a sequence-classification model with one label, and its tokenizer.
 
-    state_dict: whole tensors by the names of `model.named_parameters()`; default: the model's own. The pad id is one
-    that no answer ends in, since other tools take the score at the last token that is not padding.
+    state_dict: whole tensors by the names of `model.named_parameters()`; default: the model's own. center: of the
+    model's scores, what is to be 0 in the saved one. The pad id is one that no answer ends in, since other tools take
+    the score at the last token that is not padding.
     """
     state = dict(model.named_parameters()) if state_dict is None else state_dict
     prefix = model.backbone.base_model_prefix
@@ -157,6 +210,8 @@ def save_scalar_model(
             renamed[f"{prefix}.{name.removeprefix('backbone.')}"] = tensor.detach()
     config = copy.deepcopy(model.config)
     config.num_labels = 1
+    if model.score_center or center:
+        config.score_center = model.score_center + center
     if tokenizer is not None:
         tokenizer = with_own_pad(tokenizer)
     elif config.pad_token_id is None or config.pad_token_id == config.eos_token_id:

@@ -1,154 +1,138 @@
-"""Trains a reward model on pairs of answers:   python -m reward.train --hf_model_name_or_path … --data_path …
+"""Trains a reward model on compared answers:   python -m reward.train --hf_model_name_or_path … --data_path …
 
-Loss: -E[log sigmoid(chosen - rejected)] + beta x cross entropy of the chosen answer (Part I eq. 2, signs mended).
+Loss: -E[log sigmoid(chosen - rejected)] + beta x cross entropy of the chosen answer (Part I eq. 2, signs mended), and
+what Part II adds to it by flags: margin, smoothing, flipped labels, a contrastive term.
 """
 
+import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from typing import Literal
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from data.collate import pad
-from data.preferences import Preference, load_preferences
-from data.prompts import without_oldest
 from data.shares import rank_plan
-from data.template import encode_dialogue, template_for
-from reward.batches import MAX_PAIRS, MIN_PAIRS, EncodedPair, dynamic_batches
+from data.template import template_for
+from reward.answers import Plan, held_out, read_answers
+from reward.batches import MIN_PAIRS, Comparison, dynamic_batches, pair_index
+from reward.config import RewardConfig
+from reward.contrast import contrast_sum, with_pulls
+from reward.encode import load_center_answers, load_comparisons
 from reward.loss import ranking_hits, ranking_losses
-from reward.model import ScalarModel, last_scores, load_scalar_model, save_scalar_model
-from utils.args import check_range, entry_point, parse_args
+from reward.metrics import held_out_metrics, mean_best
+from reward.model import ScalarModel, load_scalar_model, save_scalar_model, set_dropout
+from utils.args import entry_point, parse_args
 from utils.checkpoint import prepare_run_folder
 from utils.distributed import is_main, rank, world_size
 from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
 from utils.errors import UserError
 from utils.fit import Stage, fit
-from utils.fit_config import FitConfig
 from utils.logger import RunLogger, check_outputs
 from utils.models import check_window, enable_checkpointing
 from utils.tokenizer import load_tokenizer
 
 
-@dataclass
-class RewardConfig(FitConfig):
-    """Train a reward model on preferences."""
-
-    model_save_path: str = "outputs/reward"
-    """Folder of the run: config.json, metrics.jsonl, best/, final/"""
-    lr: float = 5e-6
-    """Peak learning rate"""
-    batch_size: int = 32
-    """Pairs an optimizer step over all ranks, at the mean length: a step takes 4 to 128 pairs by their token count"""
-    reward_lm_loss_factor: float = 0.0
-    """Weight of the language-model loss on the chosen answer (beta; 1 in Part I)"""
-    validation_metric: Literal["accuracy", "loss"] = "accuracy"
-    """What picks best/: the highest held-out accuracy (a tie counts half) or the lowest loss"""
-    delimiter: str | None = None
-    """What ends every utterance. Only the tokenizer's own EOS, the default, is in use with our templates"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, reward_lm_loss_factor=(0, None))
-        if not MIN_PAIRS <= self.batch_size <= MAX_PAIRS:
-            raise UserError(f"--batch_size {self.batch_size}: give {MIN_PAIRS} to {MAX_PAIRS} pairs, over all ranks")
-
-
-def encode_pair(tokenizer, preference: Preference, template: str, max_tokens: int) -> tuple[EncodedPair | None, int]:
-    """(the pair as ids, how many turns of its history were left out): the oldest go until both dialogues fit.
-
-    The answers stay whole, with their EOS. None when even the last question and the answers are too long.
-    """
-    history = preference.history
-    while history:
-        sides = [
-            encode_dialogue(tokenizer, [*history, {"role": "assistant", "content": answer}], template)
-            for answer in (preference.chosen, preference.rejected)
-        ]
-        if max(len(ids) for ids, _ in sides) <= max_tokens:
-            (chosen, mask), (rejected, _) = sides
-            # The answer is the last stretch of the mask; earlier answers belong to the history here.
-            prompt_length = len(mask) - mask[::-1].index(False)
-            pair = EncodedPair(chosen, rejected, prompt_length, preference.source)
-            return pair, len(preference.history) - len(history)
-        history = without_oldest(history)
-    return None, 0
-
-
-def encode_pairs(
-    tokenizer, preferences: list[Preference], template: str, max_tokens: int, say: Callable[[str], None]
-) -> list[EncodedPair]:
-    """All pairs that fit into `max_tokens`; what was cut and what was dropped is said with its first place."""
-    encoded = [encode_pair(tokenizer, preference, template, max_tokens) for preference in preferences]
-    dropped = [p.source for p, (pair, _) in zip(preferences, encoded, strict=True) if pair is None]
-    truncated = [pair.source for pair, cut in encoded if cut]
-    if truncated:
-        say(f"{len(truncated)} pairs truncated (oldest turns dropped) to --context_truncate, first: {truncated[0]}")
-    if dropped:
-        say(f"{len(dropped)} pairs dropped: question and answer exceed --context_truncate, first: {dropped[0]}")
-    return [pair for pair, _ in encoded if pair is not None]
-
-
-def load_pairs(
-    config: RewardConfig, tokenizer, say: Callable[[str], None]
-) -> tuple[list[EncodedPair], list[EncodedPair]]:
-    """(train, valid) pairs of --data_path. UserError when too few are left for a batch."""
-    template = template_for(config.lang, config.template)
-    splits = load_preferences(config.data_path, config.num_valid, config.seed, say)
-    train, valid = (encode_pairs(tokenizer, split, template, config.context_truncate, say) for split in splits)
-    if len(train) < config.batch_size:
-        raise UserError(
-            f"--data_path {config.data_path}: {len(train)} pairs to train on are fewer than --batch_size "
-            f"{config.batch_size}; add data, lower --batch_size or raise --context_truncate"
-        )
-    return train, valid
-
-
-def pair_sums(engine: Callable, pairs: list[EncodedPair], with_lm: bool) -> dict[str, torch.Tensor]:
-    """Sums over pairs of loss, right rankings and score difference; over chosen answers' tokens of their NLL.
-
-    engine: a ScalarModel, or the engine around it. Chosen and rejected answers go through one forward.
-    """
-    ids, mask = pad([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], 0)
-    answers = None
-    if with_lm:
-        starts = torch.tensor([pair.prompt_length for pair in pairs] + [ids.shape[1]] * len(pairs))
-        answers = (mask & (torch.arange(ids.shape[1]) >= starts[:, None])).to(device())
-    ids, mask = ids.to(device()), mask.to(device())
-    values, nll = engine(ids, mask, answers) if with_lm else (engine(ids, mask), None)
-    chosen, rejected = last_scores(values, mask).chunk(2)
+def comparison_sums(engine: Callable, items: list[Comparison], config: RewardConfig) -> dict[str, torch.Tensor]:
+    """Sums over prompts of loss, right rankings and score difference; over the best answers' tokens of their NLL; over
+    pairs of the contrastive loss. engine: a ScalarModel, or the engine around it."""
+    with_lm, pull = config.reward_lm_loss_factor > 0, items[0].pull
+    reading = read_answers(engine, items, with_lm, pull and pull.seed)
+    index = pair_index(items).to(reading.scores.device)
+    better, worse, weights = reading.scores[index.better], reading.scores[index.worse], index.weights
     sums = {
-        "ranking_loss": ranking_losses(chosen, rejected).sum(),
-        "accuracy": ranking_hits(chosen, rejected).sum(),
-        "score_difference": (chosen - rejected).sum(),
+        "ranking_loss": (weights * ranking_losses(better, worse, index.margins, config.label_smoothing)).sum(),
+        "accuracy": (weights * ranking_hits(better, worse)).sum(),
+        "score_difference": (weights * (better - worse)).sum(),
     }
-    return sums | ({"lm_loss": nll} if with_lm else {})
-
-
-def pair_counts(pairs: list[EncodedPair], with_lm: bool) -> dict[str, float]:
-    """What the sums of `pair_sums` are divided by: pairs, and tokens of chosen answers."""
-    counts = dict.fromkeys(("ranking_loss", "accuracy", "score_difference"), len(pairs))
     if with_lm:
-        counts["lm_loss"] = sum(len(pair.chosen) - pair.prompt_length for pair in pairs)
+        sums["lm_loss"] = reading.nll
+    if pull:
+        sums["simcse_loss"] = contrast_sum(reading.states, items)
+    return sums
+
+
+def comparison_counts(items: list[Comparison], config: RewardConfig) -> dict[str, float]:
+    """What the sums of `comparison_sums` are divided by: prompts; tokens of best answers; pairs."""
+    counts = dict.fromkeys(("ranking_loss", "accuracy", "score_difference"), len(items))
+    if config.reward_lm_loss_factor:
+        counts["lm_loss"] = sum(item.answer_lengths[item.best] for item in items)
+    if config.simcse_coef:
+        counts["simcse_loss"] = sum(len(item.pairs) for item in items)
     return counts
 
 
-def stage_of(config: RewardConfig, model: ScalarModel, tokenizer, train: list[EncodedPair]) -> Stage:
-    """The reward model's part in `utils.fit`."""
-    with_lm = config.reward_lm_loss_factor > 0
+class HeldOut:
+    """The evaluation of a run, which also finds the score that the next saved model takes for 0."""
+
+    def __init__(self, config: RewardConfig, plan: Plan, answers: list[Comparison] | None):
+        """answers: those whose mean score is to be 0; None: the best of the held-out comparisons."""
+        self.config = config
+        self.plan = plan
+        self.answers = answers
+        self.center = 0.0  # of the scores as the last evaluation saw them
+
+    def __call__(self, engine: TrainEngine, items: list[Comparison]) -> dict[str, float]:
+        """Metrics of held-out comparisons. Collective."""
+        factor = self.config.reward_lm_loss_factor
+        scored, nll = held_out(engine, items, self.plan, factor > 0)
+        metrics = held_out_metrics(scored)
+        if factor:
+            lm_loss = nll / sum(item.answer_lengths[item.best] for item in items)
+            ranking_loss = metrics["loss"]
+            metrics |= {"loss": ranking_loss + factor * lm_loss, "ranking_loss": ranking_loss, "lm_loss": lm_loss}
+        if self.config.center_scores:
+            others = held_out(engine, self.answers, self.plan)[0].scores if self.answers else None
+            self.center = mean_best(scored) if others is None else float(others.mean())
+            metrics["score_center"] = self.center
+        return metrics
+
+
+def stage_of(
+    config: RewardConfig, model: ScalarModel, tokenizer, train: list[Comparison], answers: list[Comparison] | None
+) -> Stage:
+    """The reward model's part in `utils.fit`. answers: as in `HeldOut`."""
     least = max(MIN_PAIRS, world_size())
-    indices = dynamic_batches([pair.tokens for pair in train], config.batch_size, config.seed, least)
+    indices = dynamic_batches([item.tokens for item in train], config.batch_size, config.seed, least)
+    views = 2 if config.simcse_coef else 1
+
+    def length(item: Comparison) -> int:
+        return views * item.padded
+
+    def plan(lengths: list[int]) -> list[tuple[list[int], float]]:
+        return rank_plan(lengths, config.micro_batch_tokens, world_size(), rank())
+
+    evaluation = HeldOut(config, plan, answers)
+    seeds = random.Random(f"{config.seed}, {rank()}")
+    pulls = partial(with_pulls, plan=plan, length=length, temperature=config.simcse_temperature, seeds=seeds)
+    weights = {"lm_loss": config.reward_lm_loss_factor, "simcse_loss": config.simcse_coef}
     return Stage(
         batches=([train[i] for i in batch] for batch in indices),
-        length=lambda pair: pair.padded,
-        plan=lambda lengths: rank_plan(lengths, config.micro_batch_tokens, world_size(), rank()),
-        sums=partial(pair_sums, with_lm=with_lm),
-        counts=partial(pair_counts, with_lm=with_lm),
-        loss_weights={"ranking_loss": 1.0} | ({"lm_loss": config.reward_lm_loss_factor} if with_lm else {}),
+        length=length,
+        plan=plan,
+        sums=partial(comparison_sums, config=config),
+        counts=partial(comparison_counts, config=config),
+        loss_weights={"ranking_loss": 1.0} | {name: weight for name, weight in weights.items() if weight},
         best_by=config.validation_metric,
-        larger_is_better=config.validation_metric == "accuracy",
-        save=lambda state, folder: save_scalar_model(model, folder, state, tokenizer),
+        larger_is_better=config.larger_is_better,
+        save=lambda state, folder: save_scalar_model(model, folder, state, tokenizer, evaluation.center),
+        prepare=pulls if config.simcse_coef else None,
+        evaluate=evaluation,
     )
+
+
+def load(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> ScalarModel:
+    """The model to train, with what the flags want of it."""
+    path, dtype, attention = config.hf_model_name_or_path, DTYPES[config.dtype], config.attn_implementation
+    with_lm = config.reward_lm_loss_factor > 0
+    model = load_scalar_model(path, dtype, device(), attention, tokenizer, with_lm, config.seed, say)
+    check_window(model, config.context_truncate, "--context_truncate")
+    model.even_tokens = config.even_tokens
+    if config.simcse_coef:
+        set_dropout(model, config.simcse_dropout)
+    if config.gradient_checkpoint:
+        enable_checkpointing(model.backbone)
+    return model
 
 
 def train(config: RewardConfig) -> None:
@@ -161,20 +145,16 @@ def train(config: RewardConfig) -> None:
     tokenizer = load_tokenizer(config.tokenizer_name_or_path, template_for(config.lang, config.template))
     if config.delimiter not in (None, tokenizer.eos_token):
         raise UserError(f"--delimiter {config.delimiter!r}: utterances end in {tokenizer.eos_token!r}; leave it out")
-    train_pairs, valid_pairs = load_pairs(config, tokenizer, say)
-    with_lm = config.reward_lm_loss_factor > 0
-    dtype, attention = DTYPES[config.dtype], config.attn_implementation
-    path, seed = config.hf_model_name_or_path, config.seed
-    model = load_scalar_model(path, dtype, device(), attention, tokenizer, with_lm, seed, say)
-    check_window(model, config.context_truncate, "--context_truncate")
-    model.even_tokens = config.even_tokens
-    if config.gradient_checkpoint:
-        enable_checkpointing(model.backbone)
+    items, held_out_items = load_comparisons(config, tokenizer, say)
+    if config.center_scores and not held_out_items:
+        raise UserError("--center_scores needs an evaluation: give a *valid* file, or a --num_valid above 0")
+    answers = load_center_answers(config, tokenizer, say) if config.center_data_path else None
+    model = load(config, tokenizer, say)
     prepare_run_folder(config.model_save_path, config.overwrite, config)
     log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps)
     try:
         engine = TrainEngine(model, config, "reward model")
-        fit(engine, stage_of(config, model, tokenizer, train_pairs), valid_pairs, config, log)
+        fit(engine, stage_of(config, model, tokenizer, items, answers), held_out_items, config, log)
     finally:
         log.close()
     shutdown_distributed()

@@ -3,32 +3,32 @@
 Next-token loss on the assistant's tokens and their EOS alone.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
 
-from data.collate import pad
-from data.dialogues import Dialogue, load_dialogues
-from data.order import order
-from data.prompts import without_oldest
+from data.dialogues import EncodedDialogue, batches, encode_dialogues, load_dialogues
+from data.order import BLOCK
 from data.shares import rank_plan
-from data.template import encode_dialogue, template_for
-from sft.loss import answer_loss
-from utils.args import entry_point, parse_args
+from data.template import template_for
+from sft.model import AnswerModel, check_packing
+from sft.rows import Layout, Row
+from sft.samples import sample_answers
+from utils.args import check_range, entry_point, parse_args
 from utils.checkpoint import prepare_run_folder
 from utils.distributed import is_main, rank, world_size
 from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
 from utils.errors import UserError
 from utils.export import save_causal_lm
-from utils.fit import Stage, fit
+from utils.fit import Stage, evaluate, fit
 from utils.fit_config import FitConfig
 from utils.logger import RunLogger, check_outputs
 from utils.models import check_window, enable_checkpointing, load_causal_lm
-from utils.nll import head_logits
 from utils.tokenizer import load_tokenizer
 
 
@@ -36,112 +36,120 @@ from utils.tokenizer import load_tokenizer
 class SFTConfig(FitConfig):
     """Fine-tune a language model on dialogues."""
 
+    data_path: list[str] = field(default_factory=list)
+    """One or more: folders of *train.json(l) and *valid.json(l), files, hub ids"""
+    data_weights: list[float] = field(default_factory=list)
+    """A share of the samples for each --data_path, whatever their sizes; default: every dialogue once an epoch"""
     model_save_path: str = "outputs/sft"
-    """Folder of the run: config.json, metrics.jsonl, best/, final/"""
+    """Folder of the run: config.json, metrics.jsonl, samples.jsonl, best/, final/"""
     lr: float = 9.5e-6
     """Peak learning rate"""
     batch_size: int = 32
     """Dialogues an optimizer step, over all ranks"""
+    packing: bool = True
+    """Put several dialogues into one row of a forward pass, each seeing itself alone: speed and memory only"""
+    num_valid: int = 100
+    """Dialogues taken off each --data_path for evaluation when it comes without a *valid* file; 0: none"""
+    num_samples: int = 4
+    """Held-out prompts that are answered, greedily, at each evaluation, for samples.jsonl and TensorBoard; 0: none"""
+    maxlen_res: int = 128
+    """Tokens of such an answer at most"""
 
-
-@dataclass(frozen=True)
-class EncodedDialogue:
-    """Ids of a dialogue, and which of them are learnt. `source` is where the record stands."""
-
-    ids: list[int]
-    answer_mask: list[bool]
-    source: str
-
-
-class AnswerModel(nn.Module):
-    """A causal LM whose forward is the summed loss on answer tokens; no other logits are made."""
-
-    def __init__(self, lm: PreTrainedModel, even_tokens: int = 0):
-        """even_tokens: as in `utils.nll.sum_nll`."""
-        super().__init__()
-        self.lm = lm
-        self.even_tokens = even_tokens
-
-    def forward(self, sequences: torch.Tensor, answer_mask: torch.Tensor) -> torch.Tensor:
-        """Summed NLL of the masked tokens, float32 scalar. Both inputs [batch, length], right-padded."""
-        # Right padding needs no attention mask: causality hides it, and attention kernels are fastest so.
-        hidden = self.lm.get_decoder()(input_ids=sequences, use_cache=False).last_hidden_state
-        logits = partial(head_logits, self.lm.get_output_embeddings(), self.lm.config.get_text_config())
-        return answer_loss(hidden, sequences, answer_mask, logits, even_tokens=self.even_tokens)
-
-
-def encode(tokenizer, dialogue: Dialogue, template: str, max_tokens: int) -> tuple[EncodedDialogue | None, int]:
-    """(the dialogue as ids, how many turns were left out): the oldest go until it fits; None when the last do not."""
-    turns = dialogue.turns
-    while turns:
-        ids, mask = encode_dialogue(tokenizer, turns, template)
-        if len(ids) <= max_tokens:
-            return EncodedDialogue(ids, mask, dialogue.source), len(dialogue.turns) - len(turns)
-        turns = without_oldest(turns)
-    return None, 0
-
-
-def encode_all(
-    tokenizer, dialogues: list[Dialogue], template: str, max_tokens: int, say: Callable[[str], None]
-) -> list[EncodedDialogue]:
-    """All dialogues that fit into `max_tokens`; what was cut and what was dropped is said with its first place."""
-    encoded = [encode(tokenizer, dialogue, template, max_tokens) for dialogue in dialogues]
-    dropped = [d.source for d, (item, _) in zip(dialogues, encoded, strict=True) if item is None]
-    truncated = [item.source for item, cut in encoded if cut]
-    if truncated:
-        say(f"{len(truncated)} dialogues truncated (oldest turns dropped) to --context_truncate, first: {truncated[0]}")
-    if dropped:
-        say(f"{len(dropped)} dialogues dropped: last exchange exceeds --context_truncate, first: {dropped[0]}")
-    return [item for item, _ in encoded if item is not None]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, num_samples=(0, None), maxlen_res=(1, None))
+        if not all(self.data_path):
+            raise UserError("--data_path holds an empty name: give folders, files or hub ids")
+        if not self.data_weights:
+            return
+        if len(self.data_weights) != len(self.data_path):
+            raise UserError(
+                f"--data_weights gives {len(self.data_weights)} weights for {len(self.data_path)} of --data_path: "
+                "give one each"
+            )
+        for weight in self.data_weights:
+            if not BLOCK * weight >= sum(self.data_weights) > 0 or not math.isfinite(weight):
+                raise UserError(
+                    f"--data_weights {weight:g}: give positive numbers, none below a thousandth of their sum"
+                )
 
 
 def load_encoded(
     config: SFTConfig, tokenizer, say: Callable[[str], None]
-) -> tuple[list[EncodedDialogue], list[EncodedDialogue]]:
-    """(train, valid) dialogues of --data_path. UserError when too few are left for a batch."""
+) -> tuple[list[list[EncodedDialogue]], list[EncodedDialogue]]:
+    """(a training set for each --data_path, all held-out dialogues). UserError when too few are left for a batch."""
     template = template_for(config.lang, config.template)
-    splits = load_dialogues(config.data_path, config.num_valid, config.seed, say)
-    train, valid = (encode_all(tokenizer, split, template, config.context_truncate, say) for split in splits)
-    if len(train) < config.batch_size:
+    sets, valid = [], []
+    for path in config.data_path:
+        splits = load_dialogues(path, config.num_valid, config.seed, say)
+        own, held_out = (encode_dialogues(tokenizer, split, template, config.context_truncate, say) for split in splits)
+        if not own:
+            raise UserError(
+                f"--data_path {path}: no dialogue is short enough for --context_truncate {config.context_truncate}; "
+                "raise it"
+            )
+        sets.append(own)
+        valid += held_out
+    total = sum(map(len, sets))
+    if total < config.batch_size:
         raise UserError(
-            f"--data_path {config.data_path}: {len(train)} dialogues to train on are fewer than --batch_size "
-            f"{config.batch_size}; add data, lower --batch_size or raise --context_truncate"
+            f"--data_path {' '.join(config.data_path)}: {total} dialogues to train on are fewer than --batch_size "
+            f"{config.batch_size}; add data or lower --batch_size"
         )
-    return train, valid
+    return sets, valid
 
 
-def nll_sums(engine: Callable, dialogues: list[EncodedDialogue]) -> dict[str, torch.Tensor]:
-    """The summed NLL of the answers. engine: an AnswerModel, or the engine around it."""
-    ids, _ = pad([dialogue.ids for dialogue in dialogues], 0)
-    answers, _ = pad([dialogue.answer_mask for dialogue in dialogues], 0)
-    return {"lm_loss": engine(ids.to(device()), answers.bool().to(device()))}
+def answer_sums(engine: Callable, rows: list[Row], layout: Layout, with_hits: bool = False) -> dict[str, torch.Tensor]:
+    """The summed NLL of the answers' tokens; with hits also how many of them were the model's likeliest.
+
+    engine: an AnswerModel, or the engine around it.
+    """
+    inputs = [None if x is None else x.to(device()) for x in layout.collate(rows)]
+    if not with_hits:
+        return {"lm_loss": engine(*inputs)}
+    return dict(zip(("lm_loss", "token_accuracy"), engine(*inputs, with_hits=True), strict=True))
 
 
-def batches(dialogues: list[EncodedDialogue], batch_size: int, seed: int) -> Iterator[list[EncodedDialogue]]:
-    """Endless batches, epoch after epoch in seeded order."""
-    start = 0
-    while True:
-        yield [dialogues[i] for i in order(start, batch_size, len(dialogues), seed)]
-        start += batch_size
+def answer_counts(rows: list[Row], with_hits: bool = False) -> dict[str, float]:
+    """What both are divided by: the answers' tokens."""
+    names = ("lm_loss", "token_accuracy") if with_hits else ("lm_loss",)
+    return dict.fromkeys(names, sum(row.answer_tokens for row in rows))
 
 
-def stage_of(config: SFTConfig, lm: PreTrainedModel, tokenizer, train: list[EncodedDialogue]) -> Stage:
-    """SFT's part in `utils.fit`."""
+def judge(engine: TrainEngine, rows: list[Row], stage: Stage) -> dict[str, float]:
+    """Loss, perplexity and token accuracy over held-out answers. Collective."""
+    hits = {"sums": partial(stage.sums, with_hits=True), "counts": partial(stage.counts, with_hits=True)}
+    metrics = evaluate(engine, replace(stage, **hits), rows)
+    perplexity = torch.tensor(metrics["loss"], dtype=torch.float64).exp().item()  # math.exp raises where it is infinite
+    return metrics | {"perplexity": perplexity}
+
+
+def stage_of(
+    config: SFTConfig, lm: PreTrainedModel, tokenizer, layout: Layout, sets: list[list[EncodedDialogue]],
+    shown: list[EncodedDialogue],
+) -> Stage:  # fmt: skip
+    """SFT's part in `utils.fit`. shown: the dialogues whose last answer is sampled at each evaluation."""
 
     def save(state: dict[str, torch.Tensor], folder: str) -> None:
         save_causal_lm(lm.config, {name.removeprefix("lm."): x for name, x in state.items()}, folder, tokenizer)
 
-    return Stage(
-        batches=batches(train, config.batch_size, config.seed),
-        length=lambda dialogue: len(dialogue.ids),
+    def samples(engine: TrainEngine) -> list[dict[str, str]]:
+        return sample_answers(engine, shown, tokenizer, config.context_truncate, config.maxlen_res)
+
+    stream = batches(sets, config.batch_size, config.seed, config.data_weights or None)
+    stage = Stage(
+        batches=(layout.rows(dialogues, world_size()) for dialogues in stream),
+        length=lambda row: row.tokens,
         plan=lambda lengths: rank_plan(lengths, config.micro_batch_tokens, world_size(), rank()),
-        sums=nll_sums,
-        counts=lambda dialogues: {"lm_loss": sum(sum(dialogue.answer_mask) for dialogue in dialogues)},
+        sums=partial(answer_sums, layout=layout),
+        counts=answer_counts,
         loss_weights={"lm_loss": 1.0},
         best_by="loss",
         larger_is_better=False,
         save=save,
+        samples=samples if shown else None,
     )
+    return replace(stage, evaluate=partial(judge, stage=stage))
 
 
 def train(config: SFTConfig) -> None:
@@ -152,17 +160,21 @@ def train(config: SFTConfig) -> None:
         raise UserError(f"--batch_size {config.batch_size} is less than the {world_size()} ranks: give at least that")
     say = partial(print, flush=True) if is_main() else lambda text: None
     tokenizer = load_tokenizer(config.tokenizer_name_or_path, template_for(config.lang, config.template))
-    train_items, valid_items = load_encoded(config, tokenizer, say)
+    sets, valid = load_encoded(config, tokenizer, say)
     path, dtype = config.hf_model_name_or_path, DTYPES[config.dtype]
     lm = load_causal_lm(path, dtype, device(), config.attn_implementation, tokenizer, say)
     check_window(lm, config.context_truncate, "--context_truncate")
+    if config.packing:
+        check_packing(lm)
     if config.gradient_checkpoint:
         enable_checkpointing(lm)
+    layout = Layout(config.packing, is_flash_attention_requested(lm.config), config.micro_batch_tokens)
     prepare_run_folder(config.model_save_path, config.overwrite, config)
     log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps)
     try:
         engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")
-        fit(engine, stage_of(config, lm, tokenizer, train_items), valid_items, config, log)
+        stage = stage_of(config, lm, tokenizer, layout, sets, valid[: config.num_samples])
+        fit(engine, stage, layout.rows(valid, world_size()), config, log)
     finally:
         log.close()
     shutdown_distributed()

@@ -6,10 +6,11 @@ import torch
 
 from ppo.config import PPOConfig
 from ppo.experience import make_experience
-from ppo.models import Frozen, Models, PolicyModel
+from ppo.models import Models, PolicyModel
 from ppo.rollout import assemble
 from ppo.score import score
 from ppo.types import Experience, PromptBatch, Rollout, Scores
+from reward.ensemble import Ensemble, Frozen, Member
 from reward.model import ScalarHead, ScalarModel, new_head_weight
 from tests.tiny import tiny_llama
 from utils.engine import InferenceEngine
@@ -46,7 +47,8 @@ def scores_of(rollout: Rollout, scores: list[float], logprobs=-1.0, ref_logprobs
     """Scores with these numbers at every response token (numbers or [batch, length] lists), 0 elsewhere."""
     mask = rollout.response_mask
     columns = (torch.where(mask, torch.as_tensor(x).float(), 0.0) for x in (logprobs, ref_logprobs, 2.0, values))
-    return Scores(*columns, torch.tensor(scores))
+    scores = torch.tensor(scores)
+    return Scores(*columns, scores, member_scores=scores[:, None], truncated=scores.new_zeros(len(scores), 0).bool())
 
 
 class GradientEngine(InferenceEngine):
@@ -86,10 +88,11 @@ def tiny_scalar_model(vocab: int = VOCAB_SIZE, seed: int = 1) -> ScalarModel:
 
 def tiny_models() -> Models:
     """All four; reference and policy differ."""
-    frozen = [
+    reference, reward = (
         Frozen(model.requires_grad_(False), offload=False) for model in (tiny_policy(seed=5), tiny_scalar_model())
-    ]
-    return Models(GradientEngine(tiny_policy()), GradientEngine(tiny_scalar_model(seed=2)), *frozen)
+    )
+    critic = GradientEngine(tiny_scalar_model(seed=2))
+    return Models(GradientEngine(tiny_policy()), critic, reference, Ensemble([Member(reward, window=None)]))
 
 
 def prompts_of(*ids: list[int], first_place: int = 0) -> PromptBatch:

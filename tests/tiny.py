@@ -13,16 +13,16 @@ SAMPLES = Path(__file__).parents[1] / "data" / "samples"
 VOCAB = 400
 
 
-def tiny_tokenizer_folder(folder: Path) -> Path:
-    """Trains a LLaMA-format SentencePiece BPE of 400 pieces on the English samples; writes `tokenizer.model`."""
+def tiny_tokenizer_folder(folder: Path, vocab: int = VOCAB) -> Path:
+    """Trains a LLaMA-format SentencePiece BPE on the English samples; writes `tokenizer.model`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(_pieces())
+    (folder / "tokenizer.model").write_bytes(_pieces(vocab))
     return folder
 
 
-@lru_cache(maxsize=1)
-def _pieces() -> bytes:
+@lru_cache(maxsize=4)
+def _pieces(vocab: int) -> bytes:
     files = sorted(SAMPLES.glob("en/*/train.json"))
     records = [record for file in files for record in json.loads(file.read_text("utf-8"))]
     texts = [text for record in records if isinstance(record, list) for text in record]
@@ -31,7 +31,7 @@ def _pieces() -> bytes:
         sentence_iterator=iter(texts),
         model_writer=model,
         model_type="bpe",
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,

@@ -96,7 +96,8 @@ def write_json(path: Path, content) -> Path:
 
 
 def run_flags(inputs: Inputs, out: Path, **changes) -> list[str]:
-    """A command line of train_ppo.py: two steps in float32. changes: flag=value; None leaves it out, True is bare."""
+    """A command line of train_ppo.py: two steps in float32. changes: flag=value, or
+    flag=[values]; None leaves it out, True is bare."""
     flags = {
         "policy_model_path": inputs.policy, "critic_model_path": inputs.reward, "data_path": inputs.prompts,
         "model_save_path": out, "dtype": "fp32", "train_steps": 2, "warmup_steps": 1, "lr": 1e-4, "critic_lr": 1e-3,
@@ -106,7 +107,8 @@ def run_flags(inputs: Inputs, out: Path, **changes) -> list[str]:
     argv = []
     for name, value in flags.items():
         if value is not None:
-            argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            argv += [f"--{name}", *map(str, values)]
     return argv
 
 

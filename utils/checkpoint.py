@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
+from typing import IO
 
 from utils.distributed import barrier, is_main
 from utils.errors import UserError
@@ -97,6 +98,25 @@ def write_json(path: str, content) -> None:
         json.dump(content, file, indent=2, ensure_ascii=False)
         file.write("\n")
     os.replace(f"{path}.partial", path)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str, flag: str) -> Iterator[IO[str]]:
+    """Yields a text file to write to beside `path`, which takes its place when the block ends well, else goes.
+
+    Call it on one rank. A write error becomes a UserError that names `flag` and the path.
+    """
+    check_writable(os.path.dirname(os.path.abspath(path)), flag)
+    partial = f"{path}.partial"
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with open(partial, "w", encoding="utf-8") as file:
+            yield file
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror or error}") from None
+    finally:
+        _remove(partial)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,9 @@ class Stage:
     best_by: str  # a metric of the evaluation
     larger_is_better: bool
     save: Callable[[dict[str, torch.Tensor], str], None]  # (whole weights, folder), on rank 0
+    prepare: Callable[[TrainEngine, list[Item]], list[Item]] | None = None  # sees a step's batch before its forwards
+    evaluate: Callable[[TrainEngine, list[Item]], dict[str, float]] | None = None  # for what is no mean over items
+    samples: Callable[[TrainEngine], list[dict]] | None = None  # texts that an evaluation writes to samples.jsonl
 
 
 def fit(engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig, log: RunLogger) -> None:
@@ -54,10 +57,12 @@ def fit(engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig,
         if done % config.print_interval == 0:
             log.say(f"step {done}/{config.train_steps}: {numbers(metrics)}")
         if valid and (done % config.save_per_step == 0 or done == config.train_steps):
-            evaluation = evaluate(engine, stage, valid)
+            evaluation = stage.evaluate(engine, valid) if stage.evaluate else evaluate(engine, stage, valid)
             held_out = {f"eval_{name}": value for name, value in evaluation.items()}
             metrics |= held_out
             log.say(f"step {done}: {numbers(held_out)}")
+            if stage.samples:
+                log.samples(done, stage.samples(engine))
             value = evaluation[stage.best_by] * (1 if stage.larger_is_better else -1)
             if best is None or value > best:
                 best = value
@@ -72,6 +77,7 @@ def fit(engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig,
 def train_step(engine: TrainEngine, stage: Stage, items: list[Item], lr: float) -> dict[str, float]:
     """One optimizer step on the global batch `items`; returns its metrics, equal on all ranks."""
     engine.module.train()
+    items = stage.prepare(engine, items) if stage.prepare else items
     counts = stage.counts(items)
     totals = torch.zeros(len(counts), device=device())
     for part, weight in stage.plan([stage.length(item) for item in items]):

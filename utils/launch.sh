@@ -32,6 +32,10 @@ launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS 
   shift
   if ((NUM_GPUS > 0)); then
     launcher=(deepspeed --num_gpus "$NUM_GPUS" ${HOSTFILE:+--hostfile "$HOSTFILE"})
+    if [[ $1 == -m ]]; then # python's flag; the launcher's is longer
+      shift
+      launcher+=(--module)
+    fi
   fi
   # tee outlives a Ctrl-C, so that the last words of the run are still shown and kept
   "${launcher[@]}" "$@" 2>&1 | tee -i "$log"

@@ -105,7 +105,8 @@ INPUTS = ("policy_model_path", "critic_model_path", "reward_model_path", "hf_mod
 
 def check_outputs(config) -> None:
     """Raises UserError when the run's folder, --logdir or a tracker of --report_to cannot be used. Changes nothing."""
-    inputs = [getattr(config, name) for name in INPUTS if hasattr(config, name)]
+    given = [getattr(config, name) for name in INPUTS if hasattr(config, name)]
+    inputs = [path for paths in given for path in (paths if isinstance(paths, list) else [paths])]
     check_run_folder(config.model_save_path, config.overwrite, tuple(inputs))
     if config.logdir:
         check_writable(config.logdir, "--logdir")

@@ -26,12 +26,31 @@ def sum_nll(
     in the backward pass rather than kept. even_tokens: where the head's weights are split over ranks (ZeRO-3) every
     rank has to call it equally often, however many tokens it has; then the most tokens of any forward.
     """
+    return _over_chunks(_nll, hidden, sequences, token_mask, lm_head, chunk, even_tokens)
+
+
+def nll_and_hits(
+    hidden: torch.Tensor,
+    sequences: torch.Tensor,
+    token_mask: torch.Tensor,
+    lm_head: Callable[[torch.Tensor], torch.Tensor],
+    chunk: int = CHUNK,
+    even_tokens: int = 0,
+) -> torch.Tensor:
+    """What `sum_nll` gives, and how many of the masked tokens were the likeliest of all. -> float32 [2]."""
+    return _over_chunks(_nll_and_hits, hidden, sequences, token_mask, lm_head, chunk, even_tokens)
+
+
+def _over_chunks(
+    measure: Callable, hidden: torch.Tensor, sequences: torch.Tensor, token_mask: torch.Tensor, lm_head: Callable,
+    chunk: int, even_tokens: int,
+) -> torch.Tensor:  # fmt: skip
     states, targets = before_tokens(hidden, token_mask), sequences[token_mask]
     count = max(1, -(-(even_tokens or len(targets)) // chunk))
     if count == 1:
-        return _nll(states, targets, lm_head)
+        return measure(states, targets, lm_head)
     parts = zip(states.tensor_split(count), targets.tensor_split(count), strict=True)
-    return torch.stack([checkpoint(_nll, *part, lm_head, use_reentrant=False) for part in parts]).sum()
+    return torch.stack([checkpoint(measure, *part, lm_head, use_reentrant=False) for part in parts]).sum(0)
 
 
 def head_logits(lm_head: Callable[[torch.Tensor], torch.Tensor], config, rows: torch.Tensor) -> torch.Tensor:
@@ -48,3 +67,9 @@ def head_logits(lm_head: Callable[[torch.Tensor], torch.Tensor], config, rows: t
 
 def _nll(states: torch.Tensor, targets: torch.Tensor, lm_head: Callable) -> torch.Tensor:
     return F.cross_entropy(lm_head(states).float(), targets, reduction="sum")
+
+
+def _nll_and_hits(states: torch.Tensor, targets: torch.Tensor, lm_head: Callable) -> torch.Tensor:
+    logits = lm_head(states).float()
+    hits = (logits.argmax(-1) == targets).sum()
+    return torch.stack([F.cross_entropy(logits, targets, reduction="sum"), hits.float()])

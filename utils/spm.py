@@ -9,7 +9,7 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers.convert_slow_tokenizer import import_protobuf
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
@@ -63,10 +63,11 @@ def load_sentencepiece(file: Path) -> SentencePieceTokenizer:
     return SentencePieceTokenizer(vocab_file=str(file), clean_up_tokenization_spaces=False, **special)
 
 
-def to_tokenizer_json(tokenizer: SentencePieceTokenizer) -> Tokenizer:
+def to_tokenizer_json(tokenizer: SentencePieceTokenizer, opening: str | None = None) -> Tokenizer:
     """The same encoder for the `tokenizers` library: ids, normalisation, byte fallback and added tokens are equal.
 
-    Every stretch between special tokens gets the dummy prefix, as in our templates. No BOS is added.
+    Every stretch between special tokens gets the dummy prefix, as in our templates. No BOS is added. Where a stretch
+    begins with `opening`, no piece reaches from it into what follows: generation cannot produce one there either.
     """
     proto = import_protobuf().ModelProto.FromString(tokenizer.sp_model.serialized_model_proto())
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
@@ -75,6 +76,8 @@ def to_tokenizer_json(tokenizer: SentencePieceTokenizer) -> Tokenizer:
     model = BPE(vocab=vocab, merges=_merges(proto), unk_token=unk, fuse_unk=True, byte_fallback=byte_fallback)
     result = Tokenizer(model)
     result.normalizer = normalizers.Sequence(_normalizers(proto.normalizer_spec))
+    if opening:
+        result.pre_tokenizer = pre_tokenizers.Split(Regex(rf"\A▁{opening}"), behavior="isolated")
     result.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
     )

@@ -54,6 +54,19 @@ def load_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenize
     return tokenizer
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a model folder brings a tokenizer of its own."""
+    return any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The template that a tokenizer's folder was made for, by its chat template: ours by name, else chat; or None."""
+    own = {text: name for name, text in _MOSS_CHAT_TEMPLATES.items()}
+    if not tokenizer.chat_template:
+        return None
+    return own.get(str(tokenizer.chat_template), "chat")
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: str) -> int:
     """The number of embedding rows that a model of `vocab_size` rows needs for `tokenizer`; at least `vocab_size`.
 
@@ -74,6 +87,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     """Write `tokenizer` so that both `load_tokenizer(folder)` and AutoTokenizer elsewhere give the same ids.
 
     For SentencePiece that means `tokenizer.model` as it is, and beside it a `tokenizer.json` with the same merges.
+    `apply_chat_template` there gives the prompts of data.template, unless a text spells a special token out: with
+    moss_en an answer in the history is kept from merging with the colon of its "Assistant:" (as ":)" would). Other
+    tokenizers are saved as they are, and with moss_en may merge there.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +97,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
         tokenizer.save_pretrained(folder)
         return
     (folder / "tokenizer.model").write_bytes(tokenizer.sp_model.serialized_model_proto())
-    to_tokenizer_json(tokenizer).save(str(folder / "tokenizer.json"))
+    opening = "Assistant:" if tokenizer.chat_template == _MOSS_CHAT_TEMPLATES["moss_en"] else None
+    to_tokenizer_json(tokenizer, opening).save(str(folder / "tokenizer.json"))
     added = {
         str(i): {"content": token.content, "special": True, "normalized": False, "lstrip": False, "rstrip": False}
         for i, token in tokenizer.added_tokens_decoder.items()
@@ -142,7 +159,7 @@ def _from_auto(path: str) -> PreTrainedTokenizerBase:
     if not local.exists():
         raise UserError(f"{FLAG}: {path} does not exist; give a folder with a tokenizer, or a hub id (owner/name)")
     if local.is_dir():
-        if not any((local / name).is_file() for name in _TOKENIZER_FILES):
+        if not has_tokenizer(local):
             raise UserError(f"{FLAG}: no tokenizer in {path} (looked for {', '.join(_TOKENIZER_FILES)})")
         for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
             _read_json(local / name)

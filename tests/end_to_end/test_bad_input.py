@@ -1,5 +1,6 @@
 """Bad input: one clear line that names flag or file:line and what to do, exit code 2, nothing left behind."""
 
+import json
 import re
 import shutil
 from functools import partial
@@ -11,10 +12,12 @@ from tokenizers import Tokenizer, models
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import tiny_llama_folder
+from reward.model import load_scalar_model, save_scalar_model
+from tests.tiny import tiny_llama_folder, tiny_tokenizer_folder
 from tests.tiny_run import PROMPTS, SIZES, run_flags, write_json
 from train_ppo import main
 from utils.engine import init_distributed
+from utils.tokenizer import load_tokenizer
 
 FLAGS = {
     "no such flag": ({"learning_rate": 1}, r"unrecognized.*--learning_rate 1 \(see --help"),
@@ -25,6 +28,29 @@ FLAGS = {
     "model folder": ({"policy_model_path": "/nowhere/model"}, "--policy_model_path.*/nowhere/model.*give"),
     "critic folder": ({"critic_model_path": "/nowhere/model"}, "--critic_model_path.*/nowhere/model.*give"),
     "reward folder": ({"reward_model_path": "/nowhere/model"}, "--reward_model_path.*/nowhere/model.*give"),
+    "reward model twice": ({"reward_model_path": ["x", "y", "x"]}, "--reward_model_path names x twice: give"),
+    "an ensemble of one": (
+        {"reward_ensemble": "min"},
+        "--reward_ensemble min needs several models: --reward_model_path",
+    ),
+    "a deviation that counts nothing": (
+        {"reward_model_path": ["x", "y"], "reward_ensemble": "mean_minus_std", "ensemble_std_coef": 0},
+        "--reward_ensemble mean_minus_std with --ensemble_std_coef 0 is the mean: give",
+    ),
+    "negative deviation": ({"ensemble_std_coef": -1}, "--ensemble_std_coef -1: give a number at least 0"),
+    "unknown reward template": ({"reward_template": "alpaca"}, "--reward_template alpaca: choose from moss_en"),
+    "too many reward templates": (
+        {"reward_template": ["chat", "chat"]},
+        "--reward_template has 2 values for 1 reward models: give one, or one each",
+    ),
+    "a reward tokenizer without a reward model": (
+        {"reward_fn": "x.py:f", "reward_tokenizer_name_or_path": "x"},
+        "--reward_tokenizer_name_or_path has 1 values for 0 reward models",
+    ),
+    "no reward tokenizer": (
+        {"reward_tokenizer_name_or_path": "/nowhere/model"},
+        "--reward_tokenizer_name_or_path: /nowhere/model does not exist; give",
+    ),
     "tokenizer": ({"tokenizer_name_or_path": "/nowhere/model"}, "--tokenizer_name_or_path.*/nowhere/model.*give"),
     "data": ({"data_path": "/nowhere/data"}, "--data_path.*/nowhere/data.*give"),
     "hub data offline": ({"data_path": "someone/prompts"}, "--data_path.*someone/prompts.*download it first"),
@@ -147,8 +173,33 @@ def test_damaged_config(refused, inputs, tmp_path):
 @pytest.mark.parametrize("flag", ["policy_model_path", "critic_model_path", "reward_model_path"])
 def test_models_of_another_vocabulary(refused, inputs, tmp_path, flag):
     other = tiny_llama_folder(tmp_path / "model", vocab=300, **SIZES)
+    if flag != "policy_model_path":
+        model = load_scalar_model(str(other), torch.float32, torch.device("cpu"), say=str)
+        save_scalar_model(model, str(other), tokenizer=load_tokenizer(str(inputs.policy)))
     error = refused(**{flag: other, "tokenizer_name_or_path": inputs.policy})
     assert re.search(f"--{flag} .*300 token embeddings.*--tokenizer_name_or_path.*give", error)
+
+
+def test_a_critic_of_another_tokenizer(refused, tmp_path):
+    critic = tiny_llama_folder(tmp_path / "critic", vocab=370, tokenizer=False, **SIZES)
+    tiny_tokenizer_folder(critic, 370)
+    error = refused(critic_model_path=critic)
+    assert re.search("--critic_model_path .*another tokenizer.*--reward_model_path, which may differ", error)
+
+
+@pytest.mark.parametrize("flag", ["critic_model_path", "reward_model_path"])
+def test_what_scores_has_a_head(refused, inputs, flag):
+    assert re.search(f"--{flag}: .*policy has no reward head", refused(**{flag: inputs.policy}))
+
+
+def test_reward_models_whose_scores_mean_different_things(refused, inputs, tmp_path):
+    shutil.copytree(inputs.reward, tmp_path / "toxicity")
+    config = json.loads((tmp_path / "toxicity" / "config.json").read_text())
+    write_json(
+        tmp_path / "toxicity" / "config.json", config | {"id2label": {"0": "toxicity"}, "label2id": {"toxicity": 0}}
+    )
+    error = refused(reward_model_path=[inputs.reward, tmp_path / "toxicity"])
+    assert re.search(r"--reward_model_path: the scores of .*/toxicity mean toxicity .*LABEL_0.*: give", error)
 
 
 def test_tokenizer_without_an_end(refused, tmp_path):

@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from data.preferences import Preference
-from reward.train import encode_pair, main
+from data.template import encode_dialogue
+from reward.train import main
 from tests.tiny import SAMPLES, tiny_llama_folder
 from utils.tokenizer import load_tokenizer
 
@@ -67,7 +68,8 @@ def test_the_loss_falls_below_that_of_a_coin_and_held_out_pairs_are_ranked(run):
     assert metrics[-1]["eval_score_difference"] > metrics[7]["eval_score_difference"] > 0
     expected = {"step", "loss", "accuracy", "score_difference", "lr", "grad_norm", "tokens_per_second"}
     assert set(metrics[0]) == expected
-    assert set(metrics[7]) == expected | {"eval_loss", "eval_accuracy", "eval_score_difference"}
+    held_out = "loss accuracy score_difference calibration_error length_correlation length_bias worst_subset_accuracy"
+    assert set(metrics[7]) == expected | {f"eval_{name}" for name in held_out.split()}
 
 
 def test_the_learning_rate_warms_up_and_decays_to_a_tenth(run):
@@ -108,6 +110,55 @@ def test_micro_batches_change_nothing_and_the_lm_term_adds_up(base, tmp_path):
     assert c[1]["eval_lm_loss"] < c[0]["lm_loss"]
 
 
+def test_everything_of_part_two_at_once(base, tmp_path, capsys):
+    """Margins, smoothing, flips, a contrastive term, centring; ranked answers beside pairs, held out in two subsets.
+
+    Step 1 by hand is left to the unit tests: here the terms add up, and the saved folder has mean 0 on what was asked.
+    """
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [json.loads(line) for line in (DATA / "train.jsonl").read_text().splitlines()]
+    ranked = {"prompt": "Name a tree.", "responses": ["An oak.", "Tree", "No."], "scores": [3, 1, 0]}
+    (data / "train.jsonl").write_text("\n".join(map(json.dumps, [*rows, ranked])))
+    (data / "helpful_valid.jsonl").write_text((DATA / "valid.jsonl").read_text())
+    (data / "other_valid.jsonl").write_text(json.dumps(ranked))
+    (tmp_path / "sft.json").write_text(json.dumps([["Name a tree.", "An oak."], ["Why?", "Because."]]))
+    out = tmp_path / "out"
+    changes = {
+        "data_path": data, "train_steps": 3, "save_per_step": 3, "use_margin": True, "label_smoothing": 0.1,
+        "flip_negative": True, "simcse_coef": 0.5, "center_scores": True, "center_data_path": tmp_path / "sft.json",
+        "validation_metric": "calibration_error",
+    }  # fmt: skip
+    main(flags(base, out, **changes))
+    said = capsys.readouterr().out
+    assert "preferences: 1 of 14 flipped" in said
+    assert "best eval_calibration_error so far" in said
+    metrics = metrics_of(out)
+    for row in metrics:
+        assert row["loss"] == pytest.approx(row["ranking_loss"] + 0.5 * row["simcse_loss"], rel=1e-5)
+        assert row["simcse_loss"] > 0
+    assert {"eval_accuracy_helpful", "eval_accuracy_other", "eval_score_center"} <= set(metrics[-1])
+    assert metrics[-1]["eval_loss"] != pytest.approx(metrics[-1]["loss"], rel=1e-3)  # no margin, no smoothing
+    tokenizer = load_tokenizer(str(out / "final"))
+    other = AutoModelForSequenceClassification.from_pretrained(out / "final")
+    assert other.config.score_center == pytest.approx(metrics[-1]["eval_score_center"])
+    assert other.config.attention_dropout == 0.0
+    scores = []
+    for question, answer in (("Name a tree.", "An oak."), ("Why?", "Because.")):
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        ids, _ = encode_dialogue(tokenizer, turns, "moss_en")
+        scores.append(other(torch.tensor([ids])).logits.item())
+    assert sum(scores) / 2 == pytest.approx(other.config.score_center, abs=1e-5)
+
+
+def test_centring_on_the_held_out_answers_leaves_their_mean_at_zero(base, tmp_path):
+    main(flags(base, tmp_path / "a", train_steps=2, center_scores=True))
+    main(flags(tmp_path / "a" / "final", tmp_path / "b", train_steps=2, center_scores=True, lr=1e-12))
+    first, second = (metrics_of(tmp_path / name)[-1]["eval_score_center"] for name in "ab")
+    assert abs(first) > 1e-2
+    assert second == pytest.approx(0.0, abs=1e-5)
+
+
 def test_a_seed_repeats_a_run_and_checkpointing_changes_nothing(base, tmp_path):
     main(flags(base, tmp_path / "a", train_steps=3))
     main([*flags(base, tmp_path / "b", train_steps=3), "--gradient_checkpoint"])
@@ -129,23 +180,6 @@ def test_bf16_and_every_zero_stage_agree(base, tmp_path):
     assert losses["bf16", 3] == pytest.approx(reference, rel=2e-2)
 
 
-def test_truncation_drops_the_oldest_turns_and_keeps_the_answers_whole(base):
-    tokenizer = load_tokenizer(str(base))
-    turns = [("user", "first " * 20), ("assistant", "second " * 20), ("user", "Third?")]
-    history = [{"role": role, "content": text.strip()} for role, text in turns]
-    preference = Preference(history, "A good answer.", "No.", None, "file.json:1")
-    whole, cut = encode_pair(tokenizer, preference, "moss_en", 1000)
-    assert cut == 0
-    short, cut = encode_pair(tokenizer, preference, "moss_en", 64)
-    assert cut == 2
-    assert short.chosen[short.prompt_length :] == whole.chosen[whole.prompt_length :]
-    assert short.rejected[short.prompt_length :] == whole.rejected[whole.prompt_length :]
-    assert short.chosen[0] == 1
-    assert short.chosen[-1] == short.rejected[-1] == 2
-    assert tokenizer.decode(short.chosen[short.prompt_length : -1]).strip() == "A good answer."
-    assert encode_pair(tokenizer, preference, "moss_en", 5) == (None, 0)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -159,12 +193,29 @@ def test_truncation_drops_the_oldest_turns_and_keeps_the_answers_whole(base):
         ({"context_truncate": 4096}, "--context_truncate 4096 is longer than the model's window: give at most 512"),
         ({"lr": "nan"}, "--lr nan"),
         ({"delimiter": "||"}, "--delimiter '||'"),
+        ({"label_smoothing": 0.5}, "--label_smoothing 0.5: give a share from 0 to less than 0.5"),
+        ({"simcse_coef": 1, "simcse_dropout": 0}, "--simcse_dropout 0: give a share between 0 and 1"),
+        ({"simcse_temperature": 0}, "--simcse_temperature 0: give a positive number"),
+        ({"margin_column": "gap"}, "--margin_column does nothing without --use_margin"),
+        (
+            {"use_margin": True, "margin_column": "gap"},
+            "--use_margin: no pair of --data_path has a number in the column",
+        ),
+        ({"center_data_path": "x"}, "--center_data_path does nothing without --center_scores"),
+        ({"center_scores": True, "center_data_path": "/nowhere"}, "--center_data_path: /nowhere does not exist"),
+        ({"center_scores": True, "num_valid": 0, "data_path": "TRAIN"}, "--center_scores needs an evaluation"),
+        ({"flip_negative": True, "data_path": "PLAIN"}, "--flip_negative: no pair of --data_path has a"),
+        ({"validation_metric": "luck"}, "--validation_metric"),
         ({"data_path": "/nowhere.json"}, "/nowhere.json"),
         ({"lrr": 1}, "--lrr"),
     ],
 )
 def test_bad_flags_end_in_one_line_and_leave_nothing(base, tmp_path, capsys, changes, message):
-    changes = {name: base if value == "TOKENIZER" else value for name, value in changes.items()}
+    plain = tmp_path / "plain.jsonl"
+    pairs = [{"prompt": f"{i}?", "chosen": "a", "rejected": "b"} for i in range(9)]
+    plain.write_text("\n".join(map(json.dumps, pairs)))
+    inputs = {"TOKENIZER": base, "TRAIN": DATA / "train.jsonl", "PLAIN": plain}
+    changes = {"num_valid": 2} | {name: inputs.get(value, value) for name, value in changes.items()}
     assert message in refusal(flags(base, tmp_path / "out", **changes), capsys)
     assert not (tmp_path / "out").exists()
 

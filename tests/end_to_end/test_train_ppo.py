@@ -11,6 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data.template import encode_prompt
 from tests.tiny_run import HELD_OUT, REPOSITORY, clean_environment, read_lines, read_metrics, run_flags
 from train_ppo import main
 from utils.tokenizer import load_tokenizer
@@ -88,6 +89,13 @@ def test_exported_folders_load_elsewhere(run, inputs, name):
     text = "How do I bake  bread? 你好 🙂"
     assert tokenizer(text, add_special_tokens=False).input_ids == ours(text, add_special_tokens=False).input_ids
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": ":)"},
+        {"role": "user", "content": "?"},
+    ]
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert prompt == encode_prompt(ours, turns, "moss_en")
     assert not list(run.glob("*.partial"))
 
 

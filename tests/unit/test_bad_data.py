@@ -120,40 +120,6 @@ def test_bad_records_are_counted_and_the_rest_is_used(tmp_path, tiny_model, reco
         assert any(": 2 dropped: " in line and line.endswith("x.jsonl:2") for line in said), said
 
 
-GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
-
-
-@pytest.mark.parametrize(
-    ("record", "reason"),
-    [
-        (["a", "b"], "keys chosen and rejected"),
-        ({"chosen": ["a", "b"]}, "keys chosen and rejected"),
-        ({"chosen": ["a", "b"], "rejected": ["x", "c"]}, "histories of chosen and rejected differ"),
-        ({"chosen": ["a", "b"], "rejected": ["a", "b "]}, "the same answer"),
-        ({"chosen": ["a", "b", "c"], "rejected": ["a", "b", "d"]}, "does not end in an answer"),
-        ({"chosen": ["a", "b"], "rejected": ["a", " "]}, "an empty turn"),
-        ({"chosen": "b", "rejected": "c"}, "neither a dialogue nor an answer"),
-        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant:"}, "does not end in"),
-        (GOOD | {"chosen": 3}, "neither a dialogue nor an answer"),
-        (GOOD | {"chosen": [3]}, "a turn is a number"),
-        (GOOD | {"chosen": None}, "neither a dialogue nor an answer"),
-        (GOOD | {"prompt": 3}, "prompt is a number"),
-        (GOOD | {"prompt": ["a", "b"]}, "two turns of the assistant in a row"),
-        (GOOD | {"mean preference difference": "much"}, "not a finite number"),
-        (GOOD | {"mean preference difference": float("nan")}, "not a finite number"),
-        (GOOD | {"mean_preference_difference": True}, "not a finite number"),
-    ],
-)
-def test_bad_preferences_are_counted(tmp_path, record, reason):
-    file = tmp_path / "x.jsonl"
-    file.write_text("\n".join(map(json.dumps, [GOOD, record])))
-    said = []
-    train, _ = load_preferences(str(file), 0, 0, said.append)
-    assert len(train) == 1
-    assert reason in said[0]
-    assert said[0].endswith("x.jsonl:2")
-
-
 def test_nothing_left(tmp_path, tiny_model):
     tokenizer = load_tokenizer(str(tiny_model))
     file = tmp_path / "train.json"

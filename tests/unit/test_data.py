@@ -96,38 +96,6 @@ def test_alpaca_input_stands_below_the_instruction():
     assert [turn["content"] for turn in turns] == ["Add.\n\n1 2", "3"]
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"chosen": ["Hi", "Hello"], "rejected": ["Hi", "What?"]},
-        {"chosen": HI_HELLO, "rejected": [*HI, {"role": "assistant", "content": "What?"}]},
-        {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: What?"},
-        {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"},
-        {"prompt": HI, "chosen": ["Hello"], "rejected": ["What?"]},
-        {
-            "prompt": ["Hi"],
-            "chosen": [{"role": "assistant", "content": "Hello"}],
-            "rejected": [{"role": "assistant", "content": "What?"}],
-        },
-        {"prompt": "Hi", "chosen": HI_HELLO, "rejected": ["Hi", "What?"]},
-        {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello", "rejected": " What?"},
-    ],
-)
-def test_preference_forms(tmp_path, record):
-    train, _ = load_preferences(write(tmp_path / "x.json", [record]), 0, 0, lambda _: None)
-    pair = train[0]
-    assert (pair.history, pair.chosen, pair.rejected, pair.strength) == (HI, "Hello", "What?", None)
-
-
-def test_preference_strength_and_multi_turn_hh(tmp_path):
-    history = "\n\nHuman: Hi\n\nAssistant: Hello\nyou\n\nHuman: Bye"
-    pair = {"chosen": history + "\n\nAssistant: Ciao", "rejected": history + "\n\nAssistant: Go"}
-    records = [pair | {"mean preference difference": -0.5}, pair | {"mean_preference_difference": 2}]
-    train, _ = load_preferences(write(tmp_path / "x.json", records), 0, 0, lambda _: None)
-    assert [pair.strength for pair in train] == [-0.5, 2.0]
-    assert [turn["content"] for turn in train[0].history] == ["Hi", "Hello\nyou", "Bye"]
-
-
 def test_truncation_drops_the_oldest_exchanges_first_and_says_so(tmp_path, tokenizer):
     system = {"role": "system", "content": "Be kind."}
     texts = ["one " * 30, "two", "three", "four", "five"]

@@ -17,9 +17,10 @@ MAY_IMPORT = {
 }
 OURS = set(MAY_IMPORT)
 PURE = {
-    "ppo.types", "ppo.kl", "ppo.rewards", "ppo.advantages", "ppo.loss", "ppo.sampling", "reward.loss", "sft.loss",
-    "data.collate", "data.order", "data.shares", "utils.tensors", "utils.moments", "utils.nll", "utils.schedule",
-    "utils.errors",
+    "ppo.types", "ppo.kl", "ppo.rewards", "ppo.advantages", "ppo.loss", "ppo.sampling", "reward.batches",
+    "reward.loss", "reward.metrics", "reward.outcomes", "sft.loss",
+    "data.collate", "data.order", "data.packing", "data.shares", "utils.tensors", "utils.moments", "utils.nll",
+    "utils.schedule", "utils.errors",
 }  # fmt: skip
 FILES = sorted(file for folder in MAY_IMPORT for file in (REPOSITORY / folder).rglob("*.py"))
 

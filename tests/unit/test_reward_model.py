@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
-from reward.model import last_scores, load_scalar_model, save_scalar_model
+from reward.model import last_scores, load_scalar_model, save_scalar_model, set_dropout
 from tests.tiny import VOCAB, tiny_llama, tiny_llama_config, tiny_llama_folder, tiny_tokenizer_folder
 from utils.errors import UserError
 from utils.models import load_causal_lm
@@ -125,6 +125,38 @@ def test_given_state_is_what_is_written_in_its_dtype(plain, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_center_is_kept_in_the_config_and_taken_off_every_score(plain, tmp_path):
+    """Ours are lower than those of other tools by score_center; a folder that is centred again adds up."""
+    model = load_scalar_model(str(plain), FP32, CPU, say=str)
+    ids, mask = right_padded()
+    raw = last_scores(model(ids, mask), mask)
+    save_scalar_model(model, str(tmp_path / "once"), center=0.75)
+    once = load_scalar_model(str(tmp_path / "once"), FP32, CPU)
+    torch.testing.assert_close(last_scores(once(ids, mask), mask), raw - 0.75)
+    assert torch.equal(once(ids, mask)[1, 5:], torch.zeros(4))
+    other = AutoModelForSequenceClassification.from_pretrained(tmp_path / "once")
+    theirs = other(ids, attention_mask=mask.long()).logits.squeeze(1)
+    torch.testing.assert_close(theirs - other.config.score_center, raw - 0.75)
+    save_scalar_model(once, str(tmp_path / "twice"), center=-0.5)
+    twice = load_scalar_model(str(tmp_path / "twice"), FP32, CPU)
+    torch.testing.assert_close(last_scores(twice(ids, mask), mask), raw - 0.25)
+    save_scalar_model(once, str(tmp_path / "back"), center=-0.75)
+    assert load_scalar_model(str(tmp_path / "back"), FP32, CPU).score_center == 0.0
+
+
+def test_dropout_of_a_model_in_training_alone(plain):
+    model = load_scalar_model(str(plain), FP32, CPU, say=str)
+    set_dropout(model, 0.5)
+    ids, mask = right_padded()
+    assert torch.equal(model(ids, mask), model(ids, mask))
+    model.train()
+    assert not torch.equal(model(ids, mask), model(ids, mask))
+    for layer in model.backbone.layers:
+        del layer.self_attn.attention_dropout
+    with pytest.raises(UserError, match="--simcse_coef: a llama model has no dropout"):
+        set_dropout(model, 0.5)
+
+
 def test_values_are_zero_at_padding_and_do_not_depend_on_it(plain):
     model = load_scalar_model(str(plain), FP32, CPU, say=str)
     ids, mask = right_padded()
@@ -189,6 +221,11 @@ def test_what_cannot_be_used_is_named(tmp_path, plain):
     refused("390 token embeddings", small, tokenizer=load_tokenizer(str(small)))
     save_scalar_model(load_scalar_model(str(plain), FP32, CPU, say=str), str(tmp_path / "scalar"))
     refused("without an LM head", tmp_path / "scalar", with_lm_head=True)
+    refused("has no reward head", plain, trained=True)
+    config = tmp_path / "scalar" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"score_center": "high"}))
+    refused("score_center 'high' .*is not a number", tmp_path / "scalar")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"score_center": 0.0}))
     with pytest.raises(UserError, match=r"--policy_model_path.*no weights for lm_head"):
         load_causal_lm(str(tmp_path / "scalar"), FP32, CPU, flag="--policy_model_path")
 

@@ -32,7 +32,7 @@ def test_value_of_a_token_is_read_before_it_and_the_score_after_the_last():
         torch.testing.assert_close(scores.old_values[i][ROLLOUT.response_mask[i]], values, atol=1e-5, rtol=1e-4)
         # The reward model sees whole answers: what was cut off, the empty answer too, gets its EOS first.
         closed = torch.tensor([prompt + response + ([] if response[-1:] == [EOS] else [EOS])])
-        last = models.reward.model(closed, torch.ones_like(closed).bool())[0, -1]
+        last = models.reward.members[0].model.model(closed, torch.ones_like(closed).bool())[0, -1]
         torch.testing.assert_close(scores.scores[i], last, atol=1e-5, rtol=1e-4)
     assert not scores.old_values[~ROLLOUT.response_mask].any()
 

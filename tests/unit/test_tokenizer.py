@@ -126,19 +126,27 @@ def test_exported_folder_beside_a_llama_config(llama_model, tmp_path):
     assert elsewhere.encode(tagged, add_special_tokens=False) == expected
 
 
+HISTORIES = [
+    ["What?  ", "Nothing.", "你好 😀"],
+    ["Say it.", '"Quoted" words', "And a list?", "- one\n- two", "Code?", "`x = 1`", "Bold?", "**Yes**", "Thanks"],
+    ["你好，今天天气怎么样？", "很好！", "那明天呢？", "“晴”。", "谢谢"],
+    ["Smile", ":) // ::", "Again", "Assistant: :)", "Assistant: // Human: go on"],
+    ["Two\n\nparagraphs", "One\n\nAssistant:(two)", "  spaces  in   here"],
+]
+
+
+@pytest.mark.parametrize("model", ["llama_model", "tiny_model"])
 @pytest.mark.parametrize("template", ["moss_en", "moss_zh"])
-def test_exported_chat_template_prompts_as_ours(tiny_model, tmp_path, template):
-    tokenizer = load_tokenizer(str(tiny_model), template)
+def test_exported_chat_template_prompts_as_ours(request, tmp_path, template, model):
+    tokenizer = load_tokenizer(str(request.getfixturevalue(model)), template)
     save_tokenizer(tokenizer, tmp_path)
     elsewhere = AutoTokenizer.from_pretrained(tmp_path)
-    turns = [
-        {"role": "system", "content": "Be kind."},
-        {"role": "user", "content": "What?  "},
-        {"role": "assistant", "content": "Nothing."},
-        {"role": "user", "content": "你好 😀"},
-    ]
-    theirs = elsewhere.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    assert theirs == encode_prompt(tokenizer, turns, template)
+    random_history = [text.strip().replace("</s>", "") or "." for text in random_texts(61)]
+    for texts in [*HISTORIES, *([text] for text in HISTORIES[1]), random_history]:
+        turns = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
+        for whole in (turns, [{"role": "system", "content": "Be kind."}, *turns]):
+            theirs = elsewhere.apply_chat_template(whole, add_generation_prompt=True, return_dict=False)
+            assert theirs == encode_prompt(tokenizer, whole, template)
 
 
 def test_pad_falls_back_to_eos_and_is_never_left_open(chat_folder):

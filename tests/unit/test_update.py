@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ppo.pretrain import PretrainBatch
+from data.dialogues import EncodedDialogue
 from ppo.types import Experience
 from ppo.update import critic_backward, policy_backward, policy_objective, update
 from tests.parts import GradientEngine, ppo_config, rollout_by_hand, scored, tiny_models
@@ -15,7 +15,10 @@ from utils.errors import UserError
 MASK = torch.tensor([[False, True, True, False]])
 LOGPROBS = torch.tensor([[9.0, -1.0, -2.0, 9.0]])
 ENTROPY = torch.tensor([[9.0, 1.0, 3.0, 9.0]])
-PRETRAIN = PretrainBatch([[1, 5, 6, 2], [1, 7, 2]], [[False, False, True, True], [False, True, True]])
+PRETRAIN = [
+    EncodedDialogue([1, 5, 6, 2], [False, False, True, True]),
+    EncodedDialogue([1, 7, 2], [False, True, True]),
+]
 
 
 def objective(ratio: float = 1.0, **flags) -> tuple[float, dict[str, float]]:
@@ -128,7 +131,7 @@ def test_pretraining_joins_the_same_step_with_its_weight():
         -torch.log_softmax(lm(torch.tensor([ids])).logits[0, :-1], -1)[
             torch.tensor(mask[1:]), torch.tensor(ids[1:])[mask[1:]]
         ]
-        for ids, mask in zip(PRETRAIN.ids, PRETRAIN.token_masks)
+        for ids, mask in ((dialogue.ids, dialogue.answer_mask) for dialogue in PRETRAIN)
     ]
     loss = torch.cat(nll).mean()
     (0.5 * loss).backward()

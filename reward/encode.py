@@ -1,0 +1,116 @@
+"""From data files to comparisons as token ids: what a window cuts is cut alike for all answers to a prompt."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+
+from transformers import PreTrainedTokenizerBase
+
+from data.dialogues import load_dialogues
+from data.order import order
+from data.preferences import MARGIN_COLUMNS, Preference, check_margins, flip_negative, load_preferences
+from data.prompts import without_oldest
+from data.template import encode_dialogue, template_for
+from data.window import encode_fitting
+from reward.batches import Comparison
+from reward.config import RewardConfig
+from utils.errors import UserError
+
+CENTER_ANSWERS = 1000  # of --center_data_path, scored in every evaluation
+
+
+def encode_preference(
+    preference: Preference, tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int
+) -> tuple[Comparison | None, int]:
+    """(the preference as ids, how many turns of its history were left out): the oldest go until every answer fits.
+
+    All answers lose the same turns, or their scores would not compare, and stay whole, with their EOS. None when even
+    the last question with the longest answer is too long.
+    """
+    history = preference.history
+    while history:
+        sides = [
+            encode_dialogue(tokenizer, [*history, {"role": "assistant", "content": answer}], template)
+            for answer in preference.answers
+        ]
+        if max(len(ids) for ids, _ in sides) <= max_tokens:
+            mask = sides[0][1]
+            # The answer is the last stretch of the mask; earlier answers belong to the history here.
+            prompt_length = len(mask) - mask[::-1].index(False)
+            comparison = Comparison(
+                answers=[ids for ids, _ in sides],
+                prompt_length=prompt_length,
+                pairs=[(pair.better, pair.worse) for pair in preference.pairs],
+                margins=[pair.margin or 0.0 for pair in preference.pairs],
+                subset=preference.subset,
+                source=preference.source,
+            )
+            return comparison, len(preference.history) - len(history)
+        history = without_oldest(history)
+    return None, 0
+
+
+def encode_all(
+    preferences: list[Preference],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_tokens: int,
+    say: Callable[[str], None],
+) -> list[Comparison]:
+    """All preferences that fit; what was cut or dropped is said, and which subsets nothing is left of."""
+    places = count()
+
+    def encode(preference: Preference) -> tuple[Comparison | None, int]:
+        place = next(places)
+        item, cut = encode_preference(preference, tokenizer, template, max_tokens)
+        return item and replace(item, place=place), cut
+
+    kept = encode_fitting(preferences, encode, "preferences", say)
+    for subset in sorted({p.subset for p in preferences} - {item.subset for item in kept}):
+        say(f"preferences: nothing is left of the subset {subset!r}")
+    return kept
+
+
+def load_comparisons(
+    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+) -> tuple[list[Comparison], list[Comparison]]:
+    """(train, valid) of --data_path. Only what is trained on is flipped; UserError when too little is left for a batch.
+
+    The held-out labels stay as people gave them.
+    """
+    template, columns = template_for(config.lang, config.template), ()
+    if config.use_margin:
+        columns = (config.margin_column,) if config.margin_column else MARGIN_COLUMNS
+    train, valid = load_preferences(config.data_path, config.num_valid, config.seed, say, columns)
+    if config.flip_negative:
+        train = flip_negative(train, say)
+    if config.use_margin:
+        check_margins(train, columns, say)
+    splits = [encode_all(split, tokenizer, template, config.context_truncate, say) for split in (train, valid)]
+    if len(splits[0]) < config.batch_size:
+        raise UserError(
+            f"--data_path {config.data_path}: {len(splits[0])} pairs to train on are fewer than --batch_size "
+            f"{config.batch_size}; add data, lower --batch_size or raise --context_truncate"
+        )
+    if valid and not splits[1]:
+        raise UserError(
+            f"--data_path {config.data_path}: no held-out pair fits --context_truncate {config.context_truncate}; "
+            "raise it, or give --num_valid 0 and no *valid* file"
+        )
+    return splits[0], splits[1]
+
+
+def load_center_answers(
+    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+) -> list[Comparison]:
+    """Up to 1000 answers of --center_data_path, drawn by the seed, each a comparison without pairs."""
+    flag = "--center_data_path"
+    dialogues, _ = load_dialogues(config.center_data_path, 0, config.seed, say, flag)
+    drawn = order(0, min(CENTER_ANSWERS, len(dialogues)), len(dialogues), config.seed)
+    answers = [
+        Preference(d.turns[:-1], [d.turns[-1]["content"]], [], "", d.source) for d in (dialogues[i] for i in drawn)
+    ]
+    encoded = encode_all(answers, tokenizer, template_for(config.lang, config.template), config.context_truncate, say)
+    if not encoded:
+        raise UserError(f"{flag} {config.center_data_path}: no answer fits --context_truncate; raise it")
+    return encoded

@@ -1,0 +1,165 @@
+"""Asking one or several reward models what they think of whole dialogues: encoding, batches, scores, one rule."""
+
+import contextlib
+import json
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from data.collate import micro_batches, pad
+from data.prompts import without_oldest
+from data.template import Turns, encode_dialogue, encode_text
+from reward.model import ScalarModel, last_scores
+from utils.engine import device
+from utils.errors import UserError
+from utils.models import model_folder
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a reward model reads dialogues: its tokenizer, its template, and the tokens of its window (None: no end)."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    window: int | None
+
+    def __call__(self, turns: Turns | str) -> tuple[list[int], bool]:
+        """(ids of a dialogue that ends in the assistant's answer, whether something had to go to fit the window).
+
+        The oldest exchanges go first. Where question and answer alone are too long, the front of the question goes:
+        the score stands on the answer's EOS, which is never cut off. A text that is no dialogue goes without template.
+        """
+        ids = self._whole(turns)
+        if self.window is None or len(ids) <= self.window:
+            return ids, False
+        while len(ids) > self.window and not isinstance(turns, str) and (history := without_oldest(turns[:-1])):
+            turns = [*history, turns[-1]]
+            ids = self._whole(turns)
+        return (ids if len(ids) <= self.window else ids[:1] + ids[1 - self.window :]), True
+
+    def _whole(self, turns: Turns | str) -> list[int]:
+        if isinstance(turns, str):
+            return encode_text(self.tokenizer, turns)
+        return encode_dialogue(self.tokenizer, turns, self.template)[0]
+
+
+def window_of(model: ScalarModel) -> int | None:
+    """The positions that a model was trained on, if its config says so."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+@torch.no_grad()
+def score_ids(model: nn.Module, sequences: list[list[int]], batches: list[list[int]]) -> torch.Tensor:
+    """The model's scalar at the last token of every sequence: float32 [sequences], on this process's device.
+
+    batches: indices of `sequences`, one forward each; an index that occurs twice is scored twice, to the same score.
+    Memory is that of one batch.
+    """
+    scores = torch.zeros(len(sequences), device=device())
+    for rows in batches:
+        ids, mask = (x.to(device()) for x in pad([sequences[i] for i in rows], 0))
+        scores[rows] = last_scores(model(ids, mask), mask).float()
+    return scores
+
+
+def score_encoded(
+    model: nn.Module, encoding: Encoding, dialogues: list[Turns | str], max_tokens: int
+) -> tuple[list[float], list[bool]]:
+    """(one score a dialogue, whether it was cut for the window), in the order given.
+
+    Batched by length, at most `max_tokens` padded tokens a forward. The model is on this process's device.
+    """
+    encoded = [encoding(turns) for turns in dialogues]
+    sequences = [ids for ids, _ in encoded]
+    batches = micro_batches([len(ids) for ids in sequences], max_tokens)
+    return score_ids(model, sequences, batches).tolist(), [cut for _, cut in encoded]
+
+
+def score_dialogues(
+    model: ScalarModel, tokenizer: PreTrainedTokenizerBase, template: str, dialogues: list[Turns], max_tokens: int
+) -> list[float]:
+    """One score a dialogue, in the order given; each has to end in the assistant's answer.
+
+    What overflows the model's window loses its oldest turns (`Encoding`); else as `score_encoded`.
+    """
+    return score_encoded(model, Encoding(tokenizer, template, window_of(model)), dialogues, max_tokens)[0]
+
+
+@dataclass
+class Frozen:
+    """A model that only scores. Between its turns it may live in host memory."""
+
+    model: nn.Module
+    offload: bool
+
+    def __post_init__(self) -> None:
+        if self.offload:
+            self.model.to("cpu")
+
+    @contextlib.contextmanager
+    def resident(self):
+        """Inside, the model is on the device. Moving costs its weights' size over the bus, twice."""
+        if self.offload:
+            self.model.to(device())
+        try:
+            yield self.model
+        finally:
+            if self.offload:
+                self.model.to("cpu")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One reward model of an ensemble. `encoding` None: it reads the ids that the policy has sampled, as they are."""
+
+    model: Frozen
+    window: int | None
+    encoding: Encoding | None = None
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """One or several reward models and the rule that makes one score of theirs."""
+
+    members: list[Member]
+    rule: str = "mean"
+    std_coef: float = 1.0
+
+    def combine(self, scores: torch.Tensor) -> torch.Tensor:
+        """One score a dialogue, from the raw scores of all members: [batch, members] -> [batch].
+
+        mean; min; mean_minus_std: mean - std_coef x population deviation over the members (Coste et al. 2023 subtract
+        the variance; the deviation is in the scores' own unit). One member's score is left as it is by every rule.
+        """
+        if self.rule == "min":
+            return scores.amin(1)
+        mean = scores.mean(1)
+        return mean - self.std_coef * scores.std(1, correction=0) if self.rule == "mean_minus_std" else mean
+
+
+def check_labels(paths: list[str], flag: str) -> None:
+    """Raises UserError, naming both, when two reward models' configs do not call their score by the same name.
+
+    A label's name (`id2label`) and the problem type are all that a folder says about what its score means and which
+    way is up; without names the label is transformers' LABEL_0. Several labels are refused where a model is loaded.
+    """
+    meanings = [_label_meaning(path, flag) for path in paths]
+    for path, meaning in zip(paths, meanings, strict=True):
+        if meaning != meanings[0]:
+            raise UserError(
+                f"{flag}: the scores of {path} mean {meaning}, those of {paths[0]} {meanings[0]}: give models of one "
+                "meaning, or the same id2label and problem_type in their config.json if it is the same"
+            )
+
+
+def _label_meaning(path: str, flag: str) -> str:
+    file = model_folder(path, flag) / "config.json"
+    try:
+        config = json.loads(file.read_text("utf-8"))
+        labels = list(config.get("id2label", {"0": "LABEL_0"}).values())
+        kind = config.get("problem_type") or "regression"
+    except (ValueError, AttributeError) as error:  # broken JSON or not UTF-8; no objects where they belong
+        raise UserError(f"{flag}: {file} is damaged ({error}); copy it again") from error
+    return f"{', '.join(map(str, labels))} ({kind})"

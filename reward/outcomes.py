@@ -1,0 +1,34 @@
+"""Win, tie and lose shares of paired scores, with intervals. Pure."""
+
+from statistics import NormalDist
+
+OUTCOMES = ("win", "tie", "lose")
+
+
+def outcome_counts(differences: list[float], tie_margin: float) -> dict[str, int]:
+    """How often a difference is above `tie_margin` (win), below its negative (lose), or neither (tie)."""
+    wins, losses = (sum(sign * d > tie_margin for d in differences) for sign in (1, -1))
+    return {"win": wins, "tie": len(differences) - wins - losses, "lose": losses}
+
+
+def share_interval(count: int, total: int, level: float = 0.95) -> tuple[float, float, float]:
+    """(share, low, high): Wilson's score interval, which stays inside 0 to 1 and works at both ends.
+
+    Wilson 1927: (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n).
+    """
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    share = count / total
+    centre, scale = share + z**2 / (2 * total), 1 + z**2 / total
+    half = z * (share * (1 - share) / total + z**2 / (4 * total**2)) ** 0.5
+    return share, max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def render(shares: dict[str, tuple[float, float, float]], counts: dict[str, int], width: int = 60) -> str:
+    """A line an outcome, and under them one bar of all three."""
+    lines = [
+        f"{name:6}{counts[name]:8}{100 * share:8.1f} %   [{100 * low:.1f}, {100 * high:.1f}]"
+        for name, (share, low, high) in shares.items()
+    ]
+    ends = [round(width * sum(counts[name] for name in OUTCOMES[:k]) / sum(counts.values())) for k in range(4)]
+    bar = "".join(letter * (end - start) for letter, start, end in zip("█▒░", ends, ends[1:], strict=False))
+    return "\n".join([*lines, bar])

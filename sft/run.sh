@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# A model that answers, from dialogues:     bash sft/run.sh [flags of sft.train, which win over those below]
+# Next comes a reward model that starts from it: bash reward/run.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source utils/launch.sh
+
+NUM_GPUS=${NUM_GPUS:-$(count_gpus)} # on each machine; 0: one process on the CPU
+HOSTFILE=${HOSTFILE:-}              # DeepSpeed's list of machines, when there are several
+
+MODEL=${MODEL:-models/llama-7b} # where it starts from: a Hugging Face folder or a hub id
+TOKENIZER=${TOKENIZER:-$MODEL}
+read -ra DATA <<<"${DATA:-data/sft_data}"     # folders of *train.json(l) and *valid.json(l), files or hub ids
+read -ra WEIGHTS <<<"${DATA_WEIGHTS:-}"       # a share of the samples for each; none: every dialogue once an epoch
+OUTPUT=$(flag_value --model_save_path "${OUTPUT:-outputs/sft}" "$@")
+
+activate_repository_venv
+use_devices "$NUM_GPUS"
+mkdir -p "$OUTPUT"
+
+# One hyper-parameter a line, with what the papers ("Secrets of RLHF in Large Language Models", Part I arXiv 2307.04964,
+# Part II arXiv 2401.06080) say about it for 7 billion parameters. `python -m sft.train --help` lists the rest.
+ARGS=(
+  --lang en # the dialogues' template: <s>Human:question</s>Assistant:answer</s>; zh for the Chinese one
+  --hf_model_name_or_path "$MODEL"
+  --tokenizer_name_or_path "$TOKENIZER"
+  --data_path "${DATA[@]}"
+  ${WEIGHTS[@]+--data_weights "${WEIGHTS[@]}"}
+  --model_save_path "$OUTPUT"
+  --seed 42
+
+  # How much, and how long. All sizes count on all GPUs together
+  --batch_size 1024          # dialogues a step; Part I: 1024, Part II: 32
+  --train_steps 400          # Part I: 2 epochs, so 2 x dialogues / batch_size
+  --warmup_steps 40          # of the learning rate; the papers give none: the first tenth, as elsewhere
+  --context_truncate 2048    # tokens of a dialogue; the oldest turns of longer ones go first
+  --micro_batch_tokens 8192  # tokens in one forward pass on a GPU: speed and memory only
+  --packing True             # several dialogues a row, each seeing itself alone: speed and memory only
+
+  # Optimizer
+  --lr 9.5e-6                # Part I: 9.5e-6, Part II: 2e-5
+  --lr_schedule cosine       # down to a tenth; Part I: so
+  --gradient_clip 1.0        # global norm
+
+  # Memory
+  --dtype bf16
+  --zero_stage 2
+  --gradient_checkpoint True # recompute activations: a third more time for a fraction of the memory
+  --offload_optimizer False  # True: the optimizer's state lives in host memory
+
+  # Watching
+  --save_per_step 50         # steps between evaluations; the lowest held-out loss so far goes to best/
+  --num_valid 100            # dialogues held out of each data set that comes without a *valid* file
+  --num_samples 4            # held-out prompts that are answered at each evaluation, for samples.jsonl
+  --maxlen_res 256           # tokens of such an answer at most
+)
+launch "$OUTPUT/train.log" -m sft.train "${ARGS[@]}" "$@"

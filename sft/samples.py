@@ -1,0 +1,52 @@
+"""Answers to a few held-out prompts, so that a person can read what the numbers of an evaluation look like."""
+
+from contextlib import nullcontext
+
+import torch
+from transformers import GenerationConfig
+
+from data.collate import pad
+from data.dialogues import EncodedDialogue
+from data.template import decode_answer
+from utils.engine import TrainEngine, device
+from utils.models import quiet_transformers
+
+
+@torch.no_grad()
+def sample_answers(
+    engine: TrainEngine, dialogues: list[EncodedDialogue], tokenizer, window: int, maxlen_res: int
+) -> list[dict[str, str]]:
+    """A row a dialogue: its last prompt, tags and all, the model's greedy answer, and the data's own. Collective.
+
+    Greedy, so that two evaluations differ by the weights alone. Every rank answers the same prompts: that takes no
+    longer than one rank doing it, and under ZeRO-3, where the whole weights have no room, ranks must step together.
+    Answers end after `maxlen_res` tokens, or where the longest prompt and its answer fill the `window`.
+    """
+    prompts = [dialogue.ids[: prompt_length(dialogue)] for dialogue in dialogues]
+    ids, mask = pad(prompts, tokenizer.pad_token_id, side="left")
+    together = not engine.fits_gathered()
+    options = {"synced_gpus": True} if together else {}
+    engine.module.eval()
+    with nullcontext(engine.module) if together else engine.gathered() as module, quiet_transformers():
+        module.lm.generation_config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=min(maxlen_res, window - ids.shape[1]),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        sequences = module.lm.generate(ids.to(device()), attention_mask=mask.to(device()), **options)
+    answers = sequences[:, ids.shape[1] :].tolist()
+    return [
+        {
+            "prompt": tokenizer.decode(prompt),
+            "answer": decode_answer(tokenizer, answer),
+            "reference": decode_answer(tokenizer, dialogue.ids[len(prompt) :]),
+        }
+        for dialogue, prompt, answer in zip(dialogues, prompts, answers, strict=True)
+    ]
+
+
+def prompt_length(dialogue: EncodedDialogue) -> int:
+    """Tokens before the last answer."""
+    return len(dialogue.ids) - dialogue.answer_mask[::-1].index(False)

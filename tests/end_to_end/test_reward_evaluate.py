@@ -1,0 +1,183 @@
+"""`python -m reward.strength` and `reward.evaluate` on tiny models: numbers of another tool, files, refusals."""
+
+import json
+import shutil
+from pathlib import Path
+from statistics import fmean, pstdev
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForSequenceClassification
+
+from data.records import read_file
+from data.template import encode_dialogue
+from reward import evaluate, strength
+from reward.model import load_scalar_model, save_scalar_model
+from reward.train import main as train
+from tests.tiny import SAMPLES, tiny_llama_folder
+from tests.tiny_run import SIZES
+from utils.tokenizer import load_tokenizer
+
+DATA = SAMPLES / "en" / "preferences"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> list[Path]:
+    """Three untrained reward models with their tokenizer, heads large enough for scores to differ."""
+    folder = tmp_path_factory.mktemp("models")
+    base = tiny_llama_folder(folder / "base", **SIZES)
+    tokenizer, made = load_tokenizer(str(base), "moss_en"), []
+    for seed in range(3):
+        model = load_scalar_model(str(base), torch.float32, torch.device("cpu"), seed=seed, say=str)
+        model.head.weight.data *= 5
+        made.append(folder / f"reward{seed}")
+        save_scalar_model(model, str(made[-1]), tokenizer=tokenizer, center=float(seed))
+    return made
+
+
+def scores_elsewhere(folder: Path, dialogues: list[list[str]]) -> list[float]:
+    """What transformers' own classifier says of dialogues, less the centre."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = load_tokenizer(str(folder), "moss_en")
+    scores = []
+    for texts in dialogues:
+        turns = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
+        ids = torch.tensor([encode_dialogue(tokenizer, turns, "moss_en")[0]])
+        scores.append(model(ids).logits.item() - getattr(model.config, "score_center", 0.0))
+    return scores
+
+
+def argv(models: list[Path], **flags) -> list[str]:
+    words = ["--model", *map(str, models)]
+    for name, value in ({"data_path": DATA, "dtype": "fp32"} | flags).items():
+        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
+def refusal(main, arguments: list[str], capsys) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def is_drawn(file: Path) -> bool:
+    """A picture that is not of one colour."""
+    return len(Image.open(file).convert("L").getcolors()) > 10
+
+
+@pytest.fixture(scope="module")
+def annotated(models, tmp_path_factory) -> Path:
+    data, out = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("strength") / "out"
+    rows = [json.loads(line) for line in (DATA / "train.jsonl").read_text().splitlines()]
+    for row in rows[::2]:  # strengths of both signs
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    rows[0]["chosen_score_list"] = [1.0, 2.0]  # an earlier ensemble's
+    odd = [{"chosen": ["a"]}, {"prompt": "Hi", "responses": ["one", "two"]}]
+    (data / "train.json").write_text(json.dumps([*rows, *odd]))  # all on one line: no two places differ
+    shutil.copy(DATA / "valid.jsonl", data / "valid.jsonl")
+    strength.main(argv(models, data_path=data, output=out))
+    return out
+
+
+def test_strength_is_the_mean_and_deviation_of_another_tools_scores(models, annotated):
+    rows = [json.loads(line) for line in (annotated / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 16
+    assert rows[14:] == [{"chosen": ["a"]}, {"prompt": "Hi", "responses": ["one", "two"]}]
+    chosen, rejected = (
+        [scores_elsewhere(model, [row[side] for row in rows[:14]]) for model in models]
+        for side in ("chosen", "rejected")
+    )
+    for k, row in enumerate(rows[:14]):
+        differences = [chosen[m][k] - rejected[m][k] for m in range(3)]
+        assert row["mean preference difference"] == pytest.approx(fmean(differences), abs=1e-5)
+        assert row["std preference difference"] == pytest.approx(pstdev(differences), abs=1e-5)
+        assert row["chosen score list"] == pytest.approx([chosen[m][k] for m in range(3)], abs=1e-5)
+        assert row["rejected score list"] == pytest.approx([rejected[m][k] for m in range(3)], abs=1e-5)
+    assert "chosen_score_list" not in rows[0]
+    assert is_drawn(annotated / "strength.png")
+    assert sorted(file.name for file in annotated.iterdir()) == ["strength.png", "train.jsonl", "valid.jsonl"]
+
+
+def test_training_reads_what_strength_wrote(models, annotated, tmp_path, capsys):
+    flags = {
+        "hf_model_name_or_path": models[0], "data_path": annotated, "model_save_path": tmp_path / "out",
+        "dtype": "fp32", "batch_size": 4, "train_steps": 1, "warmup_steps": 1, "context_truncate": 256,
+        "use_margin": True, "flip_negative": True,
+    }  # fmt: skip
+    train([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    rows = [record.value for record in read_file(annotated / "train.jsonl")][:14]
+    negative = sum(row["mean preference difference"] < 0 for row in rows)
+    assert 0 < negative < 14
+    said = capsys.readouterr().out
+    assert f"preferences: {negative} of 14 flipped" in said
+    assert "preferences: 1 without a margin" in said
+
+
+def test_an_evaluation_says_what_another_tools_scores_say(models, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(DATA / "train.jsonl", data / "train.jsonl")
+    valid = [json.loads(line) for line in (DATA / "train.jsonl").read_text().splitlines()]
+    for name, part in (("helpful", valid[:8]), ("harmless", valid[8:])):
+        (data / f"{name}_valid.jsonl").write_text("\n".join(map(json.dumps, part)))
+    evaluate.main(argv(models[:2], data_path=data, output=tmp_path / "out"))
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    ordered = valid[8:] + valid[:8]
+    for model in models[:2]:
+        found = report["models"][str(model)]
+        chosen, rejected = (scores_elsewhere(model, [row[side] for row in ordered]) for side in ("chosen", "rejected"))
+        hits = [a > b for a, b in zip(chosen, rejected, strict=True)]
+        assert found["accuracy"] == pytest.approx(fmean(hits))
+        assert found["subsets"]["harmless"]["accuracy"] == pytest.approx(fmean(hits[:6]))
+        assert found["subsets"]["helpful"]["accuracy"] == pytest.approx(fmean(hits[6:]))
+        assert found["score_difference"] == pytest.approx(fmean(chosen) - fmean(rejected), abs=1e-5)
+    assert report["prompts"] == 14
+    assert 0 <= report["ensemble"]["pairwise"] <= 1
+    for name in ("differences", "calibration", "lengths"):
+        assert is_drawn(tmp_path / "out" / f"{name}.png")
+    table = capsys.readouterr().out
+    assert "14 prompts, 14 pairs from" in table
+    assert "all 2 models" in table
+    evaluate.main(argv(models[:1], data_path=data, subsets=["helpful"]))
+    assert "8 prompts, 8 pairs" in capsys.readouterr().out
+
+
+def test_bad_flags_of_an_evaluation(models, tmp_path, capsys):
+    base = models[0].parent / "base"
+
+    def check(message: str, models: list[Path] = models[:1], **flags) -> None:
+        assert message in refusal(evaluate.main, argv(models, **flags), capsys)
+
+    check("has no reward head (score.weight or reward_head.weight)", [base])
+    check("--model: the model folder /nowhere does not exist", [Path("/nowhere")])
+    check("names", models[:1] * 2)
+    check("--subsets odd: no preference of --data_path is in it; there are all", subsets=["odd"])
+    check("--context_truncate 4096 is longer than the model's window", context_truncate=4096)
+    check("no preference fits the 8 tokens", context_truncate=8)
+    check("--data_path: /nowhere does not exist", data_path="/nowhere")
+    file = tmp_path / "file"
+    file.write_text("kept")
+    check("--output", output=file / "x")
+
+
+def test_bad_flags_of_strength(models, annotated, tmp_path, capsys):
+    def check(message: str, models: list[Path] = models, **flags) -> None:
+        assert message in refusal(strength.main, argv(models, **flags), capsys)
+
+    out = tmp_path / "out"
+    check("--model: strength needs at least two reward models", models[:1], output=out)
+    check("--output is missing")
+    check("is there already: choose another folder", output=annotated)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"chosen": ["a"]}\n{"prompt": "a", "chosen": "b", "rejected": "b"}')
+    check("--data_path: no pair to score (preferences: 1 left as they are: not an object", data_path=bad, output=out)
+    assert not out.exists()
+    other = shutil.copytree(models[1], tmp_path / "other")
+    config = json.loads((other / "config.json").read_text()) | {"id2label": {"0": "harm"}}
+    (other / "config.json").write_text(json.dumps(config))
+    check("the scores of", [models[0], other], output=out)

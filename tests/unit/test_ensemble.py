@@ -1,0 +1,137 @@
+"""Reward models asked about dialogues: one score each whatever the batches, one rule over several models."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.template import encode_dialogue
+from reward.ensemble import Encoding, Ensemble, Frozen, check_labels, score_dialogues
+from tests.parts import tiny_scalar_model
+from tests.tiny import VOCAB, tiny_tokenizer_folder
+from utils.errors import UserError
+from utils.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(str(tiny_tokenizer_folder(tmp_path_factory.mktemp("tokenizer"))), "moss_en")
+
+
+def dialogue(*texts: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
+
+
+DIALOGUES = [
+    dialogue("Why is the sky blue?", "Because air scatters blue light most."),
+    dialogue("Hi", ""),
+    dialogue("Hi", "Hello!", "Name a tree, a bird and a fish.", "Oak, wren, carp."),
+]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
+def test_scores_come_in_the_order_given_and_do_not_depend_on_batches(tokenizer, max_tokens):
+    model = tiny_scalar_model(vocab=VOCAB).requires_grad_(False)
+    scores = score_dialogues(model, tokenizer, "moss_en", DIALOGUES, max_tokens)
+    for turns, found in zip(DIALOGUES, scores, strict=True):
+        ids = torch.tensor([encode_dialogue(tokenizer, turns, "moss_en")[0]])
+        assert ids[0, -1] == tokenizer.eos_token_id
+        assert found == pytest.approx(float(model(ids, torch.ones_like(ids).bool())[0, -1]), abs=1e-5)
+
+
+def test_no_dialogues(tokenizer):
+    assert score_dialogues(tiny_scalar_model(vocab=VOCAB), tokenizer, "moss_en", [], 100) == []
+
+
+def test_the_oldest_turns_go_until_the_dialogue_fits_the_window(tokenizer):
+    turns = dialogue("one two three", "four", "five six", "seven", "eight", "nine")
+    whole, _ = encode_dialogue(tokenizer, turns, "moss_en")
+    without_first, _ = encode_dialogue(tokenizer, turns[2:], "moss_en")
+    last_only, _ = encode_dialogue(tokenizer, turns[4:], "moss_en")
+    for window, expected, cut in [
+        (None, whole, False),
+        (len(whole), whole, False),
+        (len(whole) - 1, without_first, True),
+        (len(without_first), without_first, True),
+        (len(without_first) - 1, last_only, True),
+        (len(last_only) - 1, last_only[:1] + last_only[2:], True),  # the BOS stays, and so does the whole answer
+    ]:
+        assert Encoding(tokenizer, "moss_en", window)(turns) == (expected, cut), window
+
+
+SCORES = torch.tensor([[1.0, 3.0, 8.0], [-2.0, -2.0, -2.0]])
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("mean", [4.0, -2.0]),
+        ("min", [1.0, -2.0]),
+        ("mean_minus_std", [4.0 - 0.5 * math.sqrt((9 + 1 + 16) / 3), -2.0]),
+    ],
+)
+def test_rules_by_hand(rule, expected):
+    ensemble = Ensemble([], rule, std_coef=0.5)
+    assert ensemble.combine(SCORES).tolist() == pytest.approx(expected, abs=1e-6)
+    assert torch.equal(ensemble.combine(SCORES[:, :1]), SCORES[:, 0])
+
+
+class Recorded(torch.nn.Linear):
+    """A module that says where it goes."""
+
+    def __init__(self, name: str, said: list[str]):
+        super().__init__(1, 1)
+        self.name, self.said = name, said
+
+    def to(self, place):
+        self.said.append(f"{self.name} to {place}")
+        return self
+
+
+def test_a_model_that_waits_in_host_memory_is_on_the_device_in_its_turn_only(monkeypatch):
+    monkeypatch.setattr("reward.ensemble.device", lambda: "cuda")
+    said = []
+    waiting, staying = Frozen(Recorded("a", said), offload=True), Frozen(Recorded("b", said), offload=False)
+    with waiting.resident(), staying.resident():
+        said.append("scoring")
+    assert said == ["a to cpu", "a to cuda", "scoring", "a to cpu"]
+
+
+def reward_folder(folder: Path, **config) -> str:
+    folder.mkdir()
+    torch.save({"score.weight": torch.zeros(1, 2)}, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_labels_of_one_meaning(tmp_path):
+    unnamed = reward_folder(tmp_path / "unnamed")
+    ours = reward_folder(tmp_path / "ours", id2label={"0": "LABEL_0"}, problem_type="regression")
+    check_labels([unnamed, ours], "--model")
+    check_labels([reward_folder(tmp_path / "named", id2label={"0": "toxicity"})], "--model")
+
+
+@pytest.mark.parametrize(
+    ("config", "meaning"),
+    [
+        ({"id2label": {"0": "toxicity"}}, r"toxicity \(regression\)"),
+        ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, r"LABEL_0, LABEL_1 \(regression\)"),
+        ({"problem_type": "single_label_classification"}, r"LABEL_0 \(single_label_classification\)"),
+    ],
+)
+def test_labels_of_two_meanings_are_named(tmp_path, config, meaning):
+    paths = [reward_folder(tmp_path / "a"), reward_folder(tmp_path / "b", **config)]
+    with pytest.raises(
+        UserError, match=rf"^--model: the scores of .*/b mean {meaning}, .*/a LABEL_0 .*: give"
+    ) as error:
+        check_labels(paths, "--model")
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_that_is_no_object_is_named(tmp_path):
+    path = reward_folder(tmp_path / "a")
+    (tmp_path / "a" / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"--model: .*config.json is damaged"):
+        check_labels([path], "--model")

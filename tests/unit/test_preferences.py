@@ -1,0 +1,175 @@
+"""data/preferences.py: the forms of a preference, its numbers and subset, ranked answers, and what is dropped."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data.preferences import MARGIN_COLUMNS, Pair, Preference, check_margins, flip_negative, load_preferences
+from utils.errors import UserError
+
+HI = [{"role": "user", "content": "Hi"}]
+HI_HELLO = [*HI, {"role": "assistant", "content": "Hello"}]
+GOOD = {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}
+RANKED = {"prompt": "Hi", "responses": ["one", "two", "three"]}
+
+
+def load(folder: Path, *records, name: str = "x.jsonl", **options) -> tuple[list[Preference], list[str]]:
+    """(preferences, what was said) of records, one a line."""
+    file, said = folder / name, []
+    file.write_text("\n".join(map(json.dumps, records)))
+    return load_preferences(str(file), 0, 0, said.append, **options)[0], said
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"chosen": ["Hi", "Hello"], "rejected": ["Hi", "What?"]},
+        {"chosen": HI_HELLO, "rejected": [*HI, {"role": "assistant", "content": "What?"}]},
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: What?"},
+        GOOD,
+        {"prompt": HI, "chosen": ["Hello"], "rejected": ["What?"]},
+        {
+            "prompt": ["Hi"],
+            "chosen": [{"role": "assistant", "content": "Hello"}],
+            "rejected": [{"role": "assistant", "content": "What?"}],
+        },
+        {"prompt": "Hi", "chosen": HI_HELLO, "rejected": ["Hi", "What?"]},
+        {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello", "rejected": " What?"},
+    ],
+)
+def test_forms_of_a_pair(tmp_path, record):
+    train, _ = load(tmp_path, record)
+    assert (train[0].history, train[0].answers, train[0].pairs) == (HI, ["Hello", "What?"], [Pair(0, 1)])
+
+
+def test_strength_in_both_spellings_and_from_score_lists(tmp_path):
+    history = "\n\nHuman: Hi\n\nAssistant: Hello\nyou\n\nHuman: Bye"
+    pair = {"chosen": history + "\n\nAssistant: Ciao", "rejected": history + "\n\nAssistant: Go"}
+    lists = {"chosen score list": [1, 2.5], "rejected_score_list": [2, 4]}
+    numbers = [{"mean preference difference": -0.5}, {"mean_preference_difference": 2}, lists]
+    train, _ = load(tmp_path, *[pair | number for number in numbers])
+    assert [preference.pairs[0].strength for preference in train] == [-0.5, 2.0, -1.25]  # (1 - 2 + 2.5 - 4) / 2
+    assert [turn["content"] for turn in train[0].history] == ["Hi", "Hello\nyou", "Bye"]
+
+
+def test_a_margin_is_the_strength_unless_a_column_is_named(tmp_path):
+    records = [GOOD | {"mean preference difference": -0.5, "margin": 3}, GOOD | {"margin": 2}, GOOD]
+    records += [GOOD | {"chosen_score_list": [1], "rejected_score_list": [0], "my_gap": 7}]
+
+    def margins(**options) -> list[float | None]:
+        return [preference.pairs[0].margin for preference in load(tmp_path, *records, **options)[0]]
+
+    assert margins() == [None] * 4
+    assert margins(margin_columns=MARGIN_COLUMNS) == [-0.5, 2.0, None, 1.0]
+    assert margins(margin_columns=("my gap",)) == [None, None, None, 7.0]
+
+
+def test_margins_are_missed_aloud_and_all_missing_stops(tmp_path):
+    said = []
+    train, _ = load(tmp_path, GOOD | {"margin": 1}, GOOD, GOOD, margin_columns=("margin",))
+    check_margins(train, ("margin",), said.append)
+    assert said == [f"preferences: 2 without a margin, trained with margin 0; first at {tmp_path}/x.jsonl:2"]
+    with pytest.raises(UserError, match=r"--use_margin: no pair of --data_path .* 'margin'; name yours with"):
+        check_margins(train[1:], ("margin",), said.append)
+
+
+def test_pairs_of_negative_strength_are_flipped_with_their_numbers(tmp_path):
+    records = [GOOD | {"mean preference difference": x} for x in (1, -2, 0)] + [GOOD]
+    train, _ = load(tmp_path, *records, margin_columns=MARGIN_COLUMNS)
+    said = []
+    flipped = [preference.pairs[0] for preference in flip_negative(train, said.append)]
+    assert flipped == [Pair(0, 1, 1.0, 1.0), Pair(1, 0, 2.0, 2.0), Pair(0, 1, 0.0, 0.0), Pair(0, 1)]
+    assert said[0].startswith("preferences: 1 of 3 flipped")
+    assert said[0].endswith("x.jsonl:2")
+    assert "1 without a 'mean preference difference', kept" in said[1]
+    with pytest.raises(UserError, match=r"--flip_negative: no pair .*python -m reward.strength adds it"):
+        flip_negative(train[3:], said.append)
+
+
+def test_a_margin_that_people_gave_stays_when_its_pair_is_flipped(tmp_path):
+    train, _ = load(tmp_path, GOOD | {"mean preference difference": -2, "margin": 3}, margin_columns=("margin",))
+    assert flip_negative(train, str)[0].pairs == [Pair(1, 0, 2.0, 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("record", "pairs"),
+    [
+        (RANKED, [(0, 1, None), (0, 2, None), (1, 2, None)]),
+        (RANKED | {"scores": [1, 3, 2.5]}, [(1, 0, 2.0), (2, 0, 1.5), (1, 2, 0.5)]),
+        (RANKED | {"ranks": [2, 1, 2]}, [(1, 0, None), (1, 2, None)]),
+        (RANKED | {"responses": [{"role": "assistant", "content": "one"}, ["two"]]}, [(0, 1, None)]),
+    ],
+    ids=["by place", "by score", "by rank with a tie", "messages"],
+)
+def test_ranked_answers_make_a_pair_of_every_two_of_different_rank(tmp_path, record, pairs):
+    train, _ = load(tmp_path, record, margin_columns=MARGIN_COLUMNS)
+    assert train[0].answers == ["one", "two", "three"][: len(train[0].answers)]
+    assert [(pair.better, pair.worse, pair.margin) for pair in train[0].pairs] == pairs
+
+
+def test_a_response_that_occurs_twice_is_not_compared_with_itself(tmp_path):
+    train, said = load(tmp_path, RANKED | {"responses": ["one", "two", "two "]})
+    assert [(pair.better, pair.worse) for pair in train[0].pairs] == [(0, 1), (0, 2)]
+    assert "1 with the same response twice" in said[0]
+
+
+def test_a_subset_is_the_records_own_or_its_files_name(tmp_path):
+    (tmp_path / "helpful-valid.json").write_text(json.dumps([GOOD]))
+    (tmp_path / "helpful-train.json").write_text(json.dumps([GOOD, GOOD | {"subset": " red team "}]))
+    (tmp_path / "train.json").write_text(json.dumps([GOOD]))
+    train, valid = load_preferences(str(tmp_path), 0, 0, str)
+    assert [preference.subset for preference in train] == ["helpful", "red team", "all"]
+    assert [preference.subset for preference in valid] == ["helpful"]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (["a", "b"], "keys chosen and rejected"),
+        ({"chosen": ["a", "b"]}, "keys chosen and rejected"),
+        ({"chosen": ["a", "b"], "rejected": ["x", "c"]}, "histories of chosen and rejected differ"),
+        ({"chosen": ["a", "b"], "rejected": ["a", "x", "y", "c"]}, "histories of chosen and rejected differ"),
+        ({"chosen": ["a", "b"], "rejected": ["a", "b "]}, "the same answer"),
+        ({"chosen": ["a", "b", "c"], "rejected": ["a", "b", "d"]}, "does not end in an answer"),
+        ({"chosen": ["a", "b"], "rejected": ["a", " "]}, "an empty turn"),
+        ({"chosen": HI_HELLO, "rejected": [*HI_HELLO, HI_HELLO[1]]}, "two turns of the assistant in a row"),
+        ({"chosen": HI_HELLO[::-1], "rejected": HI_HELLO[::-1]}, "the assistant speaks first"),
+        ({"chosen": HI_HELLO, "rejected": [*HI, *HI_HELLO]}, "two turns of the human in a row"),
+        ({"chosen": "b", "rejected": "c"}, "neither a dialogue nor an answer"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant:"}, "does not end in"),
+        (GOOD | {"chosen": 3}, "neither a dialogue nor an answer"),
+        (GOOD | {"chosen": [3]}, "a turn is a number"),
+        (GOOD | {"chosen": None}, "neither a dialogue nor an answer"),
+        (GOOD | {"prompt": 3}, "prompt is a number"),
+        (GOOD | {"prompt": ["a", "b"]}, "two turns of the assistant in a row"),
+        (GOOD | {"mean preference difference": "much"}, "mean preference difference is not a finite number"),
+        (GOOD | {"mean preference difference": float("nan")}, "not a finite number"),
+        (GOOD | {"mean_preference_difference": True}, "not a finite number"),
+        (GOOD | {"chosen score list": [1, "2"]}, "an item of chosen score list is not a finite number"),
+        (GOOD | {"chosen_score_list": 3}, "chosen score list is not a list of numbers"),
+        (GOOD | {"chosen_score_list": [1], "rejected_score_list": [1, 2]}, "of different lengths"),
+        (GOOD | {"margin": "wide"}, "margin is not a finite number"),
+        (GOOD | {"subset": ""}, "subset is not a name"),
+        (GOOD | {"subset": 3}, "subset is not a name"),
+        (RANKED | {"prompt": None}, "the assistant speaks first"),
+        (RANKED | {"responses": "one"}, "not a list of at least two"),
+        (RANKED | {"responses": ["one"]}, "not a list of at least two"),
+        (RANKED | {"responses": ["one", " "]}, "an empty turn"),
+        (RANKED | {"responses": ["one", {"role": "user", "content": "two"}]}, "neither text nor a message of the"),
+        (RANKED | {"responses": ["one", "one"]}, "no two responses differ"),
+        (RANKED | {"scores": [1, 1, 1]}, "no two responses differ"),
+        (RANKED | {"scores": [1, 2]}, "2 scores for 3 responses"),
+        (RANKED | {"ranks": [1, 2, None]}, "an item of ranks is not a finite number"),
+    ],
+)
+def test_bad_preferences_are_counted(tmp_path, record, reason):
+    train, said = load(tmp_path, GOOD, record, margin_columns=MARGIN_COLUMNS)
+    assert len(train) == 1
+    line = next(line for line in said if reason in line)
+    assert line.startswith("preferences: 1 dropped: ")
+    assert line.endswith("x.jsonl:2")
+
+
+def test_a_margin_that_is_not_asked_for_may_be_anything(tmp_path):
+    assert len(load(tmp_path, GOOD | {"margin": "wide"})[0]) == 1

@@ -1,0 +1,49 @@
+"""The recipes: from anywhere, their flags are ones that the stage knows, and what the user adds wins."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sft.train import SFTConfig
+from utils.args import parse_args
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Runs a recipe with a stand-in for python and gives the command line that it was called with."""
+    python, log = tmp_path / "bin" / "python", tmp_path / "argv"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {log}\n')
+    python.chmod(0o755)
+
+    def run(script: str, *flags: str, **settings: str) -> list[str]:
+        paths = {"PATH": f"{python.parent}:{os.environ['PATH']}", "OUTPUT": str(tmp_path / "out"), "NUM_GPUS": "0"}
+        command = ["bash", str(REPOSITORY / script), *flags]
+        environment = os.environ | paths | {"VIRTUAL_ENV": "active"} | settings
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+        return log.read_text().splitlines()
+
+    return run
+
+
+def test_sft(recipe, tmp_path):
+    argv = recipe("sft/run.sh", "--lr", "2e-5", MODEL="m", DATA="a b", DATA_WEIGHTS="2 1")
+    assert argv[:2] == ["-m", "sft.train"]
+    config = parse_args(SFTConfig, argv[2:])
+    assert (config.hf_model_name_or_path, config.tokenizer_name_or_path) == ("m", "m")
+    assert (config.data_path, config.data_weights) == (["a", "b"], [2, 1])
+    assert config.model_save_path == str(tmp_path / "out")
+    assert (config.lr, config.batch_size, config.lr_schedule) == (2e-5, 1024, "cosine")
+
+
+def test_sft_with_one_data_set_and_another_folder(recipe, tmp_path):
+    argv = recipe("sft/run.sh", "--model_save_path", str(tmp_path / "other"), DATA="a")
+    config = parse_args(SFTConfig, argv[2:])
+    assert (config.data_path, config.data_weights) == (["a"], [])
+    assert config.model_save_path == str(tmp_path / "other")
+    assert (tmp_path / "other" / "train.log").is_file()
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,82 @@
+"""reward/encode.py and reward/batches.py: comparable ends of cut pairs, rows and weights of pairs, what is refused."""
+
+import pytest
+import torch
+
+from data.preferences import Pair, Preference
+from reward.batches import Comparison, pair_index
+from reward.encode import encode_all, encode_preference
+from tests.tiny import tiny_tokenizer_folder
+from utils.tokenizer import load_tokenizer
+
+TURNS = [("user", "first " * 20), ("assistant", "second " * 20), ("user", "Third?")]
+HISTORY = [{"role": role, "content": text.strip()} for role, text in TURNS]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(str(tiny_tokenizer_folder(tmp_path_factory.mktemp("tokenizer"))))
+
+
+def preference(*answers: str, subset: str = "all", history=HISTORY) -> Preference:
+    return Preference(history, list(answers), [Pair(0, 1, 0.5, 2.0)], subset, "file.json:1")
+
+
+def answers_of(item: Comparison) -> list[list[int]]:
+    return [ids[item.prompt_length :] for ids in item.answers]
+
+
+def test_truncation_drops_the_oldest_turns_and_keeps_the_answers_whole(tokenizer):
+    pair = preference("A good answer.", "No.")
+    whole, cut = encode_preference(pair, tokenizer, "moss_en", 1000)
+    assert cut == 0
+    short, cut = encode_preference(pair, tokenizer, "moss_en", 64)
+    assert cut == 2
+    assert answers_of(short) == answers_of(whole)
+    assert short.answers[0][0] == 1
+    assert [ids[-1] for ids in short.answers] == [2, 2]
+    assert tokenizer.decode(answers_of(short)[0][:-1]).strip() == "A good answer."
+    assert encode_preference(pair, tokenizer, "moss_en", 5) == (None, 0)
+    assert (short.pairs, short.margins, short.answer_lengths) == ([(0, 1)], [2.0], whole.answer_lengths)
+
+
+def test_a_long_answer_cuts_the_history_of_all_its_rivals_alike(tokenizer):
+    """Only the last answer is too long for the window with the whole history; all lose it."""
+    short, long = "No.", "yes " * 30
+    room = len(encode_preference(preference(short, "Hm."), tokenizer, "moss_en", 1000)[0].answers[0]) + 10
+    assert encode_preference(preference(short, "Hm."), tokenizer, "moss_en", room)[1] == 0
+    item, cut = encode_preference(preference(short, "Hm.", long.strip()), tokenizer, "moss_en", room)
+    assert cut == 2
+    prompts = {tuple(ids[: item.prompt_length]) for ids in item.answers}
+    assert len(prompts) == 1
+    assert len(item.answers) == 3
+    assert item.tokens == sum(len(ids) for ids in item.answers)
+    assert item.padded == 3 * len(item.answers[2])
+
+
+def test_what_does_not_fit_and_subsets_that_are_gone_are_named(tokenizer):
+    said = []
+    pairs = [preference("A", "B", history=[{"role": "user", "content": "Hi"}]), preference("A " * 60, "B", subset="x")]
+    assert len(encode_all(pairs, tokenizer, "moss_en", 60, said.append)) == 1
+    assert said == [
+        "preferences: 1 dropped: the last exchange alone exceeds --context_truncate; first at file.json:1",
+        "preferences: nothing is left of the subset 'x'",
+    ]
+
+
+def comparison(*pairs: tuple[int, int], answers: int = 2) -> Comparison:
+    ids = [[1, 5, 6 + i] for i in range(answers)]
+    return Comparison(ids, 2, list(pairs), [float(i) for i in range(len(pairs))], "all", "")
+
+
+def test_rows_of_pairs_follow_the_answers_and_every_prompt_weighs_one():
+    index = pair_index([comparison((1, 0)), comparison((0, 1), (0, 2), (1, 2), answers=3), comparison((0, 1))])
+    assert index.better.tolist() == [1, 2, 2, 3, 5]
+    assert index.worse.tolist() == [0, 3, 4, 4, 6]
+    assert torch.equal(index.weights, torch.tensor([1, 1 / 3, 1 / 3, 1 / 3, 1]))
+    assert index.margins.tolist() == [0, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(("pairs", "best"), [([(1, 0)], 1), ([(1, 0), (2, 0), (2, 1)], 2), ([(0, 2), (1, 2)], 0)])
+def test_the_best_answer_is_beaten_by_none(pairs, best):
+    assert comparison(*pairs, answers=3).best == best

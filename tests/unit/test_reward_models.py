@@ -1,0 +1,183 @@
+"""Reward models in PPO: whose ids they read, and that answers encoded anew get the score of their text."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import ppo.score
+from data.template import encode_dialogue
+from ppo.reward_models import check_same_tokenizer, reward_readers
+from ppo.rollout import assemble
+from ppo.score import closed_ids, reward_scores
+from ppo.types import PromptBatch
+from reward.ensemble import Encoding, Ensemble, Frozen, Member
+from tests.parts import PROMPTS, RESPONSES, ppo_config, rollout_by_hand, tiny_scalar_model
+from tests.tiny import VOCAB, tiny_llama_folder, tiny_tokenizer_folder
+from utils.errors import UserError
+from utils.tokenizer import load_tokenizer, save_tokenizer
+
+OTHER_VOCAB = 370
+CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+CHAT += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Tokenizers `ours` and `other`, of different vocabularies."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    tiny_tokenizer_folder(folder / "ours")
+    tiny_tokenizer_folder(folder / "other", OTHER_VOCAB)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return load_tokenizer(str(folder / "ours"), "moss_en")
+
+
+@pytest.fixture(scope="module")
+def other(folder):
+    return load_tokenizer(str(folder / "other"), "moss_en")
+
+
+TURNS = [
+    [{"role": "user", "content": "Why is the sky blue?"}],
+    [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "Name a tree."},
+    ],
+    [{"role": "user", "content": "Count to five."}],
+]
+ANSWERS = ["Because of the air.", "Oak, wren or carp", ""]
+ENDED = [True, False, True]
+
+
+@pytest.fixture(scope="module")
+def batch(ours):
+    """(rollout, prompts) of three answers; the second was cut off at its longest."""
+    ids = [ours.encode(text, add_special_tokens=False) + [ours.eos_token_id] * e for text, e in zip(ANSWERS, ENDED)]
+    prompt_ids = [
+        encode_dialogue(ours, [*turns, {"role": "assistant", "content": ""}], "moss_en")[0] for turns in TURNS
+    ]
+    prompt_ids = [row[:-1] for row in prompt_ids]
+    rollout = assemble(prompt_ids, [torch.tensor(row) for row in ids], ours.eos_token_id, 0)
+    return rollout, PromptBatch(prompt_ids, TURNS, [0, 1, 2])
+
+
+def member(tokenizer, vocab: int, seed: int, window: int | None = None, own: bool = True) -> Member:
+    model = tiny_scalar_model(vocab, seed).requires_grad_(False)
+    return Member(Frozen(model, False), window, Encoding(tokenizer, "moss_en", window) if own else None)
+
+
+def by_hand(member: Member, ids: list[int]) -> float:
+    return float(member.model.model(torch.tensor([ids]), torch.ones(1, len(ids)).bool())[0, -1])
+
+
+def test_the_detour_gives_the_score_of_the_text(ours, other, batch):
+    rollout, prompts = batch
+    detour, direct = member(other, OTHER_VOCAB, 3), member(ours, VOCAB, 4, own=False)
+    scores, truncated = reward_scores(rollout, prompts, Ensemble([direct, detour]), ours, 60)
+    assert scores.shape == (3, 2) and truncated.tolist() == [[False]] * 3
+    for i, (turns, answer) in enumerate(zip(TURNS, ANSWERS)):
+        whole, _ = encode_dialogue(other, [*turns, {"role": "assistant", "content": answer}], "moss_en")
+        assert float(scores[i, 1]) == pytest.approx(by_hand(detour, whole), abs=1e-5)
+        sampled = prompts.ids[i] + ours.encode(answer, add_special_tokens=False) + [ours.eos_token_id]
+        assert float(scores[i, 0]) == pytest.approx(by_hand(direct, sampled), abs=1e-5)
+
+
+def test_what_overflows_the_reward_models_window_is_marked(ours, other, batch):
+    rollout, prompts = batch
+    turns = [*TURNS[1], {"role": "assistant", "content": ANSWERS[1]}]
+    short, _ = encode_dialogue(other, turns[2:], "moss_en")
+    detour = member(other, OTHER_VOCAB, 3, window=len(encode_dialogue(other, turns, "moss_en")[0]) - 1)
+    scores, truncated = reward_scores(rollout, prompts, Ensemble([detour]), ours, 60)
+    assert truncated.tolist() == [[False], [True], [False]]
+    assert float(scores[1, 0]) == pytest.approx(by_hand(detour, short), abs=1e-5)
+
+
+def test_every_rank_does_as_many_forwards_on_the_detour(ours, other, batch, monkeypatch):
+    """Planned from the lengths that the reward model reads, which other ranks do not know."""
+    rollout, prompts = batch
+    detour = member(other, OTHER_VOCAB, 3)
+    expected, _ = reward_scores(rollout, prompts, Ensemble([detour]), ours, 1000)
+    calls = []
+    detour.model.model.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0].shape))
+    monkeypatch.setattr(ppo.score, "gather_objects", lambda item: [item, 5])  # another rank needs five
+    scores, _ = reward_scores(rollout, prompts, Ensemble([detour]), ours, 1000)
+    assert len(calls) == 5 and {shape[0] for shape in calls[1:]} == {1}
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+
+
+def test_a_response_cut_off_gets_an_eos_within_the_window():
+    rollout = rollout_by_hand()  # the third response is empty, the fourth was cut off: 5 + 8 tokens
+    whole = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES)]
+    assert closed_ids(rollout, 2) == closed_ids(rollout, 2, 14) == [*whole[:2], [*whole[2], 2], [*whole[3], 2]]
+    assert closed_ids(rollout, 2, 13)[3] == [*whole[3][:-1], 2]
+
+
+def model_folder(path, tokenizer=None):
+    folder = tiny_llama_folder(path, OTHER_VOCAB, tokenizer=False)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, folder)
+    return str(folder)
+
+
+def read_by(path: str, tokenizer, **flags) -> tuple | None:
+    """What `reward_readers` says of one model: None, it reads the policy's ids; else (vocabulary, template)."""
+    said = []
+    flags = {name: [value] for name, value in flags.items() if name != "template"} | {
+        "template": flags.get("template", "moss_en")
+    }
+    (reader,) = reward_readers(ppo_config(reward_model_path=[path], **flags), tokenizer, said.append)
+    assert bool(said) == bool(reader.own)
+    return reader.own and (len(reader.own[0]), reader.own[1])
+
+
+def test_who_reads_the_policys_ids(tmp_path, folder, ours, other):
+    without, same = model_folder(tmp_path / "without"), model_folder(tmp_path / "same", ours)
+    another = model_folder(tmp_path / "another", other)
+    chinese = model_folder(tmp_path / "chinese", load_tokenizer(str(folder / "ours"), "moss_zh"))
+    assert read_by(without, ours) is None  # it has none of its own: the policy's
+    assert read_by(same, ours) is None
+    assert read_by(another, ours) == (OTHER_VOCAB, "moss_en")
+    assert read_by(without, ours, reward_tokenizer_name_or_path=str(folder / "other")) == (OTHER_VOCAB, "moss_en")
+    assert read_by(same, ours, reward_template="moss_zh") == (VOCAB + 2, "moss_zh")
+    assert read_by(chinese, ours) == (VOCAB + 2, "moss_zh")  # the template that its tokenizer was saved with
+    assert read_by(chinese, ours, reward_template="moss_en") is None  # two tags more change no id
+
+
+def byte_level(eos: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<a>", "<b>"], show_progress=False)
+    tokenizer.train_from_iterator(["one two three"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, chat_template=CHAT)
+
+
+def test_who_reads_the_policys_ids_in_a_chat_template(tmp_path):
+    policy = byte_level("<a>")
+    same, other_end, without = byte_level("<a>"), byte_level("<b>"), byte_level("<a>")
+    without.chat_template = None
+    assert read_by(model_folder(tmp_path / "same", same), policy, template="chat") is None
+    assert read_by(model_folder(tmp_path / "end", other_end), policy, template="chat") == (len(policy), "chat")
+    assert read_by(model_folder(tmp_path / "without", without), policy, template="chat") is None
+
+
+def test_what_cannot_be_read_is_refused(tmp_path, folder, ours):
+    def refused(match: str, call, *arguments, **flags) -> None:
+        with pytest.raises(UserError, match=match) as error:
+            call(*arguments, **flags)
+        assert "\n" not in str(error.value)
+
+    without = model_folder(tmp_path / "without")
+    another = model_folder(tmp_path / "another", load_tokenizer(str(folder / "other")))
+    tokenizer = "reward_tokenizer_name_or_path"
+    refused(f"--reward_template chat: .*give --{tokenizer}", read_by, without, ours, reward_template="chat")
+    refused("^--reward_template chat: .*no chat template", read_by, another, ours, reward_template="chat")
+    refused(f"^--{tokenizer}: /nowhere does not exist", read_by, without, ours, **{tokenizer: "/nowhere"})
+    refused("--reward_template is missing: .*another", read_by, another, byte_level("<a>"), template="chat")
+    refused("--critic_model_path .*another.*--reward_model_path", check_same_tokenizer, another, "--critic_model_path",
+            ours, "moss_en")  # fmt: skip

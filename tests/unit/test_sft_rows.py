@@ -1,0 +1,125 @@
+"""Packed and unpacked rows: the same dialogues, the same loss and gradient, no look at a neighbour."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, MistralConfig
+from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
+
+from data.dialogues import EncodedDialogue
+from sft.model import AnswerModel, check_packing
+from sft.rows import Layout, Row
+from tests.tiny import tiny_llama, tiny_llama_config
+from utils.errors import UserError
+
+LENGTHS = [23, 5, 12, 3, 9, 2, 17, 8, 4, 30]
+PACKED, PLAIN = Layout(True, False, 64), Layout(False, False, 64)
+FLASH = Layout(True, True, 64)
+
+
+def dialogues(vocab: int = 400) -> list[EncodedDialogue]:
+    """Random ids; two stretches of answers in the longer ones, everything after the first token in the shortest."""
+    generator = torch.Generator().manual_seed(1)
+    result = []
+    for length in LENGTHS:
+        ids = torch.randint(3, vocab, (length,), generator=generator).tolist()
+        mask = [t > 0 and (t % 7 in (2, 3) or t >= length - 2) for t in range(length)]
+        result.append(EncodedDialogue(ids, mask, f"file.json:{length}"))
+    return result
+
+
+def sizes_of(rows: list[Row]) -> list[list[int]]:
+    return [[len(dialogue.ids) for dialogue in row.dialogues] for row in rows]
+
+
+def all_sizes(rows: list[Row]) -> list[int]:
+    return [size for row in sizes_of(rows) for size in row]
+
+
+def test_rows_are_as_long_as_the_longest_dialogue():
+    rows = PACKED.rows(dialogues(), num_ranks=1)
+    # 113 tokens in rows of 30: 30; 23 with 5 and 2; 17 with 12; 9 with 8, 4 and 3
+    assert sizes_of(rows) == [[30], [23, 5, 2], [17, 12], [9, 8, 4, 3]]
+    assert [row.tokens for row in rows] == [30, 30, 29, 24]
+    assert sum(row.answer_tokens for row in rows) == sum(sum(item.answer_mask) for item in dialogues())
+    assert rows[1].source == "file.json:23"
+
+
+def test_every_rank_gets_rows_and_as_many_tokens():
+    lengths = [row.tokens for row in PACKED.rows(dialogues(), num_ranks=3)]
+    assert len(lengths) >= 3
+    assert sorted(all_sizes(PACKED.rows(dialogues(), num_ranks=3))) == sorted(LENGTHS)
+    few = Layout(True, True, 8192).rows(dialogues(), num_ranks=3)
+    assert [row.tokens for row in few] == [38, 38, 37]  # not one row of 113 and two ranks idle
+
+
+def test_flash_attention_gets_one_row_without_padding():
+    rows = FLASH.rows(dialogues(), num_ranks=1)
+    assert [row.tokens for row in rows] == [64, 49]
+    ids, answers, positions = FLASH.collate(rows)
+    assert ids.shape == answers.shape == positions.shape == (1, 113)
+    assert _is_packed_sequence(positions, 1)
+    (starts, _), (longest, _) = prepare_fa_kwargs_from_position_ids(positions)
+    sizes = all_sizes(rows)
+    assert starts.diff().tolist() == sizes
+    assert longest == max(sizes)
+
+
+def test_rows_of_one_dialogue_need_no_positions():
+    equal = [EncodedDialogue([1, 2, 3], [False, True, True])] * 4
+    rows = PACKED.rows(equal, num_ranks=1)
+    assert sizes_of(rows) == [[3]] * 4
+    assert PACKED.collate(rows)[2] is None
+    assert PLAIN.collate(PLAIN.rows(dialogues(), 1))[2] is None
+
+
+def tiny_model(name: str) -> AnswerModel:
+    if name in ("sdpa", "eager"):
+        return AnswerModel(tiny_llama(attn_implementation=name))
+    configs = {
+        "sliding window": lambda: MistralConfig(**tiny_llama_config().to_dict() | {"sliding_window": 6}),
+        "learned positions": lambda: GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2),
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AnswerModel(AutoModelForCausalLM.from_config(configs[name]()).eval())
+
+
+def loss_and_gradient(model: AnswerModel, layout: Layout, rows_at_once: int) -> tuple[float, torch.Tensor]:
+    rows = layout.rows(dialogues(), num_ranks=1)
+    total = 0.0
+    for start in range(0, len(rows), rows_at_once):
+        loss = model(*layout.collate(rows[start : start + rows_at_once]))
+        loss.backward()
+        total += loss.item()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    return total, gradient
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager", "sliding window", "learned positions"])
+def test_packed_and_unpacked_have_the_same_loss_and_gradient(name):
+    model = tiny_model(name)
+    check_packing(model.lm)
+    loss, gradient = loss_and_gradient(model, PLAIN, rows_at_once=1)
+    for layout, rows_at_once in ((PLAIN, 10), (PACKED, 4), (PACKED, 1), (FLASH, 2)):
+        packed_loss, packed_gradient = loss_and_gradient(model, layout, rows_at_once)
+        assert packed_loss == pytest.approx(loss, rel=1e-5)
+        assert (packed_gradient - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_packed_dialogues_that_see_each_other_have_another_loss():
+    """What the test above would not notice if attention were so weak that a leak did not matter."""
+    model = tiny_model("sdpa")
+    rows = PACKED.rows(dialogues(), num_ranks=1)
+    ids, answers, positions = PACKED.collate(rows)
+    apart, leaking = model(ids, answers, positions).item(), model(ids, answers).item()
+    assert abs(leaking - apart) > 1e-3 * apart
+
+
+def test_models_that_would_mix_packed_dialogues_are_refused(monkeypatch):
+    mamba = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1))
+    with pytest.raises(UserError, match=r"--packing True: MambaForCausalLM would .*; give --packing False"):
+        check_packing(mamba)
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda _: None)
+    with pytest.raises(UserError, match="--packing True: LlamaForCausalLM"):
+        check_packing(tiny_llama())
