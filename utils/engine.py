@@ -21,12 +21,13 @@ from deepspeed.runtime.zero import unwrap_model_for_generation
 from torch import nn
 
 from utils.args import EngineConfig
+from utils.builds import unblocked_builds
 from utils.distributed import any_rank, is_main, world_size
 from utils.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PERSISTENT = 10_000  # elements up to which ZeRO-3 leaves a tensor whole on every rank: norms, not matrices
-BUCKET = 50_000_000  # elements a gradient bucket holds: 100 MB in bf16, allocated once an engine
+BUCKET = 50_000_000  # elements a gradient bucket holds: 100 MB in bf16, a few of them an engine; a tenth on the CPU
 
 
 def device() -> torch.device:
@@ -47,7 +48,8 @@ def init_distributed() -> None:
     if device().type == "cuda":
         torch.cuda.set_device(device())
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed("nccl" if device().type == "cuda" else "gloo", auto_mpi_discovery=False)
+        with unblocked_builds():
+            deepspeed.init_distributed("nccl" if device().type == "cuda" else "gloo", auto_mpi_discovery=False)
 
 
 def shutdown_distributed() -> None:
@@ -59,10 +61,11 @@ def shutdown_distributed() -> None:
 def deepspeed_config(config: EngineConfig, offload_weights: bool = False) -> dict:
     """The DeepSpeed JSON for our flags. Accumulation is ours (`managed_gradient_accumulation` off): step() is the
     boundary, and the number of micro-batches may change from step to step."""
-    zero = {"stage": config.zero_stage, "contiguous_gradients": True, "reduce_bucket_size": BUCKET}
+    bucket = BUCKET if device().type == "cuda" else BUCKET // 10
+    zero = {"stage": config.zero_stage, "contiguous_gradients": True, "reduce_bucket_size": bucket}
     zero["overlap_comm"] = config.zero_stage == 2 and device().type == "cuda"
     if config.zero_stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_param_persistence_threshold": PERSISTENT}
+        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": PERSISTENT}
     host = {"device": "cpu", "pin_memory": device().type == "cuda"}
     if config.offload_optimizer:
         zero["offload_optimizer"] = host
@@ -97,7 +100,8 @@ class TrainEngine:
         betas = (config.adam_beta1, config.adam_beta2)
         options = {"lr": 0.0, "betas": betas, "eps": config.adam_eps, "weight_decay": 0.0}
         if config.offload_optimizer:
-            optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, **options)
+            with unblocked_builds():
+                optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, **options)
         else:
             optimizer = torch.optim.AdamW(parameters, fused=True, **options)
         if config.zero_stage == 0:  # DeepSpeed neither reports the norm nor checks it there
