@@ -7,6 +7,7 @@ from typing import Literal
 from ppo.reward_flags import RewardFlags
 from utils.args import check_range
 from utils.errors import UserError
+from utils.run_flags import RunFlags
 
 # The defaults below are PPO-max (Part I §5.4). Explicit flags win over a preset, a preset over the defaults.
 PRESETS = {
@@ -35,7 +36,7 @@ COUNTS += ["save_per_step", "maxlen_prompt", "maxlen_res", "warmup_steps", "ppo_
 
 
 @dataclass
-class PPOConfig(RewardFlags):
+class PPOConfig(RewardFlags, RunFlags):
     """Align a language model with PPO-max."""
 
     policy_model_path: str = ""
@@ -53,7 +54,7 @@ class PPOConfig(RewardFlags):
     data_path: str = ""
     """Prompts: a folder of *train.json(l) and *valid.json(l), a file or a hub id"""
     model_save_path: str = "outputs/ppo"
-    """Folder of the run: config.json, metrics.jsonl, samples.jsonl, best/, final/"""
+    """Folder of the run: config.json, metrics.jsonl, samples.jsonl, checkpoints/, best/, final/"""
     logdir: str | None = None
     """TensorBoard folder; default: tensorboard/ in the run's folder"""
     report_to: str = "none"

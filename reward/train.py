@@ -23,13 +23,13 @@ from reward.loss import ranking_hits, ranking_losses
 from reward.metrics import held_out_metrics, mean_best
 from reward.model import ScalarModel, load_scalar_model, save_scalar_model, set_dropout
 from utils.args import entry_point, parse_args
-from utils.checkpoint import prepare_run_folder
 from utils.distributed import is_main, rank, world_size
 from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
 from utils.errors import UserError
 from utils.fit import Stage, fit
 from utils.logger import RunLogger, check_outputs
 from utils.models import check_window, enable_checkpointing
+from utils.run_folder import prepare_run_folder
 from utils.tokenizer import load_tokenizer
 
 
@@ -150,7 +150,7 @@ def train(config: RewardConfig) -> None:
         raise UserError("--center_scores needs an evaluation: give a *valid* file, or a --num_valid above 0")
     answers = load_center_answers(config, tokenizer, say) if config.center_data_path else None
     model = load(config, tokenizer, say)
-    prepare_run_folder(config.model_save_path, config.overwrite, config)
+    prepare_run_folder(config.model_save_path, config)
     log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps)
     try:
         engine = TrainEngine(model, config, "reward model")

@@ -17,7 +17,6 @@ from data.shares import rank_plan
 from data.template import template_for
 from sft.loss import answer_loss
 from utils.args import entry_point, parse_args
-from utils.checkpoint import prepare_run_folder
 from utils.distributed import is_main, rank, world_size
 from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
 from utils.errors import UserError
@@ -27,6 +26,7 @@ from utils.fit_config import FitConfig
 from utils.logger import RunLogger, check_outputs
 from utils.models import check_window, enable_checkpointing, load_causal_lm
 from utils.nll import head_logits
+from utils.run_folder import prepare_run_folder
 from utils.tokenizer import load_tokenizer
 
 
@@ -114,7 +114,7 @@ def train(config: SFTConfig) -> None:
     check_window(lm, config.context_truncate, "--context_truncate")
     if config.gradient_checkpoint:
         enable_checkpointing(lm)
-    prepare_run_folder(config.model_save_path, config.overwrite, config)
+    prepare_run_folder(config.model_save_path, config)
     log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps)
     try:
         engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")

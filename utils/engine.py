@@ -7,6 +7,7 @@ ranks, never averaged.
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import socket
 
@@ -22,8 +23,8 @@ from torch import nn
 
 from utils.args import EngineConfig
 from utils.builds import unblocked_builds
-from utils.distributed import any_rank, is_main, world_size
-from utils.errors import UserError
+from utils.distributed import any_rank, is_main, rank, world_size
+from utils.engine_state import load_state_tensors, state_tensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PERSISTENT = 10_000  # elements up to which ZeRO-3 leaves a tensor whole on every rank: norms, not matrices
@@ -37,8 +38,11 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def init_distributed() -> None:
-    """Joins the process group (nccl on GPUs, gloo on CPUs); without a launcher, a group of this process alone."""
+def init_distributed(hang_timeout: float = 0.0) -> None:
+    """Joins the process group (nccl on GPUs, gloo on CPUs); without a launcher, a group of this process alone.
+
+    hang_timeout: seconds, as in --hang_timeout; the group itself gives up later, so that the watchdog speaks first.
+    """
     deepspeed.logger.setLevel("WARNING")
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -49,7 +53,9 @@ def init_distributed() -> None:
         torch.cuda.set_device(device())
     if not torch.distributed.is_initialized():
         with unblocked_builds():
-            deepspeed.init_distributed("nccl" if device().type == "cuda" else "gloo", auto_mpi_discovery=False)
+            patience = datetime.timedelta(seconds=2 * hang_timeout) if hang_timeout else datetime.timedelta(days=30)
+            backend = "nccl" if device().type == "cuda" else "gloo"
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=patience)
 
 
 def shutdown_distributed() -> None:
@@ -171,6 +177,18 @@ class TrainEngine:
                 if is_main():
                     state[name] = parameter.detach().to("cpu", copy=True)
         return state
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """What this rank has to keep for an exact resume; {} where another rank holds the same (stage 0)."""
+        return state_tensors(self.engine.optimizer, self.zero_stage) if self.state_rank(rank()) == rank() else {}
+
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Goes on from what `state_tensors` of the rank `state_rank` gave. Collective."""
+        load_state_tensors(self.engine.optimizer, self.zero_stage, tensors)
+
+    def state_rank(self, rank: int) -> int:
+        """The rank that keeps the state of a rank: itself, but for stage 0, where all are the same."""
+        return rank if self.zero_stage else 0
 
 
 class InferenceEngine:
