@@ -59,10 +59,14 @@ def loop(run) -> None:
 
         # 3. Small next to the models, so every rank gets all of it; from here on ranks differ only in their work.
         rollout, scores = gather_batch(rollout), gather_batch(scores)
+        if run.refuses(rollout, scores):
+            continue
         experience = make_experience(rollout, scores, state.moments, config)
 
         # 4. Epochs over the buffer, minibatches, a step of the policy and one of the critic each.
-        metrics = update(models.policy, models.critic, experience, config, state.step, lr, critic_lr, state.pretrain)
+        metrics = update(
+            models.policy, models.critic, experience, config, state.step, lr, critic_lr, state.pretrain, run.leave_out
+        )
         watch.lap("update")
 
         state.step += 1

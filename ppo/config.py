@@ -164,6 +164,10 @@ class PPOConfig(RewardFlags, RunFlags):
     ppo_pretrain_batch_size: int = 32
     """Its dialogues a policy step, over all ranks"""
 
+    skip_bad_batches: int = 0
+    """Minibatches, or buffers of responses, with a bad loss, gradient or score that are left out before the run stops;
+    each is saved to bad_batches/"""
+
     gather_for_generation: Literal["auto", "always", "never"] = "auto"
     """ZeRO-3: gather the policy once a rollout; auto: when it fits"""
 
@@ -220,6 +224,7 @@ class PPOConfig(RewardFlags, RunFlags):
             value_clip=(0, None), advantage_clip=(0, None), entropy_clip=(0, None), entropy_loss_weight=(0, None),
             ppo_pretrain_loss_weight=(0, None), vf_loss_weight=(0, None), missing_eos_penalty=(0, None),
             critic_pretrain_steps=(0, None), num_eval_prompts=(0, None), num_samples=(0, None), best_max_kl=(0, None),
+            skip_bad_batches=(0, None),
         )  # fmt: skip
         for switch, amount in AMOUNTS.items():
             if getattr(self, switch) and not getattr(self, amount):

@@ -7,15 +7,18 @@ from data.prompts import Prompt
 from data.template import decode_answer
 from ppo.config import PPOConfig
 from ppo.evaluate import BestRule, evaluate, own_share
+from ppo.experience import score_problem
 from ppo.models import Models
 from ppo.pretrain import PretrainStream
 from ppo.rollout import response_ids
 from ppo.sampling import EVALUATION
 from ppo.score import RewardFunction
-from ppo.types import PromptBatch, Rollout, Scores
+from ppo.types import Batch, PromptBatch, Rollout, Scores
 from utils import checkpoint
+from utils.checkpoint import save_batches
 from utils.distributed import barrier, is_main
 from utils.engine import device
+from utils.errors import UserError
 from utils.export import save_causal_lm
 from utils.logger import RunLogger
 from utils.moments import RunningMoments
@@ -34,18 +37,19 @@ class RunState:
     next_place: int = 0  # place of the next prompt in the run: order and random streams follow from it
     moments: RunningMoments = field(default_factory=RunningMoments)
     pretrain: PretrainStream | None = None  # ptx batches, at their place
+    left_out: int = 0  # bad batches, of the --skip_bad_batches that are tolerated
 
     def state_dict(self) -> dict:
         """All of it, as JSON."""
         place = self.pretrain.place if self.pretrain else 0
         return {
             "step": self.step, "next_place": self.next_place, "moments": self.moments.state_dict(),
-            "best_score": self.best.best_score, "pretrain_place": place,
+            "best_score": self.best.best_score, "pretrain_place": place, "left_out": self.left_out,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on from what `state_dict` gave."""
-        self.step, self.next_place = state["step"], state["next_place"]
+        self.step, self.next_place, self.left_out = state["step"], state["next_place"], state["left_out"]
         self.moments.load_state_dict(state["moments"])
         self.best.best_score = state["best_score"]
         if self.pretrain:
@@ -97,6 +101,26 @@ class Run:
         checkpoint.save(folder, state, self.models.engines(), self.config.keep_checkpoints, self.logger.say)
         self.watchdog.feed("checkpoint")
 
+    def refuses(self, rollout: Rollout, scores: Scores) -> bool:
+        """Whether the whole buffer is left out for a bad score; the step is then made with the next prompts."""
+        problem = score_problem(scores.scores, self.config.explosion_limit)
+        if problem:
+            self.leave_out(problem, rollout, scores)
+        return problem is not None
+
+    def leave_out(self, problem: str, *batches: Batch) -> None:
+        """Saves and counts a bad batch, the same on all ranks. Raises UserError when --skip_bad_batches are used up."""
+        config, state = self.config, self.state
+        state.left_out += 1
+        path = f"{config.model_save_path}/bad_batches/step_{state.step + 1}_{state.left_out}.safetensors"
+        where = f"step {state.step + 1}, batch in {path}"
+        if is_main() and (refusal := save_batches(path, batches)):
+            where = f"step {state.step + 1}, batch not saved: {refusal}"
+        text = f"{problem} [{where}]"
+        if state.left_out > config.skip_bad_batches:
+            raise UserError(text)
+        self.logger.say(f"warning: {text}; left out, {state.left_out} of --skip_bad_batches {config.skip_bad_batches}")
+
     def export(self, name: str) -> None:
         """Writes the policy to the run's folder `name`. Collective; rank 0 writes, the others wait."""
         state = self.models.policy.full_state_dict()
@@ -118,6 +142,8 @@ class Run:
         config, step = self.config, self.state.step
         if self.eval_prompts and (step % config.save_per_step == 0 or step == config.total_steps):
             metrics = metrics | self.evaluate()
+        if config.skip_bad_batches:
+            metrics = metrics | {"bad_batches": self.state.left_out}
         self.logger.metrics(step, metrics)
         self.logger.samples(step, self._texts(rollout, scores, prompts))
         self.logger.advance()

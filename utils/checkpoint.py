@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -149,6 +149,17 @@ def _all(folder: str) -> list[tuple[int, str]]:
         return []
     matches = [re.fullmatch(r"step_(\d+)", name) for name in os.listdir(folder)]
     return sorted(((int(m[1]), os.path.join(folder, m[0])) for m in matches if m), reverse=True)
+
+
+def save_batches(path: str, batches: tuple) -> str | None:
+    """Writes the tensors of dataclasses to one file, for a person to look at; returns what the disk had against it."""
+    tensors = {f.name: getattr(batch, f.name).contiguous() for batch in batches for f in fields(batch)}
+
+    def write() -> None:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        save_file({name: x.clone() for name, x in tensors.items()}, path)
+
+    return _problem(write)
 
 
 def newest(folder: str, say: Say) -> Checkpoint | None:

@@ -101,7 +101,9 @@ class TrainEngine:
         self.name = name
         self.zero_stage = config.zero_stage
         self.gradient_clip = config.gradient_clip
+        self.explosion_limit = config.explosion_limit
         self._replicated_norm = None
+        self._dropping = False
         parameters = [p for p in module.parameters() if p.requires_grad]
         betas = (config.adam_beta1, config.adam_beta2)
         options = {"lr": 0.0, "betas": betas, "eps": config.adam_eps, "weight_decay": 0.0}
@@ -115,6 +117,8 @@ class TrainEngine:
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False
         )
+        if config.zero_stage:
+            self._veto_steps()
 
     @property
     def module(self) -> nn.Module:
@@ -131,26 +135,46 @@ class TrainEngine:
     def step(self, lr: float) -> float:
         """One optimizer step at this learning rate; returns the global gradient norm before clipping.
 
-        Raises UserError on all ranks, with the weights untouched, when the gradient is not finite.
+        Infinite, on all ranks, where the norm is not finite or beyond --explosion_limit: then the gradients are gone,
+        and weights and optimizer state are as they were.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
         if not self.engine.was_step_applied():
-            self._refuse_gradient()
+            return float("inf")
         return float(self.engine.get_global_grad_norm() if self.zero_stage else self._replicated_norm)
+
+    def drop_gradients(self) -> None:
+        """Forgets what `backward` has added up. Collective."""
+        self._dropping = True
+        self.step(0.0)
+        self._dropping = False
+
+    def _refused(self, norm: float) -> bool:
+        return self._dropping or not norm <= self.explosion_limit
 
     def _clip_replicated(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
         limit = self.gradient_clip or float("inf")
         self._replicated_norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
-        if not torch.isfinite(self._replicated_norm):
-            self._refuse_gradient()
+        if self._refused(float(self._replicated_norm)):
+            self._replicated_norm = float("inf")
+            self.engine.zero_grad()  # a parameter without a gradient is passed over
 
-    def _refuse_gradient(self) -> None:
-        raise UserError(
-            f"the gradient of the {self.name} is not finite; its weights were not changed. Lower the learning rate, "
-            "or look in metrics.jsonl for the quantity that ran away"
-        )
+    def _veto_steps(self) -> None:
+        """DeepSpeed drops the gradients of a step whose norm is infinite: that is what it gets to see of a bad one."""
+        optimizer = self.engine.optimizer
+        name = "_get_norm_groups" if self.zero_stage == 3 else "scaled_global_norm"
+        measure = getattr(optimizer, name)
+
+        def norms(*args, **kwargs):
+            found = measure(*args, **kwargs)
+            groups = torch.stack([torch.as_tensor(x).float() for x in (found if self.zero_stage == 3 else [found])])
+            bad = bool((groups < 0).any()) or self._refused(float(groups.norm()))  # DeepSpeed writes -1 for a NaN
+            infinite = groups.new_tensor(float("inf"))
+            return found if not bad else [infinite] if self.zero_stage == 3 else infinite
+
+        setattr(optimizer, name, norms)
 
     @contextlib.contextmanager
     def gathered(self):

@@ -82,8 +82,10 @@ def train_step(engine: TrainEngine, stage: Stage, items: list[Item], lr: float) 
         engine.backward(weight * sum(w * sums[name] / counts[name] for name, w in stage.loss_weights.items()))
         totals += weight * torch.stack([sums[name].detach() for name in counts])
     metrics = _means(stage, totals, counts)
-    check_finite(metrics["loss"], items)
-    return metrics | {"lr": lr, "grad_norm": engine.step(lr)}
+    check_finite("loss", metrics["loss"], items)
+    norm = engine.step(lr)
+    check_finite("gradient norm", norm, items)
+    return metrics | {"lr": lr, "grad_norm": norm}
 
 
 @torch.no_grad()
@@ -107,12 +109,12 @@ def _means(stage: Stage, totals: torch.Tensor, counts: dict[str, float]) -> dict
     return loss | means
 
 
-def check_finite(loss: float, items: list[Item]) -> None:
-    """Raises UserError for a loss that is NaN or infinite. It is a sum over ranks, so all of them raise together."""
-    if not abs(loss) < float("inf"):
+def check_finite(name: str, value: float, items: list[Item]) -> None:
+    """Raises UserError for a number that is NaN or infinite. It is a sum over ranks, so all of them raise together."""
+    if not abs(value) < float("inf"):
         where = getattr(items[0], "source", "")
         raise UserError(
-            f"the loss is {loss} in the batch that begins with {where}; no step was made. Lower --lr, raise "
+            f"the {name} is {value} in the batch that begins with {where}; no step was made. Lower --lr, raise "
             "--warmup_steps, or give --dtype fp32"
         )
 

@@ -25,7 +25,8 @@ PACKAGES = (
     "tensorboard",
     "safetensors",
 )
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "best", "final", "tensorboard", "checkpoints")
+RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "best", "final", "tensorboard")
+RUN_FILES += ("checkpoints", "bad_batches")
 
 
 def holds_run(path: str) -> bool:
