@@ -23,13 +23,13 @@ def train(config: PPOConfig) -> None:
 
     run = build(config)
     # The logger is closed when a run fails too, so that the reason gets a line of its own.
-    with contextlib.closing(run.logger), run.stop, run.watchdog:
+    with contextlib.closing(run.logger), run.keeper:
         loop(run)
         if run.finished:
             run.export("final")
     shutdown_distributed()
     if not run.finished:
-        sys.exit(run.stop.code)
+        sys.exit(run.keeper.code)
 
 
 def loop(run) -> None:
@@ -44,9 +44,9 @@ def loop(run) -> None:
 
     config, state, models = run.config, run.state, run.models
     sampling = Sampling(config.temperature, config.topp, config.repetition_penalty)
-    while not (run.finished or run.stop.code):
+    while not (run.finished or run.keeper.code):
         lr, critic_lr = run.learning_rates(state.step)
-        watch = Stopwatch(on_lap=run.watchdog.feed)
+        watch = Stopwatch(on_lap=run.keeper.feed)
 
         # 1. Sample a response to each prompt.
         prompts = run.next_prompts()
@@ -75,10 +75,9 @@ def loop(run) -> None:
         metrics |= watch.metrics(samples=len(rollout), tokens=int(rollout.response_mask.sum()))
         if warning := negative_kl_warning(rollout, scores):
             run.logger.say(warning)
-        run.after_step(rollout, scores, prompts, metrics)
 
-        # 5. What a kill may not take away; where a signal ends the run.
-        run.checkpoint_or_stop()
+        # 5. What is watched, and what a kill may not take away; a signal ends the run here.
+        run.after_step(rollout, scores, prompts, metrics)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,14 @@ from ppo.pretrain import load_pretrain
 from ppo.run import Run, RunState
 from ppo.sampling import Sampling
 from ppo.score import load_reward_fn
-from utils import checkpoint
-from utils.distributed import is_main, rank, world_size
+from utils.distributed import is_main, world_size
 from utils.engine import init_distributed
 from utils.errors import UserError
+from utils.keeper import Keeper
 from utils.logger import RunLogger, check_outputs
 from utils.models import model_folder
-from utils.random_state import seed_streams
 from utils.resume import begin_folder, find_checkpoint
-from utils.stop import Stop
 from utils.tokenizer import load_tokenizer
-from utils.watchdog import Watchdog
 
 
 def build(config: PPOConfig) -> Run:
@@ -48,11 +45,10 @@ def build(config: PPOConfig) -> Run:
     pretrain = load_pretrain(config, tokenizer, template, say) if config.use_ppo_pretrain_loss else None
     models = load_models(config, tokenizer, say)
     state = RunState(BestRule(config.best_max_kl), pretrain=pretrain)
+    keeper = Keeper(config, models.engines(), config.total_steps)
+    keeper.begin(begin, config.seed)
     if begin:
         state.load_state_dict(begin.state)
-        checkpoint.restore(begin, models.engines())
-    else:
-        seed_streams(config.seed, rank())
     step = begin_folder(config, begin)
     logger = RunLogger(
         config.model_save_path, config.logdir, config.report_to, asdict(config), config.total_steps, step
@@ -60,10 +56,7 @@ def build(config: PPOConfig) -> Run:
     logger.say(str(state.best))
     if caveat := Sampling(config.temperature, config.topp, config.repetition_penalty).caveat:
         logger.say(caveat)
-    return Run(
-        config, tokenizer, train, valid[: config.num_eval_prompts], models, reward_fn, logger, state,
-        Stop(config.max_hours), Watchdog(config.hang_timeout, rank()),
-    )  # fmt: skip
+    return Run(config, tokenizer, train, valid[: config.num_eval_prompts], models, reward_fn, logger, state, keeper)
 
 
 def _silent(text: str) -> None:

@@ -33,7 +33,7 @@ class PretrainStream:
         return next(self._stream)
 
     def go_to(self, place: int) -> None:
-        """Passes over batches until `place` of them are taken."""
+        """Passes over batches until `place` of them are taken; never goes back."""
         while self.place < place:
             next(self)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from data.order import order
 from data.prompts import Prompt
 from data.template import decode_answer
+from ppo.alarms import MAX_ROLLBACKS, alarms
 from ppo.config import PPOConfig
 from ppo.evaluate import BestRule, evaluate, own_share
 from ppo.experience import score_problem
@@ -14,18 +15,14 @@ from ppo.rollout import response_ids
 from ppo.sampling import EVALUATION
 from ppo.score import RewardFunction
 from ppo.types import Batch, PromptBatch, Rollout, Scores
-from utils import checkpoint
 from utils.checkpoint import save_batches
 from utils.distributed import barrier, is_main
-from utils.engine import device
 from utils.errors import UserError
 from utils.export import save_causal_lm
+from utils.keeper import Keeper
 from utils.logger import RunLogger
 from utils.moments import RunningMoments
-from utils.resume import identity
 from utils.schedule import lr_factor
-from utils.stop import Stop
-from utils.watchdog import Watchdog
 
 
 @dataclass
@@ -37,6 +34,7 @@ class RunState:
     next_place: int = 0  # place of the next prompt in the run: order and random streams follow from it
     moments: RunningMoments = field(default_factory=RunningMoments)
     pretrain: PretrainStream | None = None  # ptx batches, at their place
+    rollbacks: int = 0
     left_out: int = 0  # bad batches, of the --skip_bad_batches that are tolerated
 
     def state_dict(self) -> dict:
@@ -45,6 +43,7 @@ class RunState:
         return {
             "step": self.step, "next_place": self.next_place, "moments": self.moments.state_dict(),
             "best_score": self.best.best_score, "pretrain_place": place, "left_out": self.left_out,
+            "rollbacks": self.rollbacks,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
@@ -52,6 +51,7 @@ class RunState:
         self.step, self.next_place, self.left_out = state["step"], state["next_place"], state["left_out"]
         self.moments.load_state_dict(state["moments"])
         self.best.best_score = state["best_score"]
+        self.rollbacks = state["rollbacks"]
         if self.pretrain:
             self.pretrain.go_to(state["pretrain_place"])
 
@@ -68,8 +68,7 @@ class Run:
     reward_fn: RewardFunction | None
     logger: RunLogger
     state: RunState
-    stop: Stop
-    watchdog: Watchdog
+    keeper: Keeper
 
     @property
     def finished(self) -> bool:
@@ -93,13 +92,6 @@ class Run:
         start = config.critic_pretrain_steps
         lr = 0.0 if step < start else config.lr * factor(step - start, config.train_steps)
         return lr, config.critic_lr * factor(step, config.total_steps)
-
-    def save_checkpoint(self) -> None:
-        """Writes checkpoints/step_N. Collective."""
-        state = self.state.state_dict() | {"flags": identity(self.config)}
-        folder = f"{self.config.model_save_path}/checkpoints"
-        checkpoint.save(folder, state, self.models.engines(), self.config.keep_checkpoints, self.logger.say)
-        self.watchdog.feed("checkpoint")
 
     def refuses(self, rollout: Rollout, scores: Scores) -> bool:
         """Whether the whole buffer is left out for a bad score; the step is then made with the next prompts."""
@@ -135,10 +127,13 @@ class Run:
                 repetition_penalty=EVALUATION.repetition_penalty, max_new_tokens=config.maxlen_res,
             )  # fmt: skip
         barrier()
-        self.watchdog.feed(f"export of {name}/")
+        self.keeper.feed(f"export of {name}/")
 
     def after_step(self, rollout: Rollout, scores: Scores, prompts: PromptBatch, metrics: dict[str, float]) -> None:
-        """Writes the step's metrics and some texts; evaluates and keeps the best where that is due. Collective."""
+        """Writes the step's metrics and some texts; evaluates and keeps the best where that is due. Collective.
+
+        Last, it writes the checkpoint that is due, and hears of a wish to stop; or a collapse takes the run back.
+        """
         config, step = self.config, self.state.step
         if self.eval_prompts and (step % config.save_per_step == 0 or step == config.total_steps):
             metrics = metrics | self.evaluate()
@@ -147,24 +142,41 @@ class Run:
         self.logger.metrics(step, metrics)
         self.logger.samples(step, self._texts(rollout, scores, prompts))
         self.logger.advance()
-        self.watchdog.feed("metrics")
+        if not self._collapses(metrics):
+            self.keeper.after_step(self.state.state_dict(), self.logger.say)
 
-    def checkpoint_or_stop(self) -> None:
-        """One rank's wish to stop becomes that of all; writes the checkpoint that is due then or now. Collective."""
-        step, every = self.state.step, self.config.checkpoint_per_step
-        stopped = self.stop.agree(device()) and not self.finished
-        if every and (step % every == 0 or stopped):
-            self.save_checkpoint()
-        if stopped:
-            again = "the same command goes on from its checkpoint" if every else "without a checkpoint"
-            self.logger.say(f"stopped by {self.stop} after step {step}; {again}")
+    def _collapses(self, metrics: dict[str, float]) -> bool:
+        """Whether --on_collapse rollback took the run back to its last checkpoint. Collective; says every alarm.
+
+        Prompts and random streams go on from where they are: the same ones would lead to the same end.
+        """
+        config, state = self.config, self.state
+        found = alarms(metrics, config)
+        if not found:
+            return False
+        text = f"step {state.step} looks like a collapse: {'; '.join(found)}"
+        start = None
+        if config.on_collapse == "rollback" and state.rollbacks < MAX_ROLLBACKS:
+            start = self.keeper.newest(self.logger.say)
+        if config.on_collapse == "stop" or (config.on_collapse == "rollback" and not start):
+            raise UserError(f"{text} (--on_collapse {config.on_collapse}, {state.rollbacks} rollbacks)")
+        self.logger.say(f"warning: {text}")
+        if not start:
+            return False
+        place, rollbacks = state.next_place, state.rollbacks + 1
+        self.keeper.begin(start, config.seed)
+        state.load_state_dict(start.state)
+        state.next_place, state.rollbacks = place, rollbacks
+        self.logger.rewind(state.step)
+        self.logger.say(f"back at step {state.step}, rollback {rollbacks} of {MAX_ROLLBACKS}; the prompts go on")
+        return True
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on held-out prompts, keys `eval_...`; exports best/ when the rule says so. Collective."""
         metrics, rows = evaluate(
             self.eval_prompts, self.models, self.reward_fn, self.tokenizer, self.config, EVALUATION
         )
-        self.watchdog.feed("evaluation")
+        self.keeper.feed("evaluation")
         better = self.state.best.improves(metrics)
         self.logger.say(
             f"step {self.state.step}: held-out score {metrics['score_mean']:.3f}, KL {metrics['kl_ref']:.2f}, "

@@ -3,6 +3,7 @@
 Next-token loss on the assistant's tokens and their EOS alone.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,7 +27,7 @@ from utils.fit_config import FitConfig
 from utils.logger import RunLogger, check_outputs
 from utils.models import check_window, enable_checkpointing, load_causal_lm
 from utils.nll import head_logits
-from utils.run_folder import prepare_run_folder
+from utils.resume import begin_folder, find_checkpoint
 from utils.tokenizer import load_tokenizer
 
 
@@ -103,10 +104,11 @@ def stage_of(config: SFTConfig, lm: PreTrainedModel, tokenizer, train: list[Enco
 def train(config: SFTConfig) -> None:
     """One run, from flags to final/. Nothing is written before model and data are loaded and found to be usable."""
     check_outputs(config)
-    init_distributed()
+    init_distributed(config.hang_timeout)
     if config.batch_size < world_size():
         raise UserError(f"--batch_size {config.batch_size} is less than the {world_size()} ranks: give at least that")
     say = partial(print, flush=True) if is_main() else lambda text: None
+    start = find_checkpoint(config, say)
     tokenizer = load_tokenizer(config.tokenizer_name_or_path, template_for(config.lang, config.template))
     train_items, valid_items = load_encoded(config, tokenizer, say)
     path, dtype = config.hf_model_name_or_path, DTYPES[config.dtype]
@@ -114,14 +116,16 @@ def train(config: SFTConfig) -> None:
     check_window(lm, config.context_truncate, "--context_truncate")
     if config.gradient_checkpoint:
         enable_checkpointing(lm)
-    prepare_run_folder(config.model_save_path, config)
-    log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps)
+    step = begin_folder(config, start)
+    log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps, step)
     try:
         engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")
-        fit(engine, stage_of(config, lm, tokenizer, train_items), valid_items, config, log)
+        code = fit(engine, stage_of(config, lm, tokenizer, train_items), valid_items, config, log, start)
     finally:
         log.close()
     shutdown_distributed()
+    if code:
+        sys.exit(code)
 
 
 @entry_point

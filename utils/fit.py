@@ -3,14 +3,16 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from utils.checkpoint import Checkpoint
 from utils.distributed import barrier, is_main, sum_ranks
 from utils.engine import TrainEngine, device
 from utils.errors import UserError
 from utils.fit_config import FitConfig
+from utils.keeper import Keeper
 from utils.logger import RunLogger
 from utils.schedule import lr_factor
 
@@ -37,15 +39,40 @@ class Stage:
     save: Callable[[dict[str, torch.Tensor], str], None]  # (whole weights, folder), on rank 0
     prepare: Callable[[TrainEngine, list[Item]], list[Item]] | None = None  # sees a step's batch before its forwards
     evaluate: Callable[[TrainEngine, list[Item]], dict[str, float]] | None = None  # for what is no mean over items
+    state: dict = field(default_factory=dict)  # numbers of its own that a resumed run needs: JSON, changed in place
 
 
-def fit(engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig, log: RunLogger) -> None:
+def fit(
+    engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig, log: RunLogger,
+    start: Checkpoint | None = None,
+) -> int:  # fmt: skip
     """Trains for --train_steps; evaluates every --save_per_step and at the end; writes best/ and final/. Collective.
 
+    start: where an earlier part of the run got to. Returns the code to exit with: not 0 where a signal stopped it.
     Raises UserError on all ranks, before the weights change, when loss or gradient is not finite.
     """
-    best = None
-    for step in range(config.train_steps):
+    keeper = Keeper(config, {"model": engine}, config.train_steps)
+    keeper.begin(start, config.seed)
+    done, best = 0, None
+    if start:
+        done, best = start.step, start.state["best"]
+        stage.state.update(start.state["stage"])
+        for _ in range(done):  # the order of the data is a function of the seed alone
+            next(stage.batches)
+    with keeper:
+        _loop(engine, stage, valid, config, log, keeper, done, best)
+        if not keeper.code:
+            export(engine, stage, os.path.join(config.model_save_path, "final"))
+            log.say(f"done: {config.model_save_path}/final")
+    return keeper.code
+
+
+def _loop(
+    engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig, log: RunLogger, keeper: Keeper, done: int,
+    best: float | None,
+) -> None:  # fmt: skip
+    """The steps after the first `done`; best: the evaluation that best/ is from."""
+    for step in range(done, config.train_steps):
         started = time.perf_counter()
         lr = config.lr * lr_factor(step, config.warmup_steps, config.train_steps, config.lr_schedule)
         items = next(stage.batches)
@@ -56,6 +83,7 @@ def fit(engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig,
         if done % config.print_interval == 0:
             log.say(f"step {done}/{config.train_steps}: {numbers(metrics)}")
         if valid and (done % config.save_per_step == 0 or done == config.train_steps):
+            keeper.feed("training step")
             evaluation = stage.evaluate(engine, valid) if stage.evaluate else evaluate(engine, stage, valid)
             held_out = {f"eval_{name}": value for name, value in evaluation.items()}
             metrics |= held_out
@@ -67,8 +95,9 @@ def fit(engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig,
                 log.say(f"step {done}: best eval_{stage.best_by} so far, saved to {config.model_save_path}/best")
         log.metrics(done, metrics)
         log.advance()
-    export(engine, stage, os.path.join(config.model_save_path, "final"))
-    log.say(f"done: {config.model_save_path}/final")
+        keeper.after_step({"step": done, "best": best, "stage": stage.state}, log.say)
+        if keeper.code:
+            break
 
 
 def train_step(engine: TrainEngine, stage: Stage, items: list[Item], lr: float) -> dict[str, float]:

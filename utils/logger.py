@@ -11,7 +11,7 @@ from tqdm import tqdm
 from utils.distributed import is_main
 from utils.errors import UserError
 from utils.resume import check_folder
-from utils.run_folder import check_writable
+from utils.run_folder import check_writable, cut_lines
 
 PROGRESS = {"score_mean": "score", "kl_ref": "kl", "response_length": "length", "loss": "loss", "accuracy": "accuracy"}
 
@@ -51,10 +51,8 @@ class RunLogger:
         self.trackers = []
         if not is_main():
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         self.logdir = logdir or os.path.join(folder, "tensorboard")
-        self.board = SummaryWriter(self.logdir, purge_step=step + 1)
+        self.board = self._board(step)
         self.trackers = [_tracker(name, folder, config) for name in tracker_names(report_to)]
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
@@ -85,6 +83,21 @@ class RunLogger:
             _append(os.path.join(self.folder, "samples.jsonl"), {"step": step, **row})
         text = "\n\n---\n\n".join("\n\n".join(f"**{key}**: {value}" for key, value in row.items()) for row in rows)
         self.board.add_text("samples", text, step)
+
+    def rewind(self, step: int) -> None:
+        """What was written of steps after this one goes: they will be made anew."""
+        if not is_main():
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            cut_lines(os.path.join(self.folder, name), step)
+        self.board.close()
+        self.board = self._board(step)
+        self.bar.n = step
+
+    def _board(self, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self.logdir, purge_step=step + 1)
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""

@@ -18,11 +18,11 @@ def random_state() -> dict:
     """All streams, in what JSON can hold."""
     version, numbers, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
-    cuda = [x.tolist() for x in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
+    cuda = [_hex(x) for x in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
     return {
         "python": [version, numbers, gauss],
-        "numpy": [kind, keys.tolist(), *rest],
-        "torch": torch.get_rng_state().tolist(),
+        "numpy": [kind, keys.tobytes().hex(), *rest],
+        "torch": _hex(torch.get_rng_state()),
         "cuda": cuda,
     }
 
@@ -32,7 +32,15 @@ def set_random_state(state: dict) -> None:
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    np.random.set_state((kind, np.frombuffer(bytes.fromhex(keys), dtype=np.uint32), *rest))
+    torch.set_rng_state(_bytes(state["torch"]))
     if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all([torch.tensor(x, dtype=torch.uint8) for x in state["cuda"]])
+        torch.cuda.set_rng_state_all([_bytes(x) for x in state["cuda"]])
+
+
+def _hex(x: torch.Tensor) -> str:
+    return x.numpy().tobytes().hex()
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)

@@ -15,20 +15,13 @@ NAMES = {128 + signal.SIGINT: "Ctrl-C", 128 + signal.SIGTERM: "SIGTERM", OUT_OF_
 
 
 class Stop:
-    """Inside `with`, the first signal is noted for the next step boundary, and a second one ends the process at once.
-
-    `code`: what to exit with, 0 to go on; the same on every rank, and changed by `agree` alone.
-    """
+    """Inside `with`, the first signal waits for the next step boundary, and a second one ends the process at once."""
 
     def __init__(self, max_hours: float):
-        self.code = 0
         self._asked = 0
         self._since = 0.0
         self._deadline = time.monotonic() + 3600 * max_hours if max_hours else float("inf")
         self._before = {}
-
-    def __str__(self) -> str:
-        return NAMES[self.code]
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -50,7 +43,6 @@ class Stop:
             os._exit(128 + number)
 
     def agree(self, device: torch.device) -> int:
-        """Makes one rank's wish that of all. Collective: one integer, at a step boundary. Returns `code`."""
+        """The code to exit with, 0 to go on, the same on every rank: what one wishes, all do. Collective."""
         late = OUT_OF_TIME if time.monotonic() > self._deadline else 0
-        self.code = max_ranks(self._asked or late, device)
-        return self.code
+        return max_ranks(self._asked or late, device)
