@@ -23,7 +23,8 @@ def run(inputs, tmp_path, phase: str, number: str) -> tuple[str, str]:
     flags = run_flags(inputs, tmp_path / "run", train_steps=4, checkpoint_per_step=1, hang_timeout=TIMEOUT)
     result = subprocess.run(
         [sys.executable, "-c", CODE, str(log), phase, number, *flags],
-        cwd=REPOSITORY, env=clean_environment() | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, timeout=150,
+        cwd=REPOSITORY, env=clean_environment() | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True,
+        timeout=150,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout.splitlines()[-1], log.read_text()
