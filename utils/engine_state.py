@@ -33,6 +33,8 @@ def load_state_tensors(optimizer, zero_stage: int, tensors: dict[str, torch.Tens
     Raises KeyError or RuntimeError where names or shapes are of another model, stage or number of ranks.
     """
     inner = optimizer.optimizer if zero_stage else optimizer
+    if zero_stage == 3:
+        optimizer.checkpoint_event_prologue()  # no rank holds whole weights from here to the epilogue
     for i, weight in enumerate(_master_weights(optimizer, zero_stage)):
         if tensors[f"weight.{i}"].shape != weight.shape:
             raise RuntimeError(f"weight.{i} has shape {tuple(tensors[f'weight.{i}'].shape)}, not {tuple(weight.shape)}")
@@ -42,11 +44,13 @@ def load_state_tensors(optimizer, zero_stage: int, tensors: dict[str, torch.Tens
         for name in names:
             value = tensors[name]
             counter = value.dim() == 0 and not value.is_floating_point()  # DeepSpeed's CPU Adam counts in a plain int
-            inner.state[weight][name.removesuffix(f".{i}")] = int(value) if counter else value.to(weight.device)
+            inner.state[weight][name.removesuffix(f".{i}")] = (
+                int(value) if counter else value.to(weight.device, copy=True)
+            )
     if zero_stage == 3:
         for i in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(i)
-        optimizer.checkpoint_event_epilogue()  # tensors that every rank holds whole
+        optimizer.checkpoint_event_epilogue()  # gathers the small ones that every rank keeps whole
     elif zero_stage:
         optimizer.update_lp_params()
 

@@ -146,7 +146,7 @@ def test_a_signal_saves_after_the_step_and_leaves_no_debris(inputs, tmp_path, nu
         while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=30)
+        stdout, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == code

@@ -32,10 +32,10 @@ from utils.engine import TrainEngine
 
 # Phase -> what to count calls of: so many of them, at most, are let through before the kill (about two steps).
 PHASES = {
-    "rollout": (ppo.rollout, "_decode", 6),
-    "scoring": (ppo.score, "_by_batch", 8),
-    "update": (TrainEngine, "step", 8),
-    "saving": (utils.checkpoint, "_sync", 12),
+    "rollout": (ppo.rollout, "_decode", 4),
+    "scoring": (ppo.score, "_by_batch", 6),
+    "update": (TrainEngine, "step", 6),
+    "saving": (utils.checkpoint, "_sync", 6),
 }
 PATIENCE = 300  # seconds for a run to come to its end, or to its kill
 
@@ -122,7 +122,7 @@ def check_equal(out: Path, expected: Path) -> None:
 def kill_and_compare(inputs: Inputs, folder: Path, ranks: int, kills: int, seed: int, **flags) -> collections.Counter:
     """Kills of each phase. flags: of the run, beyond those of a small one. AssertionError when the runs differ."""
     dice = random.Random(seed)
-    flags = {"train_steps": 2 * kills + 2, "checkpoint_per_step": 1, "save_per_step": 2, "num_eval_prompts": 2} | flags
+    flags = {"train_steps": 3 * kills + 2, "checkpoint_per_step": 1, "save_per_step": 2, "num_eval_prompts": 2} | flags
     expected, out, log = folder / "undisturbed", folder / "killed", folder / "log"
     codes = wait(start(run_flags(inputs, expected, **flags), ranks, log, None))
     assert codes == [0] * ranks, f"{codes}: see {log}\n{log.read_text()[-3000:]}"
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # before the first tensor: a process that has threads must not be forked
     with tempfile.TemporaryDirectory() as folder:
         inputs = build_inputs(Path(folder))
         for name, ranks, flags in (("one process", 1, {"zero_stage": 0}), ("two ranks, ZeRO-2", 2, {"zero_stage": 2})):

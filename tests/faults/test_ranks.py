@@ -12,17 +12,17 @@ TIMEOUT = 10  # seconds; several times what a step of this size takes
 CODE = """
 import pathlib, signal, sys
 from tests.faults.kill import start, wait
-log, phase, number, *argv = sys.argv[1:]
-print(wait(start(argv, 2, pathlib.Path(log), (1, phase, 2, getattr(signal, number))), patience=60))
+log, phase, number, patience, *argv = sys.argv[1:]
+print(wait(start(argv, 2, pathlib.Path(log), (1, phase, 2, getattr(signal, number))), float(patience)))
 """
 
 
-def run(inputs, tmp_path, phase: str, number: str) -> tuple[str, str]:
-    """(exit codes of both ranks, what both wrote)."""
+def run(inputs, tmp_path, phase: str, number: str, patience: int) -> tuple[str, str]:
+    """(exit codes of both ranks, what both wrote). patience: seconds until the second rank to end is killed."""
     log = tmp_path / "log"
     flags = run_flags(inputs, tmp_path / "run", train_steps=4, checkpoint_per_step=1, hang_timeout=TIMEOUT)
     result = subprocess.run(
-        [sys.executable, "-c", CODE, str(log), phase, number, *flags],
+        [sys.executable, "-c", CODE, str(log), phase, number, str(patience), *flags],
         cwd=REPOSITORY, env=clean_environment() | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True,
         timeout=150,
     )  # fmt: skip
@@ -32,12 +32,12 @@ def run(inputs, tmp_path, phase: str, number: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("phase", ["rollout", "saving"])
 def test_a_rank_that_stands_still_ends_the_other_with_its_stacks(inputs, tmp_path, phase):
-    codes, log = run(inputs, tmp_path, phase, "SIGSTOP")
-    assert codes == "[124, -9]"  # the second is what the launcher of this test did after a minute at most
+    codes, log = run(inputs, tmp_path, phase, "SIGSTOP", patience=1)
+    assert codes == "[124, -9]"  # the second is the launcher's doing
     assert re.search(rf"error \[rank 0\]: nothing got done for {TIMEOUT} s \(--hang_timeout\) after '", log)
     assert re.search(r"most recent call first\):\n(.*\n)+.*train_ppo.py", log)
 
 
 def test_a_rank_that_dies_ends_the_other(inputs, tmp_path):
-    codes, _ = run(inputs, tmp_path, "update", "SIGKILL")
+    codes, _ = run(inputs, tmp_path, "update", "SIGKILL", patience=60)
     assert re.fullmatch(r"\[(1|124|-6), -9\]", codes)
