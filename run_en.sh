@@ -37,7 +37,6 @@ demo() { # "$@" goes to train_ppo.py
     --batch_size 24         # pairs
     --context_truncate 128  # tokens; the longest pair has about 80
     --micro_batch_tokens 1024
-    --overwrite             # a run that was stopped half-way starts anew
   )
   run_once "$reward/final" "$output/reward.log" -m reward.train "${reward_args[@]}"
 
@@ -68,8 +67,10 @@ demo() { # "$@" goes to train_ppo.py
     --save_per_step 15 # steps between evaluations
     --num_eval_prompts 32
     --seed "$seed"
-    --overwrite
   )
+  if [[ -d $output/final ]]; then
+    ppo_args+=(--overwrite) # a finished run is made anew; one that was stopped goes on from its checkpoint
+  fi
   launch "$output/ppo.log" train_ppo.py "${ppo_args[@]}" "$@"
 
   local compare_args=(

@@ -34,6 +34,8 @@ class EngineConfig:
     """Keep optimizer state and float32 weights in host memory (slower, saves 12 bytes a parameter on the device)"""
     gradient_clip: float = 1.0
     """Global gradient norm that each engine is clipped to; 0 switches clipping off"""
+    explosion_limit: float = 1e9
+    """A loss, score or global gradient norm beyond this is as bad as one that is not finite: no step is made"""
     adam_beta1: float = 0.9
     """AdamW: decay of the first moment"""
     adam_beta2: float = 0.95
@@ -46,7 +48,14 @@ class EngineConfig:
     """Attention kernel by its transformers name (sdpa, flash_attention_2, eager); default: transformers' own choice"""
 
     def __post_init__(self) -> None:
-        check_range(self, gradient_clip=(0, None), adam_beta1=(0, 1), adam_beta2=(0, 1), adam_eps=(0, None))
+        check_range(
+            self,
+            gradient_clip=(0, None),
+            explosion_limit=(1, None),
+            adam_beta1=(0, 1),
+            adam_beta2=(0, 1),
+            adam_eps=(0, None),
+        )
         if self.dtype == "bf16" and self.zero_stage == 0:
             raise UserError(
                 "--zero_stage 0 holds one float32 copy of the weights: give --dtype fp32 with it, or --zero_stage 1"

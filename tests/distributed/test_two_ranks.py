@@ -112,7 +112,11 @@ def test_a_score_that_is_not_finite_on_one_rank_stops_both(inputs, tmp_path):
     assert "Traceback" not in result.stderr
     for rank in (0, 1):
         assert re.search(rf"error \[rank {rank}\]: the score of response \d of this step is not finite", result.stderr)
-    assert {file.name for file in out.iterdir()} <= {"config.json", "tensorboard"}
+    assert re.search(
+        r"is not finite \(rank [01]\).*\[step 1, batch in .*bad_batches/step_1_1.safetensors\]", result.stderr
+    )
+    assert (out / "bad_batches" / "step_1_1.safetensors").exists()
+    assert {file.name for file in out.iterdir()} <= {"config.json", "tensorboard", "bad_batches"}
 
 
 BF16 = {"dtype": "bf16", "lr": 1e-3}
