@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils.checkpoint import check_writable
 from utils.errors import UserError
+from utils.run_folder import check_writable
 
 _MARK = ".being-written"  # locked while its folder is; what a killed run leaves behind is not
 
