@@ -334,6 +334,15 @@ def test_damaged_tokenizer(folders, refused):
     assert re.search("--path_diff: .*tokenizer.model is damaged.*copy it again", refused())
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C works here as in a terminal; a shell starts its background jobs with SIGINT ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_leaves_no_target_and_the_next_run_works(folders, monkeypatch, stop, code):
     write = shards.ShardWriter.write
