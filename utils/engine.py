@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import datetime
 import os
-import socket
 
 import torch
 
@@ -45,10 +44,7 @@ def init_distributed(hang_timeout: float = 0.0) -> None:
     """
     deepspeed.logger.setLevel("WARNING")
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any free one
     if device().type == "cuda":
         torch.cuda.set_device(device())
     if not torch.distributed.is_initialized():
