@@ -44,7 +44,9 @@ def init_distributed(hang_timeout: float = 0.0) -> None:
     """
     deepspeed.logger.setLevel("WARNING")
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any free one
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+        )  # any free one
     if device().type == "cuda":
         torch.cuda.set_device(device())
     if not torch.distributed.is_initialized():
