@@ -3,14 +3,12 @@
 import json
 import os
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
 
+from utils.direct_files import DirectWriter, whole_blocks
 from utils.tensor_files import SAFETENSORS_DTYPES
 
 _CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
-_FLUSH_EVERY = 256 << 20  # bytes: so the disk is never idle, and little is left to wait for at the end
 
 
 class ShardWriter:
@@ -24,19 +22,16 @@ class ShardWriter:
     def __init__(self, folder: Path, max_shard_bytes: int, names: Iterable[str]):
         self._folder = folder
         self._max_bytes = max_shard_bytes
-        # 192: more than dtype, shape and offsets take. Readers like data that start at a multiple of 8.
-        self._data_start = -(-(64 + sum(len(json.dumps(name)) + 192 for name in names)) // 8) * 8
+        # 192: more than dtype, shape and offsets take
+        self._data_start = whole_blocks(64 + sum(len(json.dumps(name)) + 192 for name in names))
         self._shards: list[dict[str, dict]] = []
-        self._file: BinaryIO | None = None
-        self._written = self._flushed = 0
-        self._flusher = ThreadPoolExecutor(1)
-        self._flushes: list[Future] = []
+        self._file: DirectWriter | None = None
+        self._written = 0
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, *_) -> None:
-        self._flusher.shutdown()
         if self._file is not None:
             self._file.close()
 
@@ -45,9 +40,8 @@ class ShardWriter:
         if self._file is None or (self._written and self._written + nbytes > self._max_bytes):
             self._end_shard()
             self._shards.append({})
-            self._file = self._part(len(self._shards)).open("wb")
-            self._file.seek(self._data_start)
-            self._written = self._flushed = 0
+            self._file = DirectWriter(self._part(len(self._shards)), self._data_start)
+            self._written = 0
         offsets = [self._written, self._written + nbytes]
         self._shards[-1][name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": offsets}
 
@@ -55,15 +49,10 @@ class ShardWriter:
         """The next bytes of the tensor that was started last."""
         self._file.write(data)
         self._written += len(data)
-        if self._written - self._flushed >= _FLUSH_EVERY:
-            self._flushed = self._written
-            self._flushes.append(self._flusher.submit(os.fsync, self._file.fileno()))
 
     def finish(self) -> int:
         """Ends the last shard, names all of them and writes the index. Returns the number of shards."""
         self._end_shard()
-        for flush in self._flushes:
-            flush.result()
         total = len(self._shards)
         names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
         if total == 1:
@@ -88,13 +77,6 @@ class ShardWriter:
         length = self._data_start - 8
         header = json.dumps({"__metadata__": {"format": "pt"}, **self._shards[-1]}).encode()
         assert len(header) <= length
-        self._file.seek(0)
-        self._file.write(length.to_bytes(8, "little") + header.ljust(length))
-        self._file.flush()
-        self._flushes.append(self._flusher.submit(_flush_and_close, self._file))
+        self._file.finish(length.to_bytes(8, "little") + header.ljust(length))
+        self._file.close()
         self._file = None
-
-
-def _flush_and_close(file: BinaryIO) -> None:
-    os.fsync(file.fileno())
-    file.close()

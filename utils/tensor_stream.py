@@ -1,7 +1,7 @@
 """Tensors as streams of chunks: read, hashed and added by threads that overlap, so that memory holds a few chunks.
 
-A stage is a generator; `ahead` gives it a thread. Chunks are of `CHUNK` elements: small enough that float32 work stays
-in the processor's cache, large enough that Python's share does not show.
+A stage is a generator; `ahead` gives it a thread. Chunks are of `CHUNK` elements: small enough that
+all that wait take under 1 GB, large enough that Python's share, and threads waiting for it, do not show.
 """
 
 import contextlib
@@ -14,12 +14,13 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from utils.direct_files import DirectReader
 from utils.errors import UserError
 from utils.manifest import TensorHasher
 from utils.tensor_files import Stored
 
 T = TypeVar("T")
-CHUNK = 1 << 19  # elements
+CHUNK = 1 << 22  # elements
 _END = object()
 
 
@@ -73,14 +74,14 @@ def read_chunks(tensors: dict[str, Stored], names: Iterable[str], flag: str) -> 
     try:
         for name in names:
             stored = tensors[name]
-            if file is None or file.name != str(stored.file):
+            if file is None or file.path != stored.file:
                 if file is not None:
                     file.close()
-                file = open(stored.file, "rb", buffering=0)  # noqa: SIM115 -- one file serves many tensors
-            file.seek(stored.offset)
+                file = DirectReader(stored.file)
+            dtype = getattr(torch, stored.dtype)
             for start in range(0, max(stored.numel, 1), CHUNK):
-                data = torch.empty(min(CHUNK, stored.numel - start), dtype=getattr(torch, stored.dtype))
-                _fill(file, as_bytes(data))
+                count = min(CHUNK, stored.numel - start)
+                data = as_dtype(file.read(stored.offset + start * dtype.itemsize, count * dtype.itemsize), dtype)
                 yield Chunk(name, start, data, start + CHUNK >= stored.numel)
     except OSError as error:
         raise UserError(f"{flag}: cannot read {stored.file} ({error.strerror or error}); copy it again") from error
@@ -89,12 +90,9 @@ def read_chunks(tensors: dict[str, Stored], names: Iterable[str], flag: str) -> 
             file.close()
 
 
-def _fill(file, view: memoryview) -> None:
-    while len(view):
-        count = file.readinto(view)
-        if not count:
-            raise OSError("it has become shorter")
-        view = view[count:]
+def as_dtype(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes as numbers; without a copy, unless they lie askew in memory, as after a header of an odd length."""
+    return (data.clone() if data.storage_offset() % dtype.itemsize else data).view(dtype)
 
 
 def as_bytes(data: torch.Tensor) -> memoryview:

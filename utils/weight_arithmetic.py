@@ -47,7 +47,7 @@ def recovered_chunks(
                     patch = _read_patch(diff, chunk.name, of_patches)
                 _apply_patch(patch, chunk.start, values)
             check_range(values, dtype, chunk.name, "the recovered model")
-            totals.append(values.sum(dtype=torch.float64).item())
+            totals.append(values.sum().item())
             yield chunk._replace(data=values.to("cpu", dtype))
 
 

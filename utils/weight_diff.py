@@ -5,7 +5,7 @@ of that name; all others (embed_tokens, the final norm, lm_head, reward_head) ar
 `make_diff` adds what other tools pass over: a manifest with the SHA-256 of every tensor, and, in float32, patches: the
 elements that a rounded difference cannot give back, with their values, so that recovery is exact.
 
-Nothing is ever whole in memory: threads read, hash, add and write, a few chunks of half a million elements apart.
+Nothing is ever whole in memory: threads read, hash, add and write, a few chunks of four million elements apart.
 """
 
 import contextlib
