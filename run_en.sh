@@ -37,7 +37,6 @@ demo() { # "$@" goes to train_ppo.py
     --batch_size 24         # pairs
     --context_truncate 128  # tokens; the longest pair has about 80
     --micro_batch_tokens 1024
-    --overwrite             # a run that was stopped half-way starts anew
   )
   run_once "$reward/final" "$output/reward.log" -m reward.train "${reward_args[@]}"
 
@@ -51,25 +50,27 @@ demo() { # "$@" goes to train_ppo.py
     --template chat
     --dtype bf16
     --zero_stage 2
-    --lr 4e-5
-    --critic_lr 1e-4
-    --train_steps 10
+    --lr 6e-5
+    --critic_lr 2e-4
+    --train_steps 14
     --warmup_steps 2
     --lr_schedule cosine
     --critic_pretrain_steps 1
-    --kl_penalty_weight 0.02 # so few steps do not get far: a looser leash than in the paper's 1000
+    --kl_penalty_weight 0.05
     --reward_clip 2
     --num_rollouts 32
     --batch_size 16
     --rollout_batch_size 32
-    --micro_batch_tokens 1024
+    --micro_batch_tokens 512
     --maxlen_prompt 72 # of which 48 for the prompt
     --maxlen_res 24
-    --save_per_step 11 # steps between evaluations
+    --save_per_step 15 # steps between evaluations
     --num_eval_prompts 32
     --seed "$seed"
-    --overwrite
   )
+  if [[ -d $output/final ]]; then
+    ppo_args+=(--overwrite) # a finished run is made anew; one that was stopped goes on from its checkpoint
+  fi
   launch "$output/ppo.log" train_ppo.py "${ppo_args[@]}" "$@"
 
   local compare_args=(

@@ -39,7 +39,6 @@ demo() { # "$@" goes to train_ppo.py
     --batch_size 32
     --context_truncate 128 # tokens; the longest review has about 90
     --micro_batch_tokens 2048
-    --overwrite            # a run that was stopped half-way starts anew
   )
   run_once "$sft/final" "$output/sft.log" -m sft.train "${sft_args[@]}"
 
@@ -56,7 +55,6 @@ demo() { # "$@" goes to train_ppo.py
     --batch_size 32        # pairs
     --context_truncate 128
     --micro_batch_tokens 2048
-    --overwrite
   )
   run_once "$reward/final" "$output/reward.log" -m reward.train "${reward_args[@]}"
 
@@ -83,8 +81,10 @@ demo() { # "$@" goes to train_ppo.py
     --save_per_step 20 # steps between evaluations
     --num_eval_prompts 64
     --seed "$seed"
-    --overwrite
   )
+  if [[ -d $output/final ]]; then
+    ppo_args+=(--overwrite) # a finished run is made anew; one that was stopped goes on from its checkpoint
+  fi
   launch "$output/ppo.log" train_ppo.py "${ppo_args[@]}" "$@"
 
   local compare_args=(

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import sys
 
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from utils.args import entry_point, parse_args
@@ -21,14 +22,18 @@ def train(config: PPOConfig) -> None:
     from utils.engine import shutdown_distributed
 
     run = build(config)
-    with contextlib.closing(run.logger):  # when a run is stopped too, so that the reason gets a line of its own
+    # The logger is closed when a run fails too, so that the reason gets a line of its own.
+    with contextlib.closing(run.logger), run.keeper:
         loop(run)
-        run.export("final")
+        if run.finished:
+            run.export("final")
     shutdown_distributed()
+    if not run.finished:
+        sys.exit(run.keeper.code)
 
 
 def loop(run) -> None:
-    """PPO over a `ppo.build.Run`, from the step that its state is at to the last one."""
+    """PPO over a `ppo.run.Run`, from the step that its state is at to the last one, or to where it is stopped."""
     from ppo.evaluate import gather_batch
     from ppo.experience import experience_metrics, make_experience, negative_kl_warning, rollout_metrics
     from ppo.rollout import generate
@@ -39,9 +44,9 @@ def loop(run) -> None:
 
     config, state, models = run.config, run.state, run.models
     sampling = Sampling(config.temperature, config.topp, config.repetition_penalty)
-    while state.step < config.total_steps:
+    while not (run.finished or run.keeper.code):
         lr, critic_lr = run.learning_rates(state.step)
-        watch = Stopwatch()
+        watch = Stopwatch(on_lap=run.keeper.feed)
 
         # 1. Sample a response to each prompt.
         prompts = run.next_prompts()
@@ -54,10 +59,14 @@ def loop(run) -> None:
 
         # 3. Small next to the models, so every rank gets all of it; from here on ranks differ only in their work.
         rollout, scores = gather_batch(rollout), gather_batch(scores)
+        if run.refuses(rollout, scores):
+            continue
         experience = make_experience(rollout, scores, state.moments, config)
 
         # 4. Epochs over the buffer, minibatches, a step of the policy and one of the critic each.
-        metrics = update(models.policy, models.critic, experience, config, state.step, lr, critic_lr, run.pretrain)
+        metrics = update(
+            models.policy, models.critic, experience, config, state.step, lr, critic_lr, state.pretrain, run.leave_out
+        )
         watch.lap("update")
 
         state.step += 1
@@ -66,6 +75,8 @@ def loop(run) -> None:
         metrics |= watch.metrics(samples=len(rollout), tokens=int(rollout.response_mask.sum()))
         if warning := negative_kl_warning(rollout, scores):
             run.logger.say(warning)
+
+        # 5. What is watched, and what a kill may not take away; a signal ends the run here.
         run.after_step(rollout, scores, prompts, metrics)
 
 

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the table and the samples; one process."""
     config = parse_args(CompareConfig, argv)
     from ppo.judge import judge_policies
-    from utils.checkpoint import check_writable, write_json
+    from utils.run_folder import check_writable, write_json
 
     if config.output:
         folder = os.path.dirname(os.path.abspath(config.output))

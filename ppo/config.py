@@ -7,6 +7,7 @@ from typing import Literal
 from ppo.reward_flags import RewardFlags
 from utils.args import check_range
 from utils.errors import UserError
+from utils.run_flags import RunFlags
 
 # The defaults below are PPO-max (Part I §5.4). Explicit flags win over a preset, a preset over the defaults.
 PRESETS = {
@@ -35,7 +36,7 @@ COUNTS += ["save_per_step", "maxlen_prompt", "maxlen_res", "warmup_steps", "ppo_
 
 
 @dataclass
-class PPOConfig(RewardFlags):
+class PPOConfig(RewardFlags, RunFlags):
     """Align a language model with PPO-max."""
 
     policy_model_path: str = ""
@@ -53,7 +54,7 @@ class PPOConfig(RewardFlags):
     data_path: str = ""
     """Prompts: a folder of *train.json(l) and *valid.json(l), a file or a hub id"""
     model_save_path: str = "outputs/ppo"
-    """Folder of the run: config.json, metrics.jsonl, samples.jsonl, best/, final/"""
+    """Folder of the run: config.json, metrics.jsonl, samples.jsonl, checkpoints/, best/, final/"""
     logdir: str | None = None
     """TensorBoard folder; default: tensorboard/ in the run's folder"""
     report_to: str = "none"
@@ -163,6 +164,23 @@ class PPOConfig(RewardFlags):
     ppo_pretrain_batch_size: int = 32
     """Its dialogues a policy step, over all ranks"""
 
+    skip_bad_batches: int = 0
+    """Minibatches, or buffers of responses, with a bad loss, gradient or score that are left out before the run stops;
+    each is saved to bad_batches/"""
+
+    alarm_kl: float = 100.0
+    """Signs of collapse, each off at 0: a mean KL to the reference above this, nats a response"""
+    alarm_perplexity: float = 1.05
+    """A perplexity of responses below this: the policy says the same again and again"""
+    alarm_eos: float = 0.0
+    """A share of responses that end by themselves below this: they run into --maxlen_res"""
+    alarm_length: float = 0.0
+    """A mean response length below this, tokens"""
+    alarm_score_std: float = 0.0
+    """A deviation of the scores below this: nothing is left to tell responses apart by"""
+    on_collapse: Literal["warn", "stop", "rollback"] = "warn"
+    """What an alarm does. rollback: take the last checkpoint, go on with other prompts; after three, stop"""
+
     gather_for_generation: Literal["auto", "always", "never"] = "auto"
     """ZeRO-3: gather the policy once a rollout; auto: when it fits"""
 
@@ -219,7 +237,11 @@ class PPOConfig(RewardFlags):
             value_clip=(0, None), advantage_clip=(0, None), entropy_clip=(0, None), entropy_loss_weight=(0, None),
             ppo_pretrain_loss_weight=(0, None), vf_loss_weight=(0, None), missing_eos_penalty=(0, None),
             critic_pretrain_steps=(0, None), num_eval_prompts=(0, None), num_samples=(0, None), best_max_kl=(0, None),
+            skip_bad_batches=(0, None), alarm_kl=(0, None), alarm_perplexity=(0, None), alarm_eos=(0, 1),
+            alarm_length=(0, None), alarm_score_std=(0, None),
         )  # fmt: skip
+        if self.on_collapse == "rollback" and not self.checkpoint_per_step:
+            raise UserError("--on_collapse rollback needs checkpoints: give a --checkpoint_per_step above 0")
         for switch, amount in AMOUNTS.items():
             if getattr(self, switch) and not getattr(self, amount):
                 raise UserError(

@@ -5,7 +5,7 @@ from dataclasses import replace
 from data.prompts import Prompt
 from data.template import decode_answer
 from ppo.config import PPOConfig
-from ppo.experience import check_finite_scores, rollout_metrics
+from ppo.experience import check_scores, rollout_metrics
 from ppo.models import Models
 from ppo.rollout import generate, response_ids
 from ppo.sampling import Sampling
@@ -46,7 +46,7 @@ def evaluate(
     scores = score(rollout, share, judges, reward_fn, tokenizer, sampling.temperature, config)
     count = slice(len(prompts))
     rollout, scores = gather_batch(rollout).rows(count), gather_batch(scores).rows(count)
-    check_finite_scores(scores.scores)
+    check_scores(scores.scores, config.explosion_limit)
     lengths = rollout.response_mask.sum(1)
     columns = {
         "score": scores.scores,

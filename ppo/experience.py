@@ -7,6 +7,7 @@ from ppo.config import PPOConfig
 from ppo.kl import KL_ESTIMATORS, k1
 from ppo.rewards import shape_scores, token_rewards
 from ppo.types import Experience, Rollout, Scores
+from utils.distributed import world_size
 from utils.errors import UserError
 from utils.moments import RunningMoments
 from utils.tensors import masked_mean, whiten
@@ -17,7 +18,7 @@ def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, c
 
     `moments` takes in these scores first: the buffer is normalised with one set of statistics, itself included.
     """
-    check_finite_scores(scores.scores)
+    check_scores(scores.scores, config.explosion_limit)
     moments.update(scores.scores)
     missing_eos = torch.where(rollout.ended, 0.0, -config.missing_eos_penalty)
     clip = config.reward_clip if config.use_reward_clip else 0.0
@@ -37,12 +38,27 @@ def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, c
     )  # fmt: skip
 
 
-def check_finite_scores(scores: torch.Tensor) -> None:
-    """Raises UserError naming the first response whose score is NaN or infinite. scores: [batch], all ranks'."""
-    wrong = (~torch.isfinite(scores)).nonzero()
-    if len(wrong):
-        place = int(wrong[0])
-        raise UserError(f"the score of response {place} of this step is not finite; look at the reward model's inputs")
+def score_problem(scores: torch.Tensor, limit: float) -> str | None:
+    """What is wrong with the first response whose score is not finite or beyond ± limit. scores: [batch], all ranks',
+
+    as many from each rank.
+    """
+    wrong = (~(scores.abs() <= limit)).nonzero()
+    if not len(wrong):
+        return None
+    place = int(wrong[0])
+    what = "not finite" if not torch.isfinite(scores[place]) else f"{float(scores[place]):g}, beyond --explosion_limit"
+    ranks = sorted({int(i) * world_size() // len(scores) for i in wrong})
+    return (
+        f"the score of response {place} of this step is {what} (rank {', '.join(map(str, ranks))}); look at the reward "
+        "model's inputs"
+    )
+
+
+def check_scores(scores: torch.Tensor, limit: float) -> None:
+    """Raises UserError with the `score_problem`, if there is one."""
+    if problem := score_problem(scores, limit):
+        raise UserError(problem)
 
 
 def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:

@@ -94,6 +94,10 @@ class Models:
     reference: Frozen
     reward: Ensemble | None
 
+    def engines(self) -> dict[str, TrainEngine]:
+        """What learns, by name."""
+        return {"policy": self.policy, "critic": self.critic}
+
 
 def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print) -> Models:
     """Loads each model once, in config.dtype, straight onto its device, and puts it under its engine.

@@ -1,6 +1,7 @@
 """The pre-training (ptx) term: next-token loss on ordinary dialogues, against the alignment tax (Part I eq. 17)."""
 
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import torch
 
@@ -17,13 +18,33 @@ PretrainBatch = list[EncodedDialogue]  # of one optimizer step, all ranks'
 FLAG = "--ppo_pretrain_data_path"
 
 
-def load_pretrain(config: PPOConfig, tokenizer, template: str, say: Callable[[str], None]) -> Iterator[PretrainBatch]:
+class PretrainStream:
+    """Batches without end, and the place that has been reached: all that a resumed run has to know."""
+
+    def __init__(self, stream: Iterator[PretrainBatch]):
+        self._stream = stream
+        self.place = 0  # batches taken
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> PretrainBatch:
+        self.place += 1
+        return next(self._stream)
+
+    def go_to(self, place: int) -> None:
+        """Passes over batches until `place` of them are taken; never goes back."""
+        while self.place < place:
+            next(self)
+
+
+def load_pretrain(config: PPOConfig, tokenizer, template: str, say: Callable[[str], None]) -> PretrainStream:
     """An endless, seeded, epoch-wise stream of batches; what --maxlen_prompt cuts or drops is counted."""
     dialogues, _ = load_dialogues(config.ppo_pretrain_data_path, 0, config.seed, say, FLAG)
     encoded = encode_dialogues(tokenizer, dialogues, template, config.maxlen_prompt, say, "--maxlen_prompt")
     if not encoded:
         raise UserError(f"{FLAG} {config.ppo_pretrain_data_path}: no dialogue fits --maxlen_prompt; raise it")
-    return batches([encoded], config.ppo_pretrain_batch_size, config.seed)
+    return PretrainStream(batches([encoded], config.ppo_pretrain_batch_size, config.seed))
 
 
 def pretrain_loss(policy: TrainEngine, batch: PretrainBatch, weight: float, max_tokens: int) -> dict[str, torch.Tensor]:

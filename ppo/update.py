@@ -1,6 +1,7 @@
 """The update: epochs over the buffer, minibatches, micro-batches; a step of the policy and one of the critic each."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -19,17 +20,26 @@ from ppo.loss import (
 )
 from ppo.pretrain import PretrainBatch, pretrain_loss
 from ppo.types import Experience
-from utils.distributed import any_rank, rank, sum_ranks, world_size
+from utils.distributed import gather_objects, rank, sum_ranks, world_size
 from utils.engine import TrainEngine
 from utils.errors import UserError
 from utils.tensors import shift_to_next
 
+OnBad = Callable[[str, Experience], None]  # what is wrong with a minibatch, on all ranks alike
+
+
+def refuse(problem: str, batch: Experience) -> None:
+    """No bad minibatch is tolerated."""
+    raise UserError(problem)
+
 
 def update(
     policy: TrainEngine, critic: TrainEngine, experience: Experience, config: PPOConfig, step: int,
-    lr: float, critic_lr: float, pretrain: Iterator[PretrainBatch] | None = None,
+    lr: float, critic_lr: float, pretrain: Iterator[PretrainBatch] | None = None, on_bad: OnBad = refuse,
 ) -> dict[str, float]:  # fmt: skip
     """ppo_epochs passes over the buffer in seeded minibatches of batch_size. lr 0 leaves the policy alone.
+
+    A minibatch whose loss or gradient is not finite, or explodes, makes no step: `on_bad` is told, and may raise.
 
     `experience` is the whole buffer, the same on every rank; each rank works on its token-balanced share of every
     minibatch, so the result does not depend on how many there are. Returns metrics, sums over ranks and tokens divided
@@ -41,18 +51,40 @@ def update(
     for _ in range(config.ppo_epochs):
         for chosen in torch.randperm(len(experience), generator=generator).split(config.batch_size):
             minibatch = experience.rows(chosen.to(experience.sequences.device))
+            learners = [(critic, critic_lr, norms["grad_norm_critic"])]  # the policy moves only when nothing is wrong
+            problem, more = None, {}
             if lr > 0.0:
-                add(sums, policy_backward(policy, minibatch, config, next(pretrain) if pretrain else None))
-            add(sums, critic_backward(critic, minibatch, config))
-            if lr > 0.0:  # not before both losses are known to be finite
-                norms["grad_norm_policy"].append(policy.step(lr))
-            norms["grad_norm_critic"].append(critic.step(critic_lr))
+                more, problem = policy_backward(policy, minibatch, config, next(pretrain) if pretrain else None)
+                learners.append((policy, lr, norms["grad_norm_policy"]))
+            values, bad_values = critic_backward(critic, minibatch, config)
+            problem = problem or bad_values
+            for engine, rate, seen in learners:
+                if problem:
+                    engine.drop_gradients()
+                else:
+                    problem = try_step(engine, rate, seen)
+            if problem:
+                on_bad(problem, minibatch)
+            else:
+                add(sums, more | values)
     metrics = {key: sum(values) / len(values) for key, values in norms.items() if values}
     tokens = {"policy": max(sums.pop("policy_tokens"), 1.0), "critic": max(sums.pop("critic_tokens"), 1.0)}
     pretrain_tokens = max(sums.pop("pretrain_tokens", 0.0), 1.0)
     for key, value in sums.items():
         metrics[key] = value / (pretrain_tokens if key == "pretrain_loss" else tokens[_model_of(key)])
     return metrics
+
+
+def try_step(engine: TrainEngine, lr: float, norms: list[float]) -> str | None:
+    """One optimizer step; its gradient norm joins `norms`. Returns what is wrong where it could not be made."""
+    norm = engine.step(lr)
+    if not math.isfinite(norm):
+        return (
+            f"the gradient of the {engine.name} is not finite, or beyond --explosion_limit; its weights were not "
+            "changed. Lower the learning rate, or look in metrics.jsonl for the quantity that ran away"
+        )
+    norms.append(norm)
+    return None
 
 
 def _model_of(key: str) -> str:
@@ -79,10 +111,10 @@ def shares(batch: Experience, max_tokens: int) -> Iterator[Experience]:
 
 def policy_backward(
     policy: TrainEngine, batch: Experience, config: PPOConfig, pretrain: PretrainBatch | None
-) -> dict[str, float]:
+) -> tuple[dict[str, float], str | None]:
     """Gradient of the policy's whole loss on one minibatch, the pre-training term included, in micro-batches.
 
-    Returns sums over tokens and ranks. Raises UserError on all ranks when a loss is not finite.
+    Returns sums over tokens and ranks, and what is wrong with them.
     """
     policy.module.train()
     num_tokens = float(batch.response_mask.sum())
@@ -94,7 +126,7 @@ def policy_backward(
         add(sums, more)
     if pretrain is not None:
         add(sums, pretrain_loss(policy, pretrain, config.ppo_pretrain_loss_weight, config.micro_batch_tokens))
-    return finite_totals(sums, "policy") | {"policy_tokens": num_tokens}
+    return totals(sums, "policy", num_tokens, config)
 
 
 def policy_objective(
@@ -121,8 +153,8 @@ def policy_objective(
     return loss, sums
 
 
-def critic_backward(critic: TrainEngine, batch: Experience, config: PPOConfig) -> dict[str, float]:
-    """Gradient of the value loss on one minibatch, in micro-batches. Returns and raises as `policy_backward` does."""
+def critic_backward(critic: TrainEngine, batch: Experience, config: PPOConfig) -> tuple[dict[str, float], str | None]:
+    """Gradient of the value loss on one minibatch, in micro-batches. Returns what `policy_backward` does."""
     critic.module.train()
     num_tokens = float(batch.response_mask.sum())
     clip = config.value_clip if config.use_critic_loss_clip else 0.0
@@ -140,15 +172,26 @@ def critic_backward(critic: TrainEngine, batch: Experience, config: PPOConfig) -
                     "value_clip_fraction": masked_sum(clipped, part.response_mask),
                 },
             )
-    return finite_totals(sums, "critic") | {"critic_tokens": num_tokens}
+    return totals(sums, "critic", num_tokens, config)
 
 
-def finite_totals(sums: dict[str, torch.Tensor], name: str) -> dict[str, float]:
-    """Sums over ranks, as floats. Raises UserError on all ranks, before any optimizer step, when one is not finite."""
-    stacked = torch.stack([value.float() for value in sums.values()])
-    if any_rank(not bool(torch.isfinite(stacked).all()), stacked.device):
-        raise UserError(
-            f"the loss of the {name} is not finite; its weights were not changed. Lower the learning rate, "
-            "or look in metrics.jsonl for the quantity that ran away"
-        )
-    return dict(zip(sums, sum_ranks(stacked).tolist(), strict=True))
+def totals(
+    sums: dict[str, torch.Tensor], name: str, num_tokens: float, config: PPOConfig
+) -> tuple[dict[str, float], str | None]:
+    """(sums over ranks, as floats; what is wrong with them, the same on every rank). Collective."""
+    own = torch.stack([value.float() for value in sums.values()])
+    total = dict(zip(sums, sum_ranks(own).tolist(), strict=True))
+    limit = config.explosion_limit * max(num_tokens, 1.0)
+    known = total | {f"{name}_tokens": num_tokens}
+    bad = [key for key, value in total.items() if not abs(value) <= limit]
+    if not bad:
+        return known, None
+    # All ranks know the totals, so all come here, or none.
+    ranks = [i for i, x in enumerate(gather_objects(not bool((own.abs() <= limit).all()))) if x]
+    value = total[bad[0]] / max(num_tokens, 1.0)
+    what = f"beyond --explosion_limit ({value:g})" if math.isfinite(value) else "not finite"
+    return known, (
+        f"the loss of the {name} is {what}; its weights were not changed ({bad[0]}, rank "
+        f"{', '.join(map(str, ranks)) or 'all'}). Lower the learning rate, or look in metrics.jsonl for the quantity "
+        "that ran away"
+    )

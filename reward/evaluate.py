@@ -13,8 +13,8 @@ from reward.panel import PanelConfig, score_preferences
 from reward.plots import check_plots, draw_calibration, draw_differences, draw_lengths
 from reward.report import evaluation_report, render
 from utils.args import entry_point, parse_args
-from utils.checkpoint import check_writable, write_json
 from utils.errors import UserError
+from utils.run_folder import check_writable, write_json
 
 
 @dataclass

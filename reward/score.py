@@ -89,9 +89,9 @@ def run(config: ScoreConfig, results: IO[str]) -> None:
     """Scores or compares, on every rank; the first one writes."""
     from data.stream import stream_records
     from reward.judges import compare, load_judges, scored_chunks
-    from utils.checkpoint import atomic_file, check_writable, write_json
     from utils.distributed import is_main, world_size
     from utils.engine import init_distributed, shutdown_distributed
+    from utils.run_folder import atomic_file, check_writable, write_json
 
     if config.output:
         check_writable(os.path.dirname(os.path.abspath(config.output)), "--output")

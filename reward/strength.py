@@ -21,8 +21,8 @@ from reward.metrics import Scored
 from reward.panel import PanelConfig, score_preferences
 from reward.plots import check_plots, draw_strengths
 from utils.args import entry_point, parse_args
-from utils.checkpoint import atomic_folder, check_writable
 from utils.errors import UserError
+from utils.run_folder import atomic_folder, check_writable
 
 ROWS, WIDTH = 12, 40  # of the histogram in text
 

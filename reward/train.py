@@ -5,6 +5,7 @@ what Part II adds to it by flags: margin, smoothing, flipped labels, a contrasti
 """
 
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -23,13 +24,13 @@ from reward.loss import ranking_hits, ranking_losses
 from reward.metrics import held_out_metrics, mean_best
 from reward.model import ScalarModel, load_scalar_model, save_scalar_model, set_dropout
 from utils.args import entry_point, parse_args
-from utils.checkpoint import prepare_run_folder
 from utils.distributed import is_main, rank, world_size
 from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
 from utils.errors import UserError
 from utils.fit import Stage, fit
 from utils.logger import RunLogger, check_outputs
 from utils.models import check_window, enable_checkpointing
+from utils.resume import begin_folder, find_checkpoint
 from utils.tokenizer import load_tokenizer
 
 
@@ -70,7 +71,7 @@ class HeldOut:
         self.config = config
         self.plan = plan
         self.answers = answers
-        self.center = 0.0  # of the scores as the last evaluation saw them
+        self.state = {"center": 0.0}  # of the scores as the last evaluation saw them
 
     def __call__(self, engine: TrainEngine, items: list[Comparison]) -> dict[str, float]:
         """Metrics of held-out comparisons. Collective."""
@@ -83,8 +84,8 @@ class HeldOut:
             metrics |= {"loss": ranking_loss + factor * lm_loss, "ranking_loss": ranking_loss, "lm_loss": lm_loss}
         if self.config.center_scores:
             others = held_out(engine, self.answers, self.plan)[0].scores if self.answers else None
-            self.center = mean_best(scored) if others is None else float(others.mean())
-            metrics["score_center"] = self.center
+            self.state["center"] = mean_best(scored) if others is None else float(others.mean())
+            metrics["score_center"] = self.state["center"]
         return metrics
 
 
@@ -103,8 +104,8 @@ def stage_of(
         return rank_plan(lengths, config.micro_batch_tokens, world_size(), rank())
 
     evaluation = HeldOut(config, plan, answers)
-    seeds = random.Random(f"{config.seed}, {rank()}")
-    pulls = partial(with_pulls, plan=plan, length=length, temperature=config.simcse_temperature, seeds=seeds)
+    # Seeds come from the global stream: it differs from rank to rank, and a checkpoint keeps it.
+    pulls = partial(with_pulls, plan=plan, length=length, temperature=config.simcse_temperature, seeds=random)
     weights = {"lm_loss": config.reward_lm_loss_factor, "simcse_loss": config.simcse_coef}
     return Stage(
         batches=([train[i] for i in batch] for batch in indices),
@@ -115,9 +116,10 @@ def stage_of(
         loss_weights={"ranking_loss": 1.0} | {name: weight for name, weight in weights.items() if weight},
         best_by=config.validation_metric,
         larger_is_better=config.larger_is_better,
-        save=lambda state, folder: save_scalar_model(model, folder, state, tokenizer, evaluation.center),
+        save=lambda state, folder: save_scalar_model(model, folder, state, tokenizer, evaluation.state["center"]),
         prepare=pulls if config.simcse_coef else None,
         evaluate=evaluation,
+        state=evaluation.state,
     )
 
 
@@ -138,10 +140,11 @@ def load(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Callable
 def train(config: RewardConfig) -> None:
     """One run, from flags to final/. Nothing is written before model and data are loaded and found to be usable."""
     check_outputs(config)
-    init_distributed()
+    init_distributed(config.hang_timeout)
     if config.batch_size < world_size():
         raise UserError(f"--batch_size {config.batch_size} is less than the {world_size()} ranks: give at least that")
     say = partial(print, flush=True) if is_main() else lambda text: None
+    start = find_checkpoint(config, say)
     tokenizer = load_tokenizer(config.tokenizer_name_or_path, template_for(config.lang, config.template))
     if config.delimiter not in (None, tokenizer.eos_token):
         raise UserError(f"--delimiter {config.delimiter!r}: utterances end in {tokenizer.eos_token!r}; leave it out")
@@ -150,14 +153,16 @@ def train(config: RewardConfig) -> None:
         raise UserError("--center_scores needs an evaluation: give a *valid* file, or a --num_valid above 0")
     answers = load_center_answers(config, tokenizer, say) if config.center_data_path else None
     model = load(config, tokenizer, say)
-    prepare_run_folder(config.model_save_path, config.overwrite, config)
-    log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps)
+    step = begin_folder(config, start)
+    log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps, step)
     try:
         engine = TrainEngine(model, config, "reward model")
-        fit(engine, stage_of(config, model, tokenizer, items, answers), held_out_items, config, log)
+        code = fit(engine, stage_of(config, model, tokenizer, items, answers), held_out_items, config, log, start)
     finally:
         log.close()
     shutdown_distributed()
+    if code:
+        sys.exit(code)
 
 
 @entry_point

@@ -4,6 +4,7 @@ Next-token loss on the assistant's tokens and their EOS alone.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -20,7 +21,6 @@ from sft.model import AnswerModel, check_packing
 from sft.rows import Layout, Row
 from sft.samples import sample_answers
 from utils.args import check_range, entry_point, parse_args
-from utils.checkpoint import prepare_run_folder
 from utils.distributed import is_main, rank, world_size
 from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
 from utils.errors import UserError
@@ -29,6 +29,7 @@ from utils.fit import Stage, evaluate, fit
 from utils.fit_config import FitConfig
 from utils.logger import RunLogger, check_outputs
 from utils.models import check_window, enable_checkpointing, load_causal_lm
+from utils.resume import begin_folder, find_checkpoint
 from utils.tokenizer import load_tokenizer
 
 
@@ -155,10 +156,11 @@ def stage_of(
 def train(config: SFTConfig) -> None:
     """One run, from flags to final/. Nothing is written before model and data are loaded and found to be usable."""
     check_outputs(config)
-    init_distributed()
+    init_distributed(config.hang_timeout)
     if config.batch_size < world_size():
         raise UserError(f"--batch_size {config.batch_size} is less than the {world_size()} ranks: give at least that")
     say = partial(print, flush=True) if is_main() else lambda text: None
+    start = find_checkpoint(config, say)
     tokenizer = load_tokenizer(config.tokenizer_name_or_path, template_for(config.lang, config.template))
     sets, valid = load_encoded(config, tokenizer, say)
     path, dtype = config.hf_model_name_or_path, DTYPES[config.dtype]
@@ -169,15 +171,17 @@ def train(config: SFTConfig) -> None:
     if config.gradient_checkpoint:
         enable_checkpointing(lm)
     layout = Layout(config.packing, is_flash_attention_requested(lm.config), config.micro_batch_tokens)
-    prepare_run_folder(config.model_save_path, config.overwrite, config)
-    log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps)
+    step = begin_folder(config, start)
+    log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps, step)
     try:
         engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")
         stage = stage_of(config, lm, tokenizer, layout, sets, valid[: config.num_samples])
-        fit(engine, stage, layout.rows(valid, world_size()), config, log)
+        code = fit(engine, stage, layout.rows(valid, world_size()), config, log, start)
     finally:
         log.close()
     shutdown_distributed()
+    if code:
+        sys.exit(code)
 
 
 @entry_point

@@ -66,6 +66,9 @@ class GradientEngine(InferenceEngine):
         self.module.zero_grad()
         return norm
 
+    def drop_gradients(self) -> None:
+        self.module.zero_grad()
+
     def gradients(self) -> torch.Tensor:
         """All gradients in one vector; taken, so that the next backward starts from 0."""
         flat = torch.cat([p.grad.flatten() for p in self.module.parameters() if p.grad is not None])

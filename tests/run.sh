@@ -5,8 +5,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source utils/setup.sh demo test
 source utils/launch.sh
 
-use_threads 1
+use_threads 2
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 ruff check .
 ruff format --check .
-python -m pytest --durations=15 tests "$@"
+python -m pytest -n 2 --dist loadfile --durations=15 tests "$@" # two workers; what a file's tests share is made once

@@ -34,6 +34,8 @@ class EngineConfig:
     """Keep optimizer state and float32 weights in host memory (slower, saves 12 bytes a parameter on the device)"""
     gradient_clip: float = 1.0
     """Global gradient norm that each engine is clipped to; 0 switches clipping off"""
+    explosion_limit: float = 1e9
+    """A loss, score or global gradient norm beyond this is as bad as one that is not finite: no step is made"""
     adam_beta1: float = 0.9
     """AdamW: decay of the first moment"""
     adam_beta2: float = 0.95
@@ -46,7 +48,14 @@ class EngineConfig:
     """Attention kernel by its transformers name (sdpa, flash_attention_2, eager); default: transformers' own choice"""
 
     def __post_init__(self) -> None:
-        check_range(self, gradient_clip=(0, None), adam_beta1=(0, 1), adam_beta2=(0, 1), adam_eps=(0, None))
+        check_range(
+            self,
+            gradient_clip=(0, None),
+            explosion_limit=(1, None),
+            adam_beta1=(0, 1),
+            adam_beta2=(0, 1),
+            adam_eps=(0, None),
+        )
         if self.dtype == "bf16" and self.zero_stage == 0:
             raise UserError(
                 "--zero_stage 0 holds one float32 copy of the weights: give --dtype fp32 with it, or --zero_stage 1"
@@ -77,13 +86,20 @@ def field_help(config_type: type) -> dict[str, str]:
     return texts
 
 
+class FlagParser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes are UserErrors."""
+
+    def error(self, message: str):
+        """What argparse calls instead of returning."""
+        raise UserError(f"{message}{_suggestion(message, self)} (see --help)")
+
+
 def build_parser(config_type: type) -> argparse.ArgumentParser:
     """An HfArgumentParser for the dataclass: no abbreviations, help from field docstrings, mistakes as UserError."""
     from transformers.hf_argparser import HfArgumentParser
 
-    class Parser(HfArgumentParser):
-        def error(self, message: str):
-            raise UserError(f"{message}{_suggestion(message, self)} (see --help)")
+    class Parser(FlagParser, HfArgumentParser):
+        pass
 
     help_texts = field_help(config_type)
     for field in dataclasses.fields(config_type):

@@ -1,145 +1,224 @@
-"""Folders on disk: a run's own, and model folders that appear whole or not at all."""
+"""Checkpoints of a run: `checkpoints/step_N/` holds all it takes to go on as if nothing had happened.
 
-import contextlib
-import dataclasses
+`state.json` (the run's own numbers and flags), `<engine>-rank<r>.safetensors`, `random-rank<r>.json`, and last
+`manifest.json` with size and SHA-256 of the others. Only JSON and safetensors: nothing in there can run code. A
+checkpoint is written beside its place, synced, then renamed, so that its folder appears whole or not at all.
+"""
+
+import hashlib
 import json
 import os
-import platform
+import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
-from importlib import metadata
-from typing import IO
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
-from utils.distributed import barrier, is_main
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from utils.distributed import barrier, gather_objects, is_main, rank, world_size
+from utils.engine import TrainEngine
+from utils.engine_state import num_bytes
 from utils.errors import UserError
+from utils.random_state import random_state, set_random_state
+from utils.run_folder import remove, write_json
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "deepspeed",
-    "accelerate",
-    "datasets",
-    "sentencepiece",
-    "tensorboard",
-    "safetensors",
-)
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "best", "final", "tensorboard", "checkpoints")
+MANIFEST = "manifest.json"
+Engines = dict[str, TrainEngine]
+Say = Callable[[str], None]
 
 
-def check_run_folder(path: str, overwrite: bool, inputs: tuple[str | None, ...] = ()) -> None:
-    """Raises UserError when --model_save_path cannot be written, or holds a run that may not go or one of `inputs`.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found whole. `state`: what `save` was given."""
 
-    inputs: models and data that the run reads. Changes nothing.
+    path: str
+    state: dict
+
+    @property
+    def step(self) -> int:
+        """Steps that the run had made."""
+        return self.state["step"]
+
+
+def save(folder: str, state: dict, engines: Engines, keep: int, say: Say) -> bool:
+    """Writes `folder`/step_N and removes all but the newest `keep`. Collective. Memory: none on a CPU, else a copy.
+
+    state: JSON, with "step". False, said, and everything older untouched, where the disk does not take it.
     """
-    if not overwrite and any(os.path.lexists(os.path.join(path, name)) for name in RUN_FILES):
-        raise UserError(f"--model_save_path {path} already holds a run: choose another folder, or add --overwrite")
-    real = os.path.realpath(path)
-    for source in inputs:
-        if source and os.path.exists(source) and os.path.commonpath([real, os.path.realpath(source)]) == real:
-            raise UserError(f"--model_save_path {path} would overwrite {source}, which this run reads: choose another")
-    check_writable(path, "--model_save_path")
+    started = time.perf_counter()
+    target = os.path.join(folder, f"step_{state['step']}")
+    partial = f"{target}.partial"
+    tensors = {name: engine.state_tensors() for name, engine in engines.items()}
+    size = sum(gather_objects(sum(map(num_bytes, tensors.values()))))
+    problem = _first(_problem(_make_room, partial, size) if is_main() else None)
+    if not problem:
+        files: dict[str, dict] = {}
+        problem = _problem(_write_share, partial, state, tensors, files)
+        shares = gather_objects((files, problem))
+        problem = next((problem for _, problem in shares if problem), None)
+    if not problem:
+        manifest = {name: entry for files, _ in shares for name, entry in files.items()}
+        problem = _first(_problem(_finish, partial, target, manifest, keep) if is_main() else None)
+    if problem:
+        if is_main():
+            remove(partial)
+        say(f"warning: the checkpoint of step {state['step']} was not saved: {problem}; older ones are as they were")
+        return False
+    say(f"checkpoint of step {state['step']}: {size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
+    return True
 
 
-def check_writable(path: str, flag: str) -> None:
-    """Raises UserError when no folder can be made at the `path` of `flag`. Changes nothing."""
-    parent = os.path.abspath(path)
-    while not os.path.exists(parent):
-        parent = os.path.dirname(parent)
-    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-        raise UserError(f"{flag} {path} cannot be written: {parent} is not a writable folder; choose another place")
+def _problem(function: Callable, *arguments) -> str | None:
+    """Runs it; what the disk had to say against it."""
+    try:
+        function(*arguments)
+    except OSError as error:
+        return f"{error.strerror or error} ({error.filename})" if error.filename else str(error.strerror or error)
+    except SafetensorError as error:
+        return str(error)
+    return None
 
 
-def prepare_run_folder(path: str, overwrite: bool, config) -> None:
-    """Makes the folder (an overwritten run's files go) and writes config.json. Rank 0 writes, all ranks wait.
+def _first(problem: str | None) -> str | None:
+    """The first rank's problem that there is, on all ranks."""
+    return next((problem for problem in gather_objects(problem) if problem), None)
 
-    config: a dataclass of flags. Raises UserError as `check_run_folder` does.
-    """
-    check_run_folder(path, overwrite)
-    barrier()
+
+def _make_room(partial: str, size: int) -> None:
+    folder = os.path.dirname(partial)
+    os.makedirs(folder, exist_ok=True)
+    for name in os.listdir(folder):
+        if name.endswith(".partial"):
+            remove(os.path.join(folder, name))
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(f"it takes {size / 1e6:.1f} MB, and {folder} has {free / 1e6:.1f} MB left: make room")
+    os.makedirs(partial)
+
+
+def _write_share(partial: str, state: dict, tensors: dict, files: dict[str, dict]) -> None:
+    """This rank's files, synced; their manifest entries go into `files`."""
+    names = []
+    for engine, values in tensors.items():
+        if values:
+            names.append(f"{engine}-rank{rank()}.safetensors")
+            save_file(values, os.path.join(partial, names[-1]))
+    names.append(f"random-rank{rank()}.json")
+    write_json(os.path.join(partial, names[-1]), random_state())
     if is_main():
-        description = run_description(config)
+        names.append("state.json")
+        write_json(os.path.join(partial, names[-1]), state)
+    for name in names:
+        path = os.path.join(partial, name)
+        _sync(path)
+        files[name] = {"bytes": os.path.getsize(path), "sha256": _sha256(path)}
+
+
+def _finish(partial: str, target: str, manifest: dict, keep: int) -> None:
+    write_json(os.path.join(partial, MANIFEST), manifest)
+    _sync(os.path.join(partial, MANIFEST))
+    _sync(partial)
+    remove(target)
+    os.replace(partial, target)
+    folder = os.path.dirname(target)
+    _sync(folder)
+    for step, path in _all(folder)[keep:]:
+        os.replace(path, f"{path}.partial")  # what a kill leaves of it is not taken for a checkpoint
+        remove(os.path.join(folder, f"step_{step}.partial"))
+
+
+def _sync(path: str) -> None:
+    """Waits until a file's content or a folder's names are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _all(folder: str) -> list[tuple[int, str]]:
+    """(step, path) of every checkpoint, newest first."""
+    if not os.path.isdir(folder):
+        return []
+    matches = [re.fullmatch(r"step_(\d+)", name) for name in os.listdir(folder)]
+    return sorted(((int(m[1]), os.path.join(folder, m[0])) for m in matches if m), reverse=True)
+
+
+def save_batches(path: str, batches: tuple) -> str | None:
+    """Writes the tensors of dataclasses to one file, for a person to look at; returns what the disk had against it."""
+    tensors = {f.name: getattr(batch, f.name).contiguous() for batch in batches for f in fields(batch)}
+
+    def write() -> None:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        save_file({name: x.clone() for name, x in tensors.items()}, path)
+
+    return _problem(write)
+
+
+def newest(folder: str, say: Say) -> Checkpoint | None:
+    """The newest whole checkpoint in a folder; None when there are none at all. Collective.
+
+    A damaged one is named and passed over; when all are damaged, UserError: nobody loses days of work to a silent
+    start from nothing.
+    """
+    found = gather_objects(_all(folder))[0]
+    for _, path in found:
+        problem = _first(_damage(path))
+        if not problem:
+            return Checkpoint(path, _read_json(os.path.join(path, "state.json")))
+        say(f"warning: {path} is damaged ({problem}); looking for an older one")
+    if found:
+        raise UserError(f"{folder} has no whole checkpoint left: start anew with --overwrite")
+    return None
+
+
+def named(path: str) -> Checkpoint:
+    """The checkpoint in the folder that --resume names; UserError when it is none or damaged. Collective."""
+    path = os.path.abspath(path)
+    problem = _first("not a folder" if not os.path.isdir(path) else _damage(path))
+    if problem:
+        raise UserError(f"--resume {path} is not a whole checkpoint ({problem}): give another .../checkpoints/step_N")
+    return Checkpoint(path, _read_json(os.path.join(path, "state.json")))
+
+
+def _damage(path: str) -> str | None:
+    """What is wrong with a checkpoint, as far as this rank looks: every file's size, its share of the hashes."""
+    try:
+        manifest = _read_json(os.path.join(path, MANIFEST))
+        for i, (name, entry) in enumerate(sorted(manifest.items())):
+            file = os.path.join(path, os.path.basename(name))
+            if os.path.getsize(file) != entry["bytes"]:
+                return f"{name} has {os.path.getsize(file)} bytes, not {entry['bytes']}"
+            if i % world_size() == rank() and _sha256(file) != entry["sha256"]:
+                return f"{name} is not what was written: its hash differs"
+        return None if "state.json" in manifest else f"{MANIFEST} names no state.json"
+    except FileNotFoundError as error:
+        return f"{os.path.basename(error.filename)} is missing"
+    except OSError as error:
+        return f"{os.path.basename(error.filename or path)} cannot be read: {error.strerror}"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"{MANIFEST} is not a manifest"
+
+
+def _read_json(path: str) -> dict:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def restore(checkpoint: Checkpoint, engines: Engines) -> None:
+    """Engines and random streams as they were. Collective. Raises UserError when the engines are built otherwise."""
+    for name, engine in engines.items():
+        shard = engine.state_rank(rank())
         try:
-            os.makedirs(path, exist_ok=True)
-            for name in RUN_FILES:
-                _remove(os.path.join(path, name))
-            write_json(os.path.join(path, "config.json"), description)
-        except OSError as error:
-            raise UserError(f"--model_save_path {path} cannot be written: {error.strerror}") from None
+            engine.load_state_tensors(load_file(os.path.join(checkpoint.path, f"{name}-rank{shard}.safetensors")))
+        except (KeyError, RuntimeError, FileNotFoundError) as error:
+            raise UserError(f"{checkpoint.path} does not fit the {name} of these flags: {error}") from None
+    set_random_state(_read_json(os.path.join(checkpoint.path, f"random-rank{rank()}.json")))
     barrier()
-
-
-def run_description(config) -> dict:
-    """All flags, argv, versions, git commit and devices: what it takes to repeat a run."""
-    import torch
-
-    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        **dataclasses.asdict(config),
-        "argv": sys.argv,
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
-        "git_commit": _git_commit(),
-        "devices": cuda or [f"{os.cpu_count()} CPU cores"],
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-    }
-
-
-def _git_commit() -> str | None:
-    if not shutil.which("git"):
-        return None
-    command = ["git", "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(__file__)).stdout.strip() or None
-
-
-def write_json(path: str, content) -> None:
-    """Writes beside and renames, so that a reader never sees half a file."""
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-    os.replace(f"{path}.partial", path)
-
-
-@contextlib.contextmanager
-def atomic_file(path: str, flag: str) -> Iterator[IO[str]]:
-    """Yields a text file to write to beside `path`, which takes its place when the block ends well, else goes.
-
-    Call it on one rank. A write error becomes a UserError that names `flag` and the path.
-    """
-    check_writable(os.path.dirname(os.path.abspath(path)), flag)
-    partial = f"{path}.partial"
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(partial, "w", encoding="utf-8") as file:
-            yield file
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{flag} {path} cannot be written: {error.strerror or error}") from None
-    finally:
-        _remove(partial)
-
-
-@contextlib.contextmanager
-def atomic_folder(path: str) -> Iterator[str]:
-    """Yields a new folder beside `path` that takes its place when the block ends well, and goes when it does not.
-
-    Call it on one rank. A write error becomes a UserError that names the folder.
-    """
-    partial = f"{os.path.abspath(path)}.partial"
-    _remove(partial)
-    try:
-        os.makedirs(partial)
-        yield partial
-        _remove(path)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        _remove(partial)
-
-
-def _remove(path: str) -> None:
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        os.remove(path)

@@ -39,11 +39,16 @@ def sum_ranks(x: torch.Tensor) -> torch.Tensor:
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True everywhere if it is True anywhere. One integer on the wire."""
+    return bool(max_ranks(int(flag), device))
+
+
+def max_ranks(number: int, device: torch.device) -> int:
+    """The largest of all ranks' numbers, on every rank."""
     if world_size() == 1:
-        return flag
-    count = torch.tensor(int(flag), device=device)
-    dist.all_reduce(count, op=dist.ReduceOp.MAX)
-    return bool(count.item())
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def gather_objects(item) -> list:

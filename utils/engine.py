@@ -7,8 +7,8 @@ ranks, never averaged.
 
 import contextlib
 import dataclasses
+import datetime
 import os
-import socket
 
 import torch
 
@@ -21,12 +21,13 @@ from deepspeed.runtime.zero import unwrap_model_for_generation
 from torch import nn
 
 from utils.args import EngineConfig
-from utils.distributed import any_rank, is_main, world_size
-from utils.errors import UserError
+from utils.builds import unblocked_builds
+from utils.distributed import any_rank, is_main, rank, world_size
+from utils.engine_state import load_state_tensors, state_tensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PERSISTENT = 10_000  # elements up to which ZeRO-3 leaves a tensor whole on every rank: norms, not matrices
-BUCKET = 50_000_000  # elements a gradient bucket holds: 100 MB in bf16, allocated once an engine
+BUCKET = 50_000_000  # elements a gradient bucket holds: 100 MB in bf16, a few of them an engine; a tenth on the CPU
 
 
 def device() -> torch.device:
@@ -36,18 +37,23 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def init_distributed() -> None:
-    """Joins the process group (nccl on GPUs, gloo on CPUs); without a launcher, a group of this process alone."""
+def init_distributed(hang_timeout: float = 0.0) -> None:
+    """Joins the process group (nccl on GPUs, gloo on CPUs); without a launcher, a group of this process alone.
+
+    hang_timeout: seconds, as in --hang_timeout; the group itself gives up later, so that the watchdog speaks first.
+    """
     deepspeed.logger.setLevel("WARNING")
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+        )  # any free one
     if device().type == "cuda":
         torch.cuda.set_device(device())
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed("nccl" if device().type == "cuda" else "gloo", auto_mpi_discovery=False)
+        with unblocked_builds():
+            patience = datetime.timedelta(seconds=2 * hang_timeout) if hang_timeout else datetime.timedelta(days=30)
+            backend = "nccl" if device().type == "cuda" else "gloo"
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=patience)
 
 
 def shutdown_distributed() -> None:
@@ -59,10 +65,11 @@ def shutdown_distributed() -> None:
 def deepspeed_config(config: EngineConfig, offload_weights: bool = False) -> dict:
     """The DeepSpeed JSON for our flags. Accumulation is ours (`managed_gradient_accumulation` off): step() is the
     boundary, and the number of micro-batches may change from step to step."""
-    zero = {"stage": config.zero_stage, "contiguous_gradients": True, "reduce_bucket_size": BUCKET}
+    bucket = BUCKET if device().type == "cuda" else BUCKET // 10
+    zero = {"stage": config.zero_stage, "contiguous_gradients": True, "reduce_bucket_size": bucket}
     zero["overlap_comm"] = config.zero_stage == 2 and device().type == "cuda"
     if config.zero_stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_param_persistence_threshold": PERSISTENT}
+        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": PERSISTENT}
     host = {"device": "cpu", "pin_memory": device().type == "cuda"}
     if config.offload_optimizer:
         zero["offload_optimizer"] = host
@@ -92,12 +99,15 @@ class TrainEngine:
         self.name = name
         self.zero_stage = config.zero_stage
         self.gradient_clip = config.gradient_clip
+        self.explosion_limit = config.explosion_limit
         self._replicated_norm = None
+        self._dropping = False
         parameters = [p for p in module.parameters() if p.requires_grad]
         betas = (config.adam_beta1, config.adam_beta2)
         options = {"lr": 0.0, "betas": betas, "eps": config.adam_eps, "weight_decay": 0.0}
         if config.offload_optimizer:
-            optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, **options)
+            with unblocked_builds():
+                optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, **options)
         else:
             optimizer = torch.optim.AdamW(parameters, fused=True, **options)
         if config.zero_stage == 0:  # DeepSpeed neither reports the norm nor checks it there
@@ -105,6 +115,8 @@ class TrainEngine:
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False
         )
+        if config.zero_stage:
+            self._veto_steps()
 
     @property
     def module(self) -> nn.Module:
@@ -121,26 +133,46 @@ class TrainEngine:
     def step(self, lr: float) -> float:
         """One optimizer step at this learning rate; returns the global gradient norm before clipping.
 
-        Raises UserError on all ranks, with the weights untouched, when the gradient is not finite.
+        Infinite, on all ranks, where the norm is not finite or beyond --explosion_limit: then the gradients are gone,
+        and weights and optimizer state are as they were.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
         if not self.engine.was_step_applied():
-            self._refuse_gradient()
+            return float("inf")
         return float(self.engine.get_global_grad_norm() if self.zero_stage else self._replicated_norm)
+
+    def drop_gradients(self) -> None:
+        """Forgets what `backward` has added up. Collective."""
+        self._dropping = True
+        self.step(0.0)
+        self._dropping = False
+
+    def _refused(self, norm: float) -> bool:
+        return self._dropping or not norm <= self.explosion_limit
 
     def _clip_replicated(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
         limit = self.gradient_clip or float("inf")
         self._replicated_norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
-        if not torch.isfinite(self._replicated_norm):
-            self._refuse_gradient()
+        if self._refused(float(self._replicated_norm)):
+            self._replicated_norm = float("inf")
+            self.engine.zero_grad()  # a parameter without a gradient is passed over
 
-    def _refuse_gradient(self) -> None:
-        raise UserError(
-            f"the gradient of the {self.name} is not finite; its weights were not changed. Lower the learning rate, "
-            "or look in metrics.jsonl for the quantity that ran away"
-        )
+    def _veto_steps(self) -> None:
+        """DeepSpeed drops the gradients of a step whose norm is infinite: that is what it gets to see of a bad one."""
+        optimizer = self.engine.optimizer
+        name = "_get_norm_groups" if self.zero_stage == 3 else "scaled_global_norm"
+        measure = getattr(optimizer, name)
+
+        def norms(*args, **kwargs):
+            found = measure(*args, **kwargs)
+            groups = torch.stack([torch.as_tensor(x).float() for x in (found if self.zero_stage == 3 else [found])])
+            bad = bool((groups < 0).any()) or self._refused(float(groups.norm()))  # DeepSpeed writes -1 for a NaN
+            infinite = groups.new_tensor(float("inf"))
+            return found if not bad else [infinite] if self.zero_stage == 3 else infinite
+
+        setattr(optimizer, name, norms)
 
     @contextlib.contextmanager
     def gathered(self):
@@ -167,6 +199,18 @@ class TrainEngine:
                 if is_main():
                     state[name] = parameter.detach().to("cpu", copy=True)
         return state
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """What this rank has to keep for an exact resume; {} where another rank holds the same (stage 0)."""
+        return state_tensors(self.engine.optimizer, self.zero_stage) if self.state_rank(rank()) == rank() else {}
+
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Goes on from what `state_tensors` of the rank `state_rank` gave. Collective."""
+        load_state_tensors(self.engine.optimizer, self.zero_stage, tensors)
+
+    def state_rank(self, rank: int) -> int:
+        """The rank that keeps the state of a rank: itself, but for stage 0, where all are the same."""
+        return rank if self.zero_stage else 0
 
 
 class InferenceEngine:

@@ -5,8 +5,8 @@ import copy
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
-from utils.checkpoint import atomic_folder
 from utils.models import quiet_transformers
+from utils.run_folder import atomic_folder
 from utils.tokenizer import save_tokenizer
 
 

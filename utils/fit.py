@@ -3,14 +3,16 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from utils.checkpoint import Checkpoint
 from utils.distributed import barrier, is_main, sum_ranks
 from utils.engine import TrainEngine, device
 from utils.errors import UserError
 from utils.fit_config import FitConfig
+from utils.keeper import Keeper
 from utils.logger import RunLogger
 from utils.schedule import lr_factor
 
@@ -38,15 +40,40 @@ class Stage:
     prepare: Callable[[TrainEngine, list[Item]], list[Item]] | None = None  # sees a step's batch before its forwards
     evaluate: Callable[[TrainEngine, list[Item]], dict[str, float]] | None = None  # for what is no mean over items
     samples: Callable[[TrainEngine], list[dict]] | None = None  # texts that an evaluation writes to samples.jsonl
+    state: dict = field(default_factory=dict)  # numbers of its own that a resumed run needs: JSON, changed in place
 
 
-def fit(engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig, log: RunLogger) -> None:
+def fit(
+    engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig, log: RunLogger,
+    start: Checkpoint | None = None,
+) -> int:  # fmt: skip
     """Trains for --train_steps; evaluates every --save_per_step and at the end; writes best/ and final/. Collective.
 
+    start: where an earlier part of the run got to. Returns the code to exit with: not 0 where a signal stopped it.
     Raises UserError on all ranks, before the weights change, when loss or gradient is not finite.
     """
-    best = None
-    for step in range(config.train_steps):
+    keeper = Keeper(config, {"model": engine}, config.train_steps)
+    keeper.begin(start, config.seed)
+    done, best = 0, None
+    if start:
+        done, best = start.step, start.state["best"]
+        stage.state.update(start.state["stage"])
+        for _ in range(done):  # the order of the data is a function of the seed alone
+            next(stage.batches)
+    with keeper:
+        _loop(engine, stage, valid, config, log, keeper, done, best)
+        if not keeper.code:
+            export(engine, stage, os.path.join(config.model_save_path, "final"))
+            log.say(f"done: {config.model_save_path}/final")
+    return keeper.code
+
+
+def _loop(
+    engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig, log: RunLogger, keeper: Keeper, done: int,
+    best: float | None,
+) -> None:  # fmt: skip
+    """The steps after the first `done`; best: the evaluation that best/ is from."""
+    for step in range(done, config.train_steps):
         started = time.perf_counter()
         lr = config.lr * lr_factor(step, config.warmup_steps, config.train_steps, config.lr_schedule)
         items = next(stage.batches)
@@ -57,6 +84,7 @@ def fit(engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig,
         if done % config.print_interval == 0:
             log.say(f"step {done}/{config.train_steps}: {numbers(metrics)}")
         if valid and (done % config.save_per_step == 0 or done == config.train_steps):
+            keeper.feed("training step")
             evaluation = stage.evaluate(engine, valid) if stage.evaluate else evaluate(engine, stage, valid)
             held_out = {f"eval_{name}": value for name, value in evaluation.items()}
             metrics |= held_out
@@ -70,8 +98,9 @@ def fit(engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig,
                 log.say(f"step {done}: best eval_{stage.best_by} so far, saved to {config.model_save_path}/best")
         log.metrics(done, metrics)
         log.advance()
-    export(engine, stage, os.path.join(config.model_save_path, "final"))
-    log.say(f"done: {config.model_save_path}/final")
+        keeper.after_step({"step": done, "best": best, "stage": stage.state}, log.say)
+        if keeper.code:
+            break
 
 
 def train_step(engine: TrainEngine, stage: Stage, items: list[Item], lr: float) -> dict[str, float]:
@@ -85,8 +114,10 @@ def train_step(engine: TrainEngine, stage: Stage, items: list[Item], lr: float) 
         engine.backward(weight * sum(w * sums[name] / counts[name] for name, w in stage.loss_weights.items()))
         totals += weight * torch.stack([sums[name].detach() for name in counts])
     metrics = _means(stage, totals, counts)
-    check_finite(metrics["loss"], items)
-    return metrics | {"lr": lr, "grad_norm": engine.step(lr)}
+    check_finite("loss", metrics["loss"], items)
+    norm = engine.step(lr)
+    check_finite("gradient norm", norm, items)
+    return metrics | {"lr": lr, "grad_norm": norm}
 
 
 @torch.no_grad()
@@ -110,12 +141,12 @@ def _means(stage: Stage, totals: torch.Tensor, counts: dict[str, float]) -> dict
     return loss | means
 
 
-def check_finite(loss: float, items: list[Item]) -> None:
-    """Raises UserError for a loss that is NaN or infinite. It is a sum over ranks, so all of them raise together."""
-    if not abs(loss) < float("inf"):
+def check_finite(name: str, value: float, items: list[Item]) -> None:
+    """Raises UserError for a number that is NaN or infinite. It is a sum over ranks, so all of them raise together."""
+    if not abs(value) < float("inf"):
         where = getattr(items[0], "source", "")
         raise UserError(
-            f"the loss is {loss} in the batch that begins with {where}; no step was made. Lower --lr, raise "
+            f"the {name} is {value} in the batch that begins with {where}; no step was made. Lower --lr, raise "
             "--warmup_steps, or give --dtype fp32"
         )
 

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.args import EngineConfig, check_range
+from utils.args import check_range
 from utils.errors import UserError
+from utils.run_flags import RunFlags
 
 
 @dataclass
-class FitConfig(EngineConfig):
+class FitConfig(RunFlags):
     """Model, data, sizes and schedule of a supervised run; stages inherit and set their own defaults."""
 
     hf_model_name_or_path: str = ""

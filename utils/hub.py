@@ -6,6 +6,7 @@ from pathlib import Path
 from utils.errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_BESIDE_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "onnx/*", "original/*"]
 _DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".parquet", ".txt", ".model", ".gguf", ".safetensors", ".bin", ".pt"}
 
 
@@ -31,3 +32,11 @@ def download(name: str, flag: str, **patterns: list[str]) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{flag}: cannot download {name}: {reason}; check the name, or download it first") from error
+
+
+def download_model(name: str, flag: str) -> Path:
+    """The local folder of a hub id's model: safetensors where it has them, else `.bin`. UserError as `download`."""
+    folder = download(name, flag, ignore_patterns=_BESIDE_WEIGHTS)
+    if not list(folder.glob("*.safetensors")):
+        folder = download(name, flag, allow_patterns=["*.json", "*.bin"])
+    return folder

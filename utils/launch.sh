@@ -13,8 +13,9 @@ use_threads() { # $1: processes on this machine. Shares its cores out, unless OM
 use_devices() { # $1: number of GPUs; without any, DeepSpeed is told to use the CPU
   if (($1 == 0)); then
     export DS_ACCELERATOR=cpu
-    # Keep freed memory: giving large tensors back to the system and taking them again costs 15 to 35 % of a step
-    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=67108864
+    # Keep freed memory: giving tensors back to the system and taking them again costs 15 to 35 % of a step. Those above
+    # 32 MiB go back all the same: kept, they leave holes, and a run grows by over 1 GiB
+    export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=67108864
   fi
   use_threads "$(($1 > 1 ? $1 : 1))"
 }
@@ -40,7 +41,7 @@ launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS 
   "${launcher[@]}" "$@" 2>&1 | tee -i "$log"
 }
 
-recover_command() { # $1: en or zh; $2: where the whole model belongs; $3: policy or reward
+recover_command() { # $1: en or zh; $2: where the whole model belongs; $3: sft or reward
   echo "  python merge_weight_$1.py recover --path_raw LLAMA --path_diff $(dirname "$2")/diff --path_tuned $2 --model_type $3"
 }
 
@@ -59,7 +60,7 @@ require_models() { # $1: en or zh; then names of variables. Stops with advice un
     echo "error: these do not exist (set the variables, or edit the top of run_$language.sh):"
     printf '%s\n' "${missing[@]}"
     echo "The published models are differences to LLaMA's weights. With those in a folder diff beside it, recover one by"
-    recover_command "$language" "$POLICY_MODEL" policy
+    recover_command "$language" "$POLICY_MODEL" sft
     recover_command "$language" "$REWARD_MODEL" reward
     echo "Without any of them, a small demo trains its own:"
     echo "  bash run_$language.sh --demo"

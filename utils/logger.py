@@ -4,12 +4,14 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 
 from tqdm import tqdm
 
-from utils.checkpoint import check_run_folder, check_writable
 from utils.distributed import is_main
 from utils.errors import UserError
+from utils.resume import check_folder
+from utils.run_folder import check_writable, cut_lines
 
 PROGRESS = {"score_mean": "score", "kl_ref": "kl", "response_length": "length", "loss": "loss", "accuracy": "accuracy"}
 
@@ -17,7 +19,9 @@ PROGRESS = {"score_mean": "score", "kl_ref": "kl", "response_length": "length", 
 class Stopwatch:
     """Seconds of the stages of a step."""
 
-    def __init__(self):
+    def __init__(self, on_lap: Callable[[str], None] = lambda stage: None):
+        """on_lap: told of each stage that has ended."""
+        self._on_lap = on_lap
         self._seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
@@ -26,6 +30,7 @@ class Stopwatch:
         now = time.perf_counter()
         self._seconds[f"seconds_{stage}"] = now - self._last
         self._last = now
+        self._on_lap(stage)
 
     def metrics(self, samples: int, tokens: int) -> dict[str, float]:
         """Seconds a stage; samples and response tokens, of all ranks, a second of all stages together."""
@@ -38,19 +43,18 @@ class RunLogger:
 
     folder: the run's folder, already made. logdir: TensorBoard's (None: folder/tensorboard). report_to: comma-separated
     names of accelerate's trackers besides TensorBoard ("wandb,swanlab"), "none" for none. config: what trackers store.
+    step: how many steps an earlier part of the run has made; what TensorBoard has of later ones is hidden.
     """
 
-    def __init__(self, folder: str, logdir: str | None, report_to: str, config: dict, total_steps: int):
+    def __init__(self, folder: str, logdir: str | None, report_to: str, config: dict, total_steps: int, step: int = 0):
         self.folder = folder
         self.trackers = []
         if not is_main():
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         self.logdir = logdir or os.path.join(folder, "tensorboard")
-        self.board = SummaryWriter(self.logdir)
+        self.board = self._board(step)
         self.trackers = [_tracker(name, folder, config) for name in tracker_names(report_to)]
-        self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """One step's numbers: a line of metrics.jsonl, scalars, the progress bar. A NaN is written as null."""
@@ -79,6 +83,21 @@ class RunLogger:
             _append(os.path.join(self.folder, "samples.jsonl"), {"step": step, **row})
         text = "\n\n---\n\n".join("\n\n".join(f"**{key}**: {value}" for key, value in row.items()) for row in rows)
         self.board.add_text("samples", text, step)
+
+    def rewind(self, step: int) -> None:
+        """What was written of steps after this one goes: they will be made anew."""
+        if not is_main():
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            cut_lines(os.path.join(self.folder, name), step)
+        self.board.close()
+        self.board = self._board(step)
+        self.bar.n = step
+
+    def _board(self, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self.logdir, purge_step=step + 1)
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -114,7 +133,7 @@ def check_outputs(config) -> None:
     """Raises UserError when the run's folder, --logdir or a tracker of --report_to cannot be used. Changes nothing."""
     given = [getattr(config, name) for name in INPUTS if hasattr(config, name)]
     inputs = [path for paths in given for path in (paths if isinstance(paths, list) else [paths])]
-    check_run_folder(config.model_save_path, config.overwrite, tuple(inputs))
+    check_folder(config, inputs)
     if config.logdir:
         check_writable(config.logdir, "--logdir")
     names = tracker_names(config.report_to)

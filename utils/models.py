@@ -17,12 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging
 
 from utils.errors import UserError
-from utils.hub import download, is_hub_id
+from utils.hub import download_model, is_hub_id
 from utils.tokenizer import check_vocabulary
 
 FLAG = "--hf_model_name_or_path"
 _DAMAGED = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError, EOFError)
-_NOT_NEEDED = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "onnx/*", "original/*"]
 
 
 def load_causal_lm(
@@ -50,7 +49,7 @@ def model_folder(path: str, flag: str = FLAG) -> Path:
     """The local folder of `path`, downloaded when it is a hub id. UserError unless it holds a config and weights."""
     folder = Path(path)
     if not folder.exists() and is_hub_id(str(path)):
-        folder = _download(str(path), flag)
+        folder = download_model(str(path), flag)
     if not folder.is_dir():
         raise UserError(f"{flag}: the model folder {path} does not exist; give a Hugging Face folder or a hub id")
     if not (folder / "config.json").is_file():
@@ -58,13 +57,6 @@ def model_folder(path: str, flag: str = FLAG) -> Path:
     missing = sorted({file.name for file in tensor_files(folder, flag).values() if not file.is_file()})
     if missing:
         raise UserError(f"{flag}: {path} lacks {', '.join(missing)}, which its index names; copy the folder again")
-    return folder
-
-
-def _download(name: str, flag: str) -> Path:
-    folder = download(name, flag, ignore_patterns=_NOT_NEEDED)
-    if not list(folder.glob("*.safetensors")):
-        folder = download(name, flag, allow_patterns=["*.json", "*.bin"])
     return folder
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from utils.errors import UserError
 from utils.hub import download, is_hub_id
@@ -163,6 +163,8 @@ def _from_auto(path: str) -> PreTrainedTokenizerBase:
             raise UserError(f"{FLAG}: no tokenizer in {path} (looked for {', '.join(_TOKENIZER_FILES)})")
         for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
             _read_json(local / name)
+    from transformers import AutoTokenizer  # and the machinery of models with it, which SentencePiece does without
+
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:

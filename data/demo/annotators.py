@@ -15,12 +15,8 @@ def _vader_analyzer():
 
 
 def vader(prompts: Sequence, answers: Sequence[str]) -> list[float]:
-    """VADER's share of positive words less that of negative ones, -1 to 1; 0 for an empty answer.
-
-    Not its compound score, which grows with every friendly word and so would mostly pay for length.
-    """
-    shares = [_vader_analyzer().polarity_scores(answer) for answer in answers]
-    return [float(share["pos"] - share["neg"]) for share in shares]
+    """VADER's compound score, -1 (hostile) to 1 (friendly); 0 for an empty answer."""
+    return [float(_vader_analyzer().polarity_scores(answer)["compound"]) for answer in answers]
 
 
 def snownlp_sentiment(prompts: Sequence, answers: Sequence[str]) -> list[float]:

@@ -9,6 +9,7 @@ VADER's sentiment lexicon, not a person: of two real replies to a message the fr
 import json
 import random
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ SEED = 20230711
 CONTEXT_TURNS = (3, 1)  # odd, so that the human speaks first; the longest that fits is taken
 MAX_PROMPT_TOKENS = 48
 MIN_WORDS, REPLY_WORDS = 4, (2, 24)  # of a prompt's last turn; of a reply
-MIN_DIFFERENCE = 0.2  # in the annotator's score: closer pairs carry no clear preference
+MIN_DIFFERENCE = 0.3  # in the annotator's score: closer pairs carry no clear preference
 NUM_PROMPTS = {"valid": 256, "train": 4000}
 NUM_PREFERENCES = {"valid": 300, "train": 3000}
 REWARD_LAYERS = 10  # of 30: enough to judge friendliness, and judge and critic cost a third on two cores
@@ -112,14 +113,21 @@ def take_unique(candidates: Iterable[Exchange], count: int, seen: set[str]) -> l
 def preference_pairs(
     candidates: Iterable[Exchange], replies: list[tuple[int, str]], count: int, rng: random.Random
 ) -> list[dict]:
-    """Pairs of an exchange's own reply and a reply from another conversation, labelled by the annotator.
+    """Pairs of an exchange's own reply and one of as many words from another conversation, labelled by the annotator.
 
+    Of as many words, or the reward model would learn that friendly replies are short, and PPO would follow that.
     replies: (conversation, text) of every reply that may stand against an exchange's own.
     """
+    by_words = defaultdict(list)
+    for conversation, text in replies:
+        by_words[len(text.split())].append((conversation, text))
     pairs = []
     for exchange in candidates:
-        conversation, other = rng.choice(replies)
-        if conversation == exchange.conversation or other == exchange.reply or not is_reply(exchange.reply):
+        if not is_reply(exchange.reply):
+            continue
+        others = by_words[len(exchange.reply.split())]
+        conversation, other = rng.choice(others) if others else (exchange.conversation, "")
+        if conversation == exchange.conversation or other == exchange.reply:
             continue
         pair = label(exchange.reply, other, exchange.context, vader([], [exchange.reply, other]))
         if pair:

@@ -112,15 +112,29 @@ def test_a_score_that_is_not_finite_on_one_rank_stops_both(inputs, tmp_path):
     assert "Traceback" not in result.stderr
     for rank in (0, 1):
         assert re.search(rf"error \[rank {rank}\]: the score of response \d of this step is not finite", result.stderr)
-    assert {file.name for file in out.iterdir()} <= {"config.json", "tensorboard"}
+    assert re.search(
+        r"is not finite \(rank [01]\).*\[step 1, batch in .*bad_batches/step_1_1.safetensors\]", result.stderr
+    )
+    assert (out / "bad_batches" / "step_1_1.safetensors").exists()
+    assert {file.name for file in out.iterdir()} <= {"config.json", "tensorboard", "bad_batches"}
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
-def test_stages_export_the_same_policy_in_bf16(inputs, tmp_path, zero_stage):
-    """One process. Weights of bf16 have 8 bits: neighbours are at most 2^-7 of their size apart."""
-    for name, stage in (("expected", 2), ("run", zero_stage)):
-        main(run_flags(inputs, tmp_path / name, dtype="bf16", zero_stage=stage, lr=1e-3))
-    expected = weights(tmp_path / "expected")
-    for name, tensor in weights(tmp_path / "run").items():
+BF16 = {"dtype": "bf16", "lr": 1e-3}
+
+
+def assert_equal_in_bf16(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Weights of bf16 have 8 bits: neighbours are at most 2^-7 of their size apart."""
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
         assert tensor.dtype == torch.bfloat16
         torch.testing.assert_close(tensor, expected[name], rtol=2**-7, atol=1e-6)
+
+
+def test_stages_export_the_same_policy_in_bf16_on_two_ranks(two_ranks):
+    assert_equal_in_bf16(weights(two_ranks(**GATHERED, **BF16)), weights(two_ranks(zero_stage=2, **BF16)))
+
+
+def test_stages_export_the_same_policy_in_bf16_on_one(inputs, tmp_path):
+    for name, stage in (("expected", 2), ("run", 1)):
+        main(run_flags(inputs, tmp_path / name, zero_stage=stage, **BF16))
+    assert_equal_in_bf16(weights(tmp_path / "run"), weights(tmp_path / "expected"))

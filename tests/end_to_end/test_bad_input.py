@@ -244,7 +244,7 @@ def stops_before_a_step(inputs, out, capfd, monkeypatch, **changes) -> str:
     error = error_of(run_flags(inputs, out, **changes), capfd, monkeypatch)
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    assert {file.name for file in out.iterdir()} <= {"config.json", "tensorboard"}
+    assert {file.name for file in out.iterdir()} <= {"config.json", "tensorboard", "bad_batches"}
     return error
 
 

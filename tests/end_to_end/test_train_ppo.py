@@ -142,7 +142,8 @@ def test_as_a_user_types_it(run, inputs, tmp_path):
         assert row == pytest.approx(expected, rel=1e-4, abs=2e-5)
 
 
-def test_ctrl_c_leaves_no_debris(inputs, tmp_path):
+@pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
+def test_a_signal_saves_after_the_step_and_leaves_no_debris(inputs, tmp_path, number, code, name):
     out = tmp_path / "run"
     command = [sys.executable, "train_ppo.py", *run_flags(inputs, out, train_steps=100000)]
     process = subprocess.Popen(
@@ -152,12 +153,24 @@ def test_ctrl_c_leaves_no_debris(inputs, tmp_path):
         deadline = time.monotonic() + 120
         while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=30)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
-    assert stderr.splitlines()[-1] == "stopped by Ctrl-C"
+    assert process.returncode == code
+    assert "stopping at the end of this step" in stderr
     assert "Traceback" not in stderr
+    steps = len(read_metrics(out))
+    assert f"stopped by {name} after step {steps}; the same command goes on" in stdout
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step_{steps}"]
     written = {path.name for path in out.iterdir()}
-    assert written <= {"config.json", "metrics.jsonl", "samples.jsonl", "tensorboard", "best"}
+    assert written <= {"config.json", "metrics.jsonl", "samples.jsonl", "tensorboard", "best", "checkpoints"}
+
+
+def test_out_of_time_saves_and_says_so_by_its_code(inputs, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        main(run_flags(inputs, out, train_steps=5, max_hours=1e-9))
+    assert stopped.value.code == 75
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_1"]
+    assert not (out / "final").exists()

@@ -17,14 +17,14 @@ def words(context: list[str]) -> int:
 
 
 def chat(number: int, num_turns: int = 8) -> list[str]:
-    mood = ("I love this great idea", "that is a terrible awful plan")
+    mood = ("I love this really great idea", "that is a terrible awful plan")
     return [f"{mood[turn % 2]} number {number} of {turn}" for turn in range(num_turns)]
 
 
-def test_vader_is_the_share_of_positive_less_that_of_negative_words():
-    # The lexicon rates "good" 1.9 and "bad" -2.5, each counted plus 1; the neutral word counts 1.
-    positive, negative = 2.9 / 3.9, 3.5 / 4.5
-    assert vader([""] * 3, ["good table", "bad table", ""]) == pytest.approx([positive, -negative, 0.0], abs=1e-3)
+def test_vader_is_the_compound_score():
+    # The lexicon rates "good" 1.9 and "bad" -2.5; the compound of a sum s is s / sqrt(s^2 + 15).
+    positive, negative = 1.9 / (1.9**2 + 15) ** 0.5, 2.5 / (2.5**2 + 15) ** 0.5
+    assert vader([""] * 3, ["good table", "bad table", ""]) == pytest.approx([positive, -negative, 0.0], abs=1e-4)
 
 
 def test_snownlp_tells_reviews_apart_and_calls_nothing_neutral():
@@ -58,14 +58,14 @@ def test_replies_have_2_to_24_words():
 
 
 def test_the_higher_score_is_chosen_and_close_pairs_are_left_out():
-    pair = english.label("fine", "bad", ["hello"], (-0.1, 0.1))
+    pair = english.label("fine", "bad", ["hello"], (-0.2, 0.2))
     assert (pair["chosen"][-1]["content"], pair["rejected"][-1]["content"]) == ("bad", "fine")
     assert pair["chosen"][:-1] == pair["rejected"][:-1] == english.messages(["hello"])
-    assert english.label("fine", "bad", ["hello"], (0.3, 0.11)) is None
+    assert english.label("fine", "bad", ["hello"], (0.3, 0.01)) is None
 
 
-def test_a_pair_never_comes_from_one_conversation():
-    conversations = [chat(number) for number in range(4)]
+def test_a_pair_never_comes_from_one_conversation_and_has_as_many_words_on_either_side():
+    conversations = [[*chat(number), "what a great and lovely thing"] for number in range(4)]
     replies = [(number, turn) for number in range(4) for turn in conversations[number][1:]]
     candidates = english.exchanges(conversations, [0, 1, 2, 3], words, random.Random(1))
     pairs = english.preference_pairs(candidates, replies, 10, random.Random(2))
@@ -75,6 +75,7 @@ def test_a_pair_never_comes_from_one_conversation():
         assert "great" in chosen
         assert "terrible" in rejected
         assert chosen.split()[-3] != rejected.split()[-3]
+        assert len(chosen.split()) == len(rejected.split())
 
 
 def test_prompts_are_unique_apart_from_case_and_punctuation():

@@ -88,7 +88,8 @@ def test_trap_04_ratio_is_one_before_the_first_step(padding, tmp_path):
     experience, config = scored(rollout, models, micro_batch_tokens=1000)
     for micro_batch_tokens in (1, 20, 1000):
         config = replace(config, micro_batch_tokens=micro_batch_tokens)
-        sums = policy_backward(models.policy, experience, config, None)
+        sums, problem = policy_backward(models.policy, experience, config, None)
+        assert problem is None
         assert sums["ratio_mean"] / sums["policy_tokens"] == pytest.approx(1.0, abs=1e-6)
         assert sums["clip_fraction"] == 0.0 and sums["approx_kl"] == pytest.approx(0.0, abs=1e-9)
 
@@ -122,7 +123,7 @@ def test_trap_06_what_is_sampled_is_what_is_trained_on():
         expected = logprobs.gather(-1, rollout.sequences[:, 1:, None]).squeeze(-1)
         torch.testing.assert_close(found[mask], expected[mask[:, 1:]], atol=1e-5, rtol=1e-5)
     experience = make_experience(rollout, scores, RunningMoments(), config)
-    sums = policy_backward(models.policy, experience, config, None)  # the update knows of the temperature too
+    sums, _ = policy_backward(models.policy, experience, config, None)  # the update knows of the temperature too
     assert sums["approx_kl"] == pytest.approx(0.0, abs=1e-9)
     defaults = ppo_config()
     assert Sampling(defaults.temperature, defaults.topp, defaults.repetition_penalty) == Sampling(1.0, 1.0, 1.0)

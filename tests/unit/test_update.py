@@ -124,7 +124,7 @@ def test_pretraining_joins_the_same_step_with_its_weight():
     experience, config = scored(rollout_by_hand(), models, ppo_pretrain_loss_weight=0.5)
     policy_backward(models.policy, experience, config, None)
     alone = models.policy.gradients()
-    sums = policy_backward(models.policy, experience, replace(config, micro_batch_tokens=4), PRETRAIN)
+    sums, _ = policy_backward(models.policy, experience, replace(config, micro_batch_tokens=4), PRETRAIN)
     together = models.policy.gradients()
     lm = models.policy.module.lm
     nll = [

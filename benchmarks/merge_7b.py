@@ -1,0 +1,161 @@
+"""How fast a 7B model is recovered, and in how much memory:   python benchmarks/merge_7b.py [--layers 8 16 32]
+
+Writes a float16 base and model in LLaMA-7B's shapes (random weights, 32 layers unless told), makes the diff, and then
+times, each as a process of its own and with its inputs dropped from the page cache:
+
+  cp            the base copied to the disk and the diff to /dev/null, which reads and writes just what recover does
+  cp, synced    and until the copy is on the disk, which recover waits for too
+  recover       with a manifest: SHA-256 of base, diff and result
+  published     without one, as the published diffs are: SHA-256 of the result, for its manifest
+  verify        of what was recovered
+
+Prints the median of the repeats, peak resident memory (without page cache; imports included) and the ratio to cp, a
+line a size. Takes up to 54 GB of disk for 7B under --folder, all of it removed in the end.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from utils.manifest import FILE as MANIFEST
+from utils.shards import ShardWriter
+from utils.tensor_stream import as_bytes
+
+REPOSITORY = Path(__file__).parents[1]
+HIDDEN, INTERMEDIATE, VOCAB = 4096, 11008, 32000
+SHARD = 5_000_000_000  # bytes
+COLUMNS = ("cp", "cp, synced", "recover", "published", "verify")
+
+
+def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of LLaMA-7B's tensors, with this number of layers."""
+    square, wide, tall = (HIDDEN, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
+    layer = {f"self_attn.{name}_proj": square for name in "qkvo"}
+    layer |= {"mlp.gate_proj": wide, "mlp.up_proj": wide, "mlp.down_proj": tall}
+    layer |= {"input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,)}
+    found = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    found |= {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in layer.items()}
+    return found | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
+
+
+def write_model(folder: Path, layers: int, seed: int) -> int:
+    """A float16 model of normal weights, deviation 0.02. Returns its bytes."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    # Over and over; of another length in each model, so that no pair of values, and no rounding of one, comes twice.
+    values = as_bytes((0.02 * torch.randn(8_000_000 + seed, generator=generator)).half())
+    position = 0
+    with ShardWriter(folder, SHARD, list(shapes(layers))) as writer:
+        for name, shape in shapes(layers).items():
+            left = 2 * torch.Size(shape).numel()
+            writer.start(name, "float16", shape, left)
+            while left:
+                piece = values[position : position + left]
+                writer.write(piece)
+                left -= len(piece)
+                position = (position + len(piece)) % len(values)
+        writer.finish()
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "vocab_size": VOCAB, "num_attention_heads": 32}
+    config = {"model_type": "llama", "num_hidden_layers": layers, **sizes}
+    (folder / "config.json").write_text(json.dumps(config))
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def drop_from_cache(*folders: Path) -> None:
+    """The files are read from the disk next time. What has not reached it yet is written first."""
+    for file in (file for folder in folders for file in folder.iterdir()):
+        handle = os.open(file, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+def timed(*command: str | Path) -> tuple[float, float]:
+    """Runs a command; (seconds, GiB of peak resident memory). Its output is shown when it fails."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=REPOSITORY, text=True)
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{output}")
+    return time.perf_counter() - start, usage.ru_maxrss / 2**20
+
+
+def merge(command: str, tuned: Path, *flags: str | Path) -> tuple[float, float]:
+    """`timed` of merge_weight_en.py."""
+    return timed(sys.executable, "merge_weight_en.py", command, "--path_tuned", tuned, *flags)
+
+
+def copy(raw: Path, diff: Path, target: Path) -> tuple[float, float]:
+    """(seconds of cp, seconds until it is on the disk too)."""
+    drop_from_cache(raw, diff)
+    start = time.perf_counter()
+    timed("cp", "-r", "--reflink=never", raw, target)
+    for file in diff.glob("*.safetensors"):
+        timed("cp", file, "/dev/null")
+    copied = time.perf_counter() - start
+    timed("sync", *target.iterdir())
+    return copied, time.perf_counter() - start
+
+
+def measure(place: Path, layers: int, repeats: int) -> str:
+    """One line of the table."""
+    raw, model, diff, bare = (place / name for name in ("raw", "model", "diff", "bare_diff"))
+    size = write_model(raw, layers, 1)
+    write_model(model, layers, 2)
+    merge("make_diff", model, "--path_raw", raw, "--path_diff", diff, "--model_type", "policy")
+    shutil.rmtree(model)
+    bare.mkdir()
+    for file in diff.iterdir():
+        if file.name != MANIFEST:
+            (bare / file.name).symlink_to(file)
+    seconds: dict[str, list[float]] = {}
+    memory = []
+    for _ in range(repeats):
+        for name, value in zip(("cp", "cp, synced"), copy(raw, diff, place / "copy")):
+            seconds.setdefault(name, []).append(value)
+        shutil.rmtree(place / "copy")
+        for name, source in (("recover", diff), ("published", bare)):
+            drop_from_cache(raw, diff)
+            flags = ("--path_raw", raw, "--path_diff", source, "--model_type", "policy")
+            taken, peak = merge("recover", place / "tuned", *flags)
+            seconds.setdefault(name, []).append(taken)
+            memory.append(peak)
+            if name == "recover":
+                drop_from_cache(place / "tuned")
+                seconds.setdefault("verify", []).append(merge("verify", place / "tuned")[0])
+            shutil.rmtree(place / "tuned")
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    columns = [f"{layers}", f"{size / 1e9:.1f}", *(f"{medians[name]:.1f}" for name in COLUMNS)]
+    columns += [f"{medians[name] / medians['cp']:.2f}" for name in ("recover", "published")]
+    return " | ".join([*columns, f"{max(memory):.2f}"])
+
+
+def main() -> None:
+    """Measures every size and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--layers", type=int, nargs="+", default=[32], help="sizes to measure")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", default=REPOSITORY / "outputs", help="where to write; on the disk to be measured")
+    options = parser.parse_args()
+    Path(options.folder).mkdir(exist_ok=True)
+    print(" | ".join(["layers", "GB", *(f"{name}, s" for name in COLUMNS), "recover / cp", "published / cp", "GiB"]))
+    for layers in options.layers:
+        with tempfile.TemporaryDirectory(dir=options.folder, prefix="merge_7b.") as place:
+            print(measure(Path(place), layers, options.repeats), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Rebuild the English 7B models (reward, SFT, policy) from LLaMA-7B and their published weight diffs.
+
+  python merge_weight_en.py recover --model_type sft --path_raw models/llama-7b-hf \\
+      --path_diff models/moss-rlhf-sft-model-7B-en/diff --path_tuned models/moss-rlhf-sft-model-7B-en/recover
+  python merge_weight_en.py verify --path_tuned models/moss-rlhf-sft-model-7B-en/recover
+  python merge_weight_en.py make_diff --model_type sft --path_raw BASE --path_tuned MY_MODEL --path_diff NEW_FOLDER
+
+The base is LLaMA-7B in Hugging Face layout; safetensors and .bin, in any number of files, in float16, bfloat16 or
+float32 will do. The result is a folder of safetensors with config and tokenizer that `--policy_model_path` and
+transformers load as it is. Nothing is loaded whole: it takes less than 1 GB of memory, and disk for the result,
+13.5 GB in 16 bits. Checked are the published sum of all weights, and the SHA-256 of every tensor where a diff has a
+manifest, as those of make_diff have. `COMMAND --help` lists a command's flags.
+"""
+
+from utils.release import Release
+from utils.weight_commands import run
+
+RELEASE = Release(
+    base="LLaMA-7B in Hugging Face layout",
+    totals={"reward": 50810.703125, "sft": 50874.84765625, "policy": None},  # none is published for the policy
+    template="moss_en",
+)
+
+if __name__ == "__main__":
+    run(RELEASE, __doc__)

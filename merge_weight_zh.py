@@ -1,0 +1,24 @@
+"""Rebuild the Chinese 7B reward model from LLaMA-7B and its published weight diff.
+
+  python merge_weight_zh.py recover --path_raw models/llama-7b-hf \\
+      --path_diff models/moss-rlhf-reward-model-7B-zh/diff --path_tuned models/moss-rlhf-reward-model-7B-zh/recover
+  python merge_weight_zh.py verify --path_tuned models/moss-rlhf-reward-model-7B-zh/recover
+  python merge_weight_zh.py make_diff --path_raw BASE --path_tuned MY_MODEL --path_diff NEW_FOLDER
+
+The base is LLaMA-7B in Hugging Face layout, for the Chinese diff too: the model was trained from OpenChineseLLaMA, but
+the diff was not made against it. All else is as merge_weight_en.py --help says. `COMMAND --help` lists a command's
+flags.
+"""
+
+from utils.release import Release
+from utils.weight_commands import run
+
+RELEASE = Release(
+    base="LLaMA-7B in Hugging Face layout, not OpenChineseLLaMA",
+    totals={"reward": 49954.0859375, "sft": None, "policy": None},  # only the reward model's is published
+    template="moss_zh",
+    default_type="reward",
+)
+
+if __name__ == "__main__":
+    run(RELEASE, __doc__)

@@ -1,0 +1,197 @@
+"""A run: what it is made of, what of it changes, and what happens between two steps of the loop."""
+
+from dataclasses import dataclass, field
+
+from data.order import order
+from data.prompts import Prompt
+from data.template import decode_answer
+from ppo.alarms import MAX_ROLLBACKS, alarms
+from ppo.config import PPOConfig
+from ppo.evaluate import BestRule, evaluate, own_share
+from ppo.experience import score_problem
+from ppo.models import Models
+from ppo.pretrain import PretrainStream
+from ppo.rollout import response_ids
+from ppo.sampling import EVALUATION
+from ppo.score import RewardFunction
+from ppo.types import Batch, PromptBatch, Rollout, Scores
+from utils.checkpoint import save_batches
+from utils.distributed import barrier, is_main
+from utils.errors import UserError
+from utils.export import save_causal_lm
+from utils.keeper import Keeper
+from utils.logger import RunLogger
+from utils.moments import RunningMoments
+from utils.schedule import lr_factor
+
+
+@dataclass
+class RunState:
+    """What changes during a run, besides the engines: what a checkpoint keeps."""
+
+    best: BestRule
+    step: int = 0
+    next_place: int = 0  # place of the next prompt in the run: order and random streams follow from it
+    moments: RunningMoments = field(default_factory=RunningMoments)
+    pretrain: PretrainStream | None = None  # ptx batches, at their place
+    rollbacks: int = 0
+    left_out: int = 0  # bad batches, of the --skip_bad_batches that are tolerated
+
+    def state_dict(self) -> dict:
+        """All of it, as JSON."""
+        place = self.pretrain.place if self.pretrain else 0
+        return {
+            "step": self.step, "next_place": self.next_place, "moments": self.moments.state_dict(),
+            "best_score": self.best.best_score, "pretrain_place": place, "left_out": self.left_out,
+            "rollbacks": self.rollbacks,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on from what `state_dict` gave."""
+        self.step, self.next_place, self.left_out = state["step"], state["next_place"], state["left_out"]
+        self.moments.load_state_dict(state["moments"])
+        self.best.best_score = state["best_score"]
+        self.rollbacks = state["rollbacks"]
+        if self.pretrain:
+            self.pretrain.go_to(state["pretrain_place"])
+
+
+@dataclass
+class Run:
+    """What a run is made of; after `build` only `state` and the engines change."""
+
+    config: PPOConfig
+    tokenizer: object
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    models: Models
+    reward_fn: RewardFunction | None
+    logger: RunLogger
+    state: RunState
+    keeper: Keeper
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are made."""
+        return self.state.step >= self.config.total_steps
+
+    def next_prompts(self) -> PromptBatch:
+        """This rank's share of the next num_rollouts prompts, each with its place in the run."""
+        config, start = self.config, self.state.next_place
+        self.state.next_place += config.num_rollouts
+        chosen = [self.prompts[i] for i in order(start, config.num_rollouts, len(self.prompts), config.seed)]
+        return own_share(chosen, list(range(start, self.state.next_place)))
+
+    def learning_rates(self, step: int) -> tuple[float, float]:
+        """(policy's, critic's) at a step counted from 0. The policy's is 0 as long as only the critic trains."""
+        config = self.config
+
+        def factor(at: int, total: int) -> float:
+            return lr_factor(at, config.warmup_steps, total, config.lr_schedule)
+
+        start = config.critic_pretrain_steps
+        lr = 0.0 if step < start else config.lr * factor(step - start, config.train_steps)
+        return lr, config.critic_lr * factor(step, config.total_steps)
+
+    def refuses(self, rollout: Rollout, scores: Scores) -> bool:
+        """Whether the whole buffer is left out for a bad score; the step is then made with the next prompts."""
+        problem = score_problem(scores.scores, self.config.explosion_limit)
+        if problem:
+            self.leave_out(problem, rollout, scores)
+        return problem is not None
+
+    def leave_out(self, problem: str, *batches: Batch) -> None:
+        """Saves and counts a bad batch, the same on all ranks. Raises UserError when --skip_bad_batches are used up."""
+        config, state = self.config, self.state
+        state.left_out += 1
+        path = f"{config.model_save_path}/bad_batches/step_{state.step + 1}_{state.left_out}.safetensors"
+        where = f"step {state.step + 1}, batch in {path}"
+        if is_main() and (refusal := save_batches(path, batches)):
+            where = f"step {state.step + 1}, batch not saved: {refusal}"
+        text = f"{problem} [{where}]"
+        if state.left_out > config.skip_bad_batches:
+            raise UserError(text)
+        self.logger.say(f"warning: {text}; left out, {state.left_out} of --skip_bad_batches {config.skip_bad_batches}")
+
+    def export(self, name: str) -> None:
+        """Writes the policy to the run's folder `name`. Collective; rank 0 writes, the others wait."""
+        state = self.models.policy.full_state_dict()
+        if is_main():
+            config = self.config
+            save_causal_lm(
+                self.models.policy.module.lm.config,
+                {key.removeprefix("lm."): value for key, value in state.items()},
+                f"{config.model_save_path}/{name}",
+                self.tokenizer,
+                do_sample=True, temperature=EVALUATION.temperature, top_p=EVALUATION.topp,
+                repetition_penalty=EVALUATION.repetition_penalty, max_new_tokens=config.maxlen_res,
+            )  # fmt: skip
+        barrier()
+        self.keeper.feed(f"export of {name}/")
+
+    def after_step(self, rollout: Rollout, scores: Scores, prompts: PromptBatch, metrics: dict[str, float]) -> None:
+        """Writes the step's metrics and some texts; evaluates and keeps the best where that is due. Collective.
+
+        Last, it writes the checkpoint that is due, and hears of a wish to stop; or a collapse takes the run back.
+        """
+        config, step = self.config, self.state.step
+        if self.eval_prompts and (step % config.save_per_step == 0 or step == config.total_steps):
+            metrics = metrics | self.evaluate()
+        if config.skip_bad_batches:
+            metrics = metrics | {"bad_batches": self.state.left_out}
+        self.logger.metrics(step, metrics)
+        self.logger.samples(step, self._texts(rollout, scores, prompts))
+        self.logger.advance()
+        if not self._collapses(metrics):
+            self.keeper.after_step(self.state.state_dict(), self.logger.say)
+
+    def _collapses(self, metrics: dict[str, float]) -> bool:
+        """Whether --on_collapse rollback took the run back to its last checkpoint. Collective; says every alarm.
+
+        Prompts and random streams go on from where they are: the same ones would lead to the same end.
+        """
+        config, state = self.config, self.state
+        found = alarms(metrics, config)
+        if not found:
+            return False
+        text = f"step {state.step} looks like a collapse: {'; '.join(found)}"
+        start = None
+        if config.on_collapse == "rollback" and state.rollbacks < MAX_ROLLBACKS:
+            start = self.keeper.newest(self.logger.say)
+        if config.on_collapse == "stop" or (config.on_collapse == "rollback" and not start):
+            raise UserError(f"{text} (--on_collapse {config.on_collapse}, {state.rollbacks} rollbacks)")
+        self.logger.say(f"warning: {text}")
+        if not start:
+            return False
+        place, rollbacks = state.next_place, state.rollbacks + 1
+        self.keeper.begin(start, config.seed)
+        state.load_state_dict(start.state)
+        state.next_place, state.rollbacks = place, rollbacks
+        self.logger.rewind(state.step)
+        self.logger.say(f"back at step {state.step}, rollback {rollbacks} of {MAX_ROLLBACKS}; the prompts go on")
+        return True
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on held-out prompts, keys `eval_...`; exports best/ when the rule says so. Collective."""
+        metrics, rows = evaluate(
+            self.eval_prompts, self.models, self.reward_fn, self.tokenizer, self.config, EVALUATION
+        )
+        self.keeper.feed("evaluation")
+        better = self.state.best.improves(metrics)
+        self.logger.say(
+            f"step {self.state.step}: held-out score {metrics['score_mean']:.3f}, KL {metrics['kl_ref']:.2f}, "
+            f"length {metrics['response_length']:.1f}" + (" (best so far)" if better else "")
+        )
+        self.logger.samples(self.state.step, [{"held_out": True, **row} for row in rows[: self.config.num_samples]])
+        if better:
+            self.export("best")
+        return {f"eval_{key}": value for key, value in metrics.items()}
+
+    def _texts(self, rollout: Rollout, scores: Scores, prompts: PromptBatch) -> list[dict]:
+        """The first samples of this rank (rank 0 writes them, and its rows come first in the gathered rollout)."""
+        count = min(self.config.num_samples, len(prompts.ids))
+        answers = [decode_answer(self.tokenizer, ids) for ids in response_ids(rollout.rows(slice(count)))]
+        return [
+            {"prompt": turns[-1]["content"], "answer": answer, "score": float(value)}
+            for turns, answer, value in zip(prompts.turns, answers, scores.scores.tolist(), strict=False)
+        ]

@@ -1,0 +1,92 @@
+"""Bad numbers make no step, in any ZeRO stage, and the next batch counts again. And signs of collapse."""
+
+import math
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ppo.alarms import alarms
+from ppo.experience import score_problem
+from ppo.update import update
+from tests.parts import ppo_config, rollout_by_hand, scored, tiny_models, tiny_policy, tiny_scalar_model
+from utils.engine import TrainEngine, init_distributed, shutdown_distributed
+
+
+@pytest.fixture
+def single_process():
+    """A process group of one. Afterwards the environment is as it was: later tests start commands of their own."""
+    before = dict(os.environ)
+    init_distributed()
+    yield
+    shutdown_distributed()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def weights(engine: TrainEngine) -> torch.Tensor:
+    return torch.cat([x.flatten() for x in engine.full_state_dict().values()])
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_bad_batch_is_as_if_it_had_not_been(single_process, zero_stage):
+    """Loss of the policy, loss of the critic, and a gradient that explodes though the losses are finite."""
+    experience, config = scored(rollout_by_hand(), tiny_models(), batch_size=4, zero_stage=zero_stage)
+    limit = replace(config, explosion_limit=1e4)
+
+    def engines() -> tuple[TrainEngine, TrainEngine]:
+        critic = TrainEngine(tiny_scalar_model(seed=2), limit, "critic")
+        return TrainEngine(tiny_policy(), limit, "policy"), critic
+
+    def broken(name: str, value: float):
+        column = getattr(experience, name).clone()
+        column[experience.response_mask] = value
+        return replace(experience, **{name: column})
+
+    policy, critic = engines()
+    told: list[str] = []
+    bad = {"the loss of the policy is not finite": broken("advantages", math.nan)}
+    bad["the loss of the critic is not finite"] = broken("returns", math.inf)
+    bad["the loss of the critic is beyond --explosion_limit"] = broken("returns", 1e4)
+    bad["the gradient of the critic is not finite, or beyond --explosion_limit"] = broken("returns", 100.0)
+    before = weights(policy), weights(critic)
+    for text, batch in bad.items():
+        flags = limit
+        if text.startswith("the gradient"):
+            critic.explosion_limit = 10.0
+        update(policy, critic, batch, flags, 0, 1e-3, 1e-3, on_bad=lambda problem, _: told.append(problem))
+        assert told[-1].startswith(text)
+        critic.explosion_limit = 1e4
+        assert torch.equal(weights(policy), before[0])
+        assert torch.equal(weights(critic), before[1])
+    assert len(told) == len(bad)
+    others = engines()
+    for pair in ((policy, critic), others):
+        update(*pair, experience, limit, 0, 1e-3, 1e-3)
+    assert torch.equal(weights(policy), weights(others[0])) and not torch.equal(weights(policy), before[0])
+    assert torch.equal(weights(critic), weights(others[1])) and not torch.equal(weights(critic), before[1])
+
+
+def test_scores_beyond_the_limit_are_named_with_their_rank(monkeypatch):
+    monkeypatch.setattr("ppo.experience.world_size", lambda: 2)
+    assert score_problem(torch.tensor([0.0, 1.0, -2.0, 3.0]), 5.0) is None
+    assert score_problem(torch.tensor([0.0, 1.0, math.nan, 3.0]), 5.0).startswith(
+        "the score of response 2 of this step is not finite (rank 1); look"
+    )
+    assert "response 0 of this step is -6, beyond --explosion_limit (rank 0, 1)" in score_problem(
+        torch.tensor([-6.0, 1.0, 2.0, math.inf]), 5.0
+    )
+
+
+def test_alarms_by_threshold():
+    metrics = {"kl_ref": 101.0, "perplexity": 1.01, "eos_fraction": 0.1, "response_length": 3.0, "score_std": 0.0}
+    assert alarms(metrics, ppo_config()) == [
+        "kl_ref 101 is past --alarm_kl 100",
+        "perplexity 1.01 is past --alarm_perplexity 1.05",
+    ]
+    flags = {"alarm_kl": 0, "alarm_perplexity": 0, "alarm_eos": 0.2, "alarm_length": 4, "alarm_score_std": 1e-3}
+    assert [text.split()[0] for text in alarms(metrics, ppo_config(**flags))] == [
+        "eos_fraction", "response_length", "score_std",
+    ]  # fmt: skip
+    assert not alarms(metrics, ppo_config(alarm_kl=0, alarm_perplexity=0))

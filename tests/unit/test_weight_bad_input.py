@@ -1,0 +1,380 @@
+"""The merge commands refuse bad input: one line that names flag or file and a remedy, exit code 2, target untouched."""
+
+import fcntl
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from merge_weight_en import RELEASE as ENGLISH
+from merge_weight_zh import RELEASE as CHINESE
+from tests.weights import CONFIG, LAYOUTS, constant_weights, load_folder, random_weights, save_folder
+from utils import shards
+from utils.weight_commands import run
+
+Q_PROJ, UP_PROJ = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A base and a published diff; RELEASE has no sum for a policy."""
+    save_folder(tmp_path / "raw", random_weights(1, torch.float16))
+    save_folder(tmp_path / "diff", random_weights(2, torch.float16))
+    return tmp_path
+
+
+def command_line(tmp_path, **changes) -> list[str]:
+    """`recover` of a policy, with flags changed (None leaves one out)."""
+    paths = {f"path_{name}": tmp_path / name for name in ("raw", "diff", "tuned")}
+    flags = paths | {"model_type": "policy"} | changes
+    command = [str(flags.pop("command", "recover"))]
+    for name, value in flags.items():
+        command += [] if value is None else [f"--{name}", str(value)]
+    return command
+
+
+@pytest.fixture
+def refused(folders, capsys):
+    """Asserts that the command is refused in one line before there is a target; gives that line."""
+
+    def check(release=ENGLISH, target="tuned", **changes) -> str:
+        before = {path: path.stat().st_mtime_ns for path in (folders / "raw", folders / "diff")}
+        existing = set(folders.iterdir())
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run(release, "", command_line(folders, **changes))
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert set(folders.iterdir()) == existing
+        assert before == {path: path.stat().st_mtime_ns for path in before}
+        return error
+
+    return check
+
+
+FLAGS = {
+    "no command": ({"command": "--help_me"}, "COMMAND"),
+    "another command": ({"command": "restore"}, "invalid choice: 'restore'.*recover.*make_diff.*verify"),
+    "a flag left out": ({"path_raw": None}, "required: --path_raw"),
+    "an unknown flag": ({"max_shards": 3}, "unrecognized.*--max_shards 3; did you mean --max_shard_size"),
+    "unknown model type": ({"model_type": "critic"}, "--model_type.*'critic'.*'reward', 'sft', 'policy'"),
+    "no model type": ({"model_type": None}, "required: --model_type"),
+    "a model type of another layout": ({"model_type": "reward"}, "--model_type reward.*lacks reward_head.weight: give"),
+    "unknown dtype": ({"dtype": "int8"}, "--dtype.*'int8'.*'float16', 'bfloat16', 'float32'"),
+    "a shard size that is none": ({"max_shard_size": "five"}, "--max_shard_size.*five: give a size like 5GB"),
+    "an empty shard": ({"max_shard_size": "0.1B"}, "--max_shard_size.*0.1B: give a size like 5GB"),
+    "no threads": ({"threads": 0}, "--threads.*0: give a whole number"),
+    "unknown device": ({"device": "tpu"}, "--device.*tpu: give cpu, cuda"),
+    "no such GPU": ({"device": "cuda:99"}, "--device cuda:99: there is no such GPU; leave it out"),
+    "no base": ({"path_raw": "/nowhere/raw"}, "--path_raw: the folder /nowhere/raw does not exist; give"),
+    "no diff": ({"path_diff": "/nowhere/diff"}, "--path_diff: the folder /nowhere/diff does not exist; give"),
+    "hub id offline": ({"path_raw": "someone/llama"}, "--path_raw: cannot download someone/llama.*download it first"),
+}
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_flags(refused, case):
+    changes, pattern = FLAGS[case]
+    assert re.search(pattern, refused(**changes))
+
+
+def test_model_type_has_a_default_where_one_model_is_published(folders, refused):
+    assert "--model_type reward, but --path_diff lacks reward_head.weight" in refused(release=CHINESE, model_type=None)
+
+
+@pytest.mark.parametrize("flag", ["path_raw", "path_diff", "path_tuned"])
+def test_target_is_there_already(folders, refused, flag):
+    if flag == "path_tuned":
+        (folders / "tuned").mkdir()
+        (folders / "tuned" / "kept").write_text("kept")
+        assert re.search("--path_tuned .*tuned exists already: give a new folder", refused())
+        assert (folders / "tuned" / "kept").read_text() == "kept"
+    else:
+        source = folders / flag.removeprefix("path_")
+        link = folders / "link"
+        link.symlink_to(source)
+        for target in (source, link, source / ".." / source.name):
+            assert re.search(f"--path_tuned .* is the folder of --{flag}: give a new one", refused(path_tuned=target))
+
+
+def test_the_target_of_make_diff_is_the_diff(folders, refused):
+    save_folder(folders / "tuned", random_weights(3))
+    error = refused(command="make_diff")
+    assert re.search("--path_diff .*diff exists already: give a new folder", error)
+
+
+def test_target_below_a_file(folders, refused):
+    (folders / "file").write_text("kept")
+    error = refused(path_tuned=folders / "file" / "tuned")
+    assert re.search("--path_tuned .*cannot be written: .*file is not a writable folder; choose another place", error)
+
+
+def test_no_space(refused, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    assert re.search(r"--path_tuned .* needs 0\.00 GB, but 0\.00 GB are free on its disk: free some", refused())
+
+
+def test_the_disk_fills_up(folders, refused):
+    """A limit on the size of files stands in for the full disk: the same error comes out of the same call."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        error = refused()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert re.search("--path_tuned .*cannot be written .File too large.: free the disk, or give another folder", error)
+
+
+def test_no_weights_in_hugging_face_layout(folders, refused):
+    (folders / "raw" / "model.safetensors").rename(folders / "raw" / "consolidated.00.safetensors")
+    error = refused()
+    assert re.search("--path_raw: no model.safetensors or pytorch_model.bin .*raw; .*Meta's own.* converted", error)
+
+
+def test_weights_of_another_kind_of_model(folders, refused):
+    save_folder(folders / "raw", {"transformer.wte.weight": torch.ones(3, 2)})
+    assert re.search("--path_raw: no model.embed_tokens.weight in .*raw; give a LLaMA", refused())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_missing_shard(folders, refused, layout):
+    shutil.rmtree(folders / "raw")
+    save_folder(folders / "raw", random_weights(1, torch.float16), layout, shards=3)
+    (shard,) = (folders / "raw").glob("*-00002-of-00003.*")
+    shard.unlink()
+    assert re.search(f"--path_raw: .*raw lacks {shard.name}, which .*index.json names; copy", refused())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kept", [0, 3, 40, 0.5, -1])
+def test_truncated_shard(folders, refused, layout, kept):
+    shutil.rmtree(folders / "diff")
+    save_folder(folders / "diff", random_weights(2, torch.float16), layout, shards=2)
+    (shard,) = (folders / "diff").glob("*-00001-of-00002.*")
+    content = shard.read_bytes()
+    shard.write_bytes(content[: int(kept * len(content)) if 0 < kept < 1 else kept])
+    assert re.search(f"--path_diff: .*{shard.name} is .*truncated.*copy it again", refused())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_index_that_names_absent_tensors(folders, refused, layout):
+    shutil.rmtree(folders / "raw")
+    save_folder(folders / "raw", random_weights(1, torch.float16), layout, shards=2)
+    (index,) = (folders / "raw").glob("*.index.json")
+    content = json.loads(index.read_text())
+    first = content["weight_map"]["lm_head.weight"]
+    content["weight_map"] |= {f"model.layers.{i}.mlp.gate_proj.weight": first for i in range(7)}
+    index.write_text(json.dumps(content))
+    names = ", ".join(f"model.layers.{i}.mlp.gate_proj.weight" for i in range(5))
+    assert re.search(
+        f"--path_raw: {index.name} names tensors that are not in .*: {names} and 2 more; .*copy", refused()
+    )
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}', "{}"])
+def test_damaged_index(folders, refused, content):
+    (folders / "raw" / "model.safetensors.index.json").write_text(content)
+    assert re.search(r"--path_raw: .*index\.json is .*damaged.*copy it again", refused())
+
+
+def test_file_that_cannot_be_read(folders, refused):
+    """Reading this one fails even for root."""
+    (folders / "raw" / "model.safetensors").unlink()
+    (folders / "raw" / "model.safetensors").symlink_to("/proc/self/mem")
+    assert re.search(r"--path_raw: .*safetensors is not readable.*Input/output error.*copy it again", refused())
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, b"\x10" + bytes(7) + b'{"a": {}}       ', b"\xff" * 8])
+def test_file_that_is_no_safetensors(folders, refused, content):
+    (folders / "raw" / "model.safetensors").write_bytes(content)
+    assert re.search(r"--path_raw: .*safetensors is not readable, truncated or damaged.*copy it again", refused())
+
+
+class Touch:
+    """What runs when a pickle of it is loaded."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self._path}",)
+
+
+@pytest.mark.parametrize("layout", ["zip", "legacy"])
+@pytest.mark.parametrize("place", ["value", "whole"])
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(folders, refused, layout, place):
+    mark, file = folders / "ran", folders / "raw" / "pytorch_model.bin"
+    weights = random_weights(1)
+    content = weights | {"extra": Touch(mark)} if place == "value" else Touch(mark)
+    (folders / "raw" / "model.safetensors").unlink()
+    torch.save(content, file, _use_new_zipfile_serialization=layout == "zip")
+    error = refused()
+    assert re.search(
+        r"--path_raw: .*pytorch_model\.bin is refused: its pickle asks for posix\.system.*safetensors", error
+    )
+    assert not mark.exists()
+    try:
+        torch.load(file, weights_only=False)  # the code was live
+    finally:
+        assert mark.exists()
+
+
+def test_pickles_of_other_things(folders, refused):
+    (folders / "raw" / "model.safetensors").unlink()
+    file, weights = folders / "raw" / "pytorch_model.bin", random_weights(1)
+    for content, pattern in (
+        ({"state_dict": weights}, "damaged .not a state dict of tensors alone"),
+        ([1, 2], "damaged .not a state dict of tensors alone"),
+        (weights | {UP_PROJ: weights[UP_PROJ].T}, "damaged .a tensor that is not contiguous; save it again"),
+        (torch.nn.Linear(2, 2), "is refused: its pickle asks for torch.nn.modules.linear.Linear"),
+    ):
+        torch.save(content, file)
+        assert re.search(f"--path_raw: .*{pattern}", refused())
+
+
+def without(weights, *names):
+    return {name: value for name, value in weights.items() if name not in names}
+
+
+def test_key_sets_that_differ(folders, refused):
+    raw, diff = random_weights(1, torch.float16), random_weights(2, torch.float16)
+    save_folder(folders / "raw", without(raw, UP_PROJ))
+    assert re.search(f"--path_raw lacks 1 tensors that --path_diff has: {UP_PROJ}; give", refused())
+    save_folder(folders / "raw", raw)
+    save_folder(folders / "diff", without(diff, "lm_head.weight"))
+    assert re.search("--path_diff lacks 1 tensors that --path_raw has: lm_head.weight; give", refused())
+    save_folder(folders / "diff", without(diff, *[name for name in diff if "layers" in name]))
+    assert re.search(
+        r"--path_diff lacks 6 tensors that --path_raw has: (model.layers[\w.]+, ){4}model[\w.]+ and 1 more", refused()
+    )
+
+
+def test_shapes_that_differ(folders, refused):
+    diff = random_weights(2, torch.float16)
+    save_folder(folders / "diff", diff | {UP_PROJ: diff[UP_PROJ][:-1].clone()})
+    shapes = r"has shape \[20, 8\] in --path_raw and \[19, 8\] in --path_diff"
+    assert re.search(f"{UP_PROJ} {shapes}; give folders of models of one size", refused())
+
+
+def test_mixed_dtypes(folders, refused):
+    diff = random_weights(2, torch.float16)
+    save_folder(folders / "diff", diff | {UP_PROJ: diff[UP_PROJ].float()})
+    error = refused()
+    assert re.search(r"--path_diff mixes dtypes: .*; give weights that are all of one dtype", error)
+    assert f"float32 ({UP_PROJ})" in error
+    save_folder(folders / "diff", {name: value.to(torch.int8) for name, value in diff.items()})
+    assert re.search(r"--path_diff holds int8 .*: give weights in one of float16, bfloat16, float32", refused())
+
+
+@pytest.mark.parametrize(
+    ("side", "value"), [("raw", torch.nan), ("diff", torch.nan), ("raw", torch.inf), ("diff", -torch.inf)]
+)
+def test_result_that_is_not_finite(folders, refused, side, value):
+    weights = load_folder(folders / side)
+    weights[Q_PROJ][3, 5] = value
+    save_folder(folders / side, weights)
+    assert re.search(f"{Q_PROJ} of the recovered model holds NaN or Inf: .*copy", refused())
+
+
+def test_result_beyond_the_range_of_its_dtype(folders, refused):
+    for side in ("raw", "diff"):
+        save_folder(folders / side, constant_weights(40000.0, torch.float16))
+    assert re.search("of the recovered model has values beyond the range of float16: give --dtype float32", refused())
+
+
+def test_wrong_base_shows_in_the_sum(folders, refused):
+    pattern = "the sum of all tensors is .*, that published for --model_type {} is {}: give {} as --path_raw, or copy"
+    assert re.search(pattern.format("sft", "50874.8477", "LLaMA-7B .*layout"), refused(model_type="sft"))
+    save_folder(folders / "diff", random_weights(2, torch.float16, reward_head=True))
+    error = refused(release=CHINESE, model_type="reward")
+    assert re.search(pattern.format("reward", "49954.0859", "LLaMA-7B .*not OpenChineseLLaMA"), error)
+
+
+def test_wrong_base_shows_in_the_manifest(folders, capsys, refused):
+    shutil.move(folders / "diff", folders / "model")
+    run(ENGLISH, "", command_line(folders, command="make_diff", path_tuned=folders / "model"))
+    raw = load_folder(folders / "raw")
+    save_folder(folders / "raw", raw | {Q_PROJ: raw[Q_PROJ] * 2})
+    assert re.search(f"{Q_PROJ} of --path_raw is not the tensor that this diff was made against: give LLaMA", refused())
+
+
+def test_a_recovered_model_is_no_diff(folders, refused):
+    run(ENGLISH, "", command_line(folders, path_tuned=folders / "model"))
+    assert re.search(
+        "--path_diff .* is a recovered model.*give the folder of a diff", refused(path_diff=folders / "model")
+    )
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "3", "{}", '{"total": 1}', '{"total": 1, "tuned": {"dtype": "int8", "sha256": {}}}']
+)
+def test_damaged_manifest(folders, refused, content):
+    (folders / "diff" / "weight_manifest.json").write_text(content)
+    assert re.search(r"--path_diff: .*weight_manifest\.json is .*damaged.*copy it again", refused())
+
+
+def test_config_that_is_absent_or_of_another_model(folders, refused):
+    (folders / "diff" / "config.json").write_text(json.dumps(CONFIG | {"model_type": "gpt2"}))
+    assert re.search("--path_diff: .*config.json is not of a LLaMA model; copy", refused())
+    for side in ("raw", "diff"):
+        (folders / side / "config.json").unlink()
+    assert re.search("no config.json in --path_diff or --path_raw; copy it there", refused())
+
+
+def test_damaged_tokenizer(folders, refused):
+    (folders / "diff" / "tokenizer.model").write_bytes(b"no tokenizer")
+    assert re.search("--path_diff: .*tokenizer.model is damaged.*copy it again", refused())
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C works here as in a terminal; a shell starts its background jobs with SIGINT ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_leaves_no_target_and_the_next_run_works(folders, monkeypatch, stop, code):
+    write = shards.ShardWriter.write
+
+    def interrupted(writer, data):
+        os.kill(os.getpid(), stop)
+        write(writer, data)
+
+    before, handler = set(folders.iterdir()), signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(shards.ShardWriter, "write", interrupted)
+        run(ENGLISH, "", command_line(folders))
+    assert stopped.value.code == code
+    assert set(folders.iterdir()) == before
+    run(ENGLISH, "", command_line(folders))
+    assert (folders / "tuned" / "model.safetensors").is_file()
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_what_a_killed_run_left_goes_and_what_others_wrote_stays(folders, refused):
+    partial = folders / "tuned.partial"
+    partial.mkdir()
+    (partial / "model-00001.safetensors").write_text("half")
+    assert re.search(
+        "--path_tuned: .*tuned.partial is in the way, and no run of this command has left it: move", refused()
+    )
+    assert (partial / "model-00001.safetensors").read_text() == "half"
+    (partial / ".being-written").touch()
+    with open(partial / ".being-written") as mark:
+        fcntl.flock(mark, fcntl.LOCK_EX)
+        assert re.search("--path_tuned: another run is writing .*tuned.partial: wait for it", refused())
+    run(ENGLISH, "", command_line(folders))
+    assert not partial.exists()
+    assert not list((folders / "tuned").glob(".*"))
+    assert not (folders / "tuned" / "model-00001.safetensors").exists()

@@ -1,0 +1,68 @@
+"""What stands between a run and its loss, the same for every stage: checkpoints, signals, the watchdog."""
+
+import os
+from typing import Self
+
+from utils import checkpoint
+from utils.checkpoint import Checkpoint, Engines, Say
+from utils.distributed import rank
+from utils.engine import device
+from utils.random_state import seed_streams
+from utils.resume import identity
+from utils.run_flags import RunFlags
+from utils.stop import NAMES, Stop
+from utils.watchdog import Watchdog
+
+
+class Keeper:
+    """Use it as a context around the loop; tell it after each step. `feed` it wherever something got done.
+
+    `code`: the exit code with which the run has to stop now, 0 to go on; the same on every rank.
+    """
+
+    def __init__(self, config: RunFlags, engines: Engines, total_steps: int):
+        self._config = config
+        self._engines = engines
+        self._folder = os.path.join(config.model_save_path, "checkpoints")
+        self._total_steps = total_steps
+        self._stop = Stop(config.max_hours)
+        self._watchdog = Watchdog(config.hang_timeout, rank())
+        self.feed = self._watchdog.feed
+        self.code = 0
+
+    def __enter__(self) -> Self:
+        self._stop.__enter__()
+        self._watchdog.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._watchdog.__exit__(*error)
+        self._stop.__exit__(*error)
+
+    def begin(self, start: Checkpoint | None, seed: int) -> None:
+        """Engines and random streams as they were at `start`; None: streams of the seed and the rank. Collective."""
+        if start:
+            checkpoint.restore(start, self._engines)
+        else:
+            seed_streams(seed, rank())
+
+    def newest(self, say: Say) -> Checkpoint | None:
+        """The run's last whole checkpoint. Collective."""
+        return checkpoint.newest(self._folder, say)
+
+    def after_step(self, state: dict, say: Say) -> None:
+        """One rank's wish to stop becomes that of all; a checkpoint is written that is due, or needed now. Collective.
+
+        state: the run's own numbers, JSON, with "step".
+        """
+        self.feed("step")
+        step, every = state["step"], self._config.checkpoint_per_step
+        code = self._stop.agree(device())
+        self.code = code if step < self._total_steps else 0  # nothing is left to stop
+        if every and (step % every == 0 or self.code):
+            state = state | {"flags": identity(self._config)}
+            checkpoint.save(self._folder, state, self._engines, self._config.keep_checkpoints, say)
+            self.feed("checkpoint")
+        if self.code:
+            after = "the same command goes on from its checkpoint" if every else "without a checkpoint"
+            say(f"stopped by {NAMES[code]} after step {step}; {after}")

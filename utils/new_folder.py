@@ -1,0 +1,87 @@
+"""Folders that appear whole or not at all: written beside their place, flushed to the disk, then renamed."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.run_folder import check_writable
+
+_MARK = ".being-written"  # locked while its folder is; what a killed run leaves behind is not
+
+
+def check_new_folder(path: str, flag: str, sources: dict[str, str]) -> None:
+    """Raises UserError when `path` exists, is one of `sources` (flag -> path) or cannot be made. Changes nothing."""
+    for other, source in sources.items():
+        if os.path.realpath(source) == os.path.realpath(path):
+            raise UserError(f"{flag} {path} is the folder of {other}: give a new one")
+    if os.path.lexists(path):
+        raise UserError(f"{flag} {path} exists already: give a new folder, or remove it first")
+    check_writable(path, flag)
+
+
+def check_space(path: str, flag: str, needed: int) -> None:
+    """Raises UserError unless `needed` bytes are free where `path` is to be."""
+    parent = os.path.abspath(path)
+    while not os.path.isdir(parent):
+        parent = os.path.dirname(parent)
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UserError(
+            f"{flag} {path} needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk: free some, or "
+            "give a folder on another disk"
+        )
+
+
+@contextlib.contextmanager
+def new_folder(path: str, flag: str) -> Iterator[Path]:
+    """Yields a folder beside `path` that becomes it when the block ends well, and goes when it does not.
+
+    What an earlier, killed run has left is removed first. Raises UserError when the disk fails, or when another run is
+    writing the same folder.
+    """
+    partial = Path(f"{os.path.abspath(path)}.partial")
+    try:
+        _remove_leftover(partial, flag)
+        os.makedirs(partial)
+        with open(partial / _MARK, "wb") as mark:
+            fcntl.flock(mark, fcntl.LOCK_EX)
+            try:
+                yield partial
+                (partial / _MARK).unlink()
+                for file in [*partial.iterdir(), partial]:
+                    _flush(file)
+                if os.path.lexists(path):
+                    raise UserError(f"{flag} {path} has appeared meanwhile: give another folder")
+                os.rename(partial, path)
+                _flush(partial.parent)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"{flag} {path} cannot be written ({error.strerror or error}): free the disk, or give another folder"
+        ) from error
+
+
+def _remove_leftover(partial: Path, flag: str) -> None:
+    if not os.path.lexists(partial):
+        return
+    if not (partial / _MARK).is_file():
+        raise UserError(f"{flag}: {partial} is in the way, and no run of this command has left it: move it")
+    with open(partial / _MARK, "rb") as mark:
+        try:
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{flag}: another run is writing {partial}: wait for it, or stop it") from None
+        shutil.rmtree(partial)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,46 @@
+"""The global random streams of a process. Sampling and data order do not use them; dropout and --reward_fn may."""
+
+import random
+
+import numpy as np
+import torch
+
+
+def seed_streams(seed: int, rank: int) -> None:
+    """Starts every stream anew, others on each rank."""
+    number = int(np.random.SeedSequence([seed % 2**32, rank]).generate_state(1)[0])
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+def random_state() -> dict:
+    """All streams, in what JSON can hold."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    cuda = [_hex(x) for x in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
+    return {
+        "python": [version, numbers, gauss],
+        "numpy": [kind, keys.tobytes().hex(), *rest],
+        "torch": _hex(torch.get_rng_state()),
+        "cuda": cuda,
+    }
+
+
+def set_random_state(state: dict) -> None:
+    """Goes on from what `random_state` gave."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.frombuffer(bytes.fromhex(keys), dtype=np.uint32), *rest))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all([_bytes(x) for x in state["cuda"]])
+
+
+def _hex(x: torch.Tensor) -> str:
+    return x.numpy().tobytes().hex()
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
