@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import os
 import random
 import statistics
@@ -35,11 +34,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from experiments.intervals import over_seeds
 from reward import strength
 from reward.train import main as train
 
 WORDS, PAIRS, HELD_OUT, NOISE, MEMBERS = 60, 600, 400, 0.25, 3
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def write_data(folder: Path, seed: int) -> None:
@@ -106,15 +105,6 @@ def one_seed(folder: Path, seed: int, steps: int) -> dict[str, float]:
     }
 
 
-def interval(differences: list[float]) -> str:
-    """Mean and 95 % interval over seeds."""
-    mean, count = statistics.fmean(differences), len(differences)
-    if count not in STUDENT:
-        return f"{mean:+.3f}"
-    spread = STUDENT[count] * statistics.stdev(differences) / math.sqrt(count)
-    return f"{mean:+.3f} [{mean - spread:+.3f}, {mean + spread:+.3f}]"
-
-
 def main() -> None:
     """Runs the seeds and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -129,7 +119,8 @@ def main() -> None:
     print(f"\n{'':12}{'accuracy':>10}   difference to plain")
     for name in results[0]:
         accuracy = statistics.fmean(row[name] for row in results)
-        difference = interval([row[name] - row["plain"] for row in results]) if name != "plain" else ""
+        mean, half = over_seeds([row[name] - row["plain"] for row in results])
+        difference = f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]" if name != "plain" else ""
         print(f"{name:12}{accuracy:10.3f}   {difference}")
 
 
