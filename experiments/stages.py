@@ -1,4 +1,4 @@
-"""SFT and reward models on what people wrote:   python experiments/stages.py [--lang en zh] [--seeds 3]
+"""SFT and reward models on what people wrote:   python experiments/stages.py [--lang en zh] [--seeds 1 2 3]
 
 en: SmolLM2-135M-Instruct learns to answer as people do (chitchat-dataset: 1,200 exchanges, 200 held out from other
 conversations); its lower ten layers become a reward model on pairs of real replies, labelled by VADER's lexicon.
@@ -132,7 +132,7 @@ def unigram_nll(train: list[EncodedDialogue], valid: list[EncodedDialogue], voca
     return torch.stack([nll[answer_tokens(dialogue)].sum() for dialogue in valid])
 
 
-def show(lang: str, seeds: int, cache: Path, output: Path) -> None:
+def show(lang: str, seeds: list[int], cache: Path, output: Path) -> None:
     """Trains what is missing and prints a language's part of the table."""
     build_data(lang, cache)
     base = cache / BASES[lang]
@@ -141,7 +141,7 @@ def show(lang: str, seeds: int, cache: Path, output: Path) -> None:
     limit = COMMON["context_truncate"]
     known, valid = (encode_dialogues(tokenizer, split, TEMPLATES[lang], limit, print) for split in splits)
     tokens = torch.tensor([len(answer_tokens(dialogue)) for dialogue in valid])
-    results = [train(lang, seed, cache, output) for seed in range(1, seeds + 1)]
+    results = [train(lang, seed, cache, output) for seed in seeds]
 
     def cell(values: tuple[float, float, float], digits: int) -> str:
         return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*values, d=digits)
@@ -151,7 +151,7 @@ def show(lang: str, seeds: int, cache: Path, output: Path) -> None:
     print(f"| unigrams | {cell(perplexity(unigram_nll(known, valid, len(tokenizer)), tokens), 1)} | |")
     print(f"| before | {cell(perplexity(answer_nll(base, valid), tokens), 1)} | 0.5 |")
     after, accuracies = [], []
-    for seed, (folder, report) in enumerate(results, 1):
+    for seed, (folder, report) in zip(seeds, results, strict=True):
         after.append(perplexity(answer_nll(folder, valid), tokens))
         (judged,) = report["models"].values()
         accuracies.append(judged["accuracy"])
@@ -159,14 +159,14 @@ def show(lang: str, seeds: int, cache: Path, output: Path) -> None:
         print(f"| seed {seed} | {cell(after[-1], 1)} | {share} |", flush=True)
     means = (over_seeds([value for value, _, _ in after]), over_seeds(accuracies))
     ranges = [(mean, mean - half, mean + half) for mean, half in means]
-    print(f"| mean of {seeds} | {cell(ranges[0], 1)} | {cell(ranges[1], 3)} |", flush=True)
+    print(f"| mean of {len(seeds)} | {cell(ranges[0], 1)} | {cell(ranges[1], 3)} |", flush=True)
 
 
 def main() -> None:
     """Runs the languages and prints their tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--lang", nargs="+", choices=["en", "zh"], default=["en", "zh"])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--cache", default=".demo", help="the demos' data and models to start from")
     parser.add_argument("--output", default="outputs/stages")
     options = parser.parse_args()
