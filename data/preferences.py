@@ -57,9 +57,9 @@ def load_preferences(
     {"chosen", "rejected"} as whole dialogues with a shared history, in lists or in Anthropic's text form; {"prompt",
     "chosen", "rejected"}; {"prompt", "responses"}, best first or with "scores" or "ranks"; the first three with an
     optional "mean preference difference" (or both score lists), all with an optional "subset". margin_columns: where
-    margins are looked for, the first that a record has; none: not read. Pairs whose histories differ, whose answers
-    are equal or empty, and malformed records are dropped, counted and said. Raises UserError when the data cannot be
-    read or nothing is left.
+    margins are looked for, the first that a record has; none: not read. Ranked answers with scores have the difference
+    of these for a margin. Pairs whose histories differ, whose answers are equal or empty, and malformed records are
+    dropped, counted and said. Raises UserError when the data cannot be read or nothing is left.
     """
     return load_items(path, "preferences", partial(preference_of, margin_columns=margin_columns), num_valid, seed, say)
 

@@ -50,6 +50,8 @@ class CompareConfig(RewardFlags):
     """Of the answers and the intervals"""
     gather_for_generation: Literal["auto", "always", "never"] = "auto"
     """As in train_ppo.py"""
+    offload_frozen: bool = False
+    """Keep the reward models in host memory between scorings, one on the device at a time"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

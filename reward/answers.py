@@ -1,7 +1,7 @@
 """Answers through the reward model: one forward of a batch of comparisons, and the scores of many."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from reward.model import last_scores
 from utils.distributed import sum_ranks
 from utils.engine import TrainEngine, device
 
-Plan = Callable[[list[int]], list[tuple[list[int], float]]]  # lengths -> this rank's (indices, weight) a forward
+Plan = Callable[[list[int]], Iterable[tuple[list[int], float]]]  # lengths -> this rank's (indices, weight) a forward
 
 
 @dataclass(frozen=True)

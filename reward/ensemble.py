@@ -64,7 +64,7 @@ def score_ids(model: nn.Module, sequences: list[list[int]], batches: list[list[i
     return scores
 
 
-def score_encoded(
+def score_dialogues(
     model: nn.Module, encoding: Encoding, dialogues: list[Turns | str], max_tokens: int
 ) -> tuple[list[float], list[bool]]:
     """(one score a dialogue, whether it was cut for the window), in the order given.
@@ -75,16 +75,6 @@ def score_encoded(
     sequences = [ids for ids, _ in encoded]
     batches = micro_batches([len(ids) for ids in sequences], max_tokens)
     return score_ids(model, sequences, batches).tolist(), [cut for _, cut in encoded]
-
-
-def score_dialogues(
-    model: ScalarModel, tokenizer: PreTrainedTokenizerBase, template: str, dialogues: list[Turns], max_tokens: int
-) -> list[float]:
-    """One score a dialogue, in the order given; each has to end in the assistant's answer.
-
-    What overflows the model's window loses its oldest turns (`Encoding`); else as `score_encoded`.
-    """
-    return score_encoded(model, Encoding(tokenizer, template, window_of(model)), dialogues, max_tokens)[0]
 
 
 @dataclass

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from data.records import BadRecord, Record, Tally
 from data.stream import text_or_answered
 from data.template import Turns, template_for
-from reward.ensemble import Encoding, Frozen, Member, check_labels, score_encoded, window_of
+from reward.ensemble import Encoding, Frozen, Member, check_labels, score_dialogues, window_of
 from reward.model import load_scalar_model
 from reward.outcomes import outcome_counts, render, share_interval
 from reward.score import ScoreConfig
@@ -51,7 +51,7 @@ def score_chunk(members: list[Member], dialogues: list[Turns | str], max_tokens:
     columns, cuts = [], []
     for member in members:
         with member.model.resident() as model:
-            scores, cut = score_encoded(model, member.encoding, own, max_tokens)
+            scores, cut = score_dialogues(model, member.encoding, own, max_tokens)
         columns.append(scores)
         cuts.append(cut)
     rows = [(list(s), any(c)) for s, c in zip(zip(*columns, strict=True), zip(*cuts, strict=True), strict=True)]

@@ -1,10 +1,11 @@
 """Trained reward models on one set of preferences, one after the other: what evaluation and strength share."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
+
+from tqdm import tqdm
 
 from data.preferences import Preference
 from data.shares import rank_plan
@@ -86,7 +87,10 @@ def _scored(path: str, preferences: list[Preference], config: PanelConfig, say: 
     items = encode_all(preferences, tokenizer, template, window or sys.maxsize, say)
     if not items:
         raise UserError(f"--data_path {config.data_path}: no preference fits the {window} tokens of {path}")
-    plan = partial(rank_plan, max_tokens=config.micro_batch_tokens, num_ranks=1, rank=0)
+
+    def plan(lengths: list[int]) -> Iterable[tuple[list[int], float]]:
+        return tqdm(rank_plan(lengths, config.micro_batch_tokens, num_ranks=1, rank=0), desc=path, unit="batch")
+
     scored, _ = held_out(InferenceEngine(model), items, plan)
     if not bool(scored.scores.isfinite().all()):
         raise UserError(f"{FLAG}: {path} gives scores that are not finite; try --dtype fp32, or another model")

@@ -100,6 +100,11 @@ def load_encoded(
     return sets, valid
 
 
+def spread(items: list, count: int) -> list:
+    """At most `count` of the items, from all over the list: held-out dialogues stand there set by set."""
+    return items[:: max(1, len(items) // count)][:count] if count else []
+
+
 def answer_sums(engine: Callable, rows: list[Row], layout: Layout, with_hits: bool = False) -> dict[str, torch.Tensor]:
     """The summed NLL of the answers' tokens; with hits also how many of them were the model's likeliest.
 
@@ -175,7 +180,7 @@ def train(config: SFTConfig) -> None:
     log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps, step)
     try:
         engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")
-        stage = stage_of(config, lm, tokenizer, layout, sets, valid[: config.num_samples])
+        stage = stage_of(config, lm, tokenizer, layout, sets, spread(valid, config.num_samples))
         code = fit(engine, stage, layout.rows(valid, world_size()), config, log, start)
     finally:
         log.close()

@@ -119,7 +119,14 @@ def _append(path: str, row: dict) -> None:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-INPUTS = ("policy_model_path", "critic_model_path", "reward_model_path", "hf_model_name_or_path", "data_path")
+INPUTS = (
+    "policy_model_path",
+    "critic_model_path",
+    "reward_model_path",
+    "hf_model_name_or_path",
+    "data_path",
+    "center_data_path",
+)
 
 
 def check_outputs(config) -> None:

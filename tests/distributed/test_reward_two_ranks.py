@@ -28,6 +28,12 @@ def flags(base: Path, out: Path, **changes) -> list[str]:
         "dtype": "fp32",
         "micro_batch_tokens": 200,
         "reward_lm_loss_factor": 0.5,
+        "use_margin": True,
+        "label_smoothing": 0.1,
+        "simcse_coef": 0.5,  # its negatives are the pairs of both ranks
+        "simcse_dropout": 1e-9,  # the views' noise is each rank's own: next to none, or nothing would be equal
+        "simcse_temperature": 0.5,
+        "center_scores": True,
     }
     return [word for name, value in (values | changes).items() for word in (f"--{name}", str(value))]
 

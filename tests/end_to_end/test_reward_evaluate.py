@@ -1,7 +1,10 @@
 """`python -m reward.strength` and `reward.evaluate` on tiny models: numbers of another tool, files, refusals."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -16,7 +19,7 @@ from reward import evaluate, strength
 from reward.model import load_scalar_model, save_scalar_model
 from reward.train import main as train
 from tests.tiny import SAMPLES, tiny_llama_folder
-from tests.tiny_run import SIZES
+from tests.tiny_run import REPOSITORY, SIZES, clean_environment
 from utils.tokenizer import load_tokenizer
 
 DATA = SAMPLES / "en" / "preferences"
@@ -181,3 +184,24 @@ def test_bad_flags_of_strength(models, annotated, tmp_path, capsys):
     config = json.loads((other / "config.json").read_text()) | {"id2label": {"0": "harm"}}
     (other / "config.json").write_text(json.dumps(config))
     check("the scores of", [models[0], other], output=out)
+
+
+def test_the_recipe_trains_and_evaluates_from_anywhere(models, tmp_path):
+    out = tmp_path / "out"
+    small = {"train_steps": 1, "warmup_steps": 1, "batch_size": 4, "context_truncate": 256, "dtype": "fp32"}
+    flags = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    paths = {"MODEL": str(models[0].parent / "base"), "DATA": str(DATA), "OUTPUT": str(out), "NUM_GPUS": "0"}
+    # What the recipe finds as `python` is what runs these tests, in whatever environment.
+    environment = clean_environment() | paths | {"VIRTUAL_ENV": sys.prefix, "TQDM_DISABLE": "1"}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    done = subprocess.run(
+        ["bash", str(REPOSITORY / "reward" / "run.sh"), *flags],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=170,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    config = json.loads((out / "config.json").read_text())
+    assert (config["train_steps"], config["reward_lm_loss_factor"], config["lr"]) == (1, 1.0, 5e-6)
+    report = json.loads((out / "evaluation" / "evaluation.json").read_text())
+    assert report["prompts"] == 4
+    assert list(report["models"]) == [str(out / "best")]
+    assert (out / "train.log").is_file()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ppo.compare import main as compare
-from reward.ensemble import score_dialogues
+from reward.ensemble import Encoding, score_dialogues
 from reward.model import load_scalar_model, save_scalar_model
 from tests.tiny import tiny_llama_folder, tiny_tokenizer_folder
 from tests.tiny_run import SIZES, read_lines, read_metrics, run_flags
@@ -54,7 +54,7 @@ def test_a_reward_model_with_another_tokenizer_scores_the_texts(inputs, others, 
     texts = [
         [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["answer"]}] for row in rows
     ]
-    scores = score_dialogues(model, load_tokenizer(str(others[1])), "moss_en", texts, 1000)
+    scores, _ = score_dialogues(model, Encoding(load_tokenizer(str(others[1])), "moss_en", None), texts, 1000)
     assert len(rows) == 6 and [row["score"] for row in rows] == pytest.approx(scores, abs=1e-5)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.dialogues import Dialogue, encode, load_dialogues
 from data.order import mixture
 from data.template import decode_answer, encode_dialogue, encode_prompt
-from sft.train import main
+from sft.train import main, spread
 from tests.tiny import SAMPLES, tiny_llama, tiny_llama_folder
 from tests.tiny_run import write_json
 from utils.tokenizer import load_tokenizer
@@ -89,6 +89,12 @@ def test_each_evaluation_answers_held_out_prompts(run):
         assert row["answer"] == decode_answer(tokenizer, answer.tolist())
         assert row["prompt"] == tokenizer.decode(prompt)
         assert row["reference"] == dialogue.turns[-1]["content"]
+
+
+def test_prompts_to_answer_come_from_all_over_the_held_out_ones():
+    assert spread(list(range(10)), 3) == [0, 3, 6]
+    assert spread([1, 2], 4) == [1, 2]
+    assert spread([1, 2], 0) == spread([], 4) == []
 
 
 def test_the_saved_chat_template_prompts_as_the_training_did(run):

@@ -34,7 +34,8 @@ DIALOGUES = [
 @pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
 def test_scores_come_in_the_order_given_and_do_not_depend_on_batches(tokenizer, max_tokens):
     model = tiny_scalar_model(vocab=VOCAB).requires_grad_(False)
-    scores = score_dialogues(model, tokenizer, "moss_en", DIALOGUES, max_tokens)
+    scores, cut = score_dialogues(model, Encoding(tokenizer, "moss_en", None), DIALOGUES, max_tokens)
+    assert cut == [False] * 3
     for turns, found in zip(DIALOGUES, scores, strict=True):
         ids = torch.tensor([encode_dialogue(tokenizer, turns, "moss_en")[0]])
         assert ids[0, -1] == tokenizer.eos_token_id
@@ -42,7 +43,7 @@ def test_scores_come_in_the_order_given_and_do_not_depend_on_batches(tokenizer, 
 
 
 def test_no_dialogues(tokenizer):
-    assert score_dialogues(tiny_scalar_model(vocab=VOCAB), tokenizer, "moss_en", [], 100) == []
+    assert score_dialogues(tiny_scalar_model(vocab=VOCAB), Encoding(tokenizer, "moss_en", None), [], 100) == ([], [])
 
 
 def test_the_oldest_turns_go_until_the_dialogue_fits_the_window(tokenizer):

@@ -38,15 +38,17 @@ def test_unmasked_tokens_change_nothing():
     assert torch.equal(sum_nll(hidden, sequences, mask, head), sum_nll(hidden, changed, mask, head))
 
 
-def test_chunks_give_the_loss_and_gradient_of_a_plain_cross_entropy():
+@pytest.mark.parametrize("chunk", [1, 4, 100], ids=["made again", "kept", "one"])
+def test_chunks_give_the_loss_and_gradient_of_a_plain_cross_entropy(chunk):
     hidden, sequences, mask, head = case()
+    assert 4 < mask.sum() <= 16
     ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    sum_nll(ours, sequences, mask, head, chunk=2).backward()
+    (3 * sum_nll(ours, sequences, mask, head, chunk=chunk)).backward()
     our_weight_grad, head.weight.grad = head.weight.grad, None
     targets = torch.where(mask, sequences, -100)[:, 1:]
     expected = F.cross_entropy(head(theirs)[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum")
-    expected.backward()
-    assert sum_nll(hidden, sequences, mask, head, chunk=2).item() == pytest.approx(expected.item(), rel=1e-6)
+    (3 * expected).backward()
+    assert sum_nll(hidden, sequences, mask, head, chunk=chunk).item() == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(ours.grad, theirs.grad)
     torch.testing.assert_close(our_weight_grad, head.weight.grad)
 

