@@ -30,12 +30,12 @@ from tests.tiny_run import Inputs, build_inputs, read_lines, read_metrics, run_f
 from train_ppo import main as train_ppo
 from utils.engine import TrainEngine
 
-# Phase -> what to count calls of: so many of them, at most, are let through before the kill (about two steps).
+# Phase -> what to count calls of, and at which of them, at most, the kill comes (within about two steps).
 PHASES = {
     "rollout": (ppo.rollout, "_decode", 4),
     "scoring": (ppo.score, "_by_batch", 6),
     "update": (TrainEngine, "step", 6),
-    "saving": (utils.checkpoint, "_sync", 6),
+    "saving": (utils.checkpoint, "_sync", 8),
 }
 PATIENCE = 300  # seconds for a run to come to its end, or to its kill
 
@@ -122,7 +122,7 @@ def check_equal(out: Path, expected: Path) -> None:
 def kill_and_compare(inputs: Inputs, folder: Path, ranks: int, kills: int, seed: int, **flags) -> collections.Counter:
     """Kills of each phase. flags: of the run, beyond those of a small one. AssertionError when the runs differ."""
     dice = random.Random(seed)
-    flags = {"train_steps": 3 * kills + 2, "checkpoint_per_step": 1, "save_per_step": 2, "num_eval_prompts": 2} | flags
+    flags = {"train_steps": 2 * kills + 2, "checkpoint_per_step": 1, "save_per_step": 2, "num_eval_prompts": 2} | flags
     expected, out, log = folder / "undisturbed", folder / "killed", folder / "log"
     codes = wait(start(run_flags(inputs, expected, **flags), ranks, log, None))
     assert codes == [0] * ranks, f"{codes}: see {log}\n{log.read_text()[-3000:]}"
@@ -141,7 +141,7 @@ def kill_and_compare(inputs: Inputs, folder: Path, ranks: int, kills: int, seed:
 
 
 def main() -> None:
-    """Both kinds of run, half of the kills each; a line of results each."""
+    """Both kinds of run, half of the kills each; a table of results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
@@ -149,14 +149,15 @@ def main() -> None:
     torch.set_num_threads(1)  # before the first tensor: a process that has threads must not be forked
     with tempfile.TemporaryDirectory() as folder:
         inputs = build_inputs(Path(folder))
-        for name, ranks, flags in (("one process", 1, {"zero_stage": 0}), ("two ranks, ZeRO-2", 2, {"zero_stage": 2})):
+        print(f"| killed in | {' | '.join(PHASES)} | then | seconds |\n|{'---|' * (len(PHASES) + 3)}", flush=True)
+        for name, ranks, stage in (("one process", 1, 0), ("two ranks, ZeRO-2", 2, 2)):
             started = time.perf_counter()
-            place = Path(folder) / name.replace(" ", "_")
+            place = Path(folder) / f"{ranks}"
             place.mkdir()
-            count = kill_and_compare(inputs, place, ranks, options.kills // 2, options.seed, **flags)
-            phases = ", ".join(f"{phase} {number}" for phase, number in sorted(count.items()))
-            print(f"{name}: {sum(count.values())} kills ({phases}), equal bit for bit; "
-                  f"{time.perf_counter() - started:.0f} s")  # fmt: skip
+            count = kill_and_compare(inputs, place, ranks, options.kills // 2, options.seed, zero_stage=stage)
+            cells = [str(count[phase]) for phase in PHASES]
+            seconds = time.perf_counter() - started
+            print(f"| {name} | {' | '.join(cells)} | equal bit for bit | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
