@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -40,8 +41,8 @@ PHASES = {
 PATIENCE = 300  # seconds for a run to come to its end, or to its kill
 
 
-def arm(phase: str, calls: int, number: int = signal.SIGKILL) -> None:
-    """In a process of its own: the call number `calls` of this phase from now on begins with this signal to itself."""
+def at_call(victim: int, phase: str, calls: int, number: int = signal.SIGKILL) -> Callable[[int], None]:
+    """A fault for `start`: on the rank `victim`, that call of this phase begins with this signal to itself."""
     place, name, _ = PHASES[phase]
     function, left = getattr(place, name), calls
 
@@ -52,11 +53,15 @@ def arm(phase: str, calls: int, number: int = signal.SIGKILL) -> None:
             os.kill(os.getpid(), number)
         return function(*args, **kwargs)
 
-    setattr(place, name, deadly)
+    return lambda rank: setattr(place, name, deadly) if rank == victim else None
 
 
-def start(argv: list[str], ranks: int, log: Path, kill: tuple | None) -> list[int]:
-    """Forks a process a rank, which runs train_ppo.py; kill: (rank, phase, calls[, signal]). Returns their ids."""
+def nothing(rank: int) -> None:
+    """No fault."""
+
+
+def start(run: Callable[[], None], ranks: int, log: Path, fault: Callable[[int], None] = nothing) -> list[int]:
+    """Forks a process a rank, each of which calls `fault` with its rank and then `run`. Returns their ids."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -75,9 +80,8 @@ def start(argv: list[str], ranks: int, log: Path, kill: tuple | None) -> list[in
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             torch.set_num_threads(1)
-            if kill and kill[0] == rank:
-                arm(*kill[1:])
-            train_ppo(argv)
+            fault(rank)
+            run()
             code = 0
         except SystemExit as stopped:
             code = stopped.code
@@ -124,17 +128,21 @@ def kill_and_compare(inputs: Inputs, folder: Path, ranks: int, kills: int, seed:
     dice = random.Random(seed)
     flags = {"train_steps": 2 * kills + 2, "checkpoint_per_step": 1, "save_per_step": 2, "num_eval_prompts": 2} | flags
     expected, out, log = folder / "undisturbed", folder / "killed", folder / "log"
-    codes = wait(start(run_flags(inputs, expected, **flags), ranks, log, None))
+
+    def codes_of(run: Path, *fault) -> list[int]:
+        return wait(start(lambda: train_ppo(run_flags(inputs, run, **flags)), ranks, log, *fault))
+
+    codes = codes_of(expected)
     assert codes == [0] * ranks, f"{codes}: see {log}\n{log.read_text()[-3000:]}"
     count = collections.Counter()
     phases = list(PHASES)
     for number in range(kills):
         phase = phases[number % len(phases)]
-        kill = (dice.randrange(ranks), phase, dice.randint(1, PHASES[phase][2]))
-        codes = wait(start(run_flags(inputs, out, **flags), ranks, log, kill))
-        assert codes[kill[0]] == -signal.SIGKILL, f"{kill} -> {codes}: see {log}\n{log.read_text()[-3000:]}"
+        victim, calls = dice.randrange(ranks), dice.randint(1, PHASES[phase][2])
+        codes = codes_of(out, at_call(victim, phase, calls))
+        assert codes[victim] == -signal.SIGKILL, f"{phase}, {victim} -> {codes}: see {log}\n{log.read_text()[-3000:]}"
         count[phase] += 1
-    codes = wait(start(run_flags(inputs, out, **flags), ranks, log, None))
+    codes = codes_of(out)
     assert codes == [0] * ranks, f"{codes}: see {log}\n{log.read_text()[-3000:]}"
     check_equal(out, expected)
     return count
