@@ -9,8 +9,10 @@ Prints the exit codes of each as JSON.
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -23,8 +25,10 @@ import ppo.score
 import ppo.update
 import utils.checkpoint
 from tests.faults.kill import PHASES, at_call, nothing, start, wait
+from tests.tiny_run import REPOSITORY, Inputs, clean_environment, run_flags
 from train_ppo import main as train_ppo
 
+SMALL = {"train_steps": 3, "checkpoint_per_step": 1, "keep_checkpoints": 3, "num_eval_prompts": 0}
 VICTIM = 1  # the rank that faults happen to
 NAN = float("nan")
 Fault = Callable[[int], None]  # called in each process with its rank
@@ -92,30 +96,47 @@ def empty_responses(rank: int) -> None:
         ppo.rollout.sample = lambda logits, *args: torch.full_like(sample(logits, *args), 2)  # EOS at once
 
 
-def full_disk(rank: int) -> None:
-    """While the checkpoint of step 2 is written, something else fills the disk; before that of step 4 it goes."""
-    sync, save, saves, filler = utils.checkpoint._sync, utils.checkpoint.save, 0, None
+def fill(filler: Path, leave: int) -> None:
+    """Takes all room of the disk that `filler` is on, but for some bytes."""
+    with open(filler, "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            file.truncate(max(file.tell() - leave, 0))
+
+
+def disk_fills_in_a_save(rank: int) -> None:
+    """While the checkpoint of step 2 is written, something else takes the room; before that of step 4 it goes."""
+    sync, save, saves = utils.checkpoint._sync, utils.checkpoint.save, 0
 
     def fills(path: str) -> None:
-        nonlocal filler
-        if saves == 2 and not filler:
-            filler = Path(path).parents[3] / "filler"
-            with open(filler, "wb", buffering=0) as file:
-                try:
-                    while file.write(bytes(4096)):
-                        pass
-                except OSError:
-                    file.truncate(file.tell() - 2**16)  # room for some lines of metrics
+        filler = Path(path).parents[3] / "filler"
+        if saves == 2 and not filler.exists():
+            fill(filler, leave=2**16)  # some lines of metrics
         sync(path)
 
-    def counted(*args):
+    def counted(folder: str, *args):
         nonlocal saves
         saves += 1
         if saves == 4:
-            filler.unlink()
-        return save(*args)
+            (Path(folder).parents[1] / "filler").unlink()
+        return save(folder, *args)
 
     utils.checkpoint._sync, utils.checkpoint.save = fills, counted
+
+
+def disk_is_full(rank: int) -> None:
+    """After the checkpoint of step 2 there is no room left, not for a line of metrics."""
+    save = utils.checkpoint.save
+
+    def fills(folder: str, state: dict, *args):
+        saved = save(folder, state, *args)
+        if state["step"] == 2:
+            fill(Path(folder).parents[1] / "filler", leave=0)
+        return saved
+
+    utils.checkpoint.save = fills
 
 
 FAULTS = {
@@ -124,7 +145,40 @@ FAULTS = {
     for number in (signal.SIGKILL, signal.SIGSTOP)
 }
 FAULTS |= {"NaN loss": bad_minibatch(nan_loss), "NaN gradient": bad_minibatch(nan_gradient), "NaN score": nan_score}
-FAULTS |= {"empty responses": empty_responses, "full disk": full_disk}
+FAULTS |= {"empty responses": empty_responses, "disk fills in a save": disk_fills_in_a_save}
+FAULTS |= {"disk is full": disk_is_full}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a case left."""
+
+    codes: list[int]  # of both ranks, negative for signals
+    log: str  # of both
+    out: Path
+
+
+def run_cases(folder: Path, inputs: Inputs, cases: dict[str, dict]) -> dict[str, Result]:
+    """Name -> result. A case: flags, and besides them `fault`, `ranks`, `patience`, `out` (the run's folder)."""
+    rows = []
+    for name, case in cases.items():
+        flags = dict(case)
+        own = {"fault": None, "ranks": 2, "patience": 60, "out": name}
+        own = {key: flags.pop(key, value) for key, value in own.items()}
+        out = folder / own.pop("out").replace(" ", "_")
+        log = folder / f"{name.replace(' ', '_')}.log"
+        rows.append(own | {"log": str(log), "argv": run_flags(inputs, out, **SMALL | flags)})
+    (folder / "cases.json").write_text(json.dumps(rows))
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.faults.scenarios", str(folder / "cases.json")],
+        cwd=REPOSITORY, env=clean_environment() | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True,
+        timeout=600,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    codes = json.loads(result.stdout.splitlines()[-1])
+    outs = (Path(row["argv"][row["argv"].index("--model_save_path") + 1]) for row in rows)
+    found = zip(cases, codes, rows, outs, strict=True)
+    return {name: Result(code, Path(row["log"]).read_text(), out) for name, code, row, out in found}
 
 
 def main() -> None:

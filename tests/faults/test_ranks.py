@@ -1,53 +1,16 @@
 """What befalls one of two ranks befalls the run: none waits for ever, none steps on bad numbers."""
 
-import json
 import re
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.faults.kill import PHASES, check_equal
-from tests.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flags
+from tests.faults.scenarios import Result, run_cases
+from tests.tiny_run import read_metrics
 
 TIMEOUT = 8  # seconds; many times what a step of this size takes
-SMALL = {"train_steps": 3, "checkpoint_per_step": 1, "keep_checkpoints": 3, "num_eval_prompts": 0}
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a case left."""
-
-    codes: list[int]  # of both ranks, negative for signals
-    log: str  # of both
-    out: Path
-
-
-def run_cases(folder: Path, inputs, cases: dict[str, dict]) -> dict[str, Result]:
-    """Name -> result. A case: flags, and besides them `fault`, `ranks`, `patience`, `out` (the run's folder)."""
-    rows = []
-    for name, case in cases.items():
-        flags = dict(case)
-        own = {"fault": None, "ranks": 2, "patience": 60, "out": name}
-        own = {key: flags.pop(key, value) for key, value in own.items()}
-        out = folder / own.pop("out").replace(" ", "_")
-        log = folder / f"{name.replace(' ', '_')}.log"
-        rows.append(own | {"log": str(log), "argv": run_flags(inputs, out, **SMALL | flags)})
-    (folder / "cases.json").write_text(json.dumps(rows))
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.faults.scenarios", str(folder / "cases.json")],
-        cwd=REPOSITORY, env=clean_environment() | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True,
-        timeout=600,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    codes = json.loads(result.stdout.splitlines()[-1])
-    outs = (Path(row["argv"][row["argv"].index("--model_save_path") + 1]) for row in rows)
-    found = zip(cases, codes, rows, outs, strict=True)
-    return {name: Result(code, Path(row["log"]).read_text(), out) for name, code, row, out in found}
 
 
 DEATHS = {
