@@ -59,7 +59,7 @@ def _same_config(config: RunFlags) -> bool:
             saved = json.load(file)
     except (OSError, ValueError):
         return False
-    return all(saved.get(name) == value for name, value in identity(config).items() if name != "world_size")
+    return all(saved.get(name) == value for name, value in identity(config).items() if name not in SPLIT)
 
 
 def find_checkpoint(config: RunFlags, say: Say) -> Checkpoint | None:

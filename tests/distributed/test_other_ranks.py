@@ -68,7 +68,7 @@ def cut_back(run: Path, step: int) -> None:
 def test_a_run_goes_on_with_another_number_of_ranks(inputs, tmp_path, capfd):
     """Step 1 on one process, step 2 on two, step 3 on one: the run of one process, but for roundings."""
     run = tmp_path / "run"
-    flags = {"train_steps": 3, "checkpoint_per_step": 1, "keep_checkpoints": 3, "num_eval_prompts": 0}
+    flags = {"train_steps": 3, "checkpoint_per_step": 1, "keep_checkpoints": 4, "num_eval_prompts": 0}
     flags |= {"critic_pretrain_steps": 1, "dtype": "fp32"}
     main(run_flags(inputs, run, zero_stage=0, **flags))
     expected, weights = read_metrics(run), load_file(run / "final" / "model.safetensors")

@@ -1,6 +1,7 @@
 """What can befall a run: functions that are called in each of its processes with its rank, before it begins."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -81,9 +82,10 @@ def empty_responses(rank: int) -> None:
         ppo.rollout.sample = lambda logits, *args: torch.full_like(sample(logits, *args), 2)  # EOS at once
 
 
-def fill(filler: Path, leave: int) -> None:
-    """Takes all room of the disk that `filler` is on, but for some bytes."""
-    with open(filler, "wb", buffering=0) as file:
+def fill(disk: Path, leave: int) -> None:
+    """Takes all room of a small disk of its own but for some bytes, with a file `filler`."""
+    assert disk.is_mount() and shutil.disk_usage(disk).total <= 2**26, f"{disk} is no disk that a test may fill"
+    with open(disk / "filler", "wb", buffering=0) as file:
         try:
             while file.write(bytes(4096)):
                 pass
@@ -93,19 +95,18 @@ def fill(filler: Path, leave: int) -> None:
 
 def disk_fills_in_a_save(rank: int) -> None:
     """While the checkpoint of step 2 is written, something else takes the room; before that of step 4 it goes."""
-    sync, save, saves = utils.checkpoint._sync, utils.checkpoint.save, 0
+    sync, save, saves, disk = utils.checkpoint._sync, utils.checkpoint.save, 0, None
 
     def fills(path: str) -> None:
-        filler = Path(path).parents[3] / "filler"
-        if saves == 2 and not filler.exists():
-            fill(filler, leave=2**16)  # some lines of metrics
+        if saves == 2 and not (disk / "filler").exists():
+            fill(disk, leave=2**16)  # some lines of metrics
         sync(path)
 
     def counted(folder: str, *args):
-        nonlocal saves
-        saves += 1
+        nonlocal saves, disk
+        saves, disk = saves + 1, Path(folder).parents[1]
         if saves == 4:
-            (Path(folder).parents[1] / "filler").unlink()
+            (disk / "filler").unlink()
         return save(folder, *args)
 
     utils.checkpoint._sync, utils.checkpoint.save = fills, counted
@@ -118,7 +119,7 @@ def disk_is_full(rank: int) -> None:
     def fills(folder: str, state: dict, *args):
         saved = save(folder, state, *args)
         if state["step"] == 2:
-            fill(Path(folder).parents[1] / "filler", leave=0)
+            fill(Path(folder).parents[1], leave=0)
         return saved
 
     utils.checkpoint.save = fills
