@@ -11,7 +11,8 @@ from utils.restore import Checkpoint, named, newest
 from utils.run_flags import FREE_ON_RESUME, RunFlags
 from utils.run_folder import check_inputs, check_writable, holds_run, prepare_run_folder
 
-SPLIT = ("world_size", "zero_stage", "offload_optimizer")  # over what a run is spread: it moves roundings alone
+# How a run is spread out: that moves roundings, and what ranks draw from streams of their own (dropout, --reward_fn).
+SPLIT = ("world_size", "zero_stage", "offload_optimizer")
 
 
 def identity(config: RunFlags) -> dict:
@@ -86,7 +87,7 @@ def _check_flags(checkpoint: Checkpoint, config: RunFlags, say: Say) -> None:
         was, wanted = saved[name], now[name]
         if name in SPLIT:
             what = "number of processes" if name == "world_size" else f"--{name}"
-            say(f"resumed with another {what}: {wanted}, not {was}. The run is the same but for roundings")
+            say(f"resumed with another {what}: {wanted}, not {was}. The run is the same but for roundings and dropout")
             continue
         if not config.resume_with_changes:
             raise UserError(
