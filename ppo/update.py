@@ -79,9 +79,10 @@ def try_step(engine: TrainEngine, lr: float, norms: list[float]) -> str | None:
     """One optimizer step; its gradient norm joins `norms`. Returns what is wrong where it could not be made."""
     norm = engine.step(lr)
     if not math.isfinite(norm):
+        ranks = ", ".join(map(str, engine.bad_gradients())) or "all"
         return (
-            f"the gradient of the {engine.name} is not finite, or beyond --explosion_limit; its weights were not "
-            "changed. Lower the learning rate, or look in metrics.jsonl for the quantity that ran away"
+            f"the gradient of the {engine.name} is not finite, or beyond --explosion_limit (rank {ranks}); its weights "
+            "were not changed. Lower the learning rate, or look in metrics.jsonl for the quantity that ran away"
         )
     norms.append(norm)
     return None

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: `checkpoints/step_N/` holds all it takes to go on as if nothing had happened.
+"""Writes checkpoints: `checkpoints/step_N/` holds all it takes to go on as if nothing had happened.
 
 `state.json` (the run's own numbers and flags), `<engine>-rank<r>.safetensors`, `random-rank<r>.json`, and last
 `manifest.json` with size and SHA-256 of the others. Only JSON and safetensors: nothing in there can run code. A
@@ -6,40 +6,25 @@ checkpoint is written beside its place, synced, then renamed, so that its folder
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from utils.distributed import barrier, gather_objects, is_main, rank, world_size
+from utils.distributed import gather_objects, is_main, rank
 from utils.engine import TrainEngine
 from utils.engine_state import num_bytes
-from utils.errors import UserError
-from utils.random_state import random_state, set_random_state
+from utils.random_state import random_state
 from utils.run_folder import remove, write_json
 
 MANIFEST = "manifest.json"
 Engines = dict[str, TrainEngine]
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint that was found whole. `state`: what `save` was given."""
-
-    path: str
-    state: dict
-
-    @property
-    def step(self) -> int:
-        """Steps that the run had made."""
-        return self.state["step"]
 
 
 def save(folder: str, state: dict, engines: Engines, keep: int, say: Say) -> bool:
@@ -52,7 +37,7 @@ def save(folder: str, state: dict, engines: Engines, keep: int, say: Say) -> boo
     partial = f"{target}.partial"
     tensors = {name: engine.state_tensors() for name, engine in engines.items()}
     size = sum(gather_objects(sum(map(num_bytes, tensors.values()))))
-    problem = _first(_problem(_make_room, partial, size) if is_main() else None)
+    problem = first_problem(_problem(_make_room, partial, size) if is_main() else None)
     if not problem:
         files: dict[str, dict] = {}
         problem = _problem(_write_share, partial, state, tensors, files)
@@ -60,7 +45,7 @@ def save(folder: str, state: dict, engines: Engines, keep: int, say: Say) -> boo
         problem = next((problem for _, problem in shares if problem), None)
     if not problem:
         manifest = {name: entry for files, _ in shares for name, entry in files.items()}
-        problem = _first(_problem(_finish, partial, target, manifest, keep) if is_main() else None)
+        problem = first_problem(_problem(_finish, partial, target, manifest, keep) if is_main() else None)
     if problem:
         if is_main():
             remove(partial)
@@ -81,7 +66,7 @@ def _problem(function: Callable, *arguments) -> str | None:
     return None
 
 
-def _first(problem: str | None) -> str | None:
+def first_problem(problem: str | None) -> str | None:
     """The first rank's problem that there is, on all ranks."""
     return next((problem for problem in gather_objects(problem) if problem), None)
 
@@ -113,7 +98,7 @@ def _write_share(partial: str, state: dict, tensors: dict, files: dict[str, dict
     for name in names:
         path = os.path.join(partial, name)
         _sync(path)
-        files[name] = {"bytes": os.path.getsize(path), "sha256": _sha256(path)}
+        files[name] = {"bytes": os.path.getsize(path), "sha256": sha256(path)}
 
 
 def _finish(partial: str, target: str, manifest: dict, keep: int) -> None:
@@ -124,7 +109,7 @@ def _finish(partial: str, target: str, manifest: dict, keep: int) -> None:
     os.replace(partial, target)
     folder = os.path.dirname(target)
     _sync(folder)
-    for step, path in _all(folder)[keep:]:
+    for step, path in all_checkpoints(folder)[keep:]:
         os.replace(path, f"{path}.partial")  # what a kill leaves of it is not taken for a checkpoint
         remove(os.path.join(folder, f"step_{step}.partial"))
 
@@ -138,12 +123,12 @@ def _sync(path: str) -> None:
         os.close(handle)
 
 
-def _sha256(path: str) -> str:
+def sha256(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _all(folder: str) -> list[tuple[int, str]]:
+def all_checkpoints(folder: str) -> list[tuple[int, str]]:
     """(step, path) of every checkpoint, newest first."""
     if not os.path.isdir(folder):
         return []
@@ -160,65 +145,3 @@ def save_batches(path: str, batches: tuple) -> str | None:
         save_file({name: x.clone() for name, x in tensors.items()}, path)
 
     return _problem(write)
-
-
-def newest(folder: str, say: Say) -> Checkpoint | None:
-    """The newest whole checkpoint in a folder; None when there are none at all. Collective.
-
-    A damaged one is named and passed over; when all are damaged, UserError: nobody loses days of work to a silent
-    start from nothing.
-    """
-    found = gather_objects(_all(folder))[0]
-    for _, path in found:
-        problem = _first(_damage(path))
-        if not problem:
-            return Checkpoint(path, _read_json(os.path.join(path, "state.json")))
-        say(f"warning: {path} is damaged ({problem}); looking for an older one")
-    if found:
-        raise UserError(f"{folder} has no whole checkpoint left: start anew with --overwrite")
-    return None
-
-
-def named(path: str) -> Checkpoint:
-    """The checkpoint in the folder that --resume names; UserError when it is none or damaged. Collective."""
-    path = os.path.abspath(path)
-    problem = _first("not a folder" if not os.path.isdir(path) else _damage(path))
-    if problem:
-        raise UserError(f"--resume {path} is not a whole checkpoint ({problem}): give another .../checkpoints/step_N")
-    return Checkpoint(path, _read_json(os.path.join(path, "state.json")))
-
-
-def _damage(path: str) -> str | None:
-    """What is wrong with a checkpoint, as far as this rank looks: every file's size, its share of the hashes."""
-    try:
-        manifest = _read_json(os.path.join(path, MANIFEST))
-        for i, (name, entry) in enumerate(sorted(manifest.items())):
-            file = os.path.join(path, os.path.basename(name))
-            if os.path.getsize(file) != entry["bytes"]:
-                return f"{name} has {os.path.getsize(file)} bytes, not {entry['bytes']}"
-            if i % world_size() == rank() and _sha256(file) != entry["sha256"]:
-                return f"{name} is not what was written: its hash differs"
-        return None if "state.json" in manifest else f"{MANIFEST} names no state.json"
-    except FileNotFoundError as error:
-        return f"{os.path.basename(error.filename)} is missing"
-    except OSError as error:
-        return f"{os.path.basename(error.filename or path)} cannot be read: {error.strerror}"
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return f"{MANIFEST} is not a manifest"
-
-
-def _read_json(path: str) -> dict:
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-
-
-def restore(checkpoint: Checkpoint, engines: Engines) -> None:
-    """Engines and random streams as they were. Collective. Raises UserError when the engines are built otherwise."""
-    for name, engine in engines.items():
-        shard = engine.state_rank(rank())
-        try:
-            engine.load_state_tensors(load_file(os.path.join(checkpoint.path, f"{name}-rank{shard}.safetensors")))
-        except (KeyError, RuntimeError, FileNotFoundError) as error:
-            raise UserError(f"{checkpoint.path} does not fit the {name} of these flags: {error}") from None
-    set_random_state(_read_json(os.path.join(checkpoint.path, f"random-rank{rank()}.json")))
-    barrier()

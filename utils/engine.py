@@ -22,8 +22,9 @@ from torch import nn
 
 from utils.args import EngineConfig
 from utils.builds import unblocked_builds
-from utils.distributed import any_rank, is_main, rank, world_size
-from utils.engine_state import load_state_tensors, state_tensors
+from utils.distributed import any_rank, gather_objects, is_main, rank, world_size
+from utils.engine_state import load_state, state_tensors
+from utils.shared_state import SharedState
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PERSISTENT = 10_000  # elements up to which ZeRO-3 leaves a tensor whole on every rank: norms, not matrices
@@ -102,7 +103,11 @@ class TrainEngine:
         self.explosion_limit = config.explosion_limit
         self._replicated_norm = None
         self._dropping = False
+        self._bad_gradient = torch.zeros((), dtype=torch.bool, device=device())
         parameters = [p for p in module.parameters() if p.requires_grad]
+        for parameter in parameters:
+            if parameter.dim() == 1:  # norms: small, in every layer, and all that flows back passes one
+                parameter.register_hook(self._note_gradient)
         betas = (config.adam_beta1, config.adam_beta2)
         options = {"lr": 0.0, "betas": betas, "eps": config.adam_eps, "weight_decay": 0.0}
         if config.offload_optimizer:
@@ -148,6 +153,16 @@ class TrainEngine:
         self._dropping = True
         self.step(0.0)
         self._dropping = False
+        self._bad_gradient.zero_()
+
+    def bad_gradients(self) -> list[int]:
+        """Ranks whose own share of the last gradient was not finite, before it met the others'. Once. Collective."""
+        ranks = [i for i, bad in enumerate(gather_objects(bool(self._bad_gradient))) if bad]
+        self._bad_gradient.zero_()
+        return ranks
+
+    def _note_gradient(self, gradient: torch.Tensor) -> None:
+        self._bad_gradient |= ~gradient.isfinite().all()
 
     def _refused(self, norm: float) -> bool:
         return self._dropping or not norm <= self.explosion_limit
@@ -202,15 +217,16 @@ class TrainEngine:
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """What this rank has to keep for an exact resume; {} where another rank holds the same (stage 0)."""
-        return state_tensors(self.engine.optimizer, self.zero_stage) if self.state_rank(rank()) == rank() else {}
+        if self.zero_stage == 0 and not is_main():
+            return {}
+        return state_tensors(self.engine.optimizer, self.zero_stage, rank(), self._trained())
 
-    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Goes on from what `state_tensors` of the rank `state_rank` gave. Collective."""
-        load_state_tensors(self.engine.optimizer, self.zero_stage, tensors)
+    def load_state(self, state: SharedState) -> None:
+        """Goes on from what `state_tensors` of all ranks gave, on however many and in any stage. Collective."""
+        load_state(self.engine.optimizer, self.zero_stage, rank(), self._trained(), state)
 
-    def state_rank(self, rank: int) -> int:
-        """The rank that keeps the state of a rank: itself, but for stage 0, where all are the same."""
-        return rank if self.zero_stage else 0
+    def _trained(self) -> dict[nn.Parameter, str]:
+        return {parameter: name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
 
 
 class InferenceEngine:

@@ -1,54 +1,106 @@
 """What an engine has to keep to go on exactly: float32 weights and optimizer state, as this rank holds them.
 
-DeepSpeed's own `load_checkpoint` unpickles whatever the file holds; here it is plain tensors, in safetensors. The
-weights that the forward reads follow from the float32 ones, so they are not stored. Knows the names under which
-DeepSpeed's ZeRO optimizers hold them (tests/end_to_end/test_resume.py runs every stage).
+DeepSpeed's own `load_checkpoint` unpickles whatever the file holds; here it is plain tensors, in safetensors, under the
+parameters' names: `weight/NAME/START` is the stretch of that parameter, flat, that begins at element START, and
+`exp_avg/…`, `exp_avg_sq/…` are Adam's moments of it; `step` counts Adam's steps, once one has been made. So any number
+of ranks, in any ZeRO stage, can take it over. The weights that the forward reads follow from the float32 ones, so they
+are not stored. Knows the names under which DeepSpeed's ZeRO optimizers hold them (tests/end_to_end/test_resume.py and
+tests/distributed/test_other_ranks.py run every stage).
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
+from torch import nn
+
+from utils.shared_state import SharedState
 
 
-def _master_weights(optimizer, zero_stage: int) -> list[torch.Tensor]:
+@dataclass(frozen=True)
+class Piece:
+    """The stretch `start` … `start + length` of a parameter, and where it lies in a tensor that the optimizer steps."""
+
+    name: str
+    start: int
+    length: int
+    master: int  # which tensor, in the order of _masters()
+    offset: int
+
+
+def _masters(optimizer, zero_stage: int) -> list[torch.Tensor]:
     """The tensors that the inner optimizer steps: the parameters themselves, or this rank's flat float32 shares."""
     if zero_stage == 0:
         return [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return optimizer.fp32_partitioned_groups_flat if zero_stage == 3 else optimizer.single_partition_of_fp32_groups
 
 
-def state_tensors(optimizer, zero_stage: int) -> dict[str, torch.Tensor]:
-    """Name -> tensor, not copied: `weight.0`, and `exp_avg.0`, `exp_avg_sq.0`, `step.0` once a step has been made."""
+def pieces(optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, str]) -> Iterator[Piece]:
+    """What this rank holds. Stages 1 and 2 cut one long row of all parameters, stage 3 each parameter, into shares."""
+    if zero_stage == 0:
+        for i, parameter in enumerate(_masters(optimizer, 0)):
+            yield Piece(names[parameter], 0, parameter.numel(), i, 0)
+    elif zero_stage == 3:
+        for i, group in enumerate(optimizer.fp16_groups):
+            offset = 0
+            for parameter in group:
+                share = parameter.partition_numel()
+                start, end = rank * share, min((rank + 1) * share, parameter.ds_numel)
+                if start < end:
+                    yield Piece(names[parameter], start, end - start, i, offset)
+                offset += share
+    else:
+        groups = zip(optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_padding, strict=True)
+        for i, (group, padding) in enumerate(groups):
+            share = len(_masters(optimizer, zero_stage)[i])
+            place = -rank * share  # of the parameter's beginning, in this rank's share
+            for parameter, behind in zip(group, padding, strict=True):
+                first, end = max(place, 0), min(place + parameter.numel(), share)
+                if first < end:
+                    yield Piece(names[parameter], first - place, end - first, i, first)
+                place += parameter.numel() + behind
+
+
+def state_tensors(optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, str]) -> dict[str, torch.Tensor]:
+    """Name -> flat tensor, not copied; `step` is a scalar."""
     inner = optimizer.optimizer if zero_stage else optimizer
+    masters = _masters(optimizer, zero_stage)
     tensors = {}
-    for i, weight in enumerate(_master_weights(optimizer, zero_stage)):
-        tensors[f"weight.{i}"] = weight.detach()
-        for key, value in inner.state.get(weight, {}).items():
-            tensors[f"{key}.{i}"] = torch.as_tensor(value)
+    for piece in pieces(optimizer, zero_stage, rank, names):
+        held = {"weight": masters[piece.master]} | inner.state.get(masters[piece.master], {})
+        if "step" in held:
+            tensors["step"] = torch.as_tensor(held.pop("step"))
+        for kind, tensor in held.items():
+            stretch = tensor.detach().flatten()[piece.offset : piece.offset + piece.length]
+            tensors[f"{kind}/{piece.name}/{piece.start}"] = stretch
     return tensors
 
 
 @torch.no_grad()
-def load_state_tensors(optimizer, zero_stage: int, tensors: dict[str, torch.Tensor]) -> None:
-    """Takes over what `state_tensors` gave. Collective: the weights of the forward are gathered anew.
+def load_state(optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, str], state: SharedState) -> None:
+    """Takes over what `state_tensors` gave, on however many ranks. Collective: the forward's weights are gathered anew.
 
-    Raises KeyError or RuntimeError where names or shapes are of another model, stage or number of ranks.
+    Raises KeyError where the state is of another model.
     """
+    state.check_sizes({name: getattr(p, "ds_numel", p.numel()) for p, name in names.items()})
     inner = optimizer.optimizer if zero_stage else optimizer
+    masters = _masters(optimizer, zero_stage)
     if zero_stage == 3:
         optimizer.checkpoint_event_prologue()  # no rank holds whole weights from here to the epilogue
-    for i, weight in enumerate(_master_weights(optimizer, zero_stage)):
-        if tensors[f"weight.{i}"].shape != weight.shape:
-            raise RuntimeError(f"weight.{i} has shape {tuple(tensors[f'weight.{i}'].shape)}, not {tuple(weight.shape)}")
-        weight.copy_(tensors[f"weight.{i}"])
-        names = [name for name in tensors if name.endswith(f".{i}") and not name.startswith("weight.")]
-        inner.state.pop(weight, None)
-        for name in names:
-            value = tensors[name]
-            counter = value.dim() == 0 and not value.is_floating_point()  # DeepSpeed's CPU Adam counts in a plain int
-            inner.state[weight][name.removesuffix(f".{i}")] = (
-                int(value) if counter else value.to(weight.device, copy=True)
-            )
+    for master in masters:
+        inner.state.pop(master, None)
+        if state.moments:
+            inner.state[master] = {kind: torch.zeros_like(master) for kind in state.moments}
+            # DeepSpeed's CPU Adam counts in a plain int, PyTorch's in a tensor of its own beside each weight.
+            tensor = isinstance(inner, torch.optim.AdamW)
+            steps = int(state.step)
+            inner.state[master]["step"] = torch.tensor(float(steps), device=master.device) if tensor else steps
+    for piece in pieces(optimizer, zero_stage, rank, names):
+        master = masters[piece.master]
+        for kind, held in {"weight": master, **{kind: inner.state[master][kind] for kind in state.moments}}.items():
+            state.read(kind, piece.name, piece.start, held.view(-1)[piece.offset : piece.offset + piece.length])
     if zero_stage == 3:
-        for i in range(len(optimizer.fp32_partitioned_groups_flat)):
+        for i in range(len(masters)):
             optimizer._reassign_or_swap_out_partitioned_parameters(i)
         optimizer.checkpoint_event_epilogue()  # gathers the small ones that every rank keeps whole
     elif zero_stage:

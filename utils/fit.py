@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from utils.checkpoint import Checkpoint
 from utils.distributed import barrier, is_main, sum_ranks
 from utils.engine import TrainEngine, device
 from utils.errors import UserError
 from utils.fit_config import FitConfig
 from utils.keeper import Keeper
 from utils.logger import RunLogger
+from utils.restore import Checkpoint
 from utils.schedule import lr_factor
 
 Item = object  # whatever the stage's data is made of

@@ -3,11 +3,12 @@
 import os
 from typing import Self
 
-from utils import checkpoint
-from utils.checkpoint import Checkpoint, Engines, Say
+from utils import checkpoint, restore
+from utils.checkpoint import Engines, Say
 from utils.distributed import rank
 from utils.engine import device
 from utils.random_state import seed_streams
+from utils.restore import Checkpoint
 from utils.resume import identity
 from utils.run_flags import RunFlags
 from utils.stop import NAMES, Stop
@@ -41,14 +42,13 @@ class Keeper:
 
     def begin(self, start: Checkpoint | None, seed: int) -> None:
         """Engines and random streams as they were at `start`; None: streams of the seed and the rank. Collective."""
+        seed_streams(seed, rank())
         if start:
-            checkpoint.restore(start, self._engines)
-        else:
-            seed_streams(seed, rank())
+            restore.restore(start, self._engines)
 
     def newest(self, say: Say) -> Checkpoint | None:
         """The run's last whole checkpoint. Collective."""
-        return checkpoint.newest(self._folder, say)
+        return restore.newest(self._folder, say)
 
     def after_step(self, state: dict, say: Say) -> None:
         """One rank's wish to stop becomes that of all; a checkpoint is written that is due, or needed now. Collective.

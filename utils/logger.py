@@ -1,10 +1,11 @@
 """Where a run writes what happens: metrics.jsonl, TensorBoard, other trackers, samples.jsonl, the terminal."""
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
@@ -61,9 +62,10 @@ class RunLogger:
         if not is_main():
             return
         clean = {key: (value if math.isfinite(value) else None) for key, value in values.items()}
-        _append(os.path.join(self.folder, "metrics.jsonl"), {"step": step, **clean})
-        for key, value in values.items():
-            self.board.add_scalar(key, value, step)
+        with self._disk():
+            _append(os.path.join(self.folder, "metrics.jsonl"), {"step": step, **clean})
+            for key, value in values.items():
+                self.board.add_scalar(key, value, step)
         for tracker in self.trackers:
             tracker.log(values, step=step)
         shown = {PROGRESS[key]: f"{value:.3g}" for key, value in values.items() if key in PROGRESS}
@@ -79,10 +81,11 @@ class RunLogger:
         """Texts of this step: lines of samples.jsonl, and TensorBoard's text tab."""
         if not is_main():
             return
-        for row in rows:
-            _append(os.path.join(self.folder, "samples.jsonl"), {"step": step, **row})
         text = "\n\n---\n\n".join("\n\n".join(f"**{key}**: {value}" for key, value in row.items()) for row in rows)
-        self.board.add_text("samples", text, step)
+        with self._disk():
+            for row in rows:
+                _append(os.path.join(self.folder, "samples.jsonl"), {"step": step, **row})
+            self.board.add_text("samples", text, step)
 
     def rewind(self, step: int) -> None:
         """What was written of steps after this one goes: they will be made anew."""
@@ -109,9 +112,21 @@ class RunLogger:
         if not is_main():
             return
         self.bar.close()
-        self.board.close()
+        with contextlib.suppress(OSError):  # a full disk has been told of, and this must not hide the words
+            self.board.close()
         for tracker in self.trackers:
             tracker.finish()
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """What the disk has against writing becomes a UserError."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be written: {error.strerror}; make room and give the same command again, which "
+                "goes on from the last checkpoint"
+            ) from None
 
 
 def _append(path: str, row: dict) -> None:

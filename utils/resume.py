@@ -4,13 +4,15 @@ import dataclasses
 import json
 import os
 
-from utils.checkpoint import Checkpoint, Say, named, newest
+from utils.checkpoint import Say
 from utils.distributed import world_size
 from utils.errors import UserError
+from utils.restore import Checkpoint, named, newest
 from utils.run_flags import FREE_ON_RESUME, RunFlags
 from utils.run_folder import check_inputs, check_writable, holds_run, prepare_run_folder
 
-FOREVER = ("world_size", "zero_stage", "offload_optimizer")  # how a checkpoint is split: no flag makes it fit
+# How a run is spread out: that moves roundings, and what ranks draw from streams of their own (dropout, --reward_fn).
+SPLIT = ("world_size", "zero_stage", "offload_optimizer")
 
 
 def identity(config: RunFlags) -> dict:
@@ -58,7 +60,7 @@ def _same_config(config: RunFlags) -> bool:
             saved = json.load(file)
     except (OSError, ValueError):
         return False
-    return all(saved.get(name) == value for name, value in identity(config).items() if name != "world_size")
+    return all(saved.get(name) == value for name, value in identity(config).items() if name not in SPLIT)
 
 
 def find_checkpoint(config: RunFlags, say: Say) -> Checkpoint | None:
@@ -83,10 +85,10 @@ def _check_flags(checkpoint: Checkpoint, config: RunFlags, say: Say) -> None:
     changed = [name for name, value in now.items() if name in saved and saved[name] != value]
     for name in changed:
         was, wanted = saved[name], now[name]
-        if name == "world_size":
-            raise UserError(f"{checkpoint.path} was written by {was} processes, these are {wanted}: resume with {was}")
-        if name in FOREVER:
-            raise UserError(f"{checkpoint.path} was written with --{name} {was}: resume with that, not {wanted}")
+        if name in SPLIT:
+            what = "number of processes" if name == "world_size" else f"--{name}"
+            say(f"resumed with another {what}: {wanted}, not {was}. The run is the same but for roundings and dropout")
+            continue
         if not config.resume_with_changes:
             raise UserError(
                 f"--{name} {wanted} is not what {checkpoint.path} was made with ({was}): give that, add "

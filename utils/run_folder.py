@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import IO
 
+from safetensors import SafetensorError
+
 from utils.distributed import barrier, is_main
 from utils.errors import UserError
 
@@ -160,8 +162,8 @@ def atomic_folder(path: str) -> Iterator[str]:
         yield partial
         remove(path)
         os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
     finally:
         remove(partial)
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -30,18 +31,18 @@ from tests.tiny_run import Inputs, build_inputs, read_lines, read_metrics, run_f
 from train_ppo import main as train_ppo
 from utils.engine import TrainEngine
 
-# Phase -> what to count calls of: so many of them, at most, are let through before the kill (about two steps).
+# Phase -> what to count calls of, and at which of them, at most, the kill comes (within about two steps).
 PHASES = {
     "rollout": (ppo.rollout, "_decode", 4),
     "scoring": (ppo.score, "_by_batch", 6),
     "update": (TrainEngine, "step", 6),
-    "saving": (utils.checkpoint, "_sync", 6),
+    "saving": (utils.checkpoint, "_sync", 8),
 }
 PATIENCE = 300  # seconds for a run to come to its end, or to its kill
 
 
-def arm(phase: str, calls: int, number: int = signal.SIGKILL) -> None:
-    """In a process of its own: the call number `calls` of this phase from now on begins with this signal to itself."""
+def at_call(victim: int, phase: str, calls: int, number: int = signal.SIGKILL) -> Callable[[int], None]:
+    """A fault for `start`: on the rank `victim`, that call of this phase begins with this signal to itself."""
     place, name, _ = PHASES[phase]
     function, left = getattr(place, name), calls
 
@@ -52,11 +53,15 @@ def arm(phase: str, calls: int, number: int = signal.SIGKILL) -> None:
             os.kill(os.getpid(), number)
         return function(*args, **kwargs)
 
-    setattr(place, name, deadly)
+    return lambda rank: setattr(place, name, deadly) if rank == victim else None
 
 
-def start(argv: list[str], ranks: int, log: Path, kill: tuple | None) -> list[int]:
-    """Forks a process a rank, which runs train_ppo.py; kill: (rank, phase, calls[, signal]). Returns their ids."""
+def nothing(rank: int) -> None:
+    """No fault."""
+
+
+def start(run: Callable[[], None], ranks: int, log: Path, fault: Callable[[int], None] = nothing) -> list[int]:
+    """Forks a process a rank, each of which calls `fault` with its rank and then `run`. Returns their ids."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -75,9 +80,8 @@ def start(argv: list[str], ranks: int, log: Path, kill: tuple | None) -> list[in
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             torch.set_num_threads(1)
-            if kill and kill[0] == rank:
-                arm(*kill[1:])
-            train_ppo(argv)
+            fault(rank)
+            run()
             code = 0
         except SystemExit as stopped:
             code = stopped.code
@@ -122,26 +126,30 @@ def check_equal(out: Path, expected: Path) -> None:
 def kill_and_compare(inputs: Inputs, folder: Path, ranks: int, kills: int, seed: int, **flags) -> collections.Counter:
     """Kills of each phase. flags: of the run, beyond those of a small one. AssertionError when the runs differ."""
     dice = random.Random(seed)
-    flags = {"train_steps": 3 * kills + 2, "checkpoint_per_step": 1, "save_per_step": 2, "num_eval_prompts": 2} | flags
+    flags = {"train_steps": 2 * kills + 2, "checkpoint_per_step": 1, "save_per_step": 2, "num_eval_prompts": 2} | flags
     expected, out, log = folder / "undisturbed", folder / "killed", folder / "log"
-    codes = wait(start(run_flags(inputs, expected, **flags), ranks, log, None))
+
+    def codes_of(run: Path, *fault) -> list[int]:
+        return wait(start(lambda: train_ppo(run_flags(inputs, run, **flags)), ranks, log, *fault))
+
+    codes = codes_of(expected)
     assert codes == [0] * ranks, f"{codes}: see {log}\n{log.read_text()[-3000:]}"
     count = collections.Counter()
     phases = list(PHASES)
     for number in range(kills):
         phase = phases[number % len(phases)]
-        kill = (dice.randrange(ranks), phase, dice.randint(1, PHASES[phase][2]))
-        codes = wait(start(run_flags(inputs, out, **flags), ranks, log, kill))
-        assert codes[kill[0]] == -signal.SIGKILL, f"{kill} -> {codes}: see {log}\n{log.read_text()[-3000:]}"
+        victim, calls = dice.randrange(ranks), dice.randint(1, PHASES[phase][2])
+        codes = codes_of(out, at_call(victim, phase, calls))
+        assert codes[victim] == -signal.SIGKILL, f"{phase}, {victim} -> {codes}: see {log}\n{log.read_text()[-3000:]}"
         count[phase] += 1
-    codes = wait(start(run_flags(inputs, out, **flags), ranks, log, None))
+    codes = codes_of(out)
     assert codes == [0] * ranks, f"{codes}: see {log}\n{log.read_text()[-3000:]}"
     check_equal(out, expected)
     return count
 
 
 def main() -> None:
-    """Both kinds of run, half of the kills each; a line of results each."""
+    """Both kinds of run, half of the kills each; a table of results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
@@ -149,14 +157,15 @@ def main() -> None:
     torch.set_num_threads(1)  # before the first tensor: a process that has threads must not be forked
     with tempfile.TemporaryDirectory() as folder:
         inputs = build_inputs(Path(folder))
-        for name, ranks, flags in (("one process", 1, {"zero_stage": 0}), ("two ranks, ZeRO-2", 2, {"zero_stage": 2})):
+        print(f"| killed in | {' | '.join(PHASES)} | then | seconds |\n|{'---|' * (len(PHASES) + 3)}", flush=True)
+        for name, ranks, stage in (("one process", 1, 0), ("two ranks, ZeRO-2", 2, 2)):
             started = time.perf_counter()
-            place = Path(folder) / name.replace(" ", "_")
+            place = Path(folder) / f"{ranks}"
             place.mkdir()
-            count = kill_and_compare(inputs, place, ranks, options.kills // 2, options.seed, **flags)
-            phases = ", ".join(f"{phase} {number}" for phase, number in sorted(count.items()))
-            print(f"{name}: {sum(count.values())} kills ({phases}), equal bit for bit; "
-                  f"{time.perf_counter() - started:.0f} s")  # fmt: skip
+            count = kill_and_compare(inputs, place, ranks, options.kills // 2, options.seed, zero_stage=stage)
+            cells = [str(count[phase]) for phase in PHASES]
+            seconds = time.perf_counter() - started
+            print(f"| {name} | {' | '.join(cells)} | equal bit for bit | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

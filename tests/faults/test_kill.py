@@ -14,4 +14,4 @@ def test_runs_that_are_killed_end_as_if_they_had_not_been():
         cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert result.stdout.count("4 kills (rollout 1, saving 1, scoring 1, update 1), equal bit for bit") == 2
+    assert result.stdout.count(" | 1 | 1 | 1 | 1 | equal bit for bit | ") == 2

@@ -1,43 +1,114 @@
-"""One of two ranks dies or stands still: the other does not wait for ever, and says where it waited."""
+"""What befalls one of two ranks befalls the run: none waits for ever, none steps on bad numbers."""
 
 import re
-import subprocess
-import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from tests.tiny_run import REPOSITORY, clean_environment, run_flags
+from tests.faults.kill import PHASES, check_equal
+from tests.faults.scenarios import Result, run_cases
+from tests.tiny_run import read_metrics
 
-TIMEOUT = 10  # seconds; several times what a step of this size takes
-CODE = """
-import pathlib, signal, sys
-from tests.faults.kill import start, wait
-log, phase, number, patience, *argv = sys.argv[1:]
-print(wait(start(argv, 2, pathlib.Path(log), (1, phase, 2, getattr(signal, number))), float(patience)))
-"""
+TIMEOUT = 8  # seconds; many times what a step of this size takes
 
 
-def run(inputs, tmp_path, phase: str, number: str, patience: int) -> tuple[str, str]:
-    """(exit codes of both ranks, what both wrote). patience: seconds until the second rank to end is killed."""
-    log = tmp_path / "log"
-    flags = run_flags(inputs, tmp_path / "run", train_steps=4, checkpoint_per_step=1, hang_timeout=TIMEOUT)
-    result = subprocess.run(
-        [sys.executable, "-c", CODE, str(log), phase, number, str(patience), *flags],
-        cwd=REPOSITORY, env=clean_environment() | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True,
-        timeout=150,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout.splitlines()[-1], log.read_text()
+DEATHS = {
+    f"{number} in {phase}": {"fault": f"{number} in {phase}", "hang_timeout": TIMEOUT, "patience": patience}
+    # The victim that stands still is killed a second after the other has ended, as a launcher would.
+    for number, patience in (("SIGKILL", 60), ("SIGSTOP", 1))
+    for phase in PHASES
+}
 
 
-@pytest.mark.parametrize("phase", ["rollout", "saving"])
-def test_a_rank_that_stands_still_ends_the_other_with_its_stacks(inputs, tmp_path, phase):
-    codes, log = run(inputs, tmp_path, phase, "SIGSTOP", patience=1)
-    assert codes == "[124, -9]"  # the second is the launcher's doing
-    assert re.search(rf"error \[rank 0\]: nothing got done for {TIMEOUT} s \(--hang_timeout\) after '", log)
-    assert re.search(r"most recent call first\):\n(.*\n)+.*train_ppo.py", log)
+@pytest.fixture(scope="module")
+def deaths(inputs, tmp_path_factory) -> dict[str, Result]:
+    return run_cases(tmp_path_factory.mktemp("deaths"), inputs, DEATHS)
 
 
-def test_a_rank_that_dies_ends_the_other(inputs, tmp_path):
-    codes, _ = run(inputs, tmp_path, "update", "SIGKILL", patience=60)
-    assert re.fullmatch(r"\[(1|124|-6), -9\]", codes)
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_rank_that_stands_still_ends_the_other_with_its_stacks(deaths, phase):
+    result = deaths[f"SIGSTOP in {phase}"]
+    assert result.codes == [124, -9]
+    assert re.search(rf"error \[rank 0\]: nothing got done for {TIMEOUT} s \(--hang_timeout\) after '", result.log)
+    assert re.search(r"most recent call first\):\n(.*\n)+.*train_ppo.py", result.log)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_rank_that_dies_ends_the_other_with_its_stacks(deaths, phase):
+    """At the next collective, which fails: the watchdog is for those that do not."""
+    result = deaths[f"SIGKILL in {phase}"]
+    assert result.codes[0] in (1, 124) and result.codes[1] == -9
+    assert re.search(r"most recent call (last|first)\):\n(.*\n)+.*train_ppo.py", result.log)
+
+
+BAD = {
+    "NaN loss": r"the loss of the policy is not finite; its weights were not changed \(policy_loss, rank 1\)",
+    "NaN gradient": r"the gradient of the policy is not finite, or beyond --explosion_limit \(rank 1\); its weights",
+    "NaN score": r"the score of response 5 of this step is not finite \(rank 1\)",
+}
+NUMBERS = {"undisturbed": {"zero_stage": 2}}
+for _fault in BAD:
+    NUMBERS[_fault] = {"zero_stage": 2, "fault": _fault}
+    NUMBERS[f"after {_fault}"] = {"zero_stage": 2, "out": _fault}
+NUMBERS["tolerated"] = {"zero_stage": 3, "fault": "NaN gradient", "skip_bad_batches": 1}
+
+
+@pytest.fixture(scope="module")
+def numbers(inputs, tmp_path_factory) -> dict[str, Result]:
+    return run_cases(tmp_path_factory.mktemp("numbers"), inputs, NUMBERS)
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_numbers_on_one_rank_stop_both_before_the_step(numbers, fault):
+    result = numbers[fault]
+    assert result.codes == [2, 2]
+    for rank in (0, 1):
+        where = r"step 2, batch in .*/bad_batches/step_2_1.safetensors"
+        assert re.search(rf"error \[rank {rank}\]: {BAD[fault]}.*\[{where}\]", result.log), result.log
+    assert "Traceback" not in result.log
+    batch = load_file(result.out / "bad_batches" / "step_2_1.safetensors")
+    assert batch["sequences"].shape == batch["attention_mask"].shape and len(batch["sequences"]) in (4, 8)
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_nothing_on_disk_has_changed_by_them(numbers, fault):
+    """Without the fault the run goes on from before it, and no bit of it is another."""
+    result = numbers[f"after {fault}"]
+    assert result.codes == [0, 0]
+    assert f"going on from {result.out}/checkpoints/step_1" in result.log
+    check_equal(result.out, numbers["undisturbed"].out)
+
+
+def test_a_bad_minibatch_that_is_tolerated_is_left_out_on_both(numbers):
+    result = numbers["tolerated"]
+    assert result.codes == [0, 0]
+    assert "(rank 1); its weights were not changed" in result.log and "1 of --skip_bad_batches 1" in result.log
+    assert [row["bad_batches"] for row in read_metrics(result.out)] == [0, 1, 1]
+    weights = load_file(result.out / "final" / "model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+
+
+LITTLE = {
+    "empty on one rank, ZeRO-2": {"fault": "empty responses", "zero_stage": 2},
+    "empty on one rank, ZeRO-3": {"fault": "empty responses", "zero_stage": 3, "gather_for_generation": "never"},
+    "one prompt to evaluate": {"num_eval_prompts": 1, "zero_stage": 3, "gather_for_generation": "never"},
+}
+
+
+@pytest.fixture(scope="module")
+def little(inputs, tmp_path_factory) -> dict[str, Result]:
+    return run_cases(tmp_path_factory.mktemp("little"), inputs, LITTLE)
+
+
+@pytest.mark.parametrize("case", LITTLE)
+def test_a_rank_with_little_to_do_keeps_up(little, case):
+    result = little[case]
+    assert result.codes == [0, 0], result.log[-3000:]
+    rows = read_metrics(result.out)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(value is not None for row in rows for value in row.values())
+    if "empty" in case:
+        assert all(row["eos_fraction"] <= 0.5 for row in rows)  # an empty response has not ended by itself
+    else:
+        assert all("eval_score_mean" in row for row in rows)

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from utils.checkpoint import newest, save
+from utils.checkpoint import save
 from utils.errors import UserError
+from utils.restore import newest
 
 
 def flip_a_byte(checkpoint: Path) -> None:

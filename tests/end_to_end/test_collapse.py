@@ -1,0 +1,106 @@
+"""Signs of collapse in real runs: each alarm rings, and warns, stops, or takes the run back to its last checkpoint."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny_run import read_lines, read_metrics, run_flags
+from train_ppo import main
+
+FLAGS = {"train_steps": 5, "checkpoint_per_step": 2, "num_eval_prompts": 0, "alarm_score_std": 1e-6}
+
+# The same score for all answers to a buffer: in the third, or from the third on.
+ALIKE = """
+buffers = 0
+
+def vowels(prompts, answers):
+    return [sum(letter in "aeiou" for letter in answer) / (1 + len(answer)) for answer in answers]
+
+def third(prompts, answers):
+    global buffers
+    buffers += 1
+    return [0.5 for _ in answers] if buffers == 3 else vowels(prompts, answers)
+
+def from_third(prompts, answers):
+    global buffers
+    buffers += 1
+    return [0.5 for _ in answers] if buffers >= 3 else vowels(prompts, answers)
+"""
+
+
+@pytest.fixture(scope="module")
+def functions(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("functions") / "alike.py"
+    file.write_text(ALIKE)
+    return file
+
+
+def stopped(argv: list[str], capfd) -> str:
+    """The one line with which a run ended."""
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    return next(line for line in capfd.readouterr().err.splitlines() if line.startswith("error: "))
+
+
+def test_every_alarm_warns(inputs, tmp_path, capfd):
+    alarms = {"alarm_kl": 1e-4, "alarm_perplexity": 1e6, "alarm_eos": 1, "alarm_length": 80, "alarm_score_std": 1e6}
+    main(run_flags(inputs, tmp_path / "run", **FLAGS | alarms | {"lr": 1e-2}))
+    text = capfd.readouterr().out
+    names = ["kl_ref", "perplexity", "eos_fraction", "response_length", "score_std"]
+    for name, flag in zip(names, alarms, strict=True):
+        assert re.search(rf"warning: step \d looks like a collapse: .*{name} [\d.e-]+ is past --{flag}", text), flag
+    assert len(read_metrics(tmp_path / "run")) == 5
+
+
+def test_an_alarm_stops_the_run_where_it_is_to(inputs, functions, tmp_path, capfd):
+    out = tmp_path / "run"
+    error = stopped(run_flags(inputs, out, **FLAGS, reward_fn=f"{functions}:third", on_collapse="stop"), capfd)
+    assert re.search(r"step 3 looks like a collapse: score_std 0 is past --alarm_score_std 1e-06", error)
+    assert [row["step"] for row in read_metrics(out)] == [1, 2, 3]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_2"]
+
+
+def change_state(checkpoint: Path, **changes) -> None:
+    """Other numbers in a checkpoint's state.json, and the manifest that fits them."""
+    file = checkpoint / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    content = file.read_bytes()
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_rollback_is_the_last_checkpoint_with_the_prompts_that_come_next(inputs, functions, tmp_path, capfd):
+    out = tmp_path / "run"
+    main(run_flags(inputs, out, **FLAGS, reward_fn=f"{functions}:third", on_collapse="rollback"))
+    text = capfd.readouterr().out
+    assert "warning: step 3 looks like a collapse: score_std 0" in text
+    assert "back at step 2, rollback 1 of 3; the prompts go on" in text
+    assert [row["step"] for row in read_metrics(out)] == [1, 2, 3, 4, 5]
+    assert sorted({row["step"] for row in read_lines(out / "samples.jsonl")}) == [1, 2, 3, 4, 5]
+    assert json.loads((out / "checkpoints" / "step_4" / "state.json").read_text())["rollbacks"] == 1
+
+    other = tmp_path / "other"
+    flags = FLAGS | {"reward_fn": f"{functions}:vowels"}
+    main(run_flags(inputs, other, **flags))
+    assert read_metrics(other)[:2] == read_metrics(out)[:2]
+    change_state(other / "checkpoints" / "step_2", next_place=3 * 8)  # passes over the buffer that rang
+    expected = tmp_path / "expected"
+    main(run_flags(inputs, expected, **flags, resume=other / "checkpoints" / "step_2"))
+    assert read_metrics(out)[2:] == read_metrics(expected)
+    weights, others = (load_file(run / "final" / "model.safetensors") for run in (out, expected))
+    assert all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
+
+
+def test_a_run_that_collapses_again_and_again_stops(inputs, functions, tmp_path, capfd):
+    flags = FLAGS | {"reward_fn": f"{functions}:from_third", "on_collapse": "rollback"}
+    error = stopped(run_flags(inputs, tmp_path / "run", **flags), capfd)
+    assert re.search(r"step 3 looks like a collapse: score_std 0 .*\(--on_collapse rollback, 3 rollbacks\)", error)
+    error = stopped(run_flags(inputs, tmp_path / "early", **flags | {"checkpoint_per_step": 4}), capfd)
+    assert "0 rollbacks" in error  # there is no checkpoint to go back to

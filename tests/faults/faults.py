@@ -1,0 +1,149 @@
+"""What can befall a run: functions that are called in each of its processes with its rank, before it begins."""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import ppo.rollout
+import ppo.score
+import ppo.update
+import utils.checkpoint
+from tests.faults.kill import PHASES, at_call
+from utils.engine import TrainEngine
+
+VICTIM = 1  # the rank that faults happen to
+NAN = float("nan")
+Fault = Callable[[int], None]
+
+
+def bad_minibatch(objective: Callable[[Callable], Callable]) -> Fault:
+    """In the fourth minibatch (the second of step 2) one rank's policy loss comes from another function."""
+    backward, calls = ppo.update.policy_backward, 0
+    good = ppo.update.policy_objective
+
+    def counted(*args):
+        nonlocal calls
+        calls += 1
+        ppo.update.policy_objective = objective(good) if calls == 4 else good
+        return backward(*args)
+
+    return lambda rank: setattr(ppo.update, "policy_backward", counted) if rank == VICTIM else None
+
+
+def nan_loss(good: Callable) -> Callable:
+    """The loss and what is reported of it is NaN."""
+
+    def objective(*args):
+        loss, sums = good(*args)
+        return loss * NAN, sums | {"policy_loss": sums["policy_loss"] * NAN}
+
+    return objective
+
+
+def nan_gradient(good: Callable) -> Callable:
+    """The loss is as it should be, and NaN flows back from it."""
+
+    def objective(part, logprobs, *args):
+        logprobs.register_hook(lambda gradient: gradient * NAN)
+        return good(part, logprobs, *args)
+
+    return objective
+
+
+def nan_score(rank: int) -> None:
+    """In the second step one score of the victim's is NaN."""
+    score, calls = ppo.score.score, 0
+
+    def broken(*args):
+        nonlocal calls
+        calls += 1
+        scores = score(*args)
+        if calls == 2:
+            scores.scores[1] = NAN
+        return scores
+
+    if rank == VICTIM:
+        ppo.score.score = broken
+
+
+def empty_responses(rank: int) -> None:
+    """All responses of the victim have no token, not even EOS."""
+    decode, sample = ppo.rollout._decode, ppo.rollout.sample
+
+    def empty(*args):
+        return [row[:0] for row in decode(*args)]
+
+    if rank == VICTIM:
+        ppo.rollout._decode = empty
+        ppo.rollout.sample = lambda logits, *args: torch.full_like(sample(logits, *args), 2)  # EOS at once
+
+
+def fill(disk: Path, leave: int) -> None:
+    """Takes all room of a small disk of its own but for some bytes, with a file `filler`."""
+    assert disk.is_mount() and shutil.disk_usage(disk).total <= 2**26, f"{disk} is no disk that a test may fill"
+    with open(disk / "filler", "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            file.truncate(max(file.tell() - leave, 0))
+
+
+def disk_fills_in_a_save(rank: int) -> None:
+    """While the checkpoint of step 2 is written, something else takes the room; before that of step 4 it goes."""
+    sync, save, saves, disk = utils.checkpoint._sync, utils.checkpoint.save, 0, None
+
+    def fills(path: str) -> None:
+        if saves == 2 and not (disk / "filler").exists():
+            fill(disk, leave=2**16)  # some lines of metrics
+        sync(path)
+
+    def counted(folder: str, *args):
+        nonlocal saves, disk
+        saves, disk = saves + 1, Path(folder).parents[1]
+        if saves == 4:
+            (disk / "filler").unlink()
+        return save(folder, *args)
+
+    utils.checkpoint._sync, utils.checkpoint.save = fills, counted
+
+
+def disk_is_full(rank: int) -> None:
+    """After the checkpoint of step 2 there is no room left, not for a line of metrics."""
+    save = utils.checkpoint.save
+
+    def fills(folder: str, state: dict, *args):
+        saved = save(folder, state, *args)
+        if state["step"] == 2:
+            fill(Path(folder).parents[1], leave=0)
+        return saved
+
+    utils.checkpoint.save = fills
+
+
+def two_signals(rank: int) -> None:
+    """SIGTERM in step 2, and again."""
+    step, calls = TrainEngine.step, 0
+
+    def signalled(*args):
+        nonlocal calls
+        calls += 1
+        if calls in (5, 6):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    TrainEngine.step = signalled
+
+
+FAULTS = {
+    f"{number.name} in {phase}": at_call(VICTIM, phase, 2, number)
+    for phase in PHASES
+    for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)
+}
+FAULTS |= {"NaN loss": bad_minibatch(nan_loss), "NaN gradient": bad_minibatch(nan_gradient), "NaN score": nan_score}
+FAULTS |= {"empty responses": empty_responses, "disk fills in a save": disk_fills_in_a_save}
+FAULTS |= {"disk is full": disk_is_full, "two signals": two_signals}
