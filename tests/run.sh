@@ -9,4 +9,5 @@ use_threads 2
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 ruff check .
 ruff format --check .
-python -m pytest -n 2 --dist loadfile --durations=15 tests "$@" # two workers; what a file's tests share is made once
+# Two workers; what a file's tests share is made once. Folders of tests that passed go
+python -m pytest -n 2 --dist loadfile --durations=15 -o tmp_path_retention_policy=failed tests "$@"
