@@ -1,6 +1,7 @@
 """What befalls one of two ranks befalls the run: none waits for ever, none steps on bad numbers."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -87,6 +88,23 @@ def test_a_bad_minibatch_that_is_tolerated_is_left_out_on_both(numbers):
     assert [row["bad_batches"] for row in read_metrics(result.out)] == [0, 1, 1]
     weights = load_file(result.out / "final" / "model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+
+
+def test_damage_is_known_to_both_ranks_whichever_looks_for_it(numbers, inputs, tmp_path):
+    """Ranks share the hashing: the first of these files is rank 0's to check, the other rank 1's."""
+    cases = {}
+    for name in ("critic-rank0.safetensors", "critic-rank1.safetensors"):
+        checkpoint = tmp_path / name / "step_3"
+        shutil.copytree(numbers["undisturbed"].out / "checkpoints" / "step_3", checkpoint)
+        content = bytearray((checkpoint / name).read_bytes())
+        content[-100] ^= 1
+        (checkpoint / name).write_bytes(content)
+        cases[f"run {name}"] = {"zero_stage": 2, "resume": checkpoint}
+    for name, result in run_cases(tmp_path, inputs, cases).items():
+        assert result.codes == [2, 2]
+        for rank in (0, 1):
+            file = name.removeprefix("run ")
+            assert re.search(rf"error \[rank {rank}\]: --resume .*{file} is not what was written", result.log)
 
 
 LITTLE = {
