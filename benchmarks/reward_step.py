@@ -114,8 +114,8 @@ def main() -> None:
     """Runs both sets and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3, help="measured steps of each side")
-    parser.add_argument("--batch_size", type=int, default=16, help="pairs a step")
-    parser.add_argument("--micro_batch_tokens", type=int, default=2048, help="tokens of one of our forwards")
+    parser.add_argument("--batch_size", type=int, default=32, help="pairs a step")
+    parser.add_argument("--micro_batch_tokens", type=int, default=4096, help="tokens of one of our forwards")
     parser.add_argument("--peer_batch_size", type=int, default=8, help="pairs of one of the Trainer's forwards")
     parser.add_argument("--autocast", action="store_true", help="the Trainer's weights in float32, cast to bf16")
     options = parser.parse_args()

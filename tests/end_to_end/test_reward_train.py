@@ -205,6 +205,7 @@ def test_bf16_and_every_zero_stage_agree(base, tmp_path):
         ({"center_scores": True, "center_data_path": "/nowhere"}, "--center_data_path: /nowhere does not exist"),
         ({"center_scores": True, "num_valid": 0, "data_path": "TRAIN"}, "--center_scores needs an evaluation"),
         ({"flip_negative": True, "data_path": "PLAIN"}, "--flip_negative: no pair of --data_path has a"),
+        ({"data_path": "BAD"}, "no usable preferences left (preferences: 1 dropped: histories of chosen and rejected"),
         ({"validation_metric": "luck"}, "--validation_metric"),
         ({"data_path": "/nowhere.json"}, "/nowhere.json"),
         ({"lrr": 1}, "--lrr"),
@@ -214,7 +215,9 @@ def test_bad_flags_end_in_one_line_and_leave_nothing(base, tmp_path, capsys, cha
     plain = tmp_path / "plain.jsonl"
     pairs = [{"prompt": f"{i}?", "chosen": "a", "rejected": "b"} for i in range(9)]
     plain.write_text("\n".join(map(json.dumps, pairs)))
-    inputs = {"TOKENIZER": base, "TRAIN": DATA / "train.jsonl", "PLAIN": plain}
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({"chosen": ["a", "b"], "rejected": ["c", "b"]}))
+    inputs = {"TOKENIZER": base, "TRAIN": DATA / "train.jsonl", "PLAIN": plain, "BAD": bad}
     changes = {"num_valid": 2} | {name: inputs.get(value, value) for name, value in changes.items()}
     assert message in refusal(flags(base, tmp_path / "out", **changes), capsys)
     assert not (tmp_path / "out").exists()
