@@ -7,7 +7,6 @@ Results come in the order of the input, `--chunk_size` records at a time; memory
 """
 
 import contextlib
-import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -87,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(config: ScoreConfig, results: IO[str]) -> None:
     """Scores or compares, on every rank; the first one writes."""
+    from data.json_text import json_line
     from data.stream import stream_records
     from reward.judges import compare, load_judges, scored_chunks
     from utils.distributed import is_main, world_size
@@ -118,14 +118,6 @@ def run(config: ScoreConfig, results: IO[str]) -> None:
                     file.writelines(map(json_line, rows))
                     file.flush()
     shutdown_distributed()
-
-
-def json_line(row: dict) -> str:
-    """One line of JSON; half a surrogate pair, which no file can hold, is written as its escape."""
-    line = json.dumps(row, ensure_ascii=False)
-    if any("\ud800" <= char <= "\udfff" for char in line):
-        line = json.dumps(row)
-    return line + "\n"
 
 
 if __name__ == "__main__":

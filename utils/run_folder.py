@@ -134,17 +134,31 @@ def atomic_file(path: str, flag: str) -> Iterator[IO[str]]:
 
     Call it on one rank. A write error becomes a UserError that names `flag` and the path.
     """
-    check_writable(os.path.dirname(os.path.abspath(path)), flag)
-    partial = f"{path}.partial"
+    folder = os.path.dirname(os.path.abspath(path))
+    check_writable(folder, flag)
+    partial, new = f"{path}.partial", missing_folders(folder)
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         with open(partial, "w", encoding="utf-8") as file:
             yield file
         os.replace(partial, path)
     except OSError as error:
-        raise UserError(f"{flag} {path} cannot be written: {error.strerror or error}") from None
+        problem = error.strerror or error
+        raise UserError(f"{flag} {path} cannot be written: {problem}; choose another place, or free the disk") from None
     finally:
         remove(partial)
+        for made in new:
+            with contextlib.suppress(OSError):  # it holds something now
+                os.rmdir(made)
+
+
+def missing_folders(path: str) -> list[str]:
+    """The folders that `os.makedirs` would make, the innermost first."""
+    missing = []
+    while not os.path.exists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    return missing
 
 
 @contextlib.contextmanager
