@@ -15,10 +15,16 @@ from hypothesis import strategies as st
 ASKED = os.environ.get("FUZZ_EXAMPLES")
 PATIENCE = 30  # seconds for one example; each takes milliseconds
 
-fuzz = settings(
-    max_examples=int(ASKED or 200), derandomize=ASKED is None, deadline=None, database=None, print_blob=True,
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+
+def search(parts: int = 1) -> settings:
+    """How long a test searches. parts: over how many settings of the test the long search is shared out."""
+    return settings(
+        max_examples=-(-int(ASKED) // parts) if ASKED else 200, derandomize=ASKED is None, deadline=None, database=None,
+        print_blob=True, suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+
+
+fuzz = search()
 
 TRAPS = [
     "", " ", "\n", "a", "Hi there", "你好", "😀 👍🏽", "Human:", "Human: a", "\n\nHuman: a\n\nAssistant: b",

@@ -50,7 +50,8 @@ def model_folder(path: str, flag: str = FLAG) -> Path:
     if not os.path.exists(path) and is_hub_id(str(path)):
         folder = download_model(str(path), flag)
     if not os.path.isdir(folder):
-        raise UserError(f"{flag}: the model folder {path} does not exist; give a Hugging Face folder or a hub id")
+        problem = "is a file" if os.path.exists(folder) else "does not exist"
+        raise UserError(f"{flag}: the model folder {path} {problem}; give a Hugging Face folder or a hub id")
     if not (folder / "config.json").is_file():
         raise UserError(f"{flag}: no config.json in {path}; give the folder of a Hugging Face model")
     _check_known(read_json(folder / "config.json", flag), path, flag)

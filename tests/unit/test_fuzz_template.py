@@ -6,10 +6,11 @@ from hypothesis import strategies as st
 
 from data.template import decode_answer, encode_dialogue, encode_prompt, encode_text
 from reward.ensemble import Encoding
-from tests.fuzzing import ends, fuzz, texts, whole
+from tests.fuzzing import ends, search, texts, whole
 from utils.tokenizer import MOSS_ZH_TAGS, load_tokenizer
 
 KINDS = ["llama moss_en", "llama moss_zh", "tiny moss_en", "tiny moss_zh", "chat moss_en", "chat moss_zh", "chat chat"]
+fuzz_each = search(parts=len(KINDS))
 SPACE_MARK = "▁"  # SentencePiece's own name for a space: it comes back as one
 
 
@@ -47,7 +48,7 @@ def stretches(ids: list[int], mask: list[bool]) -> list[list[int]]:
     return found
 
 
-@fuzz
+@fuzz_each
 @given(dialogues)
 def test_fuzz_template(setting, drawn):
     tokenizer, template = setting
@@ -74,7 +75,7 @@ def test_fuzz_template(setting, drawn):
         assert [ids.count(tag) for tag in tags] == [len(answers), len(answers)]
 
 
-@fuzz
+@fuzz_each
 @given(dialogues, st.integers(4, 60))
 def test_fuzz_window(setting, drawn, window):
     """A reward model's window is kept, whatever has to go; the answer's end is not."""
@@ -87,7 +88,7 @@ def test_fuzz_window(setting, drawn, window):
     assert cut == (len(Encoding(tokenizer, template, None)(turns)[0]) > window)
 
 
-@fuzz
+@fuzz_each
 @given(contents)
 def test_fuzz_text(setting, text):
     tokenizer, _ = setting
