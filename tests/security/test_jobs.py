@@ -40,7 +40,7 @@ def test_an_attempt_is_noticed(tmp_path):
     """The hook itself: a hub id does ask another machine."""
     result = run(tmp_path, "hub")
     assert result.returncode == ATTEMPT
-    assert "an attempt to reach huggingface.co" in result.stderr
+    assert "an attempt to reach" in result.stderr
 
 
 def test_nothing_is_world_writable(jobs):
