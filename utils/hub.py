@@ -31,7 +31,7 @@ def download(name: str, flag: str, **patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, **patterns))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UserError(f"{flag}: cannot download {name}: {reason}; check the name, or download it first") from error
 
 

@@ -72,7 +72,7 @@ def _check_known(config: dict, path: str, flag: str) -> None:
             "that transformers knows by itself"
         )
     problem = (
-        f"names the model_type {kind!r}, which this version of transformers does not know" if kind else "is of none"
+        f"names the model_type {kind!r}, which this version of transformers does not know" if kind else "names no model_type"
     )
     raise UserError(f"{flag}: {path}/config.json {problem}; give a model that transformers knows")
 

@@ -176,7 +176,7 @@ def _from_auto(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].rstrip(" .")
         if "auto_map" in config:
             reason = "it needs code of its own (auto_map in tokenizer_config.json), which is not run here"
         raise UserError(f"{FLAG}: cannot load a tokenizer from {path}: {reason}; check the folder or hub id") from error

@@ -65,5 +65,5 @@ def reason_of(error: Exception) -> str:
             "weights as safetensors, or from a source that you trust"
         )
     lines = [line.strip() for line in str(error).strip().split("\n")]
-    first = " ".join(lines[: 1 + lines[0].endswith(":")])
+    first = " ".join(lines[: 1 + lines[0].endswith(":")]).rstrip(".")
     return f"{first}; copy it again, or give another folder"
