@@ -71,9 +71,7 @@ def _check_known(config: dict, path: str, flag: str) -> None:
             f"{flag}: {path} needs code of its own (auto_map in its config.json), which is not run here; give a model "
             "that transformers knows by itself"
         )
-    problem = (
-        f"names the model_type {kind!r}, which this version of transformers does not know" if kind else "names no model_type"
-    )
+    problem = f"names the model_type {kind!r}, which this transformers does not know" if kind else "names no model_type"
     raise UserError(f"{flag}: {path}/config.json {problem}; give a model that transformers knows")
 
 
