@@ -75,10 +75,10 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the table and the samples; one process."""
     config = parse_args(CompareConfig, argv)
     from ppo.judge import judge_policies
-    from utils.run_folder import check_writable, write_json
+    from utils.run_folder import check_output_file, write_json
 
     if config.output:
-        check_writable(os.path.dirname(os.path.abspath(config.output)), "--output")
+        check_output_file(config.output, "--output")
 
     before, after, kl = judge_policies(config)
     table = compare(before, after, kl, config.seed)

@@ -91,10 +91,10 @@ def run(config: ScoreConfig, results: IO[str]) -> None:
     from reward.judges import compare, load_judges, scored_chunks
     from utils.distributed import is_main, world_size
     from utils.engine import init_distributed, shutdown_distributed
-    from utils.run_folder import atomic_file, check_writable, write_json
+    from utils.run_folder import atomic_file, check_output_file, write_json
 
     if config.output:
-        check_writable(os.path.dirname(os.path.abspath(config.output)), "--output")
+        check_output_file(config.output, "--output")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # under a launcher; one process needs no group, which costs seconds
         init_distributed()
     if config.input == "-" and world_size() > 1:

@@ -51,6 +51,13 @@ def check_writable(path: str, flag: str) -> None:
         raise UserError(f"{flag} {path} cannot be written: {parent} is not a writable folder; choose another place")
 
 
+def check_output_file(path: str, flag: str) -> None:
+    """Raises UserError when no file can be written at the `path` of `flag`. Changes nothing."""
+    check_writable(os.path.dirname(os.path.abspath(path)), flag)
+    if os.path.isdir(path):
+        raise UserError(f"{flag} {path} is a folder: give the name of a file")
+
+
 def prepare_run_folder(path: str, config, step: int = 0) -> None:
     """Makes the folder and writes config.json. Rank 0 writes, all ranks wait.
 
