@@ -30,11 +30,12 @@ def parse_line(text: str, file: Path | str, line: int) -> Any:
 def parse_json_list(file: Path, flag: str) -> Located:
     """(item, line on which it begins) of a file that is one JSON list. UserError names file:line, or `flag`."""
     text = _read(file, flag)
-    position, line = _skip_space(text, 0), 1
+    position = _skip_space(text, 0)
+    line = 1 + text.count("\n", 0, position)
     if position == len(text):
         return []
     if text[position] != "[":
-        raise UserError(f"{file}:1: expected a list of records; with one JSON value a line, name the file .jsonl")
+        raise UserError(f"{file}:{line}: expected a list of records; with one JSON value a line, name the file .jsonl")
     located: Located = []
     decoder = json.JSONDecoder()
     separator = "["

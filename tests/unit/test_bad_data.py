@@ -161,3 +161,9 @@ def test_an_integer_that_no_float_can_hold(tmp_path):
     train, _ = load_preferences(str(file), 0, 0, said.append, ("margin",))
     assert len(train) == 1
     assert f"preferences: 3 dropped: margin is not a finite number; first at {file}:2" in said
+
+
+def test_blank_lines_before_a_list_count_too(tmp_path):
+    (tmp_path / "x.json").write_text('\n\n[["a"],\n["b"]]')
+    records, _ = read_records(str(tmp_path / "x.json"))
+    assert [record.source.rpartition(":")[2] for record in records] == ["3", "4"]
