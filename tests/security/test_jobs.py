@@ -50,8 +50,9 @@ def test_nothing_is_world_writable(jobs):
 
 def test_data_reach_neither_shell_nor_path(jobs):
     """What the records name would have been made, or would stand beside the folders."""
-    assert not list(jobs.parent.rglob("ran"))
-    assert not [place for place in (REPOSITORY, *REPOSITORY.parents) if (place / "ran").exists()]
+    assert not list(jobs.rglob("ran"))
+    above = (REPOSITORY, *REPOSITORY.parents, *jobs.parents)
+    assert not [place for place in above if (place / "ran").exists()]
     named = {"jobs", "materials", "data", "dialogues.json", "pairs.json"}
     assert {path.name for path in jobs.iterdir()} == named
     allowed = {"out", "scored.jsonl", "evaluation"}
