@@ -1,6 +1,6 @@
 """Numbers that annotators and reward models left in a preference record, whichever way their columns are spelt."""
 
-import math
+import sys
 from typing import Any
 
 from data.records import BadRecord
@@ -23,9 +23,16 @@ def number_of(value: dict, name: str) -> float | None:
 
 def finite(number: Any, name: str) -> float:
     """The number as a float. Raises BadRecord unless it is a finite number."""
-    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+    if not is_finite(number):
         raise BadRecord(f"{name} is not a finite number")
     return float(number)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number, and one that a float can hold: JSON's integers may have hundreds of digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # False for NaN
 
 
 def numbers_of(value: dict, name: str) -> list[float] | None:

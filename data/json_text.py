@@ -30,11 +30,12 @@ def parse_line(text: str, file: Path | str, line: int) -> Any:
 def parse_json_list(file: Path, flag: str) -> Located:
     """(item, line on which it begins) of a file that is one JSON list. UserError names file:line, or `flag`."""
     text = _read(file, flag)
-    position, line = _skip_space(text, 0), 1
+    position = _skip_space(text, 0)
+    line = 1 + text.count("\n", 0, position)
     if position == len(text):
         return []
     if text[position] != "[":
-        raise UserError(f"{file}:1: expected a list of records; with one JSON value a line, name the file .jsonl")
+        raise UserError(f"{file}:{line}: expected a list of records; with one JSON value a line, name the file .jsonl")
     located: Located = []
     decoder = json.JSONDecoder()
     separator = "["
@@ -61,6 +62,21 @@ def parse_json_list(file: Path, flag: str) -> Located:
     return located
 
 
+def json_line(value: Any) -> str:
+    """A value as a line of JSON, for every value that our loaders give.
+
+    What JSON has no form for, such as a date out of a .parquet file, becomes text; half a surrogate pair, which no file
+    can hold, its escape.
+    """
+    line = json.dumps(value, ensure_ascii=False, default=str)
+    return (json.dumps(value, default=str) if has_half_pair(line) else line) + "\n"
+
+
+def has_half_pair(text: str) -> bool:
+    """Whether half of a surrogate pair stands in it: JSON can bring that, no file and no tokenizer takes it."""
+    return any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def _read(file: Path, flag: str) -> str:
     try:
         return file.read_bytes().decode("utf-8-sig")
@@ -68,7 +84,7 @@ def _read(file: Path, flag: str) -> str:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{file}:{line}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
     except OSError as error:
-        raise UserError(f"{flag}: cannot read {file}: {error.strerror}") from error
+        raise UserError(f"{flag}: cannot read {file}: {error.strerror}; give a file that can be read") from error
 
 
 def _skip_space(text: str, position: int) -> int:

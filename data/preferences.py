@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.columns import STRENGTH, number_of, strength_of
+from data.json_text import has_half_pair
 from data.ranked import is_ranked, ranked_pairs
 from data.records import FLAG, BadRecord, Record, Tally, load_items
 from data.template import Turns
@@ -166,7 +167,7 @@ def _subset_of(record: Record) -> str:
     """The record's own `subset`, else its file's name without train or valid ("helpful_valid.jsonl": helpful)."""
     named = record.value.get("subset") if isinstance(record.value, dict) else None
     if named is not None:
-        if not isinstance(named, str) or not named.strip():
+        if not isinstance(named, str) or not named.strip() or has_half_pair(named):
             raise BadRecord("subset is not a name")
         return named.strip()
     stem = Path(record.source.rpartition(":")[0]).stem

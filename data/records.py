@@ -4,6 +4,7 @@ Local JSON is parsed here, because only then every record has its line; hub ids 
 `datasets`. Everything is held in memory: the published sets have some 100,000 dialogues, a few hundred MB.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from utils.errors import UserError
 from utils.hub import is_hub_id
 
 FLAG = "--data_path"
+LONGEST = 200  # characters of a path in a message
 _TABLES = {".parquet": "parquet", ".csv": "csv"}
 Item = TypeVar("Item")
 
@@ -66,9 +68,9 @@ def load_items(
         say(line)
     if not train:
         reasons = "; ".join(tally.lines()) or "it holds no records"
-        raise UserError(f"{flag} {path}: no usable {what} left ({reasons})")
+        raise UserError(f"{flag} {path}: no usable {what} left ({reasons}); mend them, or give others")
     if valid_records is not None and not valid:
-        raise UserError(f"{flag} {path}: no usable {what} left for validation ({'; '.join(tally.lines())})")
+        raise UserError(f"{flag} {path}: no usable {what} left for validation ({'; '.join(tally.lines())}); mend them")
     if valid_records is None and num_valid > 0:
         if num_valid >= len(train):
             raise UserError(
@@ -98,14 +100,14 @@ def read_records(path: str, flag: str = FLAG) -> tuple[list[Record], list[Record
 
     Raises UserError, naming `flag` or file:line, for what is missing, unreadable, empty or not parseable.
     """
-    local = Path(path)
-    if local.is_dir():
-        return _read_folder(local, flag)
-    if local.is_file():
-        return read_file(local, flag), None
+    if os.path.isdir(path):
+        return _read_folder(Path(path), flag)
+    if os.path.isfile(path):
+        return read_file(Path(path), flag), None
     if is_hub_id(path):
         return _read_hub(path, flag)
-    raise UserError(f"{flag}: {path} does not exist; give a folder, a .json or .jsonl file, or a hub id (owner/name)")
+    shown = path if len(path) <= LONGEST else f"{path[:LONGEST]}…"  # a record, pasted where its file belongs
+    raise UserError(f"{flag}: {shown} does not exist; give a folder, a .json or .jsonl file, or a hub id (owner/name)")
 
 
 def read_file(file: Path, flag: str = FLAG) -> list[Record]:

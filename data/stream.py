@@ -1,6 +1,7 @@
 """Records one after the other, out of a file or a pipe of any length, without holding them all."""
 
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ def stream_records(path: str, flag: str, form: Form = "auto") -> Iterator[Record
     if path == PIPE:
         return _parse(sys.stdin.buffer, "stdin", form)
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(f"{flag}: {path} does not exist or is no file; give a .jsonl or .txt file, or - for a pipe")
     suffix = file.suffix.lower()
     if form == "auto" and suffix not in (".jsonl", ".txt"):
@@ -40,7 +41,7 @@ def _from_file(file: Path, flag: str, form: Form) -> Iterator[Record]:
         with file.open("rb") as lines:
             yield from _parse(lines, str(file), form)
     except OSError as error:
-        raise UserError(f"{flag}: cannot read {file}: {error.strerror}") from error
+        raise UserError(f"{flag}: cannot read {file}: {error.strerror}; give a file that can be read") from error
 
 
 def _parse(lines: IO[bytes], name: str, form: Form) -> Iterator[Record]:

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from data.json_text import has_half_pair
 from data.records import BadRecord
 from data.template import Turns
 
@@ -87,7 +88,7 @@ def check_turns(turns: Turns, empty_answer: bool = False) -> Turns:
     for k, turn in enumerate(turns, start=1):
         if not turn["content"] and not (empty_answer and k == len(turns) and turn["role"] == "assistant"):
             raise BadRecord("an empty turn")
-        if any("\ud800" <= char <= "\udfff" for char in turn["content"]):
+        if has_half_pair(turn["content"]):
             raise BadRecord("half a surrogate pair in the text")
     return turns
 
@@ -104,6 +105,8 @@ def _from_list(items: list) -> Turns:
         return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(items)]
     turns = []
     for item in items:
+        if isinstance(item, str):
+            raise BadRecord("a list of texts and of other things")
         if not isinstance(item, dict):
             raise BadRecord(f"a turn is {_kind(item)}")
         role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ppo.reward_flags import RewardFlags
-from utils.args import entry_point, parse_args
+from utils.args import SEEDS, check_range, entry_point, parse_args
 from utils.errors import UserError
 
 RESAMPLES = 2000
@@ -58,12 +58,16 @@ class CompareConfig(RewardFlags):
         for name in ("num_prompts", "maxlen_res", "rollout_batch_size", "micro_batch_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
+        check_range(self, seed=SEEDS)
         if len(self.policies) != 2:
             raise UserError("--policies needs two model folders, before and after")
         if not self.data_path:
-            raise UserError("--data_path is missing")
+            raise UserError("--data_path is missing: give it a path")
         if self.maxlen_res >= self.maxlen_prompt:
-            raise UserError(f"--maxlen_res {self.maxlen_res} leaves no room in --maxlen_prompt {self.maxlen_prompt}")
+            raise UserError(
+                f"--maxlen_res {self.maxlen_res} leaves no room in --maxlen_prompt {self.maxlen_prompt}: lower it, or "
+                "raise that"
+            )
         if not self.reward_model_path and not self.reward_fn:
             raise UserError("give --reward_model_path or --reward_fn: something has to judge the answers")
 
@@ -73,12 +77,10 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the table and the samples; one process."""
     config = parse_args(CompareConfig, argv)
     from ppo.judge import judge_policies
-    from utils.run_folder import check_writable, write_json
+    from utils.run_folder import check_output_file, write_json
 
     if config.output:
-        folder = os.path.dirname(os.path.abspath(config.output))
-        check_writable(folder, "--output")
-        os.makedirs(folder, exist_ok=True)
+        check_output_file(config.output, "--output")
 
     before, after, kl = judge_policies(config)
     table = compare(before, after, kl, config.seed)
@@ -86,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     print(render_samples(before["rows"], after["rows"], config.num_samples))
     if config.output:
         answers = [b | {"answer_after": a["answer"]} for b, a in zip(before["rows"], after["rows"], strict=True)]
+        os.makedirs(os.path.dirname(os.path.abspath(config.output)), exist_ok=True)
         write_json(config.output, {"policies": config.policies, "table": table, "answers": answers})
         print(f"written to {config.output}")
 

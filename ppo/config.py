@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ppo.reward_flags import RewardFlags
-from utils.args import check_range
+from utils.args import SEEDS, check_range
 from utils.errors import UserError
 from utils.run_flags import RunFlags
 
@@ -224,7 +224,7 @@ class PPOConfig(RewardFlags, RunFlags):
         if self.num_rollouts % self.batch_size:
             raise UserError(
                 f"--num_rollouts {self.num_rollouts} is not a multiple of --batch_size {self.batch_size}: "
-                "a buffer is trained on in whole batches"
+                "a buffer is trained on in whole batches, give a multiple"
             )
 
     def _check_numbers(self) -> None:
@@ -238,7 +238,7 @@ class PPOConfig(RewardFlags, RunFlags):
             ppo_pretrain_loss_weight=(0, None), vf_loss_weight=(0, None), missing_eos_penalty=(0, None),
             critic_pretrain_steps=(0, None), num_eval_prompts=(0, None), num_samples=(0, None), best_max_kl=(0, None),
             skip_bad_batches=(0, None), alarm_kl=(0, None), alarm_perplexity=(0, None), alarm_eos=(0, 1),
-            alarm_length=(0, None), alarm_score_std=(0, None),
+            alarm_length=(0, None), alarm_score_std=(0, None), seed=SEEDS,
         )  # fmt: skip
         if self.on_collapse == "rollback" and not self.checkpoint_per_step:
             raise UserError("--on_collapse rollback needs checkpoints: give a --checkpoint_per_step above 0")
@@ -261,5 +261,5 @@ class PPOConfig(RewardFlags, RunFlags):
         if self.use_entropy_loss and self.entropy_clip > math.log(vocab_size):
             raise UserError(
                 f"--entropy_clip {self.entropy_clip:g} can never be reached: entropy is at most "
-                f"ln({vocab_size}) = {math.log(vocab_size):.2f}"
+                f"ln({vocab_size}) = {math.log(vocab_size):.2f}; lower it"
             )

@@ -12,7 +12,7 @@ from ppo.types import PromptBatch
 from reward.ensemble import Frozen
 from utils.engine import DTYPES, InferenceEngine, device
 from utils.errors import UserError
-from utils.models import check_window, load_causal_lm
+from utils.models import check_window, load_causal_lm, model_folder
 from utils.tokenizer import load_tokenizer
 
 
@@ -23,6 +23,8 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     BEFORE. Holds two policies and the reward model, no optimizer.
     """
     template = template_for(config.lang, config.template)
+    for path in config.policies:
+        model_folder(path, "--policies")
     tokenizer = load_tokenizer(config.tokenizer_name_or_path or config.policies[0], template)
     room = config.maxlen_prompt - config.maxlen_res
     _, prompts = load_prompts(config.data_path, tokenizer, template, room, config.num_prompts, config.seed)

@@ -141,10 +141,10 @@ def load_reward_fn(spec: str) -> RewardFunction:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:  # whatever that file may do wrong
+    except (Exception, SystemExit) as error:  # whatever that file may do wrong
         raise UserError(f"--reward_fn {spec} cannot be loaded: {_failure(error)}") from error
     if not callable(getattr(module, name, None)):
-        raise UserError(f"--reward_fn {spec}: {path} has no function {name}")
+        raise UserError(f"--reward_fn {spec}: {path} has no function {name}; give the name of one")
     return getattr(module, name)
 
 
@@ -152,7 +152,7 @@ def call_reward_fn(reward_fn: RewardFunction, prompts: list[list[dict]], answers
     """One number an answer, or a UserError that says what came instead. prompts: the turns of each dialogue."""
     try:
         scores = reward_fn(prompts, answers)
-    except Exception as error:  # whatever the user's function may do wrong
+    except (Exception, SystemExit) as error:  # whatever the user's function may do wrong
         raise UserError(f"--reward_fn failed: {_failure(error)}") from error
     try:
         scores = [float(score) for score in scores]

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from data.columns import is_finite
 from data.records import BadRecord, Record, Tally
 from data.stream import text_or_answered
 from data.template import Turns, template_for
@@ -190,6 +191,6 @@ def answered(record: Record) -> Turns:
 def column_of(record: Record, column: str) -> float:
     """The score that a record brings. Raises UserError, naming file:line."""
     value: Any = record.value.get(column) if isinstance(record.value, dict) else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_finite(value):
         raise UserError(f"{record.source}: no number under {column!r}; give --model to score the answers, or --column")
     return float(value)

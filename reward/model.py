@@ -25,16 +25,10 @@ from transformers import (
 
 from utils.errors import UserError
 from utils.export import write_model
-from utils.models import (
-    FLAG,
-    fit_vocabulary,
-    from_folder,
-    model_folder,
-    read_tensor,
-    tensor_files,
-)
+from utils.models import FLAG, fit_vocabulary, from_folder, model_folder
 from utils.nll import head_logits, sum_nll
 from utils.tensors import last_index
+from utils.weight_files import read_tensor, tensor_files
 
 HEAD_NAMES = ("score.weight", "reward_head.weight")  # sequence classification, MOSS
 
@@ -137,7 +131,9 @@ def load_scalar_model(
         weight = new_head_weight(hidden_size, seed)
         say(f"{path}: no reward head in it; a new one is drawn from N(0, 1/sqrt({hidden_size} + 1)), seed {seed}")
     elif weight.shape[1] != hidden_size:
-        raise UserError(f"{flag}: the reward head in {path} is for hidden size {weight.shape[1]}, not {hidden_size}")
+        raise UserError(
+            f"{flag}: the reward head in {path} is for hidden size {weight.shape[1]}, not {hidden_size}; copy it again"
+        )
     if not bool(torch.isfinite(weight).all()):
         raise UserError(f"{flag}: the reward head in {path} is not finite; give an earlier checkpoint")
     center = getattr(model.config, "score_center", 0.0)

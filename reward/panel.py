@@ -52,7 +52,7 @@ class PanelConfig:
     def __post_init__(self) -> None:
         for name in ("model", "data_path"):
             if not getattr(self, name):
-                raise UserError(f"--{name} is missing")
+                raise UserError(f"--{name} is missing: give it a path")
         twice = next((path for path in self.model if self.model.count(path) > 1), None)
         if twice:
             raise UserError(f"{FLAG} names {twice} twice: give each reward model once")
@@ -71,7 +71,9 @@ def score_preferences(preferences: list[Preference], config: PanelConfig, say: C
     models = [_scored(path, preferences, config, say) for path in config.model]
     common = set.intersection(*({item.place for item in scored.items} for scored in models))
     if not common:
-        raise UserError(f"--data_path {config.data_path}: no preference fits the windows of all models")
+        raise UserError(
+            f"--data_path {config.data_path}: no preference fits the windows of all models; give shorter ones"
+        )
     return [scored.where(lambda item: item.place in common) for scored in models]
 
 
@@ -86,7 +88,10 @@ def _scored(path: str, preferences: list[Preference], config: PanelConfig, say: 
         check_window(model, window, "--context_truncate")
     items = encode_all(preferences, tokenizer, template, window or sys.maxsize, say)
     if not items:
-        raise UserError(f"--data_path {config.data_path}: no preference fits the {window} tokens of {path}")
+        raise UserError(
+            f"--data_path {config.data_path}: no preference fits the {window} tokens of {path}; give shorter ones, or "
+            "raise --context_truncate"
+        )
 
     def plan(lengths: list[int]) -> Iterable[tuple[list[int], float]]:
         return tqdm(rank_plan(lengths, config.micro_batch_tokens, num_ranks=1, rank=0), desc=path, unit="batch")

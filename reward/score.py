@@ -7,7 +7,6 @@ Results come in the order of the input, `--chunk_size` records at a time; memory
 """
 
 import contextlib
-import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -87,14 +86,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(config: ScoreConfig, results: IO[str]) -> None:
     """Scores or compares, on every rank; the first one writes."""
+    from data.json_text import json_line
     from data.stream import stream_records
     from reward.judges import compare, load_judges, scored_chunks
     from utils.distributed import is_main, world_size
     from utils.engine import init_distributed, shutdown_distributed
-    from utils.run_folder import atomic_file, check_writable, write_json
+    from utils.run_folder import atomic_file, check_output_file, write_json
 
     if config.output:
-        check_writable(os.path.dirname(os.path.abspath(config.output)), "--output")
+        check_output_file(config.output, "--output")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # under a launcher; one process needs no group, which costs seconds
         init_distributed()
     if config.input == "-" and world_size() > 1:
@@ -118,14 +118,6 @@ def run(config: ScoreConfig, results: IO[str]) -> None:
                     file.writelines(map(json_line, rows))
                     file.flush()
     shutdown_distributed()
-
-
-def json_line(row: dict) -> str:
-    """One line of JSON; half a surrogate pair, which no file can hold, is written as its escape."""
-    line = json.dumps(row, ensure_ascii=False)
-    if any("\ud800" <= char <= "\udfff" for char in line):
-        line = json.dumps(row)
-    return line + "\n"
 
 
 if __name__ == "__main__":

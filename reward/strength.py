@@ -6,7 +6,6 @@ that `reward.train --flip_negative` and `--use_margin` read. Files keep their na
 the next --data_path; a plot and a histogram in text go with them.
 """
 
-import json
 import os
 import statistics
 from collections import defaultdict
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.columns import CHOSEN_SCORES, DEVIATION, REJECTED_SCORES, STRENGTH
+from data.json_text import json_line
 from data.preferences import Preference, preference_of
 from data.ranked import is_ranked
 from data.records import BadRecord, Record, Tally, read_records
@@ -58,7 +58,7 @@ def pairs_of(records: list[Record]) -> dict[int, Preference]:
     for line in tally.lines():
         print(line)
     if not pairs:
-        raise UserError(f"--data_path: no pair to score ({'; '.join(tally.lines())})")
+        raise UserError(f"--data_path: no pair to score ({'; '.join(tally.lines())}); mend them")
     return pairs
 
 
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     lines = defaultdict(list)
     for place, (split, record) in enumerate(records):
         value = annotated(record.value, new[place]) if place in new else record.value
-        lines[file_name(record, split)].append(json.dumps(value, ensure_ascii=False) + "\n")
+        lines[file_name(record, split)].append(json_line(value))
     means, deviations = ([row[name] for row in columns.values()] for name in (STRENGTH, DEVIATION))
     with atomic_folder(config.output) as folder:
         for name, texts in lines.items():

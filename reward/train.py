@@ -29,7 +29,7 @@ from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown
 from utils.errors import UserError
 from utils.fit import Stage, fit
 from utils.logger import RunLogger, check_outputs
-from utils.models import check_window, enable_checkpointing
+from utils.models import check_window, enable_checkpointing, model_folder
 from utils.resume import begin_folder, find_checkpoint
 from utils.tokenizer import load_tokenizer
 
@@ -145,6 +145,7 @@ def train(config: RewardConfig) -> None:
         raise UserError(f"--batch_size {config.batch_size} is less than the {world_size()} ranks: give at least that")
     say = partial(print, flush=True) if is_main() else lambda text: None
     start = find_checkpoint(config, say)
+    model_folder(config.hf_model_name_or_path)
     tokenizer = load_tokenizer(config.tokenizer_name_or_path, template_for(config.lang, config.template))
     if config.delimiter not in (None, tokenizer.eos_token):
         raise UserError(f"--delimiter {config.delimiter!r}: utterances end in {tokenizer.eos_token!r}; leave it out")

@@ -28,7 +28,7 @@ from utils.export import save_causal_lm
 from utils.fit import Stage, evaluate, fit
 from utils.fit_config import FitConfig
 from utils.logger import RunLogger, check_outputs
-from utils.models import check_window, enable_checkpointing, load_causal_lm
+from utils.models import check_window, enable_checkpointing, load_causal_lm, model_folder
 from utils.resume import begin_folder, find_checkpoint
 from utils.tokenizer import load_tokenizer
 
@@ -166,6 +166,7 @@ def train(config: SFTConfig) -> None:
         raise UserError(f"--batch_size {config.batch_size} is less than the {world_size()} ranks: give at least that")
     say = partial(print, flush=True) if is_main() else lambda text: None
     start = find_checkpoint(config, say)
+    model_folder(config.hf_model_name_or_path)
     tokenizer = load_tokenizer(config.tokenizer_name_or_path, template_for(config.lang, config.template))
     sets, valid = load_encoded(config, tokenizer, say)
     path, dtype = config.hf_model_name_or_path, DTYPES[config.dtype]

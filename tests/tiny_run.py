@@ -96,14 +96,18 @@ def write_json(path: Path, content) -> Path:
 
 
 def run_flags(inputs: Inputs, out: Path, **changes) -> list[str]:
-    """A command line of train_ppo.py: two steps in float32. changes: flag=value, or
-    flag=[values]; None leaves it out, True is bare."""
+    """A command line of train_ppo.py: two steps in float32. changes: values by flag, as for `as_argv`."""
     flags = {
         "policy_model_path": inputs.policy, "critic_model_path": inputs.reward, "data_path": inputs.prompts,
         "model_save_path": out, "dtype": "fp32", "train_steps": 2, "warmup_steps": 1, "lr": 1e-4, "critic_lr": 1e-3,
         "num_rollouts": 8, "batch_size": 4, "rollout_batch_size": 3, "micro_batch_tokens": 200, "maxlen_prompt": 80,
         "maxlen_res": 12, "save_per_step": 1, "num_eval_prompts": 3, "seed": 7,
     } | changes  # fmt: skip
+    return as_argv(flags)
+
+
+def as_argv(flags: dict) -> list[str]:
+    """Flags as words: a list is several values, None leaves a flag out, True is bare."""
     argv = []
     for name, value in flags.items():
         if value is not None:

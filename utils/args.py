@@ -20,6 +20,7 @@ from typing import Literal, TypeVar
 from utils.errors import UserError
 
 Config = TypeVar("Config")
+SEEDS = (0, 10**9)  # with ranks and streams added, every generator takes these
 
 
 @dataclass
@@ -52,8 +53,8 @@ class EngineConfig:
             self,
             gradient_clip=(0, None),
             explosion_limit=(1, None),
-            adam_beta1=(0, 1),
-            adam_beta2=(0, 1),
+            adam_beta1=(0, 0.999999),
+            adam_beta2=(0, 0.999999),
             adam_eps=(0, None),
         )
         if self.dtype == "bf16" and self.zero_stage == 0:
@@ -169,11 +170,13 @@ def entry_point(main):
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None):
+        os.umask(os.umask(0o777) | 0o002)  # nothing that is written may be changed by everyone
         where = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         try:
             return main(argv)
         except UserError as error:
-            print(f"error{where}: {error}", file=sys.stderr, flush=True)
+            text = " ".join(str(error).splitlines())  # a path may hold anything
+            print(f"error{where}: {text}", file=sys.stderr, flush=True)
             sys.exit(2)
         except KeyboardInterrupt:
             print(f"stopped by Ctrl-C{where}", file=sys.stderr, flush=True)

@@ -24,6 +24,7 @@ def write_model(
     without weights does the saving, so that it does not matter where and how split the trained model lives.
     """
     config = copy.deepcopy(config)
+    vars(config).pop("auto_map", None)  # code that lay beside the weights is not run, and not passed on
     config.dtype = next(iter(state.values())).dtype
     if tokenizer is not None:
         ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)

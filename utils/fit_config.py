@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.args import check_range
+from utils.args import SEEDS, check_range
 from utils.errors import UserError
 from utils.run_flags import RunFlags
 
@@ -63,14 +63,14 @@ class FitConfig(RunFlags):
         super().__post_init__()
         for name in ("hf_model_name_or_path", "data_path", "model_save_path"):
             if not getattr(self, name):
-                raise UserError(f"--{name} is missing")
+                raise UserError(f"--{name} is missing: give it a path")
         sizes = "train_steps warmup_steps batch_size micro_batch_tokens context_truncate save_per_step print_interval"
         for name in sizes.split():
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
         if self.warmup_steps > self.train_steps:
             raise UserError(f"--warmup_steps {self.warmup_steps}: give at most --train_steps {self.train_steps}")
-        check_range(self, num_valid=(0, None), lr=(0, None))
+        check_range(self, num_valid=(0, None), lr=(0, None), seed=SEEDS)
         if not self.lr:
             raise UserError("--lr 0 trains nothing: give a positive number")
         self.tokenizer_name_or_path = self.tokenizer_name_or_path or self.hf_model_name_or_path

@@ -1,5 +1,6 @@
 """Local path or hub id? One answer for tokenizers, models and data, so that no typo goes to the network."""
 
+import os
 import re
 from pathlib import Path
 
@@ -17,9 +18,9 @@ def is_hub_id(path: str) -> bool:
     (`models/sft` beside a folder `models` is a typo in a path, not a repository).
     """
     path = str(path)
-    if Path(path).exists() or "/" not in path or not _HUB_ID.fullmatch(path):
+    if os.path.exists(path) or "/" not in path or not _HUB_ID.fullmatch(path):
         return False
-    return Path(path).suffix not in _DATA_SUFFIXES and not Path(path.split("/")[0]).exists()
+    return Path(path).suffix not in _DATA_SUFFIXES and not os.path.exists(path.split("/")[0])
 
 
 def download(name: str, flag: str, **patterns: list[str]) -> Path:
@@ -30,7 +31,7 @@ def download(name: str, flag: str, **patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, **patterns))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UserError(f"{flag}: cannot download {name}: {reason}; check the name, or download it first") from error
 
 

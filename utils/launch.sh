@@ -1,5 +1,7 @@
 # What the recipes share: processes, threads, one launcher for CPU and GPUs, the frame of the demos. Sourced, not run.
 
+umask o-w # nothing that is written may be changed by everyone
+
 count_gpus() { # 0 where there is no nvidia-smi
   { nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true
 }

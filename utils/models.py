@@ -4,24 +4,23 @@ Mistakes become one UserError that names the flag and the path; nothing is loade
 """
 
 import contextlib
-import json
-import pickle
-import zipfile
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from utils.errors import UserError
 from utils.hub import download_model, is_hub_id
+from utils.tensor_files import read_json
 from utils.tokenizer import check_vocabulary
+from utils.weight_files import DAMAGED, reason_of, tensor_files
 
 FLAG = "--hf_model_name_or_path"
-_DAMAGED = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError, EOFError)
 
 
 def load_causal_lm(
@@ -48,16 +47,45 @@ def load_causal_lm(
 def model_folder(path: str, flag: str = FLAG) -> Path:
     """The local folder of `path`, downloaded when it is a hub id. UserError unless it holds a config and weights."""
     folder = Path(path)
-    if not folder.exists() and is_hub_id(str(path)):
+    if not os.path.exists(path) and is_hub_id(str(path)):
         folder = download_model(str(path), flag)
-    if not folder.is_dir():
-        raise UserError(f"{flag}: the model folder {path} does not exist; give a Hugging Face folder or a hub id")
+    if not os.path.isdir(folder):
+        problem = "is a file" if os.path.exists(folder) else "does not exist"
+        raise UserError(f"{flag}: the model folder {path} {problem}; give a Hugging Face folder or a hub id")
     if not (folder / "config.json").is_file():
         raise UserError(f"{flag}: no config.json in {path}; give the folder of a Hugging Face model")
+    _check_known(read_json(folder / "config.json", flag), path, flag)
     missing = sorted({file.name for file in tensor_files(folder, flag).values() if not file.is_file()})
     if missing:
         raise UserError(f"{flag}: {path} lacks {', '.join(missing)}, which its index names; copy the folder again")
     return folder
+
+
+def _check_known(config: dict, path: str, flag: str) -> None:
+    """Raises UserError for an architecture that transformers does not bring itself: code beside weights is not run."""
+    kind = config.get("model_type")
+    if kind in CONFIG_MAPPING.keys():  # noqa: SIM118 - `in` of the mapping itself fails for what cannot be hashed
+        return
+    if "auto_map" in config:
+        raise UserError(
+            f"{flag}: {path} needs code of its own (auto_map in its config.json), which is not run here; give a model "
+            "that transformers knows by itself"
+        )
+    problem = f"names the model_type {kind!r}, which this transformers does not know" if kind else "names no model_type"
+    raise UserError(f"{flag}: {path}/config.json {problem}; give a model that transformers knows")
+
+
+def _check_kernel(asked: str | None, config: PretrainedConfig, folder: Path, flag: str) -> None:
+    """Raises UserError for an attention kernel that is not transformers' own: "owner/name" is code on the hub."""
+    known = sorted(name for name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()) if name.isidentifier())
+    if asked and asked not in known:
+        raise UserError(f"--attn_implementation {asked}: choose from {', '.join(known)}")
+    for part in (config, config.get_text_config()):
+        if not asked and part._attn_implementation and part._attn_implementation not in known:
+            raise UserError(
+                f"{flag}: {folder}/config.json asks for the attention kernel {part._attn_implementation!r}, which is "
+                "code of others; take that out, or give --attn_implementation sdpa"
+            )
 
 
 def from_folder(
@@ -69,13 +97,20 @@ def from_folder(
         options["device_map"] = {"": device}
     try:
         with quiet_transformers():
-            config = without_dropout(AutoConfig.from_pretrained(folder))
+            config = without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+            _check_kernel(attn_implementation, config, folder, flag)
             model, report = auto_class.from_pretrained(
-                folder, config=config, dtype=dtype, output_loading_info=True, **options
-            )
-    except _DAMAGED as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{flag}: cannot load the model in {folder}: {reason}") from error
+                folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False,
+                ignore_mismatched_sizes=True, **options,
+            )  # fmt: skip
+    except (*DAMAGED, TypeError) as error:
+        raise UserError(f"{flag}: cannot load the model in {folder}: {reason_of(error)}") from error
+    if report["mismatched_keys"]:
+        name, stored, wanted = sorted(report["mismatched_keys"])[0]
+        raise UserError(
+            f"{flag}: {folder} holds {name} in shape {list(stored)}, and its config.json says {list(wanted)}; copy the "
+            "folder again"
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(
@@ -128,42 +163,6 @@ def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
         if layer is not None:
             with torch.no_grad():
                 layer.weight[old:] = layer.weight[:old].float().mean(0).to(layer.weight.dtype)
-
-
-def tensor_files(folder: Path, flag: str = FLAG) -> dict[str, Path]:
-    """Name of every tensor in the folder -> the file that holds it. Reads indices and headers, no tensors."""
-    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
-        if index.is_file():
-            try:
-                names = json.loads(index.read_text("utf-8"))["weight_map"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{flag}: {index} is damaged ({error}); copy it again") from error
-            return {name: folder / file for name, file in names.items()}
-    for file in (folder / "model.safetensors", folder / "pytorch_model.bin"):
-        if file.is_file():
-            with _weights(file, flag) as tensors:
-                return dict.fromkeys(tensors.keys(), file)
-    raise UserError(f"{flag}: no model.safetensors or pytorch_model.bin in {folder}; give the folder of a whole model")
-
-
-def read_tensor(file: Path, name: str, flag: str = FLAG) -> torch.Tensor:
-    """One tensor out of a .safetensors or .bin file; the rest stays on the disk."""
-    with _weights(file, flag) as tensors:
-        return tensors.get_tensor(name) if file.suffix == ".safetensors" else tensors[name].clone()
-
-
-@contextlib.contextmanager
-def _weights(file: Path, flag: str) -> Iterator:
-    """Lazy mapping of a weight file. Only tensors are unpickled from a .bin, never code."""
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as tensors:
-                yield tensors
-        else:
-            yield torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except _DAMAGED as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{flag}: {file} is not readable or damaged ({reason}); copy it again") from error
 
 
 @contextlib.contextmanager

@@ -28,9 +28,9 @@ def check_folder(config: RunFlags, inputs: list[str | None]) -> None:
     flags, so that a start from nothing repeats what it did.
     """
     path = config.model_save_path
+    check_inputs(path, inputs)
     if holds_run(path) and not config.overwrite and not _may_go_on(config):
         raise UserError(f"--model_save_path {path} already holds a run: choose another folder, or add --overwrite")
-    check_inputs(path, inputs)
     check_writable(path, "--model_save_path")
 
 

@@ -53,6 +53,13 @@ def check_writable(path: str, flag: str) -> None:
         raise UserError(f"{flag} {path} cannot be written: {parent} is not a writable folder; choose another place")
 
 
+def check_output_file(path: str, flag: str) -> None:
+    """Raises UserError when no file can be written at the `path` of `flag`. Changes nothing."""
+    check_writable(os.path.dirname(os.path.abspath(path)), flag)
+    if os.path.isdir(path):
+        raise UserError(f"{flag} {path} is a folder: give the name of a file")
+
+
 def prepare_run_folder(path: str, config, step: int = 0) -> None:
     """Makes the folder and writes config.json. Rank 0 writes, all ranks wait.
 
@@ -136,17 +143,31 @@ def atomic_file(path: str, flag: str) -> Iterator[IO[str]]:
 
     Call it on one rank. A write error becomes a UserError that names `flag` and the path.
     """
-    check_writable(os.path.dirname(os.path.abspath(path)), flag)
-    partial = f"{path}.partial"
+    folder = os.path.dirname(os.path.abspath(path))
+    check_writable(folder, flag)
+    partial, new = f"{path}.partial", missing_folders(folder)
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         with open(partial, "w", encoding="utf-8") as file:
             yield file
         os.replace(partial, path)
     except OSError as error:
-        raise UserError(f"{flag} {path} cannot be written: {error.strerror or error}") from None
+        problem = error.strerror or error
+        raise UserError(f"{flag} {path} cannot be written: {problem}; choose another place, or free the disk") from None
     finally:
         remove(partial)
+        for made in new:
+            with contextlib.suppress(OSError):  # it holds something now
+                os.rmdir(made)
+
+
+def missing_folders(path: str) -> list[str]:
+    """The folders that `os.makedirs` would make, the innermost first."""
+    missing = []
+    while not os.path.exists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    return missing
 
 
 @contextlib.contextmanager

@@ -76,10 +76,16 @@ def read_json(file: Path, flag: str) -> dict:
     return content
 
 
-def _sharded(index: Path, flag: str) -> dict[str, Stored]:
+def shards_of(index: Path, flag: str) -> dict[str, str]:
+    """Name of every tensor in an index -> name of its file. Raises UserError for what is none, or lies elsewhere."""
     shards = read_json(index, flag).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise UserError(f"{flag}: {index} is damaged (no weight_map of names); copy it again")
+    if not isinstance(shards, dict) or not all(isinstance(x, str) and x == Path(x).name for x in shards.values()):
+        raise UserError(f"{flag}: {index} is damaged (no weight_map of file names); copy it again")
+    return shards
+
+
+def _sharded(index: Path, flag: str) -> dict[str, Stored]:
+    shards = shards_of(index, flag)
     missing = [name for name in sorted(set(shards.values())) if not (index.parent / name).is_file()]
     if missing:
         raise UserError(

@@ -1,6 +1,7 @@
 """One tokenizer for all stages: loading, special tokens, the check against a model's vocabulary, saving."""
 
 import json
+import os
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -120,8 +121,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
 
 def _sentencepiece_file(path: Path) -> Path | None:
     """The LLaMA-format model that `path` names, or None when another kind of tokenizer is to be looked for."""
-    file = path / "tokenizer.model" if path.is_dir() else path
-    if not file.is_file():
+    file = path / "tokenizer.model" if os.path.isdir(path) else path
+    if not os.path.isfile(file):
         return None
     proto = read_proto(file)
     if proto is None:
@@ -137,8 +138,13 @@ def _sentencepiece_file(path: Path) -> Path | None:
 def _from_sentencepiece(file: Path) -> SentencePieceTokenizer:
     tokenizer = load_sentencepiece(file)
     config = _read_json(file.parent / "tokenizer_config.json")
-    recorded = {int(i): token["content"] for i, token in config.get("added_tokens_decoder", {}).items()}
-    recorded |= {i: token for token, i in _read_json(file.parent / "added_tokens.json").items()}
+    try:
+        recorded = {int(i): token["content"] for i, token in config.get("added_tokens_decoder", {}).items()}
+        recorded |= {int(i): token for token, i in _read_json(file.parent / "added_tokens.json").items()}
+        if not all(isinstance(token, str) for token in recorded.values()):
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{FLAG}: the added tokens in {file.parent} are damaged; copy the folder again") from error
     for i, token in sorted(recorded.items()):
         if i < tokenizer.vocab_size or not token:
             continue
@@ -156,19 +162,23 @@ def _from_sentencepiece(file: Path) -> SentencePieceTokenizer:
 
 def _from_auto(path: str) -> PreTrainedTokenizerBase:
     local = Path(path)
-    if not local.exists():
+    if not os.path.exists(local):
         raise UserError(f"{FLAG}: {path} does not exist; give a folder with a tokenizer, or a hub id (owner/name)")
     if local.is_dir():
         if not has_tokenizer(local):
-            raise UserError(f"{FLAG}: no tokenizer in {path} (looked for {', '.join(_TOKENIZER_FILES)})")
-        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
+            names = ", ".join(_TOKENIZER_FILES)
+            raise UserError(f"{FLAG}: no tokenizer in {path} (looked for {names}); give its folder")
+        for name in ("tokenizer.json", "vocab.json"):
             _read_json(local / name)
+    config = _read_json(local / "tokenizer_config.json")
     from transformers import AutoTokenizer  # and the machinery of models with it, which SentencePiece does without
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].rstrip(" .")
+        if "auto_map" in config:
+            reason = "it needs code of its own (auto_map in tokenizer_config.json), which is not run here"
         raise UserError(f"{FLAG}: cannot load a tokenizer from {path}: {reason}; check the folder or hub id") from error
 
 

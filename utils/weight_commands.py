@@ -23,6 +23,7 @@ _PATHS = {
 }
 _MODEL_TYPE = "what the tuned model is; it decides on the published sum and whether there is a reward head"
 _MODEL_TYPE_VERIFIED = "also check the sum published for this type; needed where there is no manifest"
+_MOST_THREADS = 1024
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -99,7 +100,7 @@ def _bytes(text: str) -> int:
     match = re.fullmatch(r"([\d.]+)\s*([KMG]?I?B?)", text.upper())
     try:
         size = int(float(match[1]) * _UNITS[match[2]])
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         size = 0
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text}: give a size like 5GB or 500MB")
@@ -107,8 +108,8 @@ def _bytes(text: str) -> int:
 
 
 def _threads(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number, at least 1")
+    if not text.isdecimal() or not 1 <= int(text) <= _MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number, 1 to {_MOST_THREADS}")
     return int(text)
 
 

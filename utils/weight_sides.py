@@ -1,5 +1,6 @@
 """The two folders that a weight diff connects: opened lazily, their parameters told from the rest, and compared."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def is_difference(name: str) -> bool:
 def open_side(path: str, flag: str) -> Side:
     """Opens the local folder or hub id `path`. Raises UserError, naming `flag`, when anything is wrong with it."""
     folder = download_model(path, flag) if is_hub_id(path) else Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{flag}: the folder {path} does not exist; give a model folder, or a hub id (owner/name)")
     stored = open_weights(folder, flag)
     patches = {name: place for name, place in stored.items() if name.endswith(PATCH_ENDINGS)}

@@ -44,12 +44,3 @@ def test_a_policy_and_itself(inputs, tmp_path):
         assert cells.get("difference", [0.0, 0.0, 0.0]) == [0.0, 0.0, 0.0], name
     assert result["table"]["kl"]["after"] == [0.0, 0.0, 0.0]
     assert all(row["answer"] == row["answer_after"] for row in result["answers"])
-
-
-def test_bad_flags(inputs, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        compare(inputs, inputs.policy, "/nowhere/model", tmp_path / "table.json")
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: --policies: the model folder /nowhere/model does not exist")
-    assert not (tmp_path / "table.json").exists()

@@ -1,4 +1,4 @@
-"""`python -m reward.strength` and `reward.evaluate` on tiny models: numbers of another tool, files, refusals."""
+"""`python -m reward.strength` and `reward.evaluate` on tiny models: numbers of another tool, and files."""
 
 import json
 import os
@@ -56,16 +56,6 @@ def argv(models: list[Path], **flags) -> list[str]:
     for name, value in ({"data_path": DATA, "dtype": "fp32"} | flags).items():
         words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return words
-
-
-def refusal(main, arguments: list[str], capsys) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
 
 
 def is_drawn(file: Path) -> bool:
@@ -148,42 +138,6 @@ def test_an_evaluation_says_what_another_tools_scores_say(models, tmp_path, caps
     assert "all 2 models" in table
     evaluate.main(argv(models[:1], data_path=data, subsets=["helpful"]))
     assert "8 prompts, 8 pairs" in capsys.readouterr().out
-
-
-def test_bad_flags_of_an_evaluation(models, tmp_path, capsys):
-    base = models[0].parent / "base"
-
-    def check(message: str, models: list[Path] = models[:1], **flags) -> None:
-        assert message in refusal(evaluate.main, argv(models, **flags), capsys)
-
-    check("has no reward head (score.weight or reward_head.weight)", [base])
-    check("--model: the model folder /nowhere does not exist", [Path("/nowhere")])
-    check("names", models[:1] * 2)
-    check("--subsets odd: no preference of --data_path is in it; there are all", subsets=["odd"])
-    check("--context_truncate 4096 is longer than the model's window", context_truncate=4096)
-    check("no preference fits the 8 tokens", context_truncate=8)
-    check("--data_path: /nowhere does not exist", data_path="/nowhere")
-    file = tmp_path / "file"
-    file.write_text("kept")
-    check("--output", output=file / "x")
-
-
-def test_bad_flags_of_strength(models, annotated, tmp_path, capsys):
-    def check(message: str, models: list[Path] = models, **flags) -> None:
-        assert message in refusal(strength.main, argv(models, **flags), capsys)
-
-    out = tmp_path / "out"
-    check("--model: strength needs at least two reward models", models[:1], output=out)
-    check("--output is missing")
-    check("is there already: choose another folder", output=annotated)
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"chosen": ["a"]}\n{"prompt": "a", "chosen": "b", "rejected": "b"}')
-    check("--data_path: no pair to score (preferences: 1 left as they are: not an object", data_path=bad, output=out)
-    assert not out.exists()
-    other = shutil.copytree(models[1], tmp_path / "other")
-    config = json.loads((other / "config.json").read_text()) | {"id2label": {"0": "harm"}}
-    (other / "config.json").write_text(json.dumps(config))
-    check("the scores of", [models[0], other], output=out)
 
 
 def test_the_recipe_trains_and_evaluates_from_anywhere(models, tmp_path):

@@ -13,7 +13,7 @@ from data.template import encode_dialogue, encode_text
 from reward.model import load_scalar_model, save_scalar_model
 from reward.score import main
 from tests.tiny import tiny_llama_folder, tiny_tokenizer_folder
-from tests.tiny_run import REPOSITORY, SIZES, clean_environment, read_lines, write_json
+from tests.tiny_run import REPOSITORY, SIZES, clean_environment, read_lines
 from utils.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -153,88 +153,3 @@ def test_comparison_by_scores_that_are_there(tmp_path, capsys):
     ]
     main(["--compare", *answers(tmp_path, a=rows[0], b=rows[1])])
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:4]] == ["1", "1", "1"]
-
-
-def refused(argv, capsys) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main(list(map(str, argv)))
-    assert stopped.value.code == 2
-    shown = capsys.readouterr()
-    error = shown.err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and "Traceback" not in shown.err
-    return error
-
-
-FLAGS = {
-    "nothing to do": (["--model", "m"], "give --input FILE .* or --compare"),
-    "both": (["--input", "a", "--compare", "a", "b"], "give --input FILE .* or --compare"),
-    "no model": (["--input", "a.jsonl"], "--model is missing"),
-    "a model twice": (["--input", "a.jsonl", "--model", "m", "m"], "--model names m twice"),
-    "three files": (["--compare", "a", "b", "c"], "--compare takes two files"),
-    "no such file": (["--input", "/nowhere.jsonl", "--model", "m"], "--input: /nowhere.jsonl does not exist.*give"),
-    "no such model": (["--input", "X", "--model", "/nowhere"], "--model: .*/nowhere does not exist; give"),
-    "tie margin": (["--compare", "X", "X", "--tie_margin", "-1"], "--tie_margin -1: give a number at least 0"),
-    "chunks of nothing": (["--input", "X", "--model", "m", "--chunk_size", "0"], "--chunk_size 0: give"),
-    "input as output": (["--input", "X", "--model", "m", "--output", "X"], "--output .* is read here: give another"),
-    "below a file": (["--input", "X", "--model", "m", "--output", "X/y"], "--output .* cannot be written.*choose"),
-    "no chat template": (["--input", "X", "--model", "R", "--template", "chat"], "--template chat.*no chat template"),
-    "no scores": (["--compare", "X", "X"], "x.jsonl:1: no number under 'score'; give --model"),
-}
-
-
-@pytest.mark.parametrize("case", FLAGS)
-def test_bad_flags(models, tmp_path, capsys, case):
-    argv, pattern = FLAGS[case]
-    names = {"X": write_lines(tmp_path / "x.jsonl", RECORDS[:1]), "R": str(models[0])}
-    names["X/y"] = f"{names['X']}/y"
-    assert re.search(pattern, refused([names.get(word, word) for word in argv], capsys))
-
-
-INPUT = {
-    "broken JSON": ('["a", "b"]\n["a"\n', "x.jsonl:2: broken JSON .*mend"),
-    "nothing": ("\n", "--input .*nothing in it could be scored .it is empty.; mend"),
-    "nothing to score": ('["a"]\n3\n', f"--input .*nothing in it.*1 not scored: {REASON}; first at .*x.jsonl:1"),
-}
-
-
-@pytest.mark.parametrize("case", INPUT)
-def test_bad_input_leaves_no_output(models, tmp_path, capsys, case):
-    content, pattern = INPUT[case]
-    (tmp_path / "x.jsonl").write_text(content)
-    out = tmp_path / "out" / "scored.jsonl"
-    assert re.search(pattern, refused(["--model", models[0], "--input", tmp_path / "x.jsonl", "--output", out], capsys))
-    assert not out.exists() and not list(out.parent.glob("*"))
-
-
-ASKED = {"prompt": "Hi", "response": "Hello"}
-FILES = {
-    "another prompt": (
-        {"b": [ASKED, ASKED | {"prompt": "Bye"}]},
-        "b.jsonl:2: another prompt than in .*a.jsonl:2; give",
-    ),
-    "one longer": ({"b": [ASKED]}, "a.jsonl:2: .*b.jsonl has no answer to it; give"),
-    "no answer": ({"a": [ASKED, {"prompt": "Hi"}]}, f"a.jsonl:2: {REASON}; mend"),
-    "texts": ({"a": [ASKED, "Hello"]}, "a.jsonl:2: a text without a prompt; give"),
-    "empty": ({"a": [], "b": []}, "--compare: .*a.jsonl is empty; give"),
-}
-
-
-@pytest.mark.parametrize("case", FILES)
-def test_files_that_do_not_match(models, tmp_path, capsys, case):
-    changes, pattern = FILES[case]
-    files = answers(tmp_path, **({"a": [ASKED] * 2, "b": [ASKED] * 2} | changes))
-    assert re.search(pattern, refused(["--model", models[0], "--compare", *files], capsys))
-
-
-def test_models_of_different_meanings_are_not_averaged(models, tmp_path, capsys):
-    folder = tmp_path / "toxicity"
-    folder.mkdir()
-    for file in models[1].iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    write_json(
-        folder / "config.json", json.loads((folder / "config.json").read_text()) | {"id2label": {"0": "toxicity"}}
-    )
-    source = write_lines(tmp_path / "x.jsonl", RECORDS)
-    error = refused(["--model", models[0], folder, "--input", source], capsys)
-    assert re.search(r"--model: the scores of .*/toxicity mean toxicity .*, those of .*: give", error)

@@ -180,49 +180,6 @@ def test_bf16_and_every_zero_stage_agree(base, tmp_path):
     assert losses["bf16", 3] == pytest.approx(reference, rel=2e-2)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"hf_model_name_or_path": "/nowhere", "tokenizer_name_or_path": "TOKENIZER"}, "/nowhere does not exist"),
-        ({"train_steps": 0}, "--train_steps 0"),
-        ({"warmup_steps": 0}, "--warmup_steps 0"),
-        ({"warmup_steps": 7}, "--warmup_steps 7: give at most --train_steps 6"),
-        ({"batch_size": 2}, "--batch_size 2: give 4 to 128"),
-        ({"batch_size": 100}, "are fewer than --batch_size 100"),
-        ({"context_truncate": 8}, "0 pairs to train on"),
-        ({"context_truncate": 4096}, "--context_truncate 4096 is longer than the model's window: give at most 512"),
-        ({"lr": "nan"}, "--lr nan"),
-        ({"delimiter": "||"}, "--delimiter '||'"),
-        ({"label_smoothing": 0.5}, "--label_smoothing 0.5: give a share from 0 to less than 0.5"),
-        ({"simcse_coef": 1, "simcse_dropout": 0}, "--simcse_dropout 0: give a share between 0 and 1"),
-        ({"simcse_temperature": 0}, "--simcse_temperature 0: give a positive number"),
-        ({"margin_column": "gap"}, "--margin_column does nothing without --use_margin"),
-        (
-            {"use_margin": True, "margin_column": "gap"},
-            "--use_margin: no pair of --data_path has a number in the column",
-        ),
-        ({"center_data_path": "x"}, "--center_data_path does nothing without --center_scores"),
-        ({"center_scores": True, "center_data_path": "/nowhere"}, "--center_data_path: /nowhere does not exist"),
-        ({"center_scores": True, "num_valid": 0, "data_path": "TRAIN"}, "--center_scores needs an evaluation"),
-        ({"flip_negative": True, "data_path": "PLAIN"}, "--flip_negative: no pair of --data_path has a"),
-        ({"data_path": "BAD"}, "no usable preferences left (preferences: 1 dropped: histories of chosen and rejected"),
-        ({"validation_metric": "luck"}, "--validation_metric"),
-        ({"data_path": "/nowhere.json"}, "/nowhere.json"),
-        ({"lrr": 1}, "--lrr"),
-    ],
-)
-def test_bad_flags_end_in_one_line_and_leave_nothing(base, tmp_path, capsys, changes, message):
-    plain = tmp_path / "plain.jsonl"
-    pairs = [{"prompt": f"{i}?", "chosen": "a", "rejected": "b"} for i in range(9)]
-    plain.write_text("\n".join(map(json.dumps, pairs)))
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text(json.dumps({"chosen": ["a", "b"], "rejected": ["c", "b"]}))
-    inputs = {"TOKENIZER": base, "TRAIN": DATA / "train.jsonl", "PLAIN": plain, "BAD": bad}
-    changes = {"num_valid": 2} | {name: inputs.get(value, value) for name, value in changes.items()}
-    assert message in refusal(flags(base, tmp_path / "out", **changes), capsys)
-    assert not (tmp_path / "out").exists()
-
-
 def test_an_existing_run_is_kept_unless_told(base, run, capsys):
     before = (run / "metrics.jsonl").read_text()
     assert "--overwrite" in refusal(flags(base, run), capsys)

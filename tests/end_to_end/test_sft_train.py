@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,13 @@ def test_truncation_drops_the_oldest_exchange(base):
     assert cut == 2
     assert (item.ids, item.answer_mask) == encode_dialogue(tokenizer, turns[2:], "moss_en")
     assert encode(tokenizer, Dialogue(turns, "file.json:1"), "moss_en", 5) == (None, 0)
+
+
+def test_a_model_that_would_mix_packed_dialogues(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda _: None)
+    with pytest.raises(SystemExit) as stopped:
+        main(flags(base, tmp_path / "out"))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert re.search("error: --packing True: LlamaForCausalLM would .*; give --packing False", error)
+    assert not (tmp_path / "out").exists()

@@ -1,10 +1,12 @@
 """Bad data files: each stops with one line that names flag or file:line, or is counted record by record."""
 
 import json
+from datetime import datetime
 
 import pytest
 
 from data.dialogues import load_dialogues
+from data.json_text import json_line
 from data.preferences import load_preferences
 from data.prompts import load_prompts
 from data.records import read_records
@@ -141,3 +143,27 @@ def test_too_few_to_hold_out(tmp_path, tiny_model):
     file.write_text('[["a"], ["b"]]')
     with pytest.raises(UserError, match="2 usable prompts are too few to hold out 2"):
         load_prompts(str(file), load_tokenizer(str(tiny_model)), "moss_en", 99, 2, 0, lambda _: None)
+
+
+def test_every_record_can_be_written_again():
+    """Half a surrogate pair, as JSON's escapes bring it, and what only a .parquet file can hold."""
+    value = {"text": "你好", "half": "\ud83d", "when": datetime(2026, 1, 2), "lines": "a\nb"}
+    line = json_line(value)
+    line.encode()
+    assert line.count("\n") == 1
+    assert json.loads(line) == value | {"when": "2026-01-02 00:00:00"}
+
+
+def test_an_integer_that_no_float_can_hold(tmp_path):
+    pair = '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": %s}\n'
+    file, said = tmp_path / "x.jsonl", []
+    file.write_text(pair % 1 + pair % ("1" + "0" * 400) + pair % "1e999" + pair % "NaN")
+    train, _ = load_preferences(str(file), 0, 0, said.append, ("margin",))
+    assert len(train) == 1
+    assert f"preferences: 3 dropped: margin is not a finite number; first at {file}:2" in said
+
+
+def test_blank_lines_before_a_list_count_too(tmp_path):
+    (tmp_path / "x.json").write_text('\n\n[["a"],\n["b"]]')
+    records, _ = read_records(str(tmp_path / "x.json"))
+    assert [record.source.rpartition(":")[2] for record in records] == ["3", "4"]

@@ -47,3 +47,21 @@ def test_sft_with_one_data_set_and_another_folder(recipe, tmp_path):
     assert config.model_save_path == str(tmp_path / "other")
     assert (tmp_path / "other" / "train.log").is_file()
     assert not (tmp_path / "out").exists()
+
+
+def test_paths_reach_the_command_as_they_are(recipe, tmp_path):
+    """Spaces, quotes and what a shell would run, in every path of a recipe."""
+    place = tmp_path / 'it\'s "a" $(touch ran) `touch ran`; touch ran & more'
+    names = {"POLICY_MODEL": "policy_model_path", "REWARD_MODEL": "reward_model_path", "DATA": "data_path"}
+    names |= {"CRITIC_MODEL": "critic_model_path", "TOKENIZER": "tokenizer_name_or_path"}
+    for name in names:
+        (place / name).mkdir(parents=True)
+    settings = {name: str(place / name) for name in names} | {"OUTPUT": str(place / "out")}
+    for script in ("run_en.sh", "run_zh.sh"):
+        argv = recipe(script, "--report_to", "$(touch ran)", **settings)
+        for name, flag in names.items():
+            assert argv[argv.index(f"--{flag}") + 1] == str(place / name)
+        assert argv[argv.index("--model_save_path") + 1] == str(place / "out")
+        assert argv[-1] == "$(touch ran)"
+    assert (place / "out" / "train.log").is_file()
+    assert not list(tmp_path.rglob("ran")) and not (REPOSITORY / "ran").exists()

@@ -216,7 +216,7 @@ def test_what_cannot_be_used_is_named(tmp_path, plain):
     tiny_llama_config().save_pretrained(tmp_path)
     refused("no model.safetensors or pytorch_model.bin", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00broken")
-    refused("not readable or damaged", tmp_path)
+    refused("not readable, truncated or refused", tmp_path)
     two = tmp_path / "two"
     LlamaForSequenceClassification(tiny_llama_config(num_labels=2)).save_pretrained(two)
     refused("2 labels", two)

@@ -1,4 +1,7 @@
-"""The merge commands refuse bad input: one line that names flag or file and a remedy, exit code 2, target untouched."""
+"""The merge commands refuse bad input: one line with flag or file and a remedy, exit code 2, target untouched.
+
+What of it needs no code of its own is in tests/bad_inputs/merge.yaml.
+"""
 
 import fcntl
 import json
@@ -58,32 +61,6 @@ def refused(folders, capsys):
         return error
 
     return check
-
-
-FLAGS = {
-    "no command": ({"command": "--help_me"}, "COMMAND"),
-    "another command": ({"command": "restore"}, "invalid choice: 'restore'.*recover.*make_diff.*verify"),
-    "a flag left out": ({"path_raw": None}, "required: --path_raw"),
-    "an unknown flag": ({"max_shards": 3}, "unrecognized.*--max_shards 3; did you mean --max_shard_size"),
-    "unknown model type": ({"model_type": "critic"}, "--model_type.*'critic'.*'reward', 'sft', 'policy'"),
-    "no model type": ({"model_type": None}, "required: --model_type"),
-    "a model type of another layout": ({"model_type": "reward"}, "--model_type reward.*lacks reward_head.weight: give"),
-    "unknown dtype": ({"dtype": "int8"}, "--dtype.*'int8'.*'float16', 'bfloat16', 'float32'"),
-    "a shard size that is none": ({"max_shard_size": "five"}, "--max_shard_size.*five: give a size like 5GB"),
-    "an empty shard": ({"max_shard_size": "0.1B"}, "--max_shard_size.*0.1B: give a size like 5GB"),
-    "no threads": ({"threads": 0}, "--threads.*0: give a whole number"),
-    "unknown device": ({"device": "tpu"}, "--device.*tpu: give cpu, cuda"),
-    "no such GPU": ({"device": "cuda:99"}, "--device cuda:99: there is no such GPU; leave it out"),
-    "no base": ({"path_raw": "/nowhere/raw"}, "--path_raw: the folder /nowhere/raw does not exist; give"),
-    "no diff": ({"path_diff": "/nowhere/diff"}, "--path_diff: the folder /nowhere/diff does not exist; give"),
-    "hub id offline": ({"path_raw": "someone/llama"}, "--path_raw: cannot download someone/llama.*download it first"),
-}
-
-
-@pytest.mark.parametrize("case", FLAGS)
-def test_flags(refused, case):
-    changes, pattern = FLAGS[case]
-    assert re.search(pattern, refused(**changes))
 
 
 def test_model_type_has_a_default_where_one_model_is_published(folders, refused):

@@ -1,0 +1,244 @@
+"""Loaders on data of any kind: a record is kept or counted, a file is read or refused in one line that says where."""
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.dialogues import encode, load_dialogues
+from data.json_text import parse_json_lines, parse_json_list
+from data.preferences import load_preferences
+from data.prompts import load_prompts
+from data.records import BadRecord, Record, Tally
+from data.stream import stream_records, text_or_answered
+from data.turns import turns_of
+from reward.encode import encode_preference
+from tests.fuzzing import dialogue_records, ends, fuzz, preference_records, values
+from utils.errors import UserError
+from utils.tokenizer import load_tokenizer
+
+WINDOW = 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return load_tokenizer(str(tiny_model), "moss_en")
+
+
+def lines_of(records: list, ascii_only: bool) -> bytes:
+    """A .jsonl file, with everything that json writes: NaN, escapes or characters as they are."""
+    text = "".join(json.dumps(record, ensure_ascii=ascii_only) + "\n" for record in records)
+    return text.encode("utf-8", "surrogatepass" if ascii_only else "replace")
+
+
+def one_line(error: UserError) -> str:
+    text = str(error)
+    assert "\n" not in text and "\r" not in text
+    return text
+
+
+def counted(said: list[str], what: str) -> int:
+    """How many records are said to have been dropped."""
+    return sum(int(match[1]) for line in said if (match := re.match(rf"{what}: (\d+) dropped: ", line)))
+
+
+def check_loader(load, what: str, records: list, ascii_only: bool, num_valid: int, folder) -> list:
+    """Every record is kept, or counted as dropped with a place; gives what was kept."""
+    file, said = folder / "x.jsonl", []
+    file.write_bytes(lines_of(records, ascii_only))
+    with ends():
+        try:
+            train, valid = load(str(file), num_valid, said.append)
+        except UserError as error:
+            text = one_line(error)
+            assert "--data_path" in text
+            if "too few to hold out" in text:
+                kept = int(re.search(r": (\d+) usable", text)[1])
+                assert kept <= num_valid and kept + counted(said, what) == len(records)
+            elif records:
+                assert counted(said, what) == len(records)
+            return []
+    assert len(train) + len(valid) + counted(said, what) == len(records)
+    assert all(re.search(r"; first at .*x\.jsonl:\d+$", line) for line in said if "dropped" in line)
+    places = [item.source for item in train + valid]
+    assert len(set(places)) == len(places)
+    return train + valid
+
+
+lists = st.lists(dialogue_records, max_size=6)
+
+
+@fuzz
+@given(lists, st.booleans(), st.integers(0, 3))
+def test_fuzz_dialogues(folder, tokenizer, records, ascii_only, num_valid):
+    def load(path, num_valid, say):
+        return load_dialogues(path, num_valid, 0, say)
+
+    for dialogue in check_loader(load, "dialogues", records, ascii_only, num_valid, folder):
+        assert dialogue.turns[-1]["role"] == "assistant"
+        with ends():
+            encoded, cut = encode(tokenizer, dialogue, "moss_en", WINDOW)
+        if encoded:
+            assert len(encoded.ids) == len(encoded.answer_mask) <= WINDOW
+            assert 0 <= cut < len(dialogue.turns)
+            assert any(encoded.answer_mask) and not encoded.answer_mask[0]
+
+
+@fuzz
+@given(lists, st.booleans(), st.integers(0, 3))
+def test_fuzz_prompts(folder, tokenizer, records, ascii_only, num_valid):
+    def load(path, num_valid, say):
+        return load_prompts(path, tokenizer, "moss_en", WINDOW, num_valid, 0, say)
+
+    for prompt in check_loader(load, "prompts", records, ascii_only, num_valid, folder):
+        assert prompt.turns[-1]["role"] == "user"
+        assert 0 < len(prompt.ids) <= WINDOW
+
+
+@fuzz
+@given(st.lists(preference_records, max_size=6), st.booleans(), st.integers(0, 3))
+def test_fuzz_preferences(folder, tokenizer, records, ascii_only, num_valid):
+    def load(path, num_valid, say):
+        return load_preferences(path, num_valid, 0, say, ("mean preference difference", "margin"))
+
+    for preference in check_loader(load, "preferences", records, ascii_only, num_valid, folder):
+        places = range(len(preference.answers))
+        assert preference.pairs and preference.history[-1]["role"] == "user"
+        for pair in preference.pairs:
+            assert pair.better in places and pair.worse in places
+            assert preference.answers[pair.better] != preference.answers[pair.worse]
+        preference.subset.encode()  # it becomes the name of a metric
+        with ends():
+            comparison, _ = encode_preference(preference, tokenizer, "moss_en", WINDOW)
+        if comparison:
+            starts = {tuple(ids[: comparison.prompt_length]) for ids in comparison.answers}
+            assert len(starts) == 1 and max(map(len, comparison.answers)) <= WINDOW
+            assert all(len(ids) > comparison.prompt_length for ids in comparison.answers)
+
+
+@fuzz
+@given(st.lists(dialogue_records, max_size=6), st.booleans(), st.sampled_from(["auto", "json", "text"]))
+def test_fuzz_stream(folder, records, ascii_only, form):
+    file = folder / "stream.jsonl"
+    file.write_bytes(lines_of(records, ascii_only))
+    with ends():
+        found = list(stream_records(str(file), "--input", form))
+    assert [record.source for record in found] == [f"{file}:{k}" for k in range(1, len(records) + 1)]
+    for record in found:
+        try:
+            turns = text_or_answered(record.value)
+        except BadRecord as error:
+            assert "\n" not in str(error)
+            continue
+        assert isinstance(turns, str) or turns[-1]["role"] == "assistant"
+        assert isinstance(turns, list) or turns.strip() == turns != ""
+
+
+@fuzz
+@given(dialogue_records, st.booleans())
+def test_fuzz_turns(value, empty_answer):
+    """What comes out can be encoded, and goes in again as it is."""
+    with ends():
+        try:
+            turns = turns_of(value, empty_answer)
+        except BadRecord as error:
+            assert "\n" not in str(error)
+            return
+    assert turns_of({"messages": turns}, empty_answer) == turns
+    spoken = turns[turns[0]["role"] == "system" :]
+    assert [turn["role"] for turn in spoken] == [("user", "assistant")[k % 2] for k in range(len(spoken))]
+    for turn in turns:
+        assert turn["content"].strip() == turn["content"]
+        turn["content"].encode()
+
+
+SPACE = st.text(" \t\r\n", max_size=3)
+
+
+@st.composite
+def json_lists(draw) -> tuple[str, list, list[int]]:
+    """(the text of a JSON list, its items, the line on which each begins)."""
+    items = draw(st.lists(values, max_size=5))
+    text, lines = draw(SPACE) + "[" + draw(SPACE), []
+    for k, item in enumerate(items):
+        lines.append(text.count("\n") + 1)
+        inner = json.dumps(item, indent=draw(st.sampled_from([None, 1])), ensure_ascii=draw(st.booleans()))
+        text += inner + draw(SPACE) + ("," + draw(SPACE) if k < len(items) - 1 else "")
+    return text + "]" + draw(SPACE), items, lines
+
+
+@fuzz
+@given(json_lists())
+def test_fuzz_json_list(folder, drawn):
+    """Items and their lines, for every way to lay a list out."""
+    text, _, lines = drawn
+    file = folder / "list.json"
+    file.write_bytes(text.encode("utf-8", "replace"))
+    with ends():
+        found = parse_json_list(file, "--data_path")
+    expected = json.loads(file.read_text("utf-8"))
+    assert repr([value for value, _ in found]) == repr(expected)  # NaN is not itself
+    assert [line for _, line in found] == lines
+
+
+@st.composite
+def damaged(draw) -> bytes:
+    """Bytes that were JSON before something happened to them."""
+    content = draw(json_lists())[0].encode("utf-8", "surrogatepass")
+    for _ in range(draw(st.integers(1, 3))):
+        place, size = draw(st.integers(0, len(content))), draw(st.integers(0, 8))
+        content = (
+            content[:place]
+            + draw(st.binary(max_size=4) | st.sampled_from([b"[", b"]", b",", b"\n", b'"']))
+            + content[place + size :]
+        )
+    return content
+
+
+@fuzz
+@given(damaged() | st.binary(max_size=60), st.sampled_from([parse_json_list, parse_json_lines]))
+def test_fuzz_damaged_json(folder, content, parse):
+    """Damage is refused with its line, or it is JSON all the same: then Python's own parser says so too."""
+    file = folder / "damaged.json"
+    file.write_bytes(content)
+    with ends():
+        try:
+            found = parse(file, "--data_path")
+        except UserError as error:
+            text = one_line(error)
+            line = int(re.match(rf"{re.escape(str(file))}:(\d+): ", text)[1])
+            assert 1 <= line <= content.count(b"\n") + 1
+            return
+    text = content.decode("utf-8-sig")
+    if parse is parse_json_list:
+        expected = json.loads(text) if text.strip(" \t\r\n") else []
+    else:
+        expected = [json.loads(line) for line in text.split("\n") if line.strip()]
+    assert repr([value for value, _ in found]) == repr(expected)
+
+
+def test_fuzz_knows_a_lost_record(folder):
+    """The check itself: a loader that loses one without a word is found out."""
+
+    def loses_one(path, num_valid, say):
+        train, valid = load_dialogues(path, num_valid, 0, say)
+        return train[1:], valid
+
+    records = [["a", "b"], ["c", "d"]]
+    check_loader(lambda path, n, say: load_dialogues(path, n, 0, say), "dialogues", records, True, 0, folder)
+    with pytest.raises(AssertionError):
+        check_loader(loses_one, "dialogues", records, True, 0, folder)
+
+
+def test_fuzz_tally_counts_by_reason():
+    tally = Tally("things")
+    for k in range(3):
+        tally.add("dropped: x", Record(None, f"f:{k}").source)
+    assert counted(tally.lines(), "things") == 3
