@@ -5,7 +5,6 @@ usage: trl_side.py CONNECTION_FD MODEL_FOLDER UPDATES CHECKPOINTING(0, 1) DTYPE 
 
 import contextlib
 import os
-import resource
 import signal
 import sys
 import tempfile
@@ -14,6 +13,7 @@ import traceback
 from multiprocessing.connection import Connection
 
 import torch
+from alternate import peak  # this file's folder is on the path of a script
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -45,7 +45,7 @@ class Turns(TrainerCallback):
         if self.connection.recv() == "step":
             self.start = time.perf_counter()
         else:
-            self.connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, None))
+            self.connection.send((peak(), None))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -73,7 +73,7 @@ def main(connection: Connection, folder: str, updates: int, checkpointing: bool,
     trained, frozen, data = getattr(torch, dtype), torch.bfloat16, prompts()
     with tempfile.TemporaryDirectory() as out:
         config = PPOConfig(
-            output_dir=out, use_cpu=True, bf16=True, learning_rate=5e-7, total_episodes=SAMPLES * updates,
+            output_dir=out, use_cpu=not torch.cuda.is_available(), bf16=True, learning_rate=5e-7, total_episodes=SAMPLES * updates,
             per_device_train_batch_size=batch, gradient_accumulation_steps=SAMPLES // batch, num_ppo_epochs=1,
             local_rollout_forward_batch_size=batch,
             response_length=RESPONSE, temperature=1.0, gradient_checkpointing=checkpointing,
