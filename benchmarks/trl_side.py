@@ -73,7 +73,8 @@ def main(connection: Connection, folder: str, updates: int, checkpointing: bool,
     trained, frozen, data = getattr(torch, dtype), torch.bfloat16, prompts()
     with tempfile.TemporaryDirectory() as out:
         config = PPOConfig(
-            output_dir=out, use_cpu=not torch.cuda.is_available(), bf16=True, learning_rate=5e-7, total_episodes=SAMPLES * updates,
+            output_dir=out, use_cpu=not torch.cuda.is_available(), bf16=True, learning_rate=5e-7,
+            total_episodes=SAMPLES * updates,
             per_device_train_batch_size=batch, gradient_accumulation_steps=SAMPLES // batch, num_ppo_epochs=1,
             local_rollout_forward_batch_size=batch,
             response_length=RESPONSE, temperature=1.0, gradient_checkpointing=checkpointing,
