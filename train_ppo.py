@@ -13,7 +13,13 @@ from utils.args import entry_point, parse_args
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Command line in, a run's folder out. A wrong flag is answered before torch and deepspeed are loaded."""
-    train(parse_args(PPOConfig, argv, PRESETS, AMOUNTS))
+    config = parse_args(PPOConfig, argv, PRESETS, AMOUNTS)
+    if config.plan:
+        from ppo.plan import print_plan
+
+        print_plan(config)
+    else:
+        train(config)
 
 
 def train(config: PPOConfig) -> None:

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ppo.config import PPOConfig
+from ppo.evaluate import gather_batch
 from ppo.experience import make_experience
 from ppo.models import Models, PolicyModel
 from ppo.rollout import generate
@@ -35,22 +36,31 @@ from ppo.update import update
 from reward.ensemble import Ensemble, Frozen, Member
 from reward.model import ScalarHead, ScalarModel
 from utils.engine import TrainEngine, device, init_distributed, shutdown_distributed
+from utils.models import enable_checkpointing
 from utils.moments import RunningMoments
 
 SAMPLES, RESPONSE = 8, 64
+SIZES = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376}
+STAGES = ("rollout", "score", "update")
 IDS = SimpleNamespace(eos_token_id=2, pad_token_id=0)  # a random model hardly ever samples EOS: 1 token in 32,000
 
 
-def build(config: PPOConfig) -> Models:
-    """Policy, critic, reference and reward model of the same random 58M LLaMA."""
+def random_lm(sizes: dict[str, int]) -> LlamaForCausalLM:
+    """A LLaMA of these sizes, always the same, bf16."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376}
     lm = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32000, max_position_embeddings=2048))
-    lm = lm.to(device(), torch.bfloat16)
+    return lm.to(device(), torch.bfloat16)
+
+
+def build(config: PPOConfig, sizes: dict[str, int] = SIZES) -> Models:
+    """Policy, critic, reference and reward model of the same random LLaMA; 58M parameters unless told."""
+    lm = random_lm(sizes)
+    if config.gradient_checkpoint:
+        enable_checkpointing(lm)
 
     def scalar() -> ScalarModel:
-        head = ScalarHead(512, 1, bias=False, dtype=torch.bfloat16, device=device())
-        return ScalarModel(copy.deepcopy(lm.model), head)
+        head = ScalarHead(lm.config.hidden_size, 1, bias=False, dtype=torch.bfloat16, device=device())
+        return ScalarModel(copy.deepcopy(lm.model), head)  # with checkpointing, where the policy has it
 
     reference, reward = (Frozen(m.requires_grad_(False), False) for m in (PolicyModel(copy.deepcopy(lm)), scalar()))
     critic, ensemble = TrainEngine(scalar(), config, "critic"), Ensemble([Member(reward, window=2048)])
@@ -58,7 +68,7 @@ def build(config: PPOConfig) -> Models:
 
 
 def prompt_batch() -> PromptBatch:
-    """Random ids, lengths log-uniform in 32 to 448."""
+    """SAMPLES prompts of random ids, lengths log-uniform in 32 to 448."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.rand(SAMPLES, generator=generator)
     lengths = (32 * (448 / 32) ** spread).int().tolist()
@@ -89,6 +99,22 @@ def matrix_rate(size: int = 2048, repeats: int = 10) -> float:
     return 2 * size**3 / statistics.median(times[1:])
 
 
+def timed_step(
+    models: Models, prompts: PromptBatch, moments: RunningMoments, step: int, config: PPOConfig
+) -> tuple[Rollout, dict[str, float]]:
+    """One step of PPO on this rank's prompts: (what all ranks have sampled, seconds of each stage)."""
+    marks = [time.perf_counter()]
+    rollout = generate(models.policy, prompts, Sampling(), step, IDS, config)
+    marks.append(time.perf_counter())
+    scores = score(rollout, prompts, models, None, IDS, 1.0, config)
+    marks.append(time.perf_counter())
+    rollout = gather_batch(rollout)
+    experience = make_experience(rollout, gather_batch(scores), moments, config)
+    update(models.policy, models.critic, experience, config, step, config.lr, config.critic_lr)
+    marks.append(time.perf_counter())
+    return rollout, {stage: end - start for stage, (start, end) in zip(STAGES, itertools.pairwise(marks), strict=True)}
+
+
 def main() -> None:
     """Runs the steps and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -101,19 +127,12 @@ def main() -> None:
     )  # fmt: skip
     init_distributed()
     models, prompts, moments = build(config), prompt_batch(), RunningMoments()
-    seconds = {"rollout": [], "score": [], "update": []}
+    seconds = {stage: [] for stage in STAGES}
     for step in range(options.steps + 1):
-        marks = [time.perf_counter()]
-        rollout = generate(models.policy, prompts, Sampling(), step, IDS, config)
-        marks.append(time.perf_counter())
-        scores = score(rollout, prompts, models, None, IDS, 1.0, config)
-        marks.append(time.perf_counter())
-        experience = make_experience(rollout, scores, moments, config)
-        update(models.policy, models.critic, experience, config, step, config.lr, config.critic_lr)
-        marks.append(time.perf_counter())
+        rollout, taken = timed_step(models, prompts, moments, step, config)
         if step:
-            for stage, (start, end) in zip(seconds, itertools.pairwise(marks), strict=True):
-                seconds[stage].append(end - start)
+            for stage, times in seconds.items():
+                times.append(taken[stage])
     report(models, rollout, {stage: statistics.median(times) for stage, times in seconds.items()}, matrix_rate())
     shutdown_distributed()
 

@@ -184,6 +184,13 @@ class PPOConfig(RewardFlags, RunFlags):
     gather_for_generation: Literal["auto", "always", "never"] = "auto"
     """ZeRO-3: gather the policy once a rollout; auto: when it fits"""
 
+    plan: bool = False
+    """Print where the memory of this run would go, from config.json of its models alone, and end"""
+    plan_gpus: int = 0
+    """GPUs of the plan; 0: as many as there are processes"""
+    plan_gpu_memory: float = 80.0
+    """GiB of each of them"""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_paths()
@@ -238,7 +245,7 @@ class PPOConfig(RewardFlags, RunFlags):
             ppo_pretrain_loss_weight=(0, None), vf_loss_weight=(0, None), missing_eos_penalty=(0, None),
             critic_pretrain_steps=(0, None), num_eval_prompts=(0, None), num_samples=(0, None), best_max_kl=(0, None),
             skip_bad_batches=(0, None), alarm_kl=(0, None), alarm_perplexity=(0, None), alarm_eos=(0, 1),
-            alarm_length=(0, None), alarm_score_std=(0, None), seed=SEEDS,
+            alarm_length=(0, None), alarm_score_std=(0, None), seed=SEEDS, plan_gpus=(0, None), plan_gpu_memory=(1, None),
         )  # fmt: skip
         if self.on_collapse == "rollback" and not self.checkpoint_per_step:
             raise UserError("--on_collapse rollback needs checkpoints: give a --checkpoint_per_step above 0")

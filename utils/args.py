@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from utils.errors import UserError
+from utils.flag_types import add_field
 
 Config = TypeVar("Config")
 SEEDS = (0, 10**9)  # with ranks and streams added, every generator takes these
@@ -96,17 +97,12 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def build_parser(config_type: type) -> argparse.ArgumentParser:
-    """An HfArgumentParser for the dataclass: no abbreviations, help from field docstrings, mistakes as UserError."""
-    from transformers.hf_argparser import HfArgumentParser
-
-    class Parser(FlagParser, HfArgumentParser):
-        pass
-
+    """A parser for the dataclass: no abbreviations, help from field docstrings, mistakes as UserError."""
+    formatter, description = argparse.ArgumentDefaultsHelpFormatter, (config_type.__doc__ or "").split("\n")[0]
+    parser = FlagParser(allow_abbrev=False, description=description, formatter_class=formatter)
     help_texts = field_help(config_type)
     for field in dataclasses.fields(config_type):
-        text = help_texts.get(field.name, "").replace("%", "%%")
-        field.metadata = {**field.metadata, "help": text}
-    parser = Parser(config_type, allow_abbrev=False, description=(config_type.__doc__ or "").split("\n")[0])
+        add_field(parser, field, help_texts.get(field.name, ""))
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers append it
     return parser
 

@@ -25,6 +25,9 @@ FREE_ON_RESUME = frozenset(
         "gradient_checkpoint",
         "offload_frozen",
         "gather_for_generation",
+        "plan",
+        "plan_gpus",
+        "plan_gpu_memory",
     ]
 )
 

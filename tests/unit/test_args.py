@@ -90,6 +90,15 @@ def test_amount_zero_alone_switches_a_presets_trick_off(switch):
     assert getattr(parsed(f"--{AMOUNTS[switch]}", "0"), switch) is False
 
 
+def test_lists_words_for_switches_and_hyphens():
+    config = parsed("--reward-model-path", "A", "B", "--overwrite", "Yes", "--no-use-reward-norm", "--zero_stage", "3")
+    assert config.reward_model_path == ["A", "B"]
+    assert (config.overwrite, config.use_reward_norm, config.zero_stage) == (True, False, 3)
+    assert parsed("--preset", "vanilla", "--use_reward_norm", "1").use_reward_norm is True
+    with pytest.raises(UserError, match=r"--overwrite.*perhaps is neither true nor false"):
+        parsed("--overwrite", "perhaps")
+
+
 def test_unknown_flag_gets_a_suggestion():
     with pytest.raises(UserError, match=r"--kl_penalty_wieght.*did you mean --kl_penalty_weight\?"):
         parsed("--kl_penalty_wieght", "0.1")

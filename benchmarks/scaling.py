@@ -1,0 +1,120 @@
+"""How time and memory of a PPO step grow:   python benchmarks/scaling.py [--series responses samples models processes]
+
+Every point is a step of benchmarks/ppo_step.py (8 samples of 32 to 448 prompt tokens, the same over and over where
+there are more; 64 response tokens, a 58M LLaMA, bf16, ZeRO-2) with one thing changed, in a process of its own, so that
+the peak of memory is its own. `processes` compares one process with all threads to two ranks (DeepSpeed over gloo) that
+share them. Seconds are medians of --steps steps after one that warms up. An exponent is the slope of a straight line
+through the points, both axes logarithmic: 1 is proportional.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.environment import MALLOC
+
+MODELS = {  # millions of parameters -> sizes of a LLaMA with 32,000 tokens
+    20: {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 688},
+    58: {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376},
+    134: {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2064},
+}
+USUAL = {"response": 64, "samples": 8, "model": 58, "processes": 1}
+SERIES = {  # name -> (what changes, its values, what else is not as usual)
+    "responses": ("response", [64, 128, 256, 512], {}),
+    "samples": ("samples", [8, 16, 32], {}),
+    "models": ("model", list(MODELS), {}),
+    "processes": ("processes", [1, 2], {"samples": 16}),
+}
+STAGES = ("rollout", "score", "update")
+
+
+def run_point(point: dict[str, int], steps: int) -> None:
+    """Measures one point in this process, a rank among several where the launcher says so; the first prints JSON."""
+    from benchmarks.alternate import peak
+    from benchmarks.ppo_step import build, prompt_batch, timed_step
+    from ppo.config import PPOConfig
+    from ppo.types import PromptBatch
+    from utils.distributed import gather_objects, is_main, rank, world_size
+    from utils.engine import init_distributed, shutdown_distributed
+    from utils.moments import RunningMoments
+
+    config = PPOConfig(
+        policy_model_path="-", critic_model_path="-", data_path="-", num_rollouts=point["samples"],
+        batch_size=point["samples"], maxlen_prompt=448 + point["response"], maxlen_res=point["response"],
+        rollout_batch_size=32, micro_batch_tokens=2048,
+    )  # fmt: skip
+    init_distributed()
+    ids = prompt_batch().ids * (point["samples"] // 8)
+    own = range(rank(), len(ids), world_size())
+    prompts = PromptBatch([ids[i] for i in own], [[] for _ in own], list(own))
+    models, moments = build(config, MODELS[point["model"]]), RunningMoments()
+    taken = [timed_step(models, prompts, moments, step, config)[1] for step in range(steps + 1)][1:]
+    peaks = gather_objects(peak())
+    if is_main():
+        medians = {stage: statistics.median(step[stage] for step in taken) for stage in STAGES}
+        print(json.dumps(medians | {"peak": max(peaks)}))
+    shutdown_distributed()
+
+
+def measure(point: dict[str, int], steps: int, threads: int) -> dict[str, float]:
+    """Runs a point in new processes. Seconds of each stage, GiB of the largest process."""
+    processes = point["processes"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, __file__, "--steps", str(steps), "--point", json.dumps(point)]
+    environment = os.environ | MALLOC | {"OMP_NUM_THREADS": str(threads // processes)}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"the point {point} failed")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def exponent(x: list[float], y: list[float]) -> float:
+    """Least-squares slope of log y over log x."""
+    log_x, log_y = ([math.log(value) for value in values] for values in (x, y))
+    return statistics.linear_regression(log_x, log_y).slope
+
+
+def run_series(name: str, steps: int, threads: int) -> None:
+    """A table, and what its points say together."""
+    what, values, others = SERIES[name]
+    print(f"\n{what:>10}" + "".join(f"{stage:>10}" for stage in STAGES) + f"{'seconds':>10}{'GiB':>8}{'samples/s':>11}")
+    totals, peaks, rates = [], [], []
+    for value in values:
+        point = USUAL | others | {what: value}
+        found = measure(point, steps, threads)
+        totals.append(sum(found[stage] for stage in STAGES))
+        peaks.append(found["peak"])
+        rates.append(point["samples"] / totals[-1])
+        stages = "".join(f"{found[stage]:10.2f}" for stage in STAGES)
+        print(f"{value:10}{stages}{totals[-1]:10.2f}{peaks[-1]:8.2f}{rates[-1]:11.3f}", flush=True)
+    if name == "processes":
+        print(f"two processes with half the threads each reach {rates[1] / rates[0]:.2f} of one (wanted: 0.8)")
+    else:
+        wanted = " (wanted: at most 1.1)" if name == "samples" else ""
+        print(f"exponents: seconds {exponent(values, totals):.2f}{wanted}, memory {exponent(values, peaks):.2f}")
+
+
+def main() -> None:
+    """All series, or one point (what `measure` starts)."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--series", nargs="+", choices=list(SERIES), default=list(SERIES))
+    parser.add_argument("--steps", type=int, default=2, help="counted steps of a point")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all processes together")
+    parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.point:
+        run_point(options.point, options.steps)
+        return
+    for name in options.series:
+        run_series(name, options.steps, options.threads)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""A step of PPO against TRL's PPOTrainer (1.12.0):   python benchmarks/vs_trl.py [--pairs 3] [--gradient_checkpoint]
+
+The same random 58M LLaMA as policy, reference, critic and reward model (with random heads for scores), the same 8
+prompts a step (32 to 448 tokens, log-uniform, seed 0), 64 response tokens each at temperature 1, one optimizer step of
+policy and critic, the same threads and MALLOC_ settings; forwards of 2048 tokens here, of 8 samples there. bf16: ours
+with a float32 copy of the weights, TRL as its `bf16` does it (float32 weights, autocast), its frozen models in bf16.
+Both are long-lived processes that step in turn (benchmarks/alternate.py); the first round warms up and is not counted.
+TRL lives in an environment of its own, made on the first call; the packages that both need are shared with ours where
+their versions are the same.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.alternate import measure, peak
+from benchmarks.environment import MALLOC
+from benchmarks.ppo_step import RESPONSE, SAMPLES, SIZES, STAGES, build, prompt_batch, random_lm, timed_step
+from ppo.config import PPOConfig
+from utils.engine import init_distributed, shutdown_distributed
+from utils.moments import RunningMoments
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGES = ["trl==1.12.0", "torch==2.13.0", "transformers==5.19.0", "accelerate==1.15.0", "datasets==5.2.0"]
+WANTED_RATE, WANTED_MEMORY = 4.0, 0.6
+
+
+def environment(folder: Path) -> Path:
+    """TRL's Python, in a virtual environment at `folder` that is made unless it is there."""
+    python, ready = folder / "bin" / "python", folder / ".ready"
+    if not ready.exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        own = subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout.strip()
+        # pip takes our packages for installed, and fetches those of other versions: torch alone is 2 GB.
+        (Path(own) / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *PACKAGES], check=True)
+        ready.touch()
+    return python
+
+
+def ours(connection, options: argparse.Namespace, model: str) -> None:
+    """Our steps. See `measure` for the messages; the last one is (peak, {stage: median seconds})."""
+    config = PPOConfig(
+        policy_model_path="-", critic_model_path="-", data_path="-", num_rollouts=SAMPLES, batch_size=SAMPLES,
+        maxlen_prompt=512, maxlen_res=RESPONSE, micro_batch_tokens=2048,
+        gradient_checkpoint=options.gradient_checkpoint,
+    )  # fmt: skip
+    init_distributed()
+    models, prompts, moments, steps = build(config), prompt_batch(), RunningMoments(), []
+    while connection.recv() == "step":
+        _, seconds = timed_step(models, prompts, moments, len(steps), config)
+        steps.append(seconds)
+        connection.send(sum(seconds.values()))
+    connection.send((peak(), {stage: statistics.median(step[stage] for step in steps[1:]) for stage in STAGES}))
+    shutdown_distributed()
+
+
+def theirs(connection, options: argparse.Namespace, model: str) -> None:
+    """TRL's steps: this process becomes one of TRL's environment, with the connection as it is."""
+    os.set_inheritable(connection.fileno(), True)
+    script = str(REPOSITORY / "benchmarks" / "trl_side.py")
+    checkpointing = str(int(options.gradient_checkpoint))
+    arguments = [str(connection.fileno()), model, str(options.pairs + 1), checkpointing]
+    arguments += [options.trl_dtype, str(options.trl_batch)]
+    os.execv(options.python, [str(options.python), script, *arguments])
+
+
+def report(results: list) -> None:
+    """Rates, memory and their ratios; where our time goes."""
+    (own, (own_peak, stages)), (other, (other_peak, _)) = results
+    ratios = [a / b for a, b in zip(own, other, strict=True)]
+    rates = [statistics.median(rate) for rate in (own, other)]
+    every = " ".join(f"{ratio:.2f}" for ratio in ratios)
+    print(f"{'':18}{'ours':>8}{'TRL':>8}{'ratio':>8}{'wanted':>8}")
+    print(
+        f"{'samples a second':18}{rates[0]:8.2f}{rates[1]:8.2f}{statistics.median(ratios):8.2f}{WANTED_RATE:8.1f}",
+        end="",
+    )
+    print(f"   pairs: {every}")
+    print(f"{'peak GiB':18}{own_peak:8.2f}{other_peak:8.2f}{own_peak / other_peak:8.2f}{WANTED_MEMORY:8.1f}")
+    total = sum(stages.values())
+    print("our step: " + ", ".join(f"{name} {taken:.2f} s ({taken / total:.0%})" for name, taken in stages.items()))
+
+
+def main() -> None:
+    """Makes TRL's environment and the weights, runs both sides, prints the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--pairs", type=int, default=3, help="counted steps of each side")
+    parser.add_argument("--threads", type=int, default=2, help="of each side; one works while the other waits")
+    parser.add_argument("--gradient_checkpoint", action="store_true", help="on both sides (TRL's default, not ours)")
+    parser.add_argument("--trl_dtype", choices=["float32", "bfloat16"], default="float32", help="of what TRL trains")
+    parser.add_argument("--trl_batch", type=int, choices=[1, 2, 4, 8], default=8, help="samples of a forward of TRL")
+    parser.add_argument("--environment", type=Path, default=REPOSITORY / "outputs" / "trl_env")
+    options = parser.parse_args()
+    options.python = environment(options.environment.absolute())
+    os.environ |= MALLOC | {
+        "OMP_NUM_THREADS": str(options.threads),
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with tempfile.TemporaryDirectory() as model:
+        random_lm(SIZES).save_pretrained(model)
+        report(measure([ours, theirs], (options, model), [SAMPLES] * (options.pairs + 1)))
+
+
+if __name__ == "__main__":
+    main()
