@@ -11,7 +11,8 @@ def rank_plan(lengths: list[int], max_tokens: int, num_ranks: int, rank: int) ->
     """
     plans = []
     for share in balance(lengths, num_ranks):
-        plans.append([[share[i] for i in part] for part in micro_batches([lengths[i] for i in share], max_tokens)])
+        parts = micro_batches([lengths[i] for i in share], max_tokens, num_ranks)
+        plans.append([[share[i] for i in part] for part in parts])
     idle = [min(range(len(lengths)), key=lengths.__getitem__)]
     missing = max(map(len, plans)) - len(plans[rank])
     return [(part, 1.0) for part in plans[rank]] + [(idle, 0.0)] * missing

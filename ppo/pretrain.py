@@ -56,7 +56,7 @@ def pretrain_loss(policy: TrainEngine, batch: PretrainBatch, weight: float, max_
         ids, _ = pad([batch[i].ids for i in rows], 0)
         mask, _ = pad([batch[i].answer_mask for i in rows], 0)
         mask = (mask.bool() & bool(counts)).to(device())
-        logprobs, _ = policy(ids.to(device()), mask)
+        logprobs, _ = policy(ids.to(device()), mask, with_entropy=False)
         loss = masked_sum(-logprobs, mask)
         policy.backward(weight * loss / num_tokens)
         total += loss.detach()

@@ -15,9 +15,9 @@ from ppo.models import Models
 from ppo.rollout import response_ids
 from ppo.types import PromptBatch, Rollout, Scores
 from reward.ensemble import Ensemble, score_ids
-from utils.distributed import gather_objects
+from utils.distributed import gather_objects, world_size
 from utils.errors import UserError
-from utils.tensors import shift_to_next
+from utils.tensors import before, shift_to_next
 
 RewardFunction = Callable[[list[list[dict]], list[str]], list[float]]
 
@@ -35,16 +35,18 @@ def score(
     models.policy.module.eval()
     batches = even_batches(rollout.attention_mask.sum(1).tolist(), config.micro_batch_tokens)
 
-    def of_policy(model: nn.Module) -> tuple[torch.Tensor, ...]:
-        return _by_batch(rollout, batches, lambda part: model(part.sequences, part.response_mask, temperature))
+    def of_policy(model: nn.Module, with_entropy: bool) -> tuple[torch.Tensor, ...]:
+        def measure(part: Rollout) -> tuple[torch.Tensor, ...]:
+            return model(part.sequences, part.response_mask, temperature, with_entropy)[: 1 + with_entropy]
 
-    logprobs, entropy = of_policy(models.policy)
+        return _by_batch(rollout, batches, measure)
+
+    logprobs, entropy = of_policy(models.policy, with_entropy=True)
     with models.reference.resident() as reference:
-        ref_logprobs, _ = of_policy(reference)
+        (ref_logprobs,) = of_policy(reference, with_entropy=False)
 
     def token_values(part: Rollout) -> tuple[torch.Tensor]:
-        values = models.critic(part.sequences, part.attention_mask)
-        return (shift_to_next(values).masked_fill(~part.response_mask, 0.0),)
+        return (shift_to_next(models.critic(part.sequences, before(part.response_mask))),)
 
     values = torch.zeros_like(logprobs)
     if models.critic is not None:
@@ -103,7 +105,7 @@ def closed_ids(rollout: Rollout, eos_id: int, window: int | None = None) -> list
 
 def even_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Micro-batches by token budget, as many on every rank: a rank with fewer scores its shortest row again."""
-    batches = micro_batches(lengths, max_tokens)
+    batches = micro_batches(lengths, max_tokens, world_size())
     most = max(gather_objects(len(batches)))
     shortest = min(range(len(lengths)), key=lengths.__getitem__)
     return batches + [[shortest]] * (most - len(batches))

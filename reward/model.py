@@ -34,7 +34,7 @@ from utils.models import (
     tensor_files,
 )
 from utils.nll import head_logits, sum_nll
-from utils.tensors import last_index
+from utils.tensors import at_tokens, last_index
 
 HEAD_NAMES = ("score.weight", "reward_head.weight")  # sequence classification, MOSS
 
@@ -68,14 +68,16 @@ class ScalarModel(nn.Module):
         nll_mask: torch.Tensor | None = None,
         with_states: bool = False,
     ):
-        """Scalars float32 [batch, length] at every position, 0 at padding. Inputs [batch, length], right-padded.
+        """Scalars float32 [batch, length] at every position, 0 where attention_mask is False. Inputs [batch, length],
 
-        No attention mask goes in: behind right padding causality alone hides it, and attention kernels are fastest so.
+        right-padded. No attention mask goes in: behind right padding causality alone hides it, and attention kernels
+        are fastest so. Thus the mask may also leave out real tokens, whose scalars nobody reads.
         With nll_mask (bool, first positions False; needs lm_head): (scalars, summed NLL of those tokens). with_states:
         the float32 states [batch, hidden] of each row's last real token follow.
         """
         hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        values = (self.head(hidden).squeeze(-1) - self.score_center).masked_fill(~attention_mask.bool(), 0.0)
+        read = attention_mask.bool()
+        values = at_tokens(self.head(hidden[read]).squeeze(-1) - self.score_center, read)
         extras = ()
         if nll_mask is not None:
             logits = partial(head_logits, self.lm_head, self.config.get_text_config())
