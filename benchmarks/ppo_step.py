@@ -133,10 +133,9 @@ def report(models: Models, rollout: Rollout, seconds: dict[str, float], rate: fl
     print(f"bf16 matrix rate {rate / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads, {device()}")
     lengths = rollout.attention_mask.sum(1).tolist()
     padded = sum(len(rows) * max(lengths[i] for i in rows) for rows in micro_batches(lengths, micro_batch_tokens))
-    print(
-        f"{sum(lengths)} real tokens in {SAMPLES} samples of {RESPONSE} response tokens, "
-        f"{1 - sum(lengths) / padded:.1%} of what scoring and update see is padding"
-    )
+    padding = 0.0 if models.policy.module.joins_rows else 1 - sum(lengths) / padded
+    print(f"{sum(lengths)} real tokens in {SAMPLES} samples of {RESPONSE} response tokens")
+    print(f"{padding:.1%} of the tokens that scoring and update run are padding")
     for stage, time_taken in seconds.items():
         share = useful[stage] / time_taken / rate
         part = (

@@ -16,7 +16,8 @@ from utils.engine import DTYPES, InferenceEngine, TrainEngine, device, shard_fro
 from utils.errors import UserError
 from utils.models import check_window, enable_checkpointing, load_causal_lm
 from utils.nll import by_chunks, head_logits, logprobs_and_entropy
-from utils.tensors import at_tokens, before_tokens
+from utils.rows import joins_rows, states_of
+from utils.tensors import at_tokens, before
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at once: 32 MB in bf16, whatever batch and vocabulary
 
@@ -50,14 +51,18 @@ class PolicyModel(nn.Module):
         def measure(rows, targets, logits):
             return logprobs_and_entropy(logits(rows), targets, temperature, with_entropy)
 
-        # Right padding needs no attention mask: causality hides it, and attention kernels are fastest so.
-        hidden = self.lm.get_decoder()(input_ids=sequences, use_cache=False).last_hidden_state
-        rows, targets = before_tokens(hidden, token_mask), sequences[token_mask]
+        rows = states_of(self.lm.get_decoder(), sequences, before(token_mask))
+        targets = sequences[token_mask]
         size = max(1, CHUNK_ELEMENTS // self.lm.config.get_text_config().vocab_size)
         parts = by_chunks(measure, rows, targets, self.logits, size, self.even_tokens)
         logprobs, entropy = zip(*parts, strict=True)
         entropy = at_tokens(torch.cat(entropy), token_mask) if with_entropy else None
         return at_tokens(torch.cat(logprobs), token_mask), entropy
+
+    @property
+    def joins_rows(self) -> bool:
+        """Whether padding is left out, so that any sequences may share a forward."""
+        return joins_rows(self.lm.get_decoder())
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """What the LM's own forward does after its decoder. [n, hidden] -> [n, vocabulary]."""

@@ -52,7 +52,7 @@ def pretrain_loss(policy: TrainEngine, batch: PretrainBatch, weight: float, max_
     lengths = [len(dialogue.ids) for dialogue in batch]
     num_tokens = sum(sum(dialogue.answer_mask) for dialogue in batch)
     total = torch.zeros((), device=device())
-    for rows, counts in rank_plan(lengths, max_tokens, world_size(), rank()):
+    for rows, counts in rank_plan(lengths, max_tokens, world_size(), rank(), policy.module.joins_rows):
         ids, _ = pad([batch[i].ids for i in rows], 0)
         mask, _ = pad([batch[i].answer_mask for i in rows], 0)
         mask = (mask.bool() & bool(counts)).to(device())

@@ -97,13 +97,13 @@ def add(sums: dict[str, float], more: dict[str, float]) -> None:
         sums[key] = sums.get(key, 0.0) + value
 
 
-def shares(batch: Experience, max_tokens: int) -> Iterator[Experience]:
+def shares(batch: Experience, max_tokens: int, joined: bool = False) -> Iterator[Experience]:
     """This rank's micro-batches of a global minibatch, each cut to its longest row; as many on every rank.
 
     Where other ranks have one more, it is a sample without response tokens: nothing to learn, no rank left waiting.
     """
     lengths = batch.attention_mask.sum(1).tolist()
-    for rows, weight in rank_plan(lengths, max_tokens, world_size(), rank()):
+    for rows, weight in rank_plan(lengths, max_tokens, world_size(), rank(), joined):
         longest = max(lengths[i] for i in rows)
         part = batch.rows(rows).map(lambda x, longest=longest: x[:, :longest])
         yield replace(part, response_mask=part.response_mask & bool(weight))
@@ -119,7 +119,7 @@ def policy_backward(
     policy.module.train()
     num_tokens = float(batch.response_mask.sum())
     sums = {}
-    for part in shares(batch, config.micro_batch_tokens):
+    for part in shares(batch, config.micro_batch_tokens, policy.module.joins_rows):
         logprobs, entropy = policy(part.sequences, part.response_mask, config.temperature, config.use_entropy_loss)
         loss, more = policy_objective(part, logprobs, entropy, config, num_tokens)
         policy.backward(loss)
@@ -159,7 +159,7 @@ def critic_backward(critic: TrainEngine, batch: Experience, config: PPOConfig) -
     num_tokens = float(batch.response_mask.sum())
     clip = config.value_clip if config.use_critic_loss_clip else 0.0
     sums = {}
-    for part in shares(batch, config.micro_batch_tokens):
+    for part in shares(batch, config.micro_batch_tokens, critic.module.joins_rows):
         values = shift_to_next(critic(part.sequences, before(part.response_mask)))
         loss = value_loss(values, part.old_values, part.returns, part.response_mask, clip, num_tokens)
         critic.backward(config.vf_loss_weight * loss)

@@ -34,6 +34,7 @@ from utils.models import (
     tensor_files,
 )
 from utils.nll import head_logits, sum_nll
+from utils.rows import joins_rows, states_of
 from utils.tensors import at_tokens, last_index
 
 HEAD_NAMES = ("score.weight", "reward_head.weight")  # sequence classification, MOSS
@@ -75,9 +76,10 @@ class ScalarModel(nn.Module):
         With nll_mask (bool, first positions False; needs lm_head): (scalars, summed NLL of those tokens). with_states:
         the float32 states [batch, hidden] of each row's last real token follow.
         """
-        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
         read = attention_mask.bool()
-        values = at_tokens(self.head(hidden[read]).squeeze(-1) - self.score_center, read)
+        if nll_mask is None and not with_states:
+            return self._scalars(states_of(self.backbone, input_ids, read), read)
+        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
         extras = ()
         if nll_mask is not None:
             logits = partial(head_logits, self.lm_head, self.config.get_text_config())
@@ -85,7 +87,15 @@ class ScalarModel(nn.Module):
         if with_states:
             rows = torch.arange(len(hidden), device=hidden.device)
             extras += (hidden[rows, last_index(attention_mask)].float(),)
-        return (values, *extras) if extras else values
+        return self._scalars(hidden[read], read), *extras
+
+    def _scalars(self, states: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        return at_tokens(self.head(states).squeeze(-1) - self.score_center, read)
+
+    @property
+    def joins_rows(self) -> bool:
+        """Whether padding is left out where scalars alone are asked for, so that any sequences may share a forward."""
+        return joins_rows(self.backbone)
 
 
 def last_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

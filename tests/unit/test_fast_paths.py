@@ -1,4 +1,4 @@
-"""What scoring and update do in chunks, micro-batches and at few positions equals a plain, slow, whole computation.
+"""What scoring and update do in chunks, micro-batches, joined rows and at few positions equals a plain computation.
 
 And what is held of logits at once does not grow with batch or vocabulary.
 """
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppo.models
 import utils.nll
+import utils.rows
 from ppo.config import PPOConfig
 from ppo.models import PolicyModel
 from ppo.score import score
@@ -31,6 +32,16 @@ def small_pieces(monkeypatch):
     """Logits of three tokens a chunk, two of them in float32 at once."""
     monkeypatch.setattr(ppo.models, "CHUNK_ELEMENTS", 3 * 24)
     monkeypatch.setattr(utils.nll, "FLOATS", 2 * 24)
+
+
+@pytest.fixture(params=["padded", "joined", "flash"])
+def layout(request, monkeypatch):
+    """Rows with their padding; end to end, an attention call each; end to end, told apart by positions alone."""
+    if request.param == "padded":
+        monkeypatch.setattr(utils.rows, "FULL_ATTENTION", ())
+    if request.param == "flash":  # what flash attention is given; sdpa makes a mask of it
+        monkeypatch.setattr(utils.rows, "is_flash_attention_requested", lambda config: True)
+    return request.param
 
 
 def samples(batch: Rollout | Experience) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -60,8 +71,9 @@ def close(fast: torch.Tensor, plain: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("micro_batch_tokens", [1, 20, 1000])
-def test_scoring_equals_one_sequence_at_a_time_with_all_logits(small_pieces, temperature, micro_batch_tokens):
+def test_scoring_equals_one_sequence_at_a_time_with_all_logits(small_pieces, layout, temperature, micro_batch_tokens):
     models, rollout = tiny_models(), rollout_by_hand()
+    assert models.policy.module.joins_rows is models.critic.module.joins_rows is (layout != "padded")
     config = ppo_config(micro_batch_tokens=micro_batch_tokens)
     scores = score(rollout, prompts_of(*PROMPTS), models, None, token_ids(), temperature, config)
     for row, ids, places in samples(rollout):
@@ -99,7 +111,7 @@ def plain_update(lm: nn.Module, critic: nn.Module, batch: Experience, config: PP
 
 @pytest.mark.parametrize("flags", [{}, ENTROPY, ENTROPY | {"temperature": 0.7}])
 @pytest.mark.parametrize("micro_batch_tokens", [1, 20, 1000])
-def test_update_equals_one_sequence_at_a_time_with_all_logits(small_pieces, flags, micro_batch_tokens):
+def test_update_equals_one_sequence_at_a_time_with_all_logits(small_pieces, layout, flags, micro_batch_tokens):
     models = tiny_models()
     experience, config = scored(rollout_by_hand(), models, micro_batch_tokens=micro_batch_tokens, **flags)
     lm, critic = copy.deepcopy(models.policy.module.lm), copy.deepcopy(models.critic.module)
@@ -110,7 +122,7 @@ def test_update_equals_one_sequence_at_a_time_with_all_logits(small_pieces, flag
         for module in (lm, critic):
             module.zero_grad()
     for fast, plain, old in zip((models.policy.module.lm, models.critic.module), (lm, critic), start, strict=True):
-        fast, plain, old = (nn.utils.parameters_to_vector(module.parameters()) for module in (fast, plain, old))
+        fast, plain, old = (nn.utils.parameters_to_vector(m.parameters()).detach() for m in (fast, plain, old))
         assert float((plain - old).norm()) > 1e-3 * float(old.norm())
         assert close(fast, plain)
 
