@@ -74,7 +74,7 @@ def test_only_what_is_read_and_what_comes_before_it_is_run():
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     torch.testing.assert_close(
-        states_of(decoder, ids, read), decoder(ids).last_hidden_state[read], atol=1e-5, rtol=1e-5
+        states_of(decoder, ids, read), decoder(input_ids=ids).last_hidden_state[read], atol=1e-5, rtol=1e-5
     )
     assert seen[0] == (1, 3 + 1 + 8 + 1)
 
