@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from data.collate import micro_batches
 from ppo.config import PPOConfig
 from ppo.evaluate import gather_batch
 from ppo.experience import make_experience
@@ -88,6 +89,14 @@ def forward_flops(model: nn.Module, rollout: Rollout, with_head: bool) -> float:
     return 2 * weights * sum(lengths) + attention + head
 
 
+def settings(micro_batch_tokens: int) -> PPOConfig:
+    """The flags of the step that is measured."""
+    return PPOConfig(
+        policy_model_path="-", critic_model_path="-", data_path="-", num_rollouts=SAMPLES, batch_size=SAMPLES,
+        maxlen_prompt=512, maxlen_res=RESPONSE, micro_batch_tokens=micro_batch_tokens,
+    )  # fmt: skip
+
+
 def matrix_rate(size: int = 2048, repeats: int = 10) -> float:
     """FLOP/s of a bf16 product of two size x size matrices; median."""
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device()) for _ in range(2))
@@ -121,10 +130,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--micro_batch_tokens", type=int, default=2048)
     options = parser.parse_args()
-    config = PPOConfig(
-        policy_model_path="-", critic_model_path="-", data_path="-", num_rollouts=SAMPLES, batch_size=SAMPLES,
-        maxlen_prompt=512, maxlen_res=RESPONSE, micro_batch_tokens=options.micro_batch_tokens,
-    )  # fmt: skip
+    config = settings(options.micro_batch_tokens)
     init_distributed()
     models, prompts, moments = build(config), prompt_batch(), RunningMoments()
     seconds = {stage: [] for stage in STAGES}
@@ -133,17 +139,22 @@ def main() -> None:
         if step:
             for stage, times in seconds.items():
                 times.append(taken[stage])
-    report(models, rollout, {stage: statistics.median(times) for stage, times in seconds.items()}, matrix_rate())
+    medians = {stage: statistics.median(times) for stage, times in seconds.items()}
+    report(models, rollout, medians, matrix_rate(), options.micro_batch_tokens)
     shutdown_distributed()
 
 
-def report(models: Models, rollout: Rollout, seconds: dict[str, float], rate: float) -> None:
+def report(models: Models, rollout: Rollout, seconds: dict[str, float], rate: float, micro_batch_tokens: int) -> None:
     """Prints seconds a sample, shares of the matrix rate, peak memory."""
     policy = forward_flops(models.policy.module, rollout, with_head=True)
     critic = forward_flops(models.critic.module, rollout, with_head=False)
     useful = {"rollout": math.nan, "score": 2 * policy + 2 * critic, "update": 3 * policy + 3 * critic}
     print(f"bf16 matrix rate {rate / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads, {device()}")
-    print(f"{int(rollout.attention_mask.sum())} real tokens in {SAMPLES} samples of {RESPONSE} response tokens")
+    lengths = rollout.attention_mask.sum(1).tolist()
+    padded = sum(len(rows) * max(lengths[i] for i in rows) for rows in micro_batches(lengths, micro_batch_tokens))
+    padding = 0.0 if models.policy.module.joins_rows else 1 - sum(lengths) / padded
+    print(f"{sum(lengths)} real tokens in {SAMPLES} samples of {RESPONSE} response tokens")
+    print(f"{padding:.1%} of the tokens that scoring and update run are padding")
     for stage, time_taken in seconds.items():
         share = useful[stage] / time_taken / rate
         part = (

@@ -2,6 +2,9 @@
 
 import torch
 
+FORWARD_COST = 64  # what one more forward costs, in tokens: reading the weights, starting kernels
+SHARED_FORWARD_COST = 256  # among several ranks, which under ZeRO exchange weights or gradients with each
+
 
 def pad(sequences: list[list[int]], pad_id: int, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
     """Stack `sequences` into int64 ids [batch, length] and the bool mask [batch, length] of their real tokens.
@@ -22,21 +25,42 @@ def pad(sequences: list[list[int]], pad_id: int, side: str = "right") -> tuple[t
     return ids, mask
 
 
-def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+def micro_batches(lengths: list[int], max_tokens: int, num_ranks: int = 1, joined: bool = False) -> list[list[int]]:
     """Split indices into batches whose padded size, len(batch) * longest, stays within `max_tokens`.
 
-    Longest first, so that a batch wastes little on padding and memory peaks at once, not an hour in. A sequence
-    longer than the budget stands alone. Every index occurs once; equal lengths keep their order.
+    Of all splits of the sequences sorted by length, the one of the fewest padded tokens, where a batch more counts as
+    FORWARD_COST of them. Longest first, so that memory peaks at once, not an hour in. A sequence longer than the
+    budget stands alone. Every index occurs once; equal lengths keep their order. joined: the forward leaves padding
+    out, and the real tokens stay within `max_tokens`.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        # The first of a batch is its longest: one more row costs that many tokens.
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    forward_cost = FORWARD_COST if num_ranks == 1 else SHARED_FORWARD_COST
+    if joined:
+        return _fill(order, lengths, max_tokens)
+    # From the shortest on: the least cost of the rest, and how many its first batch takes (of a tie, the more).
+    costs, sizes = [0] * (len(order) + 1), [0] * len(order)
+    for start in reversed(range(len(order))):
+        longest = lengths[order[start]]
+        most = min(max(1, max_tokens // max(1, longest)), len(order) - start)
+        sizes[start] = min(range(most, 0, -1), key=lambda n: n * longest + costs[start + n])
+        costs[start] = sizes[start] * longest + costs[start + sizes[start]] + forward_cost
+    batches, start = [], 0
+    while start < len(order):
+        batches.append(order[start : start + sizes[start]])
+        start += sizes[start]
+    return batches
+
+
+def _fill(order: list[int], lengths: list[int], max_tokens: int) -> list[list[int]]:
+    batches, left = [], 0
+    for index in order:
+        if not batches or lengths[index] > left:
+            batches.append([])
+            left = max_tokens
+        batches[-1].append(index)
+        left -= lengths[index]
     return batches
 
 

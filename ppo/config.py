@@ -245,7 +245,8 @@ class PPOConfig(RewardFlags, RunFlags):
             ppo_pretrain_loss_weight=(0, None), vf_loss_weight=(0, None), missing_eos_penalty=(0, None),
             critic_pretrain_steps=(0, None), num_eval_prompts=(0, None), num_samples=(0, None), best_max_kl=(0, None),
             skip_bad_batches=(0, None), alarm_kl=(0, None), alarm_perplexity=(0, None), alarm_eos=(0, 1),
-            alarm_length=(0, None), alarm_score_std=(0, None), seed=SEEDS, plan_gpus=(0, None), plan_gpu_memory=(1, None),
+            alarm_length=(0, None), alarm_score_std=(0, None), seed=SEEDS, plan_gpus=(0, None),
+            plan_gpu_memory=(1, None),
         )  # fmt: skip
         if self.on_collapse == "rollback" and not self.checkpoint_per_step:
             raise UserError("--on_collapse rollback needs checkpoints: give a --checkpoint_per_step above 0")

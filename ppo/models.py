@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from data.template import template_for
 from ppo.config import PPOConfig
@@ -16,17 +15,18 @@ from reward.ensemble import Ensemble, Frozen
 from utils.engine import DTYPES, InferenceEngine, TrainEngine, device, shard_frozen
 from utils.errors import UserError
 from utils.models import check_window, enable_checkpointing, load_causal_lm
-from utils.nll import head_logits
-from utils.tensors import at_tokens, before_tokens
+from utils.nll import by_chunks, head_logits, logprobs_and_entropy
+from utils.rows import joins_rows, states_of
+from utils.tensors import at_tokens, before
 
-CHUNK_ELEMENTS = 1 << 24  # float32 logits held at once: 64 MB, whatever batch and vocabulary
+CHUNK_ELEMENTS = 1 << 24  # logits held at once: 32 MB in bf16, whatever batch and vocabulary
 
 
 class PolicyModel(nn.Module):
     """A causal LM that gives log-probabilities of chosen tokens, or next-token logits while decoding.
 
-    Logits are made at the asked tokens only, in chunks, float32 from the weights' dtype; chunks are recomputed in the
-    backward pass, so that [tokens, vocabulary] is never held.
+    Logits are made at the asked tokens only, in chunks, in the weights' dtype; what is taken from them is float32. With
+    several chunks they are made again in the backward pass, so that [tokens, vocabulary] is never held.
     """
 
     def __init__(self, lm: nn.Module, even_tokens: int = 0):
@@ -38,34 +38,31 @@ class PolicyModel(nn.Module):
         self.lm = lm
         self.even_tokens = even_tokens
 
-    def forward(self, sequences=None, token_mask=None, temperature: float = 1.0, decode: dict | None = None):
-        """sequences, token_mask: [batch, length], right-padded -> (logprobs, entropy), the same shape, float32.
+    def forward(
+        self, sequences=None, token_mask=None, temperature: float = 1.0, with_entropy: bool = True, decode=None
+    ):
+        """sequences, token_mask: [batch, length], right-padded -> (logprobs, entropy or None), same shape, float32.
 
         decode: arguments of the LM's own forward instead -> logits of the last position [batch, vocabulary].
         """
         if decode is not None:
             return self.lm(**decode).logits[:, -1]
-        # Right padding needs no attention mask: causality hides it, and attention kernels are fastest so.
-        hidden = self.lm.get_decoder()(input_ids=sequences, use_cache=False).last_hidden_state
-        rows, targets = before_tokens(hidden, token_mask), sequences[token_mask]
+
+        def measure(rows, targets, logits):
+            return logprobs_and_entropy(logits(rows), targets, temperature, with_entropy)
+
+        rows = states_of(self.lm.get_decoder(), sequences, before(token_mask))
+        targets = sequences[token_mask]
         size = max(1, CHUNK_ELEMENTS // self.lm.config.get_text_config().vocab_size)
-        count = max(1, -(-(self.even_tokens or len(targets)) // size))
-        pieces = zip(rows.tensor_split(count), targets.tensor_split(count), strict=True)
-        parts = [self._chunk(*piece, temperature) for piece in pieces]
-        logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-        return at_tokens(logprobs, token_mask), at_tokens(entropy, token_mask)
+        parts = by_chunks(measure, rows, targets, self.logits, size, self.even_tokens)
+        logprobs, entropy = zip(*parts, strict=True)
+        entropy = at_tokens(torch.cat(entropy), token_mask) if with_entropy else None
+        return at_tokens(torch.cat(logprobs), token_mask), entropy
 
-    def _chunk(self, rows: torch.Tensor, targets: torch.Tensor, temperature: float):
-        if torch.is_grad_enabled() and rows.requires_grad:
-            return checkpoint(self._head, rows, targets, temperature, use_reentrant=False, preserve_rng_state=False)
-        return self._head(rows, targets, temperature)
-
-    def _head(self, rows: torch.Tensor, targets: torch.Tensor, temperature: float):
-        """[n, hidden], [n] -> log-probabilities and entropies [n] float32."""
-        logits = self.logits(rows).float() / temperature
-        log_all = torch.log_softmax(logits, dim=-1)
-        entropy = -(log_all.exp() * log_all).sum(-1)
-        return log_all.gather(-1, targets[:, None]).squeeze(-1), entropy
+    @property
+    def joins_rows(self) -> bool:
+        """Whether padding is left out, so that any sequences may share a forward."""
+        return joins_rows(self.lm.get_decoder())
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """What the LM's own forward does after its decoder. [n, hidden] -> [n, vocabulary]."""

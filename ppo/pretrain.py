@@ -52,11 +52,11 @@ def pretrain_loss(policy: TrainEngine, batch: PretrainBatch, weight: float, max_
     lengths = [len(dialogue.ids) for dialogue in batch]
     num_tokens = sum(sum(dialogue.answer_mask) for dialogue in batch)
     total = torch.zeros((), device=device())
-    for rows, counts in rank_plan(lengths, max_tokens, world_size(), rank()):
+    for rows, counts in rank_plan(lengths, max_tokens, world_size(), rank(), policy.module.joins_rows):
         ids, _ = pad([batch[i].ids for i in rows], 0)
         mask, _ = pad([batch[i].answer_mask for i in rows], 0)
         mask = (mask.bool() & bool(counts)).to(device())
-        logprobs, _ = policy(ids.to(device()), mask)
+        logprobs, _ = policy(ids.to(device()), mask, with_entropy=False)
         loss = masked_sum(-logprobs, mask)
         policy.backward(weight * loss / num_tokens)
         total += loss.detach()

@@ -15,9 +15,9 @@ from ppo.models import Models
 from ppo.rollout import response_ids
 from ppo.types import PromptBatch, Rollout, Scores
 from reward.ensemble import Ensemble, score_ids
-from utils.distributed import gather_objects
+from utils.distributed import gather_objects, world_size
 from utils.errors import UserError
-from utils.tensors import shift_to_next
+from utils.tensors import before, shift_to_next
 
 RewardFunction = Callable[[list[list[dict]], list[str]], list[float]]
 
@@ -27,29 +27,35 @@ def score(
     rollout: Rollout, prompts: PromptBatch, models: Models, reward_fn: RewardFunction | None,
     tokenizer, temperature: float, config: PPOConfig,
 ) -> Scores:  # fmt: skip
-    """Forwards of at most micro_batch_tokens padded tokens each; logits at response tokens only.
+    """Forwards of at most micro_batch_tokens tokens each; logits at response tokens only.
 
     Log-probabilities of policy and reference are taken at the temperature that was sampled at. Every rank does the
     same number of forwards. Memory: one micro-batch's activations, whatever the buffer.
     """
     models.policy.module.eval()
-    batches = even_batches(rollout.attention_mask.sum(1).tolist(), config.micro_batch_tokens)
+    lengths = rollout.attention_mask.sum(1).tolist()
 
-    def of_policy(model: nn.Module) -> tuple[torch.Tensor, ...]:
-        return _by_batch(rollout, batches, lambda part: model(part.sequences, part.response_mask, temperature))
+    def by_batch(module: nn.Module, function: Callable[[Rollout], tuple[torch.Tensor, ...]]):
+        return _by_batch(rollout, even_batches(lengths, config.micro_batch_tokens, module.joins_rows), function)
 
-    logprobs, entropy = of_policy(models.policy)
+    def of_policy(part: Rollout) -> tuple[torch.Tensor, ...]:
+        return models.policy(part.sequences, part.response_mask, temperature)
+
+    logprobs, entropy = by_batch(models.policy.module, of_policy)
     with models.reference.resident() as reference:
-        ref_logprobs, _ = of_policy(reference)
+
+        def of_reference(part: Rollout) -> tuple[torch.Tensor]:
+            return reference(part.sequences, part.response_mask, temperature, with_entropy=False)[:1]
+
+        (ref_logprobs,) = by_batch(reference, of_reference)
 
     def token_values(part: Rollout) -> tuple[torch.Tensor]:
-        values = models.critic(part.sequences, part.attention_mask)
-        return (shift_to_next(values).masked_fill(~part.response_mask, 0.0),)
+        return (shift_to_next(models.critic(part.sequences, before(part.response_mask))),)
 
     values = torch.zeros_like(logprobs)
     if models.critic is not None:
         models.critic.module.eval()
-        (values,) = _by_batch(rollout, batches, token_values)
+        (values,) = by_batch(models.critic.module, token_values)
     members, truncated = reward_scores(rollout, prompts, models.reward, tokenizer, config.micro_batch_tokens)
     scores = torch.zeros(len(rollout), device=rollout.sequences.device)
     if models.reward is not None:
@@ -77,8 +83,8 @@ def reward_scores(
         else:
             ids, cut = zip(*map(member.encoding, texts), strict=True)
             truncated = torch.cat([truncated, torch.tensor(cut, device=truncated.device)[:, None]], 1)
-        batches = even_batches([len(row) for row in ids], max_tokens)
         with member.model.resident() as model:
+            batches = even_batches([len(row) for row in ids], max_tokens, model.joins_rows)
             scores = torch.cat([scores, score_ids(model, ids, batches)[:, None]], 1)
     return scores, truncated.bool()
 
@@ -101,9 +107,9 @@ def closed_ids(rollout: Rollout, eos_id: int, window: int | None = None) -> list
     return [ids[:length] if ended else [*ids[:length][:room], eos_id] for ids, length, ended in rows]
 
 
-def even_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Micro-batches by token budget, as many on every rank: a rank with fewer scores its shortest row again."""
-    batches = micro_batches(lengths, max_tokens)
+def even_batches(lengths: list[int], max_tokens: int, joined: bool = False) -> list[list[int]]:
+    """`micro_batches`, as many on every rank: a rank with fewer scores its shortest row again."""
+    batches = micro_batches(lengths, max_tokens, world_size(), joined)
     most = max(gather_objects(len(batches)))
     shortest = min(range(len(lengths)), key=lengths.__getitem__)
     return batches + [[shortest]] * (most - len(batches))

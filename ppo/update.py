@@ -23,7 +23,7 @@ from ppo.types import Experience
 from utils.distributed import gather_objects, rank, sum_ranks, world_size
 from utils.engine import TrainEngine
 from utils.errors import UserError
-from utils.tensors import shift_to_next
+from utils.tensors import before, shift_to_next
 
 OnBad = Callable[[str, Experience], None]  # what is wrong with a minibatch, on all ranks alike
 
@@ -98,13 +98,13 @@ def add(sums: dict[str, float], more: dict[str, float]) -> None:
         sums[key] = sums.get(key, 0.0) + value
 
 
-def shares(batch: Experience, max_tokens: int) -> Iterator[Experience]:
+def shares(batch: Experience, max_tokens: int, joined: bool = False) -> Iterator[Experience]:
     """This rank's micro-batches of a global minibatch, each cut to its longest row; as many on every rank.
 
     Where other ranks have one more, it is a sample without response tokens: nothing to learn, no rank left waiting.
     """
     lengths = batch.attention_mask.sum(1).tolist()
-    for rows, weight in rank_plan(lengths, max_tokens, world_size(), rank()):
+    for rows, weight in rank_plan(lengths, max_tokens, world_size(), rank(), joined):
         longest = max(lengths[i] for i in rows)
         part = batch.rows(rows).map(lambda x, longest=longest: x[:, :longest])
         yield replace(part, response_mask=part.response_mask & bool(weight))
@@ -120,8 +120,8 @@ def policy_backward(
     policy.module.train()
     num_tokens = float(batch.response_mask.sum())
     sums = {}
-    for part in shares(batch, config.micro_batch_tokens):
-        logprobs, entropy = policy(part.sequences, part.response_mask, config.temperature)
+    for part in shares(batch, config.micro_batch_tokens, policy.module.joins_rows):
+        logprobs, entropy = policy(part.sequences, part.response_mask, config.temperature, config.use_entropy_loss)
         loss, more = policy_objective(part, logprobs, entropy, config, num_tokens)
         policy.backward(loss)
         add(sums, more)
@@ -131,7 +131,7 @@ def policy_backward(
 
 
 def policy_objective(
-    part: Experience, logprobs: torch.Tensor, entropy: torch.Tensor, config: PPOConfig, num_tokens: float
+    part: Experience, logprobs: torch.Tensor, entropy: torch.Tensor | None, config: PPOConfig, num_tokens: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(scalar loss of these samples, sums over their tokens for the metrics). logprobs, entropy: [batch, length]."""
     mask = part.response_mask
@@ -160,8 +160,8 @@ def critic_backward(critic: TrainEngine, batch: Experience, config: PPOConfig) -
     num_tokens = float(batch.response_mask.sum())
     clip = config.value_clip if config.use_critic_loss_clip else 0.0
     sums = {}
-    for part in shares(batch, config.micro_batch_tokens):
-        values = shift_to_next(critic(part.sequences, part.attention_mask))
+    for part in shares(batch, config.micro_batch_tokens, critic.module.joins_rows):
+        values = shift_to_next(critic(part.sequences, before(part.response_mask)))
         loss = value_loss(values, part.old_values, part.returns, part.response_mask, clip, num_tokens)
         critic.backward(config.vf_loss_weight * loss)
         with torch.no_grad():

@@ -73,7 +73,7 @@ def score_dialogues(
     """
     encoded = [encoding(turns) for turns in dialogues]
     sequences = [ids for ids, _ in encoded]
-    batches = micro_batches([len(ids) for ids in sequences], max_tokens)
+    batches = micro_batches([len(ids) for ids in sequences], max_tokens, joined=model.joins_rows)
     return score_ids(model, sequences, batches).tolist(), [cut for _, cut in encoded]
 
 

@@ -27,7 +27,8 @@ from utils.errors import UserError
 from utils.export import write_model
 from utils.models import FLAG, fit_vocabulary, from_folder, model_folder
 from utils.nll import head_logits, sum_nll
-from utils.tensors import last_index
+from utils.rows import joins_rows, states_of
+from utils.tensors import at_tokens, last_index
 from utils.weight_files import read_tensor, tensor_files
 
 HEAD_NAMES = ("score.weight", "reward_head.weight")  # sequence classification, MOSS
@@ -62,14 +63,17 @@ class ScalarModel(nn.Module):
         nll_mask: torch.Tensor | None = None,
         with_states: bool = False,
     ):
-        """Scalars float32 [batch, length] at every position, 0 at padding. Inputs [batch, length], right-padded.
+        """Scalars float32 [batch, length] at every position, 0 where attention_mask is False. Inputs [batch, length],
 
-        No attention mask goes in: behind right padding causality alone hides it, and attention kernels are fastest so.
+        right-padded. No attention mask goes in: behind right padding causality alone hides it, and attention kernels
+        are fastest so. Thus the mask may also leave out real tokens, whose scalars nobody reads.
         With nll_mask (bool, first positions False; needs lm_head): (scalars, summed NLL of those tokens). with_states:
         the float32 states [batch, hidden] of each row's last real token follow.
         """
+        read = attention_mask.bool()
+        if nll_mask is None and not with_states:
+            return self._scalars(states_of(self.backbone, input_ids, read), read)
         hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        values = (self.head(hidden).squeeze(-1) - self.score_center).masked_fill(~attention_mask.bool(), 0.0)
         extras = ()
         if nll_mask is not None:
             logits = partial(head_logits, self.lm_head, self.config.get_text_config())
@@ -77,7 +81,15 @@ class ScalarModel(nn.Module):
         if with_states:
             rows = torch.arange(len(hidden), device=hidden.device)
             extras += (hidden[rows, last_index(attention_mask)].float(),)
-        return (values, *extras) if extras else values
+        return self._scalars(hidden[read], read), *extras
+
+    def _scalars(self, states: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        return at_tokens(self.head(states).squeeze(-1) - self.score_center, read)
+
+    @property
+    def joins_rows(self) -> bool:
+        """Whether padding is left out where scalars alone are asked for, so that any sequences may share a forward."""
+        return joins_rows(self.backbone)
 
 
 def last_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,10 @@ def deepspeed_config(config: EngineConfig, offload_weights: bool = False) -> dic
     boundary, and the number of micro-batches may change from step to step."""
     bucket = BUCKET if device().type == "cuda" else BUCKET // 10
     zero = {"stage": config.zero_stage, "contiguous_gradients": True, "reduce_bucket_size": bucket}
-    zero["overlap_comm"] = config.zero_stage == 2 and device().type == "cuda"
+    if config.zero_stage in (1, 2) and world_size() == 1 and not config.offload_optimizer:
+        # Nothing to split: without stage 2's hooks gradients add up where autograd leaves them, not in copies.
+        zero |= {"stage": 1, "contiguous_gradients": False}
+    zero["overlap_comm"] = zero["stage"] == 2 and device().type == "cuda"
     if config.zero_stage == 3:
         zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": PERSISTENT}
     host = {"device": "cpu", "pin_memory": device().type == "cuda"}
@@ -122,6 +125,11 @@ class TrainEngine:
         )
         if config.zero_stage:
             self._veto_steps()
+        if config.zero_stage in (1, 2) and not config.offload_optimizer:
+            # The norm says as much as a search for infinities, and is made anyway.
+            self.engine.optimizer.check_overflow = lambda **_: None
+            if world_size() == 1:  # what one rank holds is the sum already: no copies into buckets and back
+                self.engine.optimizer.buffered_reduce_fallback = lambda *_, **__: None
 
     @property
     def module(self) -> nn.Module:

@@ -1,15 +1,17 @@
-"""Token negative log-likelihood from hidden states, a piece at a time: no logits of a whole batch. Pure."""
+"""Token log-probabilities from hidden states, a piece at a time: no logits of a whole batch. Pure."""
 
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from utils.tensors import before_tokens
 
-CHUNK = 1024  # tokens that are worked on at once: 200 MB of logits in float32 at 50,000 pieces
-KEPT = 4  # chunks whose logits, in the model's dtype, may wait for the backward pass: 400 MB in bf16 at 50,000 pieces
+CHUNK = 1024  # tokens that are worked on at once: 100 MB of logits in bf16 at 50,000 pieces
+KEPT = 4  # chunks whose logits may wait for the backward pass
+FLOATS = 1 << 20  # of those logits, how many are float32 at once: 4 MB
 
 
 def sum_nll(
@@ -47,11 +49,21 @@ def _over_chunks(
     chunk: int, even_tokens: int,
 ) -> torch.Tensor:  # fmt: skip
     states, targets = before_tokens(hidden, token_mask), sequences[token_mask]
+    return torch.stack(by_chunks(measure, states, targets, lm_head, chunk, even_tokens)).sum(0)
+
+
+def by_chunks(
+    measure: Callable, states: torch.Tensor, targets: torch.Tensor, lm_head: Callable, chunk: int, even_tokens: int = 0
+) -> list:
+    """measure(states, targets, lm_head) of at most `chunk` rows each; of more than KEPT, all are made again backwards.
+
+    even_tokens: as in `sum_nll`.
+    """
     count = max(1, -(-(even_tokens or len(targets)) // chunk))
     parts = zip(states.tensor_split(count), targets.tensor_split(count), strict=True)
     if count > KEPT:
-        measure = partial(checkpoint, measure, use_reentrant=False)
-    return torch.stack([measure(*part, lm_head) for part in parts]).sum(0)
+        measure = partial(checkpoint, measure, use_reentrant=False, preserve_rng_state=False)
+    return [measure(*part, lm_head) for part in parts]
 
 
 def head_logits(lm_head: Callable[[torch.Tensor], torch.Tensor], config, rows: torch.Tensor) -> torch.Tensor:
@@ -66,32 +78,69 @@ def head_logits(lm_head: Callable[[torch.Tensor], torch.Tensor], config, rows: t
     return logits
 
 
-class _SumNLL(torch.autograd.Function):
-    """Cross entropy, summed, in float32; between forward and backward only the logits are held, in their own dtype.
+def logprobs_and_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, with_entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log p(target) of every row of logits / temperature, and the rows' entropy (or None). -> float32 [n] each.
 
-    `F.cross_entropy(logits.float())` holds their log-softmax in float32 instead: twice as much for bf16.
+    logits: [n, vocabulary], targets: [n]. The backward pass needs the logits and nothing else of their size: float32
+    is made of a few rows at a time.
     """
+    return _LogProbs.apply(logits, targets, temperature, with_entropy)
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, temperature, with_entropy):
+        logprobs = logits.new_empty(len(logits), dtype=torch.float32)
+        entropy = torch.empty_like(logprobs) if with_entropy else None
+        for rows in _few_rows(logits):
+            every = _log_softmax(logits[rows], temperature)
+            logprobs[rows] = every.gather(-1, targets[rows, None]).squeeze(-1)
+            if with_entropy:
+                entropy[rows] = -every.exp().mul_(every).sum(-1)
+        ctx.temperature = temperature
+        ctx.save_for_backward(logits, targets, entropy)
+        ctx.set_materialize_grads(False)  # an entropy that no loss reads costs nothing
+        return logprobs, entropy
 
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        scores = logits.float()
-        normalizers = scores.logsumexp(-1)
-        ctx.save_for_backward(logits, targets, normalizers)
-        return (normalizers - scores.gather(-1, targets[:, None]).squeeze(-1)).sum()
+    @once_differentiable
+    def backward(ctx, by_logprob, by_entropy):
+        logits, targets, entropy = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for rows in _few_rows(logits):
+            every = _log_softmax(logits[rows], ctx.temperature)
+            slope = torch.zeros_like(every[:, :1])  # of the loss by log p of any piece, over p
+            if by_logprob is not None:
+                slope = slope - by_logprob[rows, None]
+            if by_entropy is None:
+                slope = every.exp_().mul_(slope)
+            else:
+                slope = (slope - by_entropy[rows, None] * (every + entropy[rows, None])).mul_(every.exp_())
+            if by_logprob is not None:
+                slope.scatter_add_(-1, targets[rows, None], by_logprob[rows, None])
+            gradient[rows] = slope.div_(ctx.temperature)
+        return gradient, None, None, None
 
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        logits, targets, normalizers = ctx.saved_tensors
-        slope = (logits.float() - normalizers[:, None]).exp_()  # p(piece); 1 less at the token that came
-        slope.scatter_add_(-1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
-        return slope.mul_(gradient).to(logits.dtype), None
+
+def _few_rows(logits: torch.Tensor) -> list[slice]:
+    size = max(1, FLOATS // logits.shape[-1])
+    return [slice(start, start + size) for start in range(0, len(logits), size)]
+
+
+def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Float32, and a tensor of its own."""
+    if temperature == 1.0:
+        return torch.log_softmax(logits, -1, dtype=torch.float32)
+    return torch.log_softmax(logits.float() / temperature, -1)
 
 
 def _nll(states: torch.Tensor, targets: torch.Tensor, lm_head: Callable) -> torch.Tensor:
-    return _SumNLL.apply(lm_head(states), targets)
+    return -logprobs_and_entropy(lm_head(states), targets)[0].sum()
 
 
 def _nll_and_hits(states: torch.Tensor, targets: torch.Tensor, lm_head: Callable) -> torch.Tensor:
     logits = lm_head(states)
     hits = (logits.argmax(-1) == targets).sum()
-    return torch.stack([_SumNLL.apply(logits, targets), hits.float()])
+    return torch.stack([-logprobs_and_entropy(logits, targets)[0].sum(), hits.float()])

@@ -64,6 +64,11 @@ def shift_to_next(x: torch.Tensor) -> torch.Tensor:
     return F.pad(x[:, :-1], (1, 0))
 
 
+def before(mask: torch.Tensor) -> torch.Tensor:
+    """Marks t - 1 where the mask marks t: the positions whose outputs `shift_to_next` brings there. [batch, length]."""
+    return F.pad(mask[:, 1:], (0, 1))
+
+
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
     """0, 1, 2 … over the real tokens of each row, wherever the padding stands. [batch, length] bool -> int64."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

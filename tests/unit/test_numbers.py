@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from ppo.alarms import alarms
 from ppo.experience import score_problem
@@ -90,3 +91,24 @@ def test_alarms_by_threshold():
         "eos_fraction", "response_length", "score_std",
     ]  # fmt: skip
     assert not alarms(metrics, ppo_config(alarm_kl=0, alarm_perplexity=0))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_step_is_adamw_on_the_sum_of_the_micro_batches(single_process, zero_stage):
+    config = ppo_config(zero_stage=zero_stage, gradient_clip=0.05)
+    engine, plain = TrainEngine(tiny_scalar_model(), config, "critic"), tiny_scalar_model()
+    betas = (config.adam_beta1, config.adam_beta2)
+    adam = torch.optim.AdamW(plain.parameters(), lr=1e-3, betas=betas, eps=config.adam_eps, weight_decay=0.0)
+    generator, start = torch.Generator().manual_seed(0), nn.utils.parameters_to_vector(plain.parameters()).detach()
+    for _ in range(3):
+        for length in (9, 4, 6):
+            ids = torch.randint(24, (2, length), generator=generator)
+            engine.backward(engine(ids, torch.ones_like(ids)).square().sum())
+            plain(ids, torch.ones_like(ids)).square().sum().backward()
+        norm = float(nn.utils.clip_grad_norm_(plain.parameters(), config.gradient_clip))
+        assert norm > config.gradient_clip
+        assert engine.step(1e-3) == pytest.approx(norm, rel=1e-5)
+        adam.step()
+        adam.zero_grad()
+    end = nn.utils.parameters_to_vector(plain.parameters()).detach()
+    assert (weights(engine) - end).norm() < 1e-4 * (end - start).norm()

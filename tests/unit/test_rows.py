@@ -1,0 +1,90 @@
+"""Rows that are joined for a forward: the states of each alone, in every architecture that may, and in no other."""
+
+import pytest
+import torch
+from transformers import AutoModel, GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
+
+import utils.rows
+from tests.tiny import tiny_llama_config
+from utils.rows import joins_rows, states_of
+
+LENGTHS = [9, 1, 30, 4]
+SIZES = tiny_llama_config().to_dict()
+JOINED = {
+    "llama": tiny_llama_config(),
+    "mistral": MistralConfig(**SIZES | {"sliding_window": None}),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+}
+APART = {
+    "sliding window": MistralConfig(**SIZES | {"sliding_window": 6}),
+    "some layers with one": Qwen2Config(
+        **SIZES | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+    ),
+    "not in the list": GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2),
+}
+
+
+def decoder_of(config, attention: str = "sdpa"):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModel.from_config(config, attn_implementation=attention).eval()
+
+
+def rows() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(3, 400, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(1))
+    return ids, torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+
+
+def test_every_architecture_in_the_list_is_tested():
+    assert set(JOINED) == set(utils.rows.FULL_ATTENTION)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+@pytest.mark.parametrize("name", JOINED)
+def test_joined_rows_have_the_states_and_gradients_of_each_alone(monkeypatch, name, kernel):
+    if kernel == "flash":  # positions alone; sdpa makes of them the mask that flash attention needs not
+        monkeypatch.setattr(utils.rows, "is_flash_attention_requested", lambda config: True)
+    decoder, (ids, real) = decoder_of(JOINED[name]), rows()
+    decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    decoder.train()
+    assert joins_rows(decoder)
+    seen = []
+    decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    states = states_of(decoder, ids, real)
+    states.square().sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in decoder.parameters()])
+    assert seen == [(1, sum(LENGTHS))]
+    decoder.zero_grad()
+    alone = torch.cat([decoder(input_ids=row[:n][None]).last_hidden_state[0] for row, n in zip(ids, LENGTHS)])
+    alone.square().sum().backward()
+    torch.testing.assert_close(states, alone, atol=1e-5, rtol=1e-5)
+    plain = torch.cat([p.grad.flatten() for p in decoder.parameters()])
+    assert (gradient - plain).norm() < 1e-5 * plain.norm()
+
+
+def test_only_what_is_read_and_what_comes_before_it_is_run():
+    decoder, (ids, real) = decoder_of(JOINED["llama"]), rows()
+    read = torch.zeros_like(real)
+    read[0, 2] = read[2, 5] = read[2, 7] = True  # 3 and 8 tokens, and one of each row without any
+    seen = []
+    decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    torch.testing.assert_close(
+        states_of(decoder, ids, read), decoder(input_ids=ids).last_hidden_state[read], atol=1e-5, rtol=1e-5
+    )
+    assert seen[0] == (1, 3 + 1 + 8 + 1)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_others_run_padded(name):
+    decoder, (ids, real) = decoder_of(APART[name]), rows()
+    assert not joins_rows(decoder)
+    torch.testing.assert_close(states_of(decoder, ids, real), decoder(ids).last_hidden_state[real])
+
+
+def test_attention_that_cannot_keep_rows_apart_runs_padded():
+    assert not joins_rows(decoder_of(JOINED["llama"], "eager"))

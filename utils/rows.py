@@ -1,0 +1,55 @@
+"""Decoder states of right-padded rows, without running the padding where attention can be kept apart.
+
+Then the rows go in end to end, as one, each with positions of its own. Flash attention takes them apart by these. On a
+CPU the attention of every row is a call of its own: torch's kernel takes rows of one length only, while the matrix
+products around it are the faster the more tokens they get at once.
+"""
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils.generic import is_flash_attention_requested
+
+from utils.tensors import last_index
+
+FULL_ATTENTION = ("llama", "mistral", "qwen2", "qwen3")  # nothing but attention mixes tokens in them
+
+
+def joins_rows(decoder: nn.Module) -> bool:
+    """Whether `states_of` leaves out the padding of this decoder's rows."""
+    config = decoder.config
+    whole_past = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or [])
+    if config.model_type not in FULL_ATTENTION or not whole_past or getattr(config, "sliding_window", None):
+        return False
+    on_cpu = next(decoder.parameters()).device.type == "cpu"
+    return is_flash_attention_requested(config) or (on_cpu and config._attn_implementation == "sdpa")
+
+
+def states_of(decoder: nn.Module, sequences: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+    """The last hidden states at the positions `read`: [n, hidden], row after row.
+
+    sequences: ids [batch, length], right-padded; read: bool, the same shape, False at padding. What stands behind the
+    last position read of a row is not run either, where rows are joined.
+    """
+    # Right padding needs no attention mask: causality hides it, and attention kernels are fastest so.
+    if not joins_rows(decoder):
+        return decoder(input_ids=sequences, use_cache=False).last_hidden_state[read]
+    places = torch.arange(sequences.shape[1], device=sequences.device)
+    lengths = last_index(read) + 1
+    inside = places < lengths[:, None]
+    joined = {"input_ids": sequences[inside][None], "position_ids": places.expand_as(inside)[inside][None]}
+    if not is_flash_attention_requested(decoder.config):
+        joined["attention_mask"] = lengths.view(1, 1, 1, -1)  # transformers hands on what has four dimensions
+    return decoder(**joined, use_cache=False).last_hidden_state[0, read[inside]]
+
+
+def _attention_by_rows(module: nn.Module, query, key, value, attention_mask, **options):
+    """transformers' sdpa attention, but for a mask of integers: those are the lengths of rows that are joined."""
+    if attention_mask is None or attention_mask.dtype != torch.int64:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    parts = zip(*(x.split(attention_mask.flatten().tolist(), dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([sdpa_attention_forward(module, *part, None, **options)[0] for part in parts], dim=1), None
+
+
+AttentionInterface.register("sdpa", _attention_by_rows)
