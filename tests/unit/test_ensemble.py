@@ -103,7 +103,7 @@ def test_a_model_that_waits_in_host_memory_is_on_the_device_in_its_turn_only(mon
 def reward_folder(folder: Path, **config) -> str:
     folder.mkdir()
     torch.save({"score.weight": torch.zeros(1, 2)}, folder / "pytorch_model.bin")
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
     return str(folder)
 
 
