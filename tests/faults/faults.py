@@ -94,13 +94,13 @@ def fill(disk: Path, leave: int) -> None:
 
 
 def disk_fills_in_a_save(rank: int) -> None:
-    """While the checkpoint of step 2 is written, something else takes the room; before that of step 4 it goes."""
-    sync, save, saves, disk = utils.checkpoint._sync, utils.checkpoint.save, 0, None
+    """Between two files of the checkpoint of step 2 something else takes the room; before that of step 4 it goes."""
+    write, save, saves, disk = utils.checkpoint.save_file, utils.checkpoint.save, 0, None
 
-    def fills(path: str) -> None:
-        if saves == 2 and not (disk / "filler").exists():
+    def fills(tensors: dict, path: str) -> None:
+        if saves == 2 and "critic" in path:
             fill(disk, leave=2**16)  # some lines of metrics
-        sync(path)
+        write(tensors, path)
 
     def counted(folder: str, *args):
         nonlocal saves, disk
@@ -109,7 +109,7 @@ def disk_fills_in_a_save(rank: int) -> None:
             (disk / "filler").unlink()
         return save(folder, *args)
 
-    utils.checkpoint._sync, utils.checkpoint.save = fills, counted
+    utils.checkpoint.save_file, utils.checkpoint.save = fills, counted
 
 
 def disk_is_full(rank: int) -> None:

@@ -35,14 +35,17 @@ class Result:
     out: Path
 
 
-def run_cases(folder: Path, inputs: Inputs, cases: dict[str, dict]) -> dict[str, Result]:
-    """Name -> result. A case: flags, and besides them `fault`, `ranks`, `patience`, `out` (the run's folder)."""
+def run_cases(folder: Path, inputs: Inputs, cases: dict[str, dict], runs: Path | None = None) -> dict[str, Result]:
+    """Name -> result. A case: flags, and besides them `fault`, `ranks`, `patience`, `out` (the run's folder in `runs`).
+
+    runs: where that folder is, if not in `folder` as the logs are.
+    """
     rows = []
     for name, case in cases.items():
         flags = dict(case)
         own = {"fault": None, "ranks": 2, "patience": 60, "out": name}
         own = {key: flags.pop(key, value) for key, value in own.items()}
-        out = folder / own.pop("out").replace(" ", "_")
+        out = (runs or folder) / own.pop("out").replace(" ", "_")
         log = folder / f"{name.replace(' ', '_')}.log"
         rows.append(own | {"log": str(log), "argv": run_flags(inputs, out, **SMALL | flags)})
     (folder / "cases.json").write_text(json.dumps(rows))

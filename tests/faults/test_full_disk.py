@@ -22,13 +22,13 @@ def disk(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(inputs, disk):
-    return run_cases(disk, inputs, {"undisturbed": STEPS})["undisturbed"].out
+def undisturbed(inputs, tmp_path_factory):
+    return run_cases(tmp_path_factory.mktemp("whole"), inputs, {"undisturbed": STEPS})["undisturbed"].out
 
 
-def test_a_disk_that_fills_in_a_save_costs_that_checkpoint_alone(inputs, disk, undisturbed):
+def test_a_disk_that_fills_in_a_save_costs_that_checkpoint_alone(inputs, disk, undisturbed, tmp_path):
     fault = "disk fills in a save"
-    result = run_cases(disk, inputs, {fault: STEPS | {"fault": fault}})[fault]
+    result = run_cases(tmp_path, inputs, {fault: STEPS | {"fault": fault}}, disk)[fault]
     assert result.codes == [0], result.log[-3000:]
     assert re.search("the checkpoint of step 2 was not saved: .*No space left.*older ones are as they were", result.log)
     assert re.search("the checkpoint of step 3 was not saved: it takes .* MB left: make room", result.log)
@@ -36,14 +36,14 @@ def test_a_disk_that_fills_in_a_save_costs_that_checkpoint_alone(inputs, disk, u
     check_equal(result.out, undisturbed)
 
 
-def test_a_run_without_any_room_ends_and_goes_on_when_there_is_some(inputs, disk, undisturbed):
+def test_a_run_without_any_room_ends_and_goes_on_when_there_is_some(inputs, disk, undisturbed, tmp_path):
     fault = "disk is full"
-    result = run_cases(disk, inputs, {fault: STEPS | {"fault": fault}})[fault]
+    result = run_cases(tmp_path, inputs, {fault: STEPS | {"fault": fault}}, disk)[fault]
     assert result.codes == [2], result.log[-3000:]
     assert "Traceback" not in result.log
     assert re.search("error: .* cannot be written: No space left on device; make room and give the same", result.log)
     (disk / "filler").unlink()
-    after = run_cases(disk, inputs, {"after": STEPS | {"out": fault}})["after"]
+    after = run_cases(tmp_path, inputs, {"after": STEPS | {"out": fault}}, disk)["after"]
     assert after.codes == [0], after.log[-3000:]
     assert "going on from" in after.log
     check_equal(result.out, undisturbed)
