@@ -241,5 +241,5 @@ def test_a_weight_file_with_code_in_it_is_refused(tmp_path):
     tiny_tokenizer_folder(tmp_path)
     tiny_llama_config().save_pretrained(tmp_path)
     torch.save({"model.norm.weight": print}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"its pickle asks for \S*print"):
         load_scalar_model(str(tmp_path), FP32, CPU)
