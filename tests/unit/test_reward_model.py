@@ -60,9 +60,6 @@ def test_moss_layout_scores_with_its_head_on_the_last_hidden_state(tmp_path, suf
     hidden = tiny_llama(seed=3).model(input_ids=ids[1:2, :5]).last_hidden_state
     expected = hidden[0, -1] @ state["reward_head.weight"][0]
     torch.testing.assert_close(last_scores(model(ids, mask), mask)[1], expected)
-    save_scalar_model(model, str(tmp_path / "out"))
-    other = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(other(ids[1:2, :5]).logits[0, 0], expected)
 
 
 def test_sequence_classification_folder_gives_its_own_scores(tmp_path):
@@ -244,5 +241,5 @@ def test_a_weight_file_with_code_in_it_is_refused(tmp_path):
     tiny_tokenizer_folder(tmp_path)
     tiny_llama_config().save_pretrained(tmp_path)
     torch.save({"model.norm.weight": print}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="its pickle asks for print"):
+    with pytest.raises(UserError, match=r"its pickle asks for \S*print"):
         load_scalar_model(str(tmp_path), FP32, CPU)
