@@ -42,6 +42,8 @@ class CompareConfig(RewardFlags):
     """How a dialogue becomes tokens; default: by --lang"""
     rollout_batch_size: int = 64
     """Sequences decoded at once"""
+    rollout_cache_tokens: int = 0
+    """Tokens that their key-value cache may hold; 0: no limit"""
     micro_batch_tokens: int = 8192
     """Tokens of a forward pass"""
     num_samples: int = 3
