@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, St
 
 from data.collate import pad
 from ppo.decoding import decode_all
+from ppo.grouped_attention import grouped
 from ppo.models import PolicyModel
 from ppo.rollout import room_of
 from ppo.sampling import Sampling
@@ -64,9 +65,9 @@ def ours(lm, prompts: list[list[int]], limits: list[int], batch: int, seed: int)
     """Tokens made."""
     config = SimpleNamespace(rollout_batch_size=batch, micro_batch_tokens=8192, rollout_cache_tokens=0)
     places = list(range(len(prompts)))
-    rows = decode_all(
-        PolicyModel(lm), prompts, places, limits, Sampling(), seed, NO_EOS, room_of(config, device()), device()
-    )
+    room = room_of(config, device())
+    with grouped(lm.config):
+        rows = decode_all(PolicyModel(lm), prompts, places, limits, Sampling(), seed, NO_EOS, room, device())
     return sum(map(len, rows))
 
 

@@ -1,12 +1,13 @@
 """Prompts in, sampled responses out."""
 
-from collections.abc import Callable
+import contextlib
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ppo.config import PPOConfig
 from ppo.decoding import Room, decode_all
+from ppo.grouped_attention import grouped
 from ppo.sampling import Sampling
 from ppo.types import PromptBatch, Rollout
 from utils.engine import TrainEngine, device
@@ -27,15 +28,11 @@ def generate(
     together = policy.zero_stage == 3 and (gather == "never" or (gather == "auto" and not policy.fits_gathered()))
 
     limits, place, room = [config.maxlen_res] * len(prompts.ids), device(), room_of(config, device())
-
-    def run(decode: Callable) -> list[torch.Tensor]:
-        return decode_all(decode, prompts.ids, prompts.places, limits, sampling, seed, tokenizer, room, place, together)
-
-    if together:
-        responses = run(policy)
-    else:
-        with policy.gathered() as module:
-            responses = run(module)
+    weights = contextlib.nullcontext(policy) if together else policy.gathered()
+    with weights as decode, grouped(policy.module.lm.config):
+        responses = decode_all(
+            decode, prompts.ids, prompts.places, limits, sampling, seed, tokenizer, room, place, together
+        )
     return assemble(prompts.ids, responses, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 

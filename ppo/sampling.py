@@ -65,8 +65,11 @@ def penalise_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float
 
 def keep_nucleus(probs: torch.Tensor, topp: float) -> torch.Tensor:
     """Keeps the fewest most likely tokens whose probability reaches topp, renormalised. [batch, vocabulary]."""
-    ordered, index = probs.topk(min(NUCLEUS_GUESS, probs.shape[-1]))
-    if bool((ordered.sum(-1) < topp).any()):
+    guess = (
+        NUCLEUS_GUESS if probs.device.type == "cpu" else probs.shape[-1]
+    )  # a GPU would be waited for to see if it did
+    ordered, index = probs.topk(min(guess, probs.shape[-1]))
+    if len(index[0]) < probs.shape[-1] and bool((ordered.sum(-1) < topp).any()):
         ordered, index = probs.sort(dim=-1, descending=True)
     ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= topp, 0.0)
     kept = torch.zeros_like(probs).scatter(-1, index, ordered)

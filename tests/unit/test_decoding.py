@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
+from ppo import grouped_attention
 from ppo.decoding import Room, decode_all
+from ppo.grouped_attention import grouped
 from ppo.models import PolicyModel
 from ppo.sampling import EVALUATION, Sampling, uniforms
 from ppo.slots import SlotCache
@@ -55,7 +57,8 @@ def plain_decode(policy: PolicyModel, sampling: Sampling, seed: int, eos: int = 
 
 
 def decode(policy: PolicyModel, sampling: Sampling, seed: int, room: Room, prompts=PROMPTS) -> list[list[int]]:
-    tokens = decode_all(policy, prompts, PLACES, LIMITS, sampling, seed, token_ids(), room, CPU)
+    with grouped(policy.lm.config):
+        tokens = decode_all(policy, prompts, PLACES, LIMITS, sampling, seed, token_ids(), room, CPU)
     return [row.tolist() for row in tokens]
 
 
@@ -98,7 +101,9 @@ def test_other_positions_and_attention(build):
     policy = PolicyModel(build().eval())
     for parameter in policy.parameters():
         parameter.data.mul_(4.0)  # far from uniform, so that a wrong position shows
+    before = policy.lm.config._attn_implementation
     assert decode(policy, Sampling(), 3, Room(4, 64)) == plain_decode(policy, Sampling(), 3)
+    assert policy.lm.config._attn_implementation == before
 
 
 @pytest.fixture
@@ -146,3 +151,16 @@ def test_the_cache_stays_within_its_tokens(monkeypatch):
     for budget in (200, 400, 10**6):
         decode(policy, Sampling(), 0, Room(16, 1000, cache_tokens=budget))
     assert 100 < sizes[0] <= 200 < sizes[1] <= 400 < sizes[2] == sizes[2] // 13 * 13
+
+
+def test_shared_heads_are_read_once_a_token(monkeypatch):
+    """What attention gets while decoding is the cache itself: two key-value heads, not four."""
+    seen, sdpa = [], grouped_attention.scaled_dot_product_attention
+
+    def spy(query, key, value, *args, **kwargs):
+        seen.append((query.shape[1:3], key.shape[1], key.is_contiguous()))
+        return sdpa(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(grouped_attention, "scaled_dot_product_attention", spy)
+    decode(tiny_policy(max_position_embeddings=256), Sampling(), 0, Room(4, 64))
+    assert set(seen) == {((2, 2), 2, False)}
