@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ppo.reward_flags import RewardFlags
-from utils.args import entry_point, parse_args
+from utils.args import check_range, entry_point, parse_args
 from utils.errors import UserError
 
 RESAMPLES = 2000
@@ -55,6 +55,7 @@ class CompareConfig(RewardFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_range(self, rollout_cache_tokens=(0, None))
         for name in ("num_prompts", "maxlen_res", "rollout_batch_size", "micro_batch_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: give at least 1")

@@ -41,6 +41,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 @contextlib.contextmanager
 def grouped(config):
     """Inside, a model with this config whose attention is PyTorch's own (sdpa) uses the above."""
+    config = config.get_text_config()
     before = config._attn_implementation
     if before == "sdpa":
         config._attn_implementation = NAME

@@ -32,7 +32,7 @@ from utils.engine import TrainEngine
 
 # Phase -> what to count calls of: so many of them, at most, are let through before the kill (about two steps).
 PHASES = {
-    "rollout": (ppo.decoding._Decoder, "look", 40),
+    "rollout": (ppo.decoding._Decoder, "look", 30),
     "scoring": (ppo.score, "_by_batch", 6),
     "update": (TrainEngine, "step", 6),
     "saving": (utils.checkpoint, "_sync", 6),
