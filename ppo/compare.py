@@ -42,6 +42,8 @@ class CompareConfig(RewardFlags):
     """How a dialogue becomes tokens; default: by --lang"""
     rollout_batch_size: int = 64
     """Sequences decoded at once"""
+    rollout_cache_tokens: int = 0
+    """Tokens that their key-value cache may hold; 0: no limit"""
     micro_batch_tokens: int = 8192
     """Tokens of a forward pass"""
     num_samples: int = 3
@@ -55,6 +57,7 @@ class CompareConfig(RewardFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_range(self, rollout_cache_tokens=(0, None))
         for name in ("num_prompts", "maxlen_res", "rollout_batch_size", "micro_batch_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: give at least 1")

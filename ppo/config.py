@@ -81,7 +81,10 @@ class PPOConfig(RewardFlags, RunFlags):
     ppo_epochs: int = 1
     """Passes over each buffer"""
     rollout_batch_size: int = 32
-    """Sequences decoded at once, a device: speed and memory only"""
+    """Sequences decoded at once, a device (slots: where one ends, the next prompt begins): speed and memory only"""
+    rollout_cache_tokens: int = 0
+    """Tokens that their key-value cache may hold, a device: takes fewer slots where they would need more, at least
+    one; 0: no such limit"""
     micro_batch_tokens: int = 8192
     """Tokens of a forward pass, padding included, a device: speed and memory only"""
     save_per_step: int = 100
@@ -246,7 +249,7 @@ class PPOConfig(RewardFlags, RunFlags):
             critic_pretrain_steps=(0, None), num_eval_prompts=(0, None), num_samples=(0, None), best_max_kl=(0, None),
             skip_bad_batches=(0, None), alarm_kl=(0, None), alarm_perplexity=(0, None), alarm_eos=(0, 1),
             alarm_length=(0, None), alarm_score_std=(0, None), seed=SEEDS, plan_gpus=(0, None),
-            plan_gpu_memory=(1, None),
+            plan_gpu_memory=(1, None), rollout_cache_tokens=(0, None),
         )  # fmt: skip
         if self.on_collapse == "rollback" and not self.checkpoint_per_step:
             raise UserError("--on_collapse rollback needs checkpoints: give a --checkpoint_per_step above 0")

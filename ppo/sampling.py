@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 NUCLEUS_GUESS = (
     512  # most likely tokens that nearly always hold the nucleus: sorting all would cost more than the model
 )
+BLOCK = 256  # tokens; about the root of a vocabulary
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed 64-bit
 
 
@@ -41,14 +43,15 @@ def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def uniforms(seed: int, places: torch.Tensor, position: int) -> torch.Tensor:
-    """Numbers in [0, 1) for one token of each response: a pure function of (seed, place, position).
+def uniforms(seed: int, places: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
+    """Numbers in [0, 1), one a response token: a pure function of (seed, place, position).
 
-    places: [batch] int64, a response's place in the run. No state, so neither batch, rank nor order matters.
+    places: int64, a response's place in the run; position: of the token in the response, broadcast against `places`.
+    No state, so neither batch, rank nor order matters.
     """
     key = _mix(torch.full_like(places, seed) + GOLDEN_GAMMA)
     key = _mix(key + places * GOLDEN_GAMMA)
-    key = _mix(key ^ _mix(torch.full_like(places, position + 1) * GOLDEN_GAMMA))
+    key = _mix(key ^ _mix((torch.zeros_like(places) + position + 1) * GOLDEN_GAMMA))
     return _shift_right(key, 11).double() * 2.0**-53
 
 
@@ -62,26 +65,52 @@ def penalise_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float
 
 def keep_nucleus(probs: torch.Tensor, topp: float) -> torch.Tensor:
     """Keeps the fewest most likely tokens whose probability reaches topp, renormalised. [batch, vocabulary]."""
-    ordered, index = probs.topk(min(NUCLEUS_GUESS, probs.shape[-1]))
-    if bool((ordered.sum(-1) < topp).any()):
+    guess = (
+        NUCLEUS_GUESS if probs.device.type == "cpu" else probs.shape[-1]
+    )  # a GPU would be waited for to see if it did
+    ordered, index = probs.topk(min(guess, probs.shape[-1]))
+    if len(index[0]) < probs.shape[-1] and bool((ordered.sum(-1) < topp).any()):
         ordered, index = probs.sort(dim=-1, descending=True)
     ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= topp, 0.0)
     kept = torch.zeros_like(probs).scatter(-1, index, ordered)
     return kept / kept.sum(-1, keepdim=True)
 
 
-def sample(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None) -> torch.Tensor:
-    """Inverts the cumulative distribution at `uniform`: one token a row. logits [batch, vocabulary], uniform [batch].
+def pick(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Inverts the cumulative distribution at `uniform`. probs [batch, vocabulary] float32, uniform [batch] -> [batch].
 
-    seen: [batch, vocabulary] bool, needed with a repetition penalty. In float32, summed in float64: two batches whose
-    logits agree to rounding draw the same tokens. Holds a few copies of one position's logits.
+    In two steps, as running sums in float64 over a whole vocabulary cost as much as a small model: first a block of
+    tokens by the blocks' sums, then a token inside.
     """
-    logits = logits.float()
+    blocks = F.pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    ends = blocks.sum(-1).double().cumsum(-1)
+    target = uniform[:, None] * ends[:, -1:]
+    block = _first_above(ends, target)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
+    before = F.pad(ends, (1, 0)).gather(1, block)
+    token = block * BLOCK + _first_above(inside, target - before)
+    return token.squeeze(1).clamp(max=probs.shape[-1] - 1)
+
+
+def _first_above(sums: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Index of the first running sum above `target`, taken as below their total: what adds nothing is never found.
+
+    [batch, n], [batch, 1] -> [batch, 1]. In a row of NaN the last.
+    """
+    below_total = torch.nextafter(sums[:, -1:], torch.zeros_like(target))
+    return torch.searchsorted(sums, torch.minimum(target, below_total), right=True).clamp(max=sums.shape[1] - 1)
+
+
+def sample(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None) -> torch.Tensor:
+    """One token a row, drawn at `uniform`. logits [batch, vocabulary], uniform [batch] float64 in [0, 1).
+
+    seen: [batch, vocabulary] bool, needed with a repetition penalty. Probabilities are float32 and summed in float64
+    from blocks on: two batches whose logits agree to rounding draw the same tokens. Holds a few copies of one
+    position's logits.
+    """
     if sampling.repetition_penalty != 1.0:
-        logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
-    probs = torch.softmax(logits / sampling.temperature, dim=-1)
-    if sampling.topp < 1.0:
-        probs = keep_nucleus(probs, sampling.topp)
-    cumulative = probs.double().cumsum(-1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+        logits = penalise_repetition(logits.float(), seen, sampling.repetition_penalty)
+    if sampling.temperature != 1.0:
+        logits = logits.float() / sampling.temperature
+    probs = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    return pick(keep_nucleus(probs, sampling.topp) if sampling.topp < 1.0 else probs, uniform)

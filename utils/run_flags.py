@@ -21,6 +21,7 @@ FREE_ON_RESUME = frozenset(
         "max_hours",
         "hang_timeout",
         "rollout_batch_size",
+        "rollout_cache_tokens",
         "micro_batch_tokens",
         "gradient_checkpoint",
         "offload_frozen",

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import torch
 from safetensors.torch import load_file
 
-import ppo.rollout
+import ppo.decoding
 import ppo.score
 import utils.checkpoint
 from tests.tiny_run import Inputs, build_inputs, read_lines, read_metrics, run_flags
@@ -33,7 +33,7 @@ from utils.engine import TrainEngine
 
 # Phase -> what to count calls of, and at which of them, at most, the kill comes (within about two steps).
 PHASES = {
-    "rollout": (ppo.rollout, "_decode", 4),
+    "rollout": (ppo.decoding._Decoder, "look", 30),
     "scoring": (ppo.score, "_by_batch", 6),
     "update": (TrainEngine, "step", 6),
     "saving": (utils.checkpoint, "_sync", 8),

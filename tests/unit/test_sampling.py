@@ -96,6 +96,25 @@ def test_nucleus_by_hand(topp, expected):
     torch.testing.assert_close(kept, torch.tensor([expected]))
 
 
+def test_a_wide_nucleus_is_kept_whole():
+    probs = torch.full((1, 4000), 1 / 4000)
+    kept = keep_nucleus(probs, 0.5)
+    assert abs(int((kept > 0).sum()) - 2000) <= 1
+    torch.testing.assert_close(kept.sum(), torch.tensor(1.0))
+
+
+def test_a_large_vocabulary_is_inverted_as_by_running_sums():
+    """Over many blocks, an incomplete one at the end, against sums over all of it in float64."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(5000, generator=generator)
+    logits[torch.rand(5000, generator=generator) < 0.5] = float("-inf")
+    tokens = draw(logits[None])
+    sums = torch.softmax(logits, -1).double().cumsum(-1)
+    expected = torch.searchsorted(sums, uniforms(3, MANY, 0) * sums[-1], right=True)
+    assert (tokens != expected).sum() <= 2  # where a number falls within rounding of a border
+    assert torch.isfinite(logits[tokens]).all()
+
+
 def test_sampling_stays_in_the_nucleus():
     probs = torch.tensor([[0.15, 0.5, 0.3, 0.05]])
     tokens = draw(probs.log(), Sampling(topp=0.6))

@@ -1,0 +1,118 @@
+"""Tokens a second of our sampling and of `model.generate`:   python benchmarks/rollout.py [--model FOLDER]
+
+Both sides decode the same prompts (32 to 96 random tokens, sorted by length) in bf16 with the same settings:
+temperature 1, no top-p, no penalty, `batch` sequences at once. How long each response gets is drawn beforehand (seed
+0): "equal" is 64 tokens each, "ragged" a geometric mix of 8 to 256 (log-uniform). There is no EOS; a row ends at its
+length, which both sides read from a tensor on the device at every step, `generate` through a StoppingCriteria. The
+sides alternate; a figure is the median over the repeats, of wanted response tokens only.
+Without --model: a random 58M LLaMA (hidden 512, 8 layers, 8 heads, intermediate 1376, vocabulary 32,000).
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+from data.collate import pad
+from ppo.decoding import decode_all
+from ppo.grouped_attention import grouped
+from ppo.models import PolicyModel
+from ppo.rollout import room_of
+from ppo.sampling import Sampling
+from utils.engine import device
+
+NO_EOS = SimpleNamespace(eos_token_id=-1, pad_token_id=0)
+
+
+class AtLength(StoppingCriteria):
+    """True for the rows that have their number of tokens."""
+
+    def __init__(self, width: int, limits: torch.Tensor):
+        self.ends = width + limits
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        return input_ids.shape[1] >= self.ends
+
+
+def load(folder: str | None) -> LlamaForCausalLM:
+    """The model, in bf16."""
+    if folder:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device()).eval()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376}
+    config = LlamaConfig(**sizes, vocab_size=32000, max_position_embeddings=2048)
+    return LlamaForCausalLM(config).to(device(), torch.bfloat16).eval()
+
+
+def work(kind: str, count: int, vocabulary: int) -> tuple[list[list[int]], list[int]]:
+    """(prompts, longest first; tokens wanted of each)."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(32, 97, (count,), generator=generator).sort(descending=True).values.tolist()
+    prompts = [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+    spread = torch.rand(count, generator=generator)
+    limits = (8 * 32**spread).round().int().tolist() if kind == "ragged" else [64] * count
+    return prompts, limits
+
+
+def ours(lm, prompts: list[list[int]], limits: list[int], batch: int, seed: int) -> int:
+    """Tokens made."""
+    config = SimpleNamespace(rollout_batch_size=batch, micro_batch_tokens=8192, rollout_cache_tokens=0)
+    places = list(range(len(prompts)))
+    room = room_of(config, device())
+    with grouped(lm.config):
+        rows = decode_all(PolicyModel(lm), prompts, places, limits, Sampling(), seed, NO_EOS, room, device())
+    return sum(map(len, rows))
+
+
+def theirs(lm, prompts: list[list[int]], limits: list[int], batch: int, seed: int) -> int:
+    """Tokens made and wanted."""
+    torch.manual_seed(seed)
+    made = 0
+    for start in range(0, len(prompts), batch):
+        ids, mask = (x.to(device()) for x in pad(prompts[start : start + batch], 0, side="left"))
+        wanted = torch.tensor(limits[start : start + batch], device=device())
+        rows = lm.generate(
+            ids, attention_mask=mask, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, eos_token_id=None,
+            pad_token_id=0, max_new_tokens=int(wanted.max()),
+            stopping_criteria=StoppingCriteriaList([AtLength(ids.shape[1], wanted)]),
+        )  # fmt: skip
+        made += int(wanted.clamp(max=rows.shape[1] - ids.shape[1]).sum())
+    return made
+
+
+def main() -> None:
+    """Prints a line a setting."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="folder of a causal LM; default: the random 58M LLaMA")
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--lengths", nargs="+", choices=["equal", "ragged"], default=["equal", "ragged"])
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    lm = load(options.model)
+    print(f"{options.prompts} prompts, {torch.get_num_threads()} threads, {device()}", flush=True)
+    for batch in options.batch:
+        for kind in options.lengths:
+            prompts, limits = work(kind, options.prompts, lm.config.vocab_size)
+            rates = {ours: [], theirs: []}
+            for side in rates:
+                side(lm, prompts[:batch], [4] * batch, batch, 0)  # warm-up
+            for repeat in range(options.repeats):
+                for side, found in rates.items():
+                    start = time.perf_counter()
+                    made = side(lm, prompts, limits, batch, repeat)
+                    assert made == sum(limits), (side, made)
+                    found.append(made / (time.perf_counter() - start))
+            us, them = (statistics.median(found) for found in rates.values())
+            print(f"batch {batch:2} {kind:6} {us:7.0f} against {them:7.0f} tokens/s: {us / them:.2f} x", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Continuous decoding: where a response ends the next prompt takes its slot, so that none waits for the longest."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from data.collate import pad
+from ppo.sampling import Sampling, sample, uniforms
+from ppo.slots import SlotCache, columns_for
+from utils.distributed import any_rank
+from utils.tensors import position_ids
+
+
+@dataclass(frozen=True)
+class Room:
+    """What decoding may take of a device: speed and memory, nothing else."""
+
+    max_slots: int
+    """Sequences at once"""
+    prefill_tokens: int
+    """Tokens of a forward over prompts, padding included; a longer prompt stands alone"""
+    cache_tokens: int = 0
+    """Tokens of the key-value cache: fewer slots where it is less than they would take, but one; 0: no bound"""
+    steps_per_look: int = 1
+    """Forwards between two looks at which responses have ended: on a GPU each look waits for it"""
+
+
+@torch.no_grad()
+def decode_all(
+    decode: Callable, prompts: list[list[int]], places: list[int], limits: list[int], sampling: Sampling, seed: int,
+    tokenizer, room: Room, device: torch.device, together: bool = False,
+) -> list[torch.Tensor]:  # fmt: skip
+    """One response a prompt, EOS included, of at most limits[i] tokens. decode: the policy, called with `decode=`.
+
+    together: every rank does the same number of forwards, until the last response of all ranks has ended.
+    """
+    decoder = _Decoder(decode, prompts, places, limits, sampling, seed, tokenizer, room, device)
+    while any_rank(decoder.busy, device) if together else decoder.busy:
+        for _ in range(room.steps_per_look):
+            decoder.forward()
+        decoder.look()
+    lengths = decoder.lengths.tolist()
+    return [row[:length] for row, length in zip(decoder.tokens, lengths, strict=True)]
+
+
+class _Decoder:
+    """Prompts that wait, longest first, and slots that decode. `slots` holds a row a slot of what the device knows:
+
+    prompt: index in `prompts`; start: its tokens; count: response tokens so far; last: the newest of them; ended;
+    draws: a random number for each response token; seen: the vocabulary, True where it occurred (with a penalty).
+    """
+
+    def __init__(self, decode, prompts, places, limits, sampling, seed, tokenizer, room: Room, device: torch.device):
+        self.decode, self.prompts, self.sampling, self.seed, self.room = decode, prompts, sampling, seed, room
+        self.eos, self.pad, self.device = tokenizer.eos_token_id, tokenizer.pad_token_id, device
+        # Padding is small among neighbours in length, and equal prompts are neighbours.
+        self.waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
+        longest = max((len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)), default=0)
+        columns = columns_for(longest + room.steps_per_look)
+        num_slots = min(room.max_slots, len(prompts))
+        if room.cache_tokens:
+            num_slots = max(1, min(num_slots, room.cache_tokens // columns))
+        self.cache = SlotCache(num_slots, columns, device)
+        self.fill_from = max(1, num_slots // 8)  # a forward over a single prompt costs as much as one over a few
+        self.places, self.limits = (torch.tensor(x, device=device) for x in (places, limits))
+        most = max(limits, default=0) + 1
+        self.tokens = torch.empty(len(prompts), most, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
+        self.slots = {
+            name: torch.zeros(num_slots, dtype=torch.int64, device=device)
+            for name in ("prompt", "start", "count", "last")
+        }
+        self.slots["ended"] = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        self.slots["draws"] = torch.zeros(num_slots, most, dtype=torch.float64, device=device)
+
+    @property
+    def busy(self) -> bool:
+        """Something is left to do."""
+        return bool(self.waiting or self.cache.live)
+
+    def forward(self) -> None:
+        """One forward of the model: over new prompts, over the live slots, or, with nothing left, over nothing."""
+        free = self.cache.num_slots - self.cache.live
+        if self.waiting and free >= min(self.fill_from, len(self.waiting)):
+            self._fill(free)
+        elif self.cache.live:
+            self._advance()
+        else:
+            nothing = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+            self.decode(decode={"input_ids": nothing, "use_cache": False, "logits_to_keep": 1})
+
+    def look(self) -> None:
+        """Asks the device which responses have ended, and frees their slots."""
+        live = self.cache.live
+        ended = self.slots["ended"][:live].tolist()
+        if any(ended):
+            self.lengths[self.slots["prompt"][:live]] = self.slots["count"][:live]
+            moved, into = self.cache.keep([i for i, over in enumerate(ended) if not over])
+            for x in self.slots.values() if moved else ():
+                x[into] = x[moved]
+
+    def _next_prompts(self, free: int) -> tuple[list[int], list[list[int]], list[int]]:
+        """(indices, the different prompts among them, which of these each is)."""
+        different, sources = [], []
+        for i in self.waiting[:free]:
+            if not different or self.prompts[i] != different[-1]:
+                if different and (len(different) + 1) * len(different[0]) > self.room.prefill_tokens:
+                    break
+                different.append(self.prompts[i])
+            sources.append(len(different) - 1)
+        indices, self.waiting = self.waiting[: len(sources)], self.waiting[len(sources) :]
+        return indices, different, sources
+
+    def _fill(self, free: int) -> None:
+        """New prompts into free slots: one forward, and their first response tokens."""
+        indices, different, sources = self._next_prompts(free)
+        ids, mask = pad(different, self.pad, side="left")
+        shared = torch.tensor(sources, device=self.device) if len(different) < len(indices) else None
+        new = slice(self.cache.live, self.cache.live + len(indices))
+        self.cache.append(mask[sources].to(self.device), [len(self.prompts[i]) for i in indices], shared)
+        logits = self._logits(ids, mask, position_ids(mask))
+        logits = logits if shared is None else logits[shared]
+        self._start(new, indices, ids[sources], mask[sources], logits.shape[-1])
+        self._draw(new, logits)
+
+    def _start(self, new: slice, indices: list[int], ids: torch.Tensor, mask: torch.Tensor, vocabulary: int) -> None:
+        """What is known of new slots before their first token."""
+        slots, prompt = self.slots, torch.tensor(indices, device=self.device)
+        slots["prompt"][new], slots["start"][new] = prompt, mask.sum(1).to(self.device)
+        slots["count"][new], slots["ended"][new] = 0, False
+        positions = torch.arange(slots["draws"].shape[1], device=self.device)
+        slots["draws"][new] = uniforms(self.seed, self.places[prompt][:, None], positions)
+        if self.sampling.repetition_penalty != 1.0:
+            if "seen" not in slots:
+                shape = (self.cache.num_slots, vocabulary)
+                slots["seen"] = torch.zeros(shape, dtype=torch.bool, device=self.device)
+            rows, columns = mask.nonzero(as_tuple=True)
+            seen = torch.zeros(len(indices), vocabulary, dtype=torch.bool)
+            seen[rows, ids[rows, columns]] = True
+            slots["seen"][new] = seen.to(self.device)
+
+    def _advance(self) -> None:
+        """The next token of every live slot."""
+        mask = self.cache.advance()
+        live = slice(0, self.cache.live)
+        positions = self.slots["start"][live] + self.slots["count"][live] - 1
+        self._draw(live, self._logits(self.slots["last"][live, None], mask, positions[:, None]))
+
+    def _logits(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Of the last position. [batch, vocabulary]."""
+        ids, mask, positions = (x.to(self.device) for x in (ids, mask, positions))
+        return self.decode(
+            decode={
+                "input_ids": ids, "attention_mask": mask, "position_ids": positions,
+                "past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1,
+            }
+        )  # fmt: skip
+
+    def _draw(self, rows: slice, logits: torch.Tensor) -> None:
+        """One token a slot. What comes after the end of a response is drawn too, until somebody looks, and not kept."""
+        slots = {name: x[rows] for name, x in self.slots.items()}
+        uniform = slots["draws"].gather(1, slots["count"][:, None]).squeeze(1)
+        token = sample(logits, uniform, self.sampling, slots.get("seen"))
+        if "seen" in slots:
+            slots["seen"].scatter_(1, token[:, None], True)
+        self.tokens[slots["prompt"], slots["count"]] = token
+        slots["last"].copy_(token)
+        slots["count"] += ~slots["ended"]
+        slots["ended"] |= (token == self.eos) | (slots["count"] >= self.limits[slots["prompt"]])

@@ -1,0 +1,166 @@
+"""Continuous decoding against a plain decode: one prompt at a time, no cache, tokens drawn by hand."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+
+from ppo import grouped_attention
+from ppo.decoding import Room, decode_all
+from ppo.grouped_attention import grouped
+from ppo.models import PolicyModel
+from ppo.sampling import EVALUATION, Sampling, uniforms
+from ppo.slots import SlotCache
+from tests.parts import EOS, VOCAB_SIZE, tiny_policy, token_ids
+
+GENERATOR = torch.Generator().manual_seed(0)
+LENGTHS = [3, 30, 1, 7, 7, 19, 12, 2, 26, 5, 9, 14, 40]
+PROMPTS = [torch.randint(0, VOCAB_SIZE, (length,), generator=GENERATOR).tolist() for length in LENGTHS]
+LIMITS = [24, 3, 40, 1, 24, 9, 24, 33, 24, 2, 24, 16, 24]
+PLACES = list(range(100, 113))
+CPU = torch.device("cpu")
+GREEDY = Sampling(temperature=0.01)  # the likeliest token is hundreds of nats above the next
+SAMPLINGS = {"plain": Sampling(), "greedy": GREEDY, "penalty and nucleus": EVALUATION}
+
+
+def draw_by_hand(logits: torch.Tensor, sampling: Sampling, seen: list[int], uniform: float) -> int:
+    """Penalty, temperature, the fewest likeliest tokens that reach topp, and the first whose sum exceeds `uniform`."""
+    scores = logits.tolist()
+    for token in set(seen):
+        scores[token] *= sampling.repetition_penalty ** (1 if scores[token] < 0 else -1)
+    weights = [math.exp((score - max(scores)) / sampling.temperature) for score in scores]
+    probs = [weight / sum(weights) for weight in weights]
+    likeliest = sorted(range(len(probs)), key=lambda i: -probs[i])
+    reached = list(itertools.accumulate(probs[i] for i in likeliest))
+    nucleus = {i for i, total in zip(likeliest, reached) if total - probs[i] < sampling.topp}
+    target, total = uniform * sum(probs[i] for i in nucleus), 0.0
+    for i in sorted(nucleus):
+        total += probs[i]
+        if total > target:
+            return i
+    raise AssertionError(total)
+
+
+@torch.no_grad()
+def plain_decode(policy: PolicyModel, sampling: Sampling, seed: int, eos: int = EOS) -> list[list[int]]:
+    responses = []
+    for prompt, place, limit in zip(PROMPTS, PLACES, LIMITS):
+        ids = list(prompt)
+        while len(ids) - len(prompt) < limit and (len(ids) == len(prompt) or ids[-1] != eos):
+            logits = policy.lm(torch.tensor([ids]), use_cache=False).logits[0, -1]
+            uniform = uniforms(seed, torch.tensor([place]), len(ids) - len(prompt)).item()
+            ids.append(draw_by_hand(logits, sampling, ids, uniform))
+        responses.append(ids[len(prompt) :])
+    return responses
+
+
+def decode(policy: PolicyModel, sampling: Sampling, seed: int, room: Room, prompts=PROMPTS) -> list[list[int]]:
+    with grouped(policy.lm.config):
+        tokens = decode_all(policy, prompts, PLACES, LIMITS, sampling, seed, token_ids(), room, CPU)
+    return [row.tolist() for row in tokens]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+@pytest.mark.parametrize(
+    "room",
+    [
+        Room(4, 64),
+        Room(1, 1000),
+        Room(64, 1000),
+        Room(8, 10, steps_per_look=3),
+        Room(16, 100, cache_tokens=200),
+    ],
+    ids=["fewer slots than prompts", "one slot", "more slots", "a look every three steps", "a small cache"],
+)
+def test_equals_a_plain_decode(room, sampling):
+    policy = tiny_policy(max_position_embeddings=256)
+    expected = plain_decode(policy, sampling, seed=7)
+    assert decode(policy, sampling, 7, room) == expected
+    ends = [row[-1] == EOS for row in expected]
+    assert sampling == GREEDY or (any(ends) and not all(ends))  # both kinds of end have been seen
+
+
+def bloom() -> BloomForCausalLM:
+    return BloomForCausalLM(BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=2, n_head=4))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, n_positions=128, n_embd=32, n_layer=2, n_head=2))
+
+
+def mistral() -> MistralForCausalLM:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return MistralForCausalLM(MistralConfig(vocab_size=VOCAB_SIZE, intermediate_size=48, sliding_window=6, **sizes))
+
+
+@pytest.mark.parametrize("build", [bloom, gpt2, mistral], ids=["ALiBi", "learned positions", "window, shared heads"])
+def test_other_positions_and_attention(build):
+    torch.manual_seed(1)
+    policy = PolicyModel(build().eval())
+    for parameter in policy.parameters():
+        parameter.data.mul_(4.0)  # far from uniform, so that a wrong position shows
+    before = policy.lm.config._attn_implementation
+    assert decode(policy, Sampling(), 3, Room(4, 64)) == plain_decode(policy, Sampling(), 3)
+    assert policy.lm.config._attn_implementation == before
+
+
+@pytest.fixture
+def counted():
+    """(policy, shapes of the ids of its forwards so far)."""
+    policy, shapes = tiny_policy(max_position_embeddings=256), []
+
+    def count(module, inputs, given):
+        shapes.append(tuple(given["input_ids"].shape))
+
+    policy.lm.register_forward_pre_hook(count, with_kwargs=True)
+    return policy, shapes
+
+
+def decode_limited(policy: PolicyModel, prompts, places, limits, slots: int) -> list[list[int]]:
+    room = Room(slots, 1000)
+    tokens = decode_all(policy, prompts, places, limits, Sampling(), 1, token_ids(eos=-1), room, CPU)
+    return [row.tolist() for row in tokens]
+
+
+def test_equal_prompts_share_a_forward(counted):
+    policy, shapes = counted
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]] * 2
+    together = decode_limited(policy, prompts, PLACES[:8], [5] * 8, 8)
+    assert shapes == [(2, 30)] + [(8, 1)] * 4
+    alone = [decode_limited(policy, [ids], [place], [5], 1)[0] for ids, place in zip(prompts, PLACES)]
+    assert together == alone
+    assert len(set(map(tuple, together))) == 8
+
+
+def test_slots_are_refilled_and_the_batch_shrinks(counted):
+    policy, shapes = counted
+    decode_limited(policy, [[1], [1, 3], [1, 4]], [0, 1, 2], [2, 6, 3], 2)
+    # Those of 6 and 3 tokens start; the one of 2 takes the slot of the 3; then the 6 go on alone.
+    assert shapes == [(2, 2), (2, 1), (2, 1), (1, 1), (2, 1), (1, 1), (1, 1)]
+
+
+def test_the_cache_stays_within_its_tokens(monkeypatch):
+    sizes = []
+    build = SlotCache.__init__
+    monkeypatch.setattr(
+        SlotCache, "__init__", lambda self, *args: (sizes.append(args[0] * args[1]), build(self, *args))[1]
+    )
+    policy = tiny_policy(max_position_embeddings=256)
+    for budget in (200, 400, 10**6):
+        decode(policy, Sampling(), 0, Room(16, 1000, cache_tokens=budget))
+    assert 100 < sizes[0] <= 200 < sizes[1] <= 400 < sizes[2] == sizes[2] // 13 * 13
+
+
+def test_shared_heads_are_read_once_a_token(monkeypatch):
+    """While decoding, attention gets the two key-value heads of the cache, not one for each of the four heads."""
+    seen, sdpa = [], grouped_attention.scaled_dot_product_attention
+
+    def spy(query, key, value, *args, **kwargs):
+        seen.append((tuple(query.shape[1:3]), key.shape[1]))
+        return sdpa(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(grouped_attention, "scaled_dot_product_attention", spy)
+    decode(tiny_policy(max_position_embeddings=256), Sampling(), 0, Room(4, 64))
+    assert set(seen) == {((2, 2), 2)}
