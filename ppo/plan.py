@@ -18,16 +18,17 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Pretrained
 
 from ppo.config import PPOConfig
 from ppo.models import CHUNK_ELEMENTS
+from ppo.slots import columns_for
 from utils.engine import DTYPES
 from utils.errors import UserError
 from utils.footprint import bucket_bytes, gathered_bytes, gradient_bytes, optimizer_bytes, weight_bytes
 from utils.models import enable_checkpointing
+from utils.nll import KEPT
 from utils.peak import ATTENTION, peak_bytes
 
 PHASES = ("rollout", "score", "backward", "step")
 GIB = 2**30
 ROOM = 0.9  # share of the card that a plan may take
-HEAD_COPIES = 5  # float32 [tokens, vocabulary] of a chunk: logits, log-probabilities, probabilities, gradients
 TOKEN = 8 + 2 + 7 * 4  # bytes of a token in the buffer: its id, two masks, seven float32 columns
 
 Rows = dict[str, list[int]]  # what -> bytes in each of PHASES
@@ -110,16 +111,18 @@ def plan(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
 def add_passes(add, config: PPOConfig, policy: Shapes, scalars: list[Shapes], gpus: int) -> None:
     """The rows of what passes through the models: cache, activations, logits, the buffer."""
     element, length = DTYPES[config.dtype].itemsize, config.maxlen_prompt
-    prompts = min(config.rollout_batch_size, -(-config.num_rollouts // gpus))
-    add("key-value cache", rollout=prompts * length * cache_bytes(policy.decoder.config, element))
+    slots, columns = min(config.rollout_batch_size, -(-config.num_rollouts // gpus)), columns_for(length)
+    if config.rollout_cache_tokens:
+        slots = max(1, min(slots, config.rollout_cache_tokens // columns))
+    add("key-value cache", rollout=slots * columns * cache_bytes(policy.decoder.config, element))
     room = length - config.maxlen_res
     tokens = max(config.micro_batch_tokens, length)
-    prefill = peak_bytes(policy.decoder, prompts, room, backward=False)
+    prefill = peak_bytes(policy.decoder, min(slots, max(1, config.micro_batch_tokens // room)), room, backward=False)
     scored = max(peak_bytes(model.decoder, 1, tokens, backward=False) for model in [policy, *scalars])
     trained = max(training_peak(m.decoder, tokens, config.gradient_checkpoint) for m in (policy, scalars[0]))
     add("activations", prefill, scored, trained)
-    chunk = CHUNK_ELEMENTS * (4 * HEAD_COPIES + element)
-    add("logits, a chunk", score=chunk, backward=chunk)
+    chunk = CHUNK_ELEMENTS * element
+    add("logits", score=chunk, backward=(KEPT + 1) * chunk)  # with the gradient of one chunk
     buffer = config.num_rollouts * length * TOKEN
     add("experience buffer", score=buffer, backward=buffer, step=buffer)
 

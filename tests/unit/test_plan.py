@@ -98,7 +98,7 @@ def test_sizes_of_7b_are_those_worked_out_by_hand(folder_7b):
     assert rows["weights of the critic"] == rows["weights of 1 reward model(s)"] == [2 * CRITIC_7B] * 4
     assert rows["optimizer of policy and critic"] == [12 * (POLICY_7B + CRITIC_7B) // 8] * 4
     assert rows["gradients of policy and critic"] == [0, 0] + [2 * (POLICY_7B + CRITIC_7B) // 8] * 2
-    assert rows["key-value cache"] == [16 * 2048 * 32 * 2 * 4096 * 2, 0, 0, 0]
+    assert rows["key-value cache"] == [16 * (2048 + 256) * 32 * 2 * 4096 * 2, 0, 0, 0]
     assert host == {"final/ being written (first process alone)": 2 * POLICY_7B}
 
     rows, host = plan(ppo_config(**flags, zero_stage=3, offload_optimizer=True, offload_frozen=True), gpus=8)
