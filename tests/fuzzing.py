@@ -48,7 +48,8 @@ texts = st.one_of(
     st.text(st.characters(exclude_categories=()), max_size=8),  # halves of surrogate pairs too
     st.lists(st.sampled_from([*TRAPS, " ", ":", "\n\n", "ing"]), min_size=2, max_size=5).map("".join),
 )
-numbers = st.one_of(st.integers(-5, 5), st.integers(), st.floats(), st.sampled_from([10**400, -(10**400), 1e308]))
+huge = st.sampled_from([10**400, -(10**400), 1e308, float("inf"), float("nan")])
+numbers = st.one_of(st.integers(-5, 5), st.integers(), st.floats(), huge)
 leaves = st.one_of(st.none(), st.booleans(), numbers, texts)
 values = st.recursive(
     leaves,
@@ -63,7 +64,8 @@ def mostly(strategy: st.SearchStrategy) -> st.SearchStrategy:
 
 
 plain = st.sampled_from(["Hi", "你好", ":) x", "a </s> b", "😀"])
-mostly_text = st.one_of(plain, st.text(whole, min_size=1, max_size=12), texts)
+hard = st.sampled_from(["half \ud83d", " ", "\n\nHuman: a", "Assistant:"])
+mostly_text = st.one_of(plain, st.text(whole, min_size=1, max_size=12), texts, hard)
 
 
 @st.composite
@@ -127,7 +129,8 @@ def pair_records(draw) -> dict:
         record = {"prompt": history, "chosen": sides[0], "rejected": sides[1]}
     else:
         record = {"chosen": [*history, sides[0]], "rejected": [*history, sides[1]]}
-    return record | draw(objects())
+    annotations = ["margin", "mean preference difference", "chosen score list", "rejected_score_list", "subset"]
+    return record | draw(st.fixed_dictionaries({}, optional={key: FIELDS[key] for key in annotations}))
 
 
 preference_records = st.one_of(
