@@ -123,8 +123,9 @@ dialogue_records = st.one_of(
 
 @st.composite
 def pair_records(draw) -> dict:
-    """Preferences that mostly share their history."""
-    history, sides = draw(messages()), [draw(mostly(speech())) for _ in range(2)]
+    """Preferences that mostly share their history, with what annotators left."""
+    history = [draw(speech()) for _ in range(draw(st.sampled_from([1, 1, 1, 3, 2])))]
+    sides = [draw(mostly(speech())) for _ in range(2)] if draw(st.booleans()) else ["Yes", "No"]
     if draw(st.booleans()):
         record = {"prompt": history, "chosen": sides[0], "rejected": sides[1]}
     else:
@@ -133,8 +134,20 @@ def pair_records(draw) -> dict:
     return record | draw(st.fixed_dictionaries({}, optional={key: FIELDS[key] for key in annotations}))
 
 
+@st.composite
+def ranked_records(draw) -> dict:
+    """Answers of one prompt, mostly as many scores or ranks as there are."""
+    responses = draw(st.lists(mostly(speech()), min_size=2, max_size=4))
+    record = {"prompt": draw(mostly(speech())), "responses": responses}
+    if draw(st.booleans()):
+        size = len(responses)
+        name = draw(st.sampled_from(["scores", "ranks"]))
+        record[name] = draw(mostly(st.lists(numbers, min_size=size, max_size=size)))
+    return record
+
+
 preference_records = st.one_of(
-    pair_records(), objects("prompt", "responses"), objects("prompt", "responses", "scores"),
+    pair_records(), pair_records(), pair_records(), ranked_records(), ranked_records(), objects("prompt", "responses"),
     objects("prompt", "chosen", "rejected"), objects("chosen", "rejected"), values,
 )  # fmt: skip
 
