@@ -48,7 +48,8 @@ texts = st.one_of(
     st.text(st.characters(exclude_categories=()), max_size=8),  # halves of surrogate pairs too
     st.lists(st.sampled_from([*TRAPS, " ", ":", "\n\n", "ing"]), min_size=2, max_size=5).map("".join),
 )
-numbers = st.one_of(st.integers(-5, 5), st.integers(), st.floats(), st.sampled_from([10**400, -(10**400), 1e308]))
+huge = st.sampled_from([10**400, -(10**400), 1e308, float("inf"), float("nan")])
+numbers = st.one_of(st.integers(-5, 5), st.integers(), st.floats(), huge)
 leaves = st.one_of(st.none(), st.booleans(), numbers, texts)
 values = st.recursive(
     leaves,
@@ -58,12 +59,13 @@ values = st.recursive(
 
 
 def mostly(strategy: st.SearchStrategy) -> st.SearchStrategy:
-    """What belongs there, or now and then anything."""
-    return st.one_of(strategy, strategy, strategy, values)
+    """What belongs there, or once in a dozen times anything: most records have to be sound for the rest to be seen."""
+    return st.integers(0, 11).flatmap(lambda k: values if k == 11 else strategy)
 
 
-plain = st.sampled_from(["Hi", "你好", ":) x", "a </s> b", "😀"])
-mostly_text = st.one_of(plain, st.text(whole, min_size=1, max_size=12), texts)
+plain = st.sampled_from(["Hi", "你好", ":) x", "a </s> b", "😀"]) | st.text(whole, min_size=1, max_size=12)
+hard = st.sampled_from(["half \ud83d", " ", "\n\nHuman: a", "Assistant:"])
+mostly_text = st.integers(0, 9).flatmap(lambda k: hard if k == 8 else texts if k == 9 else plain)
 
 
 @st.composite
@@ -121,17 +123,31 @@ dialogue_records = st.one_of(
 
 @st.composite
 def pair_records(draw) -> dict:
-    """Preferences that mostly share their history."""
-    history, sides = draw(messages()), [draw(mostly(speech())) for _ in range(2)]
+    """Preferences that mostly share their history, with what annotators left."""
+    history = [draw(speech()) for _ in range(draw(st.sampled_from([1, 1, 1, 3, 2])))]
+    sides = [draw(mostly(speech())) for _ in range(2)] if draw(st.booleans()) else ["Yes", "No"]
     if draw(st.booleans()):
         record = {"prompt": history, "chosen": sides[0], "rejected": sides[1]}
     else:
         record = {"chosen": [*history, sides[0]], "rejected": [*history, sides[1]]}
-    return record | draw(objects())
+    annotations = ["margin", "mean preference difference", "chosen score list", "rejected_score_list", "subset"]
+    return record | draw(st.fixed_dictionaries({}, optional={key: FIELDS[key] for key in annotations}))
+
+
+@st.composite
+def ranked_records(draw) -> dict:
+    """Answers of one prompt, mostly as many scores or ranks as there are."""
+    responses = draw(st.lists(mostly(speech()), min_size=2, max_size=4))
+    record = {"prompt": draw(mostly(speech())), "responses": responses}
+    if draw(st.booleans()):
+        size = len(responses)
+        name = draw(st.sampled_from(["scores", "ranks"]))
+        record[name] = draw(mostly(st.lists(numbers, min_size=size, max_size=size)))
+    return record
 
 
 preference_records = st.one_of(
-    pair_records(), objects("prompt", "responses"), objects("prompt", "responses", "scores"),
+    pair_records(), pair_records(), pair_records(), ranked_records(), ranked_records(), objects("prompt", "responses"),
     objects("prompt", "chosen", "rejected"), objects("chosen", "rejected"), values,
 )  # fmt: skip
 
