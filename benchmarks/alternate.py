@@ -36,8 +36,9 @@ def measure(sides: list[Steps], arguments: tuple, tokens: list[int]) -> list[tup
     context, running = get_context("spawn"), []
     for steps in sides:
         here, there = context.Pipe()
-        process = context.Process(target=steps, args=(there, *arguments))
+        process = context.Process(target=steps, args=(there, *arguments), daemon=True)
         process.start()
+        there.close()  # so that a side that dies ends the wait for it
         running.append((here, process, []))
     for count in tokens:
         for connection, _, rates in running:
