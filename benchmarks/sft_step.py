@@ -100,6 +100,7 @@ def trainers(connection, folder: str, dialogues: list[list[int]], options: argpa
             gradient_accumulation_steps=options.batch_size // options.peer_batch_size, bf16=options.autocast,
             train_sampling_strategy="sequential", save_strategy="no", logging_strategy="no", report_to="none",
             disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
+            use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
         dtype = torch.float32 if options.autocast else torch.bfloat16
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
