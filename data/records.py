@@ -4,6 +4,7 @@ Local JSON is parsed here, because only then every record has its line; hub ids 
 `datasets`. Everything is held in memory: the published sets have some 100,000 dialogues, a few hundred MB.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -144,6 +145,7 @@ def _from_datasets(builder: str, name: str, flag: str, **options: Any) -> dict[s
     """All splits through `datasets`; imported here, since local JSON does not need it and it takes a second."""
     import datasets
 
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it would log is in the error that is raised too
     try:
         splits = datasets.load_dataset(builder, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

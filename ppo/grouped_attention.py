@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "sdpa_grouped"
+NAME = "sdpa-grouped"  # no identifier, so that --attn_implementation does not offer it
 
 
 def grouped_attention(

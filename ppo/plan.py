@@ -50,7 +50,7 @@ class Shapes:
 def shapes(path: str, flag: str, dtype: torch.dtype, head: str) -> Shapes:
     """The shapes of the model in a folder (or hub id), of which config.json alone is read. head: "lm" or "scalar"."""
     try:
-        settings = AutoConfig.from_pretrained(path)
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
         kind = AutoModelForCausalLM if head == "lm" else AutoModel
         with torch.device("meta"):
             model = kind.from_config(settings, dtype=dtype, attn_implementation=ATTENTION)

@@ -103,6 +103,8 @@ def from_folder(
                 folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False,
                 ignore_mismatched_sizes=True, **options,
             )  # fmt: skip
+    except UserError:
+        raise
     except (*DAMAGED, TypeError) as error:
         raise UserError(f"{flag}: cannot load the model in {folder}: {reason_of(error)}") from error
     if report["mismatched_keys"]:
