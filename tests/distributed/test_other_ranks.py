@@ -85,6 +85,10 @@ def test_a_run_goes_on_with_another_number_of_ranks(inputs, tmp_path, capfd):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[0] == expected[0]
     for row, one in zip(rows[1:], expected[1:], strict=True):
-        assert row == pytest.approx(one, rel=1e-5, abs=5e-6)
+        # Of clipped tokens there are few: one that another rounding carries over the limit is a hundredth of them.
+        counted = {name for name in one if name.endswith("clip_fraction")}
+        assert row.keys() == one.keys()
+        for name, value in one.items():
+            assert row[name] == pytest.approx(value, rel=1e-5, abs=0.05 if name in counted else 5e-6), name
     for name, tensor in load_file(run / "final" / "model.safetensors").items():
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-5)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+import ppo.decoding
 import ppo.rollout
 import ppo.score
 import ppo.update
@@ -72,14 +73,14 @@ def nan_score(rank: int) -> None:
 
 def empty_responses(rank: int) -> None:
     """All responses of the victim have no token, not even EOS."""
-    decode, sample = ppo.rollout._decode, ppo.rollout.sample
+    decode, sample = ppo.rollout.decode_all, ppo.decoding.sample
 
     def empty(*args):
         return [row[:0] for row in decode(*args)]
 
     if rank == VICTIM:
-        ppo.rollout._decode = empty
-        ppo.rollout.sample = lambda logits, *args: torch.full_like(sample(logits, *args), 2)  # EOS at once
+        ppo.rollout.decode_all = empty
+        ppo.decoding.sample = lambda logits, *args: torch.full_like(sample(logits, *args), 2)  # EOS at once
 
 
 def fill(disk: Path, leave: int) -> None:

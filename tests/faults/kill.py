@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -23,6 +24,7 @@ if __name__ == "__main__":
 
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import ppo.decoding
 import ppo.score
@@ -80,6 +82,7 @@ def start(run: Callable[[], None], ranks: int, log: Path, fault: Callable[[int],
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             torch.set_num_threads(1)
+            tqdm.set_lock(threading.RLock())  # its own is shared by forked processes: who is killed would keep it
             fault(rank)
             run()
             code = 0

@@ -52,7 +52,7 @@ HOSTILE = [
 
 def hostile_data(folder: Path) -> None:
     """Records whose texts, ids, subsets and files' names would do harm in a shell or as a path."""
-    texts = [text.format(folder=folder) for text in HOSTILE] * 2
+    texts = [text.format(folder=folder) for text in HOSTILE] * 4
     (folder / "data").mkdir()
     write_json(folder / "data" / "$(touch ran)train.json", [{"id": text, "prompt": text} for text in texts])
     dialogues = [{"id": text, "prompt": text, "response": text} for text in texts]
