@@ -19,7 +19,7 @@ PATIENCE = 30  # seconds for one example; each takes milliseconds
 def search(parts: int = 1) -> settings:
     """How long a test searches. parts: over how many settings of the test the long search is shared out."""
     return settings(
-        max_examples=-(-int(ASKED) // parts) if ASKED else 200, derandomize=ASKED is None, deadline=None, database=None,
+        max_examples=-(-int(ASKED) // parts) if ASKED else 100, derandomize=ASKED is None, deadline=None, database=None,
         print_blob=True, suppress_health_check=list(HealthCheck),
     )  # fmt: skip
 

@@ -9,5 +9,6 @@ use_threads 2
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 ruff check .
 ruff format --check .
-# Two workers; what a file's tests share is made once. Folders of tests that passed go
-python -m pytest -n 2 --dist loadfile --durations=15 -o tmp_path_retention_policy=failed tests "$@"
+# Two workers, a file at a time, the longest first; what a file's tests share is made once. Folders of what passed go
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -o tmp_path_retention_policy=failed \
+  tests/{faults,distributed,end_to_end,security,bad_inputs,golden,unit} "$@"
