@@ -124,12 +124,17 @@ def timed_step(
     return rollout, {stage: end - start for stage, (start, end) in zip(STAGES, itertools.pairwise(marks), strict=True)}
 
 
-def main() -> None:
-    """Runs the steps and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_options(description: str) -> argparse.Namespace:
+    """How many steps, and tokens of a forward. description: the benchmark's docstring."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--micro_batch_tokens", type=int, default=2048)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs the steps and prints the table."""
+    options = parse_options(__doc__)
     config = settings(options.micro_batch_tokens)
     init_distributed()
     models, prompts, moments = build(config), prompt_batch(), RunningMoments()

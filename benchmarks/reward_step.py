@@ -13,21 +13,15 @@ process's peak memory. Run it with the MALLOC_ variables of utils/launch.sh.
 
 import argparse
 import sys
-import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from benchmarks.alternate import lengths_of, measure, peak, print_comparison, print_header
-
-SIZES = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376}
-TARGETS = {"ragged": 1.5, "equal": 1.0}
-Pairs = list[tuple[list[int], list[int]]]  # (chosen, rejected)
+from benchmarks.supervised import SIZES, compare, our_steps, padded, parser_of
 
 
 def save_start(folder: str) -> None:
@@ -37,15 +31,8 @@ def save_start(folder: str) -> None:
     AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
-def pairs_of(lengths: list[int]) -> Pairs:
-    """Random ids, two dialogues a pair."""
-    generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(3, 32000, (length,), generator=generator).tolist() for length in lengths]
-    return list(zip(ids[::2], ids[1::2], strict=True))
-
-
-def ours(connection, folder: str, pairs: Pairs, options: argparse.Namespace) -> None:
-    """A step of our own for every message; answers with its seconds."""
+def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.Namespace) -> None:
+    """A step of our own for every message. dialogues: two a pair, the chosen one first."""
     from reward.batches import Comparison
     from reward.config import RewardConfig
     from reward.model import load_scalar_model
@@ -59,78 +46,32 @@ def ours(connection, folder: str, pairs: Pairs, options: argparse.Namespace) -> 
     )  # fmt: skip
     init_distributed()
     model = load_scalar_model(folder, DTYPES[config.dtype], device(), say=str)
+    pairs = zip(dialogues[::2], dialogues[1::2], strict=True)
     items = [Comparison(list(pair), 1, [(0, 1)], [0.0], "all", "") for pair in pairs]
     engine, stage = TrainEngine(model, config, "reward model"), stage_of(config, model, None, items, None)
-    for first in range(0, len(items), options.batch_size):
-        connection.recv()
-        start = time.perf_counter()
-        train_step(engine, stage, items[first : first + options.batch_size], config.lr)
-        connection.send(time.perf_counter() - start)
-    connection.recv()
-    connection.send(peak())
+    our_steps(connection, lambda batch: train_step(engine, stage, batch, config.lr), items, options.batch_size)
     shutdown_distributed()
 
 
-def trainers(connection, folder: str, pairs: Pairs, options: argparse.Namespace) -> None:
+def collate(batch: list[dict]) -> dict:
+    """Padded dialogues, the chosen ones first."""
+    return padded(pair[side] for side in ("chosen", "rejected") for pair in batch)
+
+
+def trainers(connection, folder: str, dialogues: list[list[int]], options: argparse.Namespace) -> None:
     """The same of transformers' Trainer."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from benchmarks.trainer_side import PairTrainer, trainer_steps
 
-    class PairTrainer(Trainer):
-        def compute_loss(self, model, inputs, **_):
-            chosen, rejected = model(**inputs).logits.squeeze(-1).float().chunk(2)
-            return -F.logsigmoid(chosen - rejected).mean()
-
-    class Alternate(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            connection.recv()
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            connection.send(time.perf_counter() - self.start)
-            connection.recv()
-            self.start = time.perf_counter()
-
-    def collate(batch: list[dict]) -> dict:
-        rows = [torch.tensor(pair[side]) for side in ("chosen", "rejected") for pair in batch]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-        return {"input_ids": ids, "attention_mask": mask.long()}
-
-    with tempfile.TemporaryDirectory() as out:
-        arguments = TrainingArguments(
-            out, per_device_train_batch_size=options.peer_batch_size, max_steps=options.rounds + 1, learning_rate=1e-5,
-            gradient_accumulation_steps=options.batch_size // options.peer_batch_size, bf16=options.autocast,
-            train_sampling_strategy="sequential", save_strategy="no", logging_strategy="no", report_to="none",
-            disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
-            use_cpu=not torch.cuda.is_available(),
-        )  # fmt: skip
-        dtype = torch.float32 if options.autocast else torch.bfloat16
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
-        data = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
-        PairTrainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[Alternate()]).train()
-    connection.send(peak())
+    load = partial(AutoModelForSequenceClassification.from_pretrained, folder)
+    pairs = zip(dialogues[::2], dialogues[1::2], strict=True)
+    data = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    trainer_steps(connection, options, lambda dtype: load(dtype=dtype), data, collate, PairTrainer)
 
 
 def main() -> None:
-    """Runs both sets and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="measured steps of each side")
-    parser.add_argument("--batch_size", type=int, default=32, help="pairs a step")
-    parser.add_argument("--micro_batch_tokens", type=int, default=4096, help="tokens of one of our forwards")
-    parser.add_argument("--peer_batch_size", type=int, default=8, help="pairs of one of the Trainer's forwards")
-    parser.add_argument("--autocast", action="store_true", help="the Trainer's weights in float32, cast to bf16")
-    options = parser.parse_args()
-    if options.batch_size % options.peer_batch_size:
-        parser.error("--batch_size must be a multiple of --peer_batch_size")
-    print(f"{options.batch_size} pairs a step, median of {options.rounds} alternating rounds, useful tokens a second")
-    print_header()
-    with tempfile.TemporaryDirectory() as folder:
-        save_start(folder)
-        for kind, target in TARGETS.items():
-            rows = 2 * options.batch_size
-            lengths = lengths_of(kind, rows * (options.rounds + 1))
-            tokens = [sum(lengths[start : start + rows]) for start in range(0, len(lengths), rows)]
-            print_comparison(kind, measure([ours, trainers], (folder, pairs_of(lengths), options), tokens), target)
+    """Runs both sides and prints the table."""
+    options = parser_of(__doc__, "pairs", batch_size=32).parse_args()
+    compare(options, "pairs", save_start, [ours, trainers], rows=2)
 
 
 if __name__ == "__main__":

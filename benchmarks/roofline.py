@@ -5,7 +5,6 @@ what is computed again. Prefill is a rollout of one token a response, decoding t
 step has next to no FLOPs: its seconds stand alone. Times are medians, the first step is not counted.
 """
 
-import argparse
 import statistics
 import time
 from collections import defaultdict
@@ -13,7 +12,17 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from ppo_step import IDS, RESPONSE, SAMPLES, build, forward_flops, matrix_rate, prompt_batch, settings
+from ppo_step import (
+    IDS,
+    RESPONSE,
+    SAMPLES,
+    build,
+    forward_flops,
+    matrix_rate,
+    parse_options,
+    prompt_batch,
+    settings,
+)  # fmt: skip
 
 from ppo.experience import make_experience
 from ppo.models import Models
@@ -100,10 +109,7 @@ def run_step(watch: Stopwatch, models: Models, step: int, config) -> Rollout:
 
 def main() -> None:
     """Runs the steps and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--micro_batch_tokens", type=int, default=2048)
-    options = parser.parse_args()
+    options = parse_options(__doc__)
     config = settings(options.micro_batch_tokens)
     init_distributed()
     models, watch, times = build(config), Stopwatch(), defaultdict(list)

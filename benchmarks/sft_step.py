@@ -14,8 +14,7 @@ MALLOC_ variables of utils/launch.sh.
 
 import argparse
 import sys
-import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -23,10 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.alternate import lengths_of, measure, peak, print_comparison, print_header
-
-SIZES = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376}
-TARGETS = {"ragged": 1.5, "equal": 1.0}
+from benchmarks.supervised import SIZES, compare, our_steps, padded, parser_of
 
 
 def save_start(folder: str) -> None:
@@ -36,14 +32,8 @@ def save_start(folder: str) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
-def ids_of(lengths: list[int]) -> list[list[int]]:
-    """Random ids."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, 32000, (length,), generator=generator).tolist() for length in lengths]
-
-
 def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.Namespace) -> None:
-    """A step of our own for every message; answers with its seconds."""
+    """A step of our own for every message."""
     from data.dialogues import EncodedDialogue
     from sft.model import AnswerModel
     from sft.rows import Layout
@@ -62,77 +52,36 @@ def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.
     layout = Layout(config.packing, flat=False, max_tokens=config.micro_batch_tokens)
     stage = stage_of(config, lm, None, layout, [items], [])
     engine = TrainEngine(AnswerModel(lm), config, "model")
-    for first in range(0, len(items), options.batch_size):
-        connection.recv()
-        start = time.perf_counter()
-        train_step(engine, stage, layout.rows(items[first : first + options.batch_size], 1), config.lr)
-        connection.send(time.perf_counter() - start)
-    connection.recv()
-    connection.send(peak())
+
+    def step(batch: list[EncodedDialogue]) -> None:
+        train_step(engine, stage, layout.rows(batch, 1), config.lr)
+
+    our_steps(connection, step, items, options.batch_size)
     shutdown_distributed()
+
+
+def collate(batch: list[dict]) -> dict:
+    """Padded dialogues, with labels at their last two thirds."""
+    inputs = padded(item["ids"] for item in batch)
+    starts = torch.tensor([len(item["ids"]) // 3 for item in batch])[:, None]
+    learnt = inputs["attention_mask"].bool() & (torch.arange(inputs["input_ids"].shape[1]) >= starts)
+    return inputs | {"labels": inputs["input_ids"].masked_fill(~learnt, -100)}
 
 
 def trainers(connection, folder: str, dialogues: list[list[int]], options: argparse.Namespace) -> None:
     """The same of transformers' Trainer."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from benchmarks.trainer_side import trainer_steps
 
-    class Alternate(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            connection.recv()
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            connection.send(time.perf_counter() - self.start)
-            connection.recv()
-            self.start = time.perf_counter()
-
-    def collate(batch: list[dict]) -> dict:
-        rows = [torch.tensor(item["input_ids"]) for item in batch]
-        labels = [torch.where(torch.arange(len(row)) >= len(row) // 3, row, -100) for row in rows]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-        labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-        return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
-
-    with tempfile.TemporaryDirectory() as out:
-        arguments = TrainingArguments(
-            out, per_device_train_batch_size=options.peer_batch_size, max_steps=options.rounds + 1, learning_rate=1e-5,
-            gradient_accumulation_steps=options.batch_size // options.peer_batch_size, bf16=options.autocast,
-            train_sampling_strategy="sequential", save_strategy="no", logging_strategy="no", report_to="none",
-            disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
-            use_cpu=not torch.cuda.is_available(),
-        )  # fmt: skip
-        dtype = torch.float32 if options.autocast else torch.bfloat16
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        data = [{"input_ids": ids} for ids in dialogues]
-        Trainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[Alternate()]).train()
-    connection.send(peak())
+    load = partial(AutoModelForCausalLM.from_pretrained, folder)
+    data = [{"ids": ids} for ids in dialogues]
+    trainer_steps(connection, options, lambda dtype: load(dtype=dtype), data, collate)
 
 
 def main() -> None:
-    """Runs both sets and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="measured steps of each side")
-    parser.add_argument("--batch_size", type=int, default=16, help="dialogues a step")
-    parser.add_argument("--micro_batch_tokens", type=int, default=4096, help="tokens of one of our forwards")
+    """Runs both sides and prints the table."""
+    parser = parser_of(__doc__, "dialogues", batch_size=16)
     parser.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True, help="of our rows")
-    parser.add_argument("--peer_batch_size", type=int, default=8, help="dialogues of one of the Trainer's forwards")
-    parser.add_argument("--autocast", action="store_true", help="the Trainer's weights in float32, cast to bf16")
-    options = parser.parse_args()
-    if options.batch_size % options.peer_batch_size:
-        parser.error("--batch_size must be a multiple of --peer_batch_size")
-    print(
-        f"{options.batch_size} dialogues a step, median of {options.rounds} alternating rounds, useful tokens a second"
-    )
-    print_header()
-    with tempfile.TemporaryDirectory() as folder:
-        save_start(folder)
-        for kind, target in TARGETS.items():
-            lengths = lengths_of(kind, options.batch_size * (options.rounds + 1))
-            starts = range(0, len(lengths), options.batch_size)
-            tokens = [sum(lengths[start : start + options.batch_size]) for start in starts]
-            results = measure([ours, trainers], (folder, ids_of(lengths), options), tokens)
-            print_comparison(kind, results, target)
+    compare(parser.parse_args(), "dialogues", save_start, [ours, trainers])
 
 
 if __name__ == "__main__":

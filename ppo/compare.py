@@ -5,7 +5,6 @@ has means with 95 % intervals (bootstrap over prompts); the KL of AFTER to BEFOR
 since only those estimate it rightly.
 """
 
-import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -91,7 +90,6 @@ def main(argv: list[str] | None = None) -> None:
     print(render_samples(before["rows"], after["rows"], config.num_samples))
     if config.output:
         answers = [b | {"answer_after": a["answer"]} for b, a in zip(before["rows"], after["rows"], strict=True)]
-        os.makedirs(os.path.dirname(os.path.abspath(config.output)), exist_ok=True)
         write_json(config.output, {"policies": config.policies, "table": table, "answers": answers})
         print(f"written to {config.output}")
 

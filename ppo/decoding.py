@@ -7,7 +7,7 @@ import torch
 
 from data.collate import pad
 from ppo.sampling import Sampling, sample, uniforms
-from ppo.slots import SlotCache, columns_for
+from ppo.slots import SlotCache, columns_for, slots_for
 from utils.distributed import any_rank
 from utils.tensors import position_ids
 
@@ -58,9 +58,7 @@ class _Decoder:
         self.waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
         longest = max((len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)), default=0)
         columns = columns_for(longest + room.steps_per_look)
-        num_slots = min(room.max_slots, len(prompts))
-        if room.cache_tokens:
-            num_slots = max(1, min(num_slots, room.cache_tokens // columns))
+        num_slots = slots_for(min(room.max_slots, len(prompts)), columns, room.cache_tokens)
         self.cache = SlotCache(num_slots, columns, device)
         self.fill_from = max(1, num_slots // 8)  # a forward over a single prompt costs as much as one over a few
         self.places, self.limits = (torch.tensor(x, device=device) for x in (places, limits))

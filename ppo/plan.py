@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Pretrained
 
 from ppo.config import PPOConfig
 from ppo.models import CHUNK_ELEMENTS
-from ppo.slots import columns_for
+from ppo.slots import columns_for, slots_for
 from utils.engine import DTYPES
 from utils.errors import UserError
 from utils.footprint import bucket_bytes, gathered_bytes, gradient_bytes, optimizer_bytes, weight_bytes
@@ -111,9 +111,8 @@ def plan(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
 def add_passes(add, config: PPOConfig, policy: Shapes, scalars: list[Shapes], gpus: int) -> None:
     """The rows of what passes through the models: cache, activations, logits, the buffer."""
     element, length = DTYPES[config.dtype].itemsize, config.maxlen_prompt
-    slots, columns = min(config.rollout_batch_size, -(-config.num_rollouts // gpus)), columns_for(length)
-    if config.rollout_cache_tokens:
-        slots = max(1, min(slots, config.rollout_cache_tokens // columns))
+    prompts, columns = -(-config.num_rollouts // gpus), columns_for(length)
+    slots = slots_for(min(config.rollout_batch_size, prompts), columns, config.rollout_cache_tokens)
     add("key-value cache", rollout=slots * columns * cache_bytes(policy.decoder.config, element))
     room = length - config.maxlen_res
     tokens = max(config.micro_batch_tokens, length)

@@ -14,6 +14,11 @@ def columns_for(tokens: int) -> int:
     return tokens + max(16, tokens // 8)
 
 
+def slots_for(wanted: int, columns: int, cache_tokens: int) -> int:
+    """How many of the wanted slots a cache of so many tokens (0: any number) has room for; at least 1."""
+    return max(1, min(wanted, cache_tokens // columns)) if cache_tokens else wanted
+
+
 class SlotCache(Cache):
     """Keys and values of the last tokens of `num_slots` sequences, allocated at the first forward and never copied.
 

@@ -51,7 +51,6 @@ def main(argv: list[str] | None = None) -> None:
     report = evaluation_report(models, config.data_path)
     print(render(report))
     if config.output:
-        os.makedirs(config.output, exist_ok=True)
         write_json(os.path.join(config.output, "evaluation.json"), report)
         for draw in (draw_differences, draw_calibration, draw_lengths):
             draw(models, os.path.join(config.output, f"{draw.__name__.removeprefix('draw_')}.png"))

@@ -108,7 +108,6 @@ def run(config: ScoreConfig, results: IO[str]) -> None:
         if is_main():
             print(text, file=results, flush=True)
         if is_main() and config.output:
-            os.makedirs(os.path.dirname(os.path.abspath(config.output)), exist_ok=True)
             write_json(config.output, table)
     else:
         to_file = atomic_file(config.output, "--output") if config.output and is_main() else None

@@ -1,4 +1,4 @@
-"""For all tests: the marker `gpu`, no GPU asked for where there is none, no network, inputs of tiny PPO runs."""
+"""For all tests: the marker `gpu`, no GPU asked for where none is, no network; inputs of tiny runs, a group of one."""
 
 import os
 
@@ -18,6 +18,19 @@ def inputs(tmp_path_factory):
     from tests.tiny_run import build_inputs
 
     return build_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def single_process():
+    """A process group of one. Afterwards the environment is as it was: later tests start commands of their own."""
+    from utils.engine import init_distributed, shutdown_distributed
+
+    before = dict(os.environ)
+    init_distributed()
+    yield
+    shutdown_distributed()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -88,6 +88,16 @@ def _check_kernel(asked: str | None, config: PretrainedConfig, folder: Path, fla
             )
 
 
+@contextlib.contextmanager
+def _loading(folder: Path, flag: str) -> Iterator[None]:
+    """What transformers has against a folder becomes a UserError."""
+    try:
+        with quiet_transformers():
+            yield
+    except (*DAMAGED, TypeError) as error:
+        raise UserError(f"{flag}: cannot load the model in {folder}: {reason_of(error)}") from error
+
+
 def from_folder(
     auto_class: type, folder: Path, dtype: torch.dtype, device: torch.device, attn_implementation: str | None, flag: str
 ) -> PreTrainedModel:
@@ -95,18 +105,14 @@ def from_folder(
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     if device.type == "cuda":
         options["device_map"] = {"": device}
-    try:
-        with quiet_transformers():
-            config = without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-            _check_kernel(attn_implementation, config, folder, flag)
-            model, report = auto_class.from_pretrained(
-                folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False,
-                ignore_mismatched_sizes=True, **options,
-            )  # fmt: skip
-    except UserError:
-        raise
-    except (*DAMAGED, TypeError) as error:
-        raise UserError(f"{flag}: cannot load the model in {folder}: {reason_of(error)}") from error
+    with _loading(folder, flag):
+        config = without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    _check_kernel(attn_implementation, config, folder, flag)
+    with _loading(folder, flag):
+        model, report = auto_class.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False,
+            ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
     if report["mismatched_keys"]:
         name, stored, wanted = sorted(report["mismatched_keys"])[0]
         raise UserError(

@@ -130,7 +130,8 @@ def _git_commit() -> str | None:
 
 
 def write_json(path: str, content) -> None:
-    """Writes beside and renames, so that a reader never sees half a file."""
+    """Writes beside and renames, so that a reader never sees half a file. Makes the folder where there is none."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(f"{path}.partial", "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, ensure_ascii=False)
         file.write("\n")

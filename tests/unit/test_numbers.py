@@ -1,7 +1,6 @@
 """Bad numbers make no step, in any ZeRO stage, and the next batch counts again. And signs of collapse."""
 
 import math
-import os
 from dataclasses import replace
 
 import pytest
@@ -12,18 +11,7 @@ from ppo.alarms import alarms
 from ppo.experience import score_problem
 from ppo.update import update
 from tests.parts import ppo_config, rollout_by_hand, scored, tiny_models, tiny_policy, tiny_scalar_model
-from utils.engine import TrainEngine, init_distributed, shutdown_distributed
-
-
-@pytest.fixture
-def single_process():
-    """A process group of one. Afterwards the environment is as it was: later tests start commands of their own."""
-    before = dict(os.environ)
-    init_distributed()
-    yield
-    shutdown_distributed()
-    os.environ.clear()
-    os.environ.update(before)
+from utils.engine import TrainEngine
 
 
 def weights(engine: TrainEngine) -> torch.Tensor:

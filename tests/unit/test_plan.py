@@ -1,7 +1,6 @@
 """`--plan` against what real engines hold, against sizes worked out by hand, and against real passes."""
 
 import json
-import os
 from collections.abc import Iterable
 
 import pytest
@@ -15,7 +14,7 @@ from ppo.score import score
 from tests.parts import PROMPTS, ppo_config, prompts_of, rollout_by_hand, tiny_models, token_ids
 from tests.tiny import tiny_llama, tiny_llama_config
 from train_ppo import main
-from utils.engine import DTYPES, TrainEngine, init_distributed, shutdown_distributed
+from utils.engine import DTYPES, TrainEngine
 from utils.footprint import gradient_bytes, optimizer_bytes, weight_bytes
 from utils.models import enable_checkpointing
 from utils.moments import RunningMoments
@@ -29,17 +28,6 @@ NORMS_7B = 65 * 4096
 # Embedding; in each layer four projections and three of the MLP; norms. The policy has a head of another 32000 x 4096.
 DECODER_7B = 32000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11008) + NORMS_7B
 POLICY_7B, CRITIC_7B = DECODER_7B + 32000 * 4096, DECODER_7B + 4096
-
-
-@pytest.fixture
-def single_process():
-    """A process group of one. Afterwards the environment is as it was."""
-    before = dict(os.environ)
-    init_distributed()
-    yield
-    shutdown_distributed()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The places where PPO implementations break, one test each: traps 10 to 17, from the update to the best model."""
 
 import math
-import os
 from dataclasses import replace
 
 import pytest
@@ -30,20 +29,9 @@ from tests.parts import (
     tiny_scalar_model,
     token_ids,
 )
-from utils.engine import InferenceEngine, TrainEngine, init_distributed, shutdown_distributed
+from utils.engine import InferenceEngine, TrainEngine
 from utils.errors import UserError
 from utils.moments import RunningMoments
-
-
-@pytest.fixture
-def single_process():
-    """A process group of one. Afterwards the environment is as it was: later tests start commands of their own."""
-    before = dict(os.environ)
-    init_distributed()
-    yield
-    shutdown_distributed()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def test_trap_10_micro_batches_and_ranks_give_the_same_gradient(monkeypatch):
