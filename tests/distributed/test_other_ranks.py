@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.test_two_ranks import launch
+from tests.ranks import launch
 from tests.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flags
 from train_ppo import main
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reward.model import load_scalar_model, save_scalar_model
-from tests.distributed.test_two_ranks import launch
+from tests.ranks import launch
 from tests.tiny import tiny_llama_folder, tiny_tokenizer_folder
 from tests.tiny_run import SIZES, read_metrics, run_flags
 from train_ppo import main

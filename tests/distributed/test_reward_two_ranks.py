@@ -1,17 +1,14 @@
 """`reward.train` under the deepspeed launcher: two ranks make the numbers and the weights of one process."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from reward.train import main
+from tests.ranks import launch
 from tests.tiny import SAMPLES, tiny_llama_folder
-
-ROOT = Path(__file__).parents[2]
 
 
 def flags(base: Path, out: Path, **changes) -> list[str]:
@@ -38,14 +35,6 @@ def flags(base: Path, out: Path, **changes) -> list[str]:
     return [word for name, value in (values | changes).items() for word in (f"--{name}", str(value))]
 
 
-def run(launcher: list[str], arguments: list[str]) -> None:
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    done = subprocess.run(
-        [*launcher, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def metrics_of(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -58,15 +47,15 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def single(base, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("single") / "run"
-    run([sys.executable, "-m", "reward.train"], flags(base, out, micro_batch_tokens=8192))
+    main(flags(base, out, micro_batch_tokens=8192))
     return out
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_two_ranks_equal_one(base, single, tmp_path, zero_stage):
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--no_local_rank"]
     out = tmp_path / "run"
-    run([*launcher, "--module", "reward.train"], flags(base, out, zero_stage=zero_stage))
+    done = launch(flags(base, out, zero_stage=zero_stage), "--module", "reward.train")
+    assert done.returncode == 0, done.stderr[-3000:]
     ours, theirs = metrics_of(out), metrics_of(single)
     assert len(ours) == len(theirs) == 4
     for row, expected in zip(ours, theirs, strict=True):

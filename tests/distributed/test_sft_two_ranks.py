@@ -1,15 +1,14 @@
 """`sft.train` under the deepspeed launcher: two ranks, packed, make the numbers, texts and weights of one, unpacked."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from sft.train import main
+from tests.ranks import launch
 from tests.tiny import SAMPLES, tiny_llama_folder
-from tests.tiny_run import REPOSITORY, clean_environment, read_lines, read_metrics
+from tests.tiny_run import read_lines, read_metrics
 
 
 def flags(base: Path, out: Path, **changes) -> list[str]:
@@ -26,9 +25,7 @@ def test_two_ranks_equal_one(tmp_path):
     """Under ZeRO-3 without room for whole weights, in micro-batches of which the ranks need different numbers."""
     base, one, two = tiny_llama_folder(tmp_path / "base"), tmp_path / "one", tmp_path / "two"
     main(flags(base, one, packing=False))
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--no_local_rank"]
-    argv = [*launcher, "tests/distributed/no_room.py", *flags(base, two, zero_stage=3, micro_batch_tokens=200)]
-    done = subprocess.run(argv, cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True, timeout=150)
+    done = launch(flags(base, two, zero_stage=3, micro_batch_tokens=200), "tests/distributed/no_room.py")
     assert done.returncode == 0, done.stderr[-3000:]
     ours, theirs = read_metrics(two), read_metrics(one)
     assert [set(row) for row in ours] == [set(row) for row in theirs]

@@ -2,16 +2,14 @@
 
 import json
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny_run import REPOSITORY, clean_environment, read_lines, read_metrics, run_flags
+from tests.ranks import launch
+from tests.tiny_run import read_lines, read_metrics, run_flags
 from train_ppo import main
 
 # 11 prompts in buffers of 8, 3 held out: nothing of that divides by the ranks. So few tokens a micro-batch that the
@@ -21,18 +19,6 @@ FLAGS = {
     "entropy_loss_weight": 0.1, "entropy_clip": 5, "use_ppo_pretrain_loss": True, "ppo_pretrain_loss_weight": 0.5,
     "ppo_pretrain_batch_size": 6, "missing_eos_penalty": 0.5,
 }  # fmt: skip
-
-
-def launch(flags: list[str], script: str = "train_ppo.py") -> subprocess.CompletedProcess:
-    """Runs a script on two ranks of this machine, as a user would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--no_local_rank"]
-    return subprocess.run(
-        [*launcher, "--master_port", str(port), script, *flags],
-        cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True, timeout=150,
-    )  # fmt: skip
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

@@ -10,7 +10,6 @@ import collections
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -22,6 +21,7 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - takes seconds, which every engine in a fork would pay
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -29,6 +29,7 @@ from tqdm import tqdm
 import ppo.decoding
 import ppo.score
 import utils.checkpoint
+from tests.ranks import free_port
 from tests.tiny_run import Inputs, build_inputs, read_lines, read_metrics, run_flags
 from train_ppo import main as train_ppo
 from utils.engine import TrainEngine
@@ -64,10 +65,7 @@ def nothing(rank: int) -> None:
 
 def start(run: Callable[[], None], ranks: int, log: Path, fault: Callable[[int], None] = nothing) -> list[int]:
     """Forks a process a rank, each of which calls `fault` with its rank and then `run`. Returns their ids."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
+    port, children = free_port(), []
     for rank in range(ranks):
         child = os.fork()
         if child:
