@@ -65,7 +65,7 @@ def ours(lm, prompts: list[list[int]], limits: list[int], batch: int, seed: int)
     """Tokens made."""
     config = SimpleNamespace(rollout_batch_size=batch, micro_batch_tokens=8192, rollout_cache_tokens=0)
     places = list(range(len(prompts)))
-    room = room_of(config, device())
+    room = room_of(config, lm.get_decoder(), device())
     with grouped(lm.config):
         rows = decode_all(PolicyModel(lm), prompts, places, limits, Sampling(), seed, NO_EOS, room, device())
     return sum(map(len, rows))

@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ppo.config import PPOConfig
 from ppo.decoding import Room, decode_all
-from ppo.grouped_attention import grouped
+from ppo.grouped_attention import grouped, slots_alone
 from ppo.sampling import Sampling
 from ppo.types import PromptBatch, Rollout
 from utils.engine import TrainEngine, device
@@ -27,7 +27,8 @@ def generate(
     gather = config.gather_for_generation
     together = policy.zero_stage == 3 and (gather == "never" or (gather == "auto" and not policy.fits_gathered()))
 
-    limits, place, room = [config.maxlen_res] * len(prompts.ids), device(), room_of(config, device())
+    limits, place = [config.maxlen_res] * len(prompts.ids), device()
+    room = room_of(config, policy.module.lm.get_decoder(), place)
     weights = contextlib.nullcontext(policy) if together else policy.gathered()
     with weights as decode, grouped(policy.module.lm.config):
         responses = decode_all(
@@ -36,10 +37,11 @@ def generate(
     return assemble(prompts.ids, responses, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
-def room_of(config: PPOConfig, place: torch.device) -> Room:
+def room_of(config: PPOConfig, decoder: torch.nn.Module, place: torch.device) -> Room:
     """What the flags leave to decoding. On a GPU it goes on for a few tokens before it asks which responses ended."""
     looks = 4 if place.type == "cuda" else 1
-    return Room(config.rollout_batch_size, config.micro_batch_tokens, config.rollout_cache_tokens, looks)
+    alone = slots_alone(decoder)
+    return Room(config.rollout_batch_size, config.micro_batch_tokens, config.rollout_cache_tokens, alone, looks)
 
 
 def assemble(prompts: list[list[int]], responses: list[torch.Tensor], eos_id: int, pad_id: int) -> Rollout:

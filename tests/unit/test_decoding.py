@@ -9,7 +9,7 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 
 from ppo import grouped_attention
 from ppo.decoding import Room, decode_all
-from ppo.grouped_attention import grouped
+from ppo.grouped_attention import grouped, slots_alone
 from ppo.models import PolicyModel
 from ppo.sampling import EVALUATION, Sampling, uniforms
 from ppo.slots import SlotCache
@@ -71,8 +71,18 @@ def decode(policy: PolicyModel, sampling: Sampling, seed: int, room: Room, promp
         Room(64, 1000),
         Room(8, 10, steps_per_look=3),
         Room(16, 100, cache_tokens=200),
+        Room(4, 64, slots_alone=True),
+        Room(8, 10, slots_alone=True, steps_per_look=3),
     ],
-    ids=["fewer slots than prompts", "one slot", "more slots", "a look every three steps", "a small cache"],
+    ids=[
+        "fewer slots than prompts",
+        "one slot",
+        "more slots",
+        "a look every three steps",
+        "a small cache",
+        "each slot alone",
+        "each slot alone, a look every three steps",
+    ],
 )
 def test_equals_a_plain_decode(room, sampling):
     policy = tiny_policy(max_position_embeddings=256)
@@ -164,6 +174,28 @@ def test_shared_heads_are_read_once_a_token(monkeypatch):
     monkeypatch.setattr(grouped_attention, "scaled_dot_product_attention", spy)
     decode(tiny_policy(max_position_embeddings=256), Sampling(), 0, Room(4, 64))
     assert set(seen) == {((2, 2), 2)}
+
+
+def test_a_slot_alone_reads_its_own_columns(monkeypatch):
+    """No more keys than prompt and response so far have tokens, whatever other slots hold."""
+    read, sdpa = [], grouped_attention.scaled_dot_product_attention
+
+    def spy(query, key, value, *args, **kwargs):
+        read.append(key.shape[2])
+        return sdpa(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(grouped_attention, "scaled_dot_product_attention", spy)
+    policy, room = tiny_policy(max_position_embeddings=256), Room(2, 64, slots_alone=True)
+    with grouped(policy.lm.config):
+        decode_all(policy, [[1] * 30, [1]], [0, 1], [4, 4], Sampling(), 1, token_ids(eos=-1), room, CPU)
+    assert read == [length for step in (1, 2, 3) for _ in range(2) for length in (30 + step, 1 + step)]
+
+
+def test_where_slots_are_alone():
+    """With all heads their own, on a CPU; shared heads have a product of their own, and windows need their mask."""
+    own = tiny_policy(num_key_value_heads=4)
+    assert slots_alone(own.lm.get_decoder()) and not slots_alone(tiny_policy().lm.get_decoder())
+    assert not slots_alone(mistral().get_decoder())
 
 
 def test_a_longer_prompt_beside_shorter_ones():
