@@ -241,6 +241,12 @@ def test_shapes_that_differ(folders, refused):
     assert re.search(f"{UP_PROJ} {shapes}; give folders of models of one size", refused())
 
 
+def test_a_model_of_another_architecture_has_no_diff(folders, refused):
+    command = {"command": "make_diff", "path_diff": folders / "new", "path_tuned": folders / "tuned"}
+    save_folder(folders / "tuned", without(random_weights(3, torch.float16), UP_PROJ))
+    assert re.search(f"--path_tuned lacks 1 tensors that --path_raw has: {UP_PROJ}; give", refused(**command))
+
+
 def test_mixed_dtypes(folders, refused):
     diff = random_weights(2, torch.float16)
     save_folder(folders / "diff", diff | {UP_PROJ: diff[UP_PROJ].float()})
