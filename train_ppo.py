@@ -56,7 +56,8 @@ def loop(run) -> None:
 
         # 1. Sample a response to each prompt.
         prompts = run.next_prompts()
-        rollout = generate(models.policy, prompts, sampling, config.seed, run.tokenizer, config)
+        measure = config.reuse_sampler_logprobs
+        rollout = generate(models.policy, prompts, sampling, config.seed, run.tokenizer, config, measure)
         watch.lap("rollout")
 
         # 2. What policy, reference, critic and reward model say of them.

@@ -106,6 +106,9 @@ class PPOConfig(RewardFlags, RunFlags):
     """Nucleus sampling; below 1 the ratio ignores it"""
     repetition_penalty: float = 1.0
     """Divides the logits of tokens seen before; other than 1 the ratio ignores it"""
+    reuse_sampler_logprobs: bool = False
+    """Keep the sampler's own log-probabilities as the old ones: saves the policy's scoring forward. Under --dtype bf16
+    the ratio then starts at 1 only up to the rounding of bf16, hence not the default"""
 
     lr: float = 5e-7
     """Policy learning rate"""
@@ -258,6 +261,11 @@ class PPOConfig(RewardFlags, RunFlags):
                 raise UserError(
                     f"--{switch} with --{amount} 0 would do nothing: give an amount, or leave the switch out"
                 )
+        if self.reuse_sampler_logprobs and (self.topp < 1.0 or self.repetition_penalty != 1.0):
+            raise UserError(
+                f"--reuse_sampler_logprobs with --topp {self.topp:g} --repetition_penalty {self.repetition_penalty:g}: "
+                "the sampler's log-probabilities are the policy's only at 1 and 1, give these or leave the switch out"
+            )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise UserError("--kl_in loss needs --kl_estimator k2 or k3: the gradient of k1 is not the KL's")
 

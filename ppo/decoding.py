@@ -9,6 +9,7 @@ from data.collate import pad
 from ppo.sampling import Sampling, sample, uniforms
 from ppo.slots import SlotCache, columns_for, slots_for
 from utils.distributed import any_rank
+from utils.nll import logprobs_and_entropy
 from utils.tensors import position_ids
 
 
@@ -38,12 +39,21 @@ def decode_all(
     together: every rank does the same number of forwards, until the last response of all ranks has ended.
     """
     decoder = _Decoder(decode, prompts, places, limits, sampling, seed, tokenizer, room, device)
-    while any_rank(decoder.busy, device) if together else decoder.busy:
-        for _ in range(room.steps_per_look):
-            decoder.forward()
-        decoder.look()
-    lengths = decoder.lengths.tolist()
-    return [row[:length] for row, length in zip(decoder.tokens, lengths, strict=True)]
+    decoder.run(together)
+    return decoder.of_responses(decoder.tokens)
+
+
+@torch.no_grad()
+def decode_measured(*args, together: bool = False) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """(what `decode_all` returns of the same arguments, log-probabilities of the tokens, entropies before them).
+
+    float32, at the sampling temperature, without top-p and penalty: what scoring calculates, from the decoder's logits.
+    """
+    decoder = _Decoder(*args)
+    decoder.measured = torch.empty(2, *decoder.tokens.shape, device=decoder.device)
+    decoder.run(together)
+    tokens, logprobs, entropy = map(decoder.of_responses, (decoder.tokens, *decoder.measured))
+    return tokens, logprobs, entropy
 
 
 class _Decoder:
@@ -73,11 +83,23 @@ class _Decoder:
         }
         self.slots["ended"] = torch.zeros(num_slots, dtype=torch.bool, device=device)
         self.slots["draws"] = torch.zeros(num_slots, most, dtype=torch.float64, device=device)
+        self.measured: torch.Tensor | None = None  # [log-probability and entropy, prompts, most], where asked for
 
     @property
     def busy(self) -> bool:
         """Something is left to do."""
         return bool(self.waiting or self.cache.live)
+
+    def run(self, together: bool) -> None:
+        """Until the last response, of all ranks if `together`, has ended."""
+        while any_rank(self.busy, self.device) if together else self.busy:
+            for _ in range(self.room.steps_per_look):
+                self.forward()
+            self.look()
+
+    def of_responses(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Rows of prompts, each cut to its response."""
+        return [row[:length] for row, length in zip(values, self.lengths.tolist(), strict=True)]
 
     def forward(self) -> None:
         """One forward of the model: over new prompts, over the live slots, or, with nothing left, over nothing."""
@@ -167,6 +189,9 @@ class _Decoder:
         if "seen" in slots:
             slots["seen"].scatter_(1, token[:, None], True)
         self.tokens[slots["prompt"], slots["count"]] = token
+        if self.measured is not None:
+            numbers = logprobs_and_entropy(logits, token, self.sampling.temperature, with_entropy=True)
+            self.measured[:, slots["prompt"], slots["count"]] = torch.stack(numbers)
         slots["last"].copy_(token)
         slots["count"] += ~slots["ended"]
         slots["ended"] |= (token == self.eos) | (slots["count"] >= self.limits[slots["prompt"]])

@@ -6,22 +6,25 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ppo.config import PPOConfig
-from ppo.decoding import Room, decode_all
+from ppo.decoding import Room, decode_all, decode_measured
 from ppo.grouped_attention import grouped, slots_alone
 from ppo.sampling import Sampling
-from ppo.types import PromptBatch, Rollout
+from ppo.types import MeasuredRollout, PromptBatch, Rollout
 from utils.engine import TrainEngine, device
+from utils.tensors import at_tokens
 
 
 @torch.no_grad()
 def generate(
-    policy: TrainEngine, prompts: PromptBatch, sampling: Sampling, seed: int, tokenizer, config: PPOConfig
-) -> Rollout:
+    policy: TrainEngine, prompts: PromptBatch, sampling: Sampling, seed: int, tokenizer, config: PPOConfig,
+    measure: bool = False,
+) -> Rollout:  # fmt: skip
     """Samples one response a prompt, rollout_batch_size at once; where one ends, the next prompt begins.
 
     Under ZeRO-3 the weights are gathered once when they fit (--gather_for_generation); else all ranks step
     together until the last response of all is done. Time grows with the tokens of all responses together; memory with
     the key-value cache: rollout_batch_size x 9/8 (longest prompt + maxlen_res) tokens, or --rollout_cache_tokens.
+    measure: a `MeasuredRollout`, so that `score` need not ask the policy again.
     """
     policy.module.eval()
     gather = config.gather_for_generation
@@ -31,10 +34,13 @@ def generate(
     room = room_of(config, policy.module.lm.get_decoder(), place)
     weights = contextlib.nullcontext(policy) if together else policy.gathered()
     with weights as decode, grouped(policy.module.lm.config):
-        responses = decode_all(
-            decode, prompts.ids, prompts.places, limits, sampling, seed, tokenizer, room, place, together
-        )
-    return assemble(prompts.ids, responses, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        work = (decode, prompts.ids, prompts.places, limits, sampling, seed, tokenizer, room, place)
+        if measure:
+            responses, *measured = decode_measured(*work, together=together)
+        else:
+            responses = decode_all(*work, together)
+    rollout = assemble(prompts.ids, responses, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return with_measured(rollout, *measured) if measure else rollout
 
 
 def room_of(config: PPOConfig, decoder: torch.nn.Module, place: torch.device) -> Room:
@@ -59,6 +65,12 @@ def assemble(prompts: list[list[int]], responses: list[torch.Tensor], eos_id: in
     response_mask = attention_mask & (places >= starts[:, None])
     ended = (sequences.gather(1, (lengths - 1)[:, None]).squeeze(1) == eos_id) & (lengths > starts)
     return Rollout(sequences, attention_mask, response_mask, ended)
+
+
+def with_measured(rollout: Rollout, logprobs: list[torch.Tensor], entropy: list[torch.Tensor]) -> MeasuredRollout:
+    """The rollout with these numbers of each response's tokens."""
+    columns = (at_tokens(torch.cat(x), rollout.response_mask) for x in (logprobs, entropy))
+    return MeasuredRollout(**vars(rollout), **dict(zip(("old_logprobs", "entropy"), columns, strict=True)))
 
 
 def response_ids(rollout: Rollout) -> list[list[int]]:

@@ -13,7 +13,7 @@ from data.template import Turns, decode_answer
 from ppo.config import PPOConfig
 from ppo.models import Models
 from ppo.rollout import response_ids
-from ppo.types import PromptBatch, Rollout, Scores
+from ppo.types import MeasuredRollout, PromptBatch, Rollout, Scores
 from reward.ensemble import Ensemble, score_ids
 from utils.distributed import gather_objects, world_size
 from utils.errors import UserError
@@ -30,7 +30,8 @@ def score(
     """Forwards of at most micro_batch_tokens tokens each; logits at response tokens only.
 
     Log-probabilities of policy and reference are taken at the temperature that was sampled at. Every rank does the
-    same number of forwards. Memory: one micro-batch's activations, whatever the buffer.
+    same number of forwards. Memory: one micro-batch's activations, whatever the buffer. Where the sampler has measured
+    its tokens, the policy makes no forward.
     """
     models.policy.module.eval()
     lengths = rollout.attention_mask.sum(1).tolist()
@@ -41,7 +42,10 @@ def score(
     def of_policy(part: Rollout) -> tuple[torch.Tensor, ...]:
         return models.policy(part.sequences, part.response_mask, temperature)
 
-    logprobs, entropy = by_batch(models.policy.module, of_policy)
+    if isinstance(rollout, MeasuredRollout):
+        logprobs, entropy = rollout.old_logprobs, rollout.entropy
+    else:
+        logprobs, entropy = by_batch(models.policy.module, of_policy)
     with models.reference.resident() as reference:
 
         def of_reference(part: Rollout) -> tuple[torch.Tensor]:

@@ -47,6 +47,14 @@ class Rollout(Batch):
 
 
 @dataclass(frozen=True)
+class MeasuredRollout(Rollout):
+    """With what the sampler saw of each response token: the fields of the same names in `Scores`."""
+
+    old_logprobs: torch.Tensor
+    entropy: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Scores(Batch):
     """What the four models say of a rollout: float32, [batch, length] but for the scores.
 

@@ -83,6 +83,12 @@ def test_generating_together_equals_generating_with_gathered_weights(two_ranks):
         torch.testing.assert_close(tensor, weights(gathered)[name], rtol=0, atol=1e-5)
 
 
+def test_the_samplers_own_logprobs_where_ranks_generate_together(one_process, two_ranks):
+    out = two_ranks(**TOGETHER, reuse_sampler_logprobs=True)
+    for row, expected in zip(read_metrics(out), read_metrics(one_process), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=5e-6)
+
+
 def test_a_split_head_is_called_equally_often_on_every_rank(one_process, two_ranks):
     """Logits come in pieces, and ranks have different numbers of tokens: each piece more would wait for ever."""
     out = two_ranks("tests/distributed/small_chunks.py", zero_stage=3, gradient_checkpoint=True)

@@ -1,0 +1,30 @@
+"""Flags that make a step faster leave its numbers where they were."""
+
+import pytest
+
+from tests.tiny_run import read_metrics, run_flags
+from train_ppo import main
+
+
+@pytest.fixture(scope="module")
+def run_with(inputs, tmp_path_factory):
+    """The metrics of a run with these flags, an evaluation a step included; the critic alone learns in the first."""
+
+    def run(**changes) -> list[dict]:
+        out = tmp_path_factory.mktemp("run") / "new"
+        main(run_flags(inputs, out, critic_pretrain_steps=1, **changes))
+        return read_metrics(out)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(run_with):
+    return run_with()
+
+
+def test_the_samplers_own_logprobs(run_with, plain):
+    rows = run_with(reuse_sampler_logprobs=True)
+    for row, expected in zip(rows, plain, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert rows != plain
