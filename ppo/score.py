@@ -15,7 +15,8 @@ from ppo.models import Models
 from ppo.rollout import response_ids
 from ppo.types import MeasuredRollout, PromptBatch, Rollout, Scores
 from reward.ensemble import Ensemble, score_ids
-from utils.distributed import gather_objects, world_size
+from utils.distributed import any_rank, gather_objects, world_size
+from utils.engine_state import same_weights
 from utils.errors import UserError
 from utils.tensors import before, shift_to_next
 
@@ -31,7 +32,7 @@ def score(
 
     Log-probabilities of policy and reference are taken at the temperature that was sampled at. Every rank does the
     same number of forwards. Memory: one micro-batch's activations, whatever the buffer. Where the sampler has measured
-    its tokens, the policy makes no forward.
+    its tokens, the policy makes no forward; the reference makes none while it and the policy are the same.
     """
     models.policy.module.eval()
     lengths = rollout.attention_mask.sum(1).tolist()
@@ -51,7 +52,11 @@ def score(
         def of_reference(part: Rollout) -> tuple[torch.Tensor]:
             return reference(part.sequences, part.response_mask, temperature, with_entropy=False)[:1]
 
-        (ref_logprobs,) = by_batch(reference, of_reference)
+        # Asked each time: a policy that is known not to have moved is not the same after a resume or a rollback.
+        moved = not same_weights(models.policy.module, reference)
+        ref_logprobs = logprobs
+        if any_rank(moved, logprobs.device):
+            (ref_logprobs,) = by_batch(reference, of_reference)
 
     def token_values(part: Rollout) -> tuple[torch.Tensor]:
         return (shift_to_next(models.critic(part.sequences, before(part.response_mask))),)

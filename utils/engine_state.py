@@ -110,3 +110,13 @@ def load_state(optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, 
 def num_bytes(tensors: dict[str, torch.Tensor]) -> int:
     """Bytes that these take on disk, but for a header."""
     return sum(x.numel() * x.element_size() for x in tensors.values())
+
+
+def same_weights(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two models of one make hold the same weights, this rank's shards of them under ZeRO-3, bit for bit.
+
+    False where they lie on different devices. Reads both once at most.
+    """
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    shards = ([getattr(p, "ds_tensor", p) for p in pair] for pair in pairs)
+    return all(a.device == b.device and torch.equal(a, b) for a, b in shards)

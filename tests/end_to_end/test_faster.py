@@ -2,8 +2,10 @@
 
 import pytest
 
+import ppo.score
 from tests.tiny_run import read_metrics, run_flags
 from train_ppo import main
+from utils.engine_state import same_weights
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +23,19 @@ def run_with(inputs, tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(run_with):
     return run_with()
+
+
+def test_one_pass_for_policy_and_reference(run_with, plain, monkeypatch):
+    """While they are the same: in the critic's own step, its evaluation, and the first of the policy's."""
+    asked = []
+
+    def never(policy, reference):
+        asked.append(same_weights(policy, reference))
+        return False
+
+    monkeypatch.setattr(ppo.score, "same_weights", never)
+    assert run_with() == plain
+    assert asked == [True, True, True, False, False, False]  # a step and its evaluation, three times
 
 
 def test_the_samplers_own_logprobs(run_with, plain):

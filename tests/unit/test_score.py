@@ -83,3 +83,21 @@ def test_reward_function_that_is_not_there(spec, tmp_path):
     assert load_reward_fn(f"{file}:present")([], ["x"]) == [1.0]
     with pytest.raises(UserError, match="--reward_fn"):
         load_reward_fn(spec.replace("FILE", str(file)))
+
+
+def test_reference_is_asked_as_soon_as_the_policy_has_moved():
+    models, prompts, config = tiny_models(), prompts_of(*PROMPTS), ppo_config()
+    models.reference.model.load_state_dict(models.policy.module.state_dict())
+    forwards = []
+    models.reference.model.register_forward_hook(lambda *_: forwards.append(1))
+
+    def scored():
+        return score(ROLLOUT, prompts, models, None, token_ids(), 1.0, config)
+
+    same = scored()
+    assert torch.equal(same.ref_logprobs, same.old_logprobs) and not forwards
+    with torch.no_grad():
+        models.policy.module.lm.model.norm.weight[-1] += 0.1
+    moved = scored()
+    assert not torch.equal(moved.ref_logprobs, moved.old_logprobs) and forwards
+    assert torch.equal(moved.ref_logprobs, same.ref_logprobs)
