@@ -36,6 +36,7 @@ from ppo.types import PromptBatch, Rollout
 from ppo.update import update
 from reward.ensemble import Ensemble, Frozen, Member
 from reward.model import ScalarHead, ScalarModel
+from utils.compiled import compile_layers
 from utils.engine import TrainEngine, device, init_distributed, shutdown_distributed
 from utils.models import enable_checkpointing
 from utils.moments import RunningMoments
@@ -46,16 +47,17 @@ STAGES = ("rollout", "score", "update")
 IDS = SimpleNamespace(eos_token_id=2, pad_token_id=0)  # a random model hardly ever samples EOS: 1 token in 32,000
 
 
-def random_lm(sizes: dict[str, int]) -> LlamaForCausalLM:
+def random_lm(sizes: dict[str, int], attention: str | None = None) -> LlamaForCausalLM:
     """A LLaMA of these sizes, always the same, bf16."""
     torch.manual_seed(0)
-    lm = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32000, max_position_embeddings=2048))
+    config = LlamaConfig(**sizes, vocab_size=32000, max_position_embeddings=2048, attn_implementation=attention)
+    lm = LlamaForCausalLM(config)
     return lm.to(device(), torch.bfloat16)
 
 
 def build(config: PPOConfig, sizes: dict[str, int] = SIZES) -> Models:
     """Policy, critic, reference and reward model of the same random LLaMA; 58M parameters unless told."""
-    lm = random_lm(sizes)
+    lm = random_lm(sizes, config.attn_implementation)
     if config.gradient_checkpoint:
         enable_checkpointing(lm)
 
@@ -65,6 +67,9 @@ def build(config: PPOConfig, sizes: dict[str, int] = SIZES) -> Models:
 
     reference, reward = (Frozen(m.requires_grad_(False), False) for m in (PolicyModel(copy.deepcopy(lm)), scalar()))
     critic, ensemble = TrainEngine(scalar(), config, "critic"), Ensemble([Member(reward, window=2048)])
+    if config.compile:
+        for model in (lm, critic.module, reference.model, reward.model):
+            compile_layers(model)
     return Models(TrainEngine(PolicyModel(lm), config, "policy"), critic, reference, ensemble)
 
 
@@ -89,11 +94,12 @@ def forward_flops(model: nn.Module, rollout: Rollout, with_head: bool) -> float:
     return 2 * weights * sum(lengths) + attention + head
 
 
-def settings(micro_batch_tokens: int) -> PPOConfig:
+def settings(options: argparse.Namespace) -> PPOConfig:
     """The flags of the step that is measured."""
     return PPOConfig(
         policy_model_path="-", critic_model_path="-", data_path="-", num_rollouts=SAMPLES, batch_size=SAMPLES,
-        maxlen_prompt=512, maxlen_res=RESPONSE, micro_batch_tokens=micro_batch_tokens,
+        maxlen_prompt=512, maxlen_res=RESPONSE, micro_batch_tokens=options.micro_batch_tokens,
+        compile=options.compile, attn_implementation=options.attn_implementation,
     )  # fmt: skip
 
 
@@ -125,23 +131,27 @@ def timed_step(
 
 
 def parse_options(description: str) -> argparse.Namespace:
-    """How many steps, and tokens of a forward. description: the benchmark's docstring."""
+    """How many steps, tokens of a forward, and how that is run. description: the benchmark's docstring."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--micro_batch_tokens", type=int, default=2048)
+    parser.add_argument("--compile", action="store_true", help="compile the decoder layers, in the first step")
+    parser.add_argument("--attn_implementation", help="sdpa or eager; default: transformers' own choice")
     return parser.parse_args()
 
 
 def main() -> None:
     """Runs the steps and prints the table."""
     options = parse_options(__doc__)
-    config = settings(options.micro_batch_tokens)
+    config = settings(options)
     init_distributed()
     models, prompts, moments = build(config), prompt_batch(), RunningMoments()
     seconds = {stage: [] for stage in STAGES}
     for step in range(options.steps + 1):
         rollout, taken = timed_step(models, prompts, moments, step, config)
-        if step:
+        if not step:
+            print(f"first step, not counted: {sum(taken.values()):.1f} s", flush=True)
+        else:
             for stage, times in seconds.items():
                 times.append(taken[stage])
     medians = {stage: statistics.median(times) for stage, times in seconds.items()}

@@ -110,7 +110,7 @@ def run_step(watch: Stopwatch, models: Models, step: int, config) -> Rollout:
 def main() -> None:
     """Runs the steps and prints the table."""
     options = parse_options(__doc__)
-    config = settings(options.micro_batch_tokens)
+    config = settings(options)
     init_distributed()
     models, watch, times = build(config), Stopwatch(), defaultdict(list)
     watch_models(watch, models)

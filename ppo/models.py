@@ -12,6 +12,7 @@ from data.template import template_for
 from ppo.config import PPOConfig
 from ppo.reward_models import check_same_tokenizer, load_ensemble, load_scalar, reward_readers
 from reward.ensemble import Ensemble, Frozen
+from utils.compiled import compile_layers
 from utils.engine import DTYPES, InferenceEngine, TrainEngine, device, shard_frozen
 from utils.errors import UserError
 from utils.models import check_window, enable_checkpointing, load_causal_lm
@@ -125,6 +126,10 @@ def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print
     if config.gradient_checkpoint:
         enable_checkpointing(critic_model.backbone)
     critic = TrainEngine(critic_model, config, "critic")
+    if config.compile:
+        judges = [member.model.model for member in reward.members] if reward else []
+        for model in (lm, reference.model, critic_model, *judges):
+            compile_layers(model)
     return Models(policy, critic, reference, reward)
 
 

@@ -10,6 +10,7 @@ from ppo.decoding import Room, decode_all, decode_measured
 from ppo.grouped_attention import grouped, slots_alone
 from ppo.sampling import Sampling
 from ppo.types import MeasuredRollout, PromptBatch, Rollout
+from utils.compiled import eager
 from utils.engine import TrainEngine, device
 from utils.tensors import at_tokens
 
@@ -33,7 +34,7 @@ def generate(
     limits, place = [config.maxlen_res] * len(prompts.ids), device()
     room = room_of(config, policy.module.lm.get_decoder(), place)
     weights = contextlib.nullcontext(policy) if together else policy.gathered()
-    with weights as decode, grouped(policy.module.lm.config):
+    with weights as decode, grouped(policy.module.lm.config), eager(policy.module):
         work = (decode, prompts.ids, prompts.places, limits, sampling, seed, tokenizer, room, place)
         if measure:
             responses, *measured = decode_measured(*work, together=together)

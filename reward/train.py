@@ -24,6 +24,7 @@ from reward.loss import ranking_hits, ranking_losses
 from reward.metrics import held_out_metrics, mean_best
 from reward.model import ScalarModel, load_scalar_model, save_scalar_model, set_dropout
 from utils.args import entry_point, parse_args
+from utils.compiled import compile_layers
 from utils.distributed import is_main, rank, world_size
 from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
 from utils.errors import UserError
@@ -134,6 +135,8 @@ def load(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Callable
         set_dropout(model, config.simcse_dropout)
     if config.gradient_checkpoint:
         enable_checkpointing(model.backbone)
+    if config.compile:
+        compile_layers(model.backbone)
     return model
 
 

@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 from data.collate import pad
 from data.dialogues import EncodedDialogue
 from data.template import decode_answer
+from utils.compiled import eager
 from utils.engine import TrainEngine, device
 from utils.models import quiet_transformers
 
@@ -35,7 +36,8 @@ def sample_answers(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        sequences = module.lm.generate(ids.to(device()), attention_mask=mask.to(device()), **options)
+        with eager(module):
+            sequences = module.lm.generate(ids.to(device()), attention_mask=mask.to(device()), **options)
     answers = sequences[:, ids.shape[1] :].tolist()
     return [
         {

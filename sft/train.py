@@ -21,6 +21,7 @@ from sft.model import AnswerModel, check_packing
 from sft.rows import Layout, Row
 from sft.samples import sample_answers
 from utils.args import check_range, entry_point, parse_args
+from utils.compiled import compile_layers
 from utils.distributed import is_main, rank, world_size
 from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
 from utils.errors import UserError
@@ -176,6 +177,8 @@ def train(config: SFTConfig) -> None:
         check_packing(lm)
     if config.gradient_checkpoint:
         enable_checkpointing(lm)
+    if config.compile:
+        compile_layers(lm)
     layout = Layout(config.packing, is_flash_attention_requested(lm.config), config.micro_batch_tokens)
     step = begin_folder(config, start)
     log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps, step)

@@ -48,6 +48,11 @@ def _attention_by_rows(module: nn.Module, query, key, value, attention_mask, **o
     """transformers' sdpa attention, but for a mask of integers: those are the lengths of rows that are joined."""
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return _each_row(module, query, key, value, attention_mask, **options)
+
+
+@torch.compiler.disable  # the lengths are the host's: a compiled layer would be compiled again for each set of them
+def _each_row(module: nn.Module, query, key, value, attention_mask, **options):
     parts = zip(*(x.split(attention_mask.flatten().tolist(), dim=2) for x in (query, key, value)), strict=True)
     return torch.cat([sdpa_attention_forward(module, *part, None, **options)[0] for part in parts], dim=1), None
 

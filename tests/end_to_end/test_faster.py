@@ -1,6 +1,7 @@
 """Flags that make a step faster leave its numbers where they were."""
 
 import pytest
+import torch
 
 import ppo.score
 from tests.tiny_run import read_metrics, run_flags
@@ -42,4 +43,13 @@ def test_the_samplers_own_logprobs(run_with, plain):
     rows = run_with(reuse_sampler_logprobs=True)
     for row, expected in zip(rows, plain, strict=True):
         assert row == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert rows != plain
+
+
+def test_compiled_layers(run_with, plain):
+    """In float32, with recomputation in the backward pass; all layers are one graph, however many there are."""
+    torch._dynamo.reset()
+    rows = run_with(compile=True, gradient_checkpoint=True)
+    for row, expected in zip(rows, plain, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert rows != plain
