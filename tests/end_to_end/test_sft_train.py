@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from data.dialogues import Dialogue, encode, load_dialogues
 from data.order import mixture
 from data.template import decode_answer, encode_dialogue, encode_prompt
-from sft.train import main, spread
+from sft.train import SFTConfig, load_encoded, main, spread
 from tests.tiny import SAMPLES, tiny_llama, tiny_llama_folder
 from tests.tiny_run import write_json
 from utils.tokenizer import load_tokenizer
@@ -100,6 +100,30 @@ def test_each_evaluation_answers_held_out_prompts(run):
         assert row["answer"] == decode_answer(tokenizer, answer.tolist())
         assert row["prompt"] == tokenizer.decode(prompt)
         assert row["reference"] == dialogue.turns[-1]["content"]
+
+
+def test_answers_end_where_the_window_does(base, tmp_path, monkeypatch):
+    generate, lengths = LlamaForCausalLM.generate, []
+
+    def recorded(*args, **kwargs):
+        sequences = generate(*args, **kwargs)
+        lengths.append(sequences.shape[1])
+        return sequences
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", recorded)
+    main(flags(base, tmp_path / "a", train_steps=1, context_truncate=128, maxlen_res=512))
+    main(flags(base, tmp_path / "b", train_steps=1, context_truncate=128, maxlen_res=2))
+    assert lengths[1] < lengths[0] <= 128
+
+
+def test_dialogues_are_held_out_of_every_set(base, tmp_path):
+    for name in "ab":
+        write_json(tmp_path / f"{name}.json", [["Hi", f"Hello {name} {i}."] for i in range(6)])
+    paths = [str(tmp_path / f"{name}.json") for name in "ab"]
+    config = SFTConfig(hf_model_name_or_path=str(base), data_path=paths, num_valid=2, batch_size=4)
+    sets, valid = load_encoded(config, load_tokenizer(str(base)), str)
+    assert [len(own) for own in sets] == [4, 4]
+    assert [item.source.rpartition(":")[0] for item in valid] == [paths[0]] * 2 + [paths[1]] * 2
 
 
 def test_prompts_to_answer_come_from_all_over_the_held_out_ones():
