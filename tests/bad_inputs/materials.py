@@ -211,6 +211,7 @@ BUILDERS: dict[str, Callable[[Materials, Path], Path]] = {
     "nan_head": altered("reward", weights(first_nan("score.weight"))),
     "two_labels": altered("reward", weights(lambda s: s | {"score.weight": s["score.weight"].repeat(2, 1)})),
     "head_of_another_size": altered("reward", weights(lambda s: s | {"score.weight": torch.ones(1, 8)})),
+    "infinite_judge": altered("judge", weights(lambda s: s | {"score.weight": torch.full((1, 32), 3.4e38)})),
     "text_as_center": altered("reward", config(score_center="high")),
     "list_as_labels": altered("reward", config(id2label=["a"])),
     "toxicity": altered("reward", config(id2label={"0": "toxicity"}, label2id={"toxicity": 0})),

@@ -21,11 +21,21 @@ def flags(base: Path, out: Path, **changes) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", *str(value).split())]
 
 
-def test_two_ranks_equal_one(tmp_path):
-    """Under ZeRO-3 without room for whole weights, in micro-batches of which the ranks need different numbers."""
-    base, one, two = tiny_llama_folder(tmp_path / "base"), tmp_path / "one", tmp_path / "two"
-    main(flags(base, one, packing=False))
-    done = launch(flags(base, two, zero_stage=3, micro_batch_tokens=200), "tests/distributed/no_room.py")
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> tuple[Path, Path]:
+    """(a model, the run of one process that starts from it)."""
+    folder = tmp_path_factory.mktemp("single")
+    base = tiny_llama_folder(folder / "base")
+    main(flags(base, folder / "run", packing=False))
+    return base, folder / "run"
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_two_ranks_equal_one(single, tmp_path, zero_stage):
+    """In micro-batches of which the ranks need different numbers; under ZeRO-3 without room for whole weights."""
+    (base, one), two = single, tmp_path / "two"
+    command = ["tests/distributed/no_room.py"] if zero_stage == 3 else ["--module", "sft.train"]
+    done = launch(flags(base, two, zero_stage=zero_stage, micro_batch_tokens=200), *command)
     assert done.returncode == 0, done.stderr[-3000:]
     ours, theirs = read_metrics(two), read_metrics(one)
     assert [set(row) for row in ours] == [set(row) for row in theirs]

@@ -13,13 +13,16 @@ import torch
 from PIL import Image
 from transformers import AutoModelForSequenceClassification
 
+from data.preferences import Pair, Preference
 from data.records import read_file
 from data.template import encode_dialogue
 from reward import evaluate, strength
 from reward.model import load_scalar_model, save_scalar_model
+from reward.panel import PanelConfig, score_preferences
 from reward.train import main as train
-from tests.tiny import SAMPLES, tiny_llama_folder
+from tests.tiny import SAMPLES, tiny_llama_folder, tiny_tokenizer_folder
 from tests.tiny_run import REPOSITORY, SIZES, clean_environment
+from utils.errors import UserError
 from utils.tokenizer import load_tokenizer
 
 DATA = SAMPLES / "en" / "preferences"
@@ -39,14 +42,14 @@ def models(tmp_path_factory) -> list[Path]:
     return made
 
 
-def scores_elsewhere(folder: Path, dialogues: list[list[str]]) -> list[float]:
+def scores_elsewhere(folder: Path, dialogues: list[list[str]], template: str = "moss_en") -> list[float]:
     """What transformers' own classifier says of dialogues, less the centre."""
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    tokenizer = load_tokenizer(str(folder), "moss_en")
+    tokenizer = load_tokenizer(str(folder), template)
     scores = []
     for texts in dialogues:
         turns = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
-        ids = torch.tensor([encode_dialogue(tokenizer, turns, "moss_en")[0]])
+        ids = torch.tensor([encode_dialogue(tokenizer, turns, template)[0]])
         scores.append(model(ids).logits.item() - getattr(model.config, "score_center", 0.0))
     return scores
 
@@ -96,6 +99,34 @@ def test_strength_is_the_mean_and_deviation_of_another_tools_scores(models, anno
     assert sorted(file.name for file in annotated.iterdir()) == ["strength.png", "train.jsonl", "valid.jsonl"]
 
 
+def test_strength_of_what_fits_every_model(models, tmp_path, capsys):
+    """The second model's window is too short for the first pair: that stays as it is, the others keep their numbers."""
+    small, out, data = tmp_path / "small", tmp_path / "out", tmp_path / "x.jsonl"
+    shutil.copytree(models[1], small)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 48}))
+    rows = [{"chosen": [q, "Yes."], "rejected": [q, "No, never."]} for q in ("Why? " * 40, "Really?", "Is it?")]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    strength.main(argv([models[0], small], data_path=data, output=out))
+    written = [json.loads(line) for line in (out / "x.jsonl").read_text().splitlines()]
+    assert written[0] == rows[0]
+    for side in ("chosen", "rejected"):
+        scores = [scores_elsewhere(model, [row[side] for row in rows[1:]]) for model in models[:2]]
+        for row, expected in zip(written[1:], zip(*scores, strict=True), strict=True):
+            assert row[f"{side} score list"] == pytest.approx(expected, abs=1e-5)
+    assert "mean preference difference of 2 pairs" in capsys.readouterr().out
+
+
+def test_the_histogram_in_text():
+    """-0.3 to 3.3 in twelve rows of 0.3: two means in the first, one in the fourth, fifth and last."""
+    first, second, *rows = strength.summary([-0.3, -0.1, 0.7, 1.0, 3.3], [0.0, 1.0, 2.0, 3.0, 4.0]).splitlines()
+    assert "of 5 pairs: mean 0.920" in first and first.endswith("below 0: 2 (40.0%)")
+    assert second.endswith("mean 2.000")
+    counts = [row.split()[3:] for row in rows]
+    assert counts[0] == ["2", "#" * 40] and counts[3] == counts[4] == counts[11] == ["1", "#" * 20]
+    assert [row[0] for row in counts].count("0") == 8
+
+
 def test_training_reads_what_strength_wrote(models, annotated, tmp_path, capsys):
     flags = {
         "hf_model_name_or_path": models[0], "data_path": annotated, "model_save_path": tmp_path / "out",
@@ -138,6 +169,33 @@ def test_an_evaluation_says_what_another_tools_scores_say(models, tmp_path, caps
     assert "all 2 models" in table
     evaluate.main(argv(models[:1], data_path=data, subsets=["helpful"]))
     assert "8 prompts, 8 pairs" in capsys.readouterr().out
+
+
+WHY = [
+    Preference([{"role": "user", "content": "Why?"}], answers, [Pair(0, 1)], "all", "x:1")
+    for answers in (["Yes.", "No."], ["Because.", "I do not know."])
+]
+
+
+def test_each_model_reads_with_its_own_tokenizer_and_template(models, tmp_path):
+    base = tiny_llama_folder(tmp_path / "base", 370, tokenizer=False, **SIZES)
+    tokenizer = load_tokenizer(str(tiny_tokenizer_folder(tmp_path / "tokenizer", 370)), "moss_zh")
+    model = load_scalar_model(str(base), torch.float32, torch.device("cpu"), tokenizer=tokenizer, say=str)
+    save_scalar_model(model, str(tmp_path / "zh"), tokenizer=tokenizer)
+    paths = [str(models[0]), str(tmp_path / "zh")]
+    scored = score_preferences(WHY, PanelConfig(model=paths, data_path="D", dtype="fp32"), str)
+    for path, template, found in zip(paths, ("moss_en", "moss_zh"), scored, strict=True):
+        expected = scores_elsewhere(Path(path), [["Why?", answer] for p in WHY for answer in p.answers], template)
+        assert found.scores.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_scores_that_are_not_finite_are_no_evaluation(models, tmp_path):
+    model = load_scalar_model(str(models[0]), torch.float32, torch.device("cpu"))
+    model.head.weight.data.fill_(3.4e38)
+    save_scalar_model(model, str(tmp_path / "large"), tokenizer=load_tokenizer(str(models[0])))
+    config = PanelConfig(model=[str(models[0]), str(tmp_path / "large")], data_path="D", dtype="fp32")
+    with pytest.raises(UserError, match=r"^--model: .*/large gives scores that are not finite; try --dtype fp32"):
+        score_preferences(WHY, config, str)
 
 
 def test_the_recipe_trains_and_evaluates_from_anywhere(models, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import select
 import statistics
 import subprocess
 import sys
@@ -102,11 +103,13 @@ def test_a_pipe(models, expected):
     command = [sys.executable, "-m", "reward.score", "--model", str(models[0]), "--input", "-", "--dtype", "fp32"]
     text = "".join(json.dumps(record) + "\n" for record in RECORDS)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    buffered = clean_environment() | {"PYTHONUNBUFFERED": ""}
     with subprocess.Popen(
-        [*command, "--chunk_size", str(len(RECORDS))], cwd=REPOSITORY, env=clean_environment(), **pipes
+        [*command, "--chunk_size", str(len(RECORDS))], cwd=REPOSITORY, env=buffered, **pipes
     ) as process:
         process.stdin.write(text)
         process.stdin.flush()
+        assert select.select([process.stdout], [], [], 100)[0]
         scores = [json.loads(process.stdout.readline())["score"] for _ in RECORDS]
         process.stdout.close()
         _, error = process.communicate(text * 2, timeout=150)
@@ -149,7 +152,8 @@ def test_comparison_of_two_files(models, tmp_path, capsys):
 
 def test_comparison_by_scores_that_are_there(tmp_path, capsys):
     rows = [
-        [{"prompt": q, "response": "x", "score": s} for q, s in zip(QUESTIONS, c)] for c in ([3, 2, 1], [1, 2, 3.5])
+        [{"prompt": q, "response": "x", "score": s} for q, s in zip(QUESTIONS, c)]
+        for c in ([3, 2, 1, 9], [1, 2, 3.5, 8])
     ]
     main(["--compare", *answers(tmp_path, a=rows[0], b=rows[1])])
-    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:4]] == ["1", "1", "1"]
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:4]] == ["2", "1", "1"]

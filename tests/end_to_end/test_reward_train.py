@@ -1,6 +1,7 @@
 """`python -m reward.train` on tiny models: learns, leaves what it promises, and refuses what cannot work."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -10,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from data.preferences import load_preferences
 from data.template import encode_dialogue
-from reward.train import main
+from reward.config import RewardConfig
+from reward.train import load, main
 from tests.tiny import SAMPLES, tiny_llama_folder
 from utils.tokenizer import load_tokenizer
 
@@ -56,7 +59,7 @@ def refusal(argv: list[str], capsys) -> str:
 @pytest.fixture(scope="module")
 def run(base, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "reward"
-    main(flags(base, out, train_steps=16, save_per_step=8))
+    main(flags(base, out, train_steps=16, save_per_step=8, validation_metric="loss"))
     return out
 
 
@@ -75,7 +78,14 @@ def test_the_loss_falls_below_that_of_a_coin_and_held_out_pairs_are_ranked(run):
 def test_the_learning_rate_warms_up_and_decays_to_a_tenth(run):
     rates = [row["lr"] for row in metrics_of(run)]
     assert rates[:2] == pytest.approx([5e-4, 1e-3])
+    assert rates[3] == pytest.approx(1e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * 2 / 14))))
     assert rates[-1] == pytest.approx(1e-4)
+
+
+def test_best_is_the_evaluation_with_the_lowest_loss(run):
+    first, last = (row["eval_loss"] for row in metrics_of(run) if "eval_loss" in row)
+    best, final = (load_file(run / name / "model.safetensors") for name in ("best", "final"))
+    assert all(torch.equal(tensor, final[name]) for name, tensor in best.items()) == (last < first)
 
 
 @pytest.mark.parametrize("folder", ["best", "final"])
@@ -139,16 +149,30 @@ def test_everything_of_part_two_at_once(base, tmp_path, capsys):
         assert row["simcse_loss"] > 0
     assert {"eval_accuracy_helpful", "eval_accuracy_other", "eval_score_center"} <= set(metrics[-1])
     assert metrics[-1]["eval_loss"] != pytest.approx(metrics[-1]["loss"], rel=1e-3)  # no margin, no smoothing
-    tokenizer = load_tokenizer(str(out / "final"))
     other = AutoModelForSequenceClassification.from_pretrained(out / "final")
     assert other.config.score_center == pytest.approx(metrics[-1]["eval_score_center"])
     assert other.config.attention_dropout == 0.0
+    mean = mean_score_elsewhere(out / "final", [["Name a tree.", "An oak."], ["Why?", "Because."]])
+    assert mean == pytest.approx(other.config.score_center, abs=1e-5)
+
+
+def mean_score_elsewhere(folder: Path, dialogues: list[list[str]]) -> float:
+    """Of transformers' own classifier, which knows no score_center."""
+    tokenizer, model = load_tokenizer(str(folder)), AutoModelForSequenceClassification.from_pretrained(folder)
     scores = []
-    for question, answer in (("Name a tree.", "An oak."), ("Why?", "Because.")):
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    for texts in dialogues:
+        turns = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
         ids, _ = encode_dialogue(tokenizer, turns, "moss_en")
-        scores.append(other(torch.tensor([ids])).logits.item())
-    assert sum(scores) / 2 == pytest.approx(other.config.score_center, abs=1e-5)
+        scores.append(model(torch.tensor([ids])).logits.item())
+    return sum(scores) / len(scores)
+
+
+def test_dropout_is_there_for_the_contrastive_term_alone(base):
+    paths = {"hf_model_name_or_path": str(base), "data_path": "D", "model_save_path": "O", "context_truncate": 256}
+    for coef, share in ((0.0, 0.0), (0.5, 0.2)):
+        config = RewardConfig(**paths, simcse_coef=coef, simcse_dropout=0.2)
+        modules = load(config, load_tokenizer(str(base)), str).modules()
+        assert {m.attention_dropout for m in modules if hasattr(m, "attention_dropout")} == {share}
 
 
 def test_centring_on_the_held_out_answers_leaves_their_mean_at_zero(base, tmp_path):
@@ -156,6 +180,8 @@ def test_centring_on_the_held_out_answers_leaves_their_mean_at_zero(base, tmp_pa
     main(flags(tmp_path / "a" / "final", tmp_path / "b", train_steps=2, center_scores=True, lr=1e-12))
     first, second = (metrics_of(tmp_path / name)[-1]["eval_score_center"] for name in "ab")
     assert abs(first) > 1e-2
+    chosen = [[p.history[0]["content"], p.answers[0]] for p in load_preferences(str(DATA), 0, 0, str)[1]]
+    assert mean_score_elsewhere(tmp_path / "a" / "final", chosen) == pytest.approx(first, abs=1e-5)
     assert second == pytest.approx(0.0, abs=1e-5)
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from data.dialogues import Dialogue, encode, load_dialogues
 from data.order import mixture
 from data.template import decode_answer, encode_dialogue, encode_prompt
-from sft.train import main, spread
+from sft.train import SFTConfig, load_encoded, main, spread
 from tests.tiny import SAMPLES, tiny_llama, tiny_llama_folder
 from tests.tiny_run import write_json
 from utils.tokenizer import load_tokenizer
@@ -62,9 +62,14 @@ def test_the_loss_starts_at_the_logarithm_of_the_vocabulary_and_falls(run):
     assert set(metrics[3]) == expected | {"eval_loss", "eval_perplexity", "eval_token_accuracy"}
 
 
-def test_held_out_accuracy_and_perplexity_are_those_of_the_saved_model(run):
-    """Over the final weights: transformers' logits, an argmax at every answer token."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(run / "final"), load_tokenizer(str(run / "final"))
+def test_the_learning_rate_follows_a_cosine_to_a_tenth(run):
+    rates = [row["lr"] for row in metrics_of(run)]
+    assert rates == pytest.approx([3e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * k / 11))) for k in range(12)])
+
+
+def held_out_of(folder: Path) -> tuple[int, float, int]:
+    """(hits, negative log-likelihood, answer tokens) of a saved model: transformers' logits at every answer token."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(str(folder))
     hits, nll, count = 0, 0.0, 0
     for dialogue in load_dialogues(str(DATA), 0, 0, say=str)[1]:
         ids, mask = encode_dialogue(tokenizer, dialogue.turns, "moss_en")
@@ -74,6 +79,11 @@ def test_held_out_accuracy_and_perplexity_are_those_of_the_saved_model(run):
         hits += int((logprobs.argmax(-1) == targets).sum())
         nll -= logprobs.gather(1, targets[:, None]).sum().item()
         count += len(targets)
+    return hits, nll, count
+
+
+def test_held_out_accuracy_and_perplexity_are_those_of_the_saved_model(run):
+    hits, nll, count = held_out_of(run / "final")
     last = metrics_of(run)[-1]
     assert last["eval_token_accuracy"] == pytest.approx(hits / count, abs=1e-6)
     assert 0 < hits < count
@@ -90,6 +100,30 @@ def test_each_evaluation_answers_held_out_prompts(run):
         assert row["answer"] == decode_answer(tokenizer, answer.tolist())
         assert row["prompt"] == tokenizer.decode(prompt)
         assert row["reference"] == dialogue.turns[-1]["content"]
+
+
+def test_answers_end_where_the_window_does(base, tmp_path, monkeypatch):
+    generate, lengths = LlamaForCausalLM.generate, []
+
+    def recorded(*args, **kwargs):
+        sequences = generate(*args, **kwargs)
+        lengths.append(sequences.shape[1])
+        return sequences
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", recorded)
+    main(flags(base, tmp_path / "a", train_steps=1, context_truncate=128, maxlen_res=512))
+    main(flags(base, tmp_path / "b", train_steps=1, context_truncate=128, maxlen_res=2))
+    assert lengths[1] < lengths[0] <= 128
+
+
+def test_dialogues_are_held_out_of_every_set(base, tmp_path):
+    for name in "ab":
+        write_json(tmp_path / f"{name}.json", [["Hi", f"Hello {name} {i}."] for i in range(6)])
+    paths = [str(tmp_path / f"{name}.json") for name in "ab"]
+    config = SFTConfig(hf_model_name_or_path=str(base), data_path=paths, num_valid=2, batch_size=4)
+    sets, valid = load_encoded(config, load_tokenizer(str(base)), str)
+    assert [len(own) for own in sets] == [4, 4]
+    assert [item.source.rpartition(":")[0] for item in valid] == [paths[0]] * 2 + [paths[1]] * 2
 
 
 def test_prompts_to_answer_come_from_all_over_the_held_out_ones():
@@ -124,6 +158,15 @@ def test_best_is_the_evaluation_with_the_lowest_loss(run):
     best, final = (AutoModelForCausalLM.from_pretrained(run / name).lm_head.weight for name in ("best", "final"))
     assert torch.equal(best, final)
     assert not torch.allclose(final, tiny_llama().lm_head.weight)
+
+
+def test_best_is_not_the_last_evaluation_when_that_is_worse(base, tmp_path):
+    out = tmp_path / "out"
+    main(flags(base, out, lr=0.3, lr_schedule="constant", train_steps=2, save_per_step=1))  # diverges
+    losses = [row["eval_loss"] for row in metrics_of(out)]
+    assert losses[-1] > min(losses)
+    _, nll, count = held_out_of(out / "best")
+    assert nll / count == pytest.approx(min(losses), rel=1e-4)
 
 
 def test_the_first_loss_is_the_models_own_cross_entropy_of_the_answers(base, tmp_path):

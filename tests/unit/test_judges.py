@@ -4,7 +4,9 @@ import pytest
 
 import reward.judges
 from reward.ensemble import Encoding, Frozen, Member
-from reward.judges import score_chunk
+from reward.judges import load_judges, score_chunk
+from reward.model import save_scalar_model
+from reward.score import ScoreConfig
 from tests.parts import tiny_scalar_model
 from tests.tiny import VOCAB, tiny_tokenizer_folder
 from utils.tokenizer import load_tokenizer
@@ -40,3 +42,14 @@ def test_ranks_share_a_chunk(members, monkeypatch, count):
     monkeypatch.setattr(reward.judges, "gather_objects", lambda rows: shares)
     found = score_chunk(members, texts, 100)
     assert found == [(pytest.approx(scores, abs=1e-5), cut) for scores, cut in expected]
+
+
+def test_each_reads_with_its_own_tokenizer_and_template(tmp_path):
+    paths = []
+    for template, vocab in (("moss_en", VOCAB), ("moss_zh", 370)):
+        tokenizer = load_tokenizer(str(tiny_tokenizer_folder(tmp_path / f"{vocab}_tokenizer", vocab)), template)
+        paths.append(str(tmp_path / template))
+        save_scalar_model(tiny_scalar_model(len(tokenizer)), paths[-1], tokenizer=tokenizer)
+    judges = load_judges(ScoreConfig(model=paths, input="-", dtype="fp32"), str)
+    found = [(len(j.encoding.tokenizer), j.encoding.template, j.encoding.window, j.window) for j in judges]
+    assert found == [(VOCAB, "moss_en", 512, 512), (372, "moss_zh", 512, 512)]

@@ -44,13 +44,13 @@ def test_forms_of_a_pair(tmp_path, record):
 
 
 def test_strength_in_both_spellings_and_from_score_lists(tmp_path):
-    history = "\n\nHuman: Hi\n\nAssistant: Hello\nyou\n\nHuman: Bye"
+    history = "\n\nHuman: Hi\n\nAssistant: Hello\nHuman: you\n\nHuman: Bye"
     pair = {"chosen": history + "\n\nAssistant: Ciao", "rejected": history + "\n\nAssistant: Go"}
     lists = {"chosen score list": [1, 2.5], "rejected_score_list": [2, 4]}
     numbers = [{"mean preference difference": -0.5}, {"mean_preference_difference": 2}, lists]
     train, _ = load(tmp_path, *[pair | number for number in numbers])
     assert [preference.pairs[0].strength for preference in train] == [-0.5, 2.0, -1.25]  # (1 - 2 + 2.5 - 4) / 2
-    assert [turn["content"] for turn in train[0].history] == ["Hi", "Hello\nyou", "Bye"]
+    assert [turn["content"] for turn in train[0].history] == ["Hi", "Hello\nHuman: you", "Bye"]
 
 
 def test_a_margin_is_the_strength_unless_a_column_is_named(tmp_path):

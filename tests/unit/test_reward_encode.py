@@ -1,11 +1,14 @@
 """reward/encode.py and reward/batches.py: comparable ends of cut pairs, rows and weights of pairs, what is refused."""
 
+import json
+
 import pytest
 import torch
 
 from data.preferences import Pair, Preference
 from reward.batches import Comparison, pair_index
-from reward.encode import encode_all, encode_preference
+from reward.config import RewardConfig
+from reward.encode import encode_all, encode_preference, load_comparisons
 from tests.tiny import tiny_tokenizer_folder
 from utils.tokenizer import load_tokenizer
 
@@ -62,6 +65,18 @@ def test_what_does_not_fit_and_subsets_that_are_gone_are_named(tokenizer):
         "preferences: 1 dropped: the last exchange alone exceeds --context_truncate; first at file.json:1",
         "preferences: nothing is left of the subset 'x'",
     ]
+
+
+def test_held_out_labels_stay_as_people_gave_them(tokenizer, tmp_path):
+    records = [{"prompt": "Hi", "chosen": "a", "rejected": "b", "mean preference difference": x} for x in (2, -1)]
+    for name in ("train.json", "valid.json"):
+        (tmp_path / name).write_text(json.dumps(records * 2))
+    paths = {"hf_model_name_or_path": "M", "data_path": str(tmp_path), "model_save_path": "O"}
+    config = RewardConfig(**paths, batch_size=4, flip_negative=True, use_margin=True)
+    train, valid = load_comparisons(config, tokenizer, str)
+    assert [item.pairs for item in train] == [[(0, 1)], [(1, 0)]] * 2
+    assert [item.margins for item in train] == [[2.0], [1.0]] * 2
+    assert [item.pairs for item in valid] == [[(0, 1)]] * 4
 
 
 def comparison(*pairs: tuple[int, int], answers: int = 2) -> Comparison:

@@ -7,6 +7,7 @@ import torch
 
 from reward.batches import Comparison
 from reward.metrics import (
+    LARGER_IS_BETTER,
     Scored,
     accuracy,
     accuracy_interval,
@@ -18,6 +19,8 @@ from reward.metrics import (
     length_preference,
     mean_best,
 )
+from reward.plots import draw_calibration, draw_differences, draw_lengths
+from reward.report import evaluation_report, model_report, render
 
 
 def item(lengths: tuple[int, ...] = (3, 3), pairs=((0, 1),), subset: str = "all") -> Comparison:
@@ -41,7 +44,8 @@ def test_ties_count_half_and_every_prompt_counts_once():
     scored = Scored([item(), ranked], torch.tensor([2.0, 1.0, 3.0, 3.0, 5.0]))
     # The pair is right. Of the ranked three: a tie, wrong, wrong. Mean of 1 and (1/2 + 0 + 0) / 3.
     assert accuracy(scored) == pytest.approx((1 + 1 / 6) / 2)
-    assert mean_best(scored) == pytest.approx((2 + 3) / 2)
+    turned = Scored([item(pairs=((1, 0),)), ranked], scored.scores)
+    assert (mean_best(scored), mean_best(turned)) == pytest.approx(((2 + 3) / 2, (1 + 3) / 2))
 
 
 def test_an_interval_counts_prompts_and_not_pairs():
@@ -104,6 +108,15 @@ def test_length_bias_is_the_size_of_the_correlation():
     assert metrics["length_bias"] == pytest.approx(1.0)
 
 
+def test_which_way_is_better():
+    """One model ranks all pairs right and does not care for length; one gives the longer answer 9 more."""
+    items = [item((4, 2)), item((2, 4), subset="other")]
+    good, bad = (held_out_metrics(Scored(items, torch.tensor(x))) for x in ([9.0, 0, 9, 0], [9.0, 0, 0, 9]))
+    assert good.keys() >= LARGER_IS_BETTER.keys()
+    assert {name: good[name] > bad[name] for name in LARGER_IS_BETTER} == LARGER_IS_BETTER
+    assert all(good[name] != bad[name] for name in LARGER_IS_BETTER)
+
+
 def test_agreement_of_three_models():
     """Pair 1: all prefer the better answer. Pair 2: one against two. Pair 3: one sees a tie."""
     models = [pairs(1.0, 1.0, 1.0), pairs(2.0, 2.0, 0.0), pairs(3.0, -6.0, 2.0)]
@@ -113,3 +126,41 @@ def test_agreement_of_three_models():
     deviations = [math.sqrt(2 / 3), math.sqrt((2**2 + 3**2 + 5**2) / 3), math.sqrt(2 / 3)]  # around 2, -1, 1
     assert found["strength_std"] == pytest.approx(sum(deviations) / 3, rel=1e-6)
     assert found["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_the_report_of_a_model_and_of_two():
+    """Differences 0, 1, 2, 3 and -4; in the last one the longer answer is better and the shorter preferred."""
+    scored = pairs(0.0, 1.0, 2.0, 3.0, subsets="aabb")
+    scored = Scored([*scored.items, item((4, 2), subset="b")], torch.cat([scored.scores, torch.tensor([1.0, 5.0])]))
+    report = model_report(scored)
+    assert report["score_difference_quantiles"] == pytest.approx(
+        {"0.05": -3.2, "0.25": 0.0, "0.5": 1.0, "0.75": 2.0, "0.95": 2.8}
+    )
+    assert report["score_difference_std"] == pytest.approx(math.sqrt(30 / 5 - 0.4**2))
+    assert report["longer_is_better"] == pytest.approx((4 * 0.5 + 1) / 5)
+    assert report["longer_is_preferred"] == pytest.approx(4 * 0.5 / 5)
+    assert report["subsets"]["a"] == {
+        "prompts": 2,
+        "accuracy": 0.75,
+        "accuracy_interval": accuracy_interval(pairs(0, 1)),
+    }
+    assert sum(b["count"] for b in report["calibration"]) == pytest.approx(5)
+    both = evaluation_report({"one": scored, "two": scored}, "x.jsonl")
+    assert (both["prompts"], both["pairs"], both["ensemble"]["unanimous"]) == (5, 5, 1.0)
+    assert both["ensemble"]["accuracy_interval"] == pytest.approx(accuracy_interval(scored))
+    low, high = accuracy_interval(pairs(0.0, 1.0))
+    assert f"    a                 0.750 [{low:.3f}, {high:.3f}]  of 2\n" in render(both)
+
+
+def test_what_is_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file: drawn.append(figure.axes[0]))
+    scored = Scored([item((4, 2)), item((3, 5))], torch.tensor([2.0, 1.0, 3.0, 6.0]))
+    for draw in (draw_differences, draw_calibration, draw_lengths):
+        draw({"a model": scored}, "x.png")
+    differences, calibrations, lengths = drawn
+    outline = differences.patches[0].get_xy()
+    assert (outline[:, 0].min(), outline[:, 0].max()) == pytest.approx((-3.0, 1.0))
+    bins = calibration(scored)
+    assert calibrations.lines[1].get_xydata().tolist() == [[b.predicted, b.observed] for b in bins]
+    assert lengths.collections[0].get_offsets().tolist() == [[4, 2], [2, 1], [3, 3], [5, 6]]

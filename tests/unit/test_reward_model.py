@@ -169,7 +169,11 @@ def test_values_are_zero_at_padding_and_do_not_depend_on_it(plain):
 def test_bf16_weights_stay_bf16_and_scores_are_float32(plain):
     model = load_scalar_model(str(plain), torch.bfloat16, CPU, say=str)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert model(*right_padded()).dtype == torch.float32
+    ids = right_padded()[0][:1, :5]
+    scores = model(ids, torch.ones_like(ids))
+    assert scores.dtype == torch.float32
+    states = model.backbone(input_ids=ids).last_hidden_state.double()
+    torch.testing.assert_close(scores[0].double(), states[0] @ model.head.weight[0].double(), rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_of_the_config_is_off(tmp_path):

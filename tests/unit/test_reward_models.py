@@ -7,11 +7,12 @@ from transformers import PreTrainedTokenizerFast
 
 import ppo.score
 from data.template import encode_dialogue
-from ppo.reward_models import check_same_tokenizer, reward_readers
+from ppo.reward_models import check_same_tokenizer, load_ensemble, reward_readers
 from ppo.rollout import assemble
 from ppo.score import closed_ids, reward_scores
 from ppo.types import PromptBatch
 from reward.ensemble import Encoding, Ensemble, Frozen, Member
+from reward.model import load_scalar_model, save_scalar_model
 from tests.parts import PROMPTS, RESPONSES, ppo_config, rollout_by_hand, tiny_scalar_model
 from tests.tiny import VOCAB, tiny_llama_folder, tiny_tokenizer_folder
 from utils.errors import UserError
@@ -146,6 +147,26 @@ def test_who_reads_the_policys_ids(tmp_path, folder, ours, other):
     assert read_by(same, ours, reward_template="moss_zh") == (VOCAB + 2, "moss_zh")
     assert read_by(chinese, ours) == (VOCAB + 2, "moss_zh")  # the template that its tokenizer was saved with
     assert read_by(chinese, ours, reward_template="moss_en") is None  # two tags more change no id
+    larger = load_tokenizer(str(folder / "ours"), "moss_en")
+    larger.add_tokens(["qqq"])  # in no text that is tried, but it could be sampled
+    assert read_by(same, larger) == (VOCAB, "moss_en")
+
+
+def test_each_is_loaded_with_its_tokenizer_and_window(tmp_path, ours, other):
+    paths = []
+    for name, tokenizer, vocab, window in (("same", ours, VOCAB, 512), ("another", other, OTHER_VOCAB, 48)):
+        base = tiny_llama_folder(tmp_path / f"{name}_base", vocab, tokenizer=False, max_position_embeddings=window)
+        model = load_scalar_model(str(base), torch.float32, torch.device("cpu"), say=str)
+        paths.append(str(tmp_path / name))
+        save_scalar_model(model, paths[-1], tokenizer=tokenizer)
+    flags = {"reward_model_path": paths, "reward_ensemble": "mean_minus_std", "ensemble_std_coef": 0.5}
+    config = ppo_config(**flags)
+    ensemble = load_ensemble(config, reward_readers(config, ours, str), ours, VOCAB, lambda m: Frozen(m, False), str)
+    direct, detour = ensemble.members
+    assert (direct.encoding, direct.window) == (None, 512)
+    assert (detour.encoding.window, detour.encoding.template) == (48, "moss_en")
+    assert len(detour.encoding.tokenizer) == OTHER_VOCAB
+    assert (ensemble.rule, ensemble.std_coef) == ("mean_minus_std", 0.5)
 
 
 def byte_level(eos: str) -> PreTrainedTokenizerFast:

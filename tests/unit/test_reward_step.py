@@ -9,15 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data.collate import pad
 from data.shares import rank_plan
-from reward.answers import held_out, read_answers
+from reward.answers import best_answers, held_out, read_answers
 from reward.batches import Comparison
 from reward.config import RewardConfig
 from reward.contrast import contrast_sum, pair_features, with_pulls
 from reward.loss import simcse_losses
 from reward.model import last_scores, set_dropout
 from reward.train import comparison_counts, comparison_sums
-from tests.parts import tiny_scalar_model
+from tests.parts import VOCAB_SIZE, tiny_scalar_model
 from utils.engine import InferenceEngine
 
 ENGINE = InferenceEngine(tiny_scalar_model())
@@ -66,6 +67,27 @@ def test_every_answer_goes_through_the_model_once():
     assert rows == [2 + 3 + 2]
 
 
+def test_the_language_model_loss_is_on_the_best_answers_tokens():
+    items = comparisons()
+    _, mask = pad([answer for item in items for answer in item.answers], 0)
+    learnt = torch.zeros(7, 5)
+    learnt[0, 2:5] = learnt[4, 2:4] = learnt[6, 2:4] = 1  # the first of the pair, the last of the list, the second
+    assert torch.equal(best_answers(items, mask), learnt.bool())
+    assert comparison_counts(items, config(reward_lm_loss_factor=1.0))["lm_loss"] == 3 + 2 + 2
+
+
+def with_lm_head() -> InferenceEngine:
+    model = copy.deepcopy(ENGINE.module)
+    model.lm_head = torch.nn.Linear(32, VOCAB_SIZE, bias=False)
+    return InferenceEngine(model)
+
+
+def test_the_second_views_tokens_are_not_learnt_again():
+    engine, items = with_lm_head(), comparisons()
+    once, twice = (read_answers(engine, items, True, seed).nll for seed in (None, 1))
+    torch.testing.assert_close(twice, once)
+
+
 @pytest.mark.parametrize("max_tokens", [1000, 16, 1])
 def test_held_out_scores_do_not_depend_on_the_batches(max_tokens):
     items = comparisons()
@@ -74,6 +96,22 @@ def test_held_out_scores_do_not_depend_on_the_batches(max_tokens):
     expected = torch.stack([score(ids) for item in items for ids in item.answers])
     torch.testing.assert_close(scored.scores, expected)
     assert nll == 0.0
+
+
+def test_a_forward_without_weight_leaves_no_trace():
+    """A rank repeats an item to keep another company, which gives the score itself."""
+    items, model = comparisons(), with_lm_head()
+    alone, nll = held_out(model, items, lambda _: [([1, 2], 1.0)], with_lm=True)
+    kept, nll_kept = held_out(model, items, lambda _: [([1, 2], 1.0), ([0], 0.0)], with_lm=True)
+    assert torch.equal(kept.scores, alone.scores) and nll_kept == nll > 0
+    assert kept.scores[:2].tolist() == [0, 0] and kept.scores[2:].all()
+    engine = trained_part(0.3)
+    pulled = (
+        with_pulls(engine, items, lambda _, parts=parts: parts, length, 1.0, random.Random(0))
+        for parts in ([([1, 2], 1.0)], [([1, 2], 1.0), ([0], 0.0)])
+    )
+    for one, other in zip(*pulled, strict=True):
+        assert torch.equal(one.pull.losses, other.pull.losses)
 
 
 def trained_part(dropout: float) -> InferenceEngine:

@@ -54,12 +54,12 @@ def test_chunks_give_the_loss_and_gradient_of_a_plain_cross_entropy(chunk):
 
 
 def test_hits_are_the_tokens_that_were_the_likeliest():
-    # Logits are the states themselves: the first two rows favour piece 1 and piece 0; the tokens are 1 and 1.
-    hidden = torch.tensor([[[0.0, 2.0], [3.0, 1.0], [9.0, 9.0]]])
-    mask = torch.tensor([[False, True, True]])
-    nll, hits = nll_and_hits(hidden, torch.tensor([[0, 1, 1]]), mask, nn.Identity(), chunk=1)
-    assert hits.item() == 1
-    assert nll.item() == pytest.approx(math.log(1 + math.exp(-2)) + math.log(1 + math.exp(2)), rel=1e-6)
+    # Logits are the states themselves: the first three rows favour pieces 1, 0 and 1; the tokens are 1, 1 and 1.
+    hidden = torch.tensor([[[0.0, 2.0], [3.0, 1.0], [0.0, 2.0], [9.0, 9.0]]])
+    mask = torch.tensor([[False, True, True, True]])
+    nll, hits = nll_and_hits(hidden, torch.tensor([[0, 1, 1, 1]]), mask, nn.Identity(), chunk=1)
+    assert hits.item() == 2
+    assert nll.item() == pytest.approx(2 * math.log(1 + math.exp(-2)) + math.log(1 + math.exp(2)), rel=1e-6)
 
 
 def test_micro_batches_with_the_global_denominator_add_up():
@@ -73,6 +73,19 @@ def test_micro_batches_with_the_global_denominator_add_up():
 def test_no_answer_tokens_cost_nothing():
     hidden, sequences, mask, head = case()
     assert sum_nll(hidden, sequences, torch.zeros_like(mask), head).item() == 0.0
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_a_head_that_ranks_share_is_called_equally_often(tokens):
+    """Under ZeRO-3 a call more would wait for ever: 2500 tokens at most are three chunks, however many there are."""
+    hidden, sequences, _, head = case(batch=1, length=8)
+    mask = (torch.arange(8) >= 8 - tokens)[None]
+    calls = []
+    head.register_forward_hook(lambda *_: calls.append(1))
+    alone = answer_loss(hidden, sequences, mask, head)
+    assert len(calls) == 1
+    torch.testing.assert_close(answer_loss(hidden, sequences, mask, head, even_tokens=2500), alone)
+    assert len(calls) == 1 + 3
 
 
 def test_bf16_states_give_a_float32_loss():

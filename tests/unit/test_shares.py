@@ -22,6 +22,11 @@ def test_a_rank_with_nothing_to_do_repeats_the_shortest_item_without_weight():
     assert [rank_plan([4, 2], 10, 3, rank) for rank in range(3)] == [[([0], 1.0)], [([1], 1.0)], [([1], 0.0)]]
 
 
+def test_ranks_get_equally_many_tokens():
+    plans = [rank_plan([9, 1, 8, 2], 100, 2, rank) for rank in range(2)]
+    assert [sorted(i for part, _ in plan for i in part) for plan in plans] == [[0, 1], [2, 3]]
+
+
 def test_one_length_gives_batch_size_pairs():
     assert all(len(batch) == 8 for batch in islice(dynamic_batches([10] * 50, 8, seed=0), 20))
 

@@ -4,8 +4,9 @@ import random
 
 import pytest
 from sentencepiece import SentencePieceProcessor
+from tokenizers.processors import TemplateProcessing
 
-from data.template import decode_answer, encode_dialogue, encode_prompt, template_for
+from data.template import decode_answer, encode_dialogue, encode_prompt, encode_text, template_for
 from utils.errors import UserError
 from utils.tokenizer import load_tokenizer
 
@@ -140,6 +141,17 @@ def test_chat_is_the_tokenizers_own_template(chat_folder):
     assert trained == "Hello<|im_end|>See you<|im_end|>"
 
 
+def test_a_chat_template_brings_the_bos_itself(chat_folder):
+    """Some tokenizers put a BOS in front of whatever they encode, and their template writes one too: one is enough."""
+    tokenizer, turns = load_tokenizer(str(chat_folder), "chat"), turns_of("Hi", "Hello", "Bye", "See you")
+    expected, tag = encode_dialogue(tokenizer, turns, "chat"), "<|im_start|>"
+    assert expected[0].count(tokenizer.convert_tokens_to_ids(tag)) == 4
+    special = [(tag, tokenizer.convert_tokens_to_ids(tag))]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{tag} $A", special_tokens=special)
+    assert tokenizer.encode("Hi")[0] == special[0][1]
+    assert encode_dialogue(tokenizer, turns, "chat") == expected
+
+
 def test_chat_template_that_rewrites_history_or_refuses(chat_folder):
     tokenizer = load_tokenizer(str(chat_folder), "chat")
     tokenizer.chat_template = (
@@ -152,6 +164,13 @@ def test_chat_template_that_rewrites_history_or_refuses(chat_folder):
     assert trained == "See you<|im_end|>"  # the first answer is not in the prompt as it was given
     with pytest.raises(UserError, match=r"--template chat.*no system role"):
         encode_prompt(tokenizer, [{"role": "system", "content": "x"}, *turns_of("Hi")], "chat")
+
+
+def test_a_text_that_is_no_dialogue_stands_between_bos_and_eos(llama_model, chat_folder):
+    sp, tokenizer = SentencePieceProcessor(str(llama_model)), load_tokenizer(str(llama_model))
+    assert encode_text(tokenizer, "Hi  there </s>") == [1, *sp.encode("Hi  there </s>"), 2]
+    chat = load_tokenizer(str(chat_folder))  # has no BOS
+    assert encode_text(chat, "Hi") == [*chat.encode("Hi"), chat.eos_token_id]
 
 
 def test_decode_answer_drops_special_and_unknown_ids(tiny_model):
