@@ -119,7 +119,7 @@ def timed_step(
 ) -> tuple[Rollout, dict[str, float]]:
     """One step of PPO on this rank's prompts: (what all ranks have sampled, seconds of each stage)."""
     marks = [time.perf_counter()]
-    rollout = generate(models.policy, prompts, Sampling(), step, IDS, config)
+    rollout = generate(models.policy, prompts, Sampling(), step, IDS, config, config.reuse_sampler_logprobs)
     marks.append(time.perf_counter())
     scores = score(rollout, prompts, models, None, IDS, 1.0, config)
     marks.append(time.perf_counter())

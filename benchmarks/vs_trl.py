@@ -51,7 +51,7 @@ def ours(connection, options: argparse.Namespace, model: str) -> None:
     config = PPOConfig(
         policy_model_path="-", critic_model_path="-", data_path="-", num_rollouts=SAMPLES, batch_size=SAMPLES,
         maxlen_prompt=512, maxlen_res=RESPONSE, micro_batch_tokens=2048,
-        gradient_checkpoint=options.gradient_checkpoint,
+        gradient_checkpoint=options.gradient_checkpoint, reuse_sampler_logprobs=options.reuse_sampler_logprobs,
     )  # fmt: skip
     init_distributed()
     models, prompts, moments, steps = build(config), prompt_batch(), RunningMoments(), []
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="counted steps of each side")
     parser.add_argument("--threads", type=int, default=2, help="of each side; one works while the other waits")
     parser.add_argument("--gradient_checkpoint", action="store_true", help="on both sides (TRL's default, not ours)")
+    parser.add_argument("--reuse_sampler_logprobs", action="store_true", help="ours too, as TRL does (not our default)")
     parser.add_argument("--trl_dtype", choices=["float32", "bfloat16"], default="float32", help="of what TRL trains")
     parser.add_argument("--trl_batch", type=int, choices=[1, 2, 4, 8], default=8, help="samples of a forward of TRL")
     parser.add_argument("--environment", type=Path, default=REPOSITORY / "outputs" / "trl_env")
