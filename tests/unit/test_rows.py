@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import AutoModel, GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
+from torch import nn
+from transformers import AttentionInterface, AutoModel, GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
 
 import utils.rows
 from tests.tiny import tiny_llama_config
@@ -88,3 +89,19 @@ def test_others_run_padded(name):
 
 def test_attention_that_cannot_keep_rows_apart_runs_padded():
     assert not joins_rows(decoder_of(JOINED["llama"], "eager"))
+
+
+def test_short_rows_of_bf16_are_attended_in_float32():
+    """The output is rounded once, at the end."""
+    generator = torch.Generator().manual_seed(0)
+    lengths, heads, size = [40, 7], 2, 16
+    states = torch.randn(3, 1, heads, sum(lengths), size, generator=generator).bfloat16()
+    mask = torch.tensor(lengths).view(1, 1, 1, -1)
+    attend = AttentionInterface()["sdpa"]
+    found, _ = attend(nn.Module(), *states, mask, is_causal=True)
+    assert found.dtype == torch.bfloat16
+    for row, part in zip(found[0].split(lengths), states.double().split(lengths, dim=3), strict=True):
+        query, key, value = part[:, 0]
+        scores = (query @ key.mT / size**0.5).masked_fill(torch.ones(2 * [len(row)]).triu(1).bool(), -torch.inf)
+        expected = (scores.softmax(-1) @ value).transpose(0, 1).bfloat16()
+        assert float((row != expected).float().mean()) < 0.01
