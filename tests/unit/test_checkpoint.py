@@ -44,10 +44,10 @@ DAMAGE = {
 @pytest.fixture
 def checkpoints(tmp_path) -> Path:
     """A folder with the checkpoints of steps 1 and 2 of an engine that stands for two."""
-    said: list[str] = []
+    folder, said = tmp_path / "checkpoints", []
     for step in (1, 2):
-        assert save(str(tmp_path), {"step": step}, engines(float(step)), 2, said.append), said
-    return tmp_path
+        assert save(str(folder), {"step": step}, engines(float(step)), 2, said.append), said
+    return folder
 
 
 def engines(value: float) -> dict[str, SimpleNamespace]:
@@ -79,12 +79,16 @@ def test_only_the_newest_are_kept(checkpoints):
 
 
 def test_all_is_on_the_disk_before_the_name_says_so(checkpoints, disk_calls):
-    """Else a power cut could leave a folder with the right name and nothing in it. Old ones lose their name first."""
+    """Else a power cut could leave a folder with the right name and nothing in it, or one that is ahead of the metrics.
+
+    Old ones lose their name first.
+    """
+    (checkpoints.parent / "metrics.jsonl").touch()
     assert save(str(checkpoints), {"step": 3}, engines(3.0), 2, print)
     files = ["policy-rank0.safetensors", "critic-rank0.safetensors", "random-rank0.json", "state.json", "manifest.json"]
     assert sorted(files) == sorted(path.name for path in (checkpoints / "step_3").iterdir())
     assert disk_calls == [
-        *(("synced", name) for name in [*files, "step_3.partial"]),
+        *(("synced", name) for name in [*files, "step_3.partial", "metrics.jsonl"]),
         ("renamed", "step_3.partial", "step_3"), ("synced", checkpoints.name),
         ("renamed", "step_1", "step_1.partial"),
     ]  # fmt: skip
