@@ -129,6 +129,17 @@ def test_what_may_not_go_on_is_refused_by_name(finished, inputs, tmp_path, capsy
     assert [row["step"] for row in read_metrics(out)] == [1, 2, 3, 4]
 
 
+def test_a_checkpoint_of_a_model_of_another_size_is_refused(finished, inputs, tmp_path, capsys):
+    """Also where changes are allowed: there is nothing to go on from."""
+    expected, flags = finished(zero_stage=0)
+    out = stopped_after(2, expected, tmp_path / "run")
+    wide = tiny_llama_folder(tmp_path / "wide", **SIZES | {"intermediate_size": 96})
+    argv = run_flags(inputs, out, **flags, policy_model_path=wide, resume_with_changes=True)
+    error = refusal(argv, capsys)
+    assert re.search(r"step_2 does not fit the policy of these flags: \S+mlp\S+ has 3072 elements, not 2048", error)
+    assert (out / "checkpoints" / "step_2" / "manifest.json").exists()
+
+
 def test_a_checkpoint_elsewhere_begins_a_new_folder(finished, inputs, tmp_path):
     expected, flags = finished(zero_stage=0)
     out = tmp_path / "run"
