@@ -108,6 +108,7 @@ class Run:
         where = f"step {state.step + 1}, batch in {path}"
         if is_main() and (refusal := save_batches(path, batches)):
             where = f"step {state.step + 1}, batch not saved: {refusal}"
+        barrier()  # a launcher ends the others when one has ended: not while the batch is being written
         text = f"{problem} [{where}]"
         if state.left_out > config.skip_bad_batches:
             raise UserError(text)

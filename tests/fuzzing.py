@@ -74,11 +74,6 @@ def speech(draw) -> str:
     return draw(st.sampled_from(["", " ", "\n"])) + draw(mostly_text) + draw(st.sampled_from(["", " "]))
 
 
-mostly_text = st.one_of(
-    st.sampled_from(["Hi", "你好", ":) x", "a </s> b", "😀"]), st.text(whole, min_size=1, max_size=12), texts
-)
-
-
 @st.composite
 def messages(draw) -> list:
     """Turns of a dialogue, mostly one after the other, in one of the ways to write them."""

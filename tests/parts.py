@@ -54,6 +54,8 @@ def scores_of(rollout: Rollout, scores: list[float], logprobs=-1.0, ref_logprobs
 class GradientEngine(InferenceEngine):
     """A model whose gradients are kept for the test to read; a step is plain gradient descent."""
 
+    explosion_limit = 1e9
+
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 

@@ -23,6 +23,7 @@ from utils.random_state import random_state
 from utils.run_folder import remove, write_json
 
 MANIFEST = "manifest.json"
+LINES = ("metrics.jsonl", "samples.jsonl")  # beside the folder of checkpoints
 Engines = dict[str, TrainEngine]
 Say = Callable[[str], None]
 
@@ -105,9 +106,12 @@ def _finish(partial: str, target: str, manifest: dict, keep: int) -> None:
     write_json(os.path.join(partial, MANIFEST), manifest)
     _sync(os.path.join(partial, MANIFEST))
     _sync(partial)
+    folder = os.path.dirname(target)
+    for name in LINES:  # a checkpoint must not be ahead of what the run has written
+        if os.path.exists(path := os.path.join(os.path.dirname(folder), name)):
+            _sync(path)
     remove(target)
     os.replace(partial, target)
-    folder = os.path.dirname(target)
     _sync(folder)
     for step, path in all_checkpoints(folder)[keep:]:
         os.replace(path, f"{path}.partial")  # what a kill leaves of it is not taken for a checkpoint

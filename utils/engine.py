@@ -165,9 +165,13 @@ class TrainEngine:
 
     def bad_gradients(self) -> list[int]:
         """Ranks whose own share of the last gradient was not finite, before it met the others'. Once. Collective."""
-        ranks = [i for i, bad in enumerate(gather_objects(bool(self._bad_gradient))) if bad]
+        return [i for i, bad in enumerate(gather_objects(self.bad_gradient())) if bad]
+
+    def bad_gradient(self) -> bool:
+        """Whether this rank's was not. Once."""
+        bad = bool(self._bad_gradient)
         self._bad_gradient.zero_()
-        return ranks
+        return bad
 
     def _note_gradient(self, gradient: torch.Tensor) -> None:
         self._bad_gradient |= ~gradient.isfinite().all()

@@ -1,22 +1,28 @@
 """The loop of the supervised stages: step, evaluate, keep the best. What is learnt comes in as a `Stage`."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 
-from utils.distributed import barrier, is_main, sum_ranks
+from utils.distributed import barrier, gather_objects, is_main, sum_ranks
 from utils.engine import TrainEngine, device
 from utils.errors import UserError
 from utils.fit_config import FitConfig
 from utils.keeper import Keeper
 from utils.logger import RunLogger
 from utils.restore import Checkpoint
+from utils.run_folder import write_json
 from utils.schedule import lr_factor
 
-Item = object  # whatever the stage's data is made of
+Item = object  # whatever the stage's data is made of: a dataclass that JSON can hold
+
+
+class BadStep(UserError):
+    """Why no step was made."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,8 @@ def fit(
     """Trains for --train_steps; evaluates every --save_per_step and at the end; writes best/ and final/. Collective.
 
     start: where an earlier part of the run got to. Returns the code to exit with: not 0 where a signal stopped it.
-    Raises UserError on all ranks, before the weights change, when loss or gradient is not finite.
+    Raises UserError on all ranks, before the weights change, when loss or gradient is not finite or explodes; the batch
+    is kept in bad_batches/.
     """
     keeper = Keeper(config, {"model": engine}, config.train_steps)
     keeper.begin(start, config.seed)
@@ -77,7 +84,10 @@ def _loop(
         started = time.perf_counter()
         lr = config.lr * lr_factor(step, config.warmup_steps, config.train_steps, config.lr_schedule)
         items = next(stage.batches)
-        metrics = train_step(engine, stage, items, lr)
+        try:
+            metrics = train_step(engine, stage, items, lr)
+        except BadStep as error:
+            raise UserError(f"{error} [{keep_batch(config.model_save_path, step + 1, items)}]") from None
         tokens = sum(map(stage.length, items))
         metrics["tokens_per_second"] = tokens / (time.perf_counter() - started)
         done = step + 1
@@ -104,7 +114,7 @@ def _loop(
 
 
 def train_step(engine: TrainEngine, stage: Stage, items: list[Item], lr: float) -> dict[str, float]:
-    """One optimizer step on the global batch `items`; returns its metrics, equal on all ranks."""
+    """One optimizer step on the global batch `items`; returns its metrics, equal on all ranks. Raises BadStep."""
     engine.module.train()
     items = stage.prepare(engine, items) if stage.prepare else items
     counts = stage.counts(items)
@@ -114,9 +124,9 @@ def train_step(engine: TrainEngine, stage: Stage, items: list[Item], lr: float) 
         engine.backward(weight * sum(w * sums[name] / counts[name] for name, w in stage.loss_weights.items()))
         totals += weight * torch.stack([sums[name].detach() for name in counts])
     metrics = _means(stage, totals, counts)
-    check_finite("loss", metrics["loss"], items)
+    check_number("loss", metrics["loss"], engine, lambda: not bool(totals.isfinite().all()))
     norm = engine.step(lr)
-    check_finite("gradient norm", norm, items)
+    check_number("gradient norm", norm, engine, lambda: engine.bad_gradient())
     return metrics | {"lr": lr, "grad_norm": norm}
 
 
@@ -141,14 +151,31 @@ def _means(stage: Stage, totals: torch.Tensor, counts: dict[str, float]) -> dict
     return loss | means
 
 
-def check_finite(name: str, value: float, items: list[Item]) -> None:
-    """Raises UserError for a number that is NaN or infinite. It is a sum over ranks, so all of them raise together."""
-    if not abs(value) < float("inf"):
-        where = getattr(items[0], "source", "")
-        raise UserError(
-            f"the {name} is {value} in the batch that begins with {where}; no step was made. Lower --lr, raise "
-            "--warmup_steps, or give --dtype fp32"
-        )
+def check_number(name: str, value: float, engine: TrainEngine, is_own: Callable[[], bool]) -> None:
+    """Raises BadStep for a number that is not finite or beyond --explosion_limit. Collective where it is.
+
+    It is a sum over ranks, so all of them raise together. is_own: whether this rank's share of it is not finite.
+    """
+    if abs(value) <= engine.explosion_limit:
+        return
+    ranks = [str(i) for i, bad in enumerate(gather_objects(is_own())) if bad]
+    beyond = ", beyond --explosion_limit" if math.isfinite(value) else ""
+    raise BadStep(
+        f"the {name} is {value:g}{beyond} (rank {', '.join(ranks) or 'all'}); no step was made. Lower --lr, raise "
+        "--warmup_steps, or give --dtype fp32"
+    )
+
+
+def keep_batch(folder: str, step: int, items: list[Item]) -> str:
+    """Writes a global batch, dataclasses, to bad_batches/ on rank 0, the others wait; says where, for an error."""
+    path, refusal = os.path.join(folder, "bad_batches", f"step_{step}.json"), None
+    if is_main():
+        try:
+            write_json(path, [asdict(item) for item in items])
+        except OSError as error:
+            refusal = error.strerror
+    barrier()
+    return f"step {step}, batch not saved: {refusal}" if refusal else f"step {step}, batch in {path}"
 
 
 def export(engine: TrainEngine, stage: Stage, folder: str) -> None:

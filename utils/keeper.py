@@ -64,5 +64,14 @@ class Keeper:
             checkpoint.save(self._folder, state, self._engines, self._config.keep_checkpoints, say)
             self.feed("checkpoint")
         if self.code:
-            after = "the same command goes on from its checkpoint" if every else "without a checkpoint"
+            after = self._how_to_go_on() if every else "without a checkpoint"
             say(f"stopped by {NAMES[code]} after step {step}; {after}")
+
+    def _how_to_go_on(self) -> str:
+        """What to give again; some flags say where a run begins, and would have it begin there once more."""
+        config, change = self._config, ""
+        if config.overwrite:
+            change = " without --overwrite"
+        elif config.resume != "auto":
+            change = " with --resume auto"
+        return f"the same command{change} goes on from its checkpoint"

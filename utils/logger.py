@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -53,6 +54,7 @@ class RunLogger:
         if not is_main():
             return
         self.logdir = logdir or os.path.join(folder, "tensorboard")
+        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
         self.board = self._board(step)
         self.trackers = [_tracker(name, folder, config) for name in tracker_names(report_to)]
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
@@ -91,16 +93,18 @@ class RunLogger:
         """What was written of steps after this one goes: they will be made anew."""
         if not is_main():
             return
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            cut_lines(os.path.join(self.folder, name), step)
-        self.board.close()
+        with self._disk():
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                cut_lines(os.path.join(self.folder, name), step)
+            self.board.close()
         self.board = self._board(step)
         self.bar.n = step
 
     def _board(self, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(self.logdir, purge_step=step + 1)
+        with self._disk():
+            return SummaryWriter(self.logdir, purge_step=step + 1)
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -114,8 +118,18 @@ class RunLogger:
         self.bar.close()
         with contextlib.suppress(OSError):  # a full disk has been told of, and this must not hide the words
             self.board.close()
+        threading.excepthook = self._hook
         for tracker in self.trackers:
             tracker.finish()
+
+    def _thread_failed(self, arguments) -> None:
+        """TensorBoard's thread hands what the disk has against it to the next call, which says it in a line.
+
+        Its stack would come besides, with frames of ours in it when that call is the faster one: they share the error.
+        """
+        board = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (board and isinstance(arguments.exc_value, OSError)):
+            self._hook(arguments)
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:

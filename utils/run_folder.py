@@ -72,7 +72,7 @@ def prepare_run_folder(path: str, config, step: int = 0) -> None:
             os.makedirs(path, exist_ok=True)
             for name in RUN_FILES:
                 file = os.path.join(path, name)
-                if not step:
+                if not step or name == "final":
                     remove(file)
                 elif name.endswith(".jsonl"):
                     cut_lines(file, step)

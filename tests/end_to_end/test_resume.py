@@ -3,6 +3,7 @@
 import importlib
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -128,11 +129,42 @@ def test_what_may_not_go_on_is_refused_by_name(finished, inputs, tmp_path, capsy
     assert [row["step"] for row in read_metrics(out)] == [1, 2, 3, 4]
 
 
+def test_a_checkpoint_of_a_model_of_another_size_is_refused(finished, inputs, tmp_path, capsys):
+    """Also where changes are allowed: there is nothing to go on from."""
+    expected, flags = finished(zero_stage=0)
+    out = stopped_after(2, expected, tmp_path / "run")
+    wide = tiny_llama_folder(tmp_path / "wide", **SIZES | {"intermediate_size": 96})
+    argv = run_flags(inputs, out, **flags, policy_model_path=wide, resume_with_changes=True)
+    error = refusal(argv, capsys)
+    assert re.search(r"step_2 does not fit the policy of these flags: \S+mlp\S+ has 3072 elements, not 2048", error)
+    assert (out / "checkpoints" / "step_2" / "manifest.json").exists()
+
+
 def test_a_checkpoint_elsewhere_begins_a_new_folder(finished, inputs, tmp_path):
     expected, flags = finished(zero_stage=0)
     out = tmp_path / "run"
     main(run_flags(inputs, out, **flags, resume=expected / "checkpoints" / "step_2"))
     assert read_metrics(out) == read_metrics(expected)[2:]
+
+
+def stopped_by_the_clock(run: Callable, argv: list[str]) -> None:
+    """One more step, then the exit code of --max_hours."""
+    with pytest.raises(SystemExit) as stopped:
+        run([*argv, "--max_hours", "1e-9"])
+    assert stopped.value.code == 75
+
+
+def test_what_a_run_wrote_after_the_named_checkpoint_goes(finished, inputs, tmp_path, capsys):
+    """A finished run is taken back to its step 2, is stopped after one step, and goes on by itself."""
+    expected, flags = finished(zero_stage=0)
+    out = shutil.copytree(expected, tmp_path / "run")
+    stopped_by_the_clock(main, run_flags(inputs, out, **flags, resume=out / "checkpoints" / "step_2"))
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step_2", "step_3"]
+    assert read_metrics(out) == read_metrics(expected)[:3]
+    assert not (out / "final").exists()
+    assert "after step 3; the same command with --resume auto goes on from its checkpoint" in capsys.readouterr().out
+    main(run_flags(inputs, out, **flags))
+    assert_same_run(out, expected)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
@@ -155,6 +187,9 @@ def test_supervised_stages_resume_too(stage, tmp_path):
     run(argv(expected))
     for step in (1, 3):
         out = stopped_after(step, expected, tmp_path / f"run{step}")
+        if step == 1:
+            stopped_by_the_clock(run, argv(out))
+            assert [row["step"] for row in read_metrics(out)] == [1, 2]
         run(argv(out))
         assert read_metrics(out) == read_metrics(expected)
         weights, others = (load_file(folder / "final" / "model.safetensors") for folder in (out, expected))

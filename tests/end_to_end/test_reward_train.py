@@ -219,5 +219,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(base, tmp_path,
     state["lm_head.weight"].mul_(1e6)
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
     argv = [*flags(broken, tmp_path / "out"), "--reward_lm_loss_factor", "1"]
-    assert re.search("the loss is (nan|inf)", refusal(argv, capsys))
+    error = refusal(argv, capsys)
+    batch = tmp_path / "out" / "bad_batches" / "step_1.json"
+    assert re.search(rf"the loss is (nan|inf) \(rank 0\); no step was made.* \[step 1, batch in {batch}\]", error)
+    assert [set(row) >= {"answers", "source"} for row in json.loads(batch.read_text())] == [True] * 4
     assert not (tmp_path / "out" / "final").exists()

@@ -250,3 +250,17 @@ def test_a_model_that_would_mix_packed_dialogues(base, tmp_path, capsys, monkeyp
     error = capsys.readouterr().err
     assert re.search("error: --packing True: LlamaForCausalLM would .*; give --packing False", error)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_explodes_stops_the_run_before_the_step(base, tmp_path, capsys):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stopped:
+        main([*flags(base, out), "--explosion_limit", "2"])
+    assert stopped.value.code == 2
+    batch = out / "bad_batches" / "step_1.json"
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"error: the loss is (5.\d+|6.\d+), beyond --explosion_limit \(rank all\); no step was made", error)
+    assert error.endswith(f"[step 1, batch in {batch}]")
+    rows = json.loads(batch.read_text())
+    assert sum(len(row["dialogues"]) for row in rows) == 4
+    assert not (out / "checkpoints").exists()

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import ppo.update
 import utils.checkpoint
 from tests.faults.kill import PHASES, at_call
 from utils.engine import TrainEngine
+from utils.stop import GRACE
 
 VICTIM = 1  # the rank that faults happen to
 NAN = float("nan")
@@ -140,6 +142,24 @@ def two_signals(rank: int) -> None:
     TrainEngine.step = signalled
 
 
+def insistent_launcher(rank: int) -> None:
+    """In step 2 the victim gets SIGTERM, once more at once, as when two launchers pass it on, and again much later."""
+    step, calls = TrainEngine.step, 0
+
+    def signalled(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            for pause in (0.0, 0.0, GRACE + 0.5):
+                time.sleep(pause)
+                print("SIGTERM", flush=True)
+                os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    if rank == VICTIM:
+        TrainEngine.step = signalled
+
+
 FAULTS = {
     f"{number.name} in {phase}": at_call(VICTIM, phase, 2, number)
     for phase in PHASES
@@ -147,4 +167,4 @@ FAULTS = {
 }
 FAULTS |= {"NaN loss": bad_minibatch(nan_loss), "NaN gradient": bad_minibatch(nan_gradient), "NaN score": nan_score}
 FAULTS |= {"empty responses": empty_responses, "disk fills in a save": disk_fills_in_a_save}
-FAULTS |= {"disk is full": disk_is_full, "two signals": two_signals}
+FAULTS |= {"disk is full": disk_is_full, "two signals": two_signals, "insistent launcher": insistent_launcher}

@@ -107,6 +107,15 @@ def test_damage_is_known_to_both_ranks_whichever_looks_for_it(numbers, inputs, t
             assert re.search(rf"error \[rank {rank}\]: --resume .*{file} is not what was written", result.log)
 
 
+def test_room_is_asked_for_what_all_ranks_write(numbers):
+    """What the disk must have free before a save, which says it."""
+    result = numbers["undisturbed"]
+    asked = float(re.search(r"checkpoint of step 3: ([\d.]+) MB", result.log)[1])
+    files = list((result.out / "checkpoints" / "step_3").glob("*.safetensors"))
+    assert len(files) == 4
+    assert asked == pytest.approx(sum(file.stat().st_size for file in files) / 1e6, rel=0.2)
+
+
 LITTLE = {
     "empty on one rank, ZeRO-2": {"fault": "empty responses", "zero_stage": 2},
     "empty on one rank, ZeRO-3": {"fault": "empty responses", "zero_stage": 3, "gather_for_generation": "never"},

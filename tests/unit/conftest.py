@@ -1,6 +1,7 @@
 """Tokenizers for the tests: a published 32,000-piece LLaMA-format one, a tiny one and a chat one trained here."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,27 @@ def chat_folder(tmp_path_factory) -> Path:
     fast.chat_template = CHATML
     fast.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def disk_calls(monkeypatch) -> list[tuple[str, ...]]:
+    """What of now on is synced, ("synced", name), and which folders are renamed, ("renamed", old, new), in order."""
+    calls: list[tuple[str, ...]] = []
+    sync = os.fsync
+
+    def noted_sync(handle: int) -> None:
+        calls.append(("synced", Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+        sync(handle)
+
+    def noting(rename):
+        def noted(old, new) -> None:
+            if os.path.isdir(old):
+                calls.append(("renamed", Path(old).name, Path(new).name))
+            rename(old, new)
+
+        return noted
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "replace", noting(os.replace))
+    monkeypatch.setattr(os, "rename", noting(os.rename))
+    return calls

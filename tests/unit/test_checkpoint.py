@@ -1,7 +1,9 @@
 """Checkpoints on disk: damage is recognised, old ones go, a full disk harms nothing."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,10 +44,10 @@ DAMAGE = {
 @pytest.fixture
 def checkpoints(tmp_path) -> Path:
     """A folder with the checkpoints of steps 1 and 2 of an engine that stands for two."""
-    said: list[str] = []
+    folder, said = tmp_path / "checkpoints", []
     for step in (1, 2):
-        assert save(str(tmp_path), {"step": step}, engines(float(step)), 2, said.append), said
-    return tmp_path
+        assert save(str(folder), {"step": step}, engines(float(step)), 2, said.append), said
+    return folder
 
 
 def engines(value: float) -> dict[str, SimpleNamespace]:
@@ -74,6 +76,33 @@ def test_only_the_newest_are_kept(checkpoints):
     (checkpoints / "step_7.partial").mkdir()
     assert save(str(checkpoints), {"step": 10}, engines(3.0), 2, print)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_10", "step_2"]
+
+
+def test_all_is_on_the_disk_before_the_name_says_so(checkpoints, disk_calls):
+    """Else a power cut could leave a folder with the right name and nothing in it, or one that is ahead of the metrics.
+
+    Old ones lose their name first.
+    """
+    (checkpoints.parent / "metrics.jsonl").touch()
+    assert save(str(checkpoints), {"step": 3}, engines(3.0), 2, print)
+    files = ["policy-rank0.safetensors", "critic-rank0.safetensors", "random-rank0.json", "state.json", "manifest.json"]
+    assert sorted(files) == sorted(path.name for path in (checkpoints / "step_3").iterdir())
+    assert disk_calls == [
+        *(("synced", name) for name in [*files, "step_3.partial", "metrics.jsonl"]),
+        ("renamed", "step_3.partial", "step_3"), ("synced", checkpoints.name),
+        ("renamed", "step_1", "step_1.partial"),
+    ]  # fmt: skip
+
+
+def test_a_manifest_names_the_state_and_files_of_its_own_folder(checkpoints):
+    manifest = checkpoints / "step_2" / "manifest.json"
+    entries = json.loads(manifest.read_text())
+    said: list[str] = []
+    for changed in ({"random-rank0.json": entries["random-rank0.json"]}, entries | {"../x": entries["state.json"]}):
+        shutil.copy(checkpoints / "step_2" / "state.json", checkpoints / "x")
+        manifest.write_text(json.dumps(changed))
+        assert newest(str(checkpoints), said.append).step == 1
+    assert "manifest.json names no state.json" in said[0] and "x is missing" in said[1]
 
 
 def test_a_full_disk_leaves_the_run_going_and_the_older_checkpoint_whole(tmp_path):
