@@ -1,12 +1,13 @@
 """What of a bad input shows only once a run is going: one line, exit code 2, no model. The rest: tests/bad_inputs/."""
 
+import math
 import re
 from functools import partial
 
 import pytest
 from tqdm import tqdm
 
-from tests.tiny_run import run_flags, write_json
+from tests.tiny_run import read_metrics, run_flags, write_json
 from train_ppo import main
 from utils.engine import init_distributed
 
@@ -66,3 +67,15 @@ def test_a_run_that_diverges_stops_with_a_line(inputs, tmp_path, capfd, monkeypa
     flags = {"critic_lr": 1e30, "zero_stage": zero_stage}
     error = stops_before_a_step(inputs, tmp_path / "out", capfd, monkeypatch, **flags)
     assert re.search("the loss of the critic is not finite.*Lower the learning rate", error)
+
+
+def test_buffers_with_a_bad_score_are_left_out_whole(inputs, tmp_path, capfd):
+    """Eight of eleven prompts a buffer: those with the prompt about rain are skipped, the steps made with others."""
+    out = tmp_path / "run"
+    main(run_flags(inputs, out, reward_fn=f"{inputs.reward_file}:nan_for_rain", skip_bad_batches=9, num_eval_prompts=0))
+    left_out = sorted(path.name for path in (out / "bad_batches").iterdir())
+    said = capfd.readouterr().out.count("of this step is not finite")
+    assert len(left_out) == said > 0
+    rows = read_metrics(out)
+    assert [row["step"] for row in rows] == [1, 2] and rows[-1]["bad_batches"] == said
+    assert all(math.isfinite(value) for row in rows for value in row.values())
