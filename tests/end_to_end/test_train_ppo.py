@@ -174,3 +174,10 @@ def test_out_of_time_saves_and_says_so_by_its_code(inputs, tmp_path):
     assert stopped.value.code == 75
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_1"]
     assert not (out / "final").exists()
+
+
+def test_out_of_time_after_the_last_step_is_a_finished_run(inputs, tmp_path, capfd):
+    out = tmp_path / "run"
+    main(run_flags(inputs, out, train_steps=1, max_hours=1e-9))
+    assert (out / "final" / "model.safetensors").exists()
+    assert "stopped by" not in capfd.readouterr().out
