@@ -126,7 +126,7 @@ def train_step(engine: TrainEngine, stage: Stage, items: list[Item], lr: float) 
     metrics = _means(stage, totals, counts)
     check_number("loss", metrics["loss"], engine, lambda: not bool(totals.isfinite().all()))
     norm = engine.step(lr)
-    check_number("gradient norm", norm, engine, lambda: engine.bad_gradient())
+    check_number("gradient norm", norm, engine, engine.bad_gradient)
     return metrics | {"lr": lr, "grad_norm": norm}
 
 
