@@ -71,6 +71,9 @@ class GradientEngine(InferenceEngine):
     def drop_gradients(self) -> None:
         self.module.zero_grad()
 
+    def bad_gradient(self) -> bool:
+        return False  # a step of this engine that is not finite has no test
+
     def gradients(self) -> torch.Tensor:
         """All gradients in one vector; taken, so that the next backward starts from 0."""
         flat = torch.cat([p.grad.flatten() for p in self.module.parameters() if p.grad is not None])
