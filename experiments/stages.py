@@ -109,9 +109,9 @@ def train(lang: str, seed: int, cache: Path, output: Path) -> tuple[Path, dict]:
 
 
 @torch.no_grad()
-def answer_nll(folder: Path, dialogues: list[EncodedDialogue]) -> torch.Tensor:
+def answer_nll(folder: Path, dialogues: list[EncodedDialogue], dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Summed -log p of every dialogue's answer tokens, [dialogues], by the loss of transformers."""
-    model, sums = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(), []
+    model, sums = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), []
     for dialogue in dialogues:
         ids, learnt = torch.tensor([dialogue.ids]), torch.tensor([dialogue.answer_mask])
         sums.append(model(ids, labels=ids.masked_fill(~learnt, -100)).loss * learnt.sum())

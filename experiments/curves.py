@@ -1,0 +1,129 @@
+"""What is kept of a run: its metrics and gold scores, in bins of ten steps, and when its alarms went off."""
+
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from math import exp, log
+from pathlib import Path
+from statistics import fmean, median
+
+from experiments.gold import gold
+from ppo.alarms import alarms
+from ppo.config import PPOConfig
+
+BIN = 10  # steps
+METRICS = ["score_mean", "score_std", "kl_ref", "response_length", "perplexity", "entropy", "eos_fraction"]
+METRICS += ["policy_loss", "value_loss", "approx_kl", "clip_fraction", "value_clip_fraction", "explained_variance"]
+METRICS += ["advantage_std", "return_mean", "grad_norm_policy", "grad_norm_critic"]
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. curves: metric -> mean of every BIN steps that moved the policy, [bins].
+
+    Beside the logged METRICS: `gold`, and `paper_perplexity`, exp(NLL a token / response length), as the paper's plots
+    seem to have it. alarm_step: the first step at which train_ppo.py's alarms, at their defaults, went off, or None.
+    tax: what held-out replies by people have lost since SFT, in nats a token. seconds: of the steps, at their median.
+    """
+
+    setting: str
+    seed: int
+    hash: str
+    commit: str
+    seconds: float
+    alarm_step: int | None
+    tax: float
+    curves: dict[str, list[float]]
+
+    @property
+    def steps(self) -> int:
+        """That moved the policy."""
+        return BIN * len(self.curves["gold"])
+
+    def start(self, name: str) -> float:
+        """Its value before learning has done much: the first bin."""
+        return self.curves[name][0]
+
+    def end(self, name: str) -> float:
+        """Its mean over the last tenth."""
+        values = self.curves[name]
+        return fmean(values[-max(1, len(values) // 10) :])
+
+    def change(self, name: str) -> float:
+        """From start to end."""
+        return self.end(name) - self.start(name)
+
+    def part(self, name: str, fifth: int) -> float:
+        """Its mean over one fifth of the run, 0 to 4."""
+        values = self.curves[name]
+        return fmean(values[fifth * len(values) // 5 : (fifth + 1) * len(values) // 5])
+
+    def smooth(self, name: str, width: int) -> list[float]:
+        """Means of `width` bins in a row."""
+        values = self.curves[name]
+        return [fmean(values[end - width : end]) for end in range(width, len(values) + 1)]
+
+    def until(self, step: int) -> "Run":
+        """The same run, stopped earlier; its tax stays that of its end."""
+        alarm = self.alarm_step if self.alarm_step and self.alarm_step <= step else None
+        cut = {name: values[: step // BIN] for name, values in self.curves.items()}
+        return replace(self, alarm_step=alarm, curves=cut)
+
+
+def read_run(folder: Path, setting: str, seed: int, hash: str, tax: float) -> Run:
+    """From a finished run's metrics.jsonl and samples.jsonl."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    pretraining = config["critic_pretrain_steps"]
+    golds = gold_means(folder / "samples.jsonl")
+    rows, seconds, alarm_step = [], [], None
+    for line in (folder / "metrics.jsonl").open(encoding="utf-8"):
+        row = json.loads(line)
+        seconds.append(row["seconds_rollout"] + row["seconds_score"] + row["seconds_update"])
+        if row["step"] <= pretraining:
+            continue
+        step = row["step"] - pretraining
+        if alarm_step is None and alarms(row, ALARMS):
+            alarm_step = step
+        paper = exp(log(row["perplexity"]) / row["response_length"]) if row["response_length"] else 1.0
+        rows.append({**row, "gold": golds[row["step"]], "paper_perplexity": paper})
+    names = [*METRICS, "gold", "paper_perplexity"]
+    bins = [rows[start : start + BIN] for start in range(0, len(rows), BIN)]
+    curves = {name: [rounded(fmean(row[name] for row in bin)) for bin in bins] for name in names}
+    commit, spent = config["git_commit"][:7], round(len(seconds) * median(seconds))
+    return Run(setting, seed, hash, commit, spent, alarm_step, rounded(tax), curves)
+
+
+ALARMS = PPOConfig(policy_model_path="-", critic_model_path="-", data_path="-")  # their defaults
+
+
+def rounded(value: float) -> float:
+    """To five digits."""
+    return float(f"{value:.5g}")
+
+
+def gold_means(samples: Path) -> dict[int, float]:
+    """Step -> mean gold score of its samples."""
+    answers = defaultdict(list)
+    for line in samples.open(encoding="utf-8"):
+        row = json.loads(line)
+        answers[row["step"]].append(row["answer"])
+    return {step: fmean(gold(texts)) for step, texts in answers.items()}
+
+
+def save_run(run: Run) -> None:
+    """Puts a run among its setting's results, which are committed."""
+    runs = [other for other in load_runs(run.setting) if other.seed != run.seed]
+    runs = sorted([*runs, run], key=lambda run: run.seed)
+    RESULTS.mkdir(exist_ok=True)
+    lines = ",\n".join(json.dumps(asdict(run)) for run in runs)
+    (RESULTS / f"{run.setting}.json").write_text(f"[\n{lines}\n]\n")
+
+
+def load_runs(setting: str, count: int | None = None) -> list[Run]:
+    """The first `count` kept runs of a setting, by seed."""
+    file = RESULTS / f"{setting}.json"
+    if not file.exists():
+        return []
+    return [Run(**record) for record in islice(json.loads(file.read_text("utf-8")), count)]

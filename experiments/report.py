@@ -1,0 +1,193 @@
+"""Judges the claims on the kept results:   python -m experiments.report
+
+Writes experiments/RESULTS.md (verdicts with intervals), the plots in experiments/results, and experiments/report.html,
+one page that needs nothing else. Figures of which a run is missing are named as such.
+"""
+
+import base64
+import html
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from experiments.claims import FIGURES, PARTS, Claim, Figure, between, end
+from experiments.curves import BIN, RESULTS, Run, load_runs
+from experiments.intervals import over_seeds
+
+FOLDER = Path(__file__).parent
+PANELS = {
+    "score_mean": "proxy score", "gold": "gold score", "kl_ref": "KL to the reference, nats a response",
+    "response_length": "response length, tokens", "perplexity": "perplexity",
+    "paper_perplexity": "the paper's perplexity", "entropy": "entropy, nats a token", "value_loss": "value loss",
+    "policy_loss": "policy loss",
+}  # fmt: skip
+SMOOTH = 5  # bins
+FALL = 0.1  # of gold, below the best fifty steps before: a fall
+AT_END = {"score_mean": "score", "gold": "gold", "kl_ref": "KL"}
+
+
+def runs_of(figure: Figure) -> dict[str, list[Run]] | None:
+    """setting -> runs; None when one is missing."""
+    runs = {setting: load_runs(setting, seeds) for setting, seeds in figure.settings.items()}
+    return runs if all(len(runs[setting]) == seeds for setting, seeds in figure.settings.items()) else None
+
+
+def number(mean: float, half: float) -> str:
+    """A mean with its interval."""
+    return f"{mean:.3g} [{mean - half:.3g}, {mean + half:.3g}]"
+
+
+def plot(name: str, runs: dict[str, list[Run]]) -> Path:
+    """The paper's panels: mean over seeds, and from the lowest to the highest of them."""
+    figure, axes = plt.subplots(3, 3, figsize=(12, 8), constrained_layout=True)
+    for axis, (metric, label) in zip(axes.flat, PANELS.items(), strict=True):
+        for setting, of_seeds in runs.items():
+            curves = [run.smooth(metric, SMOOTH) for run in of_seeds]
+            steps = [BIN * (index + SMOOTH) for index in range(len(curves[0]))]
+            columns = list(zip(*curves, strict=True))
+            (line,) = axis.plot(steps, [sum(column) / len(column) for column in columns], label=setting, linewidth=1.2)
+            axis.fill_between(
+                steps, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2, color=line.get_color()
+            )
+        axis.set_title(label, fontsize=9)
+        axis.tick_params(labelsize=7)
+    axes[0, 0].legend(fontsize=7)
+    path = RESULTS / f"figure_{name}.png"
+    figure.savefig(path, dpi=70)
+    plt.close(figure)
+    return path
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts; the first row is its head."""
+
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        head, *rows = [f"| {' | '.join(row)} |" for row in self.rows]
+        return "\n".join([head, "|" + "---|" * len(self.rows[0]), *rows])
+
+    def html(self) -> str:
+        """As HTML; a cell that is a verdict gets its class."""
+        lines = []
+        for index, row in enumerate(self.rows):
+            tag = "td" if index else "th"
+            cells = "".join(f'<{tag} class="{html.escape(cell)}">{html.escape(cell)}</{tag}>' for cell in row)
+            lines.append(f"<tr>{cells}</tr>")
+        return "<table>" + "\n".join(lines) + "</table>"
+
+
+def verdicts(claims: list[Claim], runs: dict[str, list[Run]]) -> Table:
+    """Claims with their verdicts, under each its criteria."""
+    rows = [["claim or criterion", "wanted", "measured (95 % over seeds)", "verdict"]]
+    for claim in claims:
+        rows.append([claim.text, "", "", claim.judge(runs)])
+        for criterion in claim.criteria:
+            verdict, mean, half = criterion.judge(runs)
+            rows.append([f"– {criterion.text}", criterion.bound, number(mean, half), verdict])
+    return Table(rows)
+
+
+def parts(runs: dict[str, list[Run]]) -> Table:
+    """What is left without one of PPO-max's parts, minus PPO-max at the same step."""
+    rows = [["without", *(f"{name} at the end, without - with" for name in AT_END.values())]]
+    for setting, part in PARTS.items():
+        differences = (between(setting, "ppo_max", end(metric))(runs) for metric in AT_END)
+        rows.append([part, *(number(*over_seeds(values)) for values in differences)])
+    return Table(rows)
+
+
+def fall_of(run: Run) -> int | None:
+    """The first step at which gold, over fifty steps, is FALL below the best fifty before; None if it never is."""
+    best = float("-inf")
+    for index, value in enumerate(run.smooth("gold", SMOOTH)):
+        best = max(best, value)
+        if value < best - FALL:
+            return BIN * (index + SMOOTH)
+    return None
+
+
+def alarm_table() -> Table:
+    """Over all kept runs: does train_ppo.py's alarm go off before the gold score falls?"""
+    rows = [["setting", "runs", "gold falls in", "at step", "alarm before", "steps ahead", "alarm without a fall"]]
+    for setting in sorted(file.stem for file in RESULTS.glob("*.json")):
+        runs = load_runs(setting)
+        falls = [(fall_of(run), run.alarm_step) for run in runs]
+        fallen = [(fall, alarm) for fall, alarm in falls if fall]
+        leads = [fall - alarm for fall, alarm in fallen if alarm and alarm <= fall]
+        false = sum(alarm is not None and fall is None for fall, alarm in falls)
+        span = ", ".join(str(fall) for fall, _ in fallen)
+        rows.append(
+            [setting, str(len(runs)), str(len(fallen)), span, str(len(leads)), ", ".join(map(str, leads)), str(false)]
+        )
+    return Table(rows)
+
+
+def facts(runs: dict[str, list[Run]]) -> str:
+    """Where the numbers come from."""
+    every = [run for of_seeds in runs.values() for run in of_seeds]
+    commits, minutes = sorted({run.commit for run in every}), sum(run.seconds for run in every) / 60
+    return f"{len(every)} runs, {minutes:.0f} min on one core in all, at commit {', '.join(commits)}"
+
+
+def main(figures: list[str] | None = None) -> None:
+    """Writes the files; prints the verdicts of `figures` (default: all)."""
+    texts = ["# Results", (FOLDER / "introduction.md").read_text("utf-8").strip()]
+    page = [f"<h1>The paper's findings, on two cores</h1>{paragraphs(texts[1])}"]
+    for name, figure in FIGURES.items():
+        runs, title = runs_of(figure), (f"Figure {name}: " if name.isdigit() else "Beyond the paper: ") + figure.title
+        if runs is None:
+            texts.append(f"## {title}\n\nNot run yet: `python -m experiments.run --figure {name}`.")
+            continue
+        path, where = plot(name, runs), f"`python -m experiments.run --figure {name}`: {facts(runs)}."
+        table = verdicts(figure.claims, runs) if figure.claims else parts(runs)
+        if not figures or name in figures:
+            print(f"\n{title}\n{table.markdown()}")
+        texts.append(f"## {title}\n\n{where}\n\n{table.markdown()}\n\n![{title}](results/{path.name})")
+        data = base64.b64encode(path.read_bytes()).decode()
+        page.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(where)}</p>{table.html()}")
+        page.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">')
+    table = alarm_table()
+    words = (
+        f"A fall: gold, over fifty steps, is {FALL:g} below its best fifty steps before. Alarms at train_ppo.py's "
+        "defaults (`--alarm_kl 100`, `--alarm_perplexity 1.05`)."
+    )
+    texts.append(f"## Beyond the paper: do the alarms come before the fall?\n\n{words}\n\n{table.markdown()}")
+    page.append(f"<h2>Do the alarms come before the fall?</h2><p>{html.escape(words)}</p>{table.html()}")
+    (FOLDER / "RESULTS.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    (FOLDER / "report.html").write_text(PAGE.format(body="\n".join(page)), encoding="utf-8")
+    print(f"\nwritten: {FOLDER}/RESULTS.md, {FOLDER}/report.html")
+
+
+def paragraphs(text: str) -> str:
+    """Markdown's paragraphs and code as HTML."""
+    marked = (re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(part)) for part in text.split("\n\n"))
+    return "".join(f"<p>{part}</p>" for part in marked)
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>PPO-max: the paper's findings, on two cores</title>
+<style>
+body {{ font: 16px/1.5 sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; font-size: 14px; margin: 1rem 0 }}
+th, td {{ border-bottom: 1px solid #ddd; padding: 4px 10px; text-align: left; vertical-align: top }}
+.confirmed {{ color: #17692b; font-weight: 600 }}
+.refuted {{ color: #a11; font-weight: 600 }}
+.undecided {{ color: #865c00 }}
+img {{ width: 100% }} code {{ background: #f3f3f3 }}
+</style></head><body>
+{body}
+</body></html>
+"""
+
+
+if __name__ == "__main__":
+    main()

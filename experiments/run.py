@@ -1,0 +1,176 @@
+"""Runs the experiments and judges their claims:   python -m experiments.run --figure 4 --figure 9   (or all, or parts)
+
+Builds the world (experiments/world.py), then runs every setting of the figures with its seeds, one core each, the
+longest first. What is finished is kept in outputs/experiments under a hash of setting, seed and code; Ctrl-C lets each
+run save, and the same command goes on. Results go to experiments/results (what is in the repository is replaced), from
+there to experiments/RESULTS.md and experiments/report.html by `python -m experiments.report`, which this calls last.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from data.dialogues import encode_dialogues, load_dialogues
+from experiments import report
+from experiments.claims import FIGURES
+from experiments.curves import Run, load_runs, read_run, save_run
+from experiments.settings import REPOSITORY, command, load_flags, run_hash
+from experiments.stages import answer_nll, answer_tokens
+from experiments.world import build_world
+from utils.args import entry_point
+from utils.errors import UserError
+from utils.tokenizer import load_tokenizer
+
+ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1",
+    "MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "67108864",
+}  # fmt: skip
+SHOW_EVERY = 30  # seconds
+KEEPING = threading.Lock()  # a setting's runs share a file
+STOPPED = 143  # train_ppo.py has saved and ended at a SIGTERM
+
+
+@dataclass
+class Job:
+    """One run. process: while it goes on."""
+
+    setting: str
+    seed: int
+    folder: Path
+    process: subprocess.Popen | None = None
+
+    @property
+    def total_steps(self) -> int:
+        """Of the loop."""
+        flags = load_flags(self.setting)
+        return int(flags["train_steps"]) + int(flags["critic_pretrain_steps"])
+
+    @property
+    def steps(self) -> int:
+        """Done so far."""
+        metrics = self.folder / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether its model is there."""
+        return (self.folder / "final").is_dir()
+
+
+def jobs_of(figures: list[str], output: Path) -> list[Job]:
+    """Each setting and seed once, the longest first."""
+    wanted = {}
+    for figure in figures:
+        for setting, seeds in FIGURES[figure].settings.items():
+            wanted[setting] = max(seeds, wanted.get(setting, 0))
+    jobs = [
+        Job(setting, seed, output / "runs" / f"{setting}-{seed}-{run_hash(setting, seed)}")
+        for setting, seeds in wanted.items() for seed in range(1, seeds + 1)
+    ]  # fmt: skip
+    return sorted(jobs, key=lambda job: -job.total_steps)
+
+
+def work(job: Job, world: Path, base_nll: float) -> None:
+    """Runs a job to its end, and keeps its numbers. Raises UserError when it fails."""
+    if not job.finished:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        argv = [sys.executable, "train_ppo.py", *command(job.setting, job.seed, world, job.folder)]
+        with (job.folder / "output.log").open("a") as log:
+            job.process = subprocess.Popen(
+                argv, cwd=REPOSITORY, env=os.environ | ENVIRONMENT, stdout=log, stderr=log, start_new_session=True
+            )
+        code = job.process.wait()
+        job.process = None
+        if code == STOPPED:
+            return
+        if code:
+            raise UserError(f"{job.folder}: train_ppo.py ended with code {code}, see output.log there")
+        shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
+    tax = reply_nll(job.folder / "final", world) - base_nll
+    keep(read_run(job.folder, job.setting, job.seed, run_hash(job.setting, job.seed), tax))
+
+
+def keep(run: Run) -> None:
+    """Saves a run's numbers, and says whether they are those that were there."""
+    with KEEPING:
+        before = next((other for other in load_runs(run.setting) if other.seed == run.seed), None)
+        same = before and replace(before, hash=run.hash, commit=run.commit, seconds=run.seconds) == run
+        what = "the same numbers as before" if same else "other numbers than before" if before else "new"
+        print(f"{run.setting}, seed {run.seed}: {what}", flush=True)
+        if not same:
+            save_run(run)
+
+
+def reply_nll(model: Path, world: Path) -> float:
+    """-log p a token of people's replies to held-out messages."""
+    tokenizer = load_tokenizer(str(model))
+    _, valid = load_dialogues(str(world / "dialogues"), 0, 0, say=lambda _: None)
+    dialogues = encode_dialogues(tokenizer, valid, "moss_en", 64, lambda _: None)
+    return float(answer_nll(model, dialogues, torch.float32).sum()) / sum(len(answer_tokens(x)) for x in dialogues)
+
+
+def show_progress(jobs: list[Job], started: float, before: int) -> None:
+    """A line: what is done, and how long the rest will take at the pace of this sitting."""
+    done, total = sum(job.steps for job in jobs), sum(job.total_steps for job in jobs)
+    pace = (done - before) / (time.monotonic() - started)
+    left = f", {(total - done) / pace / 60:.0f} min left" if pace else ""
+    running = ", ".join(f"{job.setting}-{job.seed} {job.steps}/{job.total_steps}" for job in jobs if job.process)
+    finished = sum(job.finished for job in jobs)
+    print(f"{finished}/{len(jobs)} runs, {done:,}/{total:,} steps, {pace:.1f}/s{left}; {running}", flush=True)
+
+
+def run_all(jobs: list[Job], world: Path, workers: int) -> None:
+    """All of them, `workers` at a time."""
+    base_nll = reply_nll(world / "sft" / "final", world)
+    started, before = time.monotonic(), sum(job.steps for job in jobs)
+    with ThreadPoolExecutor(workers) as pool:
+        results = [pool.submit(work, job, world, base_nll) for job in jobs]
+        try:
+            while not all(result.done() for result in results):
+                time.sleep(SHOW_EVERY)
+                show_progress(jobs, started, before)
+                failed = [result for result in results if result.done() and result.exception()]
+                if failed:
+                    raise failed[0].exception()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for job in jobs:
+                if job.process:
+                    job.process.send_signal(signal.SIGTERM)
+            raise
+        for result in results:
+            result.result()
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    """Figures in, verdicts out."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--figure", action="append", required=True, choices=[*FIGURES, "all"], help="may be repeated")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "outputs" / "experiments")
+    options = parser.parse_args(argv)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    started, figures = time.monotonic(), list(FIGURES) if "all" in options.figure else options.figure
+    world = options.output / "world"
+    jobs = jobs_of(figures, options.output)
+    build_world(world, unread=any("unread" in str(load_flags(job.setting).values()) for job in jobs))
+    run_all(jobs, world, options.workers)
+    print(f"all runs are there after {(time.monotonic() - started) / 60:.0f} min of this sitting")
+    report.main(figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The world of the experiments: a small LLaMA that answers people, and a proxy reward that it can over-optimise.
+
+    python -m experiments.world [--output outputs/experiments/world]
+
+Built once, kept, the same on every machine of a kind; each part appears whole or not at all:
+
+tokenizer    SentencePiece BPE of 2,048 pieces on people's messages (chitchat-dataset), all in lower case
+base         a LLaMA of 1.13M parameters (hidden 128, 3 layers), random weights
+dialogues    message -> reply, by people; prompts: messages of other conversations
+preferences  two real replies to a message; the one with the higher gold score (experiments/gold.py) is chosen, and in
+             training a fifth of the labels are turned round, as between human annotators (the paper agrees in 70-80 %)
+sft, reward  `sft.train` on the dialogues, `reward.train` from its model on the pairs. These are few, and none shows an
+             answer that repeats itself or never ends: there the proxy knows nothing, which is what PPO finds
+unread       `sft.train` on replies to other people's messages: it speaks but does not answer, figure 8's policy
+             without SFT; made when a setting asks for it
+"""
+
+import argparse
+import io
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import sentencepiece
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from data.demo.english import Exchange, is_clean, load_conversations, split_conversations
+from data.demo.files import build_once, counts, write_jsonl
+from experiments.gold import gold
+from utils.errors import UserError
+
+REPOSITORY = Path(__file__).parents[1]
+WORLD = Path("outputs/experiments/world")
+SEED, VOCAB = 20230711, 2048
+SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4}
+MESSAGE_WORDS, REPLY_WORDS = (2, 10), (2, 10)  # of the human's message; of a reply
+NUM_DIALOGUES = {"valid": 500, "train": 18000}
+NUM_PROMPTS = {"valid": 256, "train": 4000}
+NUM_PREFERENCES = {"valid": 600, "train": 2000}
+MIN_DIFFERENCE, NOISE = 0.3, 0.2  # in gold score, of the two replies; share of wrong labels in training
+COMMON = {"dtype": "fp32", "zero_stage": 0, "seed": 1, "micro_batch_tokens": 4096, "context_truncate": 64}
+SFT = COMMON | {"lr": 2e-3, "train_steps": 1000, "warmup_steps": 50, "batch_size": 64, "save_per_step": 250}
+REWARD = COMMON | {"lr": 3e-4, "train_steps": 150, "warmup_steps": 15, "batch_size": 32, "save_per_step": 50}
+
+
+def exchanges(part: str) -> Iterator[Exchange]:
+    """Message and reply, of one part of the conversations (prompts, preferences, train), in random order."""
+    rng, conversations = random.Random(SEED), load_conversations()
+    members = split_conversations(len(conversations), rng)[part]
+    places = [(member, place) for member in members for place in range(1, len(conversations[member]))]
+    for member, place in rng.sample(places, len(places)):
+        message, reply = (text.lower() for text in conversations[member][place - 1 : place + 1])
+        if fits(message, MESSAGE_WORDS) and fits(reply, REPLY_WORDS):
+            yield Exchange([message], reply, member)
+
+
+def fits(text: str, words: tuple[int, int]) -> bool:
+    """Whether a text is clean and of as many words as these allow."""
+    return words[0] <= len(text.split()) <= words[1] and is_clean(text)
+
+
+def take(source: Iterator, number: int) -> list:
+    """Exactly so many."""
+    taken = [item for _, item in zip(range(number), source, strict=False)]
+    assert len(taken) == number, f"only {len(taken)} of {number}"
+    return taken
+
+
+def build_base(folder: Path) -> str:
+    """Tokenizer and random weights."""
+    texts = (text for exchange in exchanges("train") for text in (exchange.context[0], exchange.reply))
+    pieces = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_writer=pieces, model_type="bpe", vocab_size=VOCAB, byte_fallback=True,
+        normalization_rule_name="identity", num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    torch.manual_seed(SEED)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "vocab_size": VOCAB, "max_position_embeddings": 128}
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, **ids))
+    model.save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes(pieces.getvalue())
+    return f"{model.num_parameters() / 1e6:.2f}M parameters, {VOCAB} pieces"
+
+
+def build_dialogues(folder: Path, answered: bool) -> str:
+    """Messages with their replies; with answered=False the replies belong to other messages."""
+    for name, part in (("valid", "prompts"), ("train", "train")):
+        found = take(exchanges(part), NUM_DIALOGUES[name])
+        replies = [found[index if answered else index - 1].reply for index in range(len(found))]
+        write_jsonl(folder / f"{name}.jsonl", (
+            {"prompt": exchange.context[0], "response": reply} for exchange, reply in zip(found, replies, strict=True)
+        ))  # fmt: skip
+    return f"{counts(NUM_DIALOGUES)} dialogues"
+
+
+def build_prompts(folder: Path) -> str:
+    """Messages: held-out ones that no dialogue was trained on, and those to train on."""
+    for name, part in (("valid", "prompts"), ("train", "train")):
+        found = take(exchanges(part), NUM_PROMPTS[name])
+        write_jsonl(folder / f"{name}.jsonl", ({"prompt": exchange.context[0]} for exchange in found))
+    return f"{counts(NUM_PROMPTS)} prompts"
+
+
+def pairs(part: str, noise: float) -> Iterator[dict]:
+    """A message's own reply and one from elsewhere, the better one chosen but for a share of wrong labels."""
+    rng, others = random.Random(SEED), exchanges(part)
+    for exchange, other in zip(others, others, strict=False):
+        replies = [exchange.reply, other.reply]
+        scores = gold(replies)
+        if abs(scores[0] - scores[1]) < MIN_DIFFERENCE:
+            continue
+        if (scores[0] < scores[1]) != (rng.random() < noise):
+            replies.reverse()
+        yield {"prompt": exchange.context[0], "chosen": replies[0], "rejected": replies[1]}
+
+
+def build_preferences(folder: Path) -> str:
+    """Noisy pairs to train on, right ones held out."""
+    for name, part, noise in (("valid", "preferences", 0.0), ("train", "train", NOISE)):
+        write_jsonl(folder / f"{name}.jsonl", take(pairs(part, noise), NUM_PREFERENCES[name]))
+    return f"{counts(NUM_PREFERENCES)} pairs"
+
+
+def train(folder: Path, module: str, flags: dict[str, object]) -> str:
+    """Runs one of the project's commands into a folder; returns the last line that tells of an evaluation."""
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", module, *words, "--model_save_path", str(folder), "--overwrite", "True"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{module} ended with code {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
+    return [line for line in done.stdout.splitlines() if "eval_loss" in line][-1]
+
+
+def build_world(world: Path, unread: bool = False) -> None:
+    """Whatever of the world is not there yet; the `unread` policy only when asked for."""
+    parts: dict[str, Callable[[Path], str]] = {
+        "base": build_base,
+        "dialogues": partial(build_dialogues, answered=True),
+        "unread_dialogues": partial(build_dialogues, answered=False),
+        "prompts": build_prompts,
+        "preferences": build_preferences,
+    }
+    for name, build in parts.items():
+        build_once(world / name, build)
+    stages = [
+        ("sft", "sft.train", SFT, "base", "dialogues"),
+        ("reward", "reward.train", REWARD, "sft/final", "preferences"),
+        ("unread", "sft.train", SFT, "base", "unread_dialogues"),
+    ]
+    for name, module, flags, start, data in stages if unread else stages[:2]:
+        paths = {"hf_model_name_or_path": world / start, "data_path": world / data}
+        build_once(world / name, partial(train, module=module, flags=flags | paths))
+
+
+def main() -> None:
+    """Builds it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=WORLD)
+    build_world(parser.parse_args().output, unread=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Gold scores by hand, bins of a run, verdicts from made-up numbers."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from experiments import curves
+from experiments.claims import FIGURES, Claim, Criterion, between, collapses, holds, of
+from experiments.curves import Run, gold_means, load_runs, read_run, save_run
+from experiments.gold import excess, gold, repetition
+from experiments.report import fall_of
+from experiments.settings import FOLDER, command, load_flags, run_hash
+from ppo.config import AMOUNTS, PRESETS, PPOConfig
+from utils.args import parse_args
+from utils.errors import UserError
+
+
+def run_of(setting="a", seed=1, **values) -> Run:
+    """Curves of 20 bins, constant unless a list is given."""
+    numbers = {"kl_ref": 1.0, "gold": 0.0} | values
+    made = {name: value if isinstance(value, list) else [value] * 20 for name, value in numbers.items()}
+    return Run(setting, seed, "h", "c", 1.0, None, 0.0, made)
+
+
+def test_repetition_counts_long_words_alone():
+    assert repetition(["the", "good", "the", "good", "good", "day"]) == pytest.approx(2 / 3)
+    assert repetition(["the", "the", "the"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "lost"), [(0, 1), (1, 1), (2, 0), (10, 0), (11, 1 / 3), (12, 2 / 3), (13, 1), (99, 1)]
+)
+def test_excess(words, lost):
+    assert excess(words) == pytest.approx(lost)
+
+
+def test_gold_takes_repetition_and_length_off_the_sentiment():
+    # VADER: 1.9 for good; 1.9 / sqrt(1.9 ** 2 + 15)
+    assert gold(["good day"]) == [pytest.approx(0.4404, abs=1e-4)]
+    twice = 3.8 / (3.8**2 + 15) ** 0.5
+    assert gold(["good good"]) == [pytest.approx(twice - 0.5, abs=1e-4)]
+    assert gold([""]) == [-1.0]
+
+
+def test_every_setting_is_a_command_line():
+    """Those of the figures and no others; each starts from the base."""
+    wanted = {setting for figure in FIGURES.values() for setting in figure.settings}
+    assert {file.stem for file in FOLDER.glob("*.toml")} == wanted | {"base"}
+    for name in wanted:
+        config = parse_args(PPOConfig, command(name, 3, FOLDER, FOLDER / "out"), PRESETS, AMOUNTS)
+        assert config.seed == 3 and config.maxlen_res == 16
+        assert len(load_flags(name).items() - load_flags("base").items()) <= 7, name
+
+
+def test_hash_follows_flags_and_seed():
+    assert run_hash("ppo_max", 1) == run_hash("ppo_max", 1) != run_hash("ppo_max", 2)
+    assert run_hash("ppo_max", 1) != run_hash("vanilla", 1)
+    with pytest.raises(UserError, match="no setting nonsense"):
+        load_flags("nonsense")
+
+
+def test_verdicts():
+    """Means 2 with an interval of ±2.48 (t = 4.303, deviation 1), and a tenth of that."""
+    wide = {"a": [run_of(seed=s, kl_ref=value) for s, value in enumerate((1.0, 2.0, 3.0))]}
+    narrow = {"a": [run_of(seed=s, kl_ref=value) for s, value in enumerate((1.9, 2.0, 2.1))]}
+    measure = of("a", lambda run: run.end("kl_ref"))
+    assert Criterion("", measure, above=1.0).judge(wide) == ("undecided", 2.0, pytest.approx(2.484, abs=1e-3))
+    assert Criterion("", measure, above=1.0).judge(narrow)[0] == "confirmed"
+    assert Criterion("", measure, above=2.5).judge(narrow)[0] == "refuted"
+    assert Criterion("", measure, below=1.0).judge(narrow)[0] == "refuted"
+    assert Criterion("", measure, below=3.0).judge(narrow)[0] == "confirmed"
+    assert Criterion("", measure, below=3.0).judge({"a": narrow["a"][:1]})[0] == "undecided"
+    sound, unsure, wrong = (Criterion("", measure, above=bound) for bound in (1.0, 2.0, 2.5))
+    assert Claim("", [sound, sound]).judge(narrow) == "confirmed"
+    assert Claim("", [sound, unsure]).judge(narrow) == "undecided"
+    assert Claim("", [unsure, wrong, sound]).judge(narrow) == "refuted"
+
+
+def test_collapse_and_hold():
+    sunk = {"a": [run_of(seed=s, kl_ref=90.0 + s, gold=[0.2] * 10 + [-0.5 + s / 100] * 10) for s in range(3)]}
+    calm = {"a": [run_of(seed=s, kl_ref=5.0 + s / 10, gold=[0.2] * 10 + [0.3 + s / 100] * 10) for s in range(3)]}
+    assert Claim("", collapses("a")).judge(sunk) == Claim("", holds("a")).judge(calm) == "confirmed"
+    assert Claim("", collapses("a")).judge(calm) == Claim("", holds("a")).judge(sunk) == "refuted"
+
+
+def test_pairs_are_compared_at_the_same_step():
+    runs = {"long": [run_of(gold=[0.1] * 10 + [0.9] * 10)], "short": [run_of(gold=[0.4] * 10)]}
+    runs["short"][0].curves["kl_ref"] = [1.0] * 10
+    (difference,) = between("long", "short", lambda run: run.end("gold"))(runs)
+    assert difference == pytest.approx(-0.3)
+
+
+def test_parts_of_a_run():
+    run = run_of(gold=[float(i) for i in range(20)])
+    assert (run.steps, run.start("gold"), run.end("gold"), run.change("gold")) == (200, 0.0, 18.5, 18.5)
+    assert (run.part("gold", 0), run.part("gold", 4)) == (1.5, 17.5)
+    assert run.smooth("gold", 5)[:2] == [2.0, 3.0] and len(run.smooth("gold", 5)) == 16
+    assert replace(run, alarm_step=150).until(100).alarm_step is None
+    assert replace(run, alarm_step=50).until(100).alarm_step == 50
+
+
+def test_fall_is_seen_when_fifty_steps_are_worse_than_the_best_fifty():
+    assert fall_of(run_of(gold=[0.0, 0.5] * 10)) is None
+    assert fall_of(run_of(gold=[0.3] * 10 + [0.1] * 10)) == 130  # three of five bins: 0.12 below
+
+
+def test_a_finished_run_is_read_in_bins(tmp_path, monkeypatch):
+    """Critic pre-training is left out; gold comes from the step's samples; results survive saving."""
+    (tmp_path / "config.json").write_text(json.dumps({"critic_pretrain_steps": 2, "git_commit": "abcdefghij"}))
+    numbers = dict.fromkeys(curves.METRICS, 1.0) | dict.fromkeys(
+        ["seconds_rollout", "seconds_score", "seconds_update"], 2
+    )
+    rows = [{"step": s, **numbers, "kl_ref": 10.0 * s, "perplexity": 4.0, "response_length": 2.0} for s in range(1, 23)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    samples = [{"step": s, "answer": answer} for s in range(1, 23) for answer in ("", "good day")]
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    run = read_run(tmp_path, "x", 3, "hash", 0.123456789)
+    assert run.curves["kl_ref"] == [75.0, 175.0]  # steps 3 to 12 and 13 to 22
+    assert run.curves["paper_perplexity"] == [2.0, 2.0]  # exp(ln 4 / 2)
+    assert run.curves["gold"] == pytest.approx([(0.4404 - 1) / 2] * 2, abs=1e-4)
+    assert (run.alarm_step, run.seconds, run.tax, run.commit) == (9, 132, 0.12346, "abcdefg")  # kl 110 at step 11
+    assert gold_means(tmp_path / "samples.jsonl")[5] == pytest.approx((0.4404 - 1) / 2, abs=1e-4)
+    monkeypatch.setattr(curves, "RESULTS", tmp_path)
+    save_run(run)
+    save_run(replace(run, seed=1))
+    save_run(replace(run, tax=0.5))
+    assert load_runs("x") == [replace(run, seed=1), replace(run, tax=0.5)]
+    assert load_runs("x", 1) == [replace(run, seed=1)] and load_runs("y") == []
