@@ -161,6 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "outputs" / "experiments")
     options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no run is left to itself
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     started, figures = time.monotonic(), list(FIGURES) if "all" in options.figure else options.figure
