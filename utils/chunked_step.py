@@ -17,7 +17,7 @@ STEP_CHUNKS = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements: what a core's cache
 
 
 def use_chunked_step(optimizer) -> None:
-    """optimizer: DeepSpeed's for ZeRO-1 or 2, not offloaded, around a fused torch.optim.AdamW of one process a rank."""
+    """optimizer: DeepSpeed's for ZeRO-1 or 2, not offloaded, around a fused torch.optim.AdamW."""
     optimizer.get_grad_norm_direct = lambda gradients, _: gradient_norm(gradients)
     optimizer.step = types.MethodType(chunked_step, optimizer)
 

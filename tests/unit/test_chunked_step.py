@@ -8,18 +8,18 @@ from tests.parts import ppo_config, tiny_scalar_model
 from utils.engine import TrainEngine
 
 CHUNK = chunked.NORM_CHUNK
-SHAPES = [(3 * CHUNK + 5,), (), (7, 11), (0,), (2, CHUNK), (1,), (40,)]  # over chunks, within one, and nothing
+SHAPES = [(20 * CHUNK + 5,), (), (7, 11), (0,), (2, CHUNK), (1,), (40,)]  # over chunks, within one, and nothing
 
 
 def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
     """Of very different sizes, as the layers of a model have them."""
     generator = torch.Generator().manual_seed(0)
-    scales = [1e-4, 3.0, 0.1, 1.0, 1e-3, 20.0, 1e-2]
+    scales = [1.0, 3.0, 0.1, 1.0, 1e-3, 20.0, 1e-2]
     return [(s * torch.randn(x, generator=generator)).to(dtype) for s, x in zip(scales, SHAPES, strict=True)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("left_out", [[], [1, 5], [0, 1, 2, 4, 5, 6]])  # the small ones decide, then the large ones
+@pytest.mark.parametrize("left_out", [[], [0, 4], [0, 1, 2, 4, 5, 6]])  # the first decides, small ones do, no element
 def test_the_norm_is_float64s(dtype, left_out):
     tensors = [x for i, x in enumerate(gradients(dtype)) if i not in left_out]
     expected = torch.cat([x.double().flatten() for x in tensors]).square().sum().sqrt()
@@ -36,7 +36,7 @@ def test_the_norm_of_a_share_that_is_padding():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_bad_element_is_passed_over(dtype, value):
     """The squares of 1e30 are beyond float32: infinity, which is refused, and never a number that looks sound."""
-    for tensor, place in ((0, 0), (0, 3 * CHUNK + 4), (4, CHUNK + 1), (6, 39)):
+    for tensor, place in ((0, 0), (0, 20 * CHUNK + 4), (4, CHUNK + 1), (6, 39)):
         tensors = gradients(dtype)
         tensors[tensor].view(-1)[place] = value
         assert not chunked.gradient_norm(tensors).isfinite()
