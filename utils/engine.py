@@ -22,6 +22,7 @@ from torch import nn
 
 from utils.args import EngineConfig
 from utils.builds import unblocked_builds
+from utils.chunked_step import use_chunked_step
 from utils.distributed import any_rank, gather_objects, is_main, rank, world_size
 from utils.engine_state import load_state, state_tensors
 from utils.shared_state import SharedState
@@ -126,8 +127,7 @@ class TrainEngine:
         if config.zero_stage:
             self._veto_steps()
         if config.zero_stage in (1, 2) and not config.offload_optimizer:
-            # The norm says as much as a search for infinities, and is made anyway.
-            self.engine.optimizer.check_overflow = lambda **_: None
+            use_chunked_step(self.engine.optimizer)
             if world_size() == 1:  # what one rank holds is the sum already: no copies into buckets and back
                 self.engine.optimizer.buffered_reduce_fallback = lambda *_, **__: None
 
