@@ -45,7 +45,6 @@ def chunked_step(optimizer) -> None:
         if not optimizer.overflow:
             adam_in_chunks(optimizer.optimizer, i, master.detach(), optimizer.averaged_gradients[i], scale)
         optimizer.averaged_gradients[i] = optimizer.all_grad_tensors[i] = None
-    optimizer.zero_grad()
     if not optimizer.overflow:
         optimizer.update_lp_params()  # the weights that the forward reads
 

@@ -54,12 +54,22 @@ def _attention_by_rows(module: nn.Module, query, key, value, attention_mask, **o
 
 @torch.compiler.disable  # the lengths are the host's: a compiled layer would be compiled again for each set of them
 def _each_row(module: nn.Module, query, key, value, attention_mask, **options):
+    lengths = attention_mask.flatten().tolist()
+    if len(set(lengths)) == 1:  # one call: more heads for the cores to share
+        query, key, value = (x[0].unflatten(1, (len(lengths), -1)).transpose(0, 1) for x in (query, key, value))
+        return _attention(module, query, key, value, **options).flatten(0, 1)[None], None
     outputs = []
-    for part in zip(*(x.split(attention_mask.flatten().tolist(), dim=2) for x in (query, key, value)), strict=True):
-        if part[0].shape[2] <= FLOAT_TOKENS:  # in scoring too, or the ratio would not begin at 1
-            part = [x.float() for x in part]
-        outputs.append(sdpa_attention_forward(module, *part, None, **options)[0].to(query.dtype))
+    for part in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+        outputs.append(_attention(module, *part, **options))
     return torch.cat(outputs, dim=1), None
+
+
+def _attention(module: nn.Module, query, key, value, **options) -> torch.Tensor:
+    """Of whole rows, [rows, length, heads, size]."""
+    dtype = query.dtype
+    if query.shape[2] <= FLOAT_TOKENS:  # in scoring too, or the ratio would not begin at 1
+        query, key, value = (x.float() for x in (query, key, value))
+    return sdpa_attention_forward(module, query, key, value, None, **options)[0].to(dtype)
 
 
 AttentionInterface.register("sdpa", _attention_by_rows)
