@@ -59,7 +59,8 @@ def policy_clipped(ratio: torch.Tensor, advantages: torch.Tensor, clip: float) -
 
 def value_clipped(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float) -> torch.Tensor:
     """True where clipping raises the loss, so that the value's gradient is cut. [batch, length] bool."""
-    return (_near_old(values, old_values, clip) - returns).square() > (values - returns).square()
+    moved = (values - old_values).abs() > clip  # else the squares below differ by rounding alone
+    return moved & ((_near_old(values, old_values, clip) - returns).square() > (values - returns).square())
 
 
 def _near_old(values: torch.Tensor, old_values: torch.Tensor, clip: float) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 from utils.distributed import sum_ranks
 
 NORM_CHUNK = 1 << 16  # a CPU adds up squares in float32 one after the other: 2e-6 off for so many, 3e-4 for 16 million
-STEP_CHUNKS = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements: what a core's cache holds; few launches, 256 MB
+CPU_CHUNK, GPU_CHUNK = 1 << 20, 1 << 26  # elements: what a core's cache holds; few launches, 256 MB
 
 
 def use_chunked_step(optimizer) -> None:
@@ -60,7 +60,7 @@ def adam_in_chunks(
     tensors = [master, state["exp_avg"], state["exp_avg_sq"]]
     options = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize", "fused")}
     beta1, beta2 = group["betas"]
-    size, start = STEP_CHUNKS[master.device.type], 0
+    size, start = CPU_CHUNK if master.device.type == "cpu" else GPU_CHUNK, 0
     for gradient in (chunk for tensor in gradients for chunk in tensor.flatten().split(size)):
         weight, first, second = (x[start : start + len(gradient)] for x in tensors)
         gradient = gradient.float() if scale is None else gradient.float().mul_(scale)

@@ -46,7 +46,7 @@ def test_no_bad_element_is_passed_over(dtype, value):
 @pytest.mark.parametrize(("zero_stage", "dtype"), [(1, "bf16"), (2, "bf16"), (2, "fp32")])
 def test_given_the_same_norm_it_is_deepspeeds_step_bit_for_bit(single_process, monkeypatch, zero_stage, dtype, clip):
     """Clipped at every step, with clipping off, and never. Chunks of whole vectors: a rest of one rounds otherwise."""
-    monkeypatch.setattr(chunked, "STEP_CHUNKS", {"cpu": 64})
+    monkeypatch.setattr(chunked, "CPU_CHUNK", 64)
     state = {}
     for name in ("ours", "DeepSpeed's"):
         module = tiny_scalar_model().to(torch.bfloat16 if dtype == "bf16" else torch.float32)

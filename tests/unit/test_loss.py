@@ -71,6 +71,12 @@ def test_value_clipping_is_around_the_old_value(value, expected, counted):
     assert value_clipped(values, old, returns, 0.2).item() is counted
 
 
+def test_values_that_stayed_near_are_not_counted_for_rounding():
+    """old + (value - old) is another float32 than value for many of these."""
+    old, moves = torch.rand(1, 1000, generator=torch.Generator().manual_seed(0)), torch.linspace(-0.19, 0.19, 1000)
+    assert not value_clipped(old + moves, old, torch.zeros_like(old), 0.2).any()
+
+
 def test_value_loss_without_clipping_is_half_the_squared_error():
     values, returns = torch.tensor([[1.0, 9.0, 4.0]]), torch.tensor([[0.0, 0.0, 1.0]])
     mask = torch.tensor([[True, False, True]])
