@@ -25,17 +25,13 @@ from data.dialogues import encode_dialogues, load_dialogues
 from experiments import report
 from experiments.claims import FIGURES
 from experiments.curves import Run, load_runs, read_run, save_run
-from experiments.settings import REPOSITORY, command, load_flags, run_hash
+from experiments.settings import ENVIRONMENT, REPOSITORY, command, load_flags, run_hash
 from experiments.stages import answer_nll, answer_tokens
 from experiments.world import build_world
 from utils.args import entry_point
 from utils.errors import UserError
 from utils.tokenizer import load_tokenizer
 
-ENVIRONMENT = {
-    "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1",
-    "MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "67108864",
-}  # fmt: skip
 SHOW_EVERY = 30  # seconds
 KEEPING = threading.Lock()  # a setting's runs share a file
 STOPPED = 143  # train_ppo.py has saved and ended at a SIGTERM

@@ -17,6 +17,7 @@ unread       `sft.train` on replies to other people's messages: it speaks but do
 
 import argparse
 import io
+import os
 import random
 import subprocess
 import sys
@@ -31,9 +32,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from data.demo.english import Exchange, is_clean, load_conversations, split_conversations
 from data.demo.files import build_once, counts, write_jsonl
 from experiments.gold import gold
+from experiments.settings import ENVIRONMENT, REPOSITORY
 from utils.errors import UserError
 
-REPOSITORY = Path(__file__).parents[1]
 WORLD = Path("outputs/experiments/world")
 SEED, VOCAB = 20230711, 2048
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -129,7 +130,7 @@ def train(folder: Path, module: str, flags: dict[str, object]) -> str:
     """Runs one of the project's commands into a folder; returns the last line that tells of an evaluation."""
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", module, *words, "--model_save_path", str(folder), "--overwrite", "True"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{module} ended with code {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
     return [line for line in done.stdout.splitlines() if "eval_loss" in line][-1]

@@ -5,15 +5,23 @@ CPU the attention of every row is a call of its own: torch's kernel takes rows o
 products around it are the faster the more tokens they get at once.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import is_flash_attention_requested
 
 from utils.tensors import last_index
 
-FULL_ATTENTION = ("llama", "mistral", "qwen2", "qwen3")  # nothing but attention mixes tokens in them
+FULL_ATTENTION = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)  # nothing but attention mixes tokens; layers as `_last_layer` has
 FLOAT_TOKENS = 512  # rows up to here are attended in float32 on a CPU: half the time backwards, the same forwards
 
 
@@ -30,8 +38,9 @@ def joins_rows(decoder: nn.Module) -> bool:
 def states_of(decoder: nn.Module, sequences: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
     """The last hidden states at the positions `read`: [n, hidden], row after row.
 
-    sequences: ids [batch, length], right-padded; read: bool, the same shape, False at padding. What stands behind the
-    last position read of a row is not run either, where rows are joined.
+    sequences: ids [batch, length], right-padded; read: bool, the same shape, False at padding. Where rows are joined,
+    what stands behind the last position read of a row is not run either, nor is the last layer behind its attention for
+    positions that are not read: of 8 layers that is 8 % of the work on a prompt, of 32 layers 2 %.
     """
     # Right padding needs no attention mask: causality hides it, and attention kernels are fastest so.
     if not joins_rows(decoder):
@@ -39,10 +48,27 @@ def states_of(decoder: nn.Module, sequences: torch.Tensor, read: torch.Tensor) -
     places = torch.arange(sequences.shape[1], device=sequences.device)
     lengths = last_index(read) + 1
     inside = places < lengths[:, None]
-    joined = {"input_ids": sequences[inside][None], "position_ids": places.expand_as(inside)[inside][None]}
-    if not is_flash_attention_requested(decoder.config):
-        joined["attention_mask"] = lengths.view(1, 1, 1, -1)  # transformers hands on what has four dimensions
-    return decoder(**joined, use_cache=False).last_hidden_state[0, read[inside]]
+    positions = places.expand_as(inside)[inside][None]
+    hidden = decoder.embed_tokens(sequences[inside][None])
+    mask = lengths.view(1, 1, 1, -1)
+    if is_flash_attention_requested(decoder.config):
+        mask = create_causal_mask(decoder.config, hidden, None, None, positions)
+    embedded = decoder.rotary_emb(hidden, positions)
+    options = {"attention_mask": mask, "position_ids": positions, "position_embeddings": embedded}
+    *layers, last = decoder.layers
+    for layer in layers:
+        hidden = layer(hidden, **options)
+    finish = partial(_last_layer, last, read=read[inside], options=options)
+    if last.gradient_checkpointing and last.training:
+        finish = partial(last._gradient_checkpointing_func, finish)
+    return decoder.norm(finish(hidden))
+
+
+def _last_layer(layer: nn.Module, hidden: torch.Tensor, read: torch.Tensor, options: dict) -> torch.Tensor:
+    """A decoder layer's output where it is read: what follows its attention need not know of any other token."""
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **options)
+    states = (hidden + attended)[0, read]
+    return states + layer.mlp(layer.post_attention_layernorm(states))
 
 
 def _attention_by_rows(module: nn.Module, query, key, value, attention_mask, **options):
