@@ -91,7 +91,7 @@ def read_run(folder: Path, setting: str, seed: int, hash: str, tax: float) -> Ru
     names = [*METRICS, "gold", "paper_perplexity"]
     bins = [rows[start : start + BIN] for start in range(0, len(rows), BIN)]
     curves = {name: [rounded(fmean(row[name] for row in bin)) for bin in bins] for name in names}
-    commit, spent = config["git_commit"][:7], round(len(seconds) * median(seconds))
+    commit, spent = (config["git_commit"] or "")[:7], round(len(seconds) * median(seconds))
     return Run(setting, seed, hash, commit, spent, alarm_step, rounded(tax), curves)
 
 

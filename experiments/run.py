@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,11 +40,12 @@ STOPPED = 143  # train_ppo.py has saved and ended at a SIGTERM
 
 @dataclass
 class Job:
-    """One run. process: while it goes on."""
+    """One run. code: the toolkit that it is made with; process: while it goes on."""
 
     setting: str
     seed: int
     folder: Path
+    code: Path = REPOSITORY
     process: subprocess.Popen | None = None
 
     @property
@@ -77,22 +79,29 @@ def jobs_of(figures: list[str], output: Path) -> list[Job]:
     return sorted(jobs, key=lambda job: -job.total_steps)
 
 
-def work(job: Job, world: Path, base_nll: float) -> None:
-    """Runs a job to its end, and keeps its numbers. Raises UserError when it fails."""
+def execute(job: Job, world: Path) -> bool:
+    """Runs a job; False when it was stopped before its end. Raises UserError when it fails."""
     if not job.finished:
         job.folder.mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "train_ppo.py", *command(job.setting, job.seed, world, job.folder)]
         with (job.folder / "output.log").open("a") as log:
             job.process = subprocess.Popen(
-                argv, cwd=REPOSITORY, env=os.environ | ENVIRONMENT, stdout=log, stderr=log, start_new_session=True
+                argv, cwd=job.code, env=os.environ | ENVIRONMENT, stdout=log, stderr=log, start_new_session=True
             )
         code = job.process.wait()
         job.process = None
         if code == STOPPED:
-            return
+            return False
         if code:
             raise UserError(f"{job.folder}: train_ppo.py ended with code {code}, see output.log there")
         shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
+    return True
+
+
+def work(job: Job, world: Path, base_nll: float) -> None:
+    """Runs a job and, when it has come to its end, keeps its numbers."""
+    if not execute(job, world):
+        return
     tax = reply_nll(job.folder / "final", world) - base_nll
     keep(read_run(job.folder, job.setting, job.seed, run_hash(job.setting, job.seed), tax))
 
@@ -127,11 +136,16 @@ def show_progress(jobs: list[Job], started: float, before: int) -> None:
 
 
 def run_all(jobs: list[Job], world: Path, workers: int) -> None:
-    """All of them, `workers` at a time."""
+    """All of them, `workers` at a time, and their numbers kept."""
     base_nll = reply_nll(world / "sft" / "final", world)
+    side_by_side(jobs, lambda job: work(job, world, base_nll), workers)
+
+
+def side_by_side(jobs: list[Job], work: Callable[[Job], object], workers: int) -> None:
+    """Does the work of all jobs, `workers` at a time, and shows how far they are."""
     started, before = time.monotonic(), sum(job.steps for job in jobs)
     with ThreadPoolExecutor(workers) as pool:
-        results = [pool.submit(work, job, world, base_nll) for job in jobs]
+        results = [pool.submit(work, job) for job in jobs]
         try:
             while not all(result.done() for result in results):
                 time.sleep(SHOW_EVERY)

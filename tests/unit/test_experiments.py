@@ -9,8 +9,9 @@ from experiments import curves
 from experiments.claims import FIGURES, Claim, Criterion, between, collapses, holds, of
 from experiments.curves import Run, gold_means, load_runs, read_run, save_run
 from experiments.gold import excess, gold, repetition
+from experiments.mutants import MUTANTS, copy_code, verdicts_on
 from experiments.report import fall_of
-from experiments.settings import FOLDER, command, load_flags, run_hash
+from experiments.settings import FOLDER, REPOSITORY, command, load_flags, run_hash
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from utils.args import parse_args
 from utils.errors import UserError
@@ -58,6 +59,24 @@ def test_hash_follows_flags_and_seed():
     assert run_hash("ppo_max", 1) != run_hash("vanilla", 1)
     with pytest.raises(UserError, match="no setting nonsense"):
         load_flags("nonsense")
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_the_toolkit_but_for_its_mistake(tmp_path, name):
+    copy_code(name, tmp_path / "code")
+    file, right, wrong = MUTANTS[name]
+    changed = (tmp_path / "code" / file).read_text()
+    assert changed != (REPOSITORY / file).read_text() == changed.replace(wrong, right)
+    compile(changed, file, "exec")
+    assert (tmp_path / "code" / "train_ppo.py").read_text() == (REPOSITORY / "train_ppo.py").read_text()
+
+
+def test_claims_about_one_setting_alone():
+    runs = [run_of("kl_only", seed=s, kl_ref=5.0 + s / 10, gold=[0.2] * 10 + [0.3 + s / 100] * 10) for s in range(3)]
+    rows = verdicts_on("kl_only", runs).rows
+    assert [row[0] for row in rows[1:]] == [
+        "The KL penalty is stable", "– kl_only: KL at the end, nats a response", "– kl_only: gold, end - start"
+    ]  # fmt: skip
 
 
 def test_verdicts():

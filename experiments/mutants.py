@@ -1,0 +1,73 @@
+"""Can the experiments see a bug?   python -m experiments.mutants kl_sign --setting kl_only [--seeds 3]
+
+Runs a setting with one expression of the toolkit's code made wrong, and judges the claims about that setting alone on
+those runs, beside the verdicts on the kept ones: a bug that changes none of them is one that these experiments cannot
+see. The wrong copy and its numbers stay under outputs/experiments/mutants.
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+from experiments.claims import FIGURES
+from experiments.curves import load_runs, read_run
+from experiments.report import Table, verdicts
+from experiments.run import Job, execute, side_by_side
+from experiments.settings import CODE, REPOSITORY
+from experiments.world import WORLD, build_world
+from utils.args import entry_point
+from utils.errors import UserError
+
+# name -> (file, what stands there, the mistake)
+MUTANTS = {
+    "kl_sign": ("ppo/rewards.py", "(-kl_coef * kl)", "(kl_coef * kl)"),
+    "unmasked_advantages": ("ppo/loss.py", "masked_sum(-surrogate, response_mask)", "(-surrogate).sum()"),
+}
+
+
+def copy_code(name: str, folder: Path) -> None:
+    """The toolkit with the mistake in it."""
+    file, right, wrong = MUTANTS[name]
+    shutil.rmtree(folder, ignore_errors=True)
+    for part in CODE:
+        copy = shutil.copytree if (REPOSITORY / part).is_dir() else shutil.copy
+        (folder / part).parent.mkdir(parents=True, exist_ok=True)
+        copy(REPOSITORY / part, folder / part)
+    text = (folder / file).read_text("utf-8")
+    if text.count(right) != 1:
+        raise UserError(f"{file} has {right!r} {text.count(right)} times: mend MUTANTS in experiments/mutants.py")
+    (folder / file).write_text(text.replace(right, wrong), "utf-8")
+
+
+def verdicts_on(setting: str, runs: list) -> Table:
+    """Of the claims, in any figure, that are about nothing but this setting."""
+    claims = [claim for figure in FIGURES.values() if setting in figure.settings for claim in figure.claims]
+    alone = [claim for claim in claims if all(x.text.startswith(f"{setting}:") for x in claim.criteria)]
+    return verdicts(alone, {setting: runs})
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    """Prints both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("mutant", choices=MUTANTS)
+    parser.add_argument("--setting", required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    options = parser.parse_args(argv)
+    world = REPOSITORY / WORLD
+    folder = world.parent / "mutants" / options.mutant
+    copy_code(options.mutant, folder / "code")
+    build_world(world)
+    seeds = range(1, options.seeds + 1)
+    jobs = [Job(options.setting, seed, folder / f"{options.setting}-{seed}", folder / "code") for seed in seeds]
+    side_by_side(jobs, lambda job: execute(job, world), options.workers)
+    wrong = [read_run(job.folder, job.setting, job.seed, options.mutant, tax=0.0) for job in jobs]
+    right = load_runs(options.setting, options.seeds)
+    print(f"\n{options.setting} as it is\n{verdicts_on(options.setting, right).markdown()}")
+    print(f"\nwith {options.mutant}\n{verdicts_on(options.setting, wrong).markdown()}")
+
+
+if __name__ == "__main__":
+    main()
