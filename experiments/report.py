@@ -72,7 +72,8 @@ class Table:
 
     def markdown(self) -> str:
         """As Markdown."""
-        head, *rows = [f"| {' | '.join(row)} |" for row in self.rows]
+        escaped = ([cell.replace("|", "\\|") for cell in row] for row in self.rows)
+        head, *rows = [f"| {' | '.join(row)} |" for row in escaped]
         return "\n".join([head, "|" + "---|" * len(self.rows[0]), *rows])
 
     def html(self) -> str:
@@ -105,29 +106,39 @@ def parts(runs: dict[str, list[Run]]) -> Table:
     return Table(rows)
 
 
-def fall_of(run: Run) -> int | None:
-    """The first step at which gold, over fifty steps, is FALL below the best fifty before; None if it never is."""
+def fall_of(run: Run) -> tuple[int, float] | None:
+    """(the first step at which gold, over fifty steps, is FALL below the best fifty before, their KL), or None."""
     best = float("-inf")
-    for index, value in enumerate(run.smooth("gold", SMOOTH)):
-        best = max(best, value)
-        if value < best - FALL:
-            return BIN * (index + SMOOTH)
+    for index, (gold, kl) in enumerate(zip(run.smooth("gold", SMOOTH), run.smooth("kl_ref", SMOOTH), strict=True)):
+        best = max(best, gold)
+        if gold < best - FALL:
+            return BIN * (index + SMOOTH), kl
     return None
 
 
 def alarm_table() -> Table:
     """Over all kept runs: does train_ppo.py's alarm go off before the gold score falls?"""
-    rows = [["setting", "runs", "gold falls in", "at step", "alarm before", "steps ahead", "alarm without a fall"]]
+    rows = [
+        [
+            "setting",
+            "runs",
+            "falls",
+            "at steps",
+            "KL then",
+            "alarm at steps",
+            "alarms before the fall",
+            "alarms without",
+        ]
+    ]
     for setting in sorted(file.stem for file in RESULTS.glob("*.json")):
         runs = load_runs(setting)
-        falls = [(fall_of(run), run.alarm_step) for run in runs]
-        fallen = [(fall, alarm) for fall, alarm in falls if fall]
-        leads = [fall - alarm for fall, alarm in fallen if alarm and alarm <= fall]
-        false = sum(alarm is not None and fall is None for fall, alarm in falls)
-        span = ", ".join(str(fall) for fall, _ in fallen)
-        rows.append(
-            [setting, str(len(runs)), str(len(fallen)), span, str(len(leads)), ", ".join(map(str, leads)), str(false)]
-        )
+        falls, alarmed = [fall_of(run) for run in runs], [run.alarm_step for run in runs]
+        seen = [fall for fall in falls if fall]
+        ahead = sum(bool(fall and alarm and alarm <= fall[0]) for fall, alarm in zip(falls, alarmed, strict=True))
+        false = sum(bool(alarm and not fall) for fall, alarm in zip(falls, alarmed, strict=True))
+        steps, kls = ", ".join(str(step) for step, _ in seen), ", ".join(f"{kl:.0f}" for _, kl in seen)
+        at = ", ".join(str(alarm) for alarm in alarmed if alarm)
+        rows.append([setting, str(len(runs)), str(len(seen)), steps, kls, at, str(ahead), str(false)])
     return Table(rows)
 
 
@@ -153,7 +164,7 @@ def main(figures: list[str] | None = None) -> None:
             print(f"\n{title}\n{table.markdown()}")
         texts.append(f"## {title}\n\n{where}\n\n{table.markdown()}\n\n![{title}](results/{path.name})")
         data = base64.b64encode(path.read_bytes()).decode()
-        page.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(where)}</p>{table.html()}")
+        page.append(f"<h2>{html.escape(title)}</h2>{paragraphs(where)}{table.html()}")
         page.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">')
     table = alarm_table()
     words = (
@@ -161,7 +172,7 @@ def main(figures: list[str] | None = None) -> None:
         "defaults (`--alarm_kl 100`, `--alarm_perplexity 1.05`)."
     )
     texts.append(f"## Beyond the paper: do the alarms come before the fall?\n\n{words}\n\n{table.markdown()}")
-    page.append(f"<h2>Do the alarms come before the fall?</h2><p>{html.escape(words)}</p>{table.html()}")
+    page.append(f"<h2>Do the alarms come before the fall?</h2>{paragraphs(words)}{table.html()}")
     (FOLDER / "RESULTS.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     (FOLDER / "report.html").write_text(PAGE.format(body="\n".join(page)), encoding="utf-8")
     print(f"\nwritten: {FOLDER}/RESULTS.md, {FOLDER}/report.html")

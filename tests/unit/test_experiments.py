@@ -121,7 +121,8 @@ def test_parts_of_a_run():
 
 def test_fall_is_seen_when_fifty_steps_are_worse_than_the_best_fifty():
     assert fall_of(run_of(gold=[0.0, 0.5] * 10)) is None
-    assert fall_of(run_of(gold=[0.3] * 10 + [0.1] * 10)) == 130  # three of five bins: 0.12 below
+    fallen = run_of(gold=[0.3] * 10 + [0.1] * 10, kl_ref=[1.0] * 12 + [6.0] * 8)
+    assert fall_of(fallen) == (130, 2.0)  # three of five bins: 0.12 below; of the last of them KL 6
 
 
 def test_a_finished_run_is_read_in_bins(tmp_path, monkeypatch):
