@@ -118,18 +118,8 @@ def fall_of(run: Run) -> tuple[int, float] | None:
 
 def alarm_table() -> Table:
     """Over all kept runs: does train_ppo.py's alarm go off before the gold score falls?"""
-    rows = [
-        [
-            "setting",
-            "runs",
-            "falls",
-            "at steps",
-            "KL then",
-            "alarm at steps",
-            "alarms before the fall",
-            "alarms without",
-        ]
-    ]
+    head = "setting, runs, falls, at steps, KL then, alarm at steps, alarms before, without a fall"
+    rows = [head.split(", ")]
     for setting in sorted(file.stem for file in RESULTS.glob("*.json")):
         runs = load_runs(setting)
         falls, alarmed = [fall_of(run) for run in runs], [run.alarm_step for run in runs]
