@@ -16,6 +16,7 @@ BIN = 10  # steps
 METRICS = ["score_mean", "score_std", "kl_ref", "response_length", "perplexity", "entropy", "eos_fraction"]
 METRICS += ["policy_loss", "value_loss", "approx_kl", "clip_fraction", "value_clip_fraction", "explained_variance"]
 METRICS += ["advantage_std", "return_mean", "grad_norm_policy", "grad_norm_critic"]
+ALARMS = PPOConfig(policy_model_path="-", critic_model_path="-", data_path="-")  # their defaults
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -93,9 +94,6 @@ def read_run(folder: Path, setting: str, seed: int, hash: str, tax: float) -> Ru
     curves = {name: [rounded(fmean(row[name] for row in bin)) for bin in bins] for name in names}
     commit, spent = (config["git_commit"] or "")[:7], round(len(seconds) * median(seconds))
     return Run(setting, seed, hash, commit, spent, alarm_step, rounded(tax), curves)
-
-
-ALARMS = PPOConfig(policy_model_path="-", critic_model_path="-", data_path="-")  # their defaults
 
 
 def rounded(value: float) -> float:

@@ -9,6 +9,7 @@ import html
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib
 
@@ -29,6 +30,7 @@ PANELS = {
 }  # fmt: skip
 SMOOTH = 5  # bins
 FALL = 0.1  # of gold, below the best fifty steps before: a fall
+VERDICTS = ("confirmed", "refuted", "undecided")
 AT_END = {"score_mean": "score", "gold": "gold", "kl_ref": "KL"}
 
 
@@ -51,7 +53,7 @@ def plot(name: str, runs: dict[str, list[Run]]) -> Path:
             curves = [run.smooth(metric, SMOOTH) for run in of_seeds]
             steps = [BIN * (index + SMOOTH) for index in range(len(curves[0]))]
             columns = list(zip(*curves, strict=True))
-            (line,) = axis.plot(steps, [sum(column) / len(column) for column in columns], label=setting, linewidth=1.2)
+            (line,) = axis.plot(steps, list(map(fmean, columns)), label=setting, linewidth=1.2)
             axis.fill_between(
                 steps, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2, color=line.get_color()
             )
@@ -81,7 +83,8 @@ class Table:
         lines = []
         for index, row in enumerate(self.rows):
             tag = "td" if index else "th"
-            cells = "".join(f'<{tag} class="{html.escape(cell)}">{html.escape(cell)}</{tag}>' for cell in row)
+            kinds = (f' class="{cell}"' if cell in VERDICTS else "" for cell in row)
+            cells = "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in zip(kinds, row, strict=True))
             lines.append(f"<tr>{cells}</tr>")
         return "<table>" + "\n".join(lines) + "</table>"
 

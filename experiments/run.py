@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -145,22 +145,18 @@ def side_by_side(jobs: list[Job], work: Callable[[Job], object], workers: int) -
     """Does the work of all jobs, `workers` at a time, and shows how far they are."""
     started, before = time.monotonic(), sum(job.steps for job in jobs)
     with ThreadPoolExecutor(workers) as pool:
-        results = [pool.submit(work, job) for job in jobs]
+        waiting = {pool.submit(work, job) for job in jobs}
         try:
-            while not all(result.done() for result in results):
-                time.sleep(SHOW_EVERY)
+            while waiting:
+                done, waiting = wait(waiting, SHOW_EVERY, FIRST_EXCEPTION)
+                for result in done:
+                    result.result()
                 show_progress(jobs, started, before)
-                failed = [result for result in results if result.done() and result.exception()]
-                if failed:
-                    raise failed[0].exception()
-        except BaseException:
+        finally:  # after a failure or Ctrl-C: what runs may save, what waits is not begun
             pool.shutdown(wait=False, cancel_futures=True)
             for job in jobs:
                 if job.process:
                     job.process.send_signal(signal.SIGTERM)
-            raise
-        for result in results:
-            result.result()
 
 
 @entry_point

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from experiments import claims, curves, report, run, settings
+from experiments import curves, report, run, settings
 from experiments.claims import Claim, Criterion, Figure, end, of
 from tests.tiny_run import build_inputs, read_lines
 from utils.errors import UserError
@@ -59,7 +59,7 @@ def small(tmp_path, monkeypatch):
     for module, name, value in (
         (curves, "RESULTS", tmp_path / "results"), (report, "RESULTS", tmp_path / "results"),
         (report, "FOLDER", tmp_path), (run, "FIGURES", figures), (report, "FIGURES", figures),
-        (claims, "FIGURES", figures), (run, "SHOW_EVERY", 0.2),
+        (run, "SHOW_EVERY", 0.2),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
 
