@@ -13,7 +13,7 @@ from pathlib import Path
 from experiments.claims import FIGURES
 from experiments.curves import load_runs, read_run
 from experiments.report import Table, verdicts
-from experiments.run import Job, execute, side_by_side
+from experiments.run import Job, execute, folder_name, side_by_side
 from experiments.settings import CODE, REPOSITORY
 from experiments.world import WORLD, build_world
 from utils.args import entry_point
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     copy_code(options.mutant, folder / "code")
     build_world(world)
     seeds = range(1, options.seeds + 1)
-    jobs = [Job(options.setting, seed, folder / f"{options.setting}-{seed}", folder / "code") for seed in seeds]
+    jobs = [Job(options.setting, s, folder / folder_name(options.setting, s), folder / "code") for s in seeds]
     side_by_side(jobs, lambda job: execute(job, world), options.workers)
     wrong = [read_run(job.folder, job.setting, job.seed, options.mutant, tax=0.0) for job in jobs]
     right = load_runs(options.setting, options.seeds)

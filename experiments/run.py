@@ -28,7 +28,7 @@ from experiments.claims import FIGURES
 from experiments.curves import Run, load_runs, read_run, save_run
 from experiments.settings import ENVIRONMENT, REPOSITORY, command, load_flags, run_hash
 from experiments.stages import answer_nll, answer_tokens
-from experiments.world import build_world
+from experiments.world import COMMON, WORLD, build_world
 from utils.args import entry_point
 from utils.errors import UserError
 from utils.tokenizer import load_tokenizer
@@ -66,6 +66,11 @@ class Job:
         return (self.folder / "final").is_dir()
 
 
+def folder_name(setting: str, seed: int) -> str:
+    """Of a run: another one when the setting or the code changes."""
+    return f"{setting}-{seed}-{run_hash(setting, seed)}"
+
+
 def jobs_of(figures: list[str], output: Path) -> list[Job]:
     """Each setting and seed once, the longest first."""
     wanted = {}
@@ -73,7 +78,7 @@ def jobs_of(figures: list[str], output: Path) -> list[Job]:
         for setting, seeds in FIGURES[figure].settings.items():
             wanted[setting] = max(seeds, wanted.get(setting, 0))
     jobs = [
-        Job(setting, seed, output / "runs" / f"{setting}-{seed}-{run_hash(setting, seed)}")
+        Job(setting, seed, output / "runs" / folder_name(setting, seed))
         for setting, seeds in wanted.items() for seed in range(1, seeds + 1)
     ]  # fmt: skip
     return sorted(jobs, key=lambda job: -job.total_steps)
@@ -121,7 +126,7 @@ def reply_nll(model: Path, world: Path) -> float:
     """-log p a token of people's replies to held-out messages."""
     tokenizer = load_tokenizer(str(model))
     _, valid = load_dialogues(str(world / "dialogues"), 0, 0, say=lambda _: None)
-    dialogues = encode_dialogues(tokenizer, valid, "moss_en", 64, lambda _: None)
+    dialogues = encode_dialogues(tokenizer, valid, "moss_en", COMMON["context_truncate"], lambda _: None)
     return float(answer_nll(model, dialogues, torch.float32).sum()) / sum(len(answer_tokens(x)) for x in dialogues)
 
 
@@ -165,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--figure", action="append", required=True, choices=[*FIGURES, "all"], help="may be repeated")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "outputs" / "experiments")
+    parser.add_argument("--output", type=Path, default=REPOSITORY / WORLD.parent)
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no run is left to itself
     logging.set_verbosity_error()

@@ -10,6 +10,7 @@ import tomllib
 from functools import cache
 from pathlib import Path
 
+from benchmarks.environment import MALLOC
 from utils.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -17,10 +18,7 @@ FOLDER = Path(__file__).parent / "settings"
 PATHS = {"policy_model_path": "sft/final", "critic_model_path": "reward/final", "reward_model_path": "reward/final"}
 PATHS |= {"data_path": "prompts"}
 # One thread a run: two runs share the cores, and the numbers are the same on any count of them.
-ENVIRONMENT = {
-    "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1",
-    "MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "67108864",
-}  # fmt: skip
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", **MALLOC}
 # All that decides a run's numbers: the toolkit, and what its world is made of.
 CODE = ["train_ppo.py", "ppo", "reward", "sft", "data", "utils", "experiments/world.py", "experiments/gold.py"]
 

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import curves, report, run, settings
 from experiments.claims import Claim, Criterion, Figure, end, of
-from tests.tiny_run import build_inputs, read_lines
+from tests.tiny_run import read_lines
 from utils.errors import UserError
 
 BASE = """
@@ -31,10 +31,9 @@ checkpoint_per_step = 5
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(inputs, tmp_path_factory):
     """Tiny models where the world's are."""
     folder = tmp_path_factory.mktemp("world")
-    inputs = build_inputs(folder / "inputs")
     for source, name in ((inputs.policy, "sft/final"), (inputs.reward, "reward/final"), (inputs.prompts, "prompts")):
         shutil.copytree(source, folder / name)
     (folder / "dialogues").mkdir()

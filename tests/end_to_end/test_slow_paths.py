@@ -14,7 +14,7 @@ from ppo.models import PolicyModel
 from ppo.rollout import assemble
 from ppo.sampling import uniforms
 from reward.model import ScalarModel
-from tests.tiny_run import build_inputs, read_lines, read_metrics, run_flags
+from tests.tiny_run import read_lines, read_metrics, run_flags
 from train_ppo import main
 
 FLAGS = {
@@ -64,10 +64,9 @@ def plain_step(optimizer) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(inputs, tmp_path_factory):
     """Metrics of (the fast run, the plain one), and what both sampled."""
     folder, found = tmp_path_factory.mktemp("runs"), []
-    inputs = build_inputs(folder / "inputs")
     for name in ("fast", "plain"):
         with pytest.MonkeyPatch.context() as patch:
             if name == "plain":
