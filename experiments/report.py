@@ -17,7 +17,8 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from experiments.claims import FIGURES, PARTS, Claim, Figure, between, end
+from experiments.claims import FIGURES, PARTS
+from experiments.criteria import Claim, Figure, between, end
 from experiments.curves import BIN, RESULTS, Run, load_runs
 from experiments.intervals import over_seeds
 

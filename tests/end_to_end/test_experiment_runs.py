@@ -8,7 +8,7 @@ import time
 import pytest
 
 from experiments import curves, report, run, settings
-from experiments.claims import Claim, Criterion, Figure, end, of
+from experiments.criteria import Claim, Criterion, Figure, end, of
 from tests.tiny_run import read_lines
 from utils.errors import UserError
 

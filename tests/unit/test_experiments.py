@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from experiments import curves
-from experiments.claims import FIGURES, Claim, Criterion, between, collapses, holds, of
+from experiments.claims import FIGURES
+from experiments.criteria import Claim, Criterion, between, collapses, holds, of
 from experiments.curves import Run, gold_means, load_runs, read_run, save_run
 from experiments.gold import excess, gold, repetition
 from experiments.mutants import MUTANTS, copy_code, verdicts_on
