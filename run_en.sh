@@ -31,6 +31,7 @@ demo() { # "$@" goes to train_ppo.py
     --model_save_path "$reward"
     --template chat
     --seed "$seed"
+    --dtype "$DTYPE"
     --lr 1e-4               # 5e-6 in the paper, for 7 billion parameters
     --train_steps 40        # 1000 in the paper
     --warmup_steps 4        # the first tenth
@@ -48,7 +49,7 @@ demo() { # "$@" goes to train_ppo.py
     --model_save_path "$output"
     --logdir "$output/tensorboard"
     --template chat
-    --dtype bf16
+    --dtype "$DTYPE"
     --zero_stage 2
     --lr 6e-5
     --critic_lr 2e-4
@@ -79,6 +80,7 @@ demo() { # "$@" goes to train_ppo.py
     --reward_fn data/demo/annotators.py:vader
     --data_path "$cache/prompts"
     --template chat
+    --dtype "$DTYPE"
     --num_prompts 200
     --micro_batch_tokens 2048
     --maxlen_prompt 72

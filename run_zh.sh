@@ -32,7 +32,7 @@ demo() { # "$@" goes to train_ppo.py
     --model_save_path "$sft"
     --lang zh
     --seed "$seed"
-    --dtype bf16
+    --dtype "$DTYPE"
     --lr 2e-3              # 9.5e-6 in the paper: this model starts from random weights
     --train_steps 500      # some 1.3 epochs of reviews
     --warmup_steps 25
@@ -48,7 +48,7 @@ demo() { # "$@" goes to train_ppo.py
     --model_save_path "$reward"
     --lang zh
     --seed "$seed"
-    --dtype bf16
+    --dtype "$DTYPE"
     --lr 3e-4              # 5e-6 in the paper, for 7 billion parameters
     --train_steps 120      # two thirds of an epoch of pairs; 1000 in the paper
     --warmup_steps 12      # the first tenth
@@ -66,7 +66,7 @@ demo() { # "$@" goes to train_ppo.py
     --model_save_path "$output"
     --logdir "$output/tensorboard"
     --lang zh
-    --dtype bf16
+    --dtype "$DTYPE"
     --zero_stage 2
     --lr 1e-4
     --critic_lr 2e-4
@@ -93,6 +93,7 @@ demo() { # "$@" goes to train_ppo.py
     --reward_fn data/demo/annotators.py:snownlp_sentiment
     --data_path "$cache/prompts"
     --lang zh
+    --dtype "$DTYPE"
     --num_prompts 200
     --maxlen_prompt 64
     --maxlen_res 40

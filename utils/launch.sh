@@ -70,12 +70,17 @@ require_models() { # $1: en or zh; then names of variables. Stops with advice un
   exit 1
 }
 
-begin_demo() { # $1: output folder. One process, on the first GPU if there is one; nothing is fetched from a hub
+begin_demo() { # $1: output folder. One process, on the first GPU if there is one; nothing is fetched from a hub.
+  # Sets DTYPE, of all models
   # shellcheck disable=SC1091
   source utils/setup.sh demo
   use_devices "$((NUM_GPUS > 0))"
   NUM_GPUS=0 # from here on: no launcher
   export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+  DTYPE=$(python -m utils.fast_dtype)
+  if [[ $DTYPE == fp32 ]]; then
+    echo "This machine has no arithmetic for bf16: the demo runs in fp32, two to three times as long as with it."
+  fi
   mkdir -p "$1"
 }
 
