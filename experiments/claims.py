@@ -84,7 +84,7 @@ FIGURES = {
     ),
     "8": Figure(
         "Where policy and critic start",
-        {"ppo_max": 5, "policy_without_sft": 3, "critic_from_sft": 3, "no_critic_pretraining": 3},
+        {"ppo_max_short": 3, "policy_without_sft": 3, "critic_from_sft": 3, "no_critic_pretraining": 3},
         [
             Claim(
                 "A policy without SFT fails: it ends below where the one with SFT starts",
@@ -93,7 +93,7 @@ FIGURES = {
                         "gold, without SFT at the end - with SFT at the start",
                         lambda runs: [
                             a.end("gold") - b.start("gold")
-                            for a, b in zip(runs["policy_without_sft"], runs["ppo_max"], strict=False)
+                            for a, b in zip(runs["policy_without_sft"], runs["ppo_max_short"], strict=False)
                         ],
                         below=0.0,
                     )
@@ -104,7 +104,7 @@ FIGURES = {
                 [
                     Criterion(
                         "gold at the end, from SFT - from the reward model",
-                        between("critic_from_sft", "ppo_max", end("gold")), above=-0.1,
+                        between("critic_from_sft", "ppo_max_short", end("gold")), above=-0.1,
                     ),
                     Criterion("score, from SFT, in deviations", of("critic_from_sft", gained), above=0.5),
                 ],
@@ -114,7 +114,7 @@ FIGURES = {
                 [
                     Criterion(
                         "highest early value loss, without - with",
-                        between("no_critic_pretraining", "ppo_max", early_value_loss), above=0.0,
+                        between("no_critic_pretraining", "ppo_max_short", early_value_loss), above=0.0,
                     )
                 ],
             ),
@@ -169,7 +169,7 @@ FIGURES = {
     ),
     "15": Figure(
         "Weight of the KL penalty",
-        {"ppo_max": 5, "kl_0.1": 3, "kl_0.2": 3},
+        {"ppo_max_short": 3, "kl_0.1": 3, "kl_0.2": 3},
         [
             Claim(
                 "A looser penalty gives a higher score and goes further",
@@ -179,10 +179,10 @@ FIGURES = {
                         between(looser, tighter, end(metric)), above=0.0,
                     )
                     for metric, name in (("score_mean", "score"), ("kl_ref", "KL"))
-                    for looser, tighter in (("ppo_max", "kl_0.1"), ("kl_0.1", "kl_0.2"))
+                    for looser, tighter in (("ppo_max_short", "kl_0.1"), ("kl_0.1", "kl_0.2"))
                 ],
             ),
-            Claim("All of them are stable", [*holds("ppo_max"), *holds("kl_0.1"), *holds("kl_0.2")]),
+            Claim("All of them are stable", [*holds("ppo_max_short"), *holds("kl_0.1"), *holds("kl_0.2")]),
         ],
     ),
     "16": Figure(
@@ -222,13 +222,13 @@ FIGURES = {
     ),
     "19": Figure(
         "lambda of the advantages",
-        {"ppo_max": 5, "lambda_0": 3, "lambda_0.9": 3, "lambda_1": 3},
+        {"ppo_max_short": 3, "lambda_0": 3, "lambda_0.9": 3, "lambda_1": 3},
         [
             Claim(
                 "lambda 0 is unstable: it learns less, or falls",
                 [
                     Criterion(
-                        "gold at the end, 0 - 0.95", between("lambda_0", "ppo_max", end("gold")), below=0.0
+                        "gold at the end, 0 - 0.95", between("lambda_0", "ppo_max_short", end("gold")), below=0.0
                     )
                 ],
             ),
@@ -236,11 +236,11 @@ FIGURES = {
                 "lambda 1 drifts further than 0.95",
                 [
                     Criterion(
-                        "KL at the end, 1 - 0.95", between("lambda_1", "ppo_max", end("kl_ref")), above=0.0
+                        "KL at the end, 1 - 0.95", between("lambda_1", "ppo_max_short", end("kl_ref")), above=0.0
                     )
                 ],
             ),
-            Claim("0.9 and 0.95 are stable", [*holds("lambda_0.9"), *holds("ppo_max")]),
+            Claim("0.9 and 0.95 are stable", [*holds("lambda_0.9"), *holds("ppo_max_short")]),
         ],
     ),
 }  # fmt: skip
@@ -256,4 +256,4 @@ PARTS = {
     "no_surrogate_clip": "surrogate clipping",
     "no_gradient_clip": "gradient clipping",
 }
-FIGURES["parts"] = Figure("PPO-max, one part taken away", {"ppo_max": 5} | dict.fromkeys(PARTS, 3), [])
+FIGURES["parts"] = Figure("PPO-max, one part taken away", {"ppo_max_short": 3} | dict.fromkeys(PARTS, 3), [])

@@ -8,6 +8,8 @@ from math import exp, log
 from pathlib import Path
 from statistics import fmean, median
 
+import torch
+
 from experiments.gold import gold
 from ppo.alarms import alarms
 from ppo.config import PPOConfig
@@ -27,6 +29,8 @@ class Run:
     Beside the logged METRICS: `gold`, and `paper_perplexity`, exp(NLL a token / response length), as the paper's plots
     seem to have it. alarm_step: the first step at which train_ppo.py's alarms, at their defaults, went off, or None.
     tax: what held-out replies by people have lost since SFT, in nats a token. seconds: of the steps, at their median.
+    machine: what its CPU's kernels are made of (AVX2, AVX512): another one rounds otherwise, so that a run is another
+    sample there.
     """
 
     setting: str
@@ -37,6 +41,7 @@ class Run:
     alarm_step: int | None
     tax: float
     curves: dict[str, list[float]]
+    machine: str
 
     @property
     def steps(self) -> int:
@@ -93,7 +98,8 @@ def read_run(folder: Path, setting: str, seed: int, hash: str, tax: float) -> Ru
     bins = [rows[start : start + BIN] for start in range(0, len(rows), BIN)]
     curves = {name: [rounded(fmean(row[name] for row in bin)) for bin in bins] for name in names}
     commit, spent = (config["git_commit"] or "")[:7], round(len(seconds) * median(seconds))
-    return Run(setting, seed, hash, commit, spent, alarm_step, rounded(tax), curves)
+    machine = torch.backends.cpu.get_cpu_capability()
+    return Run(setting, seed, hash, commit, spent, alarm_step, rounded(tax), curves, machine)
 
 
 def rounded(value: float) -> float:

@@ -105,7 +105,7 @@ def parts(runs: dict[str, list[Run]]) -> Table:
     """What is left without one of PPO-max's parts, minus PPO-max at the same step."""
     rows = [["without", *(f"{name} at the end, without - with" for name in AT_END.values())]]
     for setting, part in PARTS.items():
-        differences = (between(setting, "ppo_max", end(metric))(runs) for metric in AT_END)
+        differences = (between(setting, "ppo_max_short", end(metric))(runs) for metric in AT_END)
         rows.append([part, *(number(*over_seeds(values)) for values in differences)])
     return Table(rows)
 
@@ -139,8 +139,10 @@ def alarm_table() -> Table:
 def facts(runs: dict[str, list[Run]]) -> str:
     """Where the numbers come from."""
     every = [run for of_seeds in runs.values() for run in of_seeds]
-    commits, minutes = sorted({run.commit for run in every}), sum(run.seconds for run in every) / 60
-    return f"{len(every)} runs, {minutes:.0f} min on one core in all, at commit {', '.join(commits)}"
+    minutes = sum(run.seconds for run in every) / 60
+    commits, machines = (sorted({getattr(run, name) for run in every}) for name in ("commit", "machine"))
+    where = f"on one core ({' and '.join(machines)})"
+    return f"{len(every)} runs, {minutes:.0f} min {where} in all, at commit {', '.join(commits)}"
 
 
 def main(figures: list[str] | None = None) -> None:

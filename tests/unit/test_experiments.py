@@ -22,7 +22,7 @@ def run_of(setting="a", seed=1, **values) -> Run:
     """Curves of 20 bins, constant unless a list is given."""
     numbers = {"kl_ref": 1.0, "gold": 0.0} | values
     made = {name: value if isinstance(value, list) else [value] * 20 for name, value in numbers.items()}
-    return Run(setting, seed, "h", "c", 1.0, None, 0.0, made)
+    return Run(setting, seed, "h", "c", 1.0, None, 0.0, made, "AVX512")
 
 
 def test_repetition_counts_long_words_alone():
