@@ -41,9 +41,8 @@ def two_ranks(inputs, tmp_path_factory):
         key = repr((script, settings))
         if key not in known:
             out = tmp_path_factory.mktemp("two") / "run"
-            result = launch(
-                run_flags(inputs, out, ppo_pretrain_data_path=inputs.dialogues, **FLAGS, **settings), script
-            )
+            flags = FLAGS | {"ppo_pretrain_data_path": inputs.dialogues} | settings
+            result = launch(run_flags(inputs, out, **flags), script)
             assert result.returncode == 0, result.stderr[-3000:]
             known[key] = out
         return known[key]
@@ -111,22 +110,24 @@ def test_a_score_that_is_not_finite_on_one_rank_stops_both(inputs, tmp_path):
     assert {file.name for file in out.iterdir()} <= {"config.json", "tensorboard", "bad_batches"}
 
 
-BF16 = {"dtype": "bf16", "lr": 1e-3}
+BF16 = {"dtype": "bf16", "lr": 1e-3, "train_steps": 1}  # before a rounding can change what is sampled
 
 
-def assert_equal_in_bf16(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Weights of bf16 have 8 bits: neighbours are at most 2^-7 of their size apart."""
-    assert weights.keys() == expected.keys()
-    for name, tensor in weights.items():
-        assert tensor.dtype == torch.bfloat16
-        torch.testing.assert_close(tensor, expected[name], rtol=2**-7, atol=1e-6)
+def assert_equal_in_bf16(inputs, weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """They went the same way. One that Adam moves by the sign of a gradient near 0 may have gone the other way."""
+    start = load_file(inputs.policy / "model.safetensors")
+    assert weights.keys() == expected.keys() == start.keys()
+    assert {x.dtype for x in weights.values()} == {torch.bfloat16}
+    parts = ([x[name].float().flatten() for name in start] for x in (weights, expected, start))
+    whole, wanted, before = map(torch.cat, parts)
+    assert (whole - wanted).norm() < 0.05 * (wanted - before).norm()
 
 
-def test_stages_export_the_same_policy_in_bf16_on_two_ranks(two_ranks):
-    assert_equal_in_bf16(weights(two_ranks(**GATHERED, **BF16)), weights(two_ranks(zero_stage=2, **BF16)))
+def test_stages_export_the_same_policy_in_bf16_on_two_ranks(inputs, two_ranks):
+    assert_equal_in_bf16(inputs, weights(two_ranks(**GATHERED, **BF16)), weights(two_ranks(zero_stage=2, **BF16)))
 
 
 def test_stages_export_the_same_policy_in_bf16_on_one(inputs, tmp_path):
     for name, stage in (("expected", 2), ("run", 1)):
         main(run_flags(inputs, tmp_path / name, zero_stage=stage, **BF16))
-    assert_equal_in_bf16(weights(tmp_path / "run"), weights(tmp_path / "expected"))
+    assert_equal_in_bf16(inputs, weights(tmp_path / "run"), weights(tmp_path / "expected"))
