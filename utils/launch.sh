@@ -79,7 +79,7 @@ begin_demo() { # $1: output folder. One process, on the first GPU if there is on
   export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
   DTYPE=$(python -m utils.fast_dtype)
   if [[ $DTYPE == fp32 ]]; then
-    echo "This machine has no arithmetic for bf16: the demo runs in fp32, two to three times as long as with it."
+    echo "This machine has no arithmetic for bf16: the demo runs in fp32, which takes about twice as long."
   fi
   mkdir -p "$1"
 }
