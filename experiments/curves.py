@@ -1,4 +1,4 @@
-"""What is kept of a run: its metrics and gold scores, in bins of ten steps, and when its alarms went off."""
+"""What is kept of a run: its metrics and gold scores, in bins of ten steps."""
 
 import json
 from collections import defaultdict
@@ -11,14 +11,11 @@ from statistics import fmean, median
 import torch
 
 from experiments.gold import gold
-from ppo.alarms import alarms
-from ppo.config import PPOConfig
 
 BIN = 10  # steps
 METRICS = ["score_mean", "score_std", "kl_ref", "response_length", "perplexity", "entropy", "eos_fraction"]
 METRICS += ["policy_loss", "value_loss", "approx_kl", "clip_fraction", "value_clip_fraction", "explained_variance"]
 METRICS += ["advantage_std", "return_mean", "grad_norm_policy", "grad_norm_critic"]
-ALARMS = PPOConfig(policy_model_path="-", critic_model_path="-", data_path="-")  # their defaults
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -27,8 +24,8 @@ class Run:
     """One run. curves: metric -> mean of every BIN steps that moved the policy, [bins].
 
     Beside the logged METRICS: `gold`, and `paper_perplexity`, exp(NLL a token / response length), as the paper's plots
-    seem to have it. alarm_step: the first step at which train_ppo.py's alarms, at their defaults, went off, or None.
-    tax: what held-out replies by people have lost since SFT, in nats a token. seconds: of the steps, at their median.
+    seem to have it. tax: what held-out replies by people have lost since SFT, in nats a token. seconds: of the steps,
+    at their median.
     machine: what its CPU's kernels are made of (AVX2, AVX512): another one rounds otherwise, so that a run is another
     sample there.
     """
@@ -38,7 +35,6 @@ class Run:
     hash: str
     commit: str
     seconds: float
-    alarm_step: int | None
     tax: float
     curves: dict[str, list[float]]
     machine: str
@@ -73,9 +69,7 @@ class Run:
 
     def until(self, step: int) -> "Run":
         """The same run, stopped earlier; its tax stays that of its end."""
-        alarm = self.alarm_step if self.alarm_step and self.alarm_step <= step else None
-        cut = {name: values[: step // BIN] for name, values in self.curves.items()}
-        return replace(self, alarm_step=alarm, curves=cut)
+        return replace(self, curves={name: values[: step // BIN] for name, values in self.curves.items()})
 
 
 def read_run(folder: Path, setting: str, seed: int, hash: str, tax: float) -> Run:
@@ -83,15 +77,12 @@ def read_run(folder: Path, setting: str, seed: int, hash: str, tax: float) -> Ru
     config = json.loads((folder / "config.json").read_text("utf-8"))
     pretraining = config["critic_pretrain_steps"]
     golds = gold_means(folder / "samples.jsonl")
-    rows, seconds, alarm_step = [], [], None
+    rows, seconds = [], []
     for line in (folder / "metrics.jsonl").open(encoding="utf-8"):
         row = json.loads(line)
         seconds.append(row["seconds_rollout"] + row["seconds_score"] + row["seconds_update"])
         if row["step"] <= pretraining:
             continue
-        step = row["step"] - pretraining
-        if alarm_step is None and alarms(row, ALARMS):
-            alarm_step = step
         paper = exp(log(row["perplexity"]) / row["response_length"]) if row["response_length"] else 1.0
         rows.append({**row, "gold": golds[row["step"]], "paper_perplexity": paper})
     names = [*METRICS, "gold", "paper_perplexity"]
@@ -99,7 +90,7 @@ def read_run(folder: Path, setting: str, seed: int, hash: str, tax: float) -> Ru
     curves = {name: [rounded(fmean(row[name] for row in bin)) for bin in bins] for name in names}
     commit, spent = (config["git_commit"] or "")[:7], round(len(seconds) * median(seconds))
     machine = torch.backends.cpu.get_cpu_capability()
-    return Run(setting, seed, hash, commit, spent, alarm_step, rounded(tax), curves, machine)
+    return Run(setting, seed, hash, commit, spent, rounded(tax), curves, machine)
 
 
 def rounded(value: float) -> float:

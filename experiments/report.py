@@ -21,6 +21,9 @@ from experiments.claims import FIGURES, PARTS
 from experiments.criteria import Claim, Figure, between, end
 from experiments.curves import BIN, RESULTS, Run, load_runs
 from experiments.intervals import over_seeds
+from experiments.settings import load_flags
+from ppo.alarms import alarms
+from ppo.config import PPOConfig
 
 FOLDER = Path(__file__).parent
 PANELS = {
@@ -33,6 +36,9 @@ SMOOTH = 5  # bins
 FALL = 0.1  # of gold, below the best fifty steps before: a fall
 VERDICTS = ("confirmed", "refuted", "undecided")
 AT_END = {"score_mean": "score", "gold": "gold", "kl_ref": "KL"}
+ALARMS = PPOConfig(
+    policy_model_path="-", critic_model_path="-", data_path="-", maxlen_res=load_flags("base")["maxlen_res"]
+)  # at their defaults
 
 
 def runs_of(figure: Figure) -> dict[str, list[Run]] | None:
@@ -120,13 +126,21 @@ def fall_of(run: Run) -> tuple[int, float] | None:
     return None
 
 
+def alarm_of(run: Run) -> int | None:
+    """The step at which train_ppo.py's alarms go off, by the means of every ten steps."""
+    for index, values in enumerate(zip(*run.curves.values(), strict=True), start=1):
+        if alarms(dict(zip(run.curves, values, strict=True)), ALARMS):
+            return BIN * index
+    return None
+
+
 def alarm_table() -> Table:
-    """Over all kept runs: does train_ppo.py's alarm go off before the gold score falls?"""
+    """Over all kept runs: do train_ppo.py's alarms go off before the gold score falls?"""
     head = "setting, runs, falls, at steps, KL then, alarm at steps, alarms before, without a fall"
     rows = [head.split(", ")]
     for setting in sorted(file.stem for file in RESULTS.glob("*.json")):
         runs = load_runs(setting)
-        falls, alarmed = [fall_of(run) for run in runs], [run.alarm_step for run in runs]
+        falls, alarmed = [fall_of(run) for run in runs], [alarm_of(run) for run in runs]
         seen = [fall for fall in falls if fall]
         ahead = sum(bool(fall and alarm and alarm <= fall[0]) for fall, alarm in zip(falls, alarmed, strict=True))
         false = sum(bool(alarm and not fall) for fall, alarm in zip(falls, alarmed, strict=True))
@@ -165,7 +179,8 @@ def main(figures: list[str] | None = None) -> None:
     table = alarm_table()
     words = (
         f"A fall: gold, over fifty steps, is {FALL:g} below its best fifty steps before. Alarms at train_ppo.py's "
-        "defaults (`--alarm_kl 100`, `--alarm_perplexity 1.05`)."
+        f"defaults (`--alarm_kl {ALARMS.alarm_kl:g}`, a nat for each token of the longest answer, and "
+        f"`--alarm_perplexity {ALARMS.alarm_perplexity:g}`), asked of the means of ten steps."
     )
     texts.append(f"## Beyond the paper: do the alarms come before the fall?\n\n{words}\n\n{table.markdown()}")
     page.append(f"<h2>Do the alarms come before the fall?</h2>{paragraphs(words)}{table.html()}")

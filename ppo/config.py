@@ -174,8 +174,9 @@ class PPOConfig(RewardFlags, RunFlags):
     """Minibatches, or buffers of responses, with a bad loss, gradient or score that are left out before the run stops;
     each is saved to bad_batches/"""
 
-    alarm_kl: float = 100.0
-    """Signs of collapse, each off at 0: a mean KL to the reference above this, nats a response"""
+    alarm_kl: float | None = None
+    """Signs of collapse, each off at 0: a mean KL to the reference above this, nats a response; default: 100, or where
+    that is less --maxlen_res, a nat a token"""
     alarm_perplexity: float = 1.05
     """A perplexity of responses below this: the policy says the same again and again"""
     alarm_eos: float = 0.0
@@ -241,6 +242,8 @@ class PPOConfig(RewardFlags, RunFlags):
             )
 
     def _check_numbers(self) -> None:
+        if self.alarm_kl is None:  # experiments/RESULTS.md: where answers are short, quality falls long before 100
+            self.alarm_kl = min(100.0, float(self.maxlen_res))
         for name in ("lr", "critic_lr"):
             if not getattr(self, name):
                 raise UserError(f"--{name} 0 trains nothing: give a positive number")

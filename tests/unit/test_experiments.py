@@ -11,7 +11,7 @@ from experiments.criteria import Claim, Criterion, between, collapses, holds, of
 from experiments.curves import Run, gold_means, load_runs, read_run, save_run
 from experiments.gold import excess, gold, repetition
 from experiments.mutants import MUTANTS, copy_code, verdicts_on
-from experiments.report import fall_of
+from experiments.report import alarm_of, fall_of
 from experiments.settings import FOLDER, REPOSITORY, command, load_flags, run_hash
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from utils.args import parse_args
@@ -22,7 +22,7 @@ def run_of(setting="a", seed=1, **values) -> Run:
     """Curves of 20 bins, constant unless a list is given."""
     numbers = {"kl_ref": 1.0, "gold": 0.0} | values
     made = {name: value if isinstance(value, list) else [value] * 20 for name, value in numbers.items()}
-    return Run(setting, seed, "h", "c", 1.0, None, 0.0, made, "AVX512")
+    return Run(setting, seed, "h", "c", 1.0, 0.0, made, "AVX512")
 
 
 def test_repetition_counts_long_words_alone():
@@ -116,8 +116,14 @@ def test_parts_of_a_run():
     assert (run.steps, run.start("gold"), run.end("gold"), run.change("gold")) == (200, 0.0, 18.5, 18.5)
     assert (run.part("gold", 0), run.part("gold", 4)) == (1.5, 17.5)
     assert run.smooth("gold", 5)[:2] == [2.0, 3.0] and len(run.smooth("gold", 5)) == 16
-    assert replace(run, alarm_step=150).until(100).alarm_step is None
-    assert replace(run, alarm_step=50).until(100).alarm_step == 50
+    assert run.until(100).curves["gold"] == [float(i) for i in range(10)]
+
+
+def test_the_alarm_goes_off_at_a_nat_a_token():
+    others = dict.fromkeys(("perplexity", "eos_fraction", "response_length", "score_std"), 2.0)
+    assert alarm_of(run_of(kl_ref=[15.9] * 20, **others)) is None
+    assert alarm_of(run_of(kl_ref=[15.9] * 12 + [16.1] * 8, **others)) == 130
+    assert alarm_of(run_of(**others | {"perplexity": [2.0] * 4 + [1.04] * 16})) == 50
 
 
 def test_fall_is_seen_when_fifty_steps_are_worse_than_the_best_fifty():
@@ -140,7 +146,7 @@ def test_a_finished_run_is_read_in_bins(tmp_path, monkeypatch):
     assert run.curves["kl_ref"] == [75.0, 175.0]  # steps 3 to 12 and 13 to 22
     assert run.curves["paper_perplexity"] == [2.0, 2.0]  # exp(ln 4 / 2)
     assert run.curves["gold"] == pytest.approx([(0.4404 - 1) / 2] * 2, abs=1e-4)
-    assert (run.alarm_step, run.seconds, run.tax, run.commit) == (9, 132, 0.12346, "abcdefg")  # kl 110 at step 11
+    assert (run.seconds, run.tax, run.commit) == (132, 0.12346, "abcdefg")
     assert gold_means(tmp_path / "samples.jsonl")[5] == pytest.approx((0.4404 - 1) / 2, abs=1e-4)
     monkeypatch.setattr(curves, "RESULTS", tmp_path)
     save_run(run)

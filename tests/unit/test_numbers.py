@@ -70,7 +70,10 @@ def test_scores_beyond_the_limit_are_named_with_their_rank(monkeypatch):
 
 def test_alarms_by_threshold():
     metrics = {"kl_ref": 101.0, "perplexity": 1.01, "eos_fraction": 0.1, "response_length": 3.0, "score_std": 0.0}
-    assert alarms(metrics, ppo_config()) == [
+    long, short = (ppo_config(maxlen_res=tokens, maxlen_prompt=tokens + 1) for tokens in (512, 24))
+    assert alarms({**metrics, "kl_ref": 25.0, "perplexity": 2.0}, long) == []
+    assert alarms({**metrics, "kl_ref": 25.0, "perplexity": 2.0}, short) == ["kl_ref 25 is past --alarm_kl 24"]
+    assert alarms(metrics, long) == [
         "kl_ref 101 is past --alarm_kl 100",
         "perplexity 1.01 is past --alarm_perplexity 1.05",
     ]
