@@ -115,7 +115,8 @@ def keep(run: Run) -> None:
     """Saves a run's numbers, and says whether they are those that were there."""
     with KEEPING:
         before = next((other for other in load_runs(run.setting) if other.seed == run.seed), None)
-        same = before and replace(before, hash=run.hash, commit=run.commit, seconds=run.seconds) == run
+        origin = {name: getattr(run, name) for name in ("hash", "commit", "seconds", "machine")}
+        same = before and replace(before, **origin) == run
         what = "the same numbers as before" if same else "other numbers than before" if before else "new"
         print(f"{run.setting}, seed {run.seed}: {what}", flush=True)
         if not same:
