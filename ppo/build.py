@@ -14,7 +14,7 @@ from ppo.score import load_reward_fn
 from utils.distributed import is_main, world_size
 from utils.engine import device, init_distributed
 from utils.errors import UserError
-from utils.fast_dtype import slow_dtype
+from utils.fast_dtype import warn_of_slow_dtype
 from utils.keeper import Keeper
 from utils.logger import RunLogger, check_outputs
 from utils.models import model_folder
@@ -26,8 +26,7 @@ def build(config: PPOConfig) -> Run:
     """Checks everything that can be checked cheaply first, loads data and models, then makes the run's folder."""
     init_distributed(config.hang_timeout)
     say = print if is_main() else _silent
-    if warning := slow_dtype(config.dtype, device()):
-        say(warning)
+    warn_of_slow_dtype(config.dtype, device(), say)
     check_outputs(config)
     begin = find_checkpoint(config, say)
     model_folder(config.policy_model_path, "--policy_model_path")

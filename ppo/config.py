@@ -200,6 +200,8 @@ class PPOConfig(RewardFlags, RunFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.alarm_kl is None:  # experiments/RESULTS.md: where answers are short, quality falls long before 100
+            self.alarm_kl = min(100.0, float(self.maxlen_res))
         self._check_paths()
         self._check_sizes()
         self._check_numbers()
@@ -242,8 +244,6 @@ class PPOConfig(RewardFlags, RunFlags):
             )
 
     def _check_numbers(self) -> None:
-        if self.alarm_kl is None:  # experiments/RESULTS.md: where answers are short, quality falls long before 100
-            self.alarm_kl = min(100.0, float(self.maxlen_res))
         for name in ("lr", "critic_lr"):
             if not getattr(self, name):
                 raise UserError(f"--{name} 0 trains nothing: give a positive number")

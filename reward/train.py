@@ -28,7 +28,7 @@ from utils.compiled import compile_layers
 from utils.distributed import is_main, rank, world_size
 from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
 from utils.errors import UserError
-from utils.fast_dtype import slow_dtype
+from utils.fast_dtype import warn_of_slow_dtype
 from utils.fit import Stage, fit
 from utils.logger import RunLogger, check_outputs
 from utils.models import check_window, enable_checkpointing, model_folder
@@ -148,8 +148,7 @@ def train(config: RewardConfig) -> None:
     if config.batch_size < world_size():
         raise UserError(f"--batch_size {config.batch_size} is less than the {world_size()} ranks: give at least that")
     say = partial(print, flush=True) if is_main() else lambda text: None
-    if warning := slow_dtype(config.dtype, device()):
-        say(warning)
+    warn_of_slow_dtype(config.dtype, device(), say)
     start = find_checkpoint(config, say)
     model_folder(config.hf_model_name_or_path)
     tokenizer = load_tokenizer(config.tokenizer_name_or_path, template_for(config.lang, config.template))

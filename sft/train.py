@@ -26,7 +26,7 @@ from utils.distributed import is_main, rank, world_size
 from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
 from utils.errors import UserError
 from utils.export import save_causal_lm
-from utils.fast_dtype import slow_dtype
+from utils.fast_dtype import warn_of_slow_dtype
 from utils.fit import Stage, evaluate, fit
 from utils.fit_config import FitConfig
 from utils.logger import RunLogger, check_outputs
@@ -167,8 +167,7 @@ def train(config: SFTConfig) -> None:
     if config.batch_size < world_size():
         raise UserError(f"--batch_size {config.batch_size} is less than the {world_size()} ranks: give at least that")
     say = partial(print, flush=True) if is_main() else lambda text: None
-    if warning := slow_dtype(config.dtype, device()):
-        say(warning)
+    warn_of_slow_dtype(config.dtype, device(), say)
     start = find_checkpoint(config, say)
     model_folder(config.hf_model_name_or_path)
     tokenizer = load_tokenizer(config.tokenizer_name_or_path, template_for(config.lang, config.template))

@@ -5,6 +5,7 @@ AMD EPYC of 2021. GPUs before Ampere lack it as well.
 """
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -18,11 +19,10 @@ def fast_dtype(device: torch.device) -> str:
     return "bf16" if _seconds(torch.bfloat16) < TOLERANCE * _seconds(torch.float32) else "fp32"
 
 
-def slow_dtype(dtype: str, device: torch.device) -> str | None:
-    """A sentence for those who asked for bf16 where it is slow."""
-    if dtype != "bf16" or fast_dtype(device) == "bf16":
-        return None
-    return f"warning: this {device.type.upper()} multiplies bf16 in software, many times slower than --dtype fp32"
+def warn_of_slow_dtype(dtype: str, device: torch.device, say: Callable[[str], None]) -> None:
+    """Says a sentence to those who asked for bf16 where it is slow."""
+    if dtype == "bf16" and fast_dtype(device) != "bf16":
+        say(f"warning: this {device.type.upper()} multiplies bf16 in software, many times slower than --dtype fp32")
 
 
 def _seconds(dtype: torch.dtype) -> float:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from utils import fast_dtype as module
-from utils.fast_dtype import fast_dtype, slow_dtype
+from utils.fast_dtype import fast_dtype, warn_of_slow_dtype
 
 CPU = torch.device("cpu")
 
@@ -17,6 +17,8 @@ def test_what_is_measured_is_what_the_cpu_has():
 def test_bf16_is_taken_where_it_costs_no_more(monkeypatch, times, dtype):
     monkeypatch.setattr(module, "_seconds", lambda asked: times if asked == torch.bfloat16 else 1.0)
     assert fast_dtype(CPU) == dtype
-    warned = slow_dtype("bf16", CPU)
-    assert (warned is None) == (dtype == "bf16")
-    assert slow_dtype("fp32", CPU) is None
+    said = []
+    warn_of_slow_dtype("fp32", CPU, said.append)
+    assert not said
+    warn_of_slow_dtype("bf16", CPU, said.append)
+    assert len(said) == (dtype == "fp32")
