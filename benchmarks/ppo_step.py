@@ -1,10 +1,10 @@
 """Where the time of a PPO step goes:   python benchmarks/ppo_step.py [--steps 3]
 
-A 58M LLaMA (hidden 512, 8 layers, 8 heads, intermediate 1376, vocabulary 32,000), random weights, bf16, one process.
-8 prompts of 32 to 448 tokens (log-uniform, seed 0), 64 response tokens each, one optimizer step of policy and critic.
-Prints seconds a sample for rollout, score and update, peak memory, this machine's bf16 matrix-product rate in the same
-run, and the share of it that scoring and update reach in useful FLOPs: real tokens only, heads where they are needed,
-nothing counted twice for recomputation. The first step warms up and is not counted; each figure is a median.
+A 58M LLaMA (hidden 512, 8 layers, 8 heads, intermediate 1376, vocabulary 32,000), random weights, one process, bf16
+unless told. 8 prompts of 32 to 448 tokens (log-uniform, seed 0), 64 response tokens each, one optimizer step of policy
+and critic. Prints seconds a sample for rollout, score and update, peak memory, this machine's matrix-product rate in
+the same run, and the share of it that scoring and update reach in useful FLOPs: real tokens only, heads where they are
+needed, nothing counted twice for recomputation. The first step warms up and is not counted; each figure is a median.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from ppo.update import update
 from reward.ensemble import Ensemble, Frozen, Member
 from reward.model import ScalarHead, ScalarModel
 from utils.compiled import compile_layers
-from utils.engine import TrainEngine, device, init_distributed, shutdown_distributed
+from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
 from utils.models import enable_checkpointing
 from utils.moments import RunningMoments
 
@@ -47,22 +47,23 @@ STAGES = ("rollout", "score", "update")
 IDS = SimpleNamespace(eos_token_id=2, pad_token_id=0)  # a random model hardly ever samples EOS: 1 token in 32,000
 
 
-def random_lm(sizes: dict[str, int], attention: str | None = None) -> LlamaForCausalLM:
-    """A LLaMA of these sizes, always the same, bf16."""
+def random_lm(sizes: dict[str, int], dtype: torch.dtype, attention: str | None = None) -> LlamaForCausalLM:
+    """A LLaMA of these sizes, always the same."""
     torch.manual_seed(0)
     config = LlamaConfig(**sizes, vocab_size=32000, max_position_embeddings=2048, attn_implementation=attention)
     lm = LlamaForCausalLM(config)
-    return lm.to(device(), torch.bfloat16)
+    return lm.to(device(), dtype)
 
 
 def build(config: PPOConfig, sizes: dict[str, int] = SIZES) -> Models:
     """Policy, critic, reference and reward model of the same random LLaMA; 58M parameters unless told."""
-    lm = random_lm(sizes, config.attn_implementation)
+    dtype = DTYPES[config.dtype]
+    lm = random_lm(sizes, dtype, config.attn_implementation)
     if config.gradient_checkpoint:
         enable_checkpointing(lm)
 
     def scalar() -> ScalarModel:
-        head = ScalarHead(lm.config.hidden_size, 1, bias=False, dtype=torch.bfloat16, device=device())
+        head = ScalarHead(lm.config.hidden_size, 1, bias=False, dtype=dtype, device=device())
         return ScalarModel(copy.deepcopy(lm.model), head)  # with checkpointing, where the policy has it
 
     reference, reward = (Frozen(m.requires_grad_(False), False) for m in (PolicyModel(copy.deepcopy(lm)), scalar()))
@@ -99,13 +100,13 @@ def settings(options: argparse.Namespace) -> PPOConfig:
     return PPOConfig(
         policy_model_path="-", critic_model_path="-", data_path="-", num_rollouts=SAMPLES, batch_size=SAMPLES,
         maxlen_prompt=512, maxlen_res=RESPONSE, micro_batch_tokens=options.micro_batch_tokens,
-        compile=options.compile, attn_implementation=options.attn_implementation,
+        compile=options.compile, dtype=options.dtype, attn_implementation=options.attn_implementation,
     )  # fmt: skip
 
 
-def matrix_rate(size: int = 2048, repeats: int = 10) -> float:
-    """FLOP/s of a bf16 product of two size x size matrices; median."""
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device()) for _ in range(2))
+def matrix_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 10) -> float:
+    """FLOP/s of a product of two size x size matrices; median."""
+    a, b = (torch.randn(size, size, dtype=dtype, device=device()) for _ in range(2))
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -135,6 +136,7 @@ def parse_options(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--micro_batch_tokens", type=int, default=2048)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="fp32 where a CPU has no bf16")
     parser.add_argument("--compile", action="store_true", help="compile the decoder layers, in the first step")
     parser.add_argument("--attn_implementation", help="sdpa or eager; default: transformers' own choice")
     return parser.parse_args()
@@ -155,18 +157,21 @@ def main() -> None:
             for stage, times in seconds.items():
                 times.append(taken[stage])
     medians = {stage: statistics.median(times) for stage, times in seconds.items()}
-    report(models, rollout, medians, matrix_rate(), options.micro_batch_tokens)
+    report(models, rollout, medians, config)
     shutdown_distributed()
 
 
-def report(models: Models, rollout: Rollout, seconds: dict[str, float], rate: float, micro_batch_tokens: int) -> None:
+def report(models: Models, rollout: Rollout, seconds: dict[str, float], config: PPOConfig) -> None:
     """Prints seconds a sample, shares of the matrix rate, peak memory."""
     policy = forward_flops(models.policy.module, rollout, with_head=True)
     critic = forward_flops(models.critic.module, rollout, with_head=False)
     useful = {"rollout": math.nan, "score": 2 * policy + 2 * critic, "update": 3 * policy + 3 * critic}
-    print(f"bf16 matrix rate {rate / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads, {device()}")
+    rate = matrix_rate(DTYPES[config.dtype])
+    print(f"{config.dtype} matrix rate {rate / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads, {device()}")
     lengths = rollout.attention_mask.sum(1).tolist()
-    padded = sum(len(rows) * max(lengths[i] for i in rows) for rows in micro_batches(lengths, micro_batch_tokens))
+    padded = sum(
+        len(rows) * max(lengths[i] for i in rows) for rows in micro_batches(lengths, config.micro_batch_tokens)
+    )
     padding = 0.0 if models.policy.module.joins_rows else 1 - sum(lengths) / padded
     print(f"{sum(lengths)} real tokens in {SAMPLES} samples of {RESPONSE} response tokens")
     print(f"{padding:.1%} of the tokens that scoring and update run are padding")

@@ -1,6 +1,6 @@
 """Tokens a second of our sampling and of `model.generate`:   python benchmarks/rollout.py [--model FOLDER]
 
-Both sides decode the same prompts (32 to 96 random tokens, sorted by length) in bf16 with the same settings:
+Both sides decode the same prompts (32 to 96 random tokens, sorted by length) in bf16 (--dtype) with the same settings:
 temperature 1, no top-p, no penalty, `batch` sequences at once. How long each response gets is drawn beforehand (seed
 0): "equal" is 64 tokens each, "ragged" a geometric mix of 8 to 256 (log-uniform). There is no EOS; a row ends at its
 length, which both sides read from a tensor on the device at every step, `generate` through a StoppingCriteria. The
@@ -26,7 +26,7 @@ from ppo.grouped_attention import grouped
 from ppo.models import PolicyModel
 from ppo.rollout import room_of
 from ppo.sampling import Sampling
-from utils.engine import device
+from utils.engine import DTYPES, device
 
 NO_EOS = SimpleNamespace(eos_token_id=-1, pad_token_id=0)
 
@@ -41,14 +41,14 @@ class AtLength(StoppingCriteria):
         return input_ids.shape[1] >= self.ends
 
 
-def load(folder: str | None) -> LlamaForCausalLM:
-    """The model, in bf16."""
+def load(folder: str | None, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The model."""
     if folder:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device()).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device()).eval()
     torch.manual_seed(0)
     sizes = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376}
     config = LlamaConfig(**sizes, vocab_size=32000, max_position_embeddings=2048)
-    return LlamaForCausalLM(config).to(device(), torch.bfloat16).eval()
+    return LlamaForCausalLM(config).to(device(), dtype).eval()
 
 
 def work(kind: str, count: int, vocabulary: int) -> tuple[list[list[int]], list[int]]:
@@ -91,13 +91,14 @@ def main() -> None:
     """Prints a line a setting."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="folder of a causal LM; default: the random 58M LLaMA")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="fp32 where a CPU has no bf16")
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--lengths", nargs="+", choices=["equal", "ragged"], default=["equal", "ragged"])
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    lm = load(options.model)
-    print(f"{options.prompts} prompts, {torch.get_num_threads()} threads, {device()}", flush=True)
+    lm = load(options.model, DTYPES[options.dtype])
+    print(f"{options.prompts} prompts, {options.dtype}, {torch.get_num_threads()} threads, {device()}", flush=True)
     for batch in options.batch:
         for kind in options.lengths:
             prompts, limits = work(kind, options.prompts, lm.config.vocab_size)

@@ -1,10 +1,10 @@
 """How time and memory of a PPO step grow:   python benchmarks/scaling.py [--series responses samples models processes]
 
 Every point is a step of benchmarks/ppo_step.py (8 samples of 32 to 448 prompt tokens, the same over and over where
-there are more; 64 response tokens, a 58M LLaMA, bf16, ZeRO-2) with one thing changed, in a process of its own, so that
-the peak of memory is its own. `processes` compares one process with all threads to two ranks (DeepSpeed over gloo) that
-share them. Seconds are medians of --steps steps after one that warms up. An exponent is the slope of a straight line
-through the points, both axes logarithmic: 1 is proportional.
+there are more; 64 response tokens, a 58M LLaMA, ZeRO-2, bf16 unless told) with one thing changed, in a process of its
+own, so that the peak of memory is its own. `processes` compares one process with all threads to two ranks (DeepSpeed
+over gloo) that share them. Seconds are medians of --steps steps after one that warms up. An exponent is the slope of
+a straight line through the points, both axes logarithmic: 1 is proportional.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SERIES = {  # name -> (what changes, its values, what else is not as usual)
 STAGES = ("rollout", "score", "update")
 
 
-def run_point(point: dict[str, int], steps: int) -> None:
+def run_point(point: dict[str, int], steps: int, dtype: str) -> None:
     """Measures one point in this process, a rank among several where the launcher says so; the first prints JSON."""
     from benchmarks.alternate import peak
     from benchmarks.ppo_step import build, prompt_batch, timed_step
@@ -48,7 +48,7 @@ def run_point(point: dict[str, int], steps: int) -> None:
     config = PPOConfig(
         policy_model_path="-", critic_model_path="-", data_path="-", num_rollouts=point["samples"],
         batch_size=point["samples"], maxlen_prompt=448 + point["response"], maxlen_res=point["response"],
-        rollout_batch_size=32, micro_batch_tokens=2048,
+        rollout_batch_size=32, micro_batch_tokens=2048, dtype=dtype,
     )  # fmt: skip
     init_distributed()
     ids = prompt_batch().ids * (point["samples"] // 8)
@@ -63,11 +63,21 @@ def run_point(point: dict[str, int], steps: int) -> None:
     shutdown_distributed()
 
 
-def measure(point: dict[str, int], steps: int, threads: int) -> dict[str, float]:
+def measure(point: dict[str, int], steps: int, threads: int, dtype: str) -> dict[str, float]:
     """Runs a point in new processes. Seconds of each stage, GiB of the largest process."""
     processes = point["processes"]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, __file__, "--steps", str(steps), "--point", json.dumps(point)]
+    command = [
+        sys.executable,
+        *launcher,
+        __file__,
+        "--steps",
+        str(steps),
+        "--dtype",
+        dtype,
+        "--point",
+        json.dumps(point),
+    ]
     environment = os.environ | MALLOC | {"OMP_NUM_THREADS": str(threads // processes)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -81,14 +91,14 @@ def exponent(x: list[float], y: list[float]) -> float:
     return statistics.linear_regression(log_x, log_y).slope
 
 
-def run_series(name: str, steps: int, threads: int) -> None:
+def run_series(name: str, steps: int, threads: int, dtype: str) -> None:
     """A table, and what its points say together."""
     what, values, others = SERIES[name]
     print(f"\n{what:>10}" + "".join(f"{stage:>10}" for stage in STAGES) + f"{'seconds':>10}{'GiB':>8}{'samples/s':>11}")
     totals, peaks, rates = [], [], []
     for value in values:
         point = USUAL | others | {what: value}
-        found = measure(point, steps, threads)
+        found = measure(point, steps, threads, dtype)
         totals.append(sum(found[stage] for stage in STAGES))
         peaks.append(found["peak"])
         rates.append(point["samples"] / totals[-1])
@@ -107,13 +117,14 @@ def main() -> None:
     parser.add_argument("--series", nargs="+", choices=list(SERIES), default=list(SERIES))
     parser.add_argument("--steps", type=int, default=2, help="counted steps of a point")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all processes together")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="fp32 where a CPU has no bf16")
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point:
-        run_point(options.point, options.steps)
+        run_point(options.point, options.steps, options.dtype)
         return
     for name in options.series:
-        run_series(name, options.steps, options.threads)
+        run_series(name, options.steps, options.threads, options.dtype)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """TRL's side of benchmarks/vs_trl.py, run by TRL's own Python: waits before every update for a message to make it.
 
-usage: trl_side.py CONNECTION_FD MODEL_FOLDER UPDATES CHECKPOINTING(0, 1) DTYPE BATCH
+usage: trl_side.py CONNECTION_FD MODEL_FOLDER UPDATES CHECKPOINTING(0, 1) bf16|fp32 DTYPE BATCH
 """
 
 import contextlib
@@ -62,16 +62,18 @@ def prompts() -> Dataset:
     return Dataset.from_dict({"input_ids": ids})
 
 
-def main(connection: Connection, folder: str, updates: int, checkpointing: bool, dtype: str, batch: int) -> None:
+def main(
+    connection: Connection, folder: str, updates: int, checkpointing: bool, mode: str, dtype: str, batch: int
+) -> None:
     """Builds the trainer, and trains when told. batch: samples a forward."""
 
     def scalar(kind: torch.dtype):
         return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, pad_token_id=0, dtype=kind)
 
-    trained, frozen, data = getattr(torch, dtype), torch.bfloat16, prompts()
+    trained, frozen, data = getattr(torch, dtype), torch.bfloat16 if mode == "bf16" else torch.float32, prompts()
     with tempfile.TemporaryDirectory() as out:
         config = PPOConfig(
-            output_dir=out, use_cpu=not torch.cuda.is_available(), bf16=True, learning_rate=5e-7,
+            output_dir=out, use_cpu=not torch.cuda.is_available(), bf16=mode == "bf16", learning_rate=5e-7,
             total_episodes=SAMPLES * updates,
             per_device_train_batch_size=batch, gradient_accumulation_steps=SAMPLES // batch, num_ppo_epochs=1,
             local_rollout_forward_batch_size=batch,
@@ -87,6 +89,6 @@ def main(connection: Connection, folder: str, updates: int, checkpointing: bool,
 
 
 if __name__ == "__main__":
-    fd, folder, updates, checkpointing, dtype, batch = sys.argv[1:]
+    fd, folder, updates, checkpointing, mode, dtype, batch = sys.argv[1:]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # the trainer prints its metrics
-        main(Connection(int(fd)), folder, int(updates), checkpointing == "1", dtype, int(batch))
+        main(Connection(int(fd)), folder, int(updates), checkpointing == "1", mode, dtype, int(batch))

@@ -4,6 +4,7 @@ The same random 58M LLaMA as policy, reference, critic and reward model (with ra
 prompts a step (32 to 448 tokens, log-uniform, seed 0), 64 response tokens each at temperature 1, one optimizer step of
 policy and critic, the same threads and MALLOC_ settings; forwards of 2048 tokens here, of 8 samples there. bf16: ours
 with a float32 copy of the weights, TRL as its `bf16` does it (float32 weights, autocast), its frozen models in bf16.
+fp32: no other dtype on either side.
 Both are long-lived processes that step in turn (benchmarks/alternate.py); the first round warms up and is not counted.
 TRL lives in an environment of its own, made on the first call; the packages that both need are shared with ours where
 their versions are the same.
@@ -24,7 +25,7 @@ from benchmarks.alternate import measure, peak
 from benchmarks.environment import MALLOC
 from benchmarks.ppo_step import RESPONSE, SAMPLES, SIZES, STAGES, build, prompt_batch, random_lm, timed_step
 from ppo.config import PPOConfig
-from utils.engine import init_distributed, shutdown_distributed
+from utils.engine import DTYPES, init_distributed, shutdown_distributed
 from utils.moments import RunningMoments
 
 REPOSITORY = Path(__file__).parents[1]
@@ -50,7 +51,7 @@ def ours(connection, options: argparse.Namespace, model: str) -> None:
     """Our steps. See `measure` for the messages; the last one is (peak, {stage: median seconds})."""
     config = PPOConfig(
         policy_model_path="-", critic_model_path="-", data_path="-", num_rollouts=SAMPLES, batch_size=SAMPLES,
-        maxlen_prompt=512, maxlen_res=RESPONSE, micro_batch_tokens=2048,
+        maxlen_prompt=512, maxlen_res=RESPONSE, micro_batch_tokens=2048, dtype=options.dtype,
         gradient_checkpoint=options.gradient_checkpoint, reuse_sampler_logprobs=options.reuse_sampler_logprobs,
     )  # fmt: skip
     init_distributed()
@@ -69,7 +70,7 @@ def theirs(connection, options: argparse.Namespace, model: str) -> None:
     script = str(REPOSITORY / "benchmarks" / "trl_side.py")
     checkpointing = str(int(options.gradient_checkpoint))
     arguments = [str(connection.fileno()), model, str(options.pairs + 1), checkpointing]
-    arguments += [options.trl_dtype, str(options.trl_batch)]
+    arguments += [options.dtype, options.trl_dtype, str(options.trl_batch)]
     os.execv(options.python, [str(options.python), script, *arguments])
 
 
@@ -95,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=3, help="counted steps of each side")
     parser.add_argument("--threads", type=int, default=2, help="of each side; one works while the other waits")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="fp32 where a CPU has no bf16")
     parser.add_argument("--gradient_checkpoint", action="store_true", help="on both sides (TRL's default, not ours)")
     parser.add_argument("--reuse_sampler_logprobs", action="store_true", help="ours too, as TRL does (not our default)")
     parser.add_argument("--trl_dtype", choices=["float32", "bfloat16"], default="float32", help="of what TRL trains")
@@ -108,7 +110,7 @@ def main() -> None:
         "HF_HUB_OFFLINE": "1",
     }
     with tempfile.TemporaryDirectory() as model:
-        random_lm(SIZES).save_pretrained(model)
+        random_lm(SIZES, DTYPES[options.dtype]).save_pretrained(model)
         report(measure([ours, theirs], (options, model), [SAMPLES] * (options.pairs + 1)))
 
 
