@@ -45,10 +45,11 @@ def _by_slots(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengt
 
     In float32: torch's CPU kernel is three times as fast with it as with bf16, for a single token.
     """
-    groups, outputs = query.reshape(len(lengths), key.shape[1], -1, query.shape[3]), []
-    for slot, length in enumerate(lengths):
-        parts = (groups[slot, None], key[slot, None, :, -length:], value[slot, None, :, -length:])
-        outputs.append(scaled_dot_product_attention(*(x.float() for x in parts), scale=scaling))
+    groups = query.float().reshape(len(lengths), key.shape[1], -1, query.shape[3])
+    outputs, columns = [], key.shape[2]
+    for length, own, keys, values in zip(lengths, *(x.split(1) for x in (groups, key, value)), strict=True):
+        held = (x.narrow(2, columns - length, length).float() for x in (keys, values))
+        outputs.append(scaled_dot_product_attention(own, *held, scale=scaling))
     return torch.cat(outputs).to(query.dtype).reshape(len(lengths), 1, query.shape[1], -1)
 
 

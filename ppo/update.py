@@ -48,6 +48,8 @@ def update(
     sums: dict[str, float] = {"policy_tokens": 0.0, "critic_tokens": 0.0}
     norms: dict[str, list[float]] = {"grad_norm_policy": [], "grad_norm_critic": []}
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    for engine in (policy, critic):
+        engine.module.train()
     for _ in range(config.ppo_epochs):
         for chosen in torch.randperm(len(experience), generator=generator).split(config.batch_size):
             minibatch = experience.rows(chosen.to(experience.sequences.device))
@@ -117,7 +119,6 @@ def policy_backward(
 
     Returns sums over tokens and ranks, and what is wrong with them.
     """
-    policy.module.train()
     num_tokens = float(batch.response_mask.sum())
     sums = {}
     for part in shares(batch, config.micro_batch_tokens, policy.module.joins_rows):
@@ -156,7 +157,6 @@ def policy_objective(
 
 def critic_backward(critic: TrainEngine, batch: Experience, config: PPOConfig) -> tuple[dict[str, float], str | None]:
     """Gradient of the value loss on one minibatch, in micro-batches. Returns what `policy_backward` does."""
-    critic.module.train()
     num_tokens = float(batch.response_mask.sum())
     clip = config.value_clip if config.use_critic_loss_clip else 0.0
     sums = {}

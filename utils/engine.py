@@ -108,17 +108,17 @@ class TrainEngine:
         self._replicated_norm = None
         self._dropping = False
         self._bad_gradient = torch.zeros((), dtype=torch.bool, device=device())
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        for parameter in parameters:
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        for parameter in self.parameters:
             if parameter.dim() == 1:  # norms: small, in every layer, and all that flows back passes one
                 parameter.register_hook(self._note_gradient)
         betas = (config.adam_beta1, config.adam_beta2)
         options = {"lr": 0.0, "betas": betas, "eps": config.adam_eps, "weight_decay": 0.0}
         if config.offload_optimizer:
             with unblocked_builds():
-                optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, **options)
+                optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(self.parameters, **options)
         else:
-            optimizer = torch.optim.AdamW(parameters, fused=True, **options)
+            optimizer = torch.optim.AdamW(self.parameters, fused=True, **options)
         if config.zero_stage == 0:  # DeepSpeed neither reports the norm nor checks it there
             optimizer.register_step_pre_hook(self._clip_replicated)
         self.engine, *_ = deepspeed.initialize(
@@ -130,6 +130,8 @@ class TrainEngine:
             use_chunked_step(self.engine.optimizer)
             if world_size() == 1:  # what one rank holds is the sum already: no copies into buckets and back
                 self.engine.optimizer.buffered_reduce_fallback = lambda *_, **__: None
+        elif config.zero_stage == 0 and world_size() == 1:
+            self.engine.buffered_allreduce_fallback = lambda *_, **__: None
 
     @property
     def module(self) -> nn.Module:
@@ -181,7 +183,7 @@ class TrainEngine:
 
     def _clip_replicated(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
         limit = self.gradient_clip or float("inf")
-        self._replicated_norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        self._replicated_norm = nn.utils.clip_grad_norm_(self.parameters, limit)
         if self._refused(float(self._replicated_norm)):
             self._replicated_norm = float("inf")
             self.engine.zero_grad()  # a parameter without a gradient is passed over

@@ -85,8 +85,7 @@ class RunLogger:
             return
         text = "\n\n---\n\n".join("\n\n".join(f"**{key}**: {value}" for key, value in row.items()) for row in rows)
         with self._disk():
-            for row in rows:
-                _append(os.path.join(self.folder, "samples.jsonl"), {"step": step, **row})
+            _append(os.path.join(self.folder, "samples.jsonl"), *({"step": step, **row} for row in rows))
             self.board.add_text("samples", text, step)
 
     def rewind(self, step: int) -> None:
@@ -143,9 +142,9 @@ class RunLogger:
             ) from None
 
 
-def _append(path: str, row: dict) -> None:
+def _append(path: str, *rows: dict) -> None:
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 INPUTS = (

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
@@ -75,27 +76,28 @@ def _attention_by_rows(module: nn.Module, query, key, value, attention_mask, **o
     """transformers' sdpa attention, but for a mask of integers: those are the lengths of rows that are joined."""
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    return _each_row(module, query, key, value, attention_mask, **options)
+    return _each_row(query, key, value, attention_mask, options.get("dropout", 0.0), options.get("scaling")), None
 
 
 @torch.compiler.disable  # the lengths are the host's: a compiled layer would be compiled again for each set of them
-def _each_row(module: nn.Module, query, key, value, attention_mask, **options):
+def _each_row(query, key, value, attention_mask, *options) -> torch.Tensor:
     lengths = attention_mask.flatten().tolist()
     if len(set(lengths)) == 1:  # one call: more heads for the cores to share
         query, key, value = (x[0].unflatten(1, (len(lengths), -1)).transpose(0, 1) for x in (query, key, value))
-        return _attention(module, query, key, value, **options).flatten(0, 1)[None], None
-    outputs = []
-    for part in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
-        outputs.append(_attention(module, *part, **options))
-    return torch.cat(outputs, dim=1), None
+        return _attention(query, key, value, *options).flatten(0, 1)[None]
+    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([_attention(*part, *options) for part in parts], dim=1)
 
 
-def _attention(module: nn.Module, query, key, value, **options) -> torch.Tensor:
-    """Of whole rows, [rows, length, heads, size]."""
+def _attention(query, key, value, dropout: float, scaling: float | None) -> torch.Tensor:
+    """Of whole rows, causal: [rows, heads, length, size] each -> [rows, length, heads, size]."""
     dtype = query.dtype
     if query.shape[2] <= FLOAT_TOKENS:  # in scoring too, or the ratio would not begin at 1
         query, key, value = (x.float() for x in (query, key, value))
-    return sdpa_attention_forward(module, query, key, value, None, **options)[0].to(dtype)
+    shared = query.shape[1] != key.shape[1]
+    options = {"dropout_p": dropout, "is_causal": True, "scale": scaling, "enable_gqa": shared}
+    output = scaled_dot_product_attention(query, key, value, **options)
+    return (output if output.dtype == dtype else output.to(dtype)).transpose(1, 2)
 
 
 AttentionInterface.register("sdpa", _attention_by_rows)
