@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.environment import add_dtype
 from data.collate import micro_batches
 from ppo.config import PPOConfig
 from ppo.evaluate import gather_batch
@@ -104,15 +105,17 @@ def settings(options: argparse.Namespace) -> PPOConfig:
     )  # fmt: skip
 
 
-def matrix_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 10) -> float:
-    """FLOP/s of a product of two size x size matrices; median."""
-    a, b = (torch.randn(size, size, dtype=dtype, device=device()) for _ in range(2))
+def matrix_rate(dtype: str, size: int = 2048, repeats: int = 10) -> float:
+    """FLOP/s of a product of two size x size matrices, median; prints it."""
+    a, b = (torch.randn(size, size, dtype=DTYPES[dtype], device=device()) for _ in range(2))
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
         (a @ b).sum().item()
         times.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(times[1:])
+    rate = 2 * size**3 / statistics.median(times[1:])
+    print(f"{dtype} matrix rate {rate / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads, {device()}")
+    return rate
 
 
 def timed_step(
@@ -136,7 +139,7 @@ def parse_options(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--micro_batch_tokens", type=int, default=2048)
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="fp32 where a CPU has no bf16")
+    add_dtype(parser)
     parser.add_argument("--compile", action="store_true", help="compile the decoder layers, in the first step")
     parser.add_argument("--attn_implementation", help="sdpa or eager; default: transformers' own choice")
     return parser.parse_args()
@@ -166,8 +169,7 @@ def report(models: Models, rollout: Rollout, seconds: dict[str, float], config: 
     policy = forward_flops(models.policy.module, rollout, with_head=True)
     critic = forward_flops(models.critic.module, rollout, with_head=False)
     useful = {"rollout": math.nan, "score": 2 * policy + 2 * critic, "update": 3 * policy + 3 * critic}
-    rate = matrix_rate(DTYPES[config.dtype])
-    print(f"{config.dtype} matrix rate {rate / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads, {device()}")
+    rate = matrix_rate(config.dtype)
     lengths = rollout.attention_mask.sum(1).tolist()
     padded = sum(
         len(rows) * max(lengths[i] for i in rows) for rows in micro_batches(lengths, config.micro_batch_tokens)

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
+from benchmarks.environment import add_dtype
 from data.collate import pad
 from ppo.decoding import decode_all
 from ppo.grouped_attention import grouped
@@ -91,7 +92,7 @@ def main() -> None:
     """Prints a line a setting."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="folder of a causal LM; default: the random 58M LLaMA")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="fp32 where a CPU has no bf16")
+    add_dtype(parser)
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--lengths", nargs="+", choices=["equal", "ragged"], default=["equal", "ragged"])
     parser.add_argument("--prompts", type=int, default=128)

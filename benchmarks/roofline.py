@@ -31,7 +31,7 @@ from ppo.sampling import Sampling
 from ppo.score import score
 from ppo.types import Rollout
 from ppo.update import update
-from utils.engine import DTYPES, device, init_distributed, shutdown_distributed
+from utils.engine import device, init_distributed, shutdown_distributed
 from utils.moments import RunningMoments
 
 
@@ -118,9 +118,8 @@ def main() -> None:
         rollout = run_step(watch, models, step, config)
         for phase, seconds in watch.seconds.items() if step else ():
             times[phase].append(seconds)
-    rate, flops = matrix_rate(DTYPES[config.dtype]), useful_flops(models, rollout)
+    rate, flops = matrix_rate(config.dtype), useful_flops(models, rollout)
     flops |= {stage: sum(n for phase, n in flops.items() if phase.startswith(stage)) for stage in ("score", "update")}
-    print(f"{config.dtype} matrix rate {rate / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads, {device()}")
     print(f"{SAMPLES} samples of {RESPONSE} response tokens, {int(rollout.attention_mask.sum())} real tokens in all")
     for phase in sorted(phase for phase in times if not phase.startswith("sampling")):
         seconds = statistics.median(times[phase])

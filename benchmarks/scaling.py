@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.environment import MALLOC
+from benchmarks.environment import MALLOC, add_dtype
 
 MODELS = {  # millions of parameters -> sizes of a LLaMA with 32,000 tokens
     20: {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 688},
@@ -35,7 +35,7 @@ SERIES = {  # name -> (what changes, its values, what else is not as usual)
 STAGES = ("rollout", "score", "update")
 
 
-def run_point(point: dict[str, int], steps: int, dtype: str) -> None:
+def run_point(point: dict, steps: int) -> None:
     """Measures one point in this process, a rank among several where the launcher says so; the first prints JSON."""
     from benchmarks.alternate import peak
     from benchmarks.ppo_step import build, prompt_batch, timed_step
@@ -48,7 +48,7 @@ def run_point(point: dict[str, int], steps: int, dtype: str) -> None:
     config = PPOConfig(
         policy_model_path="-", critic_model_path="-", data_path="-", num_rollouts=point["samples"],
         batch_size=point["samples"], maxlen_prompt=448 + point["response"], maxlen_res=point["response"],
-        rollout_batch_size=32, micro_batch_tokens=2048, dtype=dtype,
+        rollout_batch_size=32, micro_batch_tokens=2048, dtype=point["dtype"],
     )  # fmt: skip
     init_distributed()
     ids = prompt_batch().ids * (point["samples"] // 8)
@@ -63,21 +63,11 @@ def run_point(point: dict[str, int], steps: int, dtype: str) -> None:
     shutdown_distributed()
 
 
-def measure(point: dict[str, int], steps: int, threads: int, dtype: str) -> dict[str, float]:
+def measure(point: dict, steps: int, threads: int) -> dict[str, float]:
     """Runs a point in new processes. Seconds of each stage, GiB of the largest process."""
     processes = point["processes"]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [
-        sys.executable,
-        *launcher,
-        __file__,
-        "--steps",
-        str(steps),
-        "--dtype",
-        dtype,
-        "--point",
-        json.dumps(point),
-    ]
+    command = [sys.executable, *launcher, __file__, "--steps", str(steps), "--point", json.dumps(point)]
     environment = os.environ | MALLOC | {"OMP_NUM_THREADS": str(threads // processes)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -97,8 +87,8 @@ def run_series(name: str, steps: int, threads: int, dtype: str) -> None:
     print(f"\n{what:>10}" + "".join(f"{stage:>10}" for stage in STAGES) + f"{'seconds':>10}{'GiB':>8}{'samples/s':>11}")
     totals, peaks, rates = [], [], []
     for value in values:
-        point = USUAL | others | {what: value}
-        found = measure(point, steps, threads, dtype)
+        point = USUAL | others | {what: value, "dtype": dtype}
+        found = measure(point, steps, threads)
         totals.append(sum(found[stage] for stage in STAGES))
         peaks.append(found["peak"])
         rates.append(point["samples"] / totals[-1])
@@ -117,11 +107,11 @@ def main() -> None:
     parser.add_argument("--series", nargs="+", choices=list(SERIES), default=list(SERIES))
     parser.add_argument("--steps", type=int, default=2, help="counted steps of a point")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all processes together")
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="fp32 where a CPU has no bf16")
+    add_dtype(parser)
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point:
-        run_point(options.point, options.steps, options.dtype)
+        run_point(options.point, options.steps)
         return
     for name in options.series:
         run_series(name, options.steps, options.threads, options.dtype)

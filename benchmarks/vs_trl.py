@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.alternate import measure, peak
-from benchmarks.environment import MALLOC
+from benchmarks.environment import MALLOC, add_dtype
 from benchmarks.ppo_step import RESPONSE, SAMPLES, SIZES, STAGES, build, prompt_batch, random_lm, timed_step
 from ppo.config import PPOConfig
 from utils.engine import DTYPES, init_distributed, shutdown_distributed
@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=3, help="counted steps of each side")
     parser.add_argument("--threads", type=int, default=2, help="of each side; one works while the other waits")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="fp32 where a CPU has no bf16")
+    add_dtype(parser)
     parser.add_argument("--gradient_checkpoint", action="store_true", help="on both sides (TRL's default, not ours)")
     parser.add_argument("--reuse_sampler_logprobs", action="store_true", help="ours too, as TRL does (not our default)")
     parser.add_argument("--trl_dtype", choices=["float32", "bfloat16"], default="float32", help="of what TRL trains")

@@ -95,9 +95,10 @@ def _attention(query, key, value, dropout: float, scaling: float | None) -> torc
     if query.shape[2] <= FLOAT_TOKENS:  # in scoring too, or the ratio would not begin at 1
         query, key, value = (x.float() for x in (query, key, value))
     shared = query.shape[1] != key.shape[1]
-    options = {"dropout_p": dropout, "is_causal": True, "scale": scaling, "enable_gqa": shared}
-    output = scaled_dot_product_attention(query, key, value, **options)
-    return (output if output.dtype == dtype else output.to(dtype)).transpose(1, 2)
+    output = scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=shared
+    )
+    return output.to(dtype).transpose(1, 2)
 
 
 AttentionInterface.register("sdpa", _attention_by_rows)
