@@ -40,7 +40,7 @@ def train(config: PPOConfig) -> None:
 
 def loop(run) -> None:
     """PPO over a `ppo.run.Run`, from the step that its state is at to the last one, or to where it is stopped."""
-    from ppo.evaluate import gather_batch
+    from ppo.evaluate import gather_batches
     from ppo.experience import experience_metrics, make_experience, negative_kl_warning, rollout_metrics
     from ppo.rollout import generate
     from ppo.sampling import Sampling
@@ -65,8 +65,9 @@ def loop(run) -> None:
         watch.lap("score")
 
         # 3. Small next to the models, so every rank gets all of it; from here on ranks differ only in their work.
-        rollout, scores = gather_batch(rollout), gather_batch(scores)
-        if run.refuses(rollout, scores):
+        own_scores = scores.scores
+        rollout, scores = gather_batches(prompts, rollout, scores)
+        if run.refuses(rollout, scores, own_scores):
             continue
         experience = make_experience(rollout, scores, state.moments, config)
 

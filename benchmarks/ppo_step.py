@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.environment import add_dtype
 from data.collate import micro_batches
 from ppo.config import PPOConfig
-from ppo.evaluate import gather_batch
+from ppo.evaluate import gather_batches
 from ppo.experience import make_experience
 from ppo.models import Models, PolicyModel
 from ppo.rollout import generate
@@ -127,8 +127,8 @@ def timed_step(
     marks.append(time.perf_counter())
     scores = score(rollout, prompts, models, None, IDS, 1.0, config)
     marks.append(time.perf_counter())
-    rollout = gather_batch(rollout)
-    experience = make_experience(rollout, gather_batch(scores), moments, config)
+    rollout, scores = gather_batches(prompts, rollout, scores)
+    experience = make_experience(rollout, scores, moments, config)
     update(models.policy, models.critic, experience, config, step, config.lr, config.critic_lr)
     marks.append(time.perf_counter())
     return rollout, {stage: end - start for stage, (start, end) in zip(STAGES, itertools.pairwise(marks), strict=True)}

@@ -39,9 +39,10 @@ def run_point(point: dict, steps: int) -> None:
     """Measures one point in this process, a rank among several where the launcher says so; the first prints JSON."""
     from benchmarks.alternate import peak
     from benchmarks.ppo_step import build, prompt_batch, timed_step
+    from data.prompts import Prompt
     from ppo.config import PPOConfig
-    from ppo.types import PromptBatch
-    from utils.distributed import gather_objects, is_main, rank, world_size
+    from ppo.evaluate import own_share
+    from utils.distributed import gather_objects, is_main
     from utils.engine import init_distributed, shutdown_distributed
     from utils.moments import RunningMoments
 
@@ -52,8 +53,7 @@ def run_point(point: dict, steps: int) -> None:
     )  # fmt: skip
     init_distributed()
     ids = prompt_batch().ids * (point["samples"] // 8)
-    own = range(rank(), len(ids), world_size())
-    prompts = PromptBatch([ids[i] for i in own], [[] for _ in own], list(own))
+    prompts = own_share([Prompt(row, [], "") for row in ids], list(range(len(ids))))
     models, moments = build(config, MODELS[point["model"]]), RunningMoments()
     taken = [timed_step(models, prompts, moments, step, config)[1] for step in range(steps + 1)][1:]
     peaks = gather_objects(peak())

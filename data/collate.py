@@ -64,18 +64,21 @@ def _fill(order: list[int], lengths: list[int], max_tokens: int) -> list[list[in
     return batches
 
 
-def balance(lengths: list[int], num_ranks: int) -> list[list[int]]:
+def balance(lengths: list[int], num_ranks: int, most: int | None = None) -> list[list[int]]:
     """Share indices out over `num_ranks` so that the token totals come out even; deterministic.
 
     Longest first, each to the rank with the fewest tokens so far (greedy scheduling, at most 4/3 of the best
     possible maximum). Every rank gets at least one item when there are enough; each share is in ascending order.
+    most: items that a rank may get, `num_ranks` times which must do for all.
     """
     if num_ranks < 1:
         raise ValueError(f"num_ranks must be at least 1, not {num_ranks}")
+    most = len(lengths) if most is None else most
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     totals = [0] * num_ranks
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        lightest = min(range(num_ranks), key=lambda r: (totals[r], len(shares[r]), r))
+        free = (r for r in range(num_ranks) if len(shares[r]) < most)
+        lightest = min(free, key=lambda r: (totals[r], len(shares[r]), r))
         shares[lightest].append(index)
         totals[lightest] += lengths[index]
     return [sorted(share) for share in shares]

@@ -2,6 +2,9 @@
 
 from dataclasses import replace
 
+import torch
+
+from data.collate import balance
 from data.prompts import Prompt
 from data.template import decode_answer
 from ppo.config import PPOConfig
@@ -12,21 +15,27 @@ from ppo.sampling import Sampling
 from ppo.score import RewardFunction, score
 from ppo.types import PromptBatch
 from utils.distributed import gather_rows, rank, world_size
+from utils.engine import device
 
 EVALUATION_SEED = 1 << 40  # keeps the random streams of evaluations away from those of training
 
 
-def gather_batch(batch):
-    """The rows of all ranks in rank order, on every rank."""
-    return batch.map(gather_rows)
-
-
 def own_share(prompts: list[Prompt], places: list[int]) -> PromptBatch:
-    """This rank's consecutive share of prompts that divide by the number of ranks."""
-    size = len(prompts) // world_size()
-    own = slice(rank() * size, (rank() + 1) * size)
-    chosen = prompts[own]
-    return PromptBatch([p.ids for p in chosen], [p.turns for p in chosen], places[own])
+    """This rank's share of prompts that divide by the number of ranks: as many as any other's, of about as many tokens.
+
+    Ranks wait for each other after scoring: for whoever has the most to read.
+    """
+    own = balance([len(prompt.ids) for prompt in prompts], world_size(), len(prompts) // world_size())[rank()]
+    chosen = [prompts[i] for i in own]
+    return PromptBatch([p.ids for p in chosen], [p.turns for p in chosen], [places[i] for i in own])
+
+
+def gather_batches(prompts: PromptBatch, *batches):
+    """Each batch with the rows of all ranks, on every rank, in the order of places. prompts: this rank's rows'."""
+    if world_size() == 1:
+        return batches
+    order = gather_rows(torch.tensor(prompts.places, device=device())).argsort()
+    return tuple(batch.map(lambda rows: gather_rows(rows)[order]) for batch in batches)
 
 
 def evaluate(
@@ -45,8 +54,9 @@ def evaluate(
     judges = replace(models, critic=None)  # nobody asks for values here
     scores = score(rollout, share, judges, reward_fn, tokenizer, sampling.temperature, config)
     count = slice(len(prompts))
-    rollout, scores = gather_batch(rollout).rows(count), gather_batch(scores).rows(count)
-    check_scores(scores.scores, config.explosion_limit)
+    own = scores.scores
+    rollout, scores = (batch.rows(count) for batch in gather_batches(share, rollout, scores))
+    check_scores(scores.scores, config.explosion_limit, own)
     lengths = rollout.response_mask.sum(1)
     columns = {
         "score": scores.scores,

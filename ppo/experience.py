@@ -7,7 +7,7 @@ from ppo.config import PPOConfig
 from ppo.kl import KL_ESTIMATORS, k1
 from ppo.rewards import shape_scores, token_rewards
 from ppo.types import Experience, Rollout, Scores
-from utils.distributed import world_size
+from utils.distributed import gather_objects
 from utils.errors import UserError
 from utils.moments import RunningMoments
 from utils.tensors import masked_mean, whiten
@@ -38,26 +38,25 @@ def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, c
     )  # fmt: skip
 
 
-def score_problem(scores: torch.Tensor, limit: float) -> str | None:
-    """What is wrong with the first response whose score is not finite or beyond ± limit. scores: [batch], all ranks',
+def score_problem(scores: torch.Tensor, limit: float, own: torch.Tensor | None = None) -> str | None:
+    """What is wrong with the first response whose score is not finite or beyond ± limit. scores: [batch], all ranks'.
 
-    as many from each rank.
+    own: this rank's; then the ranks of bad ones are named. Collective where something is wrong, as all ranks see alike.
     """
     wrong = (~(scores.abs() <= limit)).nonzero()
     if not len(wrong):
         return None
     place = int(wrong[0])
     what = "not finite" if not torch.isfinite(scores[place]) else f"{float(scores[place]):g}, beyond --explosion_limit"
-    ranks = sorted({int(i) * world_size() // len(scores) for i in wrong})
-    return (
-        f"the score of response {place} of this step is {what} (rank {', '.join(map(str, ranks))}); look at the reward "
-        "model's inputs"
-    )
+    if own is not None:
+        bad = gather_objects(bool((~(own.abs() <= limit)).any()))
+        what += f" (rank {', '.join(str(i) for i, x in enumerate(bad) if x)})"
+    return f"the score of response {place} of this step is {what}; look at the reward model's inputs"
 
 
-def check_scores(scores: torch.Tensor, limit: float) -> None:
+def check_scores(scores: torch.Tensor, limit: float, own: torch.Tensor | None = None) -> None:
     """Raises UserError with the `score_problem`, if there is one."""
-    if problem := score_problem(scores, limit):
+    if problem := score_problem(scores, limit, own):
         raise UserError(problem)
 
 

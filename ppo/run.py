@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import torch
+
 from data.order import order
 from data.prompts import Prompt
 from data.template import decode_answer
@@ -93,9 +95,12 @@ class Run:
         lr = 0.0 if step < start else config.lr * factor(step - start, config.train_steps)
         return lr, config.critic_lr * factor(step, config.total_steps)
 
-    def refuses(self, rollout: Rollout, scores: Scores) -> bool:
-        """Whether the whole buffer is left out for a bad score; the step is then made with the next prompts."""
-        problem = score_problem(scores.scores, self.config.explosion_limit)
+    def refuses(self, rollout: Rollout, scores: Scores, own: torch.Tensor) -> bool:
+        """Whether the whole buffer is left out for a bad score; the step is then made with the next prompts.
+
+        own: this rank's scores.
+        """
+        problem = score_problem(scores.scores, self.config.explosion_limit, own)
         if problem:
             self.leave_out(problem, rollout, scores)
         return problem is not None
@@ -189,10 +194,11 @@ class Run:
         return {f"eval_{key}": value for key, value in metrics.items()}
 
     def _texts(self, rollout: Rollout, scores: Scores, prompts: PromptBatch) -> list[dict]:
-        """The first samples of this rank (rank 0 writes them, and its rows come first in the gathered rollout)."""
-        count = min(self.config.num_samples, len(prompts.ids))
-        answers = [decode_answer(self.tokenizer, ids) for ids in response_ids(rollout.rows(slice(count)))]
+        """The first samples of this rank (rank 0 writes them). prompts: its own; the rest is of all ranks, by place."""
+        start = self.state.next_place - self.config.num_rollouts
+        rows = [place - start for place in prompts.places[: self.config.num_samples]]
+        answers = [decode_answer(self.tokenizer, ids) for ids in response_ids(rollout.rows(rows))]
         return [
             {"prompt": turns[-1]["content"], "answer": answer, "score": float(value)}
-            for turns, answer, value in zip(prompts.turns, answers, scores.scores.tolist(), strict=False)
+            for turns, answer, value in zip(prompts.turns, answers, scores.scores[rows].tolist(), strict=False)
         ]

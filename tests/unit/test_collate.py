@@ -71,6 +71,20 @@ def test_balance_is_even_and_serves_every_rank():
         assert shares == balance(lengths, num_ranks)
 
 
+def test_balance_of_equal_shares_is_about_even():
+    # 9 and 8 to one rank each; 1 to the first with 8; its equals to whoever has room: two each.
+    assert balance([9, 8, 1, 1], 2, most=2) == [[0, 3], [1, 2]]
+    rng = random.Random(1)
+    for _ in range(100):
+        num_ranks, size = rng.randint(1, 6), rng.randint(1, 16)
+        lengths = [rng.randint(1, 500) for _ in range(num_ranks * size)]
+        shares = balance(lengths, num_ranks, size)
+        assert sorted(chain(*shares)) == list(range(len(lengths)))
+        assert {len(share) for share in shares} == {size}
+        totals = [sum(lengths[i] for i in share) for share in shares]
+        assert max(totals) - min(totals) <= max(lengths)
+
+
 def test_balance_with_fewer_items_than_ranks():
     assert balance([4, 9], 3) == [[1], [0], []]
     with pytest.raises(ValueError, match="num_ranks"):
