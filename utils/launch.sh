@@ -15,9 +15,9 @@ use_threads() { # $1: processes on this machine. Shares its cores out, unless OM
 use_devices() { # $1: number of GPUs; without any, DeepSpeed is told to use the CPU
   if (($1 == 0)); then
     export DS_ACCELERATOR=cpu
-    # Keep freed memory: giving tensors back to the system and taking them again costs 15 to 35 % of a step. Those above
-    # 32 MiB go back all the same: kept, they leave holes, and a run grows by over 1 GiB
-    export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=67108864
+    # Keep freed memory, for all threads alike: giving tensors back to the system and taking them again costs 15 to 35 %
+    # of a step. With an arena a thread, large ones would go back all the same, or leave holes
+    export MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=67108864
   fi
   use_threads "$(($1 > 1 ? $1 : 1))"
 }

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,12 @@ def two_ranks(inputs, tmp_path_factory):
 
 GATHERED = {"zero_stage": 3, "gather_for_generation": "always"}
 TOGETHER = {"zero_stage": 3, "gather_for_generation": "never", "offload_frozen": True}
+
+
+def test_nothing_stays_in_shared_memory(two_ranks):
+    start = time.time()
+    two_ranks(zero_stage=2, num_eval_prompts=0)
+    assert [file.name for file in Path("/dev/shm").glob("deepspeed*") if file.stat().st_mtime >= start] == []
 
 
 @pytest.mark.parametrize("settings", [{"zero_stage": 2}, GATHERED], ids=["ZeRO-2", "ZeRO-3"])
