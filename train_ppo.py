@@ -85,7 +85,7 @@ def loop(run) -> None:
             run.logger.say(warning)
 
         # 5. What is watched, and what a kill may not take away; a signal ends the run here.
-        run.after_step(rollout, scores, prompts, metrics)
+        run.after_step(rollout, scores, metrics)
 
 
 if __name__ == "__main__":

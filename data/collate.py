@@ -69,11 +69,13 @@ def balance(lengths: list[int], num_ranks: int, most: int | None = None) -> list
 
     Longest first, each to the rank with the fewest tokens so far (greedy scheduling, at most 4/3 of the best
     possible maximum). Every rank gets at least one item when there are enough; each share is in ascending order.
-    most: items that a rank may get, `num_ranks` times which must do for all.
+    most: no rank gets more items than this (and then 4/3 is no bound); `most * num_ranks` must do for all.
     """
     if num_ranks < 1:
         raise ValueError(f"num_ranks must be at least 1, not {num_ranks}")
     most = len(lengths) if most is None else most
+    if most * num_ranks < len(lengths):
+        raise ValueError(f"{num_ranks} ranks of at most {most} items have no room for {len(lengths)}")
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     totals = [0] * num_ranks
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

@@ -23,7 +23,7 @@ EVALUATION_SEED = 1 << 40  # keeps the random streams of evaluations away from t
 def own_share(prompts: list[Prompt], places: list[int]) -> PromptBatch:
     """This rank's share of prompts that divide by the number of ranks: as many as any other's, of about as many tokens.
 
-    Ranks wait for each other after scoring: for whoever has the most to read.
+    In scoring, ranks wait for the one that has the most to read.
     """
     own = balance([len(prompt.ids) for prompt in prompts], world_size(), len(prompts) // world_size())[rank()]
     chosen = [prompts[i] for i in own]

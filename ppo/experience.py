@@ -41,7 +41,7 @@ def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, c
 def score_problem(scores: torch.Tensor, limit: float, own: torch.Tensor | None = None) -> str | None:
     """What is wrong with the first response whose score is not finite or beyond ± limit. scores: [batch], all ranks'.
 
-    own: this rank's; then the ranks of bad ones are named. Collective where something is wrong, as all ranks see alike.
+    own: this rank's part of them: then the ranks of bad ones are named, which all ranks have to ask for together.
     """
     wrong = (~(scores.abs() <= limit)).nonzero()
     if not len(wrong):

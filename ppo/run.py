@@ -77,12 +77,16 @@ class Run:
         """Whether all steps are made."""
         return self.state.step >= self.config.total_steps
 
+    def _prompts(self, start: int) -> list[Prompt]:
+        """Those of the buffer that begins at place `start`."""
+        config = self.config
+        return [self.prompts[i] for i in order(start, config.num_rollouts, len(self.prompts), config.seed)]
+
     def next_prompts(self) -> PromptBatch:
         """This rank's share of the next num_rollouts prompts, each with its place in the run."""
-        config, start = self.config, self.state.next_place
-        self.state.next_place += config.num_rollouts
-        chosen = [self.prompts[i] for i in order(start, config.num_rollouts, len(self.prompts), config.seed)]
-        return own_share(chosen, list(range(start, self.state.next_place)))
+        start = self.state.next_place
+        self.state.next_place += self.config.num_rollouts
+        return own_share(self._prompts(start), list(range(start, self.state.next_place)))
 
     def learning_rates(self, step: int) -> tuple[float, float]:
         """(policy's, critic's) at a step counted from 0. The policy's is 0 as long as only the critic trains."""
@@ -135,7 +139,7 @@ class Run:
         barrier()
         self.keeper.feed(f"export of {name}/")
 
-    def after_step(self, rollout: Rollout, scores: Scores, prompts: PromptBatch, metrics: dict[str, float]) -> None:
+    def after_step(self, rollout: Rollout, scores: Scores, metrics: dict[str, float]) -> None:
         """Writes the step's metrics and some texts; evaluates and keeps the best where that is due. Collective.
 
         Last, it writes the checkpoint that is due, and hears of a wish to stop; or a collapse takes the run back.
@@ -146,7 +150,7 @@ class Run:
         if config.skip_bad_batches:
             metrics = metrics | {"bad_batches": self.state.left_out}
         self.logger.metrics(step, metrics)
-        self.logger.samples(step, self._texts(rollout, scores, prompts))
+        self.logger.samples(step, self._texts(rollout, scores))
         self.logger.advance()
         if not self._collapses(metrics):
             self.keeper.after_step(self.state.state_dict(), self.logger.say)
@@ -193,12 +197,12 @@ class Run:
             self.export("best")
         return {f"eval_{key}": value for key, value in metrics.items()}
 
-    def _texts(self, rollout: Rollout, scores: Scores, prompts: PromptBatch) -> list[dict]:
-        """The first samples of this rank (rank 0 writes them). prompts: its own; the rest is of all ranks, by place."""
-        start = self.state.next_place - self.config.num_rollouts
-        rows = [place - start for place in prompts.places[: self.config.num_samples]]
-        answers = [decode_answer(self.tokenizer, ids) for ids in response_ids(rollout.rows(rows))]
+    def _texts(self, rollout: Rollout, scores: Scores) -> list[dict]:
+        """The buffer's first samples, the same on any number of ranks."""
+        prompts = self._prompts(self.state.next_place - self.config.num_rollouts)
+        first = slice(self.config.num_samples)
+        answers = [decode_answer(self.tokenizer, ids) for ids in response_ids(rollout.rows(first))]
         return [
-            {"prompt": turns[-1]["content"], "answer": answer, "score": float(value)}
-            for turns, answer, value in zip(prompts.turns, answers, scores.scores[rows].tolist(), strict=False)
+            {"prompt": prompt.turns[-1]["content"], "answer": answer, "score": score}
+            for prompt, answer, score in zip(prompts[first], answers, scores.scores[first].tolist(), strict=True)
         ]

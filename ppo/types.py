@@ -11,7 +11,10 @@ import torch
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts of one buffer, this rank's share. `places` are their places in the run: they pick the random streams."""
+    """Prompts of one buffer, this rank's share. `places` are their places in the run: they pick the random
+
+    streams, and the order of the rows when the ranks' batches are joined.
+    """
 
     ids: list[list[int]]
     turns: list[list[dict]]

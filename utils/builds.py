@@ -1,4 +1,4 @@
-"""Keeps a killed process from blocking all later ones: DeepSpeed builds its ops at first use, under lock files."""
+"""Keeps a killed process from blocking all later ones: DeepSpeed builds --offload_optimizer under a lock file."""
 
 import contextlib
 import fcntl

@@ -52,8 +52,10 @@ def init_distributed(hang_timeout: float = 0.0) -> None:
     if device().type == "cuda":
         torch.cuda.set_device(device())
     if not torch.distributed.is_initialized():
-        # Built at first use, for inference alone, and 69 MB a rank that stay in /dev/shm when the run has ended.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if device().type == "cpu":
+            # An empty table of ops: DeepSpeed probes for all of them otherwise, and builds its shared-memory reduction,
+            # which inference alone would use: a minute at first use, and 69 MB a rank that stay in /dev/shm.
+            deepspeed.ops.__compatible_ops__ = {}
         patience = datetime.timedelta(seconds=2 * hang_timeout) if hang_timeout else datetime.timedelta(days=30)
         backend = "nccl" if device().type == "cuda" else "gloo"
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=patience)

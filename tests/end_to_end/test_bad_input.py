@@ -9,13 +9,6 @@ from tqdm import tqdm
 
 from tests.tiny_run import read_metrics, run_flags, write_json
 from train_ppo import main
-from utils.engine import init_distributed
-
-
-@pytest.fixture(scope="module", autouse=True)
-def deepspeed_has_spoken():
-    """DeepSpeed builds its operators when it is first used, and a linker complains about those that it cannot."""
-    init_distributed()
 
 
 def error_of(argv: list[str], capfd, monkeypatch) -> str:

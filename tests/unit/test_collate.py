@@ -72,7 +72,7 @@ def test_balance_is_even_and_serves_every_rank():
 
 
 def test_balance_of_equal_shares_is_about_even():
-    # 9 and 8 to one rank each; 1 to the first with 8; its equals to whoever has room: two each.
+    # 9 and 8 go to a rank each; the first 1 to that with 8, which is full then; the other to that with 9.
     assert balance([9, 8, 1, 1], 2, most=2) == [[0, 3], [1, 2]]
     rng = random.Random(1)
     for _ in range(100):
@@ -89,6 +89,8 @@ def test_balance_with_fewer_items_than_ranks():
     assert balance([4, 9], 3) == [[1], [0], []]
     with pytest.raises(ValueError, match="num_ranks"):
         balance([1], 0)
+    with pytest.raises(ValueError, match="no room for 3"):
+        balance([1, 2, 3], 2, most=1)
 
 
 def test_micro_batches_trade_padding_for_forwards():

@@ -58,13 +58,13 @@ def test_a_bad_batch_is_as_if_it_had_not_been(single_process, zero_stage):
 
 
 def test_scores_beyond_the_limit_are_named_with_their_rank(monkeypatch):
-    monkeypatch.setattr("ppo.experience.gather_objects", lambda own: [own, not own])
+    monkeypatch.setattr("ppo.experience.gather_objects", lambda own: [own, True])
     fine, bad = torch.tensor([0.0, 1.0]), torch.tensor([-6.0, 2.0])
     assert score_problem(torch.tensor([0.0, 1.0, -2.0, 3.0]), 5.0, fine) is None
     assert score_problem(torch.tensor([0.0, 1.0, math.nan, 3.0]), 5.0, fine).startswith(
         "the score of response 2 of this step is not finite (rank 1); look"
     )
-    assert "response 0 of this step is -6, beyond --explosion_limit (rank 0)" in score_problem(
+    assert "response 0 of this step is -6, beyond --explosion_limit (rank 0, 1)" in score_problem(
         torch.tensor([-6.0, 1.0, 2.0, 3.0]), 5.0, bad
     )
 
