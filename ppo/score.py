@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 import traceback
 from collections.abc import Callable
 
@@ -154,10 +155,13 @@ def load_reward_fn(spec: str) -> RewardFunction:
     if module_spec is None:
         raise UserError(f"--reward_fn {spec}: {path} is not a Python file; its name has to end in .py")
     module = importlib.util.module_from_spec(module_spec)
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # nothing of ours beside the user's file
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever that file may do wrong
         raise UserError(f"--reward_fn {spec} cannot be loaded: {_failure(error)}") from error
+    finally:
+        sys.dont_write_bytecode = writes
     if not callable(getattr(module, name, None)):
         raise UserError(f"--reward_fn {spec}: {path} has no function {name}; give the name of one")
     return getattr(module, name)

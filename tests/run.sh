@@ -7,6 +7,7 @@ source utils/launch.sh
 
 use_threads 2
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+unset PYTHONUNBUFFERED PYTHONDONTWRITEBYTECODE # some machines set them; most users do not, and both hide mistakes
 ruff check .
 ruff format --check .
 # Two workers, a file at a time, the longest first; what a file's tests share is made once. Folders of what passed go
