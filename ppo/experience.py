@@ -7,7 +7,7 @@ from ppo.config import PPOConfig
 from ppo.kl import KL_ESTIMATORS, k1
 from ppo.rewards import shape_scores, token_rewards
 from ppo.types import Experience, Rollout, Scores
-from utils.distributed import gather_objects
+from utils.distributed import ranks_where
 from utils.errors import UserError
 from utils.moments import RunningMoments
 from utils.tensors import masked_mean, whiten
@@ -49,8 +49,7 @@ def score_problem(scores: torch.Tensor, limit: float, own: torch.Tensor | None =
     place = int(wrong[0])
     what = "not finite" if not torch.isfinite(scores[place]) else f"{float(scores[place]):g}, beyond --explosion_limit"
     if own is not None:
-        bad = gather_objects(bool((~(own.abs() <= limit)).any()))
-        what += f" (rank {', '.join(str(i) for i, x in enumerate(bad) if x)})"
+        what += f" (rank {ranks_where(not bool((own.abs() <= limit).all()))})"
     return f"the score of response {place} of this step is {what}; look at the reward model's inputs"
 
 

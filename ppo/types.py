@@ -11,9 +11,9 @@ import torch
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts of one buffer, this rank's share. `places` are their places in the run: they pick the random
+    """Prompts of one buffer, this rank's share.
 
-    streams, and the order of the rows when the ranks' batches are joined.
+    `places` are their places in the run: they pick the random streams, and the order of joined rows.
     """
 
     ids: list[list[int]]

@@ -20,7 +20,7 @@ from ppo.loss import (
 )
 from ppo.pretrain import PretrainBatch, pretrain_loss
 from ppo.types import Experience
-from utils.distributed import gather_objects, rank, sum_ranks, world_size
+from utils.distributed import rank, ranks_where, sum_ranks, world_size
 from utils.engine import TrainEngine
 from utils.errors import UserError
 from utils.tensors import before, shift_to_next
@@ -81,7 +81,7 @@ def try_step(engine: TrainEngine, lr: float, norms: list[float]) -> str | None:
     """One optimizer step; its gradient norm joins `norms`. Returns what is wrong where it could not be made."""
     norm = engine.step(lr)
     if not math.isfinite(norm):
-        ranks = ", ".join(map(str, engine.bad_gradients())) or "all"
+        ranks = engine.bad_gradients()
         return (
             f"the gradient of the {engine.name} is not finite, or beyond --explosion_limit (rank {ranks}); its weights "
             "were not changed. Lower the learning rate, or look in metrics.jsonl for the quantity that ran away"
@@ -188,11 +188,10 @@ def totals(
     if not bad:
         return known, None
     # All ranks know the totals, so all come here, or none.
-    ranks = [i for i, x in enumerate(gather_objects(not bool((own.abs() <= limit).all()))) if x]
+    ranks = ranks_where(not bool((own.abs() <= limit).all()))
     value = total[bad[0]] / max(num_tokens, 1.0)
     what = f"beyond --explosion_limit ({value:g})" if math.isfinite(value) else "not finite"
     return known, (
-        f"the loss of the {name} is {what}; its weights were not changed ({bad[0]}, rank "
-        f"{', '.join(map(str, ranks)) or 'all'}). Lower the learning rate, or look in metrics.jsonl for the quantity "
-        "that ran away"
+        f"the loss of the {name} is {what}; its weights were not changed ({bad[0]}, rank {ranks}). Lower "
+        "the learning rate, or look in metrics.jsonl for the quantity that ran away"
     )

@@ -1,4 +1,4 @@
-"""Keeps a killed process from blocking all later ones: DeepSpeed builds --offload_optimizer under a lock file."""
+"""Keeps a killed process from blocking all later ones: DeepSpeed builds its CPU optimizer under a lock file."""
 
 import contextlib
 import fcntl

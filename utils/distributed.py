@@ -60,6 +60,11 @@ def gather_objects(item) -> list:
     return items
 
 
+def ranks_where(flag: bool) -> str:
+    """ "0, 3": the ranks whose flag is set, in words; "all" where none is."""
+    return ", ".join(str(i) for i, is_set in enumerate(gather_objects(flag)) if is_set) or "all"
+
+
 def gather_rows(x: torch.Tensor) -> torch.Tensor:
     """Rows of all ranks in rank order, on every rank. x: [rows, ...] of the same rows and dtype everywhere;
     trailing sizes may differ in dimension 1 and are padded with 0 (False) to the longest."""

@@ -23,7 +23,7 @@ from torch import nn
 from utils.args import EngineConfig
 from utils.builds import unblocked_builds
 from utils.chunked_step import use_chunked_step
-from utils.distributed import any_rank, gather_objects, is_main, rank, world_size
+from utils.distributed import any_rank, is_main, rank, ranks_where, world_size
 from utils.engine_state import load_state, state_tensors
 from utils.shared_state import SharedState
 
@@ -168,9 +168,9 @@ class TrainEngine:
         self._dropping = False
         self._bad_gradient.zero_()
 
-    def bad_gradients(self) -> list[int]:
-        """Ranks whose own share of the last gradient was not finite, before it met the others'. Once. Collective."""
-        return [i for i, bad in enumerate(gather_objects(self.bad_gradient())) if bad]
+    def bad_gradients(self) -> str:
+        """`ranks_where` the rank's own share of the last gradient was not finite. Once. Collective."""
+        return ranks_where(self.bad_gradient())
 
     def bad_gradient(self) -> bool:
         """Whether this rank's was not. Once."""

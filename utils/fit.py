@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from utils.distributed import barrier, gather_objects, is_main, sum_ranks
+from utils.distributed import barrier, is_main, ranks_where, sum_ranks
 from utils.engine import TrainEngine, device
 from utils.errors import UserError
 from utils.fit_config import FitConfig
@@ -158,10 +158,9 @@ def check_number(name: str, value: float, engine: TrainEngine, is_own: Callable[
     """
     if abs(value) <= engine.explosion_limit:
         return
-    ranks = [str(i) for i, bad in enumerate(gather_objects(is_own())) if bad]
     beyond = ", beyond --explosion_limit" if math.isfinite(value) else ""
     raise BadStep(
-        f"the {name} is {value:g}{beyond} (rank {', '.join(ranks) or 'all'}); no step was made. Lower --lr, raise "
+        f"the {name} is {value:g}{beyond} (rank {ranks_where(is_own())}); no step was made. Lower --lr, raise "
         "--warmup_steps, or give --dtype fp32"
     )
 

@@ -30,7 +30,7 @@ setup_check() { # $1: the Python to use
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     setup_fail "$("$1" --version 2>&1) is too old: Python 3.11 or newer is needed" || return
   command -v g++ >/dev/null ||
-    setup_fail "no C++ compiler: DeepSpeed builds the one of --offload_optimizer; apt-get install g++" || return
+    setup_fail "no C++ compiler: DeepSpeed builds the optimizer of --offload_optimizer with it; apt-get install g++" || return
   "$1" -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h")).close()' 2>/dev/null ||
     setup_fail "Python's headers are missing, DeepSpeed needs them to build: apt-get install python3-dev"
 }

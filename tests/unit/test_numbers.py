@@ -58,7 +58,7 @@ def test_a_bad_batch_is_as_if_it_had_not_been(single_process, zero_stage):
 
 
 def test_scores_beyond_the_limit_are_named_with_their_rank(monkeypatch):
-    monkeypatch.setattr("ppo.experience.gather_objects", lambda own: [own, True])
+    monkeypatch.setattr("utils.distributed.gather_objects", lambda own: [own, True])
     fine, bad = torch.tensor([0.0, 1.0]), torch.tensor([-6.0, 2.0])
     assert score_problem(torch.tensor([0.0, 1.0, -2.0, 3.0]), 5.0, fine) is None
     assert score_problem(torch.tensor([0.0, 1.0, math.nan, 3.0]), 5.0, fine).startswith(
