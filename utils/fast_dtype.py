@@ -26,12 +26,15 @@ def warn_of_slow_dtype(dtype: str, device: torch.device, say: Callable[[str], No
 
 
 def _seconds(dtype: torch.dtype) -> float:
+    """On one thread: several wait for each other longer than either product takes when something else has a core."""
     matrix = torch.ones(SIZE, SIZE, dtype=dtype)
-    times = []
+    times, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
     for _ in range(ROUNDS + 1):  # the first one warms up
         started = time.perf_counter()
         matrix @ matrix
         times.append(time.perf_counter() - started)
+    torch.set_num_threads(threads)
     return min(times[1:])
 
 

@@ -10,7 +10,9 @@ CPU = torch.device("cpu")
 
 
 def test_what_is_measured_is_what_the_cpu_has():
+    threads = torch.get_num_threads()
     assert fast_dtype(CPU) == ("bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32")
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize(("times", "dtype"), [(80.0, "fp32"), (1.0, "bf16"), (0.25, "bf16")])
