@@ -23,8 +23,8 @@ class Room:
     """Tokens of a forward over prompts, padding included; a longer prompt stands alone"""
     cache_tokens: int = 0
     """Tokens of the key-value cache: fewer slots where it is less than they would take, but one; 0: no bound"""
-    slots_alone: bool = False
-    """Attention gets the length of every slot in place of a mask: see ppo/grouped_attention.py"""
+    alone_from: int | None = None
+    """Columns from which on attention gets the length of every slot in place of a mask: see ppo/grouped_attention.py"""
     steps_per_look: int = 1
     """Forwards between two looks at which responses have ended: on a GPU each look waits for it"""
 
@@ -165,7 +165,7 @@ class _Decoder:
     def _advance(self) -> None:
         """The next token of every live slot."""
         mask = self.cache.advance()
-        if self.room.slots_alone:
+        if self.room.alone_from is not None and mask.shape[1] >= self.room.alone_from:
             mask = torch.tensor(self.cache.lengths).view(1, 1, 1, -1)  # transformers hands on what has four dimensions
         live = slice(0, self.cache.live)
         positions = self.slots["start"][live] + self.slots["count"][live] - 1

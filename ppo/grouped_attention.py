@@ -2,7 +2,7 @@
 
 transformers repeats keys and values once a query head whenever there is a mask: with three heads a group that writes
 and reads three caches a token. A group's heads are instead rows of one product with the keys they share. And where
-every slot may be a call of its own (`slots_alone`), it reads its own columns instead of the longest slot's.
+every slot may be a call of its own (`alone_from`), it reads its own columns instead of the longest slot's.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from utils.rows import joins_rows
 
+ALONE_ELEMENTS = 32_000  # of a slot's keys in float32: with fewer a call costs more than reading what is masked
 NAME = "sdpa-grouped"  # no identifier, so that --attn_implementation does not offer it
 
 
@@ -26,11 +27,11 @@ def grouped_attention(
     """As `sdpa_attention_forward`: query [batch, heads, tokens, size], key and value [batch, key-value heads, ...].
 
     What it does differently it does for one token, a mask that is the same for all heads, and nothing unusual. A mask
-    of integers says how many of the last columns each slot holds (`slots_alone`).
+    of integers says how many of the last columns each slot holds (`alone_from`).
     """
     batch, heads, tokens, size = query.shape
     if attention_mask is not None and attention_mask.dtype == torch.int64:
-        return _by_slots(query, key, value, attention_mask.flatten().tolist(), scaling), None
+        return by_slots(query, key, value, attention_mask.flatten().tolist(), scaling), None
     one_mask = attention_mask is None or attention_mask.shape[1] == 1
     unusual = any(kwargs.get(name) is not None for name in ("position_bias", "cache"))
     if tokens > 1 or heads == key.shape[1] or not one_mask or unusual:
@@ -40,12 +41,14 @@ def grouped_attention(
     return output.reshape(batch, 1, heads, -1), None
 
 
-def _by_slots(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scaling) -> torch.Tensor:
-    """One token a slot, each over the last `lengths[i]` columns. -> [batch, 1, heads, size].
+def by_slots(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scaling) -> torch.Tensor:
+    """One token a slot, each over the last `lengths[i]` columns. query: [slots, heads, (1,) size]; keys and values
+
+    [slots, key-value heads, columns, size] -> [slots, 1, heads, size].
 
     In float32: torch's CPU kernel is three times as fast with it as with bf16, for a single token.
     """
-    groups = query.float().reshape(len(lengths), key.shape[1], -1, query.shape[3])
+    groups = query.float().reshape(len(lengths), key.shape[1], -1, query.shape[-1])
     outputs, columns = [], key.shape[2]
     for length, own, keys, values in zip(lengths, *(x.split(1) for x in (groups, key, value)), strict=True):
         held = (x.narrow(2, columns - length, length).float() for x in (keys, values))
@@ -53,14 +56,18 @@ def _by_slots(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengt
     return torch.cat(outputs).to(query.dtype).reshape(len(lengths), 1, query.shape[1], -1)
 
 
-def slots_alone(decoder: nn.Module) -> bool:
-    """Whether each slot may be an attention call of its own. On a CPU that pays, unless heads share keys (one product
+def alone_from(decoder: nn.Module) -> int | None:
+    """From how many columns on each slot shall be an attention call of its own; None: never.
 
-    for all of them is faster then); on a GPU it would be a launch for each slot.
+    On a CPU that pays when there is much to read, unless heads share keys (one product for all of them is faster then);
+    on a GPU it would be a launch for each slot.
     """
     config = decoder.config
     on_cpu = next(decoder.parameters()).device.type == "cpu"
-    return on_cpu and joins_rows(decoder) and config.num_key_value_heads == config.num_attention_heads
+    if not on_cpu or not joins_rows(decoder) or config.num_key_value_heads != config.num_attention_heads:
+        return None
+    keys = decoder.layers[0].self_attn.k_proj
+    return ALONE_ELEMENTS // keys.out_features if keys.weight.dtype == torch.float32 else 0
 
 
 AttentionInterface.register(NAME, grouped_attention)

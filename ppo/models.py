@@ -10,6 +10,7 @@ from torch import nn
 
 from data.template import template_for
 from ppo.config import PPOConfig
+from ppo.new_token import advances_plainly, new_token_states
 from ppo.reward_models import check_same_tokenizer, load_ensemble, load_scalar, reward_readers
 from reward.ensemble import Ensemble, Frozen
 from utils.compiled import compile_layers
@@ -47,7 +48,7 @@ class PolicyModel(nn.Module):
         decode: arguments of the LM's own forward instead -> logits of the last position [batch, vocabulary].
         """
         if decode is not None:
-            return self.lm(**decode).logits[:, -1]
+            return self.next_logits(**decode)
 
         def measure(rows, targets, logits):
             return logprobs_and_entropy(logits(rows), targets, temperature, with_entropy)
@@ -59,6 +60,14 @@ class PolicyModel(nn.Module):
         logprobs, entropy = zip(*parts, strict=True)
         entropy = at_tokens(torch.cat(entropy), token_mask) if with_entropy else None
         return at_tokens(torch.cat(logprobs), token_mask), entropy
+
+    def next_logits(self, input_ids: torch.Tensor, **decode) -> torch.Tensor:
+        """What the LM says comes after the last of these ids: [batch, tokens] -> [batch, vocabulary]."""
+        decoder = self.lm.get_decoder()
+        if input_ids.shape[1] == 1 and "past_key_values" in decode and advances_plainly(decoder):
+            mask, positions, cache = (decode[x] for x in ("attention_mask", "position_ids", "past_key_values"))
+            return self.logits(new_token_states(decoder, input_ids, mask, positions, cache))
+        return self.lm(input_ids=input_ids, **decode).logits[:, -1]
 
     @property
     def joins_rows(self) -> bool:

@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ppo.config import PPOConfig
 from ppo.decoding import Room, decode_all, decode_measured
-from ppo.grouped_attention import grouped, slots_alone
+from ppo.grouped_attention import alone_from, grouped
 from ppo.sampling import Sampling
 from ppo.types import MeasuredRollout, PromptBatch, Rollout
 from utils.compiled import eager
@@ -47,8 +47,8 @@ def generate(
 def room_of(config: PPOConfig, decoder: torch.nn.Module, place: torch.device) -> Room:
     """What the flags leave to decoding. On a GPU it goes on for a few tokens before it asks which responses ended."""
     looks = 4 if place.type == "cuda" else 1
-    alone = slots_alone(decoder)
-    return Room(config.rollout_batch_size, config.micro_batch_tokens, config.rollout_cache_tokens, alone, looks)
+    tokens, cache_tokens = config.micro_batch_tokens, config.rollout_cache_tokens
+    return Room(config.rollout_batch_size, tokens, cache_tokens, alone_from(decoder), looks)
 
 
 def assemble(prompts: list[list[int]], responses: list[torch.Tensor], eos_id: int, pad_id: int) -> Rollout:

@@ -22,18 +22,23 @@ FULL_ATTENTION = (
     "mistral",
     "qwen2",
     "qwen3",
-)  # nothing but attention mixes tokens; layers as `_last_layer` has
+)  # nothing but attention mixes tokens; layers as `_last_layer` and ppo/new_token.py have
 FLOAT_TOKENS = 512  # rows up to here are attended in float32 on a CPU: half the time backwards, the same forwards
 
 
 def joins_rows(decoder: nn.Module) -> bool:
     """Whether `states_of` leaves out the padding of this decoder's rows."""
     config = decoder.config
-    whole_past = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or [])
-    if config.model_type not in FULL_ATTENTION or not whole_past or getattr(config, "sliding_window", None):
+    if not sees_whole_past(config):
         return False
     on_cpu = next(decoder.parameters()).device.type == "cpu"
     return is_flash_attention_requested(config) or (on_cpu and config._attn_implementation == "sdpa")
+
+
+def sees_whole_past(config) -> bool:
+    """Whether a decoder is of LLaMA's kind, each token of it attending to all that came before."""
+    whole_past = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or [])
+    return config.model_type in FULL_ATTENTION and whole_past and not getattr(config, "sliding_window", None)
 
 
 def states_of(decoder: nn.Module, sequences: torch.Tensor, read: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from ppo import grouped_attention
+from ppo import grouped_attention, new_token
 from ppo.decoding import Room, decode_all
-from ppo.grouped_attention import grouped, slots_alone
+from ppo.grouped_attention import ALONE_ELEMENTS, alone_from, grouped
 from ppo.models import PolicyModel
 from ppo.sampling import EVALUATION, Sampling, uniforms
 from ppo.slots import SlotCache
@@ -71,8 +71,9 @@ def decode(policy: PolicyModel, sampling: Sampling, seed: int, room: Room, promp
         Room(64, 1000),
         Room(8, 10, steps_per_look=3),
         Room(16, 100, cache_tokens=200),
-        Room(4, 64, slots_alone=True),
-        Room(8, 10, slots_alone=True, steps_per_look=3),
+        Room(4, 64, alone_from=0),
+        Room(8, 10, alone_from=0, steps_per_look=3),
+        Room(8, 10, alone_from=24),
     ],
     ids=[
         "fewer slots than prompts",
@@ -82,6 +83,7 @@ def decode(policy: PolicyModel, sampling: Sampling, seed: int, room: Room, promp
         "a small cache",
         "each slot alone",
         "each slot alone, a look every three steps",
+        "each slot alone once there is much to read",
     ],
 )
 def test_equals_a_plain_decode(room, sampling):
@@ -121,10 +123,10 @@ def counted():
     """(policy, shapes of the ids of its forwards so far)."""
     policy, shapes = tiny_policy(max_position_embeddings=256), []
 
-    def count(module, inputs, given):
-        shapes.append(tuple(given["input_ids"].shape))
+    def count(module, inputs):
+        shapes.append(tuple(inputs[0].shape))
 
-    policy.lm.register_forward_pre_hook(count, with_kwargs=True)
+    policy.lm.get_input_embeddings().register_forward_pre_hook(count)
     return policy, shapes
 
 
@@ -171,7 +173,8 @@ def test_shared_heads_are_read_once_a_token(monkeypatch):
         seen.append((tuple(query.shape[1:3]), key.shape[1]))
         return sdpa(query, key, value, *args, **kwargs)
 
-    monkeypatch.setattr(grouped_attention, "scaled_dot_product_attention", spy)
+    for module in (grouped_attention, new_token):
+        monkeypatch.setattr(module, "scaled_dot_product_attention", spy)
     decode(tiny_policy(max_position_embeddings=256), Sampling(), 0, Room(4, 64))
     assert set(seen) == {((2, 2), 2)}
 
@@ -185,17 +188,19 @@ def test_a_slot_alone_reads_its_own_columns(monkeypatch):
         return sdpa(query, key, value, *args, **kwargs)
 
     monkeypatch.setattr(grouped_attention, "scaled_dot_product_attention", spy)
-    policy, room = tiny_policy(max_position_embeddings=256), Room(2, 64, slots_alone=True)
+    policy, room = tiny_policy(max_position_embeddings=256), Room(2, 64, alone_from=0)
     with grouped(policy.lm.config):
         decode_all(policy, [[1] * 30, [1]], [0, 1], [4, 4], Sampling(), 1, token_ids(eos=-1), room, CPU)
     assert read == [length for step in (1, 2, 3) for _ in range(2) for length in (30 + step, 1 + step)]
 
 
 def test_where_slots_are_alone():
-    """With all heads their own, on a CPU; shared heads have a product of their own, and windows need their mask."""
+    """With all heads their own, on a CPU, in bf16 always; shared heads have their own product, windows their mask."""
     own = tiny_policy(num_key_value_heads=4)
-    assert slots_alone(own.lm.get_decoder()) and not slots_alone(tiny_policy().lm.get_decoder())
-    assert not slots_alone(mistral().get_decoder())
+    decoder = own.lm.get_decoder()
+    assert alone_from(decoder) == ALONE_ELEMENTS // decoder.config.hidden_size
+    assert alone_from(decoder.to(torch.bfloat16)) == 0
+    assert alone_from(tiny_policy().lm.get_decoder()) is alone_from(mistral().get_decoder()) is None
 
 
 def test_a_longer_prompt_beside_shorter_ones():

@@ -10,7 +10,7 @@ from tests.tiny import tiny_llama_config
 from utils.rows import joins_rows, states_of
 
 LENGTHS = [9, 1, 30, 4]
-SIZES = tiny_llama_config().to_dict()
+SIZES = {key: value for key, value in tiny_llama_config().to_dict().items() if key != "model_type"}
 JOINED = {
     "llama": tiny_llama_config(),
     "mistral": MistralConfig(**SIZES | {"sliding_window": None}),

@@ -1,0 +1,98 @@
+"""One new token a slot, straight through the layers: what the model's own forward says, and in which models."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
+
+from ppo.grouped_attention import grouped
+from ppo.models import PolicyModel
+from ppo.new_token import advances_plainly
+from ppo.slots import SlotCache
+from tests.tiny import tiny_llama_config
+from utils.rows import FULL_ATTENTION
+from utils.tensors import position_ids
+
+SIZES = {key: value for key, value in tiny_llama_config().to_dict().items() if key != "model_type"}
+CONFIGS = {
+    "llama": tiny_llama_config(),
+    "llama, heads of their own": tiny_llama_config(num_key_value_heads=4),
+    "llama, biases": tiny_llama_config(attention_bias=True, mlp_bias=True),
+    "llama, stretched positions": tiny_llama_config(
+        rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}
+    ),
+    "mistral": MistralConfig(**SIZES | {"sliding_window": None}),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES | {"head_dim": 12}),
+}
+LENGTHS = [5, 9, 2]
+
+
+def lm_of(config, attention: str = "sdpa"):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+        for parameter in lm.parameters():
+            parameter.data.add_(0.2 * torch.randn_like(parameter))  # biases and norms that do something
+    return lm
+
+
+@torch.no_grad()
+def logits_of(lm, alone: bool, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
+    """([steps, slots, vocabulary] of three steps behind prompts of LENGTHS, how often the model's own forward ran)."""
+    policy, calls = PolicyModel(lm.to(dtype)), []
+    lm.get_decoder().register_forward_pre_hook(lambda *_: calls.append(1))
+    ids = torch.randint(3, 400, (len(LENGTHS), 12), generator=torch.Generator().manual_seed(1))
+    width, cache, steps = max(LENGTHS), SlotCache(len(LENGTHS), 40, torch.device("cpu")), []
+    mask = torch.arange(width) >= width - torch.tensor(LENGTHS)[:, None]
+    cache.append(mask, list(LENGTHS), None)
+    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    with grouped(lm.config):
+        prompts = {"input_ids": ids[:, :width], "attention_mask": mask, "position_ids": position_ids(mask)}
+        policy(decode=prompts | options)
+        for step in range(3):
+            seen = cache.advance()
+            seen = torch.tensor(cache.lengths).view(1, 1, 1, -1) if alone else seen
+            positions = torch.tensor(LENGTHS)[:, None] + step
+            given = {"input_ids": ids[:, width + step, None], "attention_mask": seen, "position_ids": positions}
+            steps.append(policy(decode=given | options))
+    return torch.stack(steps), len(calls)
+
+
+def test_every_architecture_in_the_list_is_tested():
+    assert {config.model_type for config in CONFIGS.values()} == set(FULL_ATTENTION)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["a mask", "each slot alone"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_the_models_own_forward(monkeypatch, name, alone):
+    found, calls = logits_of(lm_of(CONFIGS[name]), alone, torch.float32)
+    monkeypatch.setattr("ppo.models.advances_plainly", lambda decoder: False)
+    own, own_calls = logits_of(lm_of(CONFIGS[name]), alone, torch.float32)
+    assert (calls, own_calls) == (1, 4)
+    torch.testing.assert_close(found, own, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_in_bf16_it_is_as_near_to_float32_as_the_models_own_forward(monkeypatch, name):
+    exact, _ = logits_of(lm_of(CONFIGS[name]).bfloat16(), False, torch.float32)
+    found, _ = logits_of(lm_of(CONFIGS[name]), False, torch.bfloat16)
+    monkeypatch.setattr("ppo.models.advances_plainly", lambda decoder: False)
+    own, _ = logits_of(lm_of(CONFIGS[name]), False, torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - exact).norm() < 1.2 * (own.float() - exact).norm()
+
+
+def test_which_decoders_it_knows():
+    lm = lm_of(CONFIGS["llama"])
+    assert not advances_plainly(lm.get_decoder())  # outside `grouped`
+    with grouped(lm.config):
+        assert advances_plainly(lm.get_decoder())
+        weight = lm.get_decoder().layers[0].self_attn.q_proj.weight
+        weight.data = weight.data.new_empty(0)  # what ZeRO-3 leaves of it outside its module's forward
+        assert not advances_plainly(lm.get_decoder())
+    windowed = lm_of(MistralConfig(**SIZES | {"sliding_window": 6}))
+    with grouped(windowed.config):
+        assert not advances_plainly(windowed.get_decoder())
+    eager = lm_of(CONFIGS["llama"], "eager")
+    with grouped(eager.config):
+        assert not advances_plainly(eager.get_decoder())
