@@ -24,9 +24,12 @@ class Room:
     cache_tokens: int = 0
     """Tokens of the key-value cache: fewer slots where it is less than they would take, but one; 0: no bound"""
     alone_from: int | None = None
-    """Columns from which on attention gets the length of every slot in place of a mask: see ppo/grouped_attention.py"""
+    """Columns from which on attention gets the length of every slot in place of a mask: ppo/grouped_attention.py. None:
+    never"""
     steps_per_look: int = 1
     """Forwards between two looks at which responses have ended: on a GPU each look waits for it"""
+    straight: bool = False
+    """New tokens go through the layers without the model's own forward: ppo/new_token.py"""
 
 
 @torch.no_grad()
@@ -169,15 +172,18 @@ class _Decoder:
             mask = torch.tensor(self.cache.lengths).view(1, 1, 1, -1)  # transformers hands on what has four dimensions
         live = slice(0, self.cache.live)
         positions = self.slots["start"][live] + self.slots["count"][live] - 1
-        self._draw(live, self._logits(self.slots["last"][live, None], mask, positions[:, None]))
+        logits = self._logits(self.slots["last"][live, None], mask, positions[:, None], self.room.straight)
+        self._draw(live, logits)
 
-    def _logits(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _logits(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, straight: bool = False
+    ) -> torch.Tensor:
         """Of the last position. [batch, vocabulary]."""
         ids, mask, positions = (x.to(self.device) for x in (ids, mask, positions))
         return self.decode(
             decode={
                 "input_ids": ids, "attention_mask": mask, "position_ids": positions,
-                "past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1,
+                "past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1, "straight": straight,
             }
         )  # fmt: skip
 

@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from utils.rows import joins_rows
 
-ALONE_ELEMENTS = 32_000  # of a slot's keys in float32: with fewer a call costs more than reading what is masked
+ALONE_ELEMENTS = 32_000  # of the longest slot's keys: with fewer, one masked call for all slots is faster in float32
 NAME = "sdpa-grouped"  # no identifier, so that --attn_implementation does not offer it
 
 
@@ -29,16 +29,21 @@ def grouped_attention(
     What it does differently it does for one token, a mask that is the same for all heads, and nothing unusual. A mask
     of integers says how many of the last columns each slot holds (`alone_from`).
     """
-    batch, heads, tokens, size = query.shape
+    heads, tokens = query.shape[1:3]
     if attention_mask is not None and attention_mask.dtype == torch.int64:
         return by_slots(query, key, value, attention_mask.flatten().tolist(), scaling), None
     one_mask = attention_mask is None or attention_mask.shape[1] == 1
     unusual = any(kwargs.get(name) is not None for name in ("position_bias", "cache"))
     if tokens > 1 or heads == key.shape[1] or not one_mask or unusual:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    groups = query.reshape(batch, key.shape[1], -1, size)
-    output = scaled_dot_product_attention(groups, key, value, attention_mask, dropout, scale=scaling)
-    return output.reshape(batch, 1, heads, -1), None
+    return by_groups(query, key, value, attention_mask, scaling, dropout), None
+
+
+def by_groups(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask, scaling, dropout=0.0) -> torch.Tensor:
+    """One token a slot; heads that share keys are rows of one product. Shapes as in `by_slots`; mask: as sdpa's."""
+    groups = query.reshape(len(key), key.shape[1], -1, key.shape[3])
+    output = scaled_dot_product_attention(groups, key, value, mask, dropout, scale=scaling)
+    return output.reshape(len(key), 1, query.shape[1], -1)
 
 
 def by_slots(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scaling) -> torch.Tensor:
@@ -60,7 +65,7 @@ def alone_from(decoder: nn.Module) -> int | None:
     """From how many columns on each slot shall be an attention call of its own; None: never.
 
     On a CPU that pays when there is much to read, unless heads share keys (one product for all of them is faster then);
-    on a GPU it would be a launch for each slot.
+    in bf16 always, as `by_slots` goes through float32. On a GPU it would be a launch for each slot.
     """
     config = decoder.config
     on_cpu = next(decoder.parameters()).device.type == "cpu"

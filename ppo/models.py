@@ -10,7 +10,7 @@ from torch import nn
 
 from data.template import template_for
 from ppo.config import PPOConfig
-from ppo.new_token import advances_plainly, new_token_states
+from ppo.new_token import new_token_states
 from ppo.reward_models import check_same_tokenizer, load_ensemble, load_scalar, reward_readers
 from reward.ensemble import Ensemble, Frozen
 from utils.compiled import compile_layers
@@ -45,7 +45,7 @@ class PolicyModel(nn.Module):
     ):
         """sequences, token_mask: [batch, length], right-padded -> (logprobs, entropy or None), same shape, float32.
 
-        decode: arguments of the LM's own forward instead -> logits of the last position [batch, vocabulary].
+        decode: arguments of `next_logits` instead -> what that returns.
         """
         if decode is not None:
             return self.next_logits(**decode)
@@ -61,13 +61,15 @@ class PolicyModel(nn.Module):
         entropy = at_tokens(torch.cat(entropy), token_mask) if with_entropy else None
         return at_tokens(torch.cat(logprobs), token_mask), entropy
 
-    def next_logits(self, input_ids: torch.Tensor, **decode) -> torch.Tensor:
-        """What the LM says comes after the last of these ids: [batch, tokens] -> [batch, vocabulary]."""
-        decoder = self.lm.get_decoder()
-        if input_ids.shape[1] == 1 and "past_key_values" in decode and advances_plainly(decoder):
-            mask, positions, cache = (decode[x] for x in ("attention_mask", "position_ids", "past_key_values"))
-            return self.logits(new_token_states(decoder, input_ids, mask, positions, cache))
-        return self.lm(input_ids=input_ids, **decode).logits[:, -1]
+    def next_logits(self, straight: bool = False, **decode) -> torch.Tensor:
+        """Logits behind the last of the ids: [batch, vocabulary]. decode: arguments of the LM's own forward.
+
+        straight: they are one new token a slot, which may go through the layers alone (ppo/new_token.py).
+        """
+        if not straight:
+            return self.lm(**decode).logits[:, -1]
+        names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
+        return self.logits(new_token_states(self.lm.get_decoder(), *(decode[name] for name in names)))
 
     @property
     def joins_rows(self) -> bool:

@@ -2,23 +2,22 @@
 
 While decoding, what stands around the products decides: transformers makes some fifty small operations a layer, each a
 launch on a GPU, and masks and wrappers around the layers. Here there are about twenty, and the same numbers but for
-rounding. Other architectures, and weights that ZeRO-3 has split, go through their own forward.
+rounding. Other architectures, windows and attention kernels, and weights that ZeRO-3 leaves split, go through the
+model's own forward.
 """
 
 import torch
 from torch import nn
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn.functional import rms_norm
 
-from ppo.grouped_attention import NAME, by_slots
+from ppo.grouped_attention import by_groups, by_slots
 from ppo.slots import SlotCache
-from utils.rows import sees_whole_past
+from utils.rows import is_like_llama
 
 
-def advances_plainly(decoder: nn.Module) -> bool:
-    """Whether `new_token_states` knows this decoder and its weights are whole. Inside `grouped`."""
-    if decoder.config._attn_implementation != NAME or not sees_whole_past(decoder.config):
-        return False
-    return decoder.layers[0].self_attn.q_proj.weight.numel() > 0
+def goes_straight(config) -> bool:
+    """Whether `new_token_states` knows decoders with this config. Their weights have to be whole besides."""
+    return config._attn_implementation == "sdpa" and is_like_llama(config)
 
 
 def new_token_states(
@@ -28,12 +27,14 @@ def new_token_states(
 
     ids, positions: [slots, 1]. mask: bool [slots, columns], or int64 [1, 1, 1, slots], the columns of each slot.
     """
-    hidden = decoder.embed_tokens(ids)
-    cos, sin = (x.squeeze(1)[:, None] for x in decoder.rotary_emb(hidden, positions))
+    hidden = decoder.embed_tokens(ids.squeeze(1))
+    cos, sin = decoder.rotary_emb(hidden, positions)
     sin = sin[..., : sin.shape[-1] // 2]
-    hidden = hidden.squeeze(1)
-    lengths = mask.flatten().tolist() if mask.dtype == torch.int64 else None
-    mask = mask[:, None, None] if lengths is None else None
+    if mask.dtype == torch.int64:
+        attend, seen = by_slots, mask.flatten().tolist()
+    else:  # sdpa would make numbers of it in every layer
+        mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill_(~mask, -torch.inf)
+        attend, seen = by_groups, mask[:, None, None]
     for layer in decoder.layers:
         attention, mlp = layer.self_attn, layer.mlp
         x = _normed(layer.input_layernorm, hidden)
@@ -43,15 +44,10 @@ def new_token_states(
         )
         if hasattr(attention, "q_norm"):  # Qwen3
             query, key = _normed(attention.q_norm, query), _normed(attention.k_norm, key)
-        heads, groups = query.shape[1], key.shape[1]
-        query, key = _rotated(torch.cat((query, key), 1), cos, sin).split((heads, groups), 1)
+        heads = query.shape[1], key.shape[1]
+        query, key = _rotated(torch.cat((query, key), 1), cos, sin).split(heads, 1)
         keys, values = cache.update(key[:, :, None], value[:, :, None], attention.layer_idx)
-        if lengths is None:
-            query = query.unflatten(1, (groups, -1))  # a group's heads are rows of one product
-            x = scaled_dot_product_attention(query, keys, values, mask, scale=attention.scaling)
-        else:
-            x = by_slots(query, keys, values, lengths, attention.scaling)
-        hidden = hidden + attention.o_proj(x.flatten(1))
+        hidden = hidden + attention.o_proj(attend(query, keys, values, seen, attention.scaling).flatten(1))
         x = _normed(layer.post_attention_layernorm, hidden)
         hidden = hidden + mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)).mul_(mlp.up_proj(x)))
     return _normed(decoder.norm, hidden)

@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ppo.config import PPOConfig
 from ppo.decoding import Room, decode_all, decode_measured
 from ppo.grouped_attention import alone_from, grouped
+from ppo.new_token import goes_straight
 from ppo.sampling import Sampling
 from ppo.types import MeasuredRollout, PromptBatch, Rollout
 from utils.compiled import eager
@@ -32,7 +33,7 @@ def generate(
     together = policy.zero_stage == 3 and (gather == "never" or (gather == "auto" and not policy.fits_gathered()))
 
     limits, place = [config.maxlen_res] * len(prompts.ids), device()
-    room = room_of(config, policy.module.lm.get_decoder(), place)
+    room = room_of(config, policy.module.lm.get_decoder(), place, together)
     weights = contextlib.nullcontext(policy) if together else policy.gathered()
     with weights as decode, grouped(policy.module.lm.config), eager(policy.module):
         work = (decode, prompts.ids, prompts.places, limits, sampling, seed, tokenizer, room, place)
@@ -44,11 +45,15 @@ def generate(
     return with_measured(rollout, *measured) if measure else rollout
 
 
-def room_of(config: PPOConfig, decoder: torch.nn.Module, place: torch.device) -> Room:
-    """What the flags leave to decoding. On a GPU it goes on for a few tokens before it asks which responses ended."""
+def room_of(config: PPOConfig, decoder: torch.nn.Module, place: torch.device, split: bool = False) -> Room:
+    """What the flags leave to decoding. On a GPU it goes on for a few tokens before it asks which responses ended.
+
+    split: the weights stay split (ZeRO-3), and all ranks have to call the same modules.
+    """
     looks = 4 if place.type == "cuda" else 1
+    straight = not split and goes_straight(decoder.config)
     tokens, cache_tokens = config.micro_batch_tokens, config.rollout_cache_tokens
-    return Room(config.rollout_batch_size, tokens, cache_tokens, alone_from(decoder), looks)
+    return Room(config.rollout_batch_size, tokens, cache_tokens, alone_from(decoder), looks, straight)
 
 
 def assemble(prompts: list[list[int]], responses: list[torch.Tensor], eos_id: int, pad_id: int) -> Rollout:

@@ -29,14 +29,14 @@ FLOAT_TOKENS = 512  # rows up to here are attended in float32 on a CPU: half the
 def joins_rows(decoder: nn.Module) -> bool:
     """Whether `states_of` leaves out the padding of this decoder's rows."""
     config = decoder.config
-    if not sees_whole_past(config):
+    if not is_like_llama(config):
         return False
     on_cpu = next(decoder.parameters()).device.type == "cpu"
     return is_flash_attention_requested(config) or (on_cpu and config._attn_implementation == "sdpa")
 
 
-def sees_whole_past(config) -> bool:
-    """Whether a decoder is of LLaMA's kind, each token of it attending to all that came before."""
+def is_like_llama(config) -> bool:
+    """Whether decoders with this config are of LLaMA's kind, and each token attends to all that came before."""
     whole_past = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or [])
     return config.model_type in FULL_ATTENTION and whole_past and not getattr(config, "sliding_window", None)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from ppo import grouped_attention, new_token
+from ppo import grouped_attention
 from ppo.decoding import Room, decode_all
-from ppo.grouped_attention import ALONE_ELEMENTS, alone_from, grouped
+from ppo.grouped_attention import alone_from, grouped
 from ppo.models import PolicyModel
 from ppo.sampling import EVALUATION, Sampling, uniforms
 from ppo.slots import SlotCache
@@ -72,8 +72,9 @@ def decode(policy: PolicyModel, sampling: Sampling, seed: int, room: Room, promp
         Room(8, 10, steps_per_look=3),
         Room(16, 100, cache_tokens=200),
         Room(4, 64, alone_from=0),
-        Room(8, 10, alone_from=0, steps_per_look=3),
-        Room(8, 10, alone_from=24),
+        Room(8, 10, straight=True),
+        Room(8, 10, alone_from=0, steps_per_look=3, straight=True),
+        Room(8, 10, alone_from=24, straight=True),
     ],
     ids=[
         "fewer slots than prompts",
@@ -82,8 +83,9 @@ def decode(policy: PolicyModel, sampling: Sampling, seed: int, room: Room, promp
         "a look every three steps",
         "a small cache",
         "each slot alone",
-        "each slot alone, a look every three steps",
-        "each slot alone once there is much to read",
+        "straight",
+        "straight, each slot alone, a look every three steps",
+        "straight, each slot alone once there is much to read",
     ],
 )
 def test_equals_a_plain_decode(room, sampling):
@@ -131,8 +133,9 @@ def counted():
 
 
 def decode_limited(policy: PolicyModel, prompts, places, limits, slots: int) -> list[list[int]]:
-    room = Room(slots, 1000)
-    tokens = decode_all(policy, prompts, places, limits, Sampling(), 1, token_ids(eos=-1), room, CPU)
+    room = Room(slots, 1000, straight=True)
+    with grouped(policy.lm.config):
+        tokens = decode_all(policy, prompts, places, limits, Sampling(), 1, token_ids(eos=-1), room, CPU)
     return [row.tolist() for row in tokens]
 
 
@@ -165,7 +168,8 @@ def test_the_cache_stays_within_its_tokens(monkeypatch):
     assert 100 < sizes[0] <= 200 < sizes[1] <= 400 < sizes[2] == sizes[2] // 13 * 13
 
 
-def test_shared_heads_are_read_once_a_token(monkeypatch):
+@pytest.mark.parametrize("straight", [False, True], ids=["the model's own forward", "straight"])
+def test_shared_heads_are_read_once_a_token(monkeypatch, straight):
     """While decoding, attention gets the two key-value heads of the cache, not one for each of the four heads."""
     seen, sdpa = [], grouped_attention.scaled_dot_product_attention
 
@@ -173,32 +177,32 @@ def test_shared_heads_are_read_once_a_token(monkeypatch):
         seen.append((tuple(query.shape[1:3]), key.shape[1]))
         return sdpa(query, key, value, *args, **kwargs)
 
-    for module in (grouped_attention, new_token):
-        monkeypatch.setattr(module, "scaled_dot_product_attention", spy)
-    decode(tiny_policy(max_position_embeddings=256), Sampling(), 0, Room(4, 64))
+    monkeypatch.setattr(grouped_attention, "scaled_dot_product_attention", spy)
+    decode(tiny_policy(max_position_embeddings=256), Sampling(), 0, Room(4, 64, straight=straight))
     assert set(seen) == {((2, 2), 2)}
 
 
 def test_a_slot_alone_reads_its_own_columns(monkeypatch):
-    """No more keys than prompt and response so far have tokens, whatever other slots hold."""
+    """No more keys than prompt and response so far have tokens, whatever other slots hold, from 32 columns on."""
     read, sdpa = [], grouped_attention.scaled_dot_product_attention
 
     def spy(query, key, value, *args, **kwargs):
-        read.append(key.shape[2])
+        if len(query) == 1:
+            read.append(key.shape[2])
         return sdpa(query, key, value, *args, **kwargs)
 
     monkeypatch.setattr(grouped_attention, "scaled_dot_product_attention", spy)
-    policy, room = tiny_policy(max_position_embeddings=256), Room(2, 64, alone_from=0)
+    policy, room = tiny_policy(max_position_embeddings=256), Room(2, 64, alone_from=32)
     with grouped(policy.lm.config):
         decode_all(policy, [[1] * 30, [1]], [0, 1], [4, 4], Sampling(), 1, token_ids(eos=-1), room, CPU)
-    assert read == [length for step in (1, 2, 3) for _ in range(2) for length in (30 + step, 1 + step)]
+    assert read == [length for step in (2, 3) for _ in range(2) for length in (30 + step, 1 + step)]
 
 
 def test_where_slots_are_alone():
     """With all heads their own, on a CPU, in bf16 always; shared heads have their own product, windows their mask."""
     own = tiny_policy(num_key_value_heads=4)
     decoder = own.lm.get_decoder()
-    assert alone_from(decoder) == ALONE_ELEMENTS // decoder.config.hidden_size
+    assert alone_from(decoder) == 1000  # a key has 32 numbers
     assert alone_from(decoder.to(torch.bfloat16)) == 0
     assert alone_from(tiny_policy().lm.get_decoder()) is alone_from(mistral().get_decoder()) is None
 

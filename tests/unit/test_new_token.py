@@ -6,8 +6,9 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen3
 
 from ppo.grouped_attention import grouped
 from ppo.models import PolicyModel
-from ppo.new_token import advances_plainly
+from ppo.rollout import room_of
 from ppo.slots import SlotCache
+from tests.parts import ppo_config
 from tests.tiny import tiny_llama_config
 from utils.rows import FULL_ATTENTION
 from utils.tensors import position_ids
@@ -18,7 +19,7 @@ CONFIGS = {
     "llama, heads of their own": tiny_llama_config(num_key_value_heads=4),
     "llama, biases": tiny_llama_config(attention_bias=True, mlp_bias=True),
     "llama, stretched positions": tiny_llama_config(
-        rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}
+        rope_parameters={"rope_type": "yarn", "factor": 3.0, "rope_theta": 10000.0}
     ),
     "mistral": MistralConfig(**SIZES | {"sliding_window": None}),
     "qwen2": Qwen2Config(**SIZES),
@@ -37,11 +38,9 @@ def lm_of(config, attention: str = "sdpa"):
 
 
 @torch.no_grad()
-def logits_of(lm, alone: bool, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
-    """([steps, slots, vocabulary] of three steps behind prompts of LENGTHS, how often the model's own forward ran)."""
-    policy, calls = PolicyModel(lm.to(dtype)), []
-    lm.get_decoder().register_forward_pre_hook(lambda *_: calls.append(1))
-    ids = torch.randint(3, 400, (len(LENGTHS), 12), generator=torch.Generator().manual_seed(1))
+def logits_of(lm, room: dict, dtype: torch.dtype) -> torch.Tensor:
+    """[steps, slots, vocabulary] of three steps behind prompts of LENGTHS. room: straight, alone."""
+    policy, ids = PolicyModel(lm.to(dtype)), torch.randint(3, 400, (3, 12), generator=torch.Generator().manual_seed(1))
     width, cache, steps = max(LENGTHS), SlotCache(len(LENGTHS), 40, torch.device("cpu")), []
     mask = torch.arange(width) >= width - torch.tensor(LENGTHS)[:, None]
     cache.append(mask, list(LENGTHS), None)
@@ -51,11 +50,11 @@ def logits_of(lm, alone: bool, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
         policy(decode=prompts | options)
         for step in range(3):
             seen = cache.advance()
-            seen = torch.tensor(cache.lengths).view(1, 1, 1, -1) if alone else seen
+            seen = torch.tensor(cache.lengths).view(1, 1, 1, -1) if room["alone"] else seen
             positions = torch.tensor(LENGTHS)[:, None] + step
             given = {"input_ids": ids[:, width + step, None], "attention_mask": seen, "position_ids": positions}
-            steps.append(policy(decode=given | options))
-    return torch.stack(steps), len(calls)
+            steps.append(policy(decode=given | options | {"straight": room["straight"]}))
+    return torch.stack(steps)
 
 
 def test_every_architecture_in_the_list_is_tested():
@@ -64,35 +63,32 @@ def test_every_architecture_in_the_list_is_tested():
 
 @pytest.mark.parametrize("alone", [False, True], ids=["a mask", "each slot alone"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_equals_the_models_own_forward(monkeypatch, name, alone):
-    found, calls = logits_of(lm_of(CONFIGS[name]), alone, torch.float32)
-    monkeypatch.setattr("ppo.models.advances_plainly", lambda decoder: False)
-    own, own_calls = logits_of(lm_of(CONFIGS[name]), alone, torch.float32)
-    assert (calls, own_calls) == (1, 4)
+def test_equals_the_models_own_forward(name, alone):
+    lm, forwards = lm_of(CONFIGS[name]), []
+    lm.get_decoder().register_forward_pre_hook(lambda *_: forwards.append(1))
+    found = logits_of(lm, {"straight": True, "alone": alone}, torch.float32)
+    assert len(forwards) == 1  # over the prompts
+    own = logits_of(lm, {"straight": False, "alone": alone}, torch.float32)
+    assert len(forwards) == 1 + 4
     torch.testing.assert_close(found, own, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_in_bf16_it_is_as_near_to_float32_as_the_models_own_forward(monkeypatch, name):
-    exact, _ = logits_of(lm_of(CONFIGS[name]).bfloat16(), False, torch.float32)
-    found, _ = logits_of(lm_of(CONFIGS[name]), False, torch.bfloat16)
-    monkeypatch.setattr("ppo.models.advances_plainly", lambda decoder: False)
-    own, _ = logits_of(lm_of(CONFIGS[name]), False, torch.bfloat16)
+def test_in_bf16_it_is_as_near_to_float32_as_the_models_own_forward(name):
+    own_way = {"straight": False, "alone": False}
+    exact = logits_of(lm_of(CONFIGS[name]).bfloat16(), own_way, torch.float32)
+    own = logits_of(lm_of(CONFIGS[name]), own_way, torch.bfloat16)
+    found = logits_of(lm_of(CONFIGS[name]), own_way | {"straight": True}, torch.bfloat16)
     assert found.dtype == torch.bfloat16
     assert (found.float() - exact).norm() < 1.2 * (own.float() - exact).norm()
 
 
-def test_which_decoders_it_knows():
-    lm = lm_of(CONFIGS["llama"])
-    assert not advances_plainly(lm.get_decoder())  # outside `grouped`
-    with grouped(lm.config):
-        assert advances_plainly(lm.get_decoder())
-        weight = lm.get_decoder().layers[0].self_attn.q_proj.weight
-        weight.data = weight.data.new_empty(0)  # what ZeRO-3 leaves of it outside its module's forward
-        assert not advances_plainly(lm.get_decoder())
+def test_where_it_is_used():
+    """In what it knows, unless the weights stay split: then every rank calls the same modules."""
+    config, place = ppo_config(), torch.device("cpu")
+    llama = lm_of(CONFIGS["llama"]).get_decoder()
+    assert room_of(config, llama, place).straight
+    assert not room_of(config, llama, place, split=True).straight
+    assert not room_of(config, lm_of(CONFIGS["llama"], "eager").get_decoder(), place).straight
     windowed = lm_of(MistralConfig(**SIZES | {"sliding_window": 6}))
-    with grouped(windowed.config):
-        assert not advances_plainly(windowed.get_decoder())
-    eager = lm_of(CONFIGS["llama"], "eager")
-    with grouped(eager.config):
-        assert not advances_plainly(eager.get_decoder())
+    assert not room_of(config, windowed.get_decoder(), place).straight

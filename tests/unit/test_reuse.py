@@ -27,7 +27,11 @@ def both_ways(models, rollout: MeasuredRollout, temperature: float):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("room", [Room(2, 64), Room(8, 64, steps_per_look=3)], ids=["two slots", "looks seldom"])
+@pytest.mark.parametrize(
+    "room",
+    [Room(2, 64), Room(8, 64, steps_per_look=3), Room(2, 64, straight=True)],
+    ids=["two slots", "looks seldom", "straight"],
+)
 def test_sampler_and_scoring_agree(room, temperature):
     models, sampling = tiny_models(), Sampling(temperature)
     work = (models.policy, PROMPTS, BATCH.places, LIMITS, sampling, 7, token_ids(), room, torch.device("cpu"))
