@@ -126,7 +126,7 @@ def counted():
     policy, shapes = tiny_policy(max_position_embeddings=256), []
 
     def count(module, inputs):
-        shapes.append(tuple(inputs[0].shape))
+        shapes.append((len(inputs[0]), inputs[0][0].numel()))
 
     policy.lm.get_input_embeddings().register_forward_pre_hook(count)
     return policy, shapes
