@@ -7,7 +7,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
 
 SAMPLES = Path(__file__).parents[1] / "data" / "samples"
 VOCAB = 400
@@ -47,6 +47,15 @@ def tiny_llama_config(vocab: int = VOCAB, **changes) -> LlamaConfig:
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
     options = sizes | ids | {"num_key_value_heads": 2, "max_position_embeddings": 512, "vocab_size": vocab} | changes
     return LlamaConfig(**options)
+
+
+SIZES = {key: value for key, value in tiny_llama_config().to_dict().items() if key != "model_type"}
+LLAMA_KIND = {
+    "llama": tiny_llama_config(),
+    "mistral": MistralConfig(**SIZES | {"sliding_window": None}),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+}
 
 
 def tiny_llama(vocab: int = VOCAB, seed: int = 0, **changes) -> LlamaForCausalLM:

@@ -2,28 +2,24 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 
 from ppo.grouped_attention import grouped
 from ppo.models import PolicyModel
 from ppo.rollout import room_of
 from ppo.slots import SlotCache
 from tests.parts import ppo_config
-from tests.tiny import tiny_llama_config
+from tests.tiny import LLAMA_KIND, SIZES, tiny_llama_config
 from utils.rows import FULL_ATTENTION
 from utils.tensors import position_ids
 
-SIZES = {key: value for key, value in tiny_llama_config().to_dict().items() if key != "model_type"}
-CONFIGS = {
-    "llama": tiny_llama_config(),
+CONFIGS = LLAMA_KIND | {
     "llama, heads of their own": tiny_llama_config(num_key_value_heads=4),
     "llama, biases": tiny_llama_config(attention_bias=True, mlp_bias=True),
     "llama, stretched positions": tiny_llama_config(
         rope_parameters={"rope_type": "yarn", "factor": 3.0, "rope_theta": 10000.0}
     ),
-    "mistral": MistralConfig(**SIZES | {"sliding_window": None}),
-    "qwen2": Qwen2Config(**SIZES),
-    "qwen3": Qwen3Config(**SIZES | {"head_dim": 12}),
+    "qwen3, heads of another size": Qwen3Config(**SIZES | {"head_dim": 12}),
 }
 LENGTHS = [5, 9, 2]
 

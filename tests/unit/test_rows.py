@@ -3,20 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoModel, GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AttentionInterface, AutoModel, GPT2Config, MistralConfig, Qwen2Config
 
 import utils.rows
-from tests.tiny import tiny_llama_config
+from tests.tiny import LLAMA_KIND, SIZES
 from utils.rows import joins_rows, states_of
 
 LENGTHS = [9, 1, 30, 4]
-SIZES = {key: value for key, value in tiny_llama_config().to_dict().items() if key != "model_type"}
-JOINED = {
-    "llama": tiny_llama_config(),
-    "mistral": MistralConfig(**SIZES | {"sliding_window": None}),
-    "qwen2": Qwen2Config(**SIZES),
-    "qwen3": Qwen3Config(**SIZES),
-}
 APART = {
     "sliding window": MistralConfig(**SIZES | {"sliding_window": 6}),
     "some layers with one": Qwen2Config(
@@ -38,15 +31,15 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_every_architecture_in_the_list_is_tested():
-    assert set(JOINED) == set(utils.rows.FULL_ATTENTION)
+    assert set(LLAMA_KIND) == set(utils.rows.FULL_ATTENTION)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "flash"])
-@pytest.mark.parametrize("name", JOINED)
+@pytest.mark.parametrize("name", LLAMA_KIND)
 def test_joined_rows_have_the_states_and_gradients_of_each_alone(monkeypatch, name, kernel):
     if kernel == "flash":  # positions alone; sdpa makes of them the mask that flash attention needs not
         monkeypatch.setattr(utils.rows, "is_flash_attention_requested", lambda config: True)
-    decoder, (ids, real) = decoder_of(JOINED[name]), rows()
+    decoder, (ids, real) = decoder_of(LLAMA_KIND[name]), rows()
     decoder.gradient_checkpointing_enable({"use_reentrant": False})
     decoder.train()
     assert joins_rows(decoder)
@@ -65,7 +58,7 @@ def test_joined_rows_have_the_states_and_gradients_of_each_alone(monkeypatch, na
 
 
 def test_only_what_is_read_and_what_comes_before_it_is_run():
-    decoder, (ids, real) = decoder_of(JOINED["llama"]), rows()
+    decoder, (ids, real) = decoder_of(LLAMA_KIND["llama"]), rows()
     read = torch.zeros_like(real)
     read[0, 2] = read[2, 5] = read[2, 7] = True  # 3 and 8 tokens, and one of each row without any
     seen = []
@@ -84,7 +77,7 @@ def test_others_run_padded(name):
 
 
 def test_attention_that_cannot_keep_rows_apart_runs_padded():
-    assert not joins_rows(decoder_of(JOINED["llama"], "eager"))
+    assert not joins_rows(decoder_of(LLAMA_KIND["llama"], "eager"))
 
 
 def test_short_rows_of_bf16_are_attended_in_float32():
