@@ -121,9 +121,9 @@ class _Decoder:
         ended = self.slots["ended"][:live].tolist()
         if any(ended):
             self.lengths[self.slots["prompt"][:live]] = self.slots["count"][:live]
-            moved, into = self.cache.keep([i for i, over in enumerate(ended) if not over])
+            moved = self.cache.keep([i for i, over in enumerate(ended) if not over])
             for x in self.slots.values() if moved else ():
-                x[into] = x[moved]
+                x[moved[1]] = x[moved[0]]
 
     def _next_prompts(self, free: int) -> tuple[list[int], list[list[int]], list[int]]:
         """(indices, the different prompts among them, which of these each is)."""

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils.generic import is_flash_attention_requested
 
 from utils.rows import joins_rows
 
@@ -81,10 +82,14 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @contextlib.contextmanager
 def grouped(config):
-    """Inside, a model with this config whose attention is PyTorch's own (sdpa) uses the above."""
+    """Inside, a model with this config whose attention is PyTorch's own (sdpa) or flash attention uses the above.
+
+    For new tokens: transformers has flash attention take the slots' padding out of the cache, a copy of it in every
+    layer, and waits for the GPU to know how much that is.
+    """
     config = config.get_text_config()
     before = config._attn_implementation
-    if before == "sdpa":
+    if before == "sdpa" or is_flash_attention_requested(config):
         config._attn_implementation = NAME
     try:
         yield

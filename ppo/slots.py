@@ -4,6 +4,8 @@ All slots write the same column at each step, so that their tokens end in the sa
 like a left-padded batch, and what works with one (sliding windows, ALiBi, learned positions) works here.
 """
 
+import weakref
+
 import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
@@ -74,20 +76,22 @@ class SlotCache(Cache):
         self.lengths = [length + 1 for length in self.lengths]
         return self.mask[self.rows, self.read]
 
-    def keep(self, slots: list[int]) -> tuple[list[int], list[int]]:
-        """Gives all other slots up; the last of the kept ones take their places. Returns (from, to), as moved."""
+    def keep(self, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Gives all other slots up; the last of the kept ones take their places. Returns (from, to) if any moved."""
         kept = set(slots)
         holes = [i for i in range(len(slots)) if i not in kept]
         movers = [i for i in slots if i >= len(slots)]
+        moved = None
         if movers:
             columns = slice(self.end - max(self.lengths[i] for i in movers), self.end)
+            source, target = moved = tuple(torch.tensor([movers, holes], device=self.mask.device))
             for x in self._tensors():
-                x[holes, ..., columns, :] = x[movers, ..., columns, :]
-            self.mask[holes] = self.mask[movers]
-        for source, target in zip(movers, holes, strict=True):
-            self.lengths[target] = self.lengths[source]
+                x[target, ..., columns, :] = x[source, ..., columns, :]
+            self.mask[target] = self.mask[source]
+        for i, j in zip(movers, holes, strict=True):
+            self.lengths[j] = self.lengths[i]
         del self.lengths[len(slots) :]
-        return movers, holes
+        return moved
 
     def _move_columns(self, end: int) -> None:
         """Moves what the live slots hold so that it ends before column `end`."""
@@ -113,7 +117,7 @@ class _SlotLayer(CacheLayerMixin):
 
     def __init__(self, cache: SlotCache):
         super().__init__()
-        self.cache = cache
+        self.cache = weakref.proxy(cache)  # no cycle: the memory is free as soon as decoding ends
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Zeros, as masked columns are multiplied by 0 and must be finite."""

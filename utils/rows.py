@@ -56,11 +56,11 @@ def states_of(decoder: nn.Module, sequences: torch.Tensor, read: torch.Tensor) -
     inside = places < lengths[:, None]
     positions = places.expand_as(inside)[inside][None]
     hidden = decoder.embed_tokens(sequences[inside][None])
-    mask = lengths.view(1, 1, 1, -1)
-    if is_flash_attention_requested(decoder.config):
-        mask = create_causal_mask(decoder.config, hidden, None, None, positions)
     embedded = decoder.rotary_emb(hidden, positions)
-    options = {"attention_mask": mask, "position_ids": positions, "position_embeddings": embedded}
+    options = {"attention_mask": lengths.view(1, 1, 1, -1), "position_ids": positions, "position_embeddings": embedded}
+    if is_flash_attention_requested(decoder.config):
+        options["attention_mask"] = create_causal_mask(decoder.config, hidden, None, None, positions)
+        options |= row_ends(lengths)
     *layers, last = decoder.layers
     for layer in layers:
         hidden = layer(hidden, **options)
@@ -68,6 +68,13 @@ def states_of(decoder: nn.Module, sequences: torch.Tensor, read: torch.Tensor) -
     if last.gradient_checkpointing and last.training:
         finish = partial(last._gradient_checkpointing_func, finish)
     return decoder.norm(finish(hidden))
+
+
+def row_ends(lengths: torch.Tensor) -> dict:
+    """What transformers' flash attention takes joined rows apart by; it would ask the GPU for it in every layer."""
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    longest = int(lengths.max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 def _last_layer(layer: nn.Module, hidden: torch.Tensor, read: torch.Tensor, options: dict) -> torch.Tensor:

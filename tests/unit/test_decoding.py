@@ -1,7 +1,9 @@
 """Continuous decoding against a plain decode: one prompt at a time, no cache, tokens drawn by hand."""
 
+import gc
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from ppo.decoding import Room, decode_all
 from ppo.grouped_attention import alone_from, grouped
 from ppo.models import PolicyModel
 from ppo.sampling import EVALUATION, Sampling, uniforms
-from ppo.slots import SlotCache
+from ppo.slots import SlotCache, _SlotLayer
 from tests.parts import EOS, VOCAB_SIZE, tiny_policy, token_ids
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -94,6 +96,33 @@ def test_equals_a_plain_decode(room, sampling):
     assert decode(policy, sampling, 7, room) == expected
     ends = [row[-1] == EOS for row in expected]
     assert sampling == GREEDY or (any(ends) and not all(ends))  # both kinds of end have been seen
+
+
+def test_flash_attention_is_left_out_of_decoding():
+    """On a cache with gaps it copies all of it for each token. What comes instead runs anywhere."""
+    policy = tiny_policy(max_position_embeddings=256)
+    expected = decode(policy, Sampling(), 7, Room(4, 64))
+    policy.lm.config._attn_implementation = "flash_attention_2"
+    assert decode(policy, Sampling(), 7, Room(4, 64)) == expected
+    assert policy.lm.config._attn_implementation == "flash_attention_2"
+
+
+def test_the_cache_is_gone_when_decoding_ends(monkeypatch):
+    """Not when Python next looks for cycles: a GPU would have to hold two."""
+    layers, policy = [], tiny_policy(max_position_embeddings=256)
+    allocate = _SlotLayer.lazy_initialization
+
+    def remember(self, *states):
+        allocate(self, *states)
+        layers.extend([weakref.ref(self), weakref.ref(self.keys)])
+
+    monkeypatch.setattr(_SlotLayer, "lazy_initialization", remember)
+    gc.disable()
+    try:
+        decode(policy, Sampling(), 7, Room(4, 64))
+        assert layers and not any(layer() is not None for layer in layers)
+    finally:
+        gc.enable()
 
 
 def bloom() -> BloomForCausalLM:

@@ -85,6 +85,8 @@ def test_where_it_is_used():
     llama = lm_of(CONFIGS["llama"]).get_decoder()
     assert room_of(config, llama, place).straight
     assert not room_of(config, llama, place, split=True).straight
+    llama.config._attn_implementation = "flash_attention_2"  # for prompts and training; not a kernel is called here
+    assert room_of(config, llama, place).straight
     assert not room_of(config, lm_of(CONFIGS["llama"], "eager").get_decoder(), place).straight
     windowed = lm_of(MistralConfig(**SIZES | {"sliding_window": 6}))
     assert not room_of(config, windowed.get_decoder(), place).straight

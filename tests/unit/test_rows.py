@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModel, GPT2Config, MistralConfig, Qwen2Config
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 import utils.rows
 from tests.tiny import LLAMA_KIND, SIZES
@@ -55,6 +56,17 @@ def test_joined_rows_have_the_states_and_gradients_of_each_alone(monkeypatch, na
     torch.testing.assert_close(states, alone, atol=1e-5, rtol=1e-5)
     plain = torch.cat([p.grad.flatten() for p in decoder.parameters()])
     assert (gradient - plain).norm() < 1e-5 * plain.norm()
+
+
+def test_flash_attention_is_told_where_rows_end():
+    """What transformers would make of the positions, without asking the device in every layer."""
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    (starts, _), (longest, _) = prepare_fa_kwargs_from_position_ids(positions)
+    found = utils.rows.row_ends(torch.tensor(LENGTHS))
+    for name in ("q", "k"):
+        ends = found[f"cu_seq_lens_{name}"]
+        assert torch.equal(ends, starts) and ends.dtype == starts.dtype
+        assert found[f"max_length_{name}"] == longest and type(found[f"max_length_{name}"]) is int
 
 
 def test_only_what_is_read_and_what_comes_before_it_is_run():
