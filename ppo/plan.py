@@ -23,7 +23,7 @@ from utils.engine import DTYPES
 from utils.errors import UserError
 from utils.footprint import bucket_bytes, gathered_bytes, gradient_bytes, optimizer_bytes, weight_bytes
 from utils.models import enable_checkpointing
-from utils.nll import KEPT
+from utils.nll import FLOATS, KEPT
 from utils.peak import ATTENTION, peak_bytes
 
 PHASES = ("rollout", "score", "backward", "step")
@@ -120,8 +120,9 @@ def add_passes(add, config: PPOConfig, policy: Shapes, scalars: list[Shapes], gp
     scored = max(peak_bytes(model.decoder, 1, tokens, backward=False) for model in [policy, *scalars])
     trained = max(training_peak(m.decoder, tokens, config.gradient_checkpoint) for m in (policy, scalars[0]))
     add("activations", prefill, scored, trained)
-    chunk = CHUNK_ELEMENTS * element
-    add("logits", score=chunk, backward=(KEPT + 1) * chunk)  # with the gradient of one chunk
+    chunk, in_float32 = CHUNK_ELEMENTS * element, 3 * 4 * FLOATS["cuda"]
+    # Of one chunk the gradient too, and in its log-softmax three numbers a logit.
+    add("logits", score=chunk + in_float32, backward=(KEPT + 1) * chunk + in_float32)
     buffer = config.num_rollouts * length * TOKEN
     add("experience buffer", score=buffer, backward=buffer, step=buffer)
 

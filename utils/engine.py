@@ -28,6 +28,10 @@ from utils.engine_state import load_state, state_tensors
 from utils.shared_state import SharedState
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# On Hopper and Blackwell attention would go through cuDNN first, which plans anew for each length that it meets, for
+# tens of milliseconds (pytorch pull request 155958): lengths of rows and of the cache are never the same here.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 PERSISTENT = 10_000  # elements up to which ZeRO-3 leaves a tensor whole on every rank: norms, not matrices
 BUCKET = 50_000_000  # elements a gradient bucket holds: 100 MB in bf16, a few of them an engine; a tenth on the CPU
 
@@ -75,7 +79,7 @@ def deepspeed_config(config: EngineConfig, offload_weights: bool = False) -> dic
     if config.zero_stage in (1, 2) and world_size() == 1 and not config.offload_optimizer:
         # Nothing to split: without stage 2's hooks gradients add up where autograd leaves them, not in copies.
         zero |= {"stage": 1, "contiguous_gradients": False}
-    zero["overlap_comm"] = zero["stage"] == 2 and device().type == "cuda"
+    zero["overlap_comm"] = zero["stage"] >= 2 and device().type == "cuda"
     if config.zero_stage == 3:
         zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": PERSISTENT}
     host = {"device": "cpu", "pin_memory": device().type == "cuda"}
@@ -129,6 +133,8 @@ class TrainEngine:
         )
         if config.zero_stage:
             self._veto_steps()
+        if config.zero_stage == 2 and self.engine.optimizer.overlap_comm:
+            keep_while_reduced(self.engine.optimizer)
         if config.zero_stage in (1, 2) and not config.offload_optimizer:
             use_chunked_step(self.engine.optimizer)
             if world_size() == 1:  # what one rank holds is the sum already: no copies into buckets and back
@@ -260,6 +266,21 @@ class InferenceEngine:
     def gathered(self):
         """The module is always whole."""
         return contextlib.nullcontext(self.module)
+
+
+def keep_while_reduced(optimizer) -> None:
+    """Keeps the memory of gradients larger than BUCKET until the stream that sums them over ranks is done with them.
+
+    DeepSpeed's ZeRO-2 works on those where they lie, in a stream of its own, and drops them at once on ranks that own
+    nothing of them: PyTorch would give their memory to the backward pass.
+    """
+    average = optimizer.average_tensor
+
+    def average_kept(gradient: torch.Tensor, *args):
+        gradient.record_stream(optimizer.reduction_stream)
+        average(gradient, *args)
+
+    optimizer.average_tensor = average_kept
 
 
 def whole_parameter(parameter: nn.Parameter):
