@@ -18,12 +18,12 @@ def random_state() -> dict:
     """All streams, in what JSON can hold."""
     version, numbers, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
-    cuda = [_hex(x) for x in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
+    gpu = _hex(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None  # of this rank's GPU alone
     return {
         "python": [version, numbers, gauss],
         "numpy": [kind, keys.tobytes().hex(), *rest],
         "torch": _hex(torch.get_rng_state()),
-        "cuda": cuda,
+        "gpu": gpu,
     }
 
 
@@ -34,8 +34,8 @@ def set_random_state(state: dict) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.frombuffer(bytes.fromhex(keys), dtype=np.uint32), *rest))
     torch.set_rng_state(_bytes(state["torch"]))
-    if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all([_bytes(x) for x in state["cuda"]])
+    if torch.cuda.is_available() and state.get("gpu"):
+        torch.cuda.set_rng_state(_bytes(state["gpu"]))
 
 
 def _hex(x: torch.Tensor) -> str:

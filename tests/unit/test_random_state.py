@@ -4,6 +4,7 @@ import json
 import random
 
 import numpy as np
+import pytest
 import torch
 
 from utils.random_state import random_state, seed_streams, set_random_state
@@ -26,6 +27,16 @@ def test_streams_go_on_where_they_were():
     draws()
     set_random_state(kept)
     assert [draws() for _ in range(3)] == expected
+
+
+@pytest.mark.gpu
+def test_the_gpu_of_this_process_is_among_them():
+    """And no other: a run that goes on may see fewer."""
+    seed_streams(5, 1)
+    kept = json.loads(json.dumps(random_state()))
+    expected = torch.rand(3, device="cuda")
+    set_random_state(kept)
+    assert torch.equal(torch.rand(3, device="cuda"), expected)
 
 
 def test_each_rank_and_seed_has_streams_of_its_own():
