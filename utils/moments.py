@@ -22,9 +22,11 @@ class RunningMoments:
     @property
     def std(self) -> float:
         """Sample standard deviation (n - 1 below the line)."""
-        if self.count < 2 or self._squares <= 0.0:
+        if self.count < 2:
             return 1.0
-        return (self._squares / (self.count - 1)) ** 0.5
+        std = (self._squares / (self.count - 1)) ** 0.5
+        # Sums are float32: of equal numbers the deviation is what rounding left, a ten-millionth of them.
+        return std if std > 1e-6 * abs(self.mean) else 1.0
 
     def update(self, x: torch.Tensor, sum_ranks: Callable[[torch.Tensor], torch.Tensor] = identity) -> None:
         """Takes in a batch of any shape, finite; sum_ranks adds a tensor over ranks. An empty one changes nothing."""

@@ -35,6 +35,19 @@ def test_deviation_is_one_where_there_is_none(batches):
     assert moments.mean == (7.0 if batches else 0.0)
 
 
+@pytest.mark.parametrize("number", [0.1, -0.7, 1 / 3, 2.9, 1e4 / 3])
+@pytest.mark.parametrize("size", [8, 24, 128])
+def test_equal_numbers_have_none_whatever_their_rounding(number, size):
+    for batches in ([[number] * size], [[number] * size] * 3):
+        moments = moments_of(*batches)
+        assert moments.std == 1.0
+        assert moments.mean == pytest.approx(number, rel=1e-6)
+
+
+def test_a_small_deviation_is_one():
+    assert moments_of([0.1, 0.10001] * 64).std == pytest.approx(5.02e-6, rel=0.01)
+
+
 def test_empty_batch_changes_nothing():
     moments = moments_of([1.0, 3.0])
     before = moments.state_dict()
