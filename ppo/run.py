@@ -145,26 +145,27 @@ class Run:
         Last, it writes the checkpoint that is due, and hears of a wish to stop; or a collapse takes the run back.
         """
         config, step = self.config, self.state.step
+        signs = alarms(metrics, config)
         if self.eval_prompts and (step % config.save_per_step == 0 or step == config.total_steps):
-            metrics = metrics | self.evaluate()
+            metrics = metrics | self.evaluate(may_be_best=not signs)
         if config.skip_bad_batches:
             metrics = metrics | {"bad_batches": self.state.left_out}
         self.logger.metrics(step, metrics)
         self.logger.samples(step, self._texts(rollout, scores))
         self.logger.advance()
-        if not self._collapses(metrics):
+        if not self._collapses(signs):
             self.keeper.after_step(self.state.state_dict(), self.logger.say)
 
-    def _collapses(self, metrics: dict[str, float]) -> bool:
+    def _collapses(self, signs: list[str]) -> bool:
         """Whether --on_collapse rollback took the run back to its last checkpoint. Collective; says every alarm.
 
-        Prompts and random streams go on from where they are: the same ones would lead to the same end.
+        Prompts and random streams go on from where they are: the same ones would lead to the same end. So does best/,
+        which may hold a policy from between checkpoint and collapse.
         """
         config, state = self.config, self.state
-        found = alarms(metrics, config)
-        if not found:
+        if not signs:
             return False
-        text = f"step {state.step} looks like a collapse: {'; '.join(found)}"
+        text = f"step {state.step} looks like a collapse: {'; '.join(signs)}"
         start = None
         if config.on_collapse == "rollback" and state.rollbacks < MAX_ROLLBACKS:
             start = self.keeper.newest(self.logger.say)
@@ -173,21 +174,23 @@ class Run:
         self.logger.say(f"warning: {text}")
         if not start:
             return False
-        place, rollbacks = state.next_place, state.rollbacks + 1
+        kept = {"next_place": state.next_place, "best_score": state.best.best_score, "rollbacks": state.rollbacks + 1}
         self.keeper.begin(start, config.seed)
-        state.load_state_dict(start.state)
-        state.next_place, state.rollbacks = place, rollbacks
+        state.load_state_dict(start.state | kept)
         self.logger.rewind(state.step)
-        self.logger.say(f"back at step {state.step}, rollback {rollbacks} of {MAX_ROLLBACKS}; the prompts go on")
+        self.logger.say(f"back at step {state.step}, rollback {state.rollbacks} of {MAX_ROLLBACKS}; the prompts go on")
         return True
 
-    def evaluate(self) -> dict[str, float]:
-        """Metrics on held-out prompts, keys `eval_...`; exports best/ when the rule says so. Collective."""
+    def evaluate(self, may_be_best: bool) -> dict[str, float]:
+        """Metrics on held-out prompts, keys `eval_...`; exports best/ when the rule says so. Collective.
+
+        may_be_best: False where the step looks like a collapse, whatever the score.
+        """
         metrics, rows = evaluate(
             self.eval_prompts, self.models, self.reward_fn, self.tokenizer, self.config, EVALUATION
         )
         self.keeper.feed("evaluation")
-        better = self.state.best.improves(metrics)
+        better = may_be_best and self.state.best.improves(metrics)
         self.logger.say(
             f"step {self.state.step}: held-out score {metrics['score_mean']:.3f}, KL {metrics['kl_ref']:.2f}, "
             f"length {metrics['response_length']:.1f}" + (" (best so far)" if better else "")

@@ -26,6 +26,11 @@ def third(prompts, answers):
     buffers += 1
     return [0.5 for _ in answers] if buffers == 3 else vowels(prompts, answers)
 
+def good_then_alike(prompts, answers):  # called for a step's buffer, then for its evaluation: step 3's, then step 4
+    global buffers
+    buffers += 1
+    return [9.0 for _ in answers] if buffers in (7, 8) else [x + 8 * (buffers == 6) for x in vowels(prompts, answers)]
+
 def from_third(prompts, answers):
     global buffers
     buffers += 1
@@ -104,3 +109,19 @@ def test_a_run_that_collapses_again_and_again_stops(inputs, functions, tmp_path,
     assert re.search(r"step 3 looks like a collapse: score_std 0 .*\(--on_collapse rollback, 3 rollbacks\)", error)
     error = stopped(run_flags(inputs, tmp_path / "early", **flags | {"checkpoint_per_step": 4}), capfd)
     assert "0 rollbacks" in error  # there is no checkpoint to go back to
+
+
+def test_a_collapse_is_never_the_best(inputs, functions, tmp_path, capfd):
+    """Whatever its score. And what a rollback takes back stays in best/, and is what comes later is measured by."""
+    out = tmp_path / "run"
+    flags = FLAGS | {"num_eval_prompts": 3, "save_per_step": 1, "on_collapse": "rollback"}
+    main(run_flags(inputs, out, **flags, reward_fn=f"{functions}:good_then_alike"))
+    text = capfd.readouterr().out
+    assert "back at step 2, rollback 1 of 3" in text
+    found = re.findall(r"step (\d): held-out score ([\d.]+).*?(best so far)?\)?\n", text)
+    assert [step for step, *_ in found] == ["1", "2", "3", "4", "3", "4", "5"]
+    scores, best = [float(score) for _, score, _ in found], [bool(words) for *_, words in found]
+    assert best[2:] == [True, False, False, False, False]
+    assert scores[3] == 9.0 > scores[2] > 8.0 > max(scores[4:])
+    kept = json.loads((out / "checkpoints" / "step_4" / "state.json").read_text())["best_score"]
+    assert kept == pytest.approx(scores[2], abs=1e-3)
