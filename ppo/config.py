@@ -9,7 +9,7 @@ from utils.args import SEEDS, check_range
 from utils.errors import UserError
 from utils.run_flags import RunFlags
 
-# The defaults below are PPO-max (Part I §5.4). Explicit flags win over a preset, a preset over the defaults.
+# The defaults below are PPO-max (Part I §5.4), all of it. Explicit flags win over a preset, a preset over the defaults.
 PRESETS = {
     "ppo_max": {},
     "vanilla": {
@@ -20,6 +20,7 @@ PRESETS = {
         "use_advantage_norm": False,
         "kl_penalty_weight": 0.0,
         "gradient_clip": 0.0,
+        "critic_pretrain_steps": 0,
     },
 }
 AMOUNTS = {
@@ -72,7 +73,7 @@ class PPOConfig(RewardFlags, RunFlags):
 
     train_steps: int = 1000
     """Steps that move the policy: each samples --num_rollouts responses and trains --ppo_epochs on them"""
-    critic_pretrain_steps: int = 0
+    critic_pretrain_steps: int = 10
     """Steps before those in which only the critic learns"""
     num_rollouts: int = 128
     """Responses in the experience buffer, over all ranks"""
@@ -92,7 +93,8 @@ class PPOConfig(RewardFlags, RunFlags):
     num_eval_prompts: int = 128
     """Held-out prompts an evaluation; taken off the training prompts when there is no *valid* file. 0: none"""
     best_max_kl: float = 50.0
-    """best/ is the evaluation with the highest mean score among those with at most this mean KL, nats a response"""
+    """best/ is the evaluation with the highest mean score among those with at most this mean KL, nats a response, at
+    the sampling temperature of evaluations, and without an alarm at their step"""
     num_samples: int = 4
     """Responses written to samples.jsonl each step"""
 
@@ -124,7 +126,8 @@ class PPOConfig(RewardFlags, RunFlags):
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Estimate of that KL from one sample"""
     kl_in: Literal["reward", "loss"] = "reward"
-    """Where the KL goes: into each token's reward, or (k2, k3) into the loss"""
+    """Where the KL goes: into each token's reward (with k1 its gradient is KL(policy, reference)'s), or into the loss
+    (with k2 that one's, with k3 KL(reference, policy)'s)"""
     use_reward_scaling: bool = True
     """Divide scores by their running deviation"""
     use_reward_norm: bool = True
@@ -237,6 +240,8 @@ class PPOConfig(RewardFlags, RunFlags):
                 f"--maxlen_res {self.maxlen_res} leaves no room for a prompt: --maxlen_prompt {self.maxlen_prompt} "
                 "counts prompt and response together, raise it above --maxlen_res"
             )
+        if self.warmup_steps > self.train_steps:
+            raise UserError(f"--warmup_steps {self.warmup_steps}: give at most --train_steps {self.train_steps}")
         if self.num_rollouts % self.batch_size:
             raise UserError(
                 f"--num_rollouts {self.num_rollouts} is not a multiple of --batch_size {self.batch_size}: "
@@ -270,7 +275,7 @@ class PPOConfig(RewardFlags, RunFlags):
                 "the sampler's log-probabilities are the policy's only at 1 and 1, give these or leave the switch out"
             )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
-            raise UserError("--kl_in loss needs --kl_estimator k2 or k3: the gradient of k1 is not the KL's")
+            raise UserError("--kl_in loss needs --kl_estimator k2 or k3: the gradient of k1 is 0 on average")
 
     def check_world(self, world_size: int, vocab_size: int) -> None:
         """What can only be said once the number of ranks and the vocabulary are known."""

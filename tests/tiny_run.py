@@ -100,6 +100,7 @@ def run_flags(inputs: Inputs, out: Path, **changes) -> list[str]:
     flags = {
         "policy_model_path": inputs.policy, "critic_model_path": inputs.reward, "data_path": inputs.prompts,
         "model_save_path": out, "dtype": "fp32", "train_steps": 2, "warmup_steps": 1, "lr": 1e-4, "critic_lr": 1e-3,
+        "critic_pretrain_steps": 0,
         "num_rollouts": 8, "batch_size": 4, "rollout_batch_size": 3, "micro_batch_tokens": 200, "maxlen_prompt": 80,
         "maxlen_res": 12, "save_per_step": 1, "num_eval_prompts": 3, "seed": 7,
     } | changes  # fmt: skip

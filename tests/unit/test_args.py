@@ -51,13 +51,14 @@ def test_every_default_is_ppo_max():
     assert config == parsed("--preset", "ppo_max")
     assert config.use_reward_scaling and config.use_reward_norm and config.use_reward_clip
     assert config.use_critic_loss_clip and config.use_policy_loss_clip and config.kl_penalty_weight > 0
+    assert config.critic_pretrain_steps > 0
     assert (config.temperature, config.topp, config.repetition_penalty) == (1.0, 1.0, 1.0)
 
 
 def test_vanilla_switches_every_trick_off_but_the_clipped_surrogate():
     config = parsed("--preset", "vanilla")
     assert config.use_policy_loss_clip and config.pg_clip == 0.2
-    assert config.kl_penalty_weight == 0.0
+    assert config.kl_penalty_weight == 0.0 and config.critic_pretrain_steps == 0
     on = {switch for switch in vars(config) if switch.startswith("use_") and getattr(config, switch)}
     assert on == {"use_policy_loss_clip"}
 
