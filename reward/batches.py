@@ -107,8 +107,9 @@ def dynamic_batches(
 ) -> Iterator[list[int]]:
     """Endless batches of indices whose summed length stays within batch_size x mean length.
 
-    So many short items or few long ones make a step, `batch_size` of them on average, but at least `least` and at
-    most `most`. A function of lengths and seed alone: every rank, and a resumed run, gets the same batches.
+    So many short items or few long ones make a step, about `batch_size` of them (somewhat fewer, as none passes the
+    budget: a tenth at 8), but at least `least` and at most `most`. A function of lengths and seed alone: every rank,
+    and a resumed run, gets the same batches.
     """
     budget = batch_size * sum(lengths) / len(lengths)
     position = 0
