@@ -1,4 +1,4 @@
-"""Two ranks under DeepSpeed's launcher do what one process does: same metrics, same policy, same end."""
+"""Two ranks do what one process does: same metrics, same policy, same end."""
 
 import json
 import re
@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.faults.scenarios import run_cases
 from tests.ranks import launch
 from tests.tiny_run import read_lines, read_metrics, run_flags
 from train_ppo import main
@@ -35,32 +36,37 @@ def one_process(inputs, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def two_ranks(inputs, tmp_path_factory):
-    """Gives the folder of a finished run on two ranks; each setting runs once."""
-    known = {}
-
-    def run(script: str = "train_ppo.py", **settings) -> Path:
-        key = repr((script, settings))
-        if key not in known:
-            out = tmp_path_factory.mktemp("two") / "run"
-            flags = FLAGS | {"ppo_pretrain_data_path": inputs.dialogues} | settings
-            result = launch(run_flags(inputs, out, **flags), script)
-            assert result.returncode == 0, result.stderr[-3000:]
-            known[key] = out
-        return known[key]
-
-    return run
-
-
+ZERO_2 = {"zero_stage": 2}
 GATHERED = {"zero_stage": 3, "gather_for_generation": "always"}
 TOGETHER = {"zero_stage": 3, "gather_for_generation": "never", "offload_frozen": True}
+BF16 = {"dtype": "bf16", "lr": 1e-3, "train_steps": 1}  # before a rounding can change what is sampled
+SETTINGS = {
+    "ZeRO-2": ZERO_2,
+    "gathered": GATHERED,
+    "together": TOGETHER,
+    "together, measured": TOGETHER | {"reuse_sampler_logprobs": True},
+    "small chunks": {"zero_stage": 3, "gradient_checkpoint": True, "fault": "small chunks"},
+    "bf16, ZeRO-2": ZERO_2 | BF16,
+    "bf16, gathered": GATHERED | BF16,
+}
 
 
-@pytest.mark.parametrize("settings", [{"zero_stage": 2}, GATHERED], ids=["ZeRO-2", "ZeRO-3"])
-def test_two_ranks_equal_one_process(one_process, two_ranks, inputs, settings):
+@pytest.fixture(scope="module")
+def two_ranks(inputs, tmp_path_factory) -> dict[str, Path]:
+    """The folders of the finished runs by setting."""
+    own = {"num_eval_prompts": 3, "checkpoint_per_step": None, "keep_checkpoints": None}
+    flags = own | FLAGS | {"ppo_pretrain_data_path": inputs.dialogues}
+    cases = {name: flags | settings for name, settings in SETTINGS.items()}
+    results = run_cases(tmp_path_factory.mktemp("two"), inputs, cases)
+    for name, result in results.items():
+        assert result.codes == [0, 0], f"{name}: {result.log[-3000:]}"
+    return {name: result.out for name, result in results.items()}
+
+
+@pytest.mark.parametrize("setting", ["ZeRO-2", "gathered"])
+def test_two_ranks_equal_one_process(one_process, two_ranks, inputs, setting):
     """Measured over three steps: metrics differ by at most 9e-7 (gradient norms of 10 included), weights by 1e-6."""
-    out = two_ranks(**settings)
+    out = two_ranks[setting]
     rows, expected = read_metrics(out), read_metrics(one_process)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[0] == pytest.approx(expected[0], rel=1e-6, abs=1e-6)  # only the critic has moved
@@ -82,7 +88,7 @@ def test_two_ranks_equal_one_process(one_process, two_ranks, inputs, settings):
 
 
 def test_generating_together_equals_generating_with_gathered_weights(two_ranks):
-    gathered, together = two_ranks(**GATHERED), two_ranks(**TOGETHER)
+    gathered, together = two_ranks["gathered"], two_ranks["together"]
     for row, expected in zip(read_metrics(together), read_metrics(gathered), strict=True):
         assert row == pytest.approx(expected, rel=1e-5, abs=5e-6)
     samples = [[row["answer"] for row in read_lines(out / "samples.jsonl")] for out in (gathered, together)]
@@ -92,14 +98,14 @@ def test_generating_together_equals_generating_with_gathered_weights(two_ranks):
 
 
 def test_the_samplers_own_logprobs_where_ranks_generate_together(one_process, two_ranks):
-    out = two_ranks(**TOGETHER, reuse_sampler_logprobs=True)
+    out = two_ranks["together, measured"]
     for row, expected in zip(read_metrics(out), read_metrics(one_process), strict=True):
         assert row == pytest.approx(expected, rel=1e-5, abs=5e-6)
 
 
 def test_a_split_head_is_called_equally_often_on_every_rank(one_process, two_ranks):
     """Logits come in pieces, and ranks have different numbers of tokens: each piece more would wait for ever."""
-    out = two_ranks("tests/distributed/small_chunks.py", zero_stage=3, gradient_checkpoint=True)
+    out = two_ranks["small chunks"]
     for row, expected in zip(read_metrics(out), read_metrics(one_process), strict=True):
         assert row == pytest.approx(expected, rel=1e-5, abs=5e-6)
 
@@ -119,9 +125,6 @@ def test_a_score_that_is_not_finite_on_one_rank_stops_both(inputs, tmp_path):
     assert {file.name for file in out.iterdir()} <= {"config.json", "tensorboard", "bad_batches"}
 
 
-BF16 = {"dtype": "bf16", "lr": 1e-3, "train_steps": 1}  # before a rounding can change what is sampled
-
-
 def assert_equal_in_bf16(inputs, weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """They went the same way. One that Adam moves by the sign of a gradient near 0 may have gone the other way."""
     start = load_file(inputs.policy / "model.safetensors")
@@ -133,7 +136,7 @@ def assert_equal_in_bf16(inputs, weights: dict[str, torch.Tensor], expected: dic
 
 
 def test_stages_export_the_same_policy_in_bf16_on_two_ranks(inputs, two_ranks):
-    assert_equal_in_bf16(inputs, weights(two_ranks(**GATHERED, **BF16)), weights(two_ranks(zero_stage=2, **BF16)))
+    assert_equal_in_bf16(inputs, weights(two_ranks["bf16, gathered"]), weights(two_ranks["bf16, ZeRO-2"]))
 
 
 def test_stages_export_the_same_policy_in_bf16_on_one(inputs, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import ppo.decoding
+import ppo.models
 import ppo.rollout
 import ppo.score
 import ppo.update
@@ -160,11 +161,20 @@ def insistent_launcher(rank: int) -> None:
         TrainEngine.step = signalled
 
 
+def small_chunks(rank: int) -> None:
+    """Room for the logits of four tokens at once, as a large vocabulary has for a few hundred; on both ranks."""
+    ppo.models.CHUNK_ELEMENTS = 4 * 400
+
+
 FAULTS = {
     f"{number.name} in {phase}": at_call(VICTIM, phase, 2, number)
     for phase in PHASES
     for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)
 }
 FAULTS |= {"NaN loss": bad_minibatch(nan_loss), "NaN gradient": bad_minibatch(nan_gradient), "NaN score": nan_score}
-FAULTS |= {"empty responses": empty_responses, "disk fills in a save": disk_fills_in_a_save}
+FAULTS |= {
+    "empty responses": empty_responses,
+    "small chunks": small_chunks,
+    "disk fills in a save": disk_fills_in_a_save,
+}
 FAULTS |= {"disk is full": disk_is_full, "two signals": two_signals, "insistent launcher": insistent_launcher}
