@@ -1,5 +1,6 @@
 """What the four models say of finished responses: log-probabilities, values, scores. No gradients."""
 
+import copy
 import importlib.util
 import os
 import sys
@@ -168,9 +169,12 @@ def load_reward_fn(spec: str) -> RewardFunction:
 
 
 def call_reward_fn(reward_fn: RewardFunction, prompts: list[list[dict]], answers: list[str]) -> list[float]:
-    """One number an answer, or a UserError that says what came instead. prompts: the turns of each dialogue."""
+    """One number an answer, or a UserError that says what came instead. prompts: the turns of each dialogue.
+
+    The function gets copies: what it does with a dialogue, the answer appended, say, is its own affair.
+    """
     try:
-        scores = reward_fn(prompts, answers)
+        scores = reward_fn(copy.deepcopy(prompts), list(answers))
     except (Exception, SystemExit) as error:  # whatever the user's function may do wrong
         raise UserError(f"--reward_fn failed: {_failure(error)}") from error
     try:

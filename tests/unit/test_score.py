@@ -101,3 +101,16 @@ def test_reference_is_asked_as_soon_as_the_policy_has_moved():
     moved = scored()
     assert not torch.equal(moved.ref_logprobs, moved.old_logprobs) and forwards
     assert torch.equal(moved.ref_logprobs, same.ref_logprobs)
+
+
+def test_a_reward_function_may_change_what_it_is_given():
+    """The run's own prompts stay: they are shown, encoded for other reward models, and come again."""
+    turns, answers = [[{"role": "user", "content": "a"}]], ["b"]
+
+    def appends(dialogues, texts):
+        dialogues[0][0]["content"] = "changed"
+        dialogues[0].append({"role": "assistant", "content": texts.pop()})
+        return [1.0]
+
+    assert call_reward_fn(appends, turns, answers) == [1.0]
+    assert (turns, answers) == ([[{"role": "user", "content": "a"}]], ["b"])
