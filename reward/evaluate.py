@@ -14,7 +14,7 @@ from reward.plots import check_plots, draw_calibration, draw_differences, draw_l
 from reward.report import evaluation_report, render
 from utils.args import entry_point, parse_args
 from utils.errors import UserError
-from utils.run_folder import check_writable, write_json
+from utils.run_folder import check_writable, write_result
 
 
 @dataclass
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     report = evaluation_report(models, config.data_path)
     print(render(report))
     if config.output:
-        write_json(os.path.join(config.output, "evaluation.json"), report)
+        write_result(os.path.join(config.output, "evaluation.json"), "--output", report)
         for draw in (draw_differences, draw_calibration, draw_lengths):
             draw(models, os.path.join(config.output, f"{draw.__name__.removeprefix('draw_')}.png"))
         print(f"written to {config.output}")

@@ -91,7 +91,7 @@ def run(config: ScoreConfig, results: IO[str]) -> None:
     from reward.judges import compare, load_judges, scored_chunks
     from utils.distributed import is_main, world_size
     from utils.engine import init_distributed, shutdown_distributed
-    from utils.run_folder import atomic_file, check_output_file, write_json
+    from utils.run_folder import atomic_file, check_output_file, write_result
 
     if config.output:
         check_output_file(config.output, "--output")
@@ -108,7 +108,7 @@ def run(config: ScoreConfig, results: IO[str]) -> None:
         if is_main():
             print(text, file=results, flush=True)
         if is_main() and config.output:
-            write_json(config.output, table)
+            write_result(config.output, "--output", table)
     else:
         to_file = atomic_file(config.output, "--output") if config.output and is_main() else None
         with to_file or contextlib.nullcontext(results) as file:

@@ -55,9 +55,16 @@ def check_writable(path: str, flag: str) -> None:
 
 def check_output_file(path: str, flag: str) -> None:
     """Raises UserError when no file can be written at the `path` of `flag`. Changes nothing."""
+    if _is_special(path):
+        return
     check_writable(os.path.dirname(os.path.abspath(path)), flag)
     if os.path.isdir(path):
         raise UserError(f"{flag} {path} is a folder: give the name of a file")
+
+
+def _is_special(path: str) -> bool:
+    """Whether something is there, or where a link points to, that is no file and no folder: a device, a pipe."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def prepare_run_folder(path: str, config, step: int = 0) -> None:
@@ -133,28 +140,47 @@ def write_json(path: str, content) -> None:
     """Writes beside and renames, so that a reader never sees half a file. Makes the folder where there is none."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(f"{path}.partial", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        _dump(content, file)
     os.replace(f"{path}.partial", path)
+
+
+def write_result(path: str, flag: str, content) -> None:
+    """The JSON file that the user asked for by `flag`, as `atomic_file` writes."""
+    with atomic_file(path, flag) as file:
+        _dump(content, file)
+
+
+def _dump(content, file: IO[str]) -> None:
+    json.dump(content, file, indent=2, ensure_ascii=False)
+    file.write("\n")
 
 
 @contextlib.contextmanager
 def atomic_file(path: str, flag: str) -> Iterator[IO[str]]:
     """Yields a text file to write to beside `path`, which takes its place when the block ends well, else goes.
 
-    Call it on one rank. A write error becomes a UserError that names `flag` and the path.
+    A link stays one, and what it points to is replaced; a device or pipe is written to as it is. Call it on one rank. A
+    write error becomes a UserError that names `flag` and the path.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    check_writable(folder, flag)
-    partial, new = f"{path}.partial", missing_folders(folder)
+    given, path = path, path if _is_special(path) else os.path.realpath(path)
+    partial, new = f"{path}.partial", []
     try:
+        if _is_special(path):
+            with open(path, "w", encoding="utf-8") as file:
+                yield file
+            return
+        folder = os.path.dirname(path)
+        check_writable(folder, flag)
+        new = missing_folders(folder)
         os.makedirs(folder, exist_ok=True)
         with open(partial, "w", encoding="utf-8") as file:
             yield file
         os.replace(partial, path)
     except OSError as error:
         problem = error.strerror or error
-        raise UserError(f"{flag} {path} cannot be written: {problem}; choose another place, or free the disk") from None
+        raise UserError(
+            f"{flag} {given} cannot be written: {problem}; choose another place, or free the disk"
+        ) from None
     finally:
         remove(partial)
         for made in new:

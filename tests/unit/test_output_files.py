@@ -1,0 +1,45 @@
+"""Files that a user names by --output: whole or not at all, links and devices left what they are."""
+
+import json
+import os
+import threading
+
+import pytest
+
+from utils.errors import UserError
+from utils.run_folder import check_output_file, write_result
+
+
+def test_a_link_stays_one(tmp_path):
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_result(str(link), "--output", {"a": 1})
+    assert link.is_symlink() and json.loads(target.read_text()) == {"a": 1}
+    assert sorted(os.listdir(tmp_path)) == ["link.json", "target.json"]
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    pipe, seen = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    check_output_file(str(pipe), "--output")
+    reader = threading.Thread(target=lambda: seen.append(pipe.read_text()))
+    reader.start()
+    write_result(str(pipe), "--output", {"a": 1})
+    reader.join(10)
+    assert pipe.is_fifo() and json.loads(seen[0]) == {"a": 1}
+
+
+def test_a_full_device_is_one_line_and_stays_a_device(tmp_path):
+    """Reached by a link, so that a fault here does not cost the machine its /dev/full."""
+    link = tmp_path / "full"
+    link.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"--output .*full cannot be written: No space left on device"):
+        write_result(str(link), "--output", {"a": 1})
+    assert os.listdir(tmp_path) == ["full"] and link.is_symlink() and link.is_char_device()
+
+
+def test_what_fails_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        write_result(str(tmp_path / "new" / "table.json"), "--output", {"a": object()})
+    assert os.listdir(tmp_path) == []
