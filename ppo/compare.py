@@ -26,7 +26,7 @@ class CompareConfig(RewardFlags):
     reward_fn: str | None = None
     """file.py:function that scores them too; runs that file"""
     data_path: str = ""
-    """Prompts: the *valid* files are used"""
+    """Prompts: the *valid* files, or all where there are none"""
     output: str | None = None
     """JSON file for the table and all answers"""
     num_prompts: int = 256
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the table and the samples; one process."""
     config = parse_args(CompareConfig, argv)
     from ppo.judge import judge_policies
-    from utils.run_folder import check_output_file, write_json
+    from utils.run_folder import check_output_file, write_result
 
     if config.output:
         check_output_file(config.output, "--output")
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     print(render_samples(before["rows"], after["rows"], config.num_samples))
     if config.output:
         answers = [b | {"answer_after": a["answer"]} for b, a in zip(before["rows"], after["rows"], strict=True)]
-        write_json(config.output, {"policies": config.policies, "table": table, "answers": answers})
+        write_result(config.output, "--output", {"policies": config.policies, "table": table, "answers": answers})
         print(f"written to {config.output}")
 
 
@@ -133,7 +133,7 @@ def compare(before: dict, after: dict, kl: list[float], seed: int) -> dict[str, 
 def render(table: dict, config: CompareConfig, count: int) -> str:
     """The table as text."""
     lines = [
-        f"{count} held-out prompts, 95 % intervals. before: {config.policies[0]}, after: {config.policies[1]}",
+        f"{count} prompts, 95 % intervals. before: {config.policies[0]}, after: {config.policies[1]}",
         f"{'':28}{'before':>24}{'after':>24}{'difference':>26}",
     ]
     for name, cells in table.items():

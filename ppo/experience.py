@@ -50,7 +50,7 @@ def score_problem(scores: torch.Tensor, limit: float, own: torch.Tensor | None =
     what = "not finite" if not torch.isfinite(scores[place]) else f"{float(scores[place]):g}, beyond --explosion_limit"
     if own is not None:
         what += f" (rank {ranks_where(not bool((own.abs() <= limit).all()))})"
-    return f"the score of response {place} of this step is {what}; look at the reward model's inputs"
+    return f"the score of response {place} of this step is {what}; look at what the reward model or --reward_fn does"
 
 
 def check_scores(scores: torch.Tensor, limit: float, own: torch.Tensor | None = None) -> None:

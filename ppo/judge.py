@@ -1,5 +1,7 @@
 """Answers of policies to held-out prompts, and what the judges say of each."""
 
+import math
+
 from data.prompts import load_prompts
 from data.template import decode_answer, template_for
 from ppo.compare import CompareConfig
@@ -27,10 +29,12 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
         model_folder(path, "--policies")
     tokenizer = load_tokenizer(config.tokenizer_name_or_path or config.policies[0], template)
     room = config.maxlen_prompt - config.maxlen_res
-    _, prompts = load_prompts(config.data_path, tokenizer, template, room, config.num_prompts, config.seed)
-    prompts = prompts[: config.num_prompts]
-    if not prompts:
-        raise UserError(f"--data_path {config.data_path}: no held-out prompt in it")
+    train, valid = load_prompts(config.data_path, tokenizer, template, room, 0, config.seed)
+    if valid:
+        print("compared on the held-out data")
+    else:
+        print("compared on the whole data, as there is no *valid* file: none of it should have been trained on")
+    prompts = (valid or train)[: config.num_prompts]
     batch = PromptBatch([p.ids for p in prompts], [p.turns for p in prompts], list(range(len(prompts))))
     reward_fn = load_reward_fn(config.reward_fn) if config.reward_fn else None
     readers = reward_readers(config, tokenizer, print)
@@ -53,6 +57,7 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
         columns = {}
         if reward_fn:
             columns["reward_fn score"] = call_reward_fn(reward_fn, batch.turns, answers)
+            check_finite(columns["reward_fn score"])
         if reward:
             columns["reward model score"] = scores.scores.tolist()
             if len(reward.members) > 1:
@@ -68,3 +73,10 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     plain = judge(second, Sampling())["columns"]
     kl = [b - a for a, b in zip(plain["nll"], plain["nll under before"], strict=True)]
     return judge(first, EVALUATION), judge(second, EVALUATION), kl
+
+
+def check_finite(scores: list[float]) -> None:
+    """Raises UserError for a score of --reward_fn that no mean can be taken with."""
+    for place, number in enumerate(scores):
+        if not math.isfinite(number):
+            raise UserError(f"--reward_fn gave {number:g} for answer {place}: let it give finite numbers")

@@ -34,6 +34,9 @@ REWARD_FILE = """
 def vowels(prompts, answers):
     return [sum(letter in "aeiou" for letter in answer) / (1 + len(answer)) for answer in answers]
 
+def always_nan(prompts, answers):
+    return [float("nan") for _ in answers]
+
 def nan_for_rain(prompts, answers):
     return [float("nan") if turns[-1]["content"] == "Write one line about rain." else 0.5 for turns in prompts]
 

@@ -89,12 +89,15 @@ def _check_kernel(asked: str | None, config: PretrainedConfig, folder: Path, fla
 
 
 @contextlib.contextmanager
-def _loading(folder: Path, flag: str) -> Iterator[None]:
-    """What transformers has against a folder becomes a UserError."""
+def _loading(folder: Path, flag: str, kernel: str | None = None) -> Iterator[None]:
+    """What transformers has against a folder, or against this attention kernel, becomes a UserError."""
     try:
         with quiet_transformers():
             yield
     except (*DAMAGED, TypeError) as error:
+        if kernel and isinstance(error, ImportError):
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--attn_implementation {kernel}: {reason} Install that, or leave the flag out") from error
         raise UserError(f"{flag}: cannot load the model in {folder}: {reason_of(error)}") from error
 
 
@@ -108,7 +111,7 @@ def from_folder(
     with _loading(folder, flag):
         config = without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     _check_kernel(attn_implementation, config, folder, flag)
-    with _loading(folder, flag):
+    with _loading(folder, flag, attn_implementation):
         model, report = auto_class.from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False,
             ignore_mismatched_sizes=True, **options,

@@ -34,7 +34,7 @@ def test_two_policies(inputs, tmp_path, capsys):
         for estimate, low, high in cells.values():
             assert low <= estimate <= high
     shown = capsys.readouterr().out
-    assert "3 held-out prompts" in shown
+    assert "compared on the held-out data" in shown and "3 prompts" in shown
     assert all(f"prompt: {question}" in shown for (question,) in HELD_OUT)
 
 
@@ -44,3 +44,10 @@ def test_a_policy_and_itself(inputs, tmp_path):
         assert cells.get("difference", [0.0, 0.0, 0.0]) == [0.0, 0.0, 0.0], name
     assert result["table"]["kl"]["after"] == [0.0, 0.0, 0.0]
     assert all(row["answer"] == row["answer_after"] for row in result["answers"])
+
+
+def test_without_a_valid_file_nothing_is_called_held_out(inputs, tmp_path, capsys):
+    train = inputs.prompts / "train.json"
+    result = compare(inputs, inputs.policy, inputs.policy, tmp_path / "table.json", "--data_path", str(train))
+    assert "compared on the whole data, as there is no *valid* file" in capsys.readouterr().out
+    assert len(result["answers"]) == len(json.loads(train.read_text("utf-8")))
