@@ -125,7 +125,6 @@ ARGS=(
   --tokenizer_name_or_path "$TOKENIZER"
   --data_path "$DATA"
   --model_save_path "$OUTPUT"
-  --logdir "$OUTPUT/tensorboard"
   --seed 42
 
   # How much, and how long. All sizes count samples on all GPUs together

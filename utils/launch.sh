@@ -40,7 +40,7 @@ launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS 
     fi
   fi
   # tee outlives a Ctrl-C, so that the last words of the run are still shown and kept
-  "${launcher[@]}" "$@" 2>&1 | tee -i "$log"
+  "${launcher[@]}" "$@" 2>&1 | tee -ia "$log"
 }
 
 recover_command() { # $1: en or zh; $2: where the whole model belongs; $3: sft or reward
