@@ -102,7 +102,7 @@ class RunLogger:
     def _board(self, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        with self._disk():
+        with self._disk(f"--logdir {self.logdir}"):
             return SummaryWriter(self.logdir, purge_step=step + 1)
 
     def say(self, text: str) -> None:
@@ -131,14 +131,14 @@ class RunLogger:
             self._hook(arguments)
 
     @contextlib.contextmanager
-    def _disk(self) -> Iterator[None]:
-        """What the disk has against writing becomes a UserError."""
+    def _disk(self, place: str = "") -> Iterator[None]:
+        """What the disk has against writing, to the run's folder or `place`, becomes a UserError."""
         try:
             yield
         except OSError as error:
             raise UserError(
-                f"{self.folder} cannot be written: {error.strerror}; make room and give the same command again, which "
-                "goes on from the last checkpoint"
+                f"{place or self.folder} cannot be written: {error.strerror}; make room and give the same command "
+                "again, which goes on from the last checkpoint"
             ) from None
 
 

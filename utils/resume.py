@@ -77,6 +77,9 @@ def find_checkpoint(config: RunFlags, say: Say) -> Checkpoint | None:
     if checkpoint:
         _check_flags(checkpoint, config, say)
         say(f"going on from {checkpoint.path}")
+        final = os.path.join(config.model_save_path, "final")
+        if os.path.lexists(final):
+            say(f"warning: the finished run's {final} goes, and its steps after {checkpoint.step} are made anew")
     return checkpoint
 
 

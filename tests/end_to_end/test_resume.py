@@ -127,6 +127,13 @@ def test_what_may_not_go_on_is_refused_by_name(finished, inputs, tmp_path, capsy
     assert (out / "metrics.jsonl").read_bytes() == before
     main(run_flags(inputs, out, **flags | {"lr": 1e-5, "rollout_batch_size": 8}, resume_with_changes=True))
     assert [row["step"] for row in read_metrics(out)] == [1, 2, 3, 4]
+    assert "the finished run's" not in capsys.readouterr().out
+    longer = flags | {"train_steps": 4, "lr": 1e-5}
+    main(run_flags(inputs, out, **longer, resume_with_changes=True))
+    assert (
+        f"warning: the finished run's {out}/final goes, and its steps after 4 are made anew" in capsys.readouterr().out
+    )
+    assert [row["step"] for row in read_metrics(out)] == [1, 2, 3, 4, 5]
 
 
 def test_a_checkpoint_of_a_model_of_another_size_is_refused(finished, inputs, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Files that a user names by --output: whole or not at all, links and devices left what they are."""
+"""What a user names by --output is whole or not at all, links and devices stay what they are; and by --logdir."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from utils.errors import UserError
+from utils.logger import RunLogger
 from utils.run_folder import check_output_file, write_result
 
 
@@ -43,3 +44,8 @@ def test_what_fails_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
         write_result(str(tmp_path / "new" / "table.json"), "--output", {"a": object()})
     assert os.listdir(tmp_path) == []
+
+
+def test_a_logdir_that_cannot_be_made_is_named(tmp_path):
+    with pytest.raises(UserError, match="--logdir /proc/x cannot be written"):
+        RunLogger(str(tmp_path), "/proc/x", "none", {}, 1)
