@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ppo.reward_flags import RewardFlags
-from utils.args import SEEDS, check_range
+from utils.args import SEEDS, check_range, check_warmup
 from utils.errors import UserError
 from utils.run_flags import RunFlags
 
@@ -240,8 +240,7 @@ class PPOConfig(RewardFlags, RunFlags):
                 f"--maxlen_res {self.maxlen_res} leaves no room for a prompt: --maxlen_prompt {self.maxlen_prompt} "
                 "counts prompt and response together, raise it above --maxlen_res"
             )
-        if self.warmup_steps > self.train_steps:
-            raise UserError(f"--warmup_steps {self.warmup_steps}: give at most --train_steps {self.train_steps}")
+        check_warmup(self)
         if self.num_rollouts % self.batch_size:
             raise UserError(
                 f"--num_rollouts {self.num_rollouts} is not a multiple of --batch_size {self.batch_size}: "

@@ -121,9 +121,10 @@ class _Decoder:
         ended = self.slots["ended"][:live].tolist()
         if any(ended):
             self.lengths[self.slots["prompt"][:live]] = self.slots["count"][:live]
-            moved = self.cache.keep([i for i, over in enumerate(ended) if not over])
-            for x in self.slots.values() if moved else ():
-                x[moved[1]] = x[moved[0]]
+            if moved := self.cache.keep([i for i, over in enumerate(ended) if not over]):
+                source, target = moved
+                for x in self.slots.values():
+                    x[target] = x[source]
 
     def _next_prompts(self, free: int) -> tuple[list[int], list[list[int]], list[int]]:
         """(indices, the different prompts among them, which of these each is)."""

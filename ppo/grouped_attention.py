@@ -80,16 +80,21 @@ AttentionInterface.register(NAME, grouped_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-@contextlib.contextmanager
-def grouped(config):
-    """Inside, a model with this config whose attention is PyTorch's own (sdpa) or flash attention uses the above.
+def is_replaced(config) -> bool:
+    """Whether decoding leaves this config's attention for ours: PyTorch's own (sdpa), or flash attention.
 
-    For new tokens: transformers has flash attention take the slots' padding out of the cache, a copy of it in every
+    transformers has the latter take the slots' padding out of the cache for each new token, a copy of it in every
     layer, and waits for the GPU to know how much that is.
     """
+    return config._attn_implementation == "sdpa" or is_flash_attention_requested(config)
+
+
+@contextlib.contextmanager
+def grouped(config):
+    """Inside, a model with this config uses the above, where it `is_replaced`."""
     config = config.get_text_config()
     before = config._attn_implementation
-    if before == "sdpa" or is_flash_attention_requested(config):
+    if is_replaced(config):
         config._attn_implementation = NAME
     try:
         yield

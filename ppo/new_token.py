@@ -9,16 +9,15 @@ model's own forward.
 import torch
 from torch import nn
 from torch.nn.functional import rms_norm
-from transformers.utils.generic import is_flash_attention_requested
 
-from ppo.grouped_attention import by_groups, by_slots
+from ppo.grouped_attention import by_groups, by_slots, is_replaced
 from ppo.slots import SlotCache
 from utils.rows import is_like_llama
 
 
 def goes_straight(config) -> bool:
     """Whether `new_token_states` knows decoders with this config. Their weights have to be whole besides."""
-    return (config._attn_implementation == "sdpa" or is_flash_attention_requested(config)) and is_like_llama(config)
+    return is_replaced(config) and is_like_llama(config)
 
 
 def new_token_states(

@@ -81,6 +81,12 @@ def check_range(config, **limits: tuple[float | None, float | None]) -> None:
             raise UserError(f"--{name} {value:g}: give a number {bounds}")
 
 
+def check_warmup(config) -> None:
+    """Raises UserError for a warm-up that is longer than the run: it would never reach its learning rate."""
+    if config.warmup_steps > config.train_steps:
+        raise UserError(f"--warmup_steps {config.warmup_steps}: give at most --train_steps {config.train_steps}")
+
+
 def field_help(config_type: type) -> dict[str, str]:
     """Field name -> the docstring under it, over the class and its bases; read from the source."""
     texts: dict[str, str] = {}

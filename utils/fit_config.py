@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.args import SEEDS, check_range
+from utils.args import SEEDS, check_range, check_warmup
 from utils.errors import UserError
 from utils.run_flags import RunFlags
 
@@ -68,8 +68,7 @@ class FitConfig(RunFlags):
         for name in sizes.split():
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
-        if self.warmup_steps > self.train_steps:
-            raise UserError(f"--warmup_steps {self.warmup_steps}: give at most --train_steps {self.train_steps}")
+        check_warmup(self)
         check_range(self, num_valid=(0, None), lr=(0, None), seed=SEEDS)
         if not self.lr:
             raise UserError("--lr 0 trains nothing: give a positive number")

@@ -40,9 +40,13 @@ def _may_go_on(config: RunFlags) -> bool:
         return False
     if config.resume != "auto":
         return _is_inside(config.resume, path)
-    if os.path.lexists(os.path.join(path, "final")) and not config.resume_with_changes:
+    if _is_finished(path) and not config.resume_with_changes:
         return False
     return _has_checkpoints(path) or _same_config(config)
+
+
+def _is_finished(path: str) -> bool:
+    return os.path.lexists(os.path.join(path, "final"))
 
 
 def _is_inside(checkpoint: str, run: str) -> bool:
@@ -77,9 +81,9 @@ def find_checkpoint(config: RunFlags, say: Say) -> Checkpoint | None:
     if checkpoint:
         _check_flags(checkpoint, config, say)
         say(f"going on from {checkpoint.path}")
-        final = os.path.join(config.model_save_path, "final")
-        if os.path.lexists(final):
-            say(f"warning: the finished run's {final} goes, and its steps after {checkpoint.step} are made anew")
+        path = config.model_save_path
+        if _is_finished(path):
+            say(f"warning: the finished run's {path}/final goes, and its steps after {checkpoint.step} are made anew")
     return checkpoint
 
 

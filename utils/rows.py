@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
@@ -72,7 +72,7 @@ def states_of(decoder: nn.Module, sequences: torch.Tensor, read: torch.Tensor) -
 
 def row_ends(lengths: torch.Tensor) -> dict:
     """What transformers' flash attention takes joined rows apart by; it would ask the GPU for it in every layer."""
-    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    ends = pad(lengths.cumsum(0), (1, 0)).int()
     longest = int(lengths.max())
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 

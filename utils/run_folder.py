@@ -162,25 +162,28 @@ def atomic_file(path: str, flag: str) -> Iterator[IO[str]]:
     A link stays one, and what it points to is replaced; a device or pipe is written to as it is. Call it on one rank. A
     write error becomes a UserError that names `flag` and the path.
     """
-    given, path = path, path if _is_special(path) else os.path.realpath(path)
-    partial, new = f"{path}.partial", []
     try:
         if _is_special(path):
             with open(path, "w", encoding="utf-8") as file:
                 yield file
-            return
-        folder = os.path.dirname(path)
-        check_writable(folder, flag)
-        new = missing_folders(folder)
+        else:
+            with _file_beside(os.path.realpath(path), flag) as file:
+                yield file
+    except OSError as error:
+        problem = error.strerror or error
+        raise UserError(f"{flag} {path} cannot be written: {problem}; choose another place, or free the disk") from None
+
+
+@contextlib.contextmanager
+def _file_beside(path: str, flag: str) -> Iterator[IO[str]]:
+    folder, partial = os.path.dirname(path), f"{path}.partial"
+    check_writable(folder, flag)
+    new = missing_folders(folder)
+    try:
         os.makedirs(folder, exist_ok=True)
         with open(partial, "w", encoding="utf-8") as file:
             yield file
         os.replace(partial, path)
-    except OSError as error:
-        problem = error.strerror or error
-        raise UserError(
-            f"{flag} {given} cannot be written: {problem}; choose another place, or free the disk"
-        ) from None
     finally:
         remove(partial)
         for made in new:
