@@ -5,7 +5,7 @@
 Built once, kept, the same on every machine of a kind; each part appears whole or not at all:
 
 tokenizer    SentencePiece BPE of 2,048 pieces on people's messages (chitchat-dataset), all in lower case
-base         a LLaMA of 1.13M parameters (hidden 128, 3 layers), random weights
+base         a LLaMA of 1.05M parameters (hidden 128, 2 layers), random weights
 dialogues    message -> reply, by people; prompts: messages of other conversations
 preferences  two real replies to a message; the one with the higher gold score (experiments/gold.py) is chosen, and in
              training a fifth of the labels are turned round, as between human annotators (the paper agrees in 70-80 %)
@@ -37,7 +37,7 @@ from utils.errors import UserError
 
 WORLD = Path("outputs/experiments/world")
 SEED, VOCAB = 20230711, 2048
-SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4}
+SIZES = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 MESSAGE_WORDS, REPLY_WORDS = (2, 10), (2, 10)  # of the human's message; of a reply
 NUM_DIALOGUES = {"valid": 500, "train": 18000}
 NUM_PROMPTS = {"valid": 256, "train": 4000}
