@@ -1,4 +1,4 @@
-"""`reward.train` under the deepspeed launcher: two ranks make the numbers and the weights of one process."""
+"""`reward.train`: two ranks make the numbers and the weights of one process."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from reward.train import main
-from tests.ranks import launch
+from tests.faults.scenarios import run_forked
 from tests.tiny import SAMPLES, tiny_llama_folder
 
 
@@ -51,11 +51,23 @@ def single(base, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def double(base, tmp_path_factory) -> dict[int, Path]:
+    """ZeRO stage -> the run of two."""
+    folder = tmp_path_factory.mktemp("double")
+    rows = {
+        stage: {"module": "reward.train", "argv": flags(base, folder / str(stage), zero_stage=stage)}
+        for stage in (2, 3)
+    }
+    results = run_forked(folder, rows)
+    for result in results.values():
+        assert result.codes == [0, 0], result.log[-3000:]
+    return {stage: result.out for stage, result in results.items()}
+
+
 @pytest.mark.parametrize("zero_stage", [2, 3])
-def test_two_ranks_equal_one(base, single, tmp_path, zero_stage):
-    out = tmp_path / "run"
-    done = launch(flags(base, out, zero_stage=zero_stage), "--module", "reward.train")
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_ranks_equal_one(single, double, zero_stage):
+    out = double[zero_stage]
     ours, theirs = metrics_of(out), metrics_of(single)
     assert len(ours) == len(theirs) == 4
     for row, expected in zip(ours, theirs, strict=True):

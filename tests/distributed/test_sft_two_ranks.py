@@ -1,4 +1,4 @@
-"""`sft.train` under the deepspeed launcher: two ranks, packed, make the numbers, texts and weights of one, unpacked."""
+"""`sft.train`: two ranks, packed, make the numbers, texts and weights of one, unpacked."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from sft.train import main
-from tests.ranks import launch
+from tests.faults.scenarios import run_forked
 from tests.tiny import SAMPLES, tiny_llama_folder
 from tests.tiny_run import read_lines, read_metrics
 
@@ -30,13 +30,29 @@ def single(tmp_path_factory) -> tuple[Path, Path]:
     return base, folder / "run"
 
 
+@pytest.fixture(scope="module")
+def double(single, tmp_path_factory) -> dict[int, Path]:
+    """ZeRO stage -> the run of two; under ZeRO-3 without room for whole weights.
+
+    In micro-batches of which the ranks need different numbers.
+    """
+    folder, (base, _) = tmp_path_factory.mktemp("double"), single
+    rows = {
+        stage: {
+            "module": "sft.train", "fault": "no room" if stage == 3 else None,
+            "argv": flags(base, folder / str(stage), zero_stage=stage, micro_batch_tokens=200),
+        }
+        for stage in (2, 3)
+    }  # fmt: skip
+    results = run_forked(folder, rows)
+    for result in results.values():
+        assert result.codes == [0, 0], result.log[-3000:]
+    return {stage: result.out for stage, result in results.items()}
+
+
 @pytest.mark.parametrize("zero_stage", [2, 3])
-def test_two_ranks_equal_one(single, tmp_path, zero_stage):
-    """In micro-batches of which the ranks need different numbers; under ZeRO-3 without room for whole weights."""
-    (base, one), two = single, tmp_path / "two"
-    command = ["tests/distributed/no_room.py"] if zero_stage == 3 else ["--module", "sft.train"]
-    done = launch(flags(base, two, zero_stage=zero_stage, micro_batch_tokens=200), *command)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_ranks_equal_one(single, double, zero_stage):
+    one, two = single[1], double[zero_stage]
     ours, theirs = read_metrics(two), read_metrics(one)
     assert [set(row) for row in ours] == [set(row) for row in theirs]
     for row, expected in zip(ours, theirs, strict=True):

@@ -166,6 +166,11 @@ def small_chunks(rank: int) -> None:
     ppo.models.CHUNK_ELEMENTS = 4 * 400
 
 
+def no_room(rank: int) -> None:
+    """Whole weights find no room beside their shards, as with a large model under ZeRO-3."""
+    TrainEngine.fits_gathered = lambda self: False
+
+
 FAULTS = {
     f"{number.name} in {phase}": at_call(VICTIM, phase, 2, number)
     for phase in PHASES
@@ -175,6 +180,7 @@ FAULTS |= {"NaN loss": bad_minibatch(nan_loss), "NaN gradient": bad_minibatch(na
 FAULTS |= {
     "empty responses": empty_responses,
     "small chunks": small_chunks,
+    "no room": no_room,
     "disk fills in a save": disk_fills_in_a_save,
 }
 FAULTS |= {"disk is full": disk_is_full, "two signals": two_signals, "insistent launcher": insistent_launcher}

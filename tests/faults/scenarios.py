@@ -2,10 +2,11 @@
 
     python -m tests.faults.scenarios CASES.json
 
-A case: {"ranks": 2, "fault": a name in FAULTS or null, "patience": seconds, "log": file, "argv": of train_ppo.py}.
-Prints the exit codes of each as JSON.
+A case: {"module": with a `main`, "argv": for it, "ranks": 2, "fault": a name in FAULTS or null, "patience": seconds,
+"log": file}. Prints the exit codes of each as JSON.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -21,8 +22,8 @@ import torch
 from tests.faults.faults import FAULTS
 from tests.faults.kill import nothing, start, wait
 from tests.tiny_run import REPOSITORY, Inputs, clean_environment, run_flags
-from train_ppo import main as train_ppo
 
+DEFAULTS = {"module": "train_ppo", "ranks": 2, "fault": None, "patience": 60}
 SMALL = {"train_steps": 3, "checkpoint_per_step": 1, "keep_checkpoints": 3, "num_eval_prompts": 0}
 
 
@@ -36,19 +37,28 @@ class Result:
 
 
 def run_cases(folder: Path, inputs: Inputs, cases: dict[str, dict], runs: Path | None = None) -> dict[str, Result]:
-    """Name -> result. A case: flags, and besides them `fault`, `ranks`, `patience`, `out` (the run's folder in `runs`).
+    """Name -> result of runs of train_ppo.py. A case: flags, and besides them what differs from DEFAULTS, and `out`.
 
-    runs: where that folder is, if not in `folder` as the logs are.
+    That is the run's folder in `runs`, if that is not in `folder` as the logs are.
     """
-    rows = []
+    rows = {}
     for name, case in cases.items():
         flags = dict(case)
-        own = {"fault": None, "ranks": 2, "patience": 60, "out": name}
-        own = {key: flags.pop(key, value) for key, value in own.items()}
-        out = (runs or folder) / own.pop("out").replace(" ", "_")
-        log = folder / f"{name.replace(' ', '_')}.log"
-        rows.append(own | {"log": str(log), "argv": run_flags(inputs, out, **SMALL | flags)})
-    (folder / "cases.json").write_text(json.dumps(rows))
+        own = {key: flags.pop(key) for key in DEFAULTS if key in flags}
+        out = (runs or folder) / flags.pop("out", name).replace(" ", "_")
+        rows[name] = own | {"argv": run_flags(inputs, out, **SMALL | flags)}
+    return run_forked(folder, rows)
+
+
+def run_forked(folder: Path, rows: dict[str, dict]) -> dict[str, Result]:
+    """Name -> result. A row: "argv", and what differs from DEFAULTS. Packages are imported once for all of them."""
+    cases = [
+        DEFAULTS
+        | row
+        | {"argv": [str(word) for word in row["argv"]], "log": str(folder / f"{name}.log".replace(" ", "_"))}
+        for name, row in rows.items()
+    ]
+    (folder / "cases.json").write_text(json.dumps(cases))
     result = subprocess.run(
         [sys.executable, "-m", "tests.faults.scenarios", str(folder / "cases.json")],
         cwd=REPOSITORY, env=clean_environment() | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True,
@@ -56,9 +66,9 @@ def run_cases(folder: Path, inputs: Inputs, cases: dict[str, dict], runs: Path |
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     codes = json.loads(result.stdout.splitlines()[-1])
-    outs = (Path(row["argv"][row["argv"].index("--model_save_path") + 1]) for row in rows)
-    found = zip(cases, codes, rows, outs, strict=True)
-    return {name: Result(code, Path(row["log"]).read_text(), out) for name, code, row, out in found}
+    outs = (Path(case["argv"][case["argv"].index("--model_save_path") + 1]) for case in cases)
+    found = zip(rows, codes, cases, outs, strict=True)
+    return {name: Result(code, Path(case["log"]).read_text(), out) for name, code, case, out in found}
 
 
 def main() -> None:
@@ -67,7 +77,8 @@ def main() -> None:
     codes = []
     for case in json.loads(Path(sys.argv[1]).read_text()):
         fault = FAULTS[case["fault"]] if case["fault"] else nothing
-        children = start(lambda argv=case["argv"]: train_ppo(argv), case["ranks"], Path(case["log"]), fault)
+        run = importlib.import_module(case["module"]).main
+        children = start(lambda run=run, argv=case["argv"]: run(argv), case["ranks"], Path(case["log"]), fault)
         codes.append(wait(children, case["patience"]))
     print(json.dumps(codes))
 
