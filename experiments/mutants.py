@@ -13,7 +13,7 @@ from pathlib import Path
 from experiments.claims import FIGURES
 from experiments.curves import load_runs, read_run
 from experiments.report import Table, verdicts
-from experiments.run import Job, execute, folder_name, side_by_side
+from experiments.run import Job, execute, folder_name, side_by_side, stop_in_order
 from experiments.settings import CODE, REPOSITORY
 from experiments.world import WORLD, build_world
 from utils.args import entry_point
@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(argv)
+    stop_in_order()
     world = REPOSITORY / WORLD
     folder = world.parent / "mutants" / options.mutant
     copy_code(options.mutant, folder / "code")

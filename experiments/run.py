@@ -165,6 +165,11 @@ def side_by_side(jobs: list[Job], work: Callable[[Job], object], workers: int) -
                     job.process.send_signal(signal.SIGTERM)
 
 
+def stop_in_order() -> None:
+    """SIGTERM does what Ctrl-C does: no run is left to itself."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Figures in, verdicts out."""
@@ -173,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
     parser.add_argument("--output", type=Path, default=REPOSITORY / WORLD.parent)
     options = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no run is left to itself
+    stop_in_order()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     started, figures = time.monotonic(), list(FIGURES) if "all" in options.figure else options.figure
