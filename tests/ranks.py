@@ -22,11 +22,11 @@ def free_port() -> int:
                 return port
 
 
-def launch(flags: list[str], *script: str) -> subprocess.CompletedProcess:
-    """Runs a script (default: train_ppo.py), or `--module`, name, with these flags on two ranks."""
+def launch(flags: list[str]) -> subprocess.CompletedProcess:
+    """Runs train_ppo.py with these flags on two ranks."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--no_local_rank"]
     return subprocess.run(
-        [*launcher, "--master_port", str(free_port()), *(script or ["train_ppo.py"]), *flags],
+        [*launcher, "--master_port", str(free_port()), "train_ppo.py", *flags],
         cwd=REPOSITORY, env=clean_environment() | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True,
         timeout=150,
     )  # fmt: skip

@@ -1,14 +1,14 @@
 """`reward.train`: two ranks make the numbers and the weights of one process."""
 
-import json
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from reward.train import main
-from tests.faults.scenarios import run_forked
+from tests.faults.scenarios import finished, run_forked
 from tests.tiny import SAMPLES, tiny_llama_folder
+from tests.tiny_run import read_lines
 
 
 def flags(base: Path, out: Path, **changes) -> list[str]:
@@ -35,10 +35,6 @@ def flags(base: Path, out: Path, **changes) -> list[str]:
     return [word for name, value in (values | changes).items() for word in (f"--{name}", str(value))]
 
 
-def metrics_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     return tiny_llama_folder(tmp_path_factory.mktemp("base"))
@@ -59,16 +55,13 @@ def double(base, tmp_path_factory) -> dict[int, Path]:
         stage: {"module": "reward.train", "argv": flags(base, folder / str(stage), zero_stage=stage)}
         for stage in (2, 3)
     }
-    results = run_forked(folder, rows)
-    for result in results.values():
-        assert result.codes == [0, 0], result.log[-3000:]
-    return {stage: result.out for stage, result in results.items()}
+    return finished(run_forked(folder, rows))
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_two_ranks_equal_one(single, double, zero_stage):
     out = double[zero_stage]
-    ours, theirs = metrics_of(out), metrics_of(single)
+    ours, theirs = (read_lines(run / "metrics.jsonl") for run in (out, single))
     assert len(ours) == len(theirs) == 4
     for row, expected in zip(ours, theirs, strict=True):
         assert set(row) == set(expected)

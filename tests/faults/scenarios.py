@@ -52,12 +52,7 @@ def run_cases(folder: Path, inputs: Inputs, cases: dict[str, dict], runs: Path |
 
 def run_forked(folder: Path, rows: dict[str, dict]) -> dict[str, Result]:
     """Name -> result. A row: "argv", and what differs from DEFAULTS. Packages are imported once for all of them."""
-    cases = [
-        DEFAULTS
-        | row
-        | {"argv": [str(word) for word in row["argv"]], "log": str(folder / f"{name}.log".replace(" ", "_"))}
-        for name, row in rows.items()
-    ]
+    cases = [DEFAULTS | row | {"log": str(folder / f"{name}.log".replace(" ", "_"))} for name, row in rows.items()]
     (folder / "cases.json").write_text(json.dumps(cases))
     result = subprocess.run(
         [sys.executable, "-m", "tests.faults.scenarios", str(folder / "cases.json")],
@@ -69,6 +64,13 @@ def run_forked(folder: Path, rows: dict[str, dict]) -> dict[str, Result]:
     outs = (Path(case["argv"][case["argv"].index("--model_save_path") + 1]) for case in cases)
     found = zip(rows, codes, cases, outs, strict=True)
     return {name: Result(code, Path(case["log"]).read_text(), out) for name, code, case, out in found}
+
+
+def finished(results: dict[str, Result]) -> dict[str, Path]:
+    """Name -> folder, of runs on two ranks. AssertionError unless all have come to their end."""
+    for name, result in results.items():
+        assert result.codes == [0, 0], f"{name}: {result.log[-3000:]}"
+    return {name: result.out for name, result in results.items()}
 
 
 def main() -> None:
