@@ -21,7 +21,7 @@ from reward.model import load_scalar_model, save_scalar_model
 from reward.panel import PanelConfig, score_preferences
 from reward.train import main as train
 from tests.tiny import SAMPLES, tiny_llama_folder, tiny_tokenizer_folder
-from tests.tiny_run import REPOSITORY, SIZES, clean_environment
+from tests.tiny_run import REPOSITORY, SIZES, clean_environment, read_lines
 from utils.errors import UserError
 from utils.tokenizer import load_tokenizer
 
@@ -69,7 +69,7 @@ def is_drawn(file: Path) -> bool:
 @pytest.fixture(scope="module")
 def annotated(models, tmp_path_factory) -> Path:
     data, out = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("strength") / "out"
-    rows = [json.loads(line) for line in (DATA / "train.jsonl").read_text().splitlines()]
+    rows = read_lines(DATA / "train.jsonl")
     for row in rows[::2]:  # strengths of both signs
         row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
     rows[0]["chosen_score_list"] = [1.0, 2.0]  # an earlier ensemble's
@@ -81,7 +81,7 @@ def annotated(models, tmp_path_factory) -> Path:
 
 
 def test_strength_is_the_mean_and_deviation_of_another_tools_scores(models, annotated):
-    rows = [json.loads(line) for line in (annotated / "train.jsonl").read_text().splitlines()]
+    rows = read_lines(annotated / "train.jsonl")
     assert len(rows) == 16
     assert rows[14:] == [{"chosen": ["a"]}, {"prompt": "Hi", "responses": ["one", "two"]}]
     chosen, rejected = (
@@ -108,7 +108,7 @@ def test_strength_of_what_fits_every_model(models, tmp_path, capsys):
     rows = [{"chosen": [q, "Yes."], "rejected": [q, "No, never."]} for q in ("Why? " * 40, "Really?", "Is it?")]
     data.write_text("\n".join(map(json.dumps, rows)))
     strength.main(argv([models[0], small], data_path=data, output=out))
-    written = [json.loads(line) for line in (out / "x.jsonl").read_text().splitlines()]
+    written = read_lines(out / "x.jsonl")
     assert written[0] == rows[0]
     for side in ("chosen", "rejected"):
         scores = [scores_elsewhere(model, [row[side] for row in rows[1:]]) for model in models[:2]]
@@ -146,7 +146,7 @@ def test_an_evaluation_says_what_another_tools_scores_say(models, tmp_path, caps
     data = tmp_path / "data"
     data.mkdir()
     shutil.copy(DATA / "train.jsonl", data / "train.jsonl")
-    valid = [json.loads(line) for line in (DATA / "train.jsonl").read_text().splitlines()]
+    valid = read_lines(DATA / "train.jsonl")
     for name, part in (("helpful", valid[:8]), ("harmless", valid[8:])):
         (data / f"{name}_valid.jsonl").write_text("\n".join(map(json.dumps, part)))
     evaluate.main(argv(models[:2], data_path=data, output=tmp_path / "out"))

@@ -16,6 +16,7 @@ from data.template import encode_dialogue
 from reward.config import RewardConfig
 from reward.train import load, main
 from tests.tiny import SAMPLES, tiny_llama_folder
+from tests.tiny_run import read_lines
 from utils.tokenizer import load_tokenizer
 
 DATA = SAMPLES / "en" / "preferences"
@@ -42,10 +43,6 @@ def flags(base: Path, out: Path, **changes) -> list[str]:
     return [word for name, value in (values | changes).items() for word in (f"--{name}", str(value))]
 
 
-def metrics_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def refusal(argv: list[str], capsys) -> str:
     """The one line on stderr of a run that must fail with exit code 2."""
     with pytest.raises(SystemExit) as stop:
@@ -64,7 +61,7 @@ def run(base, tmp_path_factory) -> Path:
 
 
 def test_the_loss_falls_below_that_of_a_coin_and_held_out_pairs_are_ranked(run):
-    metrics = metrics_of(run)
+    metrics = read_lines(run / "metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, 17))
     assert metrics[-1]["loss"] < 0.3
     assert metrics[-1]["eval_accuracy"] == 1.0
@@ -76,14 +73,14 @@ def test_the_loss_falls_below_that_of_a_coin_and_held_out_pairs_are_ranked(run):
 
 
 def test_the_learning_rate_warms_up_and_decays_to_a_tenth(run):
-    rates = [row["lr"] for row in metrics_of(run)]
+    rates = [row["lr"] for row in read_lines(run / "metrics.jsonl")]
     assert rates[:2] == pytest.approx([5e-4, 1e-3])
     assert rates[3] == pytest.approx(1e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * 2 / 14))))
     assert rates[-1] == pytest.approx(1e-4)
 
 
 def test_best_is_the_evaluation_with_the_lowest_loss(run):
-    first, last = (row["eval_loss"] for row in metrics_of(run) if "eval_loss" in row)
+    first, last = (row["eval_loss"] for row in read_lines(run / "metrics.jsonl") if "eval_loss" in row)
     best, final = (load_file(run / name / "model.safetensors") for name in ("best", "final"))
     assert all(torch.equal(tensor, final[name]) for name, tensor in best.items()) == (last < first)
 
@@ -110,7 +107,7 @@ def test_micro_batches_change_nothing_and_the_lm_term_adds_up(base, tmp_path):
     """Micro-batches change nothing; step 1, before any update, costs beta x CE more with the LM term."""
     for name, changes in {"a": {}, "b": {"micro_batch_tokens": 1}, "c": {"reward_lm_loss_factor": 0.5}}.items():
         main(flags(base, tmp_path / name, train_steps=2, **changes))
-    a, b, c = (metrics_of(tmp_path / name) for name in "abc")
+    a, b, c = (read_lines(tmp_path / name / "metrics.jsonl") for name in "abc")
     for row_a, row_b in zip(a, b, strict=True):
         for key in ("loss", "accuracy", "score_difference", "grad_norm"):
             assert row_b[key] == pytest.approx(row_a[key], rel=1e-4, abs=1e-6)
@@ -127,7 +124,7 @@ def test_everything_of_part_two_at_once(base, tmp_path, capsys):
     """
     data = tmp_path / "data"
     data.mkdir()
-    rows = [json.loads(line) for line in (DATA / "train.jsonl").read_text().splitlines()]
+    rows = read_lines(DATA / "train.jsonl")
     ranked = {"prompt": "Name a tree.", "responses": ["An oak.", "Tree", "No."], "scores": [3, 1, 0]}
     (data / "train.jsonl").write_text("\n".join(map(json.dumps, [*rows, ranked])))
     (data / "helpful_valid.jsonl").write_text((DATA / "valid.jsonl").read_text())
@@ -143,7 +140,7 @@ def test_everything_of_part_two_at_once(base, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "preferences: 1 of 14 flipped" in said
     assert "best eval_calibration_error so far" in said
-    metrics = metrics_of(out)
+    metrics = read_lines(out / "metrics.jsonl")
     for row in metrics:
         assert row["loss"] == pytest.approx(row["ranking_loss"] + 0.5 * row["simcse_loss"], rel=1e-5)
         assert row["simcse_loss"] > 0
@@ -178,7 +175,7 @@ def test_dropout_is_there_for_the_contrastive_term_alone(base):
 def test_centring_on_the_held_out_answers_leaves_their_mean_at_zero(base, tmp_path):
     main(flags(base, tmp_path / "a", train_steps=2, center_scores=True))
     main(flags(tmp_path / "a" / "final", tmp_path / "b", train_steps=2, center_scores=True, lr=1e-12))
-    first, second = (metrics_of(tmp_path / name)[-1]["eval_score_center"] for name in "ab")
+    first, second = (read_lines(tmp_path / name / "metrics.jsonl")[-1]["eval_score_center"] for name in "ab")
     assert abs(first) > 1e-2
     chosen = [[p.history[0]["content"], p.answers[0]] for p in load_preferences(str(DATA), 0, 0, str)[1]]
     assert mean_score_elsewhere(tmp_path / "a" / "final", chosen) == pytest.approx(first, abs=1e-5)
@@ -189,7 +186,7 @@ def test_a_seed_repeats_a_run_and_checkpointing_changes_nothing(base, tmp_path):
     main(flags(base, tmp_path / "a", train_steps=3))
     main([*flags(base, tmp_path / "b", train_steps=3), "--gradient_checkpoint"])
     main(flags(base, tmp_path / "c", train_steps=3, seed=7))
-    a, b, c = ([row["loss"] for row in metrics_of(tmp_path / name)] for name in "abc")
+    a, b, c = ([row["loss"] for row in read_lines(tmp_path / name / "metrics.jsonl")] for name in "abc")
     assert b == pytest.approx(a, rel=1e-5)
     assert c != pytest.approx(a, rel=1e-3)
 
@@ -199,7 +196,7 @@ def test_bf16_and_every_zero_stage_agree(base, tmp_path):
     for dtype, stage in (("fp32", 0), ("fp32", 3), ("bf16", 1), ("bf16", 3)):
         out = tmp_path / f"{dtype}{stage}"
         main(flags(base, out, dtype=dtype, zero_stage=stage, train_steps=2))
-        losses[dtype, stage] = [row["loss"] for row in metrics_of(out)]
+        losses[dtype, stage] = [row["loss"] for row in read_lines(out / "metrics.jsonl")]
     reference = losses["fp32", 0]
     assert losses["fp32", 3] == pytest.approx(reference, rel=1e-5)
     assert losses["bf16", 1] == pytest.approx(reference, rel=2e-2)

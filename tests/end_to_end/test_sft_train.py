@@ -14,7 +14,7 @@ from data.order import mixture
 from data.template import decode_answer, encode_dialogue, encode_prompt
 from sft.train import SFTConfig, load_encoded, main, spread
 from tests.tiny import SAMPLES, tiny_llama, tiny_llama_folder
-from tests.tiny_run import write_json
+from tests.tiny_run import read_lines, write_json
 from utils.tokenizer import load_tokenizer
 
 DATA = SAMPLES / "en" / "dialogues"
@@ -41,10 +41,6 @@ def flags(base: Path, out: Path, **changes) -> list[str]:
     return [word for name, value in (values | changes).items() for word in (f"--{name}", str(value))]
 
 
-def metrics_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def run(base, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "sft"
@@ -53,7 +49,7 @@ def run(base, tmp_path_factory) -> Path:
 
 
 def test_the_loss_starts_at_the_logarithm_of_the_vocabulary_and_falls(run):
-    metrics = metrics_of(run)
+    metrics = read_lines(run / "metrics.jsonl")
     assert abs(metrics[0]["loss"] - 5.99) < 0.4  # ln 400
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
     assert metrics[11]["eval_loss"] < metrics[3]["eval_loss"]
@@ -63,7 +59,7 @@ def test_the_loss_starts_at_the_logarithm_of_the_vocabulary_and_falls(run):
 
 
 def test_the_learning_rate_follows_a_cosine_to_a_tenth(run):
-    rates = [row["lr"] for row in metrics_of(run)]
+    rates = [row["lr"] for row in read_lines(run / "metrics.jsonl")]
     assert rates == pytest.approx([3e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * k / 11))) for k in range(12)])
 
 
@@ -84,14 +80,14 @@ def held_out_of(folder: Path) -> tuple[int, float, int]:
 
 def test_held_out_accuracy_and_perplexity_are_those_of_the_saved_model(run):
     hits, nll, count = held_out_of(run / "final")
-    last = metrics_of(run)[-1]
+    last = read_lines(run / "metrics.jsonl")[-1]
     assert last["eval_token_accuracy"] == pytest.approx(hits / count, abs=1e-6)
     assert 0 < hits < count
     assert last["eval_perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-4)
 
 
 def test_each_evaluation_answers_held_out_prompts(run):
-    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    rows = read_lines(run / "samples.jsonl")
     assert [row["step"] for row in rows] == [4, 4, 8, 8, 12, 12]  # there are two held-out dialogues
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run / "final"), load_tokenizer(str(run / "final"))
     for row, dialogue in zip(rows[4:], load_dialogues(str(DATA), 0, 0, say=str)[1], strict=True):
@@ -153,7 +149,7 @@ def test_other_tools_load_the_result_and_stop_at_its_eos(run, folder):
 
 def test_best_is_the_evaluation_with_the_lowest_loss(run):
     """Evaluations fall to the end here, so best/ and final/ hold the same weights, which are not the first ones."""
-    losses = [row["eval_loss"] for row in metrics_of(run) if "eval_loss" in row]
+    losses = [row["eval_loss"] for row in read_lines(run / "metrics.jsonl") if "eval_loss" in row]
     assert losses == sorted(losses, reverse=True)
     best, final = (AutoModelForCausalLM.from_pretrained(run / name).lm_head.weight for name in ("best", "final"))
     assert torch.equal(best, final)
@@ -163,7 +159,7 @@ def test_best_is_the_evaluation_with_the_lowest_loss(run):
 def test_best_is_not_the_last_evaluation_when_that_is_worse(base, tmp_path):
     out = tmp_path / "out"
     main(flags(base, out, lr=0.3, lr_schedule="constant", train_steps=2, save_per_step=1))  # diverges
-    losses = [row["eval_loss"] for row in metrics_of(out)]
+    losses = [row["eval_loss"] for row in read_lines(out / "metrics.jsonl")]
     assert losses[-1] > min(losses)
     _, nll, count = held_out_of(out / "best")
     assert nll / count == pytest.approx(min(losses), rel=1e-4)
@@ -179,7 +175,7 @@ def test_the_first_loss_is_the_models_own_cross_entropy_of_the_answers(base, tmp
         labels = torch.tensor([[i if learnt else -100 for i, learnt in zip(ids, mask, strict=True)]])
         total += model(input_ids=torch.tensor([ids]), labels=labels).loss.item() * sum(mask)
         count += sum(mask)
-    assert metrics_of(tmp_path / "out")[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert read_lines(tmp_path / "out" / "metrics.jsonl")[0]["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_the_layout_of_a_forward_and_zero_stages_change_nothing(base, tmp_path):
@@ -187,9 +183,9 @@ def test_the_layout_of_a_forward_and_zero_stages_change_nothing(base, tmp_path):
     main(flags(base, tmp_path / "b", micro_batch_tokens=1))
     main(flags(base, tmp_path / "c", zero_stage=3))
     main([*flags(base, tmp_path / "d", attn_implementation="eager"), "--gradient_checkpoint"])
-    expected = metrics_of(tmp_path / "a")
+    expected = read_lines(tmp_path / "a" / "metrics.jsonl")
     for name in "bcd":
-        for row, plain in zip(metrics_of(tmp_path / name), expected, strict=True):
+        for row, plain in zip(read_lines(tmp_path / name / "metrics.jsonl"), expected, strict=True):
             for key in ("loss", "grad_norm", *(key for key in plain if key.startswith("eval_"))):
                 assert row[key] == pytest.approx(plain[key], rel=1e-4), (name, key)
 
@@ -211,7 +207,7 @@ def test_weights_decide_how_often_each_set_is_seen(base, tmp_path):
     drawn = [k for k, _ in mixture(0, 50, [25, 25], [4, 1], 42)].count(0)
     assert 34 <= drawn <= 46
     nll, tokens = (drawn * sums["a"][i] + (50 - drawn) * sums["b"][i] for i in (0, 1))
-    assert metrics_of(out)[0]["loss"] == pytest.approx(nll / tokens, rel=1e-5)
+    assert read_lines(out / "metrics.jsonl")[0]["loss"] == pytest.approx(nll / tokens, rel=1e-5)
     assert json.loads((out / "config.json").read_text())["data_weights"] == [4, 1]
 
 
