@@ -25,6 +25,7 @@ from utils.engine import TrainEngine
 from utils.errors import UserError
 from utils.tensors import before, shift_to_next
 
+Learner = tuple[TrainEngine, float, list[float]]  # with its learning rate, and the gradient norms of its steps
 OnBad = Callable[[str, Experience], None]  # what is wrong with a minibatch, on all ranks alike
 
 
@@ -53,18 +54,17 @@ def update(
     for _ in range(config.ppo_epochs):
         for chosen in torch.randperm(len(experience), generator=generator).split(config.batch_size):
             minibatch = experience.rows(chosen.to(experience.sequences.device))
-            learners = [(critic, critic_lr, norms["grad_norm_critic"])]  # the policy moves only when nothing is wrong
+            learners = [(critic, critic_lr, norms["grad_norm_critic"])]
             problem, more = None, {}
             if lr > 0.0:
                 more, problem = policy_backward(policy, minibatch, config, next(pretrain) if pretrain else None)
                 learners.append((policy, lr, norms["grad_norm_policy"]))
             values, bad_values = critic_backward(critic, minibatch, config)
             problem = problem or bad_values
-            for engine, rate, seen in learners:
-                if problem:
-                    engine.drop_gradients()
-                else:
-                    problem = try_step(engine, rate, seen)
+            if problem:
+                drop(learners)
+            else:
+                problem = try_steps(learners)
             if problem:
                 on_bad(problem, minibatch)
             else:
@@ -77,17 +77,36 @@ def update(
     return metrics
 
 
-def try_step(engine: TrainEngine, lr: float, norms: list[float]) -> str | None:
-    """One optimizer step; its gradient norm joins `norms`. Returns what is wrong where it could not be made."""
-    norm = engine.step(lr)
-    if not math.isfinite(norm):
+def drop(learners: list[Learner]) -> None:
+    """Forgets their gradients. Collective."""
+    for engine, *_ in learners:
+        engine.drop_gradients()
+
+
+def try_steps(learners: list[Learner]) -> str | None:
+    """One optimizer step of each, or of none: then returns what is wrong. Norms of steps join the lists. Collective.
+
+    The first one's step waits, its norm known, for those of the others.
+    """
+    (engine, lr, norms), *others = learners
+    problem = None
+
+    def others_step() -> bool:
+        nonlocal problem
+        problem = try_steps(others) if others else None
+        return problem is None
+
+    norm = engine.step(lr, others_step)
+    if math.isfinite(norm):
+        norms.append(norm)
+    elif problem is None:
+        drop(others)  # which were not asked
         ranks = engine.bad_gradients()
-        return (
+        problem = (
             f"the gradient of the {engine.name} is not finite, or beyond --explosion_limit (rank {ranks}); its weights "
             "were not changed. Lower the learning rate, or look in metrics.jsonl for the quantity that ran away"
         )
-    norms.append(norm)
-    return None
+    return problem
 
 
 def _model_of(key: str) -> str:

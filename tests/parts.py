@@ -1,5 +1,6 @@
 """Parts of a PPO run in memory: flags, hand-made rollouts and scores, a tiny policy behind a light engine."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -59,8 +60,9 @@ class GradientEngine(InferenceEngine):
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, provided: Callable[[], bool] = lambda: True) -> float:
         norm = float(sum(p.grad.square().sum() for p in self.module.parameters() if p.grad is not None) ** 0.5)
+        assert provided()
         with torch.no_grad():
             for p in self.module.parameters():
                 if p.grad is not None:

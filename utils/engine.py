@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -114,6 +115,7 @@ class TrainEngine:
         self.explosion_limit = config.explosion_limit
         self._replicated_norm = None
         self._dropping = False
+        self._provided: Callable[[], bool] | None = None
         self._bad_gradient = torch.zeros((), dtype=torch.bool, device=device())
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         for parameter in self.parameters:
@@ -154,12 +156,14 @@ class TrainEngine:
         """Adds the gradient of this rank's share of the loss. DeepSpeed averages over ranks: undone here."""
         self.engine.backward(loss * world_size())
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, provided: Callable[[], bool] | None = None) -> float:
         """One optimizer step at this learning rate; returns the global gradient norm before clipping.
 
         Infinite, on all ranks, where the norm is not finite or beyond --explosion_limit: then the gradients are gone,
-        and weights and optimizer state are as they were.
+        and weights and optimizer state are as they were. So they are where `provided` says no, which is asked once
+        the norm is known to be good: DeepSpeed tells it only in the middle of a step.
         """
+        self._provided = provided
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
@@ -188,7 +192,10 @@ class TrainEngine:
         self._bad_gradient |= ~gradient.isfinite().all()
 
     def _refused(self, norm: float) -> bool:
-        return self._dropping or not norm <= self.explosion_limit
+        if self._dropping or not norm <= self.explosion_limit:
+            return True
+        provided, self._provided = self._provided, None
+        return provided is not None and not provided()
 
     def _clip_replicated(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
         limit = self.gradient_clip or float("inf")

@@ -20,7 +20,7 @@ def weights(engine: TrainEngine) -> torch.Tensor:
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_a_bad_batch_is_as_if_it_had_not_been(single_process, zero_stage):
-    """Loss of the policy, loss of the critic, and a gradient that explodes though the losses are finite."""
+    """Loss of the policy, loss of the critic, and a gradient of either that explodes though the losses are finite."""
     experience, config = scored(rollout_by_hand(), tiny_models(), batch_size=4, zero_stage=zero_stage)
     limit = replace(config, explosion_limit=1e4)
 
@@ -39,14 +39,14 @@ def test_a_bad_batch_is_as_if_it_had_not_been(single_process, zero_stage):
     bad["the loss of the critic is not finite"] = broken("returns", math.inf)
     bad["the loss of the critic is beyond --explosion_limit"] = broken("returns", 1e4)
     bad["the gradient of the critic is not finite, or beyond --explosion_limit"] = broken("returns", 100.0)
+    bad["the gradient of the policy is not finite, or beyond --explosion_limit"] = broken("advantages", 100.0)
     before = weights(policy), weights(critic)
     for text, batch in bad.items():
-        flags = limit
         if text.startswith("the gradient"):
-            critic.explosion_limit = 10.0
-        update(policy, critic, batch, flags, 0, 1e-3, 1e-3, on_bad=lambda problem, _: told.append(problem))
+            {"critic": critic, "policy": policy}[text.split()[4]].explosion_limit = 10.0
+        update(policy, critic, batch, limit, 0, 1e-3, 1e-3, on_bad=lambda problem, _: told.append(problem))
         assert told[-1].startswith(text)
-        critic.explosion_limit = 1e4
+        policy.explosion_limit = critic.explosion_limit = 1e4
         assert torch.equal(weights(policy), before[0])
         assert torch.equal(weights(critic), before[1])
     assert len(told) == len(bad)

@@ -78,7 +78,7 @@ def test_every_epoch_visits_every_sample_once_in_whole_batches(monkeypatch):
     models, steps = tiny_models(), []
     experience, config = scored(rollout_by_hand(), models, batch_size=2, ppo_epochs=3)
     experience = replace(experience, sequences=experience.sequences.clone())
-    monkeypatch.setattr(models.policy, "step", lambda lr: steps.append(lr) or 1.0, raising=False)
+    monkeypatch.setattr(models.policy, "step", lambda lr, provided: steps.append(lr) or 1.0, raising=False)
     seen: list[int] = []
     models.critic.module.register_forward_hook(lambda module, inputs, output: seen.extend(inputs[0][:, 1].tolist()))
     update(models.policy, models.critic, experience, config, 0, 1e-3, 1e-3)
