@@ -113,7 +113,7 @@ ARGS=(
   --tokenizer_name_or_path "$TOKENIZER"
   --data_path "$DATA"
   --model_save_path "$OUTPUT"
-  --seed 42
+  --seed 42        # of the prompts' order, the responses and new heads
 
   # How much, and how long. All sizes count samples on all GPUs together
   --train_steps 1000          # buffers of samples; paper: 1000, stable up to 10,000
@@ -132,20 +132,21 @@ ARGS=(
   --lr_schedule inverse_sqrt  # how both fall after the warm-up; or cosine, linear, constant
 
   # Sampling: what is learnt from is what was sampled, so nothing is cut off
-  --temperature 1.0
-  --topp 1.0
-  --repetition_penalty 1.0
+  --temperature 1.0           # log-probabilities are taken at it too; released scripts: 0.8
+  --topp 1.0                  # released scripts: 0.9, which the ratio knows nothing of
+  --repetition_penalty 1.0    # released scripts: 1.1, likewise
 
   # Memory
-  --dtype bf16
+  --dtype bf16                # of all models; fp32 where there is no arithmetic for bf16
   --zero_stage 2              # paper: ZeRO-2
   --gradient_checkpoint True  # paper: so
   --offload_optimizer False   # True: the optimizer's state lives in host memory
   --offload_frozen True       # reference and reward model wait in host memory (27 GB a GPU for 7B) between scorings
 
   # Watching
-  --save_per_step 100         # evaluate on held-out prompts and save every so many buffers
-  --num_eval_prompts 128
+  --save_per_step 100         # buffers between evaluations on held-out prompts; the best model so far goes to best/
+  --num_eval_prompts 128      # held-out prompts of an evaluation
+  --checkpoint_per_step 50    # buffers between checkpoints, from which a run that was stopped goes on
 )
 # What makes PPO-max out of PPO. With `--preset vanilla` these lines are left out, and the preset's values hold.
 TRICKS=(
@@ -155,7 +156,7 @@ TRICKS=(
   # Score: what the reward model says, made fit to learn from
   --use_reward_scaling True   # divide by the running standard deviation; paper: part of PPO-max
   --use_reward_norm True      # and subtract the running mean; paper: part of PPO-max
-  --use_reward_clip True
+  --use_reward_clip True      # after that; paper: part of PPO-max
   --reward_clip 0.3           # largest score in standard deviations; paper: 0.3 holds, 0.8 collapses
   --kl_penalty_weight 0.05    # pull of each token towards the reference; paper: 0.05, 0.1 and 0.2 are all stable
   --kl_in reward              # the penalty is part of the reward, token by token; paper: so
@@ -165,18 +166,22 @@ TRICKS=(
   --gamma 1.0                 # discount a token; 1: none, the score at the end counts in full
   --lam 0.95                  # GAE; paper: 0.9 in the figures, 0.95 in the released scripts; 0 and 1 are unstable
   --use_advantage_norm True   # mean 0 and variance 1 over the buffer
-  --use_advantage_clip False  # paper: a bound of 0.12 holds too, as another way to the same end
+  --use_advantage_clip False  # paper: another way to the same end as the score's clip
+  --advantage_clip 0.12       # with it; paper: 0.12 holds
 
   # Losses
-  --use_policy_loss_clip True
+  --use_policy_loss_clip True # of the surrogate, as in any PPO
   --pg_clip 0.2               # the ratio stays within 1 +- this; paper: not enough by itself
-  --use_critic_loss_clip True
+  --use_critic_loss_clip True # the critic learns in small steps
   --value_clip 0.2            # values stay this close to the old ones; paper: part of PPO-max
   --vf_loss_weight 1.0        # of the value loss
-  --use_entropy_loss False    # True with --entropy_loss_weight and _clip; paper: collapses without the clip
-  --use_ppo_pretrain_loss False # True with --ppo_pretrain_data_path and _loss_weight: less is forgotten on the way
+  --use_entropy_loss False    # a bonus for entropy; paper: collapses without a limit
+  --entropy_loss_weight 0.01  # with it
+  --entropy_clip 3.5          # with it, nats a token up to which there is a bonus; no limit: 0
+  --use_ppo_pretrain_loss False # True with --ppo_pretrain_data_path: less is forgotten on the way; paper: part of PPO-max
+  --ppo_pretrain_loss_weight 0.5 # with it; paper: no number given
 )
-if [[ $(flag_value --preset ppo_max "$@") == ppo_max ]]; then
+if [[ $(flag_value --preset ppo_max "${ARGS[@]}" "$@") == ppo_max ]]; then
   ARGS+=("${TRICKS[@]}")
 fi
 launch "$OUTPUT/train.log" train_ppo.py "${ARGS[@]}" "$@"

@@ -9,7 +9,8 @@ from utils.args import SEEDS, check_range, check_warmup
 from utils.errors import UserError
 from utils.run_flags import RunFlags
 
-# The defaults below are PPO-max (Part I §5.4), all of it. Explicit flags win over a preset, a preset over the defaults.
+# The defaults below are PPO-max (Part I §5.4), but for its pre-training loss, which needs data. Explicit flags win over
+# a preset, a preset over the defaults.
 PRESETS = {
     "ppo_max": {},
     "vanilla": {

@@ -9,6 +9,8 @@ from utils.args import check_range
 from utils.errors import UserError
 from utils.fit_config import FitConfig
 
+RELEASED_METRICS = {"rm_loss": "loss", "rm_acc": "accuracy"}  # names in MOSS-RLHF's scripts
+
 
 @dataclass
 class RewardConfig(FitConfig):
@@ -41,9 +43,17 @@ class RewardConfig(FitConfig):
     center_data_path: str | None = None
     """With --center_scores: dialogues whose answers are to have mean 0 instead, such as those of SFT"""
     validation_metric: Literal[
-        "accuracy", "worst_subset_accuracy", "loss", "score_difference", "calibration_error", "length_bias"
+        "accuracy",
+        "worst_subset_accuracy",
+        "loss",
+        "score_difference",
+        "calibration_error",
+        "length_bias",
+        "rm_loss",
+        "rm_acc",
     ] = "accuracy"
-    """What picks best/, on held-out pairs: the largest of the accuracies and score_difference, the least of the rest"""
+    """What picks best/, on held-out pairs: the largest of the accuracies and score_difference, the least of the rest.
+    rm_loss and rm_acc are the released script's names for loss and accuracy"""
     delimiter: str | None = None
     """What ends every utterance. Only the tokenizer's own EOS, the default, is in use with our templates"""
 
@@ -54,6 +64,7 @@ class RewardConfig(FitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.validation_metric = RELEASED_METRICS.get(self.validation_metric, self.validation_metric)
         check_range(self, reward_lm_loss_factor=(0, None), simcse_coef=(0, None))
         if not MIN_PAIRS <= self.batch_size <= MAX_PAIRS:
             raise UserError(f"--batch_size {self.batch_size}: give {MIN_PAIRS} to {MAX_PAIRS} pairs, over all ranks")

@@ -3,6 +3,7 @@
 import pytest
 
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
+from reward.config import RewardConfig
 from utils.args import build_parser, entry_point, field_help, parse_args
 from utils.errors import UserError
 
@@ -13,6 +14,11 @@ RELEASED_FLAGS = """
     --kl_penalty_weight 0.01 --use_reward_scaling --use_critic_loss_clip --use_policy_loss_clip --train_steps 1000
     --save_per_step 100 --warmup_steps 100 --batch_size 2 --rollout_batch_size 2 --num_rollouts 2 --gradient_checkpoint
     --lang en --logdir X
+"""
+RELEASED_REWARD_FLAGS = """
+    --hf_model_name_or_path X --model_save_path X --batch_size 4 --context_truncate 2048 --data_path X
+    --train_steps 1000 --warmup_steps 100 --save_per_step 500 --print_interval 5 --validation_metric rm_loss --lr 5e-6
+    --reward_lm_loss_factor 0 --gradient_checkpoint --delimiter </s> --logdir X
 """
 KEPT_NAMES = """
     policy_model_path critic_model_path tokenizer_name_or_path model_save_path data_path logdir lr critic_lr seed
@@ -37,6 +43,14 @@ def test_released_script_parses():
     assert config.use_reward_scaling and config.use_critic_loss_clip and config.gradient_checkpoint
     assert not config.use_reward_clip  # its --reward_clip 0. means no clipping
     config.check_world(1, 32_000)  # and --entropy_clip 35 without an entropy bonus harms nobody
+
+
+def test_released_reward_script_parses():
+    config = parse_args(RewardConfig, RELEASED_REWARD_FLAGS.split())
+    assert (config.batch_size, config.validation_metric, config.larger_is_better) == (4, "loss", False)
+    assert (config.delimiter, config.gradient_checkpoint) == ("</s>", True)
+    config = parse_args(RewardConfig, [*RELEASED_REWARD_FLAGS.split(), "--validation_metric", "rm_acc"])
+    assert (config.validation_metric, config.larger_is_better) == ("accuracy", True)
 
 
 def test_every_kept_flag_exists_with_help():

@@ -1,11 +1,13 @@
 """The recipes: from anywhere, their flags are ones that the stage knows, and what the user adds wins."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from sft.train import SFTConfig
 from utils.args import parse_args
 
@@ -65,3 +67,26 @@ def test_paths_reach_the_command_as_they_are(recipe, tmp_path):
         assert argv[-1] == "$(touch ran)"
     assert (place / "out" / "train.log").is_file()
     assert not list(tmp_path.rglob("ran")) and not (REPOSITORY / "ran").exists()
+
+
+@pytest.mark.parametrize("script", ["run_en.sh", "run_zh.sh"])
+def test_the_preset_counts_wherever_it_is_changed(recipe, tmp_path, script):
+    """PPO-max as it comes; plain PPO where the flag is added, and where the line in the recipe is edited."""
+    copy = tmp_path / "edited" / script
+    (copy.parent / "utils").mkdir(parents=True)
+    shutil.copy(REPOSITORY / "utils" / "launch.sh", copy.parent / "utils")
+    text = (REPOSITORY / script).read_text()
+    assert text.count("--preset ppo_max # ") == 1
+    copy.write_text(text.replace("--preset ppo_max # ", "--preset vanilla # "))
+    models = dict.fromkeys(("POLICY_MODEL", "REWARD_MODEL", "CRITIC_MODEL", "TOKENIZER", "DATA"), str(tmp_path))
+
+    def config(*command: str) -> PPOConfig:
+        return parse_args(PPOConfig, recipe(*command, **models)[1:], PRESETS, AMOUNTS)
+
+    tricks = ("use_reward_scaling", "use_reward_norm", "use_reward_clip", "use_critic_loss_clip", "use_advantage_norm")
+    released = config(script)
+    assert released == config(str(copy), "--preset", "ppo_max")
+    assert released.kl_penalty_weight == 0.05 and all(getattr(released, trick) for trick in tricks)
+    for plain in (config(script, "--preset", "vanilla"), config(script, "--preset=vanilla"), config(str(copy))):
+        assert plain.preset == "vanilla" and plain.kl_penalty_weight == plain.critic_pretrain_steps == 0
+        assert not any(getattr(plain, trick) for trick in tricks)
