@@ -3,14 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from utils.args import EngineConfig, check_range
+from utils.args import ForwardConfig, check_range
 from utils.errors import UserError
 
 TEMPLATES = ("moss_en", "moss_zh", "chat")
 
 
 @dataclass
-class RewardFlags(EngineConfig):
+class RewardFlags(ForwardConfig):
     """Which reward models score, how they read an answer, and how their scores become one."""
 
     reward_model_path: list[str] = field(default_factory=list)

@@ -26,11 +26,22 @@ SEEDS = (0, 10**9)  # with ranks and streams added, every generator takes these
 
 
 @dataclass
-class EngineConfig:
-    """Flags that every training stage shares: how weights are held, split and stepped."""
+class ForwardConfig:
+    """Flags of whatever runs a model."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Dtype of weights and activations; optimizer state and losses are float32 either way"""
+    """Dtype of weights and activations; log-probabilities, losses and optimizer state are float32 either way"""
+    attn_implementation: str | None = None
+    """Attention kernel by its transformers name (sdpa, flash_attention_2, eager); default: transformers' own choice"""
+
+    def __post_init__(self) -> None:
+        pass  # what classes with checks of their own, and others after them in line, call
+
+
+@dataclass
+class EngineConfig(ForwardConfig):
+    """Flags that every training stage shares: how weights are held, split and stepped."""
+
     zero_stage: Literal[0, 1, 2, 3] = 2
     """ZeRO stage: 1 splits the optimizer state over ranks, 2 also gradients, 3 also weights"""
     offload_optimizer: bool = False
@@ -47,8 +58,6 @@ class EngineConfig:
     """AdamW: added to the root of the second moment"""
     gradient_checkpoint: bool = False
     """Recompute activations in the backward pass: about a third more time for a fraction of the memory"""
-    attn_implementation: str | None = None
-    """Attention kernel by its transformers name (sdpa, flash_attention_2, eager); default: transformers' own choice"""
     compile: bool = False
     """Compile the decoder layers (torch.compile) for forward and backward passes, not for decoding: about a minute at
     the start. On a CPU steps got no faster"""
