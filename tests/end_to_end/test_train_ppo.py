@@ -38,6 +38,9 @@ def test_config_says_how_to_repeat_the_run(run, inputs):
     assert (config["policy_model_path"], config["lr"], config["seed"]) == (str(inputs.policy), 1e-4, 7)
     assert config["use_reward_norm"] is True  # a default, not given
     assert config["world_size"] == 1
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+    assert config["git_commit"] == (head or None)
+    assert config["devices"] and all(isinstance(name, str) for name in config["devices"])
     assert {"torch", "transformers", "deepspeed"} <= config["versions"].keys()
 
 
@@ -81,6 +84,9 @@ def test_exported_folders_load_elsewhere(run, inputs, name):
     assert model.generation_config.eos_token_id == 2
     assert model.generation_config.bos_token_id == 1
     assert model.generation_config.max_new_tokens == 12
+    generation = model.generation_config  # Part I §6.1
+    assert (generation.do_sample, generation.temperature, generation.top_p) == (True, 0.8, 0.9)
+    assert generation.repetition_penalty == 1.1
     assert model.dtype == before.dtype
     moved = (model.lm_head.weight - before.lm_head.weight).abs().max()
     assert 0.0 < moved < 1e-3  # Adam's steps are about the learning rate: four of 1e-4
@@ -138,6 +144,7 @@ def test_as_a_user_types_it(run, inputs, tmp_path):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert "Traceback" not in result.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["argv"] == command[1:]
     for row, expected in zip(read_metrics(tmp_path / "run"), read_metrics(run), strict=True):
         assert row == pytest.approx(expected, rel=1e-4, abs=2e-5)
 

@@ -1,6 +1,7 @@
 """Every trick has a switch, and every switch does what it says in a run."""
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny_run import HELD_OUT, read_lines, read_metrics, run_flags, write_json
@@ -79,6 +80,24 @@ def test_vanilla_is_all_switches_off(run_with):
     assert run_with(preset="vanilla") == by_hand
 
 
+def test_evaluation_samples_as_the_paper_does_whatever_training_does(inputs, tmp_path):
+    """Trap 6: other sampling flags are other training samples and the same evaluation."""
+    rows = []
+    for flags in ({}, {"temperature": 0.5, "topp": 0.5, "repetition_penalty": 1.5}):
+        out = tmp_path / f"run{len(rows)}"
+        main(run_flags(inputs, out, critic_pretrain_steps=1, train_steps=1, **flags))
+        rows.append(read_metrics(out)[0])
+    plain, other = ({name: x for name, x in row.items() if name.startswith("eval_")} for row in rows)
+    assert plain == other and plain["eval_score_mean"] != rows[0]["score_mean"]
+    assert rows[0]["entropy"] != rows[1]["entropy"]
+
+
+def test_a_negative_kl_is_said(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ppo.experience.negative_kl_warning", lambda *_: "KL is below 0")
+    main(run_flags(inputs, tmp_path / "run", train_steps=1, num_eval_prompts=0))
+    assert "KL is below 0" in capsys.readouterr().out
+
+
 def test_critic_pretraining_leaves_the_policy_alone(inputs, tmp_path):
     out = tmp_path / "run"
     main(run_flags(inputs, out, critic_pretrain_steps=2, train_steps=1, best_max_kl=0))
@@ -154,3 +173,25 @@ def test_chat_template(inputs, tmp_path):
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert text == "<s>user: What is a good name for a cat?</s>assistant:"
     assert len(read_lines(out / "metrics.jsonl")) == 2
+
+
+def test_best_is_the_policy_that_the_rule_names(inputs, tmp_path, capsys):
+    """Trap 17: the rule is printed, and best/ holds the weights of the step that it picks, not those of a later one."""
+    limit = 5.8
+
+    def run(steps: int, name: str) -> torch.Tensor:
+        out = tmp_path / f"run{steps}"
+        if not out.exists():
+            flags = {"lr": 3e-3, "reward_fn": f"{inputs.reward_file}:vowels", "kl_penalty_weight": 0}
+            main(run_flags(inputs, out, train_steps=steps, best_max_kl=limit, **flags))
+        model = AutoModelForCausalLM.from_pretrained(out / name)
+        return torch.cat([x.flatten() for x in model.state_dict().values()])
+
+    best = run(4, "best")
+    assert "best/ = highest eval_score_mean with eval_kl_ref of at most 5.8 nats" in capsys.readouterr().out
+    rows = read_metrics(tmp_path / "run4")
+    free = max(range(4), key=lambda i: rows[i]["eval_score_mean"])
+    picked = max((i for i in range(4) if rows[i]["eval_kl_ref"] <= limit), key=lambda i: rows[i]["eval_score_mean"])
+    assert len({free, picked, 3}) == 3  # the limit matters here, and so does that the last step is not the best
+    assert torch.equal(best, run(picked + 1, "final"))
+    assert not torch.equal(best, run(4, "final"))

@@ -87,6 +87,7 @@ def test_trap_04_ratio_is_one_before_the_first_step(padding, tmp_path):
     widen = torch.nn.functional.pad
     rollout = rollout.map(lambda x: widen(x, (0, padding)) if x.dim() > 1 else x)
     experience, config = scored(rollout, models, micro_batch_tokens=1000)
+    models.policy.module.train()  # as the update does: now dropout would bite
     for micro_batch_tokens in (1, 20, 1000):
         config = replace(config, micro_batch_tokens=micro_batch_tokens)
         sums, problem = policy_backward(models.policy, experience, config, None)
