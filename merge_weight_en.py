@@ -7,7 +7,7 @@
 
 The base is LLaMA-7B in Hugging Face layout; safetensors and .bin, in any number of files, in float16, bfloat16 or
 float32 will do. The result is a folder of safetensors with config and tokenizer that `--policy_model_path` and
-transformers load as it is. Nothing is loaded whole: it takes less than 1 GB of memory, and disk for the result,
+transformers load as it is. Nothing is loaded whole: it takes about 1 GB of memory, and disk for the result,
 13.5 GB in 16 bits. Checked are the published sum of all weights, and the SHA-256 of every tensor where a diff has a
 manifest, as those of make_diff have. `COMMAND --help` lists a command's flags.
 """

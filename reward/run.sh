@@ -8,7 +8,7 @@ source utils/launch.sh
 NUM_GPUS=${NUM_GPUS:-$(count_gpus)} # on each machine; 0: one process on the CPU
 HOSTFILE=${HOSTFILE:-}              # DeepSpeed's list of machines, when there are several
 
-MODEL=${MODEL:-outputs/sft/final} # where it starts from: the SFT model, a reward model, or a hub id
+MODEL=${MODEL:-outputs/sft/final} # where it starts from: the SFT model, or a reward model with --reward_lm_loss_factor 0
 TOKENIZER=${TOKENIZER:-$MODEL}
 DATA=${DATA:-data/preference_data} # a folder with *train.json(l) and *valid.json(l), a file, or a hub id
 OUTPUT=${OUTPUT:-outputs/reward}

@@ -13,6 +13,7 @@ import io
 import itertools
 import math
 import os
+import shlex
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -180,6 +181,17 @@ def parse_args(
     arguments = vars(parser.parse_args(argv))
     arguments.pop("local_rank")
     return config_type(**arguments)
+
+
+def changed_flags(config) -> str:
+    """The flags whose values are not the defaults, as they may be pasted behind the command."""
+    words = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if value != default:
+            words += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
 
 
 def entry_point(main):

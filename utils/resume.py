@@ -4,8 +4,9 @@ import dataclasses
 import json
 import os
 
+from utils.args import changed_flags
 from utils.checkpoint import Say
-from utils.distributed import world_size
+from utils.distributed import is_main, world_size
 from utils.errors import UserError
 from utils.restore import Checkpoint, named, newest
 from utils.run_flags import FREE_ON_RESUME, RunFlags
@@ -105,11 +106,16 @@ def _check_flags(checkpoint: Checkpoint, config: RunFlags, say: Say) -> None:
 
 
 def begin_folder(config: RunFlags, checkpoint: Checkpoint | None) -> int:
-    """Makes the run's folder ready and returns the step that the run begins after. Collective.
+    """Makes the run's folder ready, says what the run is, and returns the step that it begins after. Collective.
 
     What an earlier run wrote there after that step goes, checkpoints included; all of it, where the checkpoint is none
     of its own.
     """
     own = checkpoint is not None and _is_inside(checkpoint.path, config.model_save_path)
     prepare_run_folder(config.model_save_path, config, checkpoint.step if own else 0)
+    if is_main():
+        print(
+            f"all flags: {config.model_save_path}/config.json; those with other values than the defaults:", flush=True
+        )
+        print(f"  {changed_flags(config)}", flush=True)
     return checkpoint.step if checkpoint else 0

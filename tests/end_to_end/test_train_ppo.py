@@ -145,6 +145,7 @@ def test_as_a_user_types_it(run, inputs, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     assert "Traceback" not in result.stderr
     assert json.loads((tmp_path / "run" / "config.json").read_text())["argv"] == command[1:]
+    assert "--maxlen_res 12" in result.stdout and "--temperature" not in result.stdout
     for row, expected in zip(read_metrics(tmp_path / "run"), read_metrics(run), strict=True):
         assert row == pytest.approx(expected, rel=1e-4, abs=2e-5)
 

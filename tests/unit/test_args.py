@@ -1,10 +1,12 @@
 """Flags of train_ppo.py: presets, switches and amounts, the released script's flags, mistakes."""
 
+import shlex
+
 import pytest
 
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from reward.config import RewardConfig
-from utils.args import build_parser, entry_point, field_help, parse_args
+from utils.args import build_parser, changed_flags, entry_point, field_help, parse_args
 from utils.errors import UserError
 
 RELEASED_FLAGS = """
@@ -117,6 +119,14 @@ def test_lists_words_for_switches_and_hyphens():
 def test_unknown_flag_gets_a_suggestion():
     with pytest.raises(UserError, match=r"--kl_penalty_wieght.*did you mean --kl_penalty_weight\?"):
         parsed("--kl_penalty_wieght", "0.1")
+
+
+@pytest.mark.parametrize("flags", [RELEASED_FLAGS, "--preset vanilla --lam 0.9 --reward_model_path A B", ""])
+def test_changed_flags_give_the_same_config(flags):
+    config = parsed(*flags.split(), "--logdir", "my logs; $(ls)")
+    words = changed_flags(config)
+    assert "'my logs; $(ls)'" in words and "--warmup_steps" not in words
+    assert parse_args(PPOConfig, shlex.split(words), PRESETS, AMOUNTS) == config
 
 
 def test_no_abbreviations():
