@@ -6,8 +6,10 @@ Local JSON is parsed here, because only then every record has its line; hub ids 
 
 import logging
 import os
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +22,9 @@ FLAG = "--data_path"
 LONGEST = 200  # characters of a path in a message
 _TABLES = {".parquet": "parquet", ".csv": "csv"}
 Item = TypeVar("Item")
+
+
+PLACES = 5  # of each kind of what is dropped or changed, that are named
 
 
 class BadRecord(ValueError):
@@ -35,20 +40,30 @@ class Record:
 
 
 class Tally:
-    """Counts what was dropped or changed while loading, with the place of the first of each kind."""
+    """Counts what was dropped or changed while loading, with the places of the first few of each kind."""
 
     def __init__(self, what: str):
         self.what = what
-        self._seen: dict[str, tuple[int, str]] = {}
+        self._counts: Counter[str] = Counter()
+        self._places: dict[str, list[str]] = defaultdict(list)
 
     def add(self, reason: str, source: str) -> None:
         """Count one record at `source` under `reason`."""
-        count, first = self._seen.get(reason, (0, source))
-        self._seen[reason] = (count + 1, first)
+        places = self._places[reason]
+        self._counts[reason] += 1
+        if len(places) <= PLACES and source not in places:  # in a file of one line all records stand in the same place
+            places.append(source)
 
     def lines(self) -> list[str]:
-        """One line a reason: "prompts: 3 truncated (oldest turns dropped); first at data/x.json:7"."""
-        return [f"{self.what}: {count} {reason}; first at {first}" for reason, (count, first) in self._seen.items()]
+        """One line a reason: "prompts: 9 dropped: an empty turn; first at x.json:7, then :8, :12, :30, :31, …"."""
+        return [f"{self.what}: {n} {reason}; first at {self._where(reason)}" for reason, n in self._counts.items()]
+
+    def _where(self, reason: str) -> str:
+        split = [place.rpartition(":") for place in self._places[reason]]
+        then = [f":{line}" if file == before else f"{file}:{line}" for (before, *_), (file, _, line) in pairwise(split)]
+        if len(then) == PLACES:
+            then[-1] = "…"
+        return self._places[reason][0] + (", then " + ", ".join(then) if then else "")
 
 
 def load_items(

@@ -119,7 +119,7 @@ def test_bad_records_are_counted_and_the_rest_is_used(tmp_path, tiny_model, reco
         said = []
         train, _ = load(said.append)
         assert len(train) == 1
-        assert any(": 2 dropped: " in line and line.endswith("x.jsonl:2") for line in said), said
+        assert any(": 2 dropped: " in line and line.endswith("x.jsonl:2, then :3") for line in said), said
 
 
 def test_nothing_left(tmp_path, tiny_model):
@@ -160,7 +160,7 @@ def test_an_integer_that_no_float_can_hold(tmp_path):
     file.write_text(pair % 1 + pair % ("1" + "0" * 400) + pair % "1e999" + pair % "NaN")
     train, _ = load_preferences(str(file), 0, 0, said.append, ("margin",))
     assert len(train) == 1
-    assert f"preferences: 3 dropped: margin is not a finite number; first at {file}:2" in said
+    assert f"preferences: 3 dropped: margin is not a finite number; first at {file}:2, then :3, :4" in said
 
 
 def test_blank_lines_before_a_list_count_too(tmp_path):

@@ -105,7 +105,7 @@ def test_truncation_drops_the_oldest_exchanges_first_and_says_so(tmp_path, token
     train, _, said = prompts_of(write(tmp_path / "x.json", records), tokenizer, budget)
     assert [prompt.turns for prompt in train] == [HI, [system, *spoken[2:]], spoken[2:]]
     assert all(len(prompt.ids) <= budget for prompt in train)
-    assert said[0] == f"prompts: 2 truncated (oldest turns dropped); first at {tmp_path}/x.json:3"
+    assert said[0] == f"prompts: 2 truncated (oldest turns dropped); first at {tmp_path}/x.json:3, then :4"
     reason = f"longer than --maxlen_prompt - --maxlen_res = {budget} tokens"
     assert said[1] == f"prompts: 1 dropped: {reason}; first at {tmp_path}/x.json:5"
     # One token less, and the next exchange goes as well.
@@ -114,7 +114,10 @@ def test_truncation_drops_the_oldest_exchanges_first_and_says_so(tmp_path, token
 
 def test_cut_off_answers_are_counted(tmp_path, tokenizer):
     _, _, said = prompts_of(write(tmp_path / "x.json", [["a"], ["b", "c"], ["d", "e"]]), tokenizer)
-    assert said[0] == f"prompts: 2 ended in the assistant's answer, which was cut off; first at {tmp_path}/x.json:3"
+    assert (
+        said[0]
+        == f"prompts: 2 ended in the assistant's answer, which was cut off; first at {tmp_path}/x.json:3, then :4"
+    )
 
 
 def test_validation_files_or_a_seeded_part(tmp_path, tokenizer):

@@ -66,7 +66,11 @@ def check_loader(load, what: str, records: list, ascii_only: bool, num_valid: in
                 assert counted(said, what) == len(records)
             return []
     assert len(train) + len(valid) + counted(said, what) == len(records)
-    assert all(re.search(r"; first at .*x\.jsonl:\d+$", line) for line in said if "dropped" in line)
+    assert all(
+        re.search(r"; first at .*x\.jsonl:\d+(, then (:\d+|…)(, (:\d+|…))*)?$", line)
+        for line in said
+        if "dropped" in line
+    )
     places = [item.source for item in train + valid]
     assert len(set(places)) == len(places)
     return train + valid

@@ -69,7 +69,7 @@ def test_margins_are_missed_aloud_and_all_missing_stops(tmp_path):
     said = []
     train, _ = load(tmp_path, GOOD | {"margin": 1}, GOOD, GOOD, margin_columns=("margin",))
     check_margins(train, ("margin",), said.append)
-    assert said == [f"preferences: 2 without a margin, trained with margin 0; first at {tmp_path}/x.jsonl:2"]
+    assert said == [f"preferences: 2 without a margin, trained with margin 0; first at {tmp_path}/x.jsonl:2, then :3"]
     with pytest.raises(UserError, match=r"--use_margin: no pair of --data_path .* 'margin'; name yours with"):
         check_margins(train[1:], ("margin",), said.append)
 
