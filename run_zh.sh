@@ -144,9 +144,9 @@ ARGS=(
   --lr_schedule inverse_sqrt  # how both fall after the warm-up; or cosine, linear, constant
 
   # Sampling: what is learnt from is what was sampled, so nothing is cut off
-  --temperature 1.0           # log-probabilities are taken at it too; released scripts: 0.8
-  --topp 1.0                  # released scripts: 0.9, which the ratio knows nothing of
-  --repetition_penalty 1.0    # released scripts: 1.1, likewise
+  --temperature 1.0           # log-probabilities are taken at it too; released code by default: 0.8
+  --topp 1.0                  # released code by default: 0.9, which the ratio knows nothing of
+  --repetition_penalty 1.0    # released code by default: 1.1, likewise
 
   # Memory
   --dtype bf16                # of all models; fp32 where there is no arithmetic for bf16

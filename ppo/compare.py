@@ -6,7 +6,7 @@ since only those estimate it rightly.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ppo.reward_flags import RewardFlags
 from utils.args import SEEDS, check_range, entry_point, parse_args
@@ -49,8 +49,7 @@ class CompareConfig(RewardFlags):
     """Answers shown side by side: those to the first prompts, not picked"""
     seed: int = 42
     """Of the answers and the intervals"""
-    gather_for_generation: Literal["auto", "always", "never"] = "auto"
-    """As in train_ppo.py"""
+    gather_for_generation: ClassVar[str] = "auto"  # which `generate` asks for under ZeRO-3 alone
     offload_frozen: bool = False
     """Keep the reward models in host memory between scorings, one on the device at a time"""
 
@@ -132,16 +131,16 @@ def compare(before: dict, after: dict, kl: list[float], seed: int) -> dict[str, 
 
 def render(table: dict, config: CompareConfig, count: int) -> str:
     """The table as text."""
-    lines = [
-        f"{count} prompts, 95 % intervals. before: {config.policies[0]}, after: {config.policies[1]}",
-        f"{'':28}{'before':>24}{'after':>24}{'difference':>26}",
-    ]
+    columns = ("before", "after", "difference")
+    rows = [["", *columns]]
     for name, cells in table.items():
-        line = f"{name:28}"
-        for column, width in (("before", 24), ("after", 24), ("difference", 26)):
-            text = "{:.3f} [{:.3f}, {:.3f}]".format(*cells[column]) if column in cells else ""
-            line += f"{text:>{width}}"
-        lines.append(line)
+        texts = ("{:.3f} [{:.3f}, {:.3f}]".format(*cells[column]) if column in cells else "" for column in columns)
+        rows.append([name, *texts])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"{count} prompts, 95 % intervals. before: {config.policies[0]}, after: {config.policies[1]}"]
+    for name, *texts in rows:
+        cells = "  ".join(f"{text:>{width}}" for text, width in zip(texts, widths[1:], strict=True))
+        lines.append(f"{name:{widths[0]}}  {cells}".rstrip())
     return "\n".join(lines)
 
 

@@ -211,6 +211,11 @@ class PPOConfig(RewardFlags, RunFlags):
         self._check_numbers()
 
     @property
+    def preset_values(self) -> dict:
+        """Values that --preset gives to flags, in place of their defaults."""
+        return PRESETS[self.preset]
+
+    @property
     def total_steps(self) -> int:
         """Steps of the loop, critic pre-training included."""
         return self.critic_pretrain_steps + self.train_steps

@@ -103,8 +103,8 @@ def try_steps(learners: list[Learner]) -> str | None:
         drop(others)  # which were not asked
         ranks = engine.bad_gradients()
         problem = (
-            f"the gradient of the {engine.name} is not finite, or beyond --explosion_limit (rank {ranks}); its weights "
-            "were not changed. Lower the learning rate, or look in metrics.jsonl for the quantity that ran away"
+            f"the gradient of the {engine.name} is not finite, or beyond --explosion_limit (rank {ranks}); no weights "
+            "were changed. Lower the learning rate, or look in metrics.jsonl for the quantity that ran away"
         )
     return problem
 
@@ -211,6 +211,6 @@ def totals(
     value = total[bad[0]] / max(num_tokens, 1.0)
     what = f"beyond --explosion_limit ({value:g})" if math.isfinite(value) else "not finite"
     return known, (
-        f"the loss of the {name} is {what}; its weights were not changed ({bad[0]}, rank {ranks}). Lower "
+        f"the loss of the {name} is {what}; no weights were changed ({bad[0]}, rank {ranks}). Lower "
         "the learning rate, or look in metrics.jsonl for the quantity that ran away"
     )

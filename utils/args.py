@@ -36,7 +36,7 @@ class ForwardConfig:
     """Attention kernel by its transformers name (sdpa, flash_attention_2, eager); default: transformers' own choice"""
 
     def __post_init__(self) -> None:
-        pass  # what classes with checks of their own, and others after them in line, call
+        """Checks; classes with some of their own call the next one's."""
 
 
 @dataclass
@@ -64,6 +64,7 @@ class EngineConfig(ForwardConfig):
     the start. On a CPU steps got no faster"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(
             self,
             gradient_clip=(0, None),
@@ -184,13 +185,17 @@ def parse_args(
 
 
 def changed_flags(config) -> str:
-    """The flags whose values are not the defaults, as they may be pasted behind the command."""
+    """The flags whose values are not those of the defaults or the preset, as they may be pasted behind the command."""
     words = []
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+        name, value = field.name, getattr(config, field.name)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if value != default:
-            words += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
+        if value == config.preset_values.get(name, default):
+            continue
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        else:
+            words += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
     return shlex.join(words)
 
 

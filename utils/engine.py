@@ -116,6 +116,7 @@ class TrainEngine:
         self._replicated_norm = None
         self._dropping = False
         self._provided: Callable[[], bool] | None = None
+        self._refusal: bool | None = None  # of the step at hand, once it is known
         self._bad_gradient = torch.zeros((), dtype=torch.bool, device=device())
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         for parameter in self.parameters:
@@ -163,7 +164,7 @@ class TrainEngine:
         and weights and optimizer state are as they were. So they are where `provided` says no, which is asked once
         the norm is known to be good: DeepSpeed tells it only in the middle of a step.
         """
-        self._provided = provided
+        self._provided, self._refusal = provided, None
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
@@ -192,10 +193,10 @@ class TrainEngine:
         self._bad_gradient |= ~gradient.isfinite().all()
 
     def _refused(self, norm: float) -> bool:
-        if self._dropping or not norm <= self.explosion_limit:
-            return True
-        provided, self._provided = self._provided, None
-        return provided is not None and not provided()
+        if self._refusal is None:  # once a step, however often DeepSpeed should want the norm
+            bad = self._dropping or not norm <= self.explosion_limit
+            self._refusal = bad or (self._provided is not None and not self._provided())
+        return self._refusal
 
     def _clip_replicated(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
         limit = self.gradient_clip or float("inf")

@@ -114,8 +114,6 @@ def begin_folder(config: RunFlags, checkpoint: Checkpoint | None) -> int:
     own = checkpoint is not None and _is_inside(checkpoint.path, config.model_save_path)
     prepare_run_folder(config.model_save_path, config, checkpoint.step if own else 0)
     if is_main():
-        print(
-            f"all flags: {config.model_save_path}/config.json; those with other values than the defaults:", flush=True
-        )
-        print(f"  {changed_flags(config)}", flush=True)
+        where = f"{config.model_save_path}/config.json"
+        print(f"all flags: {where}; those with other values than the defaults:\n  {changed_flags(config)}", flush=True)
     return checkpoint.step if checkpoint else 0

@@ -52,6 +52,11 @@ class RunFlags(EngineConfig):
     """Seconds without progress after which a process ends with a stack dump (exit code 124), such as when another rank
     has died; more than the longest rollout, scoring, update or evaluation takes. 0: never"""
 
+    @property
+    def preset_values(self) -> dict:
+        """Values that --preset gives to flags, in place of their defaults."""
+        return {}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(

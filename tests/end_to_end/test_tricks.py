@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import ppo.run
 from tests.tiny_run import HELD_OUT, read_lines, read_metrics, run_flags, write_json
 from train_ppo import main
 
@@ -81,15 +82,19 @@ def test_vanilla_is_all_switches_off(run_with):
 
 
 def test_evaluation_samples_as_the_paper_does_whatever_training_does(inputs, tmp_path):
-    """Trap 6: other sampling flags are other training samples and the same evaluation."""
-    rows = []
+    """Trap 6: other sampling flags give other answers in training, and the same ones in the evaluation."""
+    rows, answers = [], []
     for flags in ({}, {"temperature": 0.5, "topp": 0.5, "repetition_penalty": 1.5}):
         out = tmp_path / f"run{len(rows)}"
         main(run_flags(inputs, out, critic_pretrain_steps=1, train_steps=1, **flags))
-        rows.append(read_metrics(out)[0])
-    plain, other = ({name: x for name, x in row.items() if name.startswith("eval_")} for row in rows)
-    assert plain == other and plain["eval_score_mean"] != rows[0]["score_mean"]
-    assert rows[0]["entropy"] != rows[1]["entropy"]
+        rows.append({name: x for name, x in read_metrics(out)[0].items() if name.startswith("eval_")})
+        samples = [row for row in read_lines(out / "samples.jsonl") if row["step"] == 1]
+        answers.append(
+            [[row["answer"] for row in samples if row.get("held_out", False) is part] for part in (False, True)]
+        )
+    assert rows[0] == rows[1]
+    (trained, held_out), (other_trained, other_held_out) = answers
+    assert held_out == other_held_out and trained != other_trained
 
 
 def test_a_negative_kl_is_said(inputs, tmp_path, capsys, monkeypatch):
@@ -175,23 +180,26 @@ def test_chat_template(inputs, tmp_path):
     assert len(read_lines(out / "metrics.jsonl")) == 2
 
 
-def test_best_is_the_policy_that_the_rule_names(inputs, tmp_path, capsys):
-    """Trap 17: the rule is printed, and best/ holds the weights of the step that it picks, not those of a later one."""
-    limit = 5.8
+def test_best_is_the_policy_that_the_rule_names(inputs, tmp_path, capsys, monkeypatch):
+    """Trap 17: the rule is printed, and best/ holds the weights of the step that it picks, not those of a later one.
 
-    def run(steps: int, name: str) -> torch.Tensor:
-        out = tmp_path / f"run{steps}"
-        if not out.exists():
-            flags = {"lr": 3e-3, "reward_fn": f"{inputs.reward_file}:vowels", "kl_penalty_weight": 0}
-            main(run_flags(inputs, out, train_steps=steps, best_max_kl=limit, **flags))
-        model = AutoModelForCausalLM.from_pretrained(out / name)
+    Scores and KL of the evaluations are given: the first has the highest score, the third the highest within the limit.
+    """
+    judged = iter([(4.0, 6.0), (1.0, 1.0), (3.0, 5.0), (2.0, 1.0)])
+    measure = ppo.run.evaluate
+
+    def evaluate(*args):
+        metrics, rows = measure(*args)
+        return metrics | dict(zip(("score_mean", "kl_ref"), next(judged), strict=True)), rows
+
+    def weights(run: str) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / run)
         return torch.cat([x.flatten() for x in model.state_dict().values()])
 
-    best = run(4, "best")
+    flags = {"alarm_kl": 0, "alarm_perplexity": 0}
+    main(run_flags(inputs, tmp_path / "three", train_steps=3, **flags))
+    monkeypatch.setattr(ppo.run, "evaluate", evaluate)
+    main(run_flags(inputs, tmp_path / "four", train_steps=4, best_max_kl=5.8, **flags))
     assert "best/ = highest eval_score_mean with eval_kl_ref of at most 5.8 nats" in capsys.readouterr().out
-    rows = read_metrics(tmp_path / "run4")
-    free = max(range(4), key=lambda i: rows[i]["eval_score_mean"])
-    picked = max((i for i in range(4) if rows[i]["eval_kl_ref"] <= limit), key=lambda i: rows[i]["eval_score_mean"])
-    assert len({free, picked, 3}) == 3  # the limit matters here, and so does that the last step is not the best
-    assert torch.equal(best, run(picked + 1, "final"))
-    assert not torch.equal(best, run(4, "final"))
+    assert torch.equal(weights("four/best"), weights("three/final"))
+    assert not torch.equal(weights("four/best"), weights("four/final"))

@@ -24,18 +24,41 @@ NAN = float("nan")
 Fault = Callable[[int], None]
 
 
-def bad_minibatch(objective: Callable[[Callable], Callable]) -> Fault:
-    """In the fourth minibatch (the second of step 2) one rank's policy loss comes from another function."""
-    backward, calls = ppo.update.policy_backward, 0
-    good = ppo.update.policy_objective
+def bad_minibatch(function: str, loss: str, objective: Callable[[Callable], Callable]) -> Fault:
+    """In the fourth minibatch (the second of step 2), which `function` works on, one rank's loss is another.
+
+    All ranks compare the weights before and after steps that are not made.
+    """
+    backward, good, calls = getattr(ppo.update, function), getattr(ppo.update, loss), 0
 
     def counted(*args):
         nonlocal calls
         calls += 1
-        ppo.update.policy_objective = objective(good) if calls == 4 else good
+        setattr(ppo.update, loss, objective(good) if calls == 4 else good)
         return backward(*args)
 
-    return lambda rank: setattr(ppo.update, "policy_backward", counted) if rank == VICTIM else None
+    def begin(rank: int) -> None:
+        ppo.update.try_steps = compared(ppo.update.try_steps)
+        if rank == VICTIM:
+            setattr(ppo.update, function, counted)
+
+    return begin
+
+
+def compared(try_steps: Callable) -> Callable:
+    """Fails when a step that was not made has changed weights."""
+
+    def steps(learners):
+        before = [engine.full_state_dict() for engine, *_ in learners]
+        problem = try_steps(learners)
+        if problem:
+            for old, (engine, *_) in zip(before, learners, strict=True):
+                for name, tensor in engine.full_state_dict().items():
+                    assert torch.equal(tensor, old[name]), name
+            print("weights compared: the same", flush=True)
+        return problem
+
+    return steps
 
 
 def nan_loss(good: Callable) -> Callable:
@@ -56,6 +79,16 @@ def nan_gradient(good: Callable) -> Callable:
         return good(part, logprobs, *args)
 
     return objective
+
+
+def nan_value_gradient(good: Callable) -> Callable:
+    """The value loss is as it should be, and NaN flows back from it."""
+
+    def loss(values, *args):
+        values.register_hook(lambda gradient: gradient * NAN)
+        return good(values, *args)
+
+    return loss
 
 
 def nan_score(rank: int) -> None:
@@ -176,7 +209,12 @@ FAULTS = {
     for phase in PHASES
     for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)
 }
-FAULTS |= {"NaN loss": bad_minibatch(nan_loss), "NaN gradient": bad_minibatch(nan_gradient), "NaN score": nan_score}
+FAULTS |= {
+    "NaN loss": bad_minibatch("policy_backward", "policy_objective", nan_loss),
+    "NaN gradient": bad_minibatch("policy_backward", "policy_objective", nan_gradient),
+    "NaN critic gradient": bad_minibatch("critic_backward", "value_loss", nan_value_gradient),
+    "NaN score": nan_score,
+}
 FAULTS |= {
     "empty responses": empty_responses,
     "small chunks": small_chunks,

@@ -6,6 +6,7 @@ import pytest
 
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from reward.config import RewardConfig
+from sft.train import SFTConfig
 from utils.args import build_parser, changed_flags, entry_point, field_help, parse_args
 from utils.errors import UserError
 
@@ -121,12 +122,28 @@ def test_unknown_flag_gets_a_suggestion():
         parsed("--kl_penalty_wieght", "0.1")
 
 
-@pytest.mark.parametrize("flags", [RELEASED_FLAGS, "--preset vanilla --lam 0.9 --reward_model_path A B", ""])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        RELEASED_FLAGS,
+        "--preset vanilla --lam 0.9 --reward_model_path A B",
+        "--preset vanilla --kl_penalty_weight 0.05 --use_reward_scaling True --gradient_clip 1",
+        "--report_to=-x --no_use_reward_norm",
+        "",
+    ],
+)
 def test_changed_flags_give_the_same_config(flags):
     config = parsed(*flags.split(), "--logdir", "my logs; $(ls)")
     words = changed_flags(config)
-    assert "'my logs; $(ls)'" in words and "--warmup_steps" not in words
+    assert "'my logs; $(ls)'" in words and "--topp" not in words
     assert parse_args(PPOConfig, shlex.split(words), PRESETS, AMOUNTS) == config
+
+
+def test_changed_flags_of_lists_of_numbers():
+    flags = "--hf_model_name_or_path M --model_save_path O --data_path A B --data_weights 2 0.5"
+    config = parse_args(SFTConfig, flags.split())
+    words = changed_flags(config)
+    assert "--data_weights 2.0 0.5" in words and parse_args(SFTConfig, words.split()) == config
 
 
 def test_no_abbreviations():

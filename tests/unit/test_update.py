@@ -146,6 +146,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(name):
     broken = getattr(experience, name).clone()
     broken[experience.response_mask] = math.nan
     before = weights(models.policy if name == "advantages" else models.critic)
-    with pytest.raises(UserError, match="not finite; its weights were not changed"):
+    with pytest.raises(UserError, match="not finite; no weights were changed"):
         update(models.policy, models.critic, replace(experience, **{name: broken}), config, 0, 1e-3, 1e-3)
     assert torch.equal(weights(models.policy if name == "advantages" else models.critic), before)
