@@ -38,8 +38,9 @@ def test_a_bad_batch_is_as_if_it_had_not_been(single_process, zero_stage):
     bad = {"the loss of the policy is not finite": broken("advantages", math.nan)}
     bad["the loss of the critic is not finite"] = broken("returns", math.inf)
     bad["the loss of the critic is beyond --explosion_limit"] = broken("returns", 1e4)
-    bad["the gradient of the critic is not finite, or beyond --explosion_limit"] = broken("returns", 100.0)
     bad["the gradient of the policy is not finite, or beyond --explosion_limit"] = broken("advantages", 100.0)
+    # The last: the policy's gradient, which is good, would be there in the next step.
+    bad["the gradient of the critic is not finite, or beyond --explosion_limit"] = broken("returns", 100.0)
     before = weights(policy), weights(critic)
     for text, batch in bad.items():
         if text.startswith("the gradient"):
