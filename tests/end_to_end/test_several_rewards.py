@@ -1,6 +1,7 @@
 """PPO and its comparison with several reward models, and with one that has another tokenizer than the policy."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -62,6 +63,6 @@ def test_comparison_by_the_lowest_of_two(inputs, others, tmp_path, capsys):
     models = ["--reward_model_path", str(inputs.reward), str(others[1]), "--reward_ensemble", "min"]
     sizes = ["--dtype", "fp32", "--maxlen_prompt", "80", "--maxlen_res", "12", "--data_path", str(inputs.prompts)]
     compare(["--policies", str(inputs.policy), str(inputs.other_policy), *models, *sizes, "--num_samples", "0"])
-    shown = {line[:28].strip(): line[28:].split() for line in capsys.readouterr().out.splitlines()}
-    lowest, first, second = (float(shown[f"reward model {n}score"][0]) for n in ("", "1 ", "2 "))
+    shown = {name: cells for name, *cells in (re.split(" {2,}", line) for line in capsys.readouterr().out.splitlines())}
+    lowest, first, second = (float(shown[f"reward model {n}score"][0].split()[0]) for n in ("", "1 ", "2 "))
     assert lowest <= min(first, second)
