@@ -20,11 +20,9 @@ from utils.hub import is_hub_id
 
 FLAG = "--data_path"
 LONGEST = 200  # characters of a path in a message
+PLACES = 5  # of each kind of what is dropped or changed, that are named
 _TABLES = {".parquet": "parquet", ".csv": "csv"}
 Item = TypeVar("Item")
-
-
-PLACES = 5  # of each kind of what is dropped or changed, that are named
 
 
 class BadRecord(ValueError):

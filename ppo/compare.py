@@ -6,7 +6,7 @@ since only those estimate it rightly.
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 from ppo.reward_flags import RewardFlags
 from utils.args import SEEDS, check_range, entry_point, parse_args
@@ -49,7 +49,6 @@ class CompareConfig(RewardFlags):
     """Answers shown side by side: those to the first prompts, not picked"""
     seed: int = 42
     """Of the answers and the intervals"""
-    gather_for_generation: ClassVar[str] = "auto"  # which `generate` asks for under ZeRO-3 alone
     offload_frozen: bool = False
     """Keep the reward models in host memory between scorings, one on the device at a time"""
 

@@ -29,9 +29,10 @@ def generate(
     measure: a `MeasuredRollout`, so that `score` need not ask the policy again.
     """
     policy.module.eval()
-    gather = config.gather_for_generation
-    together = policy.zero_stage == 3 and (gather == "never" or (gather == "auto" and not policy.fits_gathered()))
-
+    together = policy.zero_stage == 3 and (
+        config.gather_for_generation == "never"
+        or (config.gather_for_generation == "auto" and not policy.fits_gathered())
+    )
     limits, place = [config.maxlen_res] * len(prompts.ids), device()
     room = room_of(config, policy.module.lm.get_decoder(), place, together)
     weights = contextlib.nullcontext(policy) if together else policy.gathered()

@@ -15,7 +15,7 @@ from reward.encode import encode_all
 from reward.ensemble import check_labels, window_of
 from reward.metrics import Scored
 from reward.model import load_scalar_model
-from utils.args import check_range
+from utils.args import ForwardConfig, check_range
 from utils.engine import DTYPES, InferenceEngine, device
 from utils.errors import UserError
 from utils.models import check_window, model_folder
@@ -25,7 +25,7 @@ FLAG = "--model"
 
 
 @dataclass
-class PanelConfig:
+class PanelConfig(ForwardConfig):
     """Reward models and preferences; one process."""
 
     model: list[str] = field(default_factory=list)
@@ -44,12 +44,9 @@ class PanelConfig:
     """Longest dialogue, tokens; the oldest turns of longer ones go first. Default: each model's window"""
     micro_batch_tokens: int = 8192
     """Tokens of a forward pass, padding included: speed and memory only"""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Dtype of the weights; scores are float32 either way"""
-    attn_implementation: str | None = None
-    """Attention kernel by its transformers name; default: transformers' own choice"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("model", "data_path"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing: give it a path")

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import IO, Literal
 
-from utils.args import check_range, entry_point, parse_args
+from utils.args import ForwardConfig, check_range, entry_point, parse_args
 from utils.errors import UserError
 
 
 @dataclass
-class ScoreConfig:
+class ScoreConfig(ForwardConfig):
     """Score texts or dialogues with reward models, or compare two files of answers."""
 
     model: list[str] = field(default_factory=list)
@@ -45,14 +45,11 @@ class ScoreConfig:
     """Tokens of a forward pass, padding included"""
     chunk_size: int = 1024
     """Records read, sorted by length and scored together"""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Dtype of the weights; scores are float32 either way"""
-    attn_implementation: str | None = None
-    """Attention kernel by its transformers name; default: transformers' own choice"""
     offload_frozen: bool = False
     """Keep the models in host memory, one on the device at a time"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if bool(self.input) == bool(self.compare):
             raise UserError(
                 "give --input FILE (or - for a pipe) to score it, or --compare A B for two files of answers"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from utils.errors import UserError
-from utils.flag_types import add_field
+from utils.flag_types import add_field, default_of
 
 Config = TypeVar("Config")
 SEEDS = (0, 10**9)  # with ranks and streams added, every generator takes these
@@ -31,7 +31,7 @@ class ForwardConfig:
     """Flags of whatever runs a model."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Dtype of weights and activations; log-probabilities, losses and optimizer state are float32 either way"""
+    """Dtype of weights and activations; scores, log-probabilities, losses and optimizer state are float32 either way"""
     attn_implementation: str | None = None
     """Attention kernel by its transformers name (sdpa, flash_attention_2, eager); default: transformers' own choice"""
 
@@ -189,8 +189,7 @@ def changed_flags(config) -> str:
     words = []
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if value == config.preset_values.get(name, default):
+        if value == config.preset_values.get(name, default_of(field)):
             continue
         if isinstance(value, list):
             words += [f"--{name}", *map(str, value)]

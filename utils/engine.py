@@ -114,7 +114,6 @@ class TrainEngine:
         self.gradient_clip = config.gradient_clip
         self.explosion_limit = config.explosion_limit
         self._replicated_norm = None
-        self._dropping = False
         self._provided: Callable[[], bool] | None = None
         self._refusal: bool | None = None  # of the step at hand, once it is known
         self._bad_gradient = torch.zeros((), dtype=torch.bool, device=device())
@@ -174,9 +173,7 @@ class TrainEngine:
 
     def drop_gradients(self) -> None:
         """Forgets what `backward` has added up. Collective."""
-        self._dropping = True
-        self.step(0.0)
-        self._dropping = False
+        self.step(0.0, lambda: False)
         self._bad_gradient.zero_()
 
     def bad_gradients(self) -> str:
@@ -194,7 +191,7 @@ class TrainEngine:
 
     def _refused(self, norm: float) -> bool:
         if self._refusal is None:  # once a step, however often DeepSpeed should want the norm
-            bad = self._dropping or not norm <= self.explosion_limit
+            bad = not norm <= self.explosion_limit
             self._refusal = bad or (self._provided is not None and not self._provided())
         return self._refusal
 

@@ -15,10 +15,8 @@ def add_field(parser: argparse.ArgumentParser, field: dataclasses.Field, text: s
     is required.
     """
     kind = _without_none(field.type)
-    options: dict[str, Any] = {"help": text.replace("%", "%%"), "type": kind, "default": field.default}
-    if field.default_factory is not dataclasses.MISSING:
-        options["default"] = field.default_factory()
-    elif field.default is dataclasses.MISSING:
+    options: dict[str, Any] = {"help": text.replace("%", "%%"), "type": kind, "default": default_of(field)}
+    if options["default"] is dataclasses.MISSING:
         options |= {"required": True, "default": None}
     if get_origin(kind) is Literal:
         choices = {str(choice): choice for choice in get_args(kind)}
@@ -31,6 +29,11 @@ def add_field(parser: argparse.ArgumentParser, field: dataclasses.Field, text: s
     if field.default is True:
         options = {"dest": field.name, "action": "store_false", "default": argparse.SUPPRESS}
         parser.add_argument(*_names(f"no_{field.name}"), **options, help=f"The opposite of --{field.name}")
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """The field's default value, a new one each time where it is made by a function; MISSING where it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def to_bool(word: str) -> bool:
