@@ -108,7 +108,8 @@ class PPOConfig(RewardFlags, RunFlags):
     topp: float = 1.0
     """Nucleus sampling; below 1 the ratio ignores it"""
     repetition_penalty: float = 1.0
-    """Divides the logits of tokens seen before; other than 1 the ratio ignores it"""
+    """Divides the positive logits, and multiplies the negative ones, of tokens that the response already has. The
+    prompt's tokens do not count. Other than 1 the ratio ignores it"""
     reuse_sampler_logprobs: bool = False
     """Keep the sampler's own log-probabilities as the old ones: saves the policy's scoring forward. Under --dtype bf16
     the ratio then starts at 1 only up to the rounding of bf16, hence not the default"""

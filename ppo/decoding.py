@@ -63,7 +63,7 @@ class _Decoder:
     """Prompts that wait, longest first, and slots that decode. `slots` holds a row a slot of what the device knows:
 
     prompt: index in `prompts`; start: its tokens; count: response tokens so far; last: the newest of them; ended;
-    draws: a random number for each response token; seen: the vocabulary, True where it occurred (with a penalty).
+    draws: a random number for each response token; seen: the vocabulary, True where the response has it (with a penalty).
     """
 
     def __init__(self, decode, prompts, places, limits, sampling, seed, tokenizer, room: Room, device: torch.device):
@@ -147,11 +147,11 @@ class _Decoder:
         self.cache.append(mask[sources].to(self.device), [len(self.prompts[i]) for i in indices], shared)
         logits = self._logits(ids, mask, position_ids(mask))
         logits = logits if shared is None else logits[shared]
-        self._start(new, indices, ids[sources], mask[sources], logits.shape[-1])
+        self._start(new, indices, mask[sources], logits.shape[-1])
         self._draw(new, logits)
 
-    def _start(self, new: slice, indices: list[int], ids: torch.Tensor, mask: torch.Tensor, vocabulary: int) -> None:
-        """What is known of new slots before their first token."""
+    def _start(self, new: slice, indices: list[int], mask: torch.Tensor, vocabulary: int) -> None:
+        """Sets the state of new slots before their first token: no token of the response has been seen."""
         slots, prompt = self.slots, torch.tensor(indices, device=self.device)
         slots["prompt"][new], slots["start"][new] = prompt, mask.sum(1).to(self.device)
         slots["count"][new], slots["ended"][new] = 0, False
@@ -161,10 +161,7 @@ class _Decoder:
             if "seen" not in slots:
                 shape = (self.cache.num_slots, vocabulary)
                 slots["seen"] = torch.zeros(shape, dtype=torch.bool, device=self.device)
-            rows, columns = mask.nonzero(as_tuple=True)
-            seen = torch.zeros(len(indices), vocabulary, dtype=torch.bool)
-            seen[rows, ids[rows, columns]] = True
-            slots["seen"][new] = seen.to(self.device)
+            slots["seen"][new] = False
 
     def _advance(self) -> None:
         """The next token of every live slot."""

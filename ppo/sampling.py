@@ -58,7 +58,8 @@ def uniforms(seed: int, places: torch.Tensor, position: int | torch.Tensor) -> t
 def penalise_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
     """Divides positive and multiplies negative logits of `seen` tokens by the penalty (Keskar et al. 2019, §4.1).
 
-    logits, seen: [batch, vocabulary].
+    logits, seen: [batch, vocabulary]. `seen` marks the tokens of the response so far, as in I §6.1: the turns of a
+    prompt all hold the end token, and a penalty on it would keep responses from ending.
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 

@@ -53,7 +53,7 @@ def plain_decode(policy: PolicyModel, sampling: Sampling, seed: int, eos: int = 
         while len(ids) - len(prompt) < limit and (len(ids) == len(prompt) or ids[-1] != eos):
             logits = policy.lm(torch.tensor([ids]), use_cache=False).logits[0, -1]
             uniform = uniforms(seed, torch.tensor([place]), len(ids) - len(prompt)).item()
-            ids.append(draw_by_hand(logits, sampling, ids, uniform))
+            ids.append(draw_by_hand(logits, sampling, ids[len(prompt) :], uniform))
         responses.append(ids[len(prompt) :])
     return responses
 
