@@ -69,7 +69,7 @@ def loop(run) -> None:
         rollout, scores = gather_batches(prompts, rollout, scores)
         if run.refuses(rollout, scores, own_scores):
             continue
-        experience = make_experience(rollout, scores, state.moments, config)
+        experience = run.fit_critic(make_experience(rollout, scores, state.moments, config))
 
         # 4. Epochs over the buffer, minibatches, a step of the policy and one of the critic each.
         metrics = update(

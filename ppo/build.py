@@ -51,6 +51,8 @@ def build(config: PPOConfig) -> Run:
     keeper.begin(begin, config.seed)
     if begin:
         state.load_state_dict(begin.state)
+        if state.critic_center is not None:
+            models.critic.module.score_center = state.critic_center
     step = begin_folder(config, begin)
     logger = RunLogger(
         config.model_save_path, config.logdir, config.report_to, asdict(config), config.total_steps, step

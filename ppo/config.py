@@ -75,7 +75,11 @@ class PPOConfig(RewardFlags, RunFlags):
     train_steps: int = 1000
     """Steps that move the policy: each samples --num_rollouts responses and trains --ppo_epochs on them"""
     critic_pretrain_steps: int = 10
-    """Steps before those in which only the critic learns"""
+    """Steps before those, in which only the critic trains: at --critic_lr after a warm-up over the first tenth of them,
+    and without value clipping"""
+    critic_init_scale: float = 0.3
+    """Before these steps the critic's head is shifted and scaled once: its values get the mean of the first returns,
+    and this share of their standard deviation. 0: the head stays as it is loaded"""
     num_rollouts: int = 128
     """Responses in the experience buffer, over all ranks"""
     batch_size: int = 32
@@ -119,7 +123,7 @@ class PPOConfig(RewardFlags, RunFlags):
     critic_lr: float = 1.65e-6
     """Critic learning rate"""
     warmup_steps: int = 100
-    """Steps of linear warm-up, for both"""
+    """Steps of linear warm-up of the policy's learning rate, and of the critic's unless it was pre-trained"""
     lr_schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = "inverse_sqrt"
     """What follows the warm-up; cosine and linear end at a tenth"""
 
@@ -139,7 +143,8 @@ class PPOConfig(RewardFlags, RunFlags):
     reward_clip: float = 0.3
     """to ± this"""
     missing_eos_penalty: float = 0.0
-    """Subtracted from the shaped score of a response that reached --maxlen_res without EOS"""
+    """Subtracted from the shaped score of a response that reached --maxlen_res before its end, in standard deviations
+    of the score"""
     gamma: float = 1.0
     """Discount a token"""
     lam: float = 0.95
@@ -263,7 +268,8 @@ class PPOConfig(RewardFlags, RunFlags):
             repetition_penalty=(0.01, None), kl_penalty_weight=(0, None), reward_clip=(0, None), pg_clip=(0, None),
             value_clip=(0, None), advantage_clip=(0, None), entropy_clip=(0, None), entropy_loss_weight=(0, None),
             ppo_pretrain_loss_weight=(0, None), vf_loss_weight=(0, None), missing_eos_penalty=(0, None),
-            critic_pretrain_steps=(0, None), num_eval_prompts=(0, None), num_samples=(0, None), best_max_kl=(0, None),
+            critic_pretrain_steps=(0, None), critic_init_scale=(0, None), num_eval_prompts=(0, None),
+            num_samples=(0, None), best_max_kl=(0, None),
             skip_bad_batches=(0, None), alarm_kl=(0, None), alarm_perplexity=(0, None), alarm_eos=(0, 1),
             alarm_length=(0, None), alarm_score_std=(0, None), seed=SEEDS, plan_gpus=(0, None),
             plan_gpu_memory=(1, None), rollout_cache_tokens=(0, None),

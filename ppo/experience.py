@@ -1,5 +1,7 @@
 """From scores to what the update learns from: shaped scores, token rewards, advantages. And the rollout's metrics."""
 
+from dataclasses import replace
+
 import torch
 
 from ppo.advantages import gae
@@ -27,15 +29,37 @@ def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, c
     kl = KL_ESTIMATORS[config.kl_estimator](scores.old_logprobs, scores.ref_logprobs)
     kl_coef = config.kl_penalty_weight if config.kl_in == "reward" else 0.0
     rewards = token_rewards(shaped, kl, mask, kl_coef)
-    advantages, returns = gae(rewards, scores.old_values, mask, config.gamma, config.lam)
+    columns = (rollout.sequences, rollout.attention_mask, mask, scores.old_logprobs, scores.ref_logprobs)
+    values = scores.old_values
+    return with_values(Experience(*columns, values, rewards, advantages=values, returns=values), values, config)
+
+
+def with_values(experience: Experience, old_values: torch.Tensor, config: PPOConfig) -> Experience:
+    """The experience with these values of the critic, and the advantages and returns that follow from them.
+
+    old_values: [samples, length].
+    """
+    mask = experience.response_mask
+    advantages, returns = gae(experience.rewards, old_values, mask, config.gamma, config.lam)
     if config.use_advantage_norm:
         advantages = whiten(advantages, mask)
     if config.use_advantage_clip:
         advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
-    return Experience(
-        rollout.sequences, rollout.attention_mask, mask, scores.old_logprobs, scores.ref_logprobs, scores.old_values,
-        rewards, advantages, returns,
-    )  # fmt: skip
+    return replace(experience, old_values=old_values, advantages=advantages, returns=returns)
+
+
+def value_scale(experience: Experience, config: PPOConfig) -> tuple[float, float]:
+    """(scale, shift) that give the values the returns' mean, and --critic_init_scale of the returns' deviation.
+
+    Returns here are sums of the rewards to come (λ = 1), which do not depend on the values. A scale of 1 where either
+    deviation is 0.
+    """
+    mask = experience.response_mask
+    returns = gae(experience.rewards, experience.old_values, mask, config.gamma, lam=1.0)[1][mask]
+    values = experience.old_values[mask]
+    deviations = [float(x.std(correction=0)) for x in (returns, values)]
+    scale = config.critic_init_scale * deviations[0] / deviations[1] if all(deviations) else 1.0
+    return scale, float(returns.mean()) - scale * float(values.mean())
 
 
 def score_problem(scores: torch.Tensor, limit: float, own: torch.Tensor | None = None) -> str | None:

@@ -10,13 +10,13 @@ from data.template import decode_answer
 from ppo.alarms import MAX_ROLLBACKS, alarms
 from ppo.config import PPOConfig
 from ppo.evaluate import BestRule, evaluate, own_share
-from ppo.experience import score_problem
+from ppo.experience import score_problem, value_scale, with_values
 from ppo.models import Models
 from ppo.pretrain import PretrainStream
 from ppo.rollout import response_ids
 from ppo.sampling import EVALUATION
 from ppo.score import RewardFunction
-from ppo.types import Batch, PromptBatch, Rollout, Scores
+from ppo.types import Batch, Experience, PromptBatch, Rollout, Scores
 from utils.checkpoint import save_batches
 from utils.distributed import barrier, is_main
 from utils.errors import UserError
@@ -38,6 +38,7 @@ class RunState:
     pretrain: PretrainStream | None = None  # ptx batches, at their place
     rollbacks: int = 0
     left_out: int = 0  # bad batches, of the --skip_bad_batches that are tolerated
+    critic_center: float | None = None  # what the critic subtracts from its head's output, once `fit_critic` has set it
 
     def state_dict(self) -> dict:
         """All of it, as JSON."""
@@ -45,7 +46,7 @@ class RunState:
         return {
             "step": self.step, "next_place": self.next_place, "moments": self.moments.state_dict(),
             "best_score": self.best.best_score, "pretrain_place": place, "left_out": self.left_out,
-            "rollbacks": self.rollbacks,
+            "rollbacks": self.rollbacks, "critic_center": self.critic_center,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
@@ -54,6 +55,7 @@ class RunState:
         self.moments.load_state_dict(state["moments"])
         self.best.best_score = state["best_score"]
         self.rollbacks = state["rollbacks"]
+        self.critic_center = state.get("critic_center")
         if self.pretrain:
             self.pretrain.go_to(state["pretrain_place"])
 
@@ -89,15 +91,37 @@ class Run:
         return own_share(self._prompts(start), list(range(start, self.state.next_place)))
 
     def learning_rates(self, step: int) -> tuple[float, float]:
-        """(policy's, critic's) at a step counted from 0. The policy's is 0 as long as only the critic trains."""
-        config = self.config
+        """(policy's, critic's) learning rate at a step counted from 0.
 
-        def factor(at: int, total: int) -> float:
-            return lr_factor(at, config.warmup_steps, total, config.lr_schedule)
+        While only the critic trains, the policy's is 0 and the critic's is --critic_lr, after a warm-up over the first
+        tenth of those steps. It then stays there while the policy warms up, and decays with it.
+        """
+        config, alone = self.config, self.config.critic_pretrain_steps
+        if step < alone:
+            return 0.0, config.critic_lr * min(1.0, (step + 1) / max(1, alone // 10))
 
-        start = config.critic_pretrain_steps
-        lr = 0.0 if step < start else config.lr * factor(step - start, config.train_steps)
-        return lr, config.critic_lr * factor(step, config.total_steps)
+        def factor(at: int) -> float:
+            return lr_factor(at, config.warmup_steps, config.train_steps, config.lr_schedule)
+
+        at = step - alone
+        return config.lr * factor(at), config.critic_lr * factor(max(at, config.warmup_steps - 1) if alone else at)
+
+    def fit_critic(self, experience: Experience) -> Experience:
+        """The experience, at the first step of a critic pre-training with the critic brought to the returns' scale.
+
+        A reward model's raw scores are larger than returns of normalised scores, and a few optimizer steps do not make
+        up for that. The head's weight is scaled and `score_center` shifted (`value_scale`). Collective.
+        """
+        config, state, critic = self.config, self.state, self.models.critic
+        wanted = config.critic_pretrain_steps and config.critic_init_scale and state.step == 0
+        if not wanted or state.critic_center is not None:
+            return experience
+        scale, shift = value_scale(experience, config)
+        critic.scale_weight("head.weight", scale)
+        state.critic_center = critic.module.score_center = scale * critic.module.score_center - shift
+        self.logger.say(f"critic: values scaled by {scale:.3g} and shifted by {shift:.3g} (--critic_init_scale)")
+        values = (scale * experience.old_values + shift).masked_fill(~experience.response_mask, 0.0)
+        return with_values(experience, values, config)
 
     def refuses(self, rollout: Rollout, scores: Scores, own: torch.Tensor) -> bool:
         """Whether the whole buffer is left out for a bad score; the step is then made with the next prompts.

@@ -59,7 +59,7 @@ def update(
             if lr > 0.0:
                 more, problem = policy_backward(policy, minibatch, config, next(pretrain) if pretrain else None)
                 learners.append((policy, lr, norms["grad_norm_policy"]))
-            values, bad_values = critic_backward(critic, minibatch, config)
+            values, bad_values = critic_backward(critic, minibatch, config, clipped=lr > 0.0)
             problem = problem or bad_values
             if problem:
                 drop(learners)
@@ -174,24 +174,27 @@ def policy_objective(
     return loss, sums
 
 
-def critic_backward(critic: TrainEngine, batch: Experience, config: PPOConfig) -> tuple[dict[str, float], str | None]:
-    """Gradient of the value loss on one minibatch, in micro-batches. Returns what `policy_backward` does."""
+def critic_backward(
+    critic: TrainEngine, batch: Experience, config: PPOConfig, clipped: bool = True
+) -> tuple[dict[str, float], str | None]:
+    """Gradient of the value loss on one minibatch, in micro-batches. Returns what `policy_backward` does.
+
+    clipped: False while only the critic trains, as the clip would hold its values where they are; there is no
+    value_clip_fraction then.
+    """
     num_tokens = float(batch.response_mask.sum())
-    clip = config.value_clip if config.use_critic_loss_clip else 0.0
+    clip = config.value_clip if config.use_critic_loss_clip and clipped else 0.0
     sums = {}
     for part in shares(batch, config.micro_batch_tokens, critic.module.joins_rows):
         values = shift_to_next(critic(part.sequences, before(part.response_mask)))
         loss = value_loss(values, part.old_values, part.returns, part.response_mask, clip, num_tokens)
         critic.backward(config.vf_loss_weight * loss)
         with torch.no_grad():
-            clipped = value_clipped(values, part.old_values, part.returns, config.value_clip).float()
-            add(
-                sums,
-                {
-                    "value_loss": loss.detach() * num_tokens,
-                    "value_clip_fraction": masked_sum(clipped, part.response_mask),
-                },
-            )
+            more = {"value_loss": loss.detach() * num_tokens}
+            if clipped:
+                cut = value_clipped(values, part.old_values, part.returns, config.value_clip).float()
+                more["value_clip_fraction"] = masked_sum(cut, part.response_mask)
+            add(sums, more)
     return totals(sums, "critic", num_tokens, config)
 
 

@@ -25,7 +25,7 @@ from utils.args import EngineConfig
 from utils.builds import unblocked_builds
 from utils.chunked_step import use_chunked_step
 from utils.distributed import any_rank, is_main, rank, ranks_where, world_size
-from utils.engine_state import load_state, state_tensors
+from utils.engine_state import load_state, scale_weight, state_tensors
 from utils.shared_state import SharedState
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -252,6 +252,10 @@ class TrainEngine:
     def load_state(self, state: SharedState) -> None:
         """Goes on from what `state_tensors` of all ranks gave, on however many and in any stage. Collective."""
         load_state(self.engine.optimizer, self.zero_stage, rank(), self._trained(), state)
+
+    def scale_weight(self, name: str, factor: float) -> None:
+        """Multiplies the trained parameter `name` by `factor`; the optimizer's moments stay. Collective."""
+        scale_weight(self.engine.optimizer, self.zero_stage, rank(), self._trained(), name, factor)
 
     def _trained(self) -> dict[nn.Parameter, str]:
         return {parameter: name for name, parameter in self.module.named_parameters() if parameter.requires_grad}

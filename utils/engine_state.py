@@ -8,6 +8,7 @@ are not stored. Knows the names under which DeepSpeed's ZeRO optimizers hold the
 tests/distributed/test_other_ranks.py run every stage).
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -85,22 +86,41 @@ def load_state(optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, 
     state.check_sizes({name: getattr(p, "ds_numel", p.numel()) for p, name in names.items()})
     inner = optimizer.optimizer if zero_stage else optimizer
     masters = _masters(optimizer, zero_stage)
+    with _rewriting(optimizer, zero_stage):
+        for master in masters:
+            inner.state.pop(master, None)
+            if state.moments:
+                inner.state[master] = {kind: torch.zeros_like(master) for kind in state.moments}
+                # DeepSpeed's CPU Adam counts in a plain int, PyTorch's in a tensor of its own beside each weight.
+                tensor = isinstance(inner, torch.optim.AdamW)
+                steps = int(state.step)
+                inner.state[master]["step"] = torch.tensor(float(steps), device=master.device) if tensor else steps
+        for piece in pieces(optimizer, zero_stage, rank, names):
+            master = masters[piece.master]
+            for kind, held in {"weight": master, **{kind: inner.state[master][kind] for kind in state.moments}}.items():
+                state.read(kind, piece.name, piece.start, held.view(-1)[piece.offset : piece.offset + piece.length])
+
+
+@torch.no_grad()
+def scale_weight(
+    optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, str], name: str, factor: float
+) -> None:
+    """Multiplies the parameter `name` by `factor`, in float32 and where the forward reads it. Collective."""
+    with _rewriting(optimizer, zero_stage):
+        for piece in pieces(optimizer, zero_stage, rank, names):
+            if piece.name == name:
+                master = _masters(optimizer, zero_stage)[piece.master]
+                master.view(-1)[piece.offset : piece.offset + piece.length] *= factor
+
+
+@contextlib.contextmanager
+def _rewriting(optimizer, zero_stage: int) -> Iterator[None]:
+    """Inside, the float32 weights may be written; afterwards the weights that the forward reads follow from them."""
     if zero_stage == 3:
         optimizer.checkpoint_event_prologue()  # no rank holds whole weights from here to the epilogue
-    for master in masters:
-        inner.state.pop(master, None)
-        if state.moments:
-            inner.state[master] = {kind: torch.zeros_like(master) for kind in state.moments}
-            # DeepSpeed's CPU Adam counts in a plain int, PyTorch's in a tensor of its own beside each weight.
-            tensor = isinstance(inner, torch.optim.AdamW)
-            steps = int(state.step)
-            inner.state[master]["step"] = torch.tensor(float(steps), device=master.device) if tensor else steps
-    for piece in pieces(optimizer, zero_stage, rank, names):
-        master = masters[piece.master]
-        for kind, held in {"weight": master, **{kind: inner.state[master][kind] for kind in state.moments}}.items():
-            state.read(kind, piece.name, piece.start, held.view(-1)[piece.offset : piece.offset + piece.length])
+    yield
     if zero_stage == 3:
-        for i in range(len(masters)):
+        for i in range(len(_masters(optimizer, zero_stage))):
             optimizer._reassign_or_swap_out_partitioned_parameters(i)
         optimizer.checkpoint_event_epilogue()  # gathers the small ones that every rank keeps whole
     elif zero_stage:
