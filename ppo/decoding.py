@@ -63,7 +63,8 @@ class _Decoder:
     """Prompts that wait, longest first, and slots that decode. `slots` holds a row a slot of what the device knows:
 
     prompt: index in `prompts`; start: its tokens; count: response tokens so far; last: the newest of them; ended;
-    draws: a random number for each response token; seen: the vocabulary, True where the response has it (with a penalty).
+    draws: a random number for each response token; seen: the vocabulary, True for tokens of the response (with a
+    penalty).
     """
 
     def __init__(self, decode, prompts, places, limits, sampling, seed, tokenizer, room: Room, device: torch.device):

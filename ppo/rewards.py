@@ -12,7 +12,8 @@ def shape_scores(
     """clip((score - mean) / std, -clip, clip) by running statistics (Part I eq. 18). scores [batch] -> [batch].
 
     center: subtract the mean (and divide). scale: divide by the deviation only. clip 0: none. `moments` already holds
-    this batch. missing_eos [batch]: a fixed amount added after the clipping (0, or a penalty for truncated answers).
+    this batch. missing_eos [batch]: added after the clipping, in deviations (0, or minus the penalty of a truncated
+    response).
     """
     if center:
         scores = scores - moments.mean
@@ -20,7 +21,7 @@ def shape_scores(
         scores = scores / moments.std
     if clip:
         scores = scores.clamp(-clip, clip)
-    return scores + missing_eos
+    return scores + missing_eos * (1.0 if center or scale else moments.std)
 
 
 def token_rewards(scores: torch.Tensor, kl: torch.Tensor, response_mask: torch.Tensor, kl_coef: float) -> torch.Tensor:

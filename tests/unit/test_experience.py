@@ -43,8 +43,11 @@ def test_statistics_gather_even_when_nothing_uses_them():
 
 
 def test_clip_and_penalty_by_flags():
-    shaped = rewards([5.0, -5.0], use_reward_clip=True, reward_clip=0.3, missing_eos_penalty=1.0)
-    torch.testing.assert_close(shaped, torch.tensor([[0.0, 0.0, 0.3, 0.0], [0.0, 0.0, 0.0, -1.3]]))
+    """The penalty comes after the clip, in deviations of the score: 10 / √2 of 5 and -5, or 1 where they are scaled."""
+    flags = {"use_reward_clip": True, "reward_clip": 0.3, "missing_eos_penalty": 2.0}
+    raw, scaled = rewards([5.0, -5.0], **flags), rewards([5.0, -5.0], use_reward_scaling=True, **flags)
+    torch.testing.assert_close(raw, torch.tensor([[0.0, 0.0, 0.3, 0.0], [0.0, 0.0, 0.0, -0.3 - 20 / math.sqrt(2)]]))
+    torch.testing.assert_close(scaled, torch.tensor([[0.0, 0.0, 0.3, 0.0], [0.0, 0.0, 0.0, -2.3]]))
 
 
 def test_kl_goes_into_the_loss_or_the_reward_never_both():
