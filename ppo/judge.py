@@ -21,8 +21,8 @@ from utils.tokenizer import load_tokenizer
 def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     """(before, after, KL of each plain sample of AFTER to BEFORE). Both: {"rows": texts, "columns": numbers a prompt}.
 
-    Columns: the reward model's score and the function's, length, nll of the response under its own policy and under
-    BEFORE. Holds two policies and the reward model, no optimizer.
+    Columns: the reward model's score and the function's, length, 1 where the response reached --maxlen_res before its
+    end, nll of the response under its own policy and under BEFORE. Holds two policies and the reward model.
     """
     template = template_for(config.lang, config.template)
     for path in config.policies:
@@ -65,6 +65,7 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
                     f"reward model {i} score": c.tolist() for i, c in enumerate(scores.member_scores.T, start=1)
                 }
         columns["length"] = rollout.response_mask.sum(1).tolist()
+        columns["cut at --maxlen_res"] = (~rollout.ended).float().tolist()
         columns["nll"] = (-scores.old_logprobs.sum(1)).tolist()
         columns["nll under before"] = (-scores.ref_logprobs.sum(1)).tolist()
         rows = [{"prompt": p.turns[-1]["content"], "answer": a} for p, a in zip(prompts, answers, strict=True)]
