@@ -256,4 +256,24 @@ PARTS = {
     "no_surrogate_clip": "surrogate clipping",
     "no_gradient_clip": "gradient clipping",
 }
+FIGURES["missing_eos"] = Figure(
+    "Beyond the paper: a penalty for responses that are cut at the cap",
+    {"missing_eos_0": 3, "missing_eos_1": 3},
+    [
+        Claim(
+            "With a penalty of one deviation more responses end by themselves",
+            [
+                Criterion(
+                    "share that ends by itself, at the end, 1 - 0",
+                    between("missing_eos_1", "missing_eos_0", end("eos_fraction")),
+                    above=0.0,
+                )
+            ],
+        ),
+        Claim(
+            "It costs no quality",
+            [Criterion("gold at the end, 1 - 0", between("missing_eos_1", "missing_eos_0", end("gold")), above=-0.05)],
+        ),
+    ],
+)
 FIGURES["parts"] = Figure("PPO-max, one part taken away", {"ppo_max_short": 3} | dict.fromkeys(PARTS, 3), [])
