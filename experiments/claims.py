@@ -257,7 +257,7 @@ PARTS = {
     "no_gradient_clip": "gradient clipping",
 }
 FIGURES["missing_eos"] = Figure(
-    "Beyond the paper: a penalty for responses that are cut at the cap",
+    "a penalty for responses that are cut at the cap",
     {"missing_eos_0": 3, "missing_eos_1": 3},
     [
         Claim(
