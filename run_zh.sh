@@ -132,7 +132,7 @@ ARGS=(
   --num_rollouts 128          # samples in a buffer; paper: 128
   --batch_size 32             # samples an optimizer step, so four steps a buffer; paper: 32
   --ppo_epochs 1              # passes over a buffer
-  --warmup_steps 100          # of both learning rates; paper: the first tenth
+  --warmup_steps 100          # of the policy's learning rate (the critic has trained before); paper: the first tenth
   --maxlen_prompt 2048        # tokens of prompt and answer together; older turns are dropped first
   --maxlen_res 512            # tokens of an answer at most
   --rollout_batch_size 16     # answers written at once on a GPU: speed and memory only (7B: 0.5 MB a token each)
@@ -163,6 +163,7 @@ ARGS=(
 # What makes PPO-max out of PPO. With `--preset vanilla` these lines are left out, and the preset's values hold.
 TRICKS=(
   --critic_pretrain_steps 10  # buffers for the critic alone before the policy moves; paper: does it, no number given
+  --critic_init_scale 0.3     # deviation of its first values, as a share of the returns' deviation; 0: as loaded
   --gradient_clip 1.0         # global norm, policy and critic apart; paper: part of PPO-max, not enough by itself
 
   # Score: what the reward model says, made fit to learn from
