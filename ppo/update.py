@@ -146,9 +146,9 @@ def policy_backward(
             part.sequences, part.response_mask, config.temperature, config.use_entropy_loss, **asked
         )
         loss, more = policy_objective(part, logprobs, entropy, config, num_tokens)
-        for found in routers:
-            loss = loss + coef * found[0] / routed_tokens
-            more |= dict(zip(ROUTER_METRICS, found.detach(), strict=True))
+        if coef:
+            loss = loss + coef * routers[0][0] / routed_tokens
+            more |= dict(zip(ROUTER_METRICS, routers[0].detach(), strict=True))
             more["router_tokens"] = part.attention_mask.sum()
         policy.backward(loss)
         add(sums, more)
