@@ -7,6 +7,7 @@ from typing import Literal
 from ppo.reward_flags import RewardFlags
 from utils.args import SEEDS, check_range, check_warmup
 from utils.errors import UserError
+from utils.router_flags import RouterFlags
 from utils.run_flags import RunFlags
 
 # The defaults below are PPO-max (Part I §5.4), but for its pre-training loss, which needs data. Explicit flags win over
@@ -38,7 +39,7 @@ COUNTS += ["save_per_step", "maxlen_prompt", "maxlen_res", "warmup_steps", "ppo_
 
 
 @dataclass
-class PPOConfig(RewardFlags, RunFlags):
+class PPOConfig(RewardFlags, RouterFlags, RunFlags):
     """Align a language model with PPO-max."""
 
     policy_model_path: str = ""

@@ -18,6 +18,7 @@ from utils.engine import DTYPES, InferenceEngine, TrainEngine, device, shard_fro
 from utils.errors import UserError
 from utils.models import check_window, enable_checkpointing, load_causal_lm
 from utils.nll import by_chunks, head_logits, logprobs_and_entropy
+from utils.routers import recorded_router_logits, router_coef, router_sums
 from utils.rows import joins_rows, states_of
 from utils.tensors import at_tokens, before
 
@@ -31,21 +32,25 @@ class PolicyModel(nn.Module):
     several chunks they are made again in the backward pass, so that [tokens, vocabulary] is never held.
     """
 
-    def __init__(self, lm: nn.Module, even_tokens: int = 0):
+    def __init__(self, lm: nn.Module, even_tokens: int = 0, router_coef: float = 0.0):
         """even_tokens: where the head's weights are split over ranks (ZeRO-3) every rank has to call it equally often,
 
         however many tokens it has; then the most tokens of any forward. 0: as few calls as the tokens need.
+        router_coef: weight of the load-balancing loss, which the update adds. 0: none.
         """
         super().__init__()
         self.lm = lm
         self.even_tokens = even_tokens
+        self.router_coef = router_coef
 
     def forward(
-        self, sequences=None, token_mask=None, temperature: float = 1.0, with_entropy: bool = True, decode=None
-    ):
+        self, sequences=None, token_mask=None, temperature: float = 1.0, with_entropy: bool = True, decode=None,
+        routed=None,
+    ):  # fmt: skip
         """sequences, token_mask: [batch, length], right-padded -> (logprobs, entropy or None), same shape, float32.
 
-        decode: arguments of `next_logits` instead -> what that returns.
+        decode: arguments of `next_logits` instead -> what that returns. routed: bool [batch, length], the tokens that
+        router statistics count; then a third result, `router_sums` of them.
         """
         if decode is not None:
             return self.next_logits(**decode)
@@ -53,13 +58,16 @@ class PolicyModel(nn.Module):
         def measure(rows, targets, logits):
             return logprobs_and_entropy(logits(rows), targets, temperature, with_entropy)
 
-        rows = states_of(self.lm.get_decoder(), sequences, before(token_mask))
+        decoder, config = self.lm.get_decoder(), self.lm.config.get_text_config()
+        with recorded_router_logits(decoder, routed is not None) as layers:
+            rows = states_of(decoder, sequences, before(token_mask))
         targets = sequences[token_mask]
-        size = max(1, CHUNK_ELEMENTS // self.lm.config.get_text_config().vocab_size)
+        size = max(1, CHUNK_ELEMENTS // config.vocab_size)
         parts = by_chunks(measure, rows, targets, self.logits, size, self.even_tokens)
         logprobs, entropy = zip(*parts, strict=True)
         entropy = at_tokens(torch.cat(entropy), token_mask) if with_entropy else None
-        return at_tokens(torch.cat(logprobs), token_mask), entropy
+        result = at_tokens(torch.cat(logprobs), token_mask), entropy
+        return result if routed is None else (*result, router_sums(layers, routed, config.num_experts_per_tok))
 
     def next_logits(self, straight: bool = False, **decode) -> torch.Tensor:
         """Logits behind the last of the ids: [batch, vocabulary]. decode: arguments of the LM's own forward.
@@ -67,9 +75,14 @@ class PolicyModel(nn.Module):
         straight: they are one new token a slot, which may go through the layers alone (ppo/new_token.py).
         """
         if not straight:
-            return self.lm(**decode).logits[:, -1]
+            # Where config.json asks for router logits, the LM's own loss of them expects a mask without the cache.
+            return self.lm(**decode, **self._without_routers).logits[:, -1]
         names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
         return self.logits(new_token_states(self.lm.get_decoder(), *(decode[name] for name in names)))
+
+    @property
+    def _without_routers(self) -> dict[str, bool]:
+        return {"output_router_logits": False} if getattr(self.lm.config, "output_router_logits", False) else {}
 
     @property
     def joins_rows(self) -> bool:
@@ -129,7 +142,8 @@ def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print
     if config.gradient_checkpoint:
         enable_checkpointing(lm)
     rows = lm.get_input_embeddings().weight.shape[0]
-    policy = TrainEngine(PolicyModel(lm, even_tokens), config, "policy")
+    balance = router_coef(lm, config.router_aux_loss_coef, f"--policy_model_path {config.policy_model_path}", say)
+    policy = TrainEngine(PolicyModel(lm, even_tokens, balance), config, "policy")
 
     critic_model = load_scalar(config, critic_path, tokenizer, rows, say, critic_flag)
     freeze = partial(_freeze, config=config)

@@ -91,12 +91,13 @@ def plan(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
         always(f"weights of {len(rewards)} reward model(s)", sum(map(weights, rewards)))
     states = sum(optimizer_bytes(model.numels, stage, gpus) for model in trained)
     always("optimizer of policy and critic", 0 if config.offload_optimizer else states)
-    gradients = sum(gradient_bytes(model.numels, stage, gpus, element) for model in trained)
+    in_sum = 4 if config.adds_up_in_float32 else element
+    gradients = sum(gradient_bytes(model.numels, stage, gpus, in_sum) for model in trained)
     held = gradients if stage == 3 else 0  # ZeRO-3 keeps the room for them
     add("gradients of policy and critic", held, held, gradients, gradients)
     in_float32 = 4 * max(-(-model.numel // gpus) for model in trained) if stage else 0
     add("gradients of one in float32", step=0 if config.offload_optimizer else in_float32)
-    if gpus > 1:
+    if gpus > 1 or (stage == 2 and config.adds_up_in_float32):  # which bf16 gradients pass on their way to that sum
         buckets = bucket_bytes(stage, policy.numel, element)
         held = buckets if stage == 3 else 0
         add("communication buckets", held, held, buckets, buckets)

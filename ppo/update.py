@@ -23,10 +23,13 @@ from ppo.types import Experience
 from utils.distributed import rank, ranks_where, sum_ranks, world_size
 from utils.engine import TrainEngine
 from utils.errors import UserError
+from utils.routers import ROUTER_METRICS
 from utils.tensors import before, shift_to_next
 
 Learner = tuple[TrainEngine, float, list[float]]  # with its learning rate, and the gradient norms of its steps
 OnBad = Callable[[str, Experience], None]  # what is wrong with a minibatch, on all ranks alike
+# First word of a metric -> whose tokens it is divided by, where these are not the policy's: `critic_tokens` and so on.
+COUNTED_APART = {"value": "critic", "pretrain": "pretrain", "router": "router"}
 
 
 def refuse(problem: str, batch: Experience) -> None:
@@ -46,7 +49,7 @@ def update(
     minibatch, so the result does not depend on how many there are. Returns metrics, sums over ranks and tokens divided
     once.
     """
-    sums: dict[str, float] = {"policy_tokens": 0.0, "critic_tokens": 0.0}
+    sums: dict[str, float] = {}
     norms: dict[str, list[float]] = {"grad_norm_policy": [], "grad_norm_critic": []}
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     for engine in (policy, critic):
@@ -70,10 +73,9 @@ def update(
             else:
                 add(sums, more | values)
     metrics = {key: sum(values) / len(values) for key, values in norms.items() if values}
-    tokens = {"policy": max(sums.pop("policy_tokens"), 1.0), "critic": max(sums.pop("critic_tokens"), 1.0)}
-    pretrain_tokens = max(sums.pop("pretrain_tokens", 0.0), 1.0)
+    tokens = {name: max(sums.pop(f"{name}_tokens", 0.0), 1.0) for name in ("policy", *COUNTED_APART.values())}
     for key, value in sums.items():
-        metrics[key] = value / (pretrain_tokens if key == "pretrain_loss" else tokens[_model_of(key)])
+        metrics[key] = value / tokens[COUNTED_APART.get(key.split("_")[0], "policy")]
     return metrics
 
 
@@ -109,10 +111,6 @@ def try_steps(learners: list[Learner]) -> str | None:
     return problem
 
 
-def _model_of(key: str) -> str:
-    return "critic" if key.startswith("value") else "policy"
-
-
 def add(sums: dict[str, float], more: dict[str, float]) -> None:
     """Adds numbers by name."""
     for key, value in more.items():
@@ -128,7 +126,8 @@ def shares(batch: Experience, max_tokens: int, joined: bool = False) -> Iterator
     for rows, weight in rank_plan(lengths, max_tokens, world_size(), rank(), joined):
         longest = max(lengths[i] for i in rows)
         part = batch.rows(rows).map(lambda x, longest=longest: x[:, :longest])
-        yield replace(part, response_mask=part.response_mask & bool(weight))
+        masks = {name: getattr(part, name) & bool(weight) for name in ("attention_mask", "response_mask")}
+        yield replace(part, **masks)
 
 
 def policy_backward(
@@ -136,13 +135,21 @@ def policy_backward(
 ) -> tuple[dict[str, float], str | None]:
     """Gradient of the policy's whole loss on one minibatch, the pre-training term included, in micro-batches.
 
-    Returns sums over tokens and ranks, and what is wrong with them.
+    Each micro-batch's load-balancing loss of routers is weighted by its share of the minibatch's tokens, prompts
+    included; the pre-training batch has none. Returns sums over tokens and ranks, and what is wrong with them.
     """
-    num_tokens = float(batch.response_mask.sum())
-    sums = {}
+    num_tokens, routed_tokens = (float(mask.sum()) for mask in (batch.response_mask, batch.attention_mask))
+    sums, coef = {}, policy.module.router_coef
     for part in shares(batch, config.micro_batch_tokens, policy.module.joins_rows):
-        logprobs, entropy = policy(part.sequences, part.response_mask, config.temperature, config.use_entropy_loss)
+        asked = {"routed": part.attention_mask} if coef else {}
+        logprobs, entropy, *routers = policy(
+            part.sequences, part.response_mask, config.temperature, config.use_entropy_loss, **asked
+        )
         loss, more = policy_objective(part, logprobs, entropy, config, num_tokens)
+        if coef:
+            loss = loss + coef * routers[0][0] / routed_tokens
+            more |= dict(zip(ROUTER_METRICS, routers[0].detach(), strict=True))
+            more["router_tokens"] = part.attention_mask.sum()
         policy.backward(loss)
         add(sums, more)
     if pretrain is not None:

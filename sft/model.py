@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from sft.loss import answer_loss
 from utils.errors import UserError
 from utils.nll import head_logits, nll_and_hits
+from utils.routers import recorded_router_logits, router_sums
 
 
 class AnswerModel(nn.Module):
@@ -27,18 +28,25 @@ class AnswerModel(nn.Module):
         answer_mask: torch.Tensor,
         positions: torch.Tensor | None = None,
         with_hits: bool = False,
+        routed: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Summed NLL of the masked tokens, float32 scalar; with hits [2], the second how many were the likeliest.
 
-        All inputs [batch, length], right-padded; positions: 0 where a packed dialogue begins.
+        All inputs [batch, length], right-padded; positions: 0 where a packed dialogue begins. routed: bool, the tokens
+        that router statistics count; then `router_sums` of them stand behind, in one vector.
         """
         # Right padding needs no attention mask: causality hides it, and attention kernels are fastest so. Between
         # packed dialogues transformers makes one from positions that start anew, but only when it is given no other.
         packed = {} if positions is None else {"position_ids": positions}
-        hidden = self.lm.get_decoder()(input_ids=sequences, use_cache=False, **packed).last_hidden_state
-        logits = partial(head_logits, self.lm.get_output_embeddings(), self.lm.config.get_text_config())
+        decoder, config = self.lm.get_decoder(), self.lm.config.get_text_config()
+        with recorded_router_logits(decoder, routed is not None) as layers:
+            hidden = decoder(input_ids=sequences, use_cache=False, **packed).last_hidden_state
+        logits = partial(head_logits, self.lm.get_output_embeddings(), config)
         loss = nll_and_hits if with_hits else answer_loss
-        return loss(hidden, sequences, answer_mask, logits, even_tokens=self.even_tokens)
+        sums = loss(hidden, sequences, answer_mask, logits, even_tokens=self.even_tokens)
+        if routed is None:
+            return sums
+        return torch.cat([sums.view(-1), router_sums(layers, routed, config.num_experts_per_tok)])
 
 
 @torch.no_grad()

@@ -70,8 +70,7 @@ class Layout:
         positions are None where every row is one dialogue: the model's own count then says the same, and attention
         needs no mask.
         """
-        if self.packing and self.flat:
-            rows = [Row([dialogue for row in rows for dialogue in row.dialogues])]
+        rows = self._laid_out(rows)
         ids, _ = pad([list(chain.from_iterable(d.ids for d in row.dialogues)) for row in rows], 0)
         answers, _ = pad([list(chain.from_iterable(d.answer_mask for d in row.dialogues)) for row in rows], 0)
         if all(len(row.dialogues) == 1 for row in rows):
@@ -79,3 +78,12 @@ class Layout:
         sizes = [[len(dialogue.ids) for dialogue in row.dialogues] for row in rows]
         positions = torch.stack([restarting_positions(lengths, ids.shape[1]) for lengths in sizes])
         return ids, answers.bool(), positions
+
+    def real(self, rows: list[Row]) -> torch.Tensor:
+        """Which places of `collate`'s rectangle hold a token: bool [rows, length]."""
+        tokens = torch.tensor([row.tokens for row in self._laid_out(rows)])
+        return torch.arange(int(tokens.max())) < tokens[:, None]
+
+    def _laid_out(self, rows: list[Row]) -> list[Row]:
+        flat = self.packing and self.flat
+        return [Row([dialogue for row in rows for dialogue in row.dialogues])] if flat else rows

@@ -32,11 +32,13 @@ from utils.fit_config import FitConfig
 from utils.logger import RunLogger, check_outputs
 from utils.models import check_window, enable_checkpointing, load_causal_lm, model_folder
 from utils.resume import begin_folder, find_checkpoint
+from utils.router_flags import RouterFlags
+from utils.routers import ROUTER_METRICS, router_coef
 from utils.tokenizer import load_tokenizer
 
 
 @dataclass
-class SFTConfig(FitConfig):
+class SFTConfig(RouterFlags, FitConfig):
     """Fine-tune a language model on dialogues."""
 
     data_path: list[str] = field(default_factory=list)
@@ -107,36 +109,44 @@ def spread(items: list, count: int) -> list:
     return items[:: max(1, len(items) // count)][:count] if count else []
 
 
-def answer_sums(engine: Callable, rows: list[Row], layout: Layout, with_hits: bool = False) -> dict[str, torch.Tensor]:
+def answer_sums(
+    engine: Callable, rows: list[Row], layout: Layout, with_hits: bool = False, with_routers: bool = False
+) -> dict[str, torch.Tensor]:
     """The summed NLL of the answers' tokens; with hits also how many of them were the model's likeliest.
 
-    engine: an AnswerModel, or the engine around it.
+    engine: an AnswerModel, or the engine around it. with_routers: ROUTER_METRICS too, over all tokens of the rows.
     """
     inputs = [None if x is None else x.to(device()) for x in layout.collate(rows)]
-    if not with_hits:
-        return {"lm_loss": engine(*inputs)}
-    return dict(zip(("lm_loss", "token_accuracy"), engine(*inputs, with_hits=True), strict=True))
+    routed = layout.real(rows).to(device()) if with_routers else None
+    sums = engine(*inputs, with_hits=with_hits, routed=routed)
+    return dict(zip(answer_counts(rows, with_hits, with_routers), sums.view(-1), strict=True))
 
 
-def answer_counts(rows: list[Row], with_hits: bool = False) -> dict[str, float]:
-    """What both are divided by: the answers' tokens."""
+def answer_counts(rows: list[Row], with_hits: bool = False, with_routers: bool = False) -> dict[str, float]:
+    """What these are divided by: the answers' tokens, and all tokens for what concerns routers."""
     names = ("lm_loss", "token_accuracy") if with_hits else ("lm_loss",)
-    return dict.fromkeys(names, sum(row.answer_tokens for row in rows))
+    counts = dict.fromkeys(names, sum(row.answer_tokens for row in rows))
+    return counts | (dict.fromkeys(ROUTER_METRICS, sum(row.tokens for row in rows)) if with_routers else {})
 
 
 def judge(engine: TrainEngine, rows: list[Row], stage: Stage) -> dict[str, float]:
-    """Loss, perplexity and token accuracy over held-out answers. Collective."""
-    hits = {"sums": partial(stage.sums, with_hits=True), "counts": partial(stage.counts, with_hits=True)}
-    metrics = evaluate(engine, replace(stage, **hits), rows)
+    """Loss, perplexity and token accuracy over held-out answers, without routers. Collective."""
+    options = {"with_hits": True, "with_routers": False}
+    hits = {"sums": partial(stage.sums, **options), "counts": partial(stage.counts, **options)}
+    metrics = evaluate(engine, replace(stage, **hits, loss_weights={"lm_loss": 1.0}), rows)
     perplexity = torch.tensor(metrics["loss"], dtype=torch.float64).exp().item()  # math.exp raises where it is infinite
     return metrics | {"perplexity": perplexity}
 
 
 def stage_of(
     config: SFTConfig, lm: PreTrainedModel, tokenizer, layout: Layout, sets: list[list[EncodedDialogue]],
-    shown: list[EncodedDialogue],
+    shown: list[EncodedDialogue], balance: float = 0.0,
 ) -> Stage:  # fmt: skip
-    """SFT's part in `utils.fit`. shown: the dialogues whose last answer is sampled at each evaluation."""
+    """SFT's part in `utils.fit`. shown: the dialogues whose last answer is sampled at each evaluation.
+
+    balance: weight of the routers' load-balancing loss, 0: none. Each forward's loss is weighted by its share of the
+    global batch's tokens.
+    """
 
     def save(state: dict[str, torch.Tensor], folder: str) -> None:
         save_causal_lm(lm.config, {name.removeprefix("lm."): x for name, x in state.items()}, folder, tokenizer)
@@ -149,9 +159,9 @@ def stage_of(
         batches=(layout.rows(dialogues, world_size()) for dialogues in stream),
         length=lambda row: row.tokens,
         plan=lambda lengths: rank_plan(lengths, config.micro_batch_tokens, world_size(), rank()),
-        sums=partial(answer_sums, layout=layout),
-        counts=answer_counts,
-        loss_weights={"lm_loss": 1.0},
+        sums=partial(answer_sums, layout=layout, with_routers=bool(balance)),
+        counts=partial(answer_counts, with_routers=bool(balance)),
+        loss_weights={"lm_loss": 1.0} | ({"router_aux_loss": balance} if balance else {}),
         best_by="loss",
         larger_is_better=False,
         save=save,
@@ -177,6 +187,7 @@ def train(config: SFTConfig) -> None:
     check_window(lm, config.context_truncate, "--context_truncate")
     if config.packing:
         check_packing(lm)
+    balance = router_coef(lm, config.router_aux_loss_coef, f"--hf_model_name_or_path {path}", say)
     if config.gradient_checkpoint:
         enable_checkpointing(lm)
     if config.compile:
@@ -186,7 +197,7 @@ def train(config: SFTConfig) -> None:
     log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps, step)
     try:
         engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")
-        stage = stage_of(config, lm, tokenizer, layout, sets, spread(valid, config.num_samples))
+        stage = stage_of(config, lm, tokenizer, layout, sets, spread(valid, config.num_samples), balance)
         code = fit(engine, stage, layout.rows(valid, world_size()), config, log, start)
     finally:
         log.close()

@@ -47,6 +47,9 @@ class EngineConfig(ForwardConfig):
     """ZeRO stage: 1 splits the optimizer state over ranks, 2 also gradients, 3 also weights"""
     offload_optimizer: bool = False
     """Keep optimizer state and float32 weights in host memory (slower, saves 12 bytes a parameter on the device)"""
+    grad_accum_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Dtype that the gradients of a step's micro-batches add up in under --dtype bf16 (fp32 models add up in float32
+    either way). fp32 takes 2 more bytes a parameter, split over ranks, and --zero_stage 2 or 3"""
     gradient_clip: float = 1.0
     """Global gradient norm that each engine is clipped to; 0 switches clipping off"""
     explosion_limit: float = 1e9
@@ -79,8 +82,18 @@ class EngineConfig(ForwardConfig):
             )
         if self.offload_optimizer and self.zero_stage == 0:
             raise UserError("--offload_optimizer needs --zero_stage 1, 2 or 3")
+        if self.adds_up_in_float32 and self.zero_stage < 2:
+            raise UserError(
+                f"--grad_accum_dtype fp32 with --zero_stage {self.zero_stage}: DeepSpeed then uses another optimizer, "
+                "whose state is not known here; give --zero_stage 2 or 3"
+            )
         if self.compile and self.zero_stage == 3:
             raise UserError("--compile does not go with --zero_stage 3, whose weights come and go inside a layer")
+
+    @property
+    def adds_up_in_float32(self) -> bool:
+        """Whether gradients of bf16 weights are kept in float32 between micro-batches."""
+        return self.dtype == "bf16" and self.grad_accum_dtype == "fp32"
 
 
 def check_range(config, **limits: tuple[float | None, float | None]) -> None:

@@ -77,7 +77,7 @@ def deepspeed_config(config: EngineConfig, offload_weights: bool = False) -> dic
     boundary, and the number of micro-batches may change from step to step."""
     bucket = BUCKET if device().type == "cuda" else BUCKET // 10
     zero = {"stage": config.zero_stage, "contiguous_gradients": True, "reduce_bucket_size": bucket}
-    if config.zero_stage in (1, 2) and world_size() == 1 and not config.offload_optimizer:
+    if adds_up_in_place(config):
         # Nothing to split: without stage 2's hooks gradients add up where autograd leaves them, not in copies.
         zero |= {"stage": 1, "contiguous_gradients": False}
     zero["overlap_comm"] = zero["stage"] >= 2 and device().type == "cuda"
@@ -95,16 +95,23 @@ def deepspeed_config(config: EngineConfig, offload_weights: bool = False) -> dic
         "gradient_clipping": config.gradient_clip if config.zero_stage else 0.0,
         "zero_optimization": zero,
         "bf16": {"enabled": config.dtype == "bf16", "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32" if config.adds_up_in_float32 else config.dtype},
         "steps_per_print": 10**9,
     }
+
+
+def adds_up_in_place(config: EngineConfig) -> bool:
+    """Whether ZeRO-1 or 2 leaves gradients in `parameter.grad`: one rank, no copy on the host or in float32."""
+    alone = config.zero_stage in (1, 2) and world_size() == 1
+    return alone and not (config.offload_optimizer or config.adds_up_in_float32)
 
 
 class TrainEngine:
     """One model with its optimizer. Call it for a forward, `backward` a loss per micro-batch, `step` once.
 
     Holds per parameter: 2 bytes of bf16 weights (under ZeRO-3 split over ranks), and split over ranks from stage 1 on
-    12 bytes of float32 weight and Adam moments; gradients 2 bytes, split from stage 2 on (they add up in bf16, so very
-    many micro-batches a step cost some precision).
+    12 bytes of float32 weight and Adam moments; gradients 2 bytes, split from stage 2 on. They add up in bf16, so very
+    many micro-batches a step cost some precision, or with --grad_accum_dtype fp32 in float32: 4 bytes.
     """
 
     def __init__(self, module: nn.Module, config: EngineConfig, name: str):
@@ -139,7 +146,7 @@ class TrainEngine:
             keep_while_reduced(self.engine.optimizer)
         if config.zero_stage in (1, 2) and not config.offload_optimizer:
             use_chunked_step(self.engine.optimizer)
-            if world_size() == 1:  # what one rank holds is the sum already: no copies into buckets and back
+            if adds_up_in_place(config):  # what one rank holds is the sum already: no copies into buckets and back
                 self.engine.optimizer.buffered_reduce_fallback = lambda *_, **__: None
         elif config.zero_stage == 0 and world_size() == 1:
             self.engine.buffered_allreduce_fallback = lambda *_, **__: None
@@ -168,6 +175,8 @@ class TrainEngine:
             group["lr"] = lr
         self.engine.step()
         if not self.engine.was_step_applied():
+            if self.zero_stage in (1, 2):  # DeepSpeed forgets the float32 sum, except where the optimizer is offloaded
+                self.engine.optimizer.averaged_gradients.clear()
             return float("inf")
         return float(self.engine.get_global_grad_norm() if self.zero_stage else self._replicated_norm)
 

@@ -18,7 +18,7 @@ def weight_bytes(numels: list[int], stage: int, gpus: int, element: int) -> int:
 
 
 def gradient_bytes(numels: list[int], stage: int, gpus: int, element: int) -> int:
-    """Of a rank, between backward and step: split from stage 2 on."""
+    """Of a rank, between backward and step: split from stage 2 on. element: of the dtype that they add up in."""
     return element * (sum(numels) if stage < 2 else sum(-(-n // gpus) for n in numels))
 
 

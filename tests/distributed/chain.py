@@ -1,7 +1,8 @@
 """Hands one engine's state from process group to process group:   python -m tests.distributed.chain DTYPE FOLDER …
 
-Each further argument is RANKS:ZERO_STAGE or RANKS:ZERO_STAGE:offload. The first group makes two steps and saves; each
-further one takes over from the group before and saves at once; the last then makes a step. FOLDER/0, /1, … hold it.
+DTYPE: that of the weights, or also that in which gradients add up (bf16-fp32). Each further argument is
+RANKS:ZERO_STAGE or RANKS:ZERO_STAGE:offload. The first group makes two steps and saves; each further one takes over
+from the group before and saves at once; the last then makes a step. FOLDER/0, /1, … hold it.
 """
 
 import os
@@ -34,7 +35,9 @@ def train(engine: TrainEngine) -> None:
 def group(folder: str, number: int, last: bool, dtype: str, stage: int, offload: bool) -> None:
     """What one process of the group `number` does."""
     init_distributed(60)
-    config = ppo_config(zero_stage=stage, dtype=dtype, offload_optimizer=offload)
+    dtype, _, in_sum = dtype.partition("-")
+    options = {"grad_accum_dtype": in_sum} if in_sum else {}
+    config = ppo_config(zero_stage=stage, dtype=dtype, offload_optimizer=offload, **options)
     engine = TrainEngine(tiny_policy(seed=number).to(DTYPES[dtype]), config, "policy")
     if number:
         restore(named(f"{folder}/{number - 1}/step_2"), {"policy": engine})

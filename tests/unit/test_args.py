@@ -166,6 +166,8 @@ def test_launchers_rank_is_accepted_and_forgotten():
         ("--temperature 0", "--temperature 0"),
         ("--kl_in loss", "--kl_in loss needs --kl_estimator k2 or k3"),
         ("--zero_stage 0", "--zero_stage 0"),
+        ("--grad_accum_dtype fp32 --zero_stage 1", "--grad_accum_dtype fp32 with --zero_stage 1"),
+        ("--router_aux_loss_coef -1", "--router_aux_loss_coef -1"),
         ("--lang fr", "--lang"),
         ("--preset fast", "--preset"),
         ("--train_steps many", "--train_steps"),

@@ -55,18 +55,24 @@ def gradients(engine: TrainEngine) -> Iterable[torch.Tensor | None]:
     yield getattr(optimizer, "grad_partitions_flat_buffer", None)
 
 
-@pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
-def test_weights_gradients_and_optimizer_are_what_an_engine_holds(single_process, zero_stage, dtype):
+ENGINES = [(0, "fp32", "bf16"), (2, "fp32", "bf16"), (1, "bf16", "bf16"), (2, "bf16", "bf16"), (3, "bf16", "bf16")]
+ENGINES += [(2, "bf16", "fp32"), (3, "bf16", "fp32")]
+
+
+@pytest.mark.parametrize(("zero_stage", "dtype", "grad_accum_dtype"), ENGINES)
+def test_weights_gradients_and_optimizer_are_what_an_engine_holds(single_process, zero_stage, dtype, grad_accum_dtype):
     """Matrices of 128 x 64 stay whole under ZeRO-3, those of 128 x 128 and above do not."""
     module = PolicyModel(tiny_llama(1000, hidden_size=128).to(DTYPES[dtype]))
     numels, element = [p.numel() for p in module.parameters()], DTYPES[dtype].itemsize
-    engine = TrainEngine(module, ppo_config(zero_stage=zero_stage, dtype=dtype), "policy")
+    config = ppo_config(zero_stage=zero_stage, dtype=dtype, grad_accum_dtype=grad_accum_dtype)
+    engine = TrainEngine(module, config, "policy")
     ids = torch.arange(3, 35).view(2, 16)
     answer = (torch.arange(16) > 5).expand(2, -1)
     for _ in range(2):  # what is left over from an earlier micro-batch would count
         logprobs, _ = engine(ids, answer)
         engine.backward(logprobs.sum())
-    assert held(gradients(engine)) == gradient_bytes(numels, zero_stage, 1, element)
+    in_sum = 4 if "fp32" in (dtype, grad_accum_dtype) else 2
+    assert held(gradients(engine)) == gradient_bytes(numels, zero_stage, 1, in_sum)
     engine.step(1e-3)
     state = {name: x for name, x in engine.state_tensors().items() if not name.startswith("step")}
     if zero_stage == 0:
@@ -88,6 +94,9 @@ def test_sizes_of_7b_are_those_worked_out_by_hand(folder_7b):
     assert rows["gradients of policy and critic"] == [0, 0] + [2 * (POLICY_7B + CRITIC_7B) // 8] * 2
     assert rows["key-value cache"] == [16 * (2048 + 256) * 32 * 2 * 4096 * 2, 0, 0, 0]
     assert host == {"final/ being written (first process alone)": 2 * POLICY_7B}
+
+    rows, _ = plan(ppo_config(**flags, zero_stage=2, grad_accum_dtype="fp32"), gpus=8)
+    assert rows["gradients of policy and critic"] == [0, 0] + [4 * (POLICY_7B + CRITIC_7B) // 8] * 2
 
     rows, host = plan(ppo_config(**flags, zero_stage=3, offload_optimizer=True, offload_frozen=True), gpus=8)
     assert rows["weights of the policy"] == [2 * POLICY_7B // 8 + 2 * NORMS_7B] * 4
