@@ -33,11 +33,11 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, template: str | None) -> TurnEn
     """The end of the assistant's turns in `template`: EOS alone unless that is `chat`."""
     if template != "chat":
         return TurnEnd((tokenizer.eos_token_id,), tokenizer.eos_token_id)
-    return _probed_end(tokenizer, str(tokenizer.chat_template), json.dumps(_arguments(tokenizer)))
+    return _probed_end(tokenizer, str(tokenizer.chat_template), json.dumps(template_arguments(tokenizer)))
 
 
 @lru_cache(maxsize=8)
-def _probed_end(tokenizer: PreTrainedTokenizerBase, _template: str, _arguments: str) -> TurnEnd:
+def _probed_end(tokenizer: PreTrainedTokenizerBase, _template: str, _given: str) -> TurnEnd:
     """What stands behind a probe's answer both at the end of a dialogue and before another question.
 
     Some templates write more at the end alone (Phi 3: EOS), which no answer in the history has. Without a special token
@@ -65,7 +65,7 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Turns, open_answer: bool) 
     """The dialogue as the template writes it. Raises UserError for one that the template refuses."""
     try:
         return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=open_answer, **_arguments(tokenizer)
+            turns, tokenize=False, add_generation_prompt=open_answer, **template_arguments(tokenizer)
         )
     except TemplateError as error:  # some templates refuse system turns
         raise UserError(f"--template chat: the tokenizer's chat template refuses a dialogue: {error}") from error
@@ -118,5 +118,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def _arguments(tokenizer: PreTrainedTokenizerBase) -> dict:
+def template_arguments(tokenizer: PreTrainedTokenizerBase) -> dict:
+    """--chat_template_kwargs, as `load_tokenizer` got them."""
     return getattr(tokenizer, "chat_template_kwargs", {})

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from transformers import PreTrainedTokenizerBase
 
-from data.chat import render, turn_end
+from data.chat import render, template_arguments, turn_end
 from utils.errors import UserError
 from utils.models import model_folder
 from utils.tensor_files import read_json
@@ -120,7 +120,7 @@ def _check_trained_alike(
     if not has_tokenizer(folder) or os.path.realpath(folder) == os.path.realpath(source) or path == source:
         return
     try:
-        theirs = load_tokenizer(str(folder), arguments=tokenizer.chat_template_kwargs)
+        theirs = load_tokenizer(str(folder), arguments=template_arguments(tokenizer))
     except UserError:  # it cannot be used, which may be why another one was given
         return
     other = template_of(theirs)

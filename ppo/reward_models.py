@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from data.chat import template_arguments
 from data.settle import choose_template
 from data.template import encode_dialogue
 from ppo.reward_flags import RewardFlags
@@ -57,7 +58,7 @@ def _own_encoding(path: str, flag: str, source: str | None, name: str | None, to
         if name not in (None, template):
             raise UserError(f"--reward_template {name}: {path} has no tokenizer; give --reward_tokenizer_name_or_path")
         return None
-    arguments = tokenizer.chat_template_kwargs
+    arguments = template_arguments(tokenizer)
     theirs = _load_tokenizer(source, None, arguments)
     borrowed = name is None and template == "chat" and not theirs.chat_template
     if borrowed:

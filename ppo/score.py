@@ -118,12 +118,12 @@ def closed_ids(rollout: Rollout, end: TurnEnd, window: int | None = None) -> lis
     rows = zip(rollout.sequences.tolist(), rollout.attention_mask.sum(1).tolist(), rollout.ended.tolist(), strict=True)
     closed = []
     for ids, length, ended in rows:
-        ids, closing = ids[:length], end.ids
+        ids = ids[:length]
         if ended and ids[-1] == end.stop:
-            closing = end.ids[end.learnt :]
-        elif ended:
-            ids = ids[:-1]
-        closed.append([*ids[: None if window is None else window - len(closing)], *closing])
+            closed.append([*ids, *end.ids[end.learnt :]][:window])
+        else:
+            ids = ids[:-1] if ended else ids
+            closed.append([*ids[: None if window is None else window - len(end.ids)], *end.ids])
     return closed
 
 
