@@ -89,8 +89,17 @@ def closed_answer(tokenizer: PreTrainedTokenizerBase, turns: Turns, prompt: list
         ids = ids[: len(ids) - ids[::-1].index(end.stop) - end.learnt]
     same_prompt, same_text = whole[: len(prompt)] == prompt, tokenizer.decode(ids).strip().endswith(text.strip())
     if not same_prompt or not same_text or end.stop in ids:  # the last: an end spelt out in the text
+        text = _without_opened(tokenizer, text, prompt)
         ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     return [*ids, *end.ids]
+
+
+def _without_opened(tokenizer: PreTrainedTokenizerBase, text: str, prompt: list[int]) -> str:
+    """The text less a tag in front that stands at the end of the prompt already, as DeepSeek-R1's <think> does."""
+    before = tokenizer.decode(prompt).rstrip()
+    tags = (token.content for token in tokenizer.added_tokens_decoder.values())
+    opened = next((tag for tag in tags if tag and before.endswith(tag) and text.startswith(tag)), None)
+    return text.removeprefix(opened).lstrip() if opened else text
 
 
 def earlier_answers(tokenizer: PreTrainedTokenizerBase, turns: Turns, ids: list[int]) -> tuple[list[bool], list[int]]:
