@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.errors import UserError
 
 Turns = list[dict[str, str]]
-_ANSWER = "Answer 7391"  # of the probe: no template has this text of its own
+_ANSWER = "7391"  # of the probe: no template has it of its own, and a change of case leaves it
 
 
 @dataclass(frozen=True)

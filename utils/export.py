@@ -43,11 +43,16 @@ def write_model(
         with quiet_transformers():
             shell.save_pretrained(partial, state_dict=state)
         if shell.can_generate() and generation is not None:
-            # transformers refuses to save some settings that it loads, such as a temperature without do_sample.
-            text = json.dumps({**generation.to_diff_dict(), **ids}, indent=2, sort_keys=True)
-            Path(partial, "generation_config.json").write_text(f"{text}\n", encoding="utf-8")
+            _write_settings(generation, ids, Path(partial, "generation_config.json"))
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial)
+
+
+def _write_settings(generation: GenerationConfig, ids: dict, file: Path) -> None:
+    """Writes a source's settings with these ids. Not left to transformers, which refuses to save some that it loads."""
+    settings = generation.to_diff_dict()
+    if not settings.get("_from_model_config"):  # else the source had none of its own
+        file.write_text(json.dumps(settings | ids, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_causal_lm(
