@@ -40,7 +40,7 @@ def settle(
     _check_arguments(tokenizer, config)
     template, why = choose_template(config, tokenizer)
     set_template(tokenizer, template, source)
-    say(f"template: {template}, {why} (--template {config.template})")
+    say(f"{source}: template {template}, {why} (--template {config.template})")
     if config.template == "auto":
         for flag, path in [*models, *others]:
             _check_trained_alike(flag, path, source, tokenizer, template, why)

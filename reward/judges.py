@@ -37,7 +37,7 @@ def load_judges(config: ScoreConfig, say: Callable[[str], None]) -> list[Member]
             path, dtype, device(), attention, tokenizer, say=say, flag="--model", trained=True
         ).requires_grad_(False)
         window = window_of(model)
-        say(f"{path}: template {template}, window {window or 'without end'}")
+        say(f"{path}: window {window or 'without end'}")
         members.append(Member(Frozen(model, config.offload_frozen), window, Encoding(tokenizer, template, window)))
     return members
 

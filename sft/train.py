@@ -1,6 +1,6 @@
 """Teaches a language model to answer as the assistant does:   python -m sft.train --data_path … (see --help)
 
-Next-token loss on the assistant's tokens and their EOS alone.
+Next-token loss on the assistant's tokens alone, up to the end of each turn.
 """
 
 import math

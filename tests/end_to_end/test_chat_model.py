@@ -59,7 +59,7 @@ def judge(model, data, tmp_path_factory):
 
 def assert_chat(text: str) -> None:
     """The command has said which template, what ends an answer, and what the model sees."""
-    assert "template: chat, the tokenizer's own chat template (--template auto)\n" in text
+    assert ": template chat, the tokenizer's own chat template (--template auto)\n" in text
     assert "'<|im_end|>' (311: the template's end of a turn" in text and "'<|endoftext|>' (309: EOS" in text
     assert SHOWN in text
 

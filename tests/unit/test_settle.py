@@ -60,7 +60,7 @@ def of(folders, source: str, *others: str, **flags):
 )
 def test_the_template_and_why(folders, source, flags, template, why):
     found, _, said = of(folders, source, **flags)
-    assert (found, said[0]) == (template, f"template: {template}, {why}")
+    assert (found, said[0]) == (template, f"{folders / source}: template {template}, {why}")
 
 
 def test_a_template_asked_for_replaces_the_tokenizers_own(folders):
