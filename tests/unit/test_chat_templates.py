@@ -8,16 +8,21 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from data.chat import turn_end
+from data.collate import pad
 from data.dialogues import Dialogue, encode_dialogues
+from data.preferences import Pair, Preference
 from data.settle import settle
 from data.template import encode_dialogue, encode_prompt
 from ppo.models import PolicyModel
 from ppo.rollout import assemble, generate, response_ids
 from ppo.sampling import Sampling
 from ppo.score import closed_ids
+from reward.answers import best_answers
+from reward.encode import encode_preference
 from reward.ensemble import Encoding
 from sft.model import AnswerModel
 from sft.rows import Layout
+from sft.samples import sample_answers
 from tests.families import FAMILIES, TURNS, Family, family_config, family_tokenizer
 from tests.parts import ppo_config, prompts_of
 from tests.tiny_run import write_json
@@ -112,6 +117,17 @@ def test_what_a_reward_model_reads(family, tokenizer):
     assert [tokenizer.decode(row) for row in closed_ids(rollout, end)] == [whole] * len(responses)
 
 
+def test_what_the_loss_of_a_reward_model_counts(family, tokenizer):
+    """The best answer, up to its end token, and nothing of the other."""
+    preference = Preference(TURNS[:-1], ["No.", TURNS[-1]["content"]], [Pair(1, 0, None, None)], "", "")
+    item, _ = encode_preference(preference, tokenizer, "chat", 256)
+    ids, mask = pad(item.answers, 0)
+    counted = best_answers([item], mask)
+    assert tokenizer.decode(ids[1][counted[1]]) == family.answer
+    assert not counted[0].any()
+    assert item.answer_lengths[1] == int(counted.sum())
+
+
 def trained(family: Family, tokenizer, steps: int = 60) -> PolicyModel:
     """A tiny model of the family after SFT on the two answers, each to several questions."""
     torch.manual_seed(0)
@@ -140,6 +156,25 @@ def answers(policy: PolicyModel, tokenizer, prompt: list[int]) -> tuple[str, boo
 def test_a_model_that_was_trained_stops_where_its_template_does(family, tokenizer):
     policy, prompt = trained(family, tokenizer), encode_prompt(tokenizer, TURNS[:-1], "chat")
     assert answers(policy, tokenizer, prompt) == (family.answer, True)
+
+
+class WholeEngine(InferenceEngine):
+    """One that has room for the whole weights."""
+
+    def fits_gathered(self) -> bool:
+        return True
+
+
+def test_samples_of_sft_stop_there_too(tmp_path, monkeypatch):
+    tokenizer, lengths = settled(FAMILIES["Gemma 2"], tmp_path), []
+    lm = trained(FAMILIES["Gemma 2"], tokenizer).lm
+    shown = encode_dialogues(tokenizer, [Dialogue(TURNS, "")], "chat", 256, str)
+    make = type(lm).generate
+    monkeypatch.setattr(type(lm), "generate", lambda *a, **k: lengths.append((rows := make(*a, **k)).shape[1]) or rows)
+    (row,) = sample_answers(WholeEngine(AnswerModel(lm)), shown, tokenizer, 256, 40)
+    assert (row["answer"], row["reference"]) == ("See you.", "See you.")
+    assert row["prompt"] == FAMILIES["Gemma 2"].prompt
+    assert lengths == [len(shown[0].ids)]  # as long as the data's own, its end token included
 
 
 def test_with_eos_alone_it_would_not_stop(tmp_path):
