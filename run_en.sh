@@ -29,7 +29,6 @@ demo() { # "$@" goes to train_ppo.py
     --hf_model_name_or_path "$cache/reward_base" # the lower third of the model's layers
     --data_path "$cache/preferences"
     --model_save_path "$reward"
-    --template chat
     --seed "$seed"
     --dtype "$DTYPE"
     --lr 1e-4               # 5e-6 in the paper, for 7 billion parameters
@@ -48,7 +47,6 @@ demo() { # "$@" goes to train_ppo.py
     --data_path "$cache/prompts"
     --model_save_path "$output"
     --logdir "$output/tensorboard"
-    --template chat
     --dtype "$DTYPE"
     --zero_stage 2
     --lr 6e-5
@@ -79,7 +77,6 @@ demo() { # "$@" goes to train_ppo.py
     --reward_model_path "$reward/final"
     --reward_fn data/demo/annotators.py:vader
     --data_path "$cache/prompts"
-    --template chat
     --dtype "$DTYPE"
     --num_prompts 200
     --micro_batch_tokens 2048
@@ -106,7 +103,7 @@ mkdir -p "$OUTPUT"
 # arXiv 2307.04964) says about it. `python train_ppo.py --help` lists the rest.
 ARGS=(
   --preset ppo_max # with the tricks below; vanilla is plain PPO without them
-  --lang en        # the prompt's template: <s>Human:question</s>Assistant:
+  --lang en        # template of a tokenizer without a chat template: <s>Human:question</s>Assistant:
   --policy_model_path "$POLICY_MODEL"
   --reward_model_path "$REWARD_MODEL"
   --critic_model_path "$CRITIC_MODEL"

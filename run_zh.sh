@@ -118,7 +118,7 @@ mkdir -p "$OUTPUT"
 # arXiv 2307.04964) says about it. `python train_ppo.py --help` lists the rest.
 ARGS=(
   --preset ppo_max # with the tricks below; vanilla is plain PPO without them
-  --lang zh        # the prompt's template: <s><|Human|>question</s><|MOSS|>
+  --lang zh        # template of a tokenizer without a chat template: <s><|Human|>question</s><|MOSS|>
   --policy_model_path "$POLICY_MODEL"
   --reward_model_path "$REWARD_MODEL"
   --critic_model_path "$CRITIC_MODEL"

@@ -45,7 +45,8 @@ from utils.moments import RunningMoments
 SAMPLES, RESPONSE = 8, 64
 SIZES = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376}
 STAGES = ("rollout", "score", "update")
-IDS = SimpleNamespace(eos_token_id=2, pad_token_id=0)  # a random model hardly ever samples EOS: 1 token in 32,000
+# A random model hardly ever samples EOS: 1 token in 32,000.
+IDS = SimpleNamespace(eos_token_id=2, pad_token_id=0, chat_template=None)
 
 
 def random_lm(sizes: dict[str, int], dtype: torch.dtype, attention: str | None = None) -> LlamaForCausalLM:

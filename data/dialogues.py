@@ -1,25 +1,25 @@
 """Dialogues for SFT and for the pre-training (ptx) loss: the assistant's answers are what is learnt."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from data.order import mixture, order
 from data.prompts import without_oldest
 from data.records import FLAG, BadRecord, Record, Tally, load_items
-from data.template import Turns, encode_dialogue
+from data.template import Turns, encode_answers, last_answer
 from data.turns import turns_of
 from data.window import encode_fitting
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Turns that end in the assistant's, and where the record stands."""
+    """Turns that end in the assistant's, and where the record stands; last_answer_only: earlier ones are not learnt."""
 
     turns: Turns
     source: str
+    last_answer_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,22 +56,52 @@ def encode(
     tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, template: str, max_tokens: int
 ) -> tuple[EncodedDialogue | None, int]:
     """(the dialogue as ids, how many turns were left out): the oldest go until it fits; None when the last do not."""
+    return _encode(tokenizer, dialogue, template, max_tokens)[:2]
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, template: str, max_tokens: int
+) -> tuple[EncodedDialogue | None, int, list[Dialogue]]:
+    """`encode`, and for each earlier answer that it cannot teach, as the template changes it, the dialogue up to it."""
     turns = dialogue.turns
     while turns:
-        ids, mask = encode_dialogue(tokenizer, turns, template)
-        if len(ids) <= max_tokens:
-            return EncodedDialogue(ids, mask, dialogue.source), len(dialogue.turns) - len(turns)
+        ids, mask, changed = encode_answers(tokenizer, turns, template)
+        answer = last_answer(mask)
+        if answer.stop <= max_tokens:  # nothing is learnt from what follows the last answer's end token
+            if dialogue.last_answer_only:
+                mask = [False] * answer.start + mask[answer.start :]
+            encoded = EncodedDialogue(ids[: answer.stop], mask[: answer.stop], dialogue.source)
+            parts = [replace(dialogue, turns=turns[: k + 1], last_answer_only=True) for k in changed]
+            return encoded, len(dialogue.turns) - len(turns), [] if dialogue.last_answer_only else parts
         turns = without_oldest(turns)
-    return None, 0
+    return None, 0, []
 
 
 def encode_dialogues(
     tokenizer: PreTrainedTokenizerBase, dialogues: list[Dialogue], template: str, max_tokens: int,
     say: Callable[[str], None], flag: str = "--context_truncate",
 ) -> list[EncodedDialogue]:  # fmt: skip
-    """All that fit into the `max_tokens` of `flag`; what was cut and what was dropped is counted and said."""
-    fit = partial(encode, tokenizer, template=template, max_tokens=max_tokens)
-    return encode_fitting(dialogues, fit, "dialogues", say, flag)
+    """All that fit into the `max_tokens` of `flag`; what was cut and what was dropped is counted and said.
+
+    Earlier answers that the template renders in another way once they are history, such as those whose reasoning it
+    removes, are samples of their own, which end in them and teach nothing else. They stand behind all others.
+    """
+    parts: list[Dialogue] = []
+
+    def fit(dialogue: Dialogue) -> tuple[EncodedDialogue | None, int]:
+        encoded, cut, changed = _encode(tokenizer, dialogue, template, max_tokens)
+        parts.extend(changed)
+        return encoded, cut
+
+    kept = encode_fitting(dialogues, fit, "dialogues", say, flag)
+    if not parts:
+        return kept
+    tally = Tally("dialogues")
+    for part in parts:
+        tally.add("earlier answers that the template changes in the history, each a sample of its own", part.source)
+    for line in tally.lines():
+        say(line)
+    return kept + encode_fitting(list(parts), fit, "earlier answers", say, flag)
 
 
 def batches(

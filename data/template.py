@@ -2,7 +2,7 @@
 
 moss_en   <s>Human:question</s>Assistant:answer</s>Human:…
 moss_zh   <s><|Human|>question</s><|MOSS|>answer</s><|Human|>…
-chat      the tokenizer's own chat template
+chat      the tokenizer's own chat template: data/chat.py
 
 In the moss templates every stretch between special tokens is encoded on its own, with SentencePiece's dummy prefix,
 and `</s>` follows every utterance; special tokens spelt out in a text stay text (in a chat template's history they
@@ -10,47 +10,48 @@ become tokens: the template writes text and nothing else). A system turn goes in
 empty line between, since these models know no third role.
 """
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from utils.errors import UserError
-from utils.tokenizer import MOSS_ZH_TAGS
-
-TEMPLATES = ("moss_en", "moss_zh", "chat")
-Turns = list[dict[str, str]]
-
-
-def template_for(lang: str, template: str | None) -> str:
-    """The template's name: `--template` if given, else the one of `--lang`. Raises UserError for unknown names."""
-    if template is None and lang in ("en", "zh"):
-        return f"moss_{lang}"
-    if template is None:
-        raise UserError(f"--lang {lang}: must be en or zh (or give --template {', '.join(TEMPLATES)})")
-    if template not in TEMPLATES:
-        raise UserError(f"--template {template}: must be one of {', '.join(TEMPLATES)}")
-    return template
+from data.chat import Turns, closed_answer, earlier_answers, encode_chat, turn_end
+from utils.tokenizer import MOSS_ZH_TAGS, stop_ids
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: Turns, template: str) -> list[int]:
     """Ids of everything before the answer; `turns` are [{"role", "content"}, …] and the last is the human's."""
     if template == "chat":
-        return _encode_chat(tokenizer, turns)
+        return encode_chat(tokenizer, turns)
     return _encode_moss(tokenizer, turns, template)[0]
 
 
 def encode_dialogue(tokenizer: PreTrainedTokenizerBase, turns: Turns, template: str) -> tuple[list[int], list[bool]]:
-    """Ids of a whole dialogue that ends in the assistant's turn, and a mask of the assistant's tokens and their EOS.
+    """Ids of a whole dialogue that ends in the assistant's turn, and a mask of the assistant's tokens and their ends.
 
-    The ids begin with `encode_prompt(turns[:-1])`, exactly: the answer continues the prompt here as in generation.
+    The ids begin with `encode_prompt(turns[:-1])`, exactly: the answer continues the prompt here as in generation. They
+    end as the template ends a turn; what it writes behind the turn's end token (a newline) is not in the mask.
     """
-    prompt = encode_prompt(tokenizer, turns[:-1], template)
+    ids, mask, _ = encode_answers(tokenizer, turns, template)
+    return ids, mask
+
+
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase, turns: Turns, template: str
+) -> tuple[list[int], list[bool], list[int]]:
+    """`encode_dialogue`, and the places of the turns whose answers the mask lacks: the history has them otherwise."""
+    prompt, end, changed = encode_prompt(tokenizer, turns[:-1], template), turn_end(tokenizer, template), []
     if template == "chat":
-        mask, answer = _mask_chat(tokenizer, turns[:-1], prompt), _answer_chat(tokenizer, turns, prompt)
+        mask, changed = earlier_answers(tokenizer, turns[:-1], prompt)
+        answer = closed_answer(tokenizer, turns, prompt)
     else:
         mask = _encode_moss(tokenizer, turns[:-1], template)[1]
-        answer = _continue(tokenizer, turns[-1]["content"], template)
-    answer = [*answer, tokenizer.eos_token_id]
-    return prompt + answer, mask + [True] * len(answer)
+        answer = [*_continue(tokenizer, turns[-1]["content"], template), *end.ids]
+    behind = len(end.ids) - end.learnt
+    return prompt + answer, mask + [True] * (len(answer) - behind) + [False] * behind, changed
+
+
+def last_answer(mask: list[bool]) -> slice:
+    """Where the last answer stands in a dialogue with this mask of `encode_dialogue`, its end token included."""
+    stop = len(mask) - mask[::-1].index(True)
+    return slice(stop - mask[:stop][::-1].index(False), stop)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -60,8 +61,12 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of response ids: special tokens and ids beyond the tokenizer's (a padded embedding) are left out."""
-    known = [i for i in ids if i < len(tokenizer)]
+    """The text of response ids: special tokens and ids beyond the tokenizer's (a padded embedding) are left out.
+
+    So are ids that end an answer, special or not.
+    """
+    ends = stop_ids(tokenizer)
+    known = [i for i in ids if i < len(tokenizer) and i not in ends]
     return tokenizer.decode(known, skip_special_tokens=True).strip()
 
 
@@ -117,44 +122,3 @@ def _continue(tokenizer: PreTrainedTokenizerBase, text: str, template: str) -> l
             if whole[: len(start)] == start:
                 return whole[len(start) :]
     return _encode(tokenizer, text)
-
-
-def _answer_chat(tokenizer: PreTrainedTokenizerBase, turns: Turns, prompt: list[int]) -> list[int]:
-    """Ids of the last turn as the template writes it behind `prompt`, without what follows the EOS.
-
-    Where the template or a merge across the border changes the text or the prompt, the answer is encoded on its own.
-    """
-    text, whole = turns[-1]["content"], _encode_chat(tokenizer, turns, open_answer=False)
-    ids = whole[len(prompt) :]
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: len(ids) - 1 - ids[::-1].index(tokenizer.eos_token_id)]
-    same_prompt, same_text = whole[: len(prompt)] == prompt, tokenizer.decode(ids).strip() == text.strip()
-    usable = same_prompt and same_text and tokenizer.eos_token_id not in ids  # an EOS spelt out in the text
-    return ids if usable else _encode(tokenizer, text)
-
-
-def _encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Turns, open_answer: bool = True) -> list[int]:
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_answer)
-    except TemplateError as error:  # some templates refuse system turns
-        raise UserError(f"--template chat: the tokenizer's chat template refuses a dialogue: {error}") from error
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def _mask_chat(tokenizer: PreTrainedTokenizerBase, turns: Turns, ids: list[int]) -> list[bool]:
-    """Mask of the earlier answers within the prompt `ids`, found by rendering the dialogue up to and past each.
-
-    An answer that the template renders differently once it is history (one that cuts out reasoning, say) is left out.
-    """
-    mask = [False] * len(ids)
-    for k, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        start, stop = _encode_chat(tokenizer, turns[:k]), _encode_chat(tokenizer, turns[: k + 1], open_answer=False)
-        if ids[: len(start)] != start or ids[: len(stop)] != stop:
-            continue
-        # The template may write on after the end of the answer (a newline): the EOS is the last that counts.
-        inside = range(len(start), len(stop))
-        end = next((t + 1 for t in inside if ids[t] == tokenizer.eos_token_id), len(stop))
-        mask[len(start) : end] = [True] * (end - len(start))
-    return mask

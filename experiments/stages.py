@@ -37,7 +37,7 @@ NUM_DIALOGUES = {"valid": 200, "train": 1200}
 COMMON = {"dtype": "bf16", "context_truncate": 128, "micro_batch_tokens": 2048}
 FLAGS = {
     "en": {
-        "both": {"template": "chat", **COMMON},
+        "both": COMMON,
         "sft": {"lr": 5e-5, "train_steps": 20, "warmup_steps": 2, "batch_size": 16},
         "reward": {"lr": 1e-4, "train_steps": 30, "warmup_steps": 3, "batch_size": 16},
     },

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from data.prompts import load_prompts
-from data.template import template_for
+from data.settle import first_prompt, settle
 from ppo.config import PPOConfig
 from ppo.evaluate import BestRule
 from ppo.models import load_models
@@ -19,7 +19,6 @@ from utils.keeper import Keeper
 from utils.logger import RunLogger, check_outputs
 from utils.models import model_folder
 from utils.resume import begin_folder, find_checkpoint
-from utils.tokenizer import load_tokenizer
 
 
 def build(config: PPOConfig) -> Run:
@@ -33,9 +32,9 @@ def build(config: PPOConfig) -> Run:
     model_folder(config.critic_model_path, "--critic_model_path")
     for path in config.reward_model_path:
         model_folder(path, "--reward_model_path")
-    template = template_for(config.lang, config.template)
     reward_fn = load_reward_fn(config.reward_fn) if config.reward_fn else None
-    tokenizer = load_tokenizer(config.tokenizer_name_or_path or config.policy_model_path, template)
+    policy, critic = ((f"--{name}", getattr(config, name)) for name in ("policy_model_path", "critic_model_path"))
+    tokenizer, template = settle(config, config.tokenizer_name_or_path or policy[1], [policy], say, [critic])
     config.check_world(world_size(), len(tokenizer))
     room = config.maxlen_prompt - config.maxlen_res
     train, valid = load_prompts(config.data_path, tokenizer, template, room, config.num_eval_prompts, config.seed, say)
@@ -44,6 +43,7 @@ def build(config: PPOConfig) -> Run:
             f"--num_rollouts {config.num_rollouts} asks for more prompts than the {len(train)} that "
             f"--data_path {config.data_path} has: lower it, or bring more prompts"
         )
+    say(first_prompt(tokenizer, train[0].ids))
     pretrain = load_pretrain(config, tokenizer, template, say) if config.use_ppo_pretrain_loss else None
     models = load_models(config, tokenizer, say)
     state = RunState(BestRule(config.best_max_kl), pretrain=pretrain)

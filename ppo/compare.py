@@ -6,7 +6,6 @@ since only those estimate it rightly.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from ppo.reward_flags import RewardFlags
 from utils.args import SEEDS, check_range, entry_point, parse_args
@@ -35,10 +34,6 @@ class CompareConfig(RewardFlags):
     """Tokens of prompt and answer together"""
     maxlen_res: int = 512
     """Longest answer, tokens"""
-    lang: Literal["en", "zh"] = "en"
-    """Picks the template moss_en or moss_zh"""
-    template: Literal["moss_en", "moss_zh", "chat"] | None = None
-    """How a dialogue becomes tokens; default: by --lang"""
     rollout_batch_size: int = 64
     """Sequences decoded at once"""
     rollout_cache_tokens: int = 0

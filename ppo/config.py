@@ -65,10 +65,6 @@ class PPOConfig(RewardFlags, RouterFlags, RunFlags):
     """More trackers, comma-separated, by accelerate's names: wandb, swanlab, mlflow, ..."""
     overwrite: bool = False
     """Replace a run that is already in --model_save_path"""
-    lang: Literal["en", "zh"] = "en"
-    """Language of the released models: picks the template moss_en or moss_zh"""
-    template: Literal["moss_en", "moss_zh", "chat"] | None = None
-    """How a dialogue becomes tokens; default: by --lang. chat is the tokenizer's own chat template"""
     preset: Literal["ppo_max", "vanilla"] = "ppo_max"
     """vanilla: every trick but the clipped surrogate off. Explicit flags win"""
     seed: int = 42

@@ -11,6 +11,7 @@ from ppo.slots import SlotCache, columns_for, slots_for
 from utils.distributed import any_rank
 from utils.nll import logprobs_and_entropy
 from utils.tensors import position_ids
+from utils.tokenizer import stop_ids
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def decode_all(
     decode: Callable, prompts: list[list[int]], places: list[int], limits: list[int], sampling: Sampling, seed: int,
     tokenizer, room: Room, device: torch.device, together: bool = False,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """One response a prompt, EOS included, of at most limits[i] tokens. decode: the policy, called with `decode=`.
+    """One response a prompt, its end included, of at most limits[i] tokens. decode: the policy, called with `decode=`.
 
     together: every rank does the same number of forwards, until the last response of all ranks has ended.
     """
@@ -69,7 +70,8 @@ class _Decoder:
 
     def __init__(self, decode, prompts, places, limits, sampling, seed, tokenizer, room: Room, device: torch.device):
         self.decode, self.prompts, self.sampling, self.seed, self.room = decode, prompts, sampling, seed, room
-        self.eos, self.pad, self.device = tokenizer.eos_token_id, tokenizer.pad_token_id, device
+        self.pad, self.device = tokenizer.pad_token_id, device
+        self.stops = torch.tensor(stop_ids(tokenizer), device=device)
         # Padding is small among neighbours in length, and equal prompts are neighbours.
         self.waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
         longest = max((len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)), default=0)
@@ -199,4 +201,4 @@ class _Decoder:
             self.measured[:, slots["prompt"], slots["count"]] = torch.stack(numbers)
         slots["last"].copy_(token)
         slots["count"] += ~slots["ended"]
-        slots["ended"] |= (token == self.eos) | (slots["count"] >= self.limits[slots["prompt"]])
+        slots["ended"] |= (token[:, None] == self.stops).any(1) | (slots["count"] >= self.limits[slots["prompt"]])

@@ -3,7 +3,8 @@
 import math
 
 from data.prompts import load_prompts
-from data.template import decode_answer, template_for
+from data.settle import first_prompt, settle
+from data.template import decode_answer
 from ppo.compare import CompareConfig
 from ppo.models import Models, PolicyModel
 from ppo.reward_models import load_ensemble, reward_readers
@@ -14,8 +15,7 @@ from ppo.types import PromptBatch
 from reward.ensemble import Frozen
 from utils.engine import DTYPES, InferenceEngine, device
 from utils.errors import UserError
-from utils.models import check_window, load_causal_lm, model_folder
-from utils.tokenizer import load_tokenizer
+from utils.models import check_window, load_causal_lm
 
 
 def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
@@ -24,10 +24,8 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     Columns: the reward model's score and the function's, length, 1 where the response reached --maxlen_res before its
     end, nll of the response under its own policy and under BEFORE. Holds two policies and the reward model.
     """
-    template = template_for(config.lang, config.template)
-    for path in config.policies:
-        model_folder(path, "--policies")
-    tokenizer = load_tokenizer(config.tokenizer_name_or_path or config.policies[0], template)
+    models = [("--policies", path) for path in config.policies]
+    tokenizer, template = settle(config, config.tokenizer_name_or_path or config.policies[0], models, print)
     room = config.maxlen_prompt - config.maxlen_res
     train, valid = load_prompts(config.data_path, tokenizer, template, room, 0, config.seed)
     if valid:
@@ -35,6 +33,7 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     else:
         print("compared on the whole data, as there is no *valid* file: none of it should have been trained on")
     prompts = (valid or train)[: config.num_prompts]
+    print(first_prompt(tokenizer, prompts[0].ids))
     batch = PromptBatch([p.ids for p in prompts], [p.turns for p in prompts], list(range(len(prompts))))
     reward_fn = load_reward_fn(config.reward_fn) if config.reward_fn else None
     readers = reward_readers(config, tokenizer, print)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from data.template import template_for
+from data.settle import choose_template
 from ppo.config import PPOConfig
 from ppo.new_token import new_token_states
 from ppo.reward_models import check_same_tokenizer, load_ensemble, load_scalar, reward_readers
@@ -129,7 +129,7 @@ def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print
     compared before the first weights are read.
     """
     critic_path, critic_flag = config.critic_model_path, "--critic_model_path"
-    check_same_tokenizer(critic_path, critic_flag, tokenizer, template_for(config.lang, config.template))
+    check_same_tokenizer(critic_path, critic_flag, tokenizer, choose_template(config, tokenizer)[0])
     readers = reward_readers(config, tokenizer, say)
     dtype, place = DTYPES[config.dtype], device()
     lm = load_causal_lm(

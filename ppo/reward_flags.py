@@ -5,12 +5,13 @@ from typing import Literal
 
 from utils.args import ForwardConfig, check_range
 from utils.errors import UserError
+from utils.text_flags import StopFlags
 
 TEMPLATES = ("moss_en", "moss_zh", "chat")
 
 
 @dataclass
-class RewardFlags(ForwardConfig):
+class RewardFlags(StopFlags, ForwardConfig):
     """Which reward models score, how they read an answer, and how their scores become one."""
 
     reward_model_path: list[str] = field(default_factory=list)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from data.template import encode_dialogue, template_for
+from data.chat import template_arguments
+from data.settle import choose_template
+from data.template import encode_dialogue
 from ppo.reward_flags import RewardFlags
 from reward.ensemble import Encoding, Ensemble, Frozen, Member, check_labels, window_of
 from reward.model import ScalarModel, load_scalar_model
@@ -37,7 +39,7 @@ def reward_readers(config: RewardFlags, tokenizer, say: Callable[[str], None]) -
 
     Raises UserError for folders, tokenizers or templates that are not there, and for labels of different meanings.
     """
-    template = template_for(config.lang, config.template)
+    template, _ = choose_template(config, tokenizer)
     check_labels(config.reward_paths, config.reward_flag)
     readers = []
     for path, tokenizer_path, reward_template in config.reward_sources():
@@ -56,13 +58,14 @@ def _own_encoding(path: str, flag: str, source: str | None, name: str | None, to
         if name not in (None, template):
             raise UserError(f"--reward_template {name}: {path} has no tokenizer; give --reward_tokenizer_name_or_path")
         return None
-    theirs = _load_tokenizer(source, None)
+    arguments = template_arguments(tokenizer)
+    theirs = _load_tokenizer(source, None, arguments)
     borrowed = name is None and template == "chat" and not theirs.chat_template
     if borrowed:
         theirs.chat_template = tokenizer.chat_template
     else:
         name = name or template_of(theirs) or template
-        theirs = _load_tokenizer(source, name)
+        theirs = _load_tokenizer(source, name, arguments)
     if _same_ids(tokenizer, template, theirs, name or template):
         return None
     if borrowed:
@@ -73,9 +76,9 @@ def _own_encoding(path: str, flag: str, source: str | None, name: str | None, to
     return theirs, name
 
 
-def _load_tokenizer(path: str, template: str | None):
+def _load_tokenizer(path: str, template: str | None, arguments: dict):
     try:
-        return load_tokenizer(path, template)
+        return load_tokenizer(path, template, arguments)
     except UserError as error:  # which flag it came from is known here alone
         message = str(error).replace(TOKENIZER_FLAG, "--reward_tokenizer_name_or_path")
         raise UserError(message.replace("--template", "--reward_template")) from error

@@ -14,6 +14,7 @@ from ppo.types import MeasuredRollout, PromptBatch, Rollout
 from utils.compiled import eager
 from utils.engine import TrainEngine, device
 from utils.tensors import at_tokens
+from utils.tokenizer import stop_ids
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def generate(
             responses, *measured = decode_measured(*work, together=together)
         else:
             responses = decode_all(*work, together)
-    rollout = assemble(prompts.ids, responses, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    rollout = assemble(prompts.ids, responses, stop_ids(tokenizer), tokenizer.pad_token_id)
     return with_measured(rollout, *measured) if measure else rollout
 
 
@@ -57,8 +58,13 @@ def room_of(config: PPOConfig, decoder: torch.nn.Module, place: torch.device, sp
     return Room(config.rollout_batch_size, tokens, cache_tokens, alone_from(decoder), looks, straight)
 
 
-def assemble(prompts: list[list[int]], responses: list[torch.Tensor], eos_id: int, pad_id: int) -> Rollout:
-    """Prompts and responses side by side, right-padded, with masks from their lengths. An empty response is fine."""
+def assemble(
+    prompts: list[list[int]], responses: list[torch.Tensor], stops: int | tuple[int, ...], pad_id: int
+) -> Rollout:
+    """Prompts and responses side by side, right-padded, with masks from their lengths. An empty response is fine.
+
+    stops: the id, or ids, that end a response.
+    """
     device = responses[0].device
     rows = [
         torch.cat([torch.tensor(prompt, dtype=torch.int64, device=device), response])
@@ -70,7 +76,8 @@ def assemble(prompts: list[list[int]], responses: list[torch.Tensor], eos_id: in
     places = torch.arange(sequences.shape[1], device=device)
     attention_mask = places < lengths[:, None]
     response_mask = attention_mask & (places >= starts[:, None])
-    ended = (sequences.gather(1, (lengths - 1)[:, None]).squeeze(1) == eos_id) & (lengths > starts)
+    last = sequences.gather(1, (lengths - 1)[:, None])
+    ended = (last == torch.tensor(stops, device=device)).any(1) & (lengths > starts)
     return Rollout(sequences, attention_mask, response_mask, ended)
 
 
@@ -81,5 +88,5 @@ def with_measured(rollout: Rollout, logprobs: list[torch.Tensor], entropy: list[
 
 
 def response_ids(rollout: Rollout) -> list[list[int]]:
-    """The response tokens of each row, EOS included."""
+    """The response tokens of each row, the end token included."""
     return [row[mask].tolist() for row, mask in zip(rollout.sequences, rollout.response_mask, strict=True)]

@@ -151,15 +151,9 @@ class Run:
         """Writes the policy to the run's folder `name`. Collective; rank 0 writes, the others wait."""
         state = self.models.policy.full_state_dict()
         if is_main():
-            config = self.config
-            save_causal_lm(
-                self.models.policy.module.lm.config,
-                {key.removeprefix("lm."): value for key, value in state.items()},
-                f"{config.model_save_path}/{name}",
-                self.tokenizer,
-                do_sample=True, temperature=EVALUATION.temperature, top_p=EVALUATION.topp,
-                repetition_penalty=EVALUATION.repetition_penalty, max_new_tokens=config.maxlen_res,
-            )  # fmt: skip
+            lm, folder = self.models.policy.module.lm, f"{self.config.model_save_path}/{name}"
+            state = {key.removeprefix("lm."): value for key, value in state.items()}
+            save_causal_lm(lm.config, state, folder, self.tokenizer, lm.generation_config)
         barrier()
         self.keeper.feed(f"export of {name}/")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from data.chat import TurnEnd, turn_end
 from data.collate import micro_batches
 from data.template import Turns, decode_answer
 from ppo.config import PPOConfig
@@ -21,6 +22,7 @@ from utils.distributed import any_rank, gather_objects, world_size
 from utils.engine_state import same_weights
 from utils.errors import UserError
 from utils.tensors import before, shift_to_next
+from utils.tokenizer import template_of
 
 RewardFunction = Callable[[list[list[dict]], list[str]], list[float]]
 
@@ -90,7 +92,7 @@ def reward_scores(
     texts = dialogues(rollout, prompts, tokenizer) if any(member.encoding for member in members) else []
     for member in members:
         if member.encoding is None:
-            ids = closed_ids(rollout, tokenizer.eos_token_id, member.window)
+            ids = closed_ids(rollout, turn_end(tokenizer, template_of(tokenizer)), member.window)
         else:
             ids, cut = zip(*map(member.encoding, texts), strict=True)
             truncated = torch.cat([truncated, torch.tensor(cut, device=truncated.device)[:, None]], 1)
@@ -106,16 +108,23 @@ def dialogues(rollout: Rollout, prompts: PromptBatch, tokenizer) -> list[Turns]:
     return [[*turns, {"role": "assistant", "content": a}] for turns, a in zip(prompts.turns, answers, strict=True)]
 
 
-def closed_ids(rollout: Rollout, eos_id: int, window: int | None = None) -> list[list[int]]:
-    """Prompt and response of each row, with an EOS behind responses that were cut off at their longest.
+def closed_ids(rollout: Rollout, end: TurnEnd, window: int | None = None) -> list[list[int]]:
+    """Prompt and response of each row, ended as the template ends a turn.
 
     For the reward model only: it was trained on whole answers, and its score at any other token says nothing. What a
-    missing EOS shall cost is --missing_eos_penalty's to say. Where the row fills the window, the EOS takes the place of
-    its last token.
+    missing end shall cost is --missing_eos_penalty's to say. A response that another stop id has ended gets the
+    template's end in its place. Where the row fills the window, the end takes the place of its last tokens.
     """
     rows = zip(rollout.sequences.tolist(), rollout.attention_mask.sum(1).tolist(), rollout.ended.tolist(), strict=True)
-    room = None if window is None else window - 1
-    return [ids[:length] if ended else [*ids[:length][:room], eos_id] for ids, length, ended in rows]
+    closed = []
+    for ids, length, ended in rows:
+        ids = ids[:length]
+        if ended and ids[-1] == end.stop:
+            closed.append([*ids, *end.ids[end.learnt :]][:window])
+        else:
+            ids = ids[:-1] if ended else ids
+            closed.append([*ids[: None if window is None else window - len(end.ids)], *end.ids])
+    return closed
 
 
 def even_batches(lengths: list[int], max_tokens: int, joined: bool = False) -> list[list[int]]:

@@ -40,7 +40,7 @@ class Batch:
 class Rollout(Batch):
     """Prompts with sampled responses. sequences [batch, length] int64, right-padded; masks bool, made from lengths.
 
-    `response_mask` is True on response tokens, the closing EOS included. `ended` [batch] bool: an EOS was sampled.
+    `response_mask` is True on response tokens, the end token included. `ended` [batch] bool: one was sampled.
     """
 
     sequences: torch.Tensor

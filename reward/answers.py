@@ -52,11 +52,14 @@ def read_answers(
 
 def best_answers(items: list[Comparison], mask: torch.Tensor) -> torch.Tensor:
     """True at the answer tokens of the row that is each comparison's best. mask: [answers, length]"""
-    starts = []
+    starts, stops = [], []
     for item in items:
-        places = range(len(item.answers))
-        starts += [item.prompt_length if place == item.best else mask.shape[1] for place in places]
-    return mask & (torch.arange(mask.shape[1]) >= torch.tensor(starts)[:, None])
+        starts += [item.prompt_length] * len(item.answers)
+        lengths = enumerate(item.answer_lengths)
+        stops += [item.prompt_length + length if place == item.best else 0 for place, length in lengths]
+    starts, stops = (torch.tensor(x, device=mask.device)[:, None] for x in (starts, stops))
+    places = torch.arange(mask.shape[1], device=mask.device)
+    return (places >= starts) & (places < stops)
 
 
 @torch.no_grad()

@@ -25,8 +25,9 @@ class Pull:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Whole dialogues that share their first `prompt_length` ids; the rest of each is an answer with its EOS.
+    """Whole dialogues that share their first `prompt_length` ids; the rest of each is an answer with its end token.
 
+    behind: ids that the template writes behind the end token, which no loss counts.
     pairs: (place of the better answer, of the worse); margins: one a pair; subset, source: as in data.preferences;
     place: of the preference among all that were encoded. Of a pair record there is one pair; of a ranked list, all.
     Without pairs: answers to be scored alone.
@@ -39,6 +40,7 @@ class Comparison:
     subset: str
     source: str
     place: int = 0
+    behind: int = 0
     pull: Pull | None = None
 
     @property
@@ -59,8 +61,8 @@ class Comparison:
 
     @property
     def answer_lengths(self) -> list[int]:
-        """Tokens of every answer, EOS included."""
-        return [len(ids) - self.prompt_length for ids in self.answers]
+        """Tokens of every answer, its end token included."""
+        return [len(ids) - self.prompt_length - self.behind for ids in self.answers]
 
 
 @dataclass(frozen=True)

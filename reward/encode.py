@@ -10,7 +10,8 @@ from data.dialogues import load_dialogues
 from data.order import order
 from data.preferences import MARGIN_COLUMNS, Preference, check_margins, flip_negative, load_preferences
 from data.prompts import without_oldest
-from data.template import encode_dialogue, template_for
+from data.settle import choose_template
+from data.template import encode_dialogue, last_answer
 from data.window import encode_fitting
 from reward.batches import Comparison
 from reward.config import RewardConfig
@@ -35,11 +36,11 @@ def encode_preference(
         ]
         if max(len(ids) for ids, _ in sides) <= max_tokens:
             mask = sides[0][1]
-            # The answer is the last stretch of the mask; earlier answers belong to the history here.
-            prompt_length = len(mask) - mask[::-1].index(False)
+            answer = last_answer(mask)  # earlier ones belong to the history here
             comparison = Comparison(
                 answers=[ids for ids, _ in sides],
-                prompt_length=prompt_length,
+                prompt_length=answer.start,
+                behind=len(mask) - answer.stop,
                 pairs=[(pair.better, pair.worse) for pair in preference.pairs],
                 margins=[pair.margin or 0.0 for pair in preference.pairs],
                 subset=preference.subset,
@@ -78,7 +79,7 @@ def load_comparisons(
 
     The held-out labels stay as people gave them.
     """
-    template, columns = template_for(config.lang, config.template), ()
+    (template, _), columns = choose_template(config, tokenizer), ()
     if config.use_margin:
         columns = (config.margin_column,) if config.margin_column else MARGIN_COLUMNS
     train, valid = load_preferences(config.data_path, config.num_valid, config.seed, say, columns)
@@ -110,7 +111,8 @@ def load_center_answers(
     answers = [
         Preference(d.turns[:-1], [d.turns[-1]["content"]], [], "", d.source) for d in (dialogues[i] for i in drawn)
     ]
-    encoded = encode_all(answers, tokenizer, template_for(config.lang, config.template), config.context_truncate, say)
+    template, _ = choose_template(config, tokenizer)
+    encoded = encode_all(answers, tokenizer, template, config.context_truncate, say)
     if not encoded:
         raise UserError(f"{flag} {config.center_data_path}: no answer fits --context_truncate; raise it")
     return encoded

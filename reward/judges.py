@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from data.columns import is_finite
 from data.records import BadRecord, Record, Tally
+from data.settle import first_prompt, settle
 from data.stream import text_or_answered
-from data.template import Turns, template_for
+from data.template import Turns, encode_prompt
 from reward.ensemble import Encoding, Frozen, Member, check_labels, score_dialogues, window_of
 from reward.model import load_scalar_model
 from reward.outcomes import outcome_counts, render, share_interval
@@ -20,7 +21,6 @@ from utils.distributed import gather_objects, is_main, rank, world_size
 from utils.engine import DTYPES, device
 from utils.errors import UserError
 from utils.models import model_folder
-from utils.tokenizer import load_tokenizer, template_of
 
 Item = TypeVar("Item")
 
@@ -31,14 +31,13 @@ def load_judges(config: ScoreConfig, say: Callable[[str], None]) -> list[Member]
     members = []
     for path in config.model:
         source = config.tokenizer_name_or_path or str(model_folder(path, "--model"))
-        template = config.template or template_of(load_tokenizer(source)) or template_for(config.lang, None)
-        tokenizer = load_tokenizer(source, template)
+        tokenizer, template = settle(config, source, [("--model", path)], say)
         dtype, attention = DTYPES[config.dtype], config.attn_implementation
         model = load_scalar_model(
             path, dtype, device(), attention, tokenizer, say=say, flag="--model", trained=True
         ).requires_grad_(False)
         window = window_of(model)
-        say(f"{path}: template {template}, window {window or 'without end'}")
+        say(f"{path}: window {window or 'without end'}")
         members.append(Member(Frozen(model, config.offload_frozen), window, Encoding(tokenizer, template, window)))
     return members
 
@@ -72,6 +71,8 @@ def scored_chunks(
     for chunk in in_chunks(records, config.chunk_size):
         parsed = [parse(record, tally) for record in chunk]
         dialogues = [found for found, error in parsed if error is None]
+        if not count:
+            say_first_prompts(members, dialogues, say)
         scored = iter(score_chunk(members, dialogues, config.micro_batch_tokens))
         count += len(dialogues)
         rows = []
@@ -91,6 +92,14 @@ def scored_chunks(
         reasons = "; ".join(tally.lines()) or "it is empty"
         raise UserError(f"--input {config.input}: nothing in it could be scored ({reasons}); mend it")
     say(f"records: {count} scored")
+
+
+def say_first_prompts(members: list[Member], dialogues: list[Turns | str], say: Callable[[str], None]) -> None:
+    """Says how each model sees the first prompt among `dialogues`; a text without template has none."""
+    turns = next((found for found in dialogues if not isinstance(found, str)), None)
+    for member in members if turns else []:
+        tokenizer, template = member.encoding.tokenizer, member.encoding.template
+        say(first_prompt(tokenizer, encode_prompt(tokenizer, turns[:-1], template)))
 
 
 def in_chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -142,6 +151,8 @@ def compare(
     for chunk in in_chunks(answer_pairs(config.compare, streams), config.chunk_size):
         both = [answer for pair in chunk for answer in pair]
         if members:
+            if not differences:
+                say_first_prompts(members, [both[0][1]], say)
             scored = score_chunk(members, [turns for _, turns in both], config.micro_batch_tokens)
             for (record, _), (scores, cut) in zip(both, scored, strict=True):
                 checked(scores, record, config.model)

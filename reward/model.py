@@ -29,6 +29,7 @@ from utils.models import FLAG, fit_vocabulary, from_folder, model_folder
 from utils.nll import head_logits, sum_nll
 from utils.rows import joins_rows, states_of
 from utils.tensors import at_tokens, last_index
+from utils.tokenizer import stop_ids
 from utils.weight_files import read_tensor, tensor_files
 
 HEAD_NAMES = ("score.weight", "reward_head.weight")  # sequence classification, MOSS
@@ -159,12 +160,12 @@ def load_scalar_model(
 
 
 def with_own_pad(tokenizer):
-    """The tokenizer, or where its pad is its eos a copy that pads with another special token, if it has one."""
-    eos = tokenizer.eos_token_id
-    if tokenizer.pad_token_id != eos:
+    """The tokenizer, or where its pad ends answers a copy that pads with another special token, if it has one."""
+    ends = (*stop_ids(tokenizer), tokenizer.eos_token_id)
+    if tokenizer.pad_token_id not in ends:
         return tokenizer
     candidates = [tokenizer.unk_token_id, *tokenizer.all_special_ids]
-    other = next((i for i in candidates if i not in (None, eos)), eos)
+    other = next((i for i in candidates if i is not None and i not in ends), tokenizer.eos_token_id)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(other)
     return tokenizer

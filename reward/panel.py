@@ -3,13 +3,12 @@
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from tqdm import tqdm
 
 from data.preferences import Preference
+from data.settle import first_prompt, settle
 from data.shares import rank_plan
-from data.template import template_for
 from reward.answers import held_out
 from reward.encode import encode_all
 from reward.ensemble import check_labels, window_of
@@ -19,7 +18,6 @@ from utils.args import ForwardConfig, check_range
 from utils.engine import DTYPES, InferenceEngine, device
 from utils.errors import UserError
 from utils.models import check_window, model_folder
-from utils.tokenizer import load_tokenizer, template_of
 
 FLAG = "--model"
 
@@ -36,10 +34,6 @@ class PanelConfig(ForwardConfig):
     """Folder for the results"""
     tokenizer_name_or_path: str | None = None
     """Tokenizer of all models; default: the one in each model's folder"""
-    lang: Literal["en", "zh"] = "en"
-    """Template of models whose tokenizer has none: moss_en or moss_zh"""
-    template: Literal["moss_en", "moss_zh", "chat"] | None = None
-    """How a dialogue becomes tokens; default: the template that each model's tokenizer was saved with"""
     context_truncate: int | None = None
     """Longest dialogue, tokens; the oldest turns of longer ones go first. Default: each model's window"""
     micro_batch_tokens: int = 8192
@@ -77,13 +71,14 @@ def score_preferences(preferences: list[Preference], config: PanelConfig, say: C
 def _scored(path: str, preferences: list[Preference], config: PanelConfig, say: Callable[[str], None]) -> Scored:
     dtype, attention = DTYPES[config.dtype], config.attn_implementation
     source = config.tokenizer_name_or_path or str(model_folder(path, FLAG))
-    template = config.template or template_of(load_tokenizer(source)) or template_for(config.lang, None)
-    tokenizer = load_tokenizer(source, template)
+    tokenizer, template = settle(config, source, [(FLAG, path)], say)
     model = load_scalar_model(path, dtype, device(), attention, tokenizer, say=say, flag=FLAG, trained=True)
     window = config.context_truncate or window_of(model)
     if window:
         check_window(model, window, "--context_truncate")
     items = encode_all(preferences, tokenizer, template, window or sys.maxsize, say)
+    if items:
+        say(first_prompt(tokenizer, items[0].answers[0][: items[0].prompt_length]))
     if not items:
         raise UserError(
             f"--data_path {config.data_path}: no preference fits the {window} tokens of {path}; give shorter ones, or "

@@ -21,7 +21,7 @@ mkdir -p "$OUTPUT"
 
 # The values are those of Part I and II for 7 billion parameters, where they give one. `--help` lists the rest.
 ARGS=(
-  --lang en # the dialogues' template: <s>Human:question</s>Assistant:answer</s>
+  --lang en # template of a tokenizer without a chat template: <s>Human:question</s>Assistant:answer</s>
   --hf_model_name_or_path "$MODEL"
   --tokenizer_name_or_path "$TOKENIZER"
   --data_path "$DATA"

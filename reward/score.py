@@ -35,10 +35,6 @@ class ScoreConfig(ForwardConfig):
     """Scores that differ by no more than this are a tie"""
     tokenizer_name_or_path: str | None = None
     """Tokenizer; default: the one in each model's folder"""
-    lang: Literal["en", "zh"] = "en"
-    """Template of models whose tokenizer has none: moss_en or moss_zh"""
-    template: Literal["moss_en", "moss_zh", "chat"] | None = None
-    """How a dialogue becomes tokens; default: the template that each model's tokenizer was saved with"""
     format: Literal["auto", "json", "text"] = "auto"
     """Lines of --input: json values or texts; auto goes by the file's ending, in a pipe by the first line"""
     micro_batch_tokens: int = 8192

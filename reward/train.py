@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from data.settle import first_prompt, settle
 from data.shares import rank_plan
-from data.template import template_for
 from reward.answers import Plan, held_out, read_answers
 from reward.batches import MIN_PAIRS, Comparison, dynamic_batches, pair_index
 from reward.config import RewardConfig
@@ -31,9 +31,8 @@ from utils.errors import UserError
 from utils.fast_dtype import warn_of_slow_dtype
 from utils.fit import Stage, fit
 from utils.logger import RunLogger, check_outputs
-from utils.models import check_window, enable_checkpointing, model_folder
+from utils.models import FLAG, check_window, enable_checkpointing
 from utils.resume import begin_folder, find_checkpoint
-from utils.tokenizer import load_tokenizer
 
 
 def comparison_sums(engine: Callable, items: list[Comparison], config: RewardConfig) -> dict[str, torch.Tensor]:
@@ -150,11 +149,12 @@ def train(config: RewardConfig) -> None:
     say = partial(print, flush=True) if is_main() else lambda text: None
     warn_of_slow_dtype(config.dtype, device(), say)
     start = find_checkpoint(config, say)
-    model_folder(config.hf_model_name_or_path)
-    tokenizer = load_tokenizer(config.tokenizer_name_or_path, template_for(config.lang, config.template))
+    models = [(FLAG, config.hf_model_name_or_path)]
+    tokenizer, _ = settle(config, config.tokenizer_name_or_path, models, say)
     if config.delimiter not in (None, tokenizer.eos_token):
         raise UserError(f"--delimiter {config.delimiter!r}: utterances end in {tokenizer.eos_token!r}; leave it out")
     items, held_out_items = load_comparisons(config, tokenizer, say)
+    say(first_prompt(tokenizer, items[0].answers[0][: items[0].prompt_length]))
     if config.center_scores and not held_out_items:
         raise UserError("--center_scores needs an evaluation: give a *valid* file, or a --num_valid above 0")
     answers = load_center_answers(config, tokenizer, say) if config.center_data_path else None

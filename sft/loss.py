@@ -15,7 +15,7 @@ def answer_loss(
     num_tokens: float = 1.0,
     even_tokens: int = 0,
 ) -> torch.Tensor:
-    """Cross entropy of the answer tokens, their EOS included, summed and divided by `num_tokens`. -> float32 scalar.
+    """Cross entropy of the answer tokens, their ends included, summed and divided by `num_tokens`. -> float32 scalar.
 
     hidden: [batch, length, hidden], of right-padded sequences; sequences, answer_mask: [batch, length]; num_tokens:
     answer tokens of the whole global batch, so that micro-batches and ranks add up to the same loss;

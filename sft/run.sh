@@ -21,7 +21,7 @@ mkdir -p "$OUTPUT"
 # One hyper-parameter a line, with what the papers ("Secrets of RLHF in Large Language Models", Part I arXiv 2307.04964,
 # Part II arXiv 2401.06080) say about it for 7 billion parameters. `python -m sft.train --help` lists the rest.
 ARGS=(
-  --lang en # the dialogues' template: <s>Human:question</s>Assistant:answer</s>; zh for the Chinese one
+  --lang en # template of a tokenizer without a chat template: <s>Human:question</s>Assistant:answer</s>; zh: the Chinese one
   --hf_model_name_or_path "$MODEL"
   --tokenizer_name_or_path "$TOKENIZER"
   --data_path "${DATA[@]}"

@@ -7,10 +7,11 @@ from transformers import GenerationConfig
 
 from data.collate import pad
 from data.dialogues import EncodedDialogue
-from data.template import decode_answer
+from data.template import decode_answer, last_answer
 from utils.compiled import eager
 from utils.engine import TrainEngine, device
 from utils.models import quiet_transformers
+from utils.tokenizer import stop_ids
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def sample_answers(
             do_sample=False,
             max_new_tokens=min(maxlen_res, window - ids.shape[1]),
             bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=list(stop_ids(tokenizer)),
             pad_token_id=tokenizer.pad_token_id,
         )
         with eager(module):
@@ -51,4 +52,4 @@ def sample_answers(
 
 def prompt_length(dialogue: EncodedDialogue) -> int:
     """Tokens before the last answer."""
-    return len(dialogue.ids) - dialogue.answer_mask[::-1].index(False)
+    return last_answer(dialogue.answer_mask).start

@@ -1,6 +1,6 @@
 """Teaches a language model to answer as the assistant does:   python -m sft.train --data_path … (see --help)
 
-Next-token loss on the assistant's tokens and their EOS alone.
+Next-token loss on the assistant's tokens alone, up to the end of each turn.
 """
 
 import math
@@ -15,11 +15,11 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from data.dialogues import EncodedDialogue, batches, encode_dialogues, load_dialogues
 from data.order import BLOCK
+from data.settle import choose_template, first_prompt, settle
 from data.shares import rank_plan
-from data.template import template_for
 from sft.model import AnswerModel, check_packing
 from sft.rows import Layout, Row
-from sft.samples import sample_answers
+from sft.samples import prompt_length, sample_answers
 from utils.args import check_range, entry_point, parse_args
 from utils.compiled import compile_layers
 from utils.distributed import is_main, rank, world_size
@@ -30,15 +30,15 @@ from utils.fast_dtype import warn_of_slow_dtype
 from utils.fit import Stage, evaluate, fit
 from utils.fit_config import FitConfig
 from utils.logger import RunLogger, check_outputs
-from utils.models import check_window, enable_checkpointing, load_causal_lm, model_folder
+from utils.models import FLAG, check_window, enable_checkpointing, load_causal_lm
 from utils.resume import begin_folder, find_checkpoint
 from utils.router_flags import RouterFlags
 from utils.routers import ROUTER_METRICS, router_coef
-from utils.tokenizer import load_tokenizer
+from utils.text_flags import StopFlags
 
 
 @dataclass
-class SFTConfig(RouterFlags, FitConfig):
+class SFTConfig(StopFlags, RouterFlags, FitConfig):
     """Fine-tune a language model on dialogues."""
 
     data_path: list[str] = field(default_factory=list)
@@ -83,7 +83,7 @@ def load_encoded(
     config: SFTConfig, tokenizer, say: Callable[[str], None]
 ) -> tuple[list[list[EncodedDialogue]], list[EncodedDialogue]]:
     """(a training set for each --data_path, all held-out dialogues). UserError when too few are left for a batch."""
-    template = template_for(config.lang, config.template)
+    template, _ = choose_template(config, tokenizer)
     sets, valid = [], []
     for path in config.data_path:
         splits = load_dialogues(path, config.num_valid, config.seed, say)
@@ -147,9 +147,11 @@ def stage_of(
     balance: weight of the routers' load-balancing loss, 0: none. Each forward's loss is weighted by its share of the
     global batch's tokens.
     """
+    generation = lm.generation_config  # the model's own: while samples are drawn it has another
 
     def save(state: dict[str, torch.Tensor], folder: str) -> None:
-        save_causal_lm(lm.config, {name.removeprefix("lm."): x for name, x in state.items()}, folder, tokenizer)
+        state = {name.removeprefix("lm."): x for name, x in state.items()}
+        save_causal_lm(lm.config, state, folder, tokenizer, generation)
 
     def samples(engine: TrainEngine) -> list[dict[str, str]]:
         return sample_answers(engine, shown, tokenizer, config.context_truncate, config.maxlen_res)
@@ -179,9 +181,9 @@ def train(config: SFTConfig) -> None:
     say = partial(print, flush=True) if is_main() else lambda text: None
     warn_of_slow_dtype(config.dtype, device(), say)
     start = find_checkpoint(config, say)
-    model_folder(config.hf_model_name_or_path)
-    tokenizer = load_tokenizer(config.tokenizer_name_or_path, template_for(config.lang, config.template))
+    tokenizer, _ = settle(config, config.tokenizer_name_or_path, [(FLAG, config.hf_model_name_or_path)], say)
     sets, valid = load_encoded(config, tokenizer, say)
+    say(first_prompt(tokenizer, sets[0][0].ids[: prompt_length(sets[0][0])]))
     path, dtype = config.hf_model_name_or_path, DTYPES[config.dtype]
     lm = load_causal_lm(path, dtype, device(), config.attn_implementation, tokenizer, say)
     check_window(lm, config.context_truncate, "--context_truncate")

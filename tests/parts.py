@@ -32,8 +32,8 @@ def ppo_config(**changes) -> PPOConfig:
 
 
 def token_ids(eos: int = EOS, pad: int = PAD) -> SimpleNamespace:
-    """What sampling asks of a tokenizer."""
-    return SimpleNamespace(eos_token_id=eos, pad_token_id=pad)
+    """What sampling and scoring ask of a tokenizer."""
+    return SimpleNamespace(eos_token_id=eos, pad_token_id=pad, chat_template=None)
 
 
 def rollout_of(mask: list[list[int]], ended: list[bool] | None = None) -> Rollout:

@@ -21,22 +21,20 @@ from typing import Literal, TypeVar
 
 from utils.errors import UserError
 from utils.flag_types import add_field, default_of
+from utils.text_flags import TextFlags
 
 Config = TypeVar("Config")
 SEEDS = (0, 10**9)  # with ranks and streams added, every generator takes these
 
 
 @dataclass
-class ForwardConfig:
+class ForwardConfig(TextFlags):
     """Flags of whatever runs a model."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Dtype of weights and activations; scores, log-probabilities, losses and optimizer state are float32 either way"""
     attn_implementation: str | None = None
     """Attention kernel by its transformers name (sdpa, flash_attention_2, eager); default: transformers' own choice"""
-
-    def __post_init__(self) -> None:
-        """Checks; classes with some of their own call the next one's."""
 
 
 @dataclass

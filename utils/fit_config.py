@@ -26,10 +26,6 @@ class FitConfig(RunFlags):
     """More trackers, comma-separated, by accelerate's names: wandb, swanlab, mlflow, ..."""
     overwrite: bool = False
     """Replace a run that is already in --model_save_path"""
-    lang: Literal["en", "zh"] = "en"
-    """Language of the released models: picks the template moss_en or moss_zh"""
-    template: Literal["moss_en", "moss_zh", "chat"] | None = None
-    """How a dialogue becomes tokens; default: by --lang. chat is the tokenizer's own chat template"""
     seed: int = 42
     """Seeds the order of the data, what is held out, and a new head"""
 

@@ -29,8 +29,8 @@ _MOSS_CHAT_TEMPLATES = {
 }
 
 
-def load_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder, `tokenizer.model` file or hub id `path`, ready for `template`.
+def load_tokenizer(path: str, template: str | None = None, arguments: dict | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder, `tokenizer.model` file or hub id `path`, ready for `template` and its `arguments`.
 
     A LLaMA-format `tokenizer.model` is encoded by SentencePiece itself; anything else goes through AutoTokenizer.
     `moss_zh` adds its two tags when they are absent. Pad is settled to a valid id: the tokenizer's own if it is
@@ -43,6 +43,14 @@ def load_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenize
     tokenizer = _from_sentencepiece(file) if file else _from_auto(str(path))
     if not tokenizer.eos_token:
         raise UserError(f"{FLAG}: the tokenizer in {path} has no end-of-sequence token; give one whose config names it")
+    tokenizer.chat_template_kwargs = arguments or {}  # read by data/chat.py alone; not saved
+    set_template(tokenizer, template, path)
+    _settle_pad(tokenizer)
+    return tokenizer
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None, path: str) -> None:
+    """Makes a tokenizer, which came from `path`, ready for `template`: tags and chat template; None changes nothing."""
     if template == "moss_zh":
         missing = [tag for tag in MOSS_ZH_TAGS if tag not in tokenizer.get_vocab()]
         tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
@@ -51,8 +59,6 @@ def load_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenize
             f"--template chat: the tokenizer in {path} has no chat template; use --template moss_en or moss_zh"
         )
     tokenizer.chat_template = _MOSS_CHAT_TEMPLATES.get(template, tokenizer.chat_template)
-    _settle_pad(tokenizer)
-    return tokenizer
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -66,6 +72,11 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if not tokenizer.chat_template:
         return None
     return own.get(str(tokenizer.chat_template), "chat")
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end an answer, each of them: those that a stage has settled (data/settle.py), else EOS alone."""
+    return getattr(tokenizer, "stop_ids", (tokenizer.eos_token_id,))
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: str) -> int:

@@ -83,10 +83,9 @@ def test_exported_folders_load_elsewhere(run, inputs, name):
     before = AutoModelForCausalLM.from_pretrained(inputs.policy)
     assert model.generation_config.eos_token_id == 2
     assert model.generation_config.bos_token_id == 1
-    assert model.generation_config.max_new_tokens == 12
-    generation = model.generation_config  # Part I §6.1
-    assert (generation.do_sample, generation.temperature, generation.top_p) == (True, 0.8, 0.9)
-    assert generation.repetition_penalty == 1.1
+    generation = model.generation_config  # nothing of the run's own --maxlen_res, nor of its evaluations
+    sampling = (generation.max_new_tokens, generation.temperature, generation.top_p, generation.repetition_penalty)
+    assert sampling == (None, None, None, None)
     assert model.dtype == before.dtype
     moved = (model.lm_head.weight - before.lm_head.weight).abs().max()
     assert 0.0 < moved < 1e-3  # Adam's steps are about the learning rate: four of 1e-4

@@ -98,6 +98,17 @@ def test_equals_a_plain_decode(room, sampling):
     assert sampling == GREEDY or (any(ends) and not all(ends))  # both kinds of end have been seen
 
 
+def test_any_stop_id_ends_a_response():
+    policy, room, tokenizer, stops = tiny_policy(max_position_embeddings=256), Room(4, 64), token_ids(), (EOS, 5, 11)
+    whole = decode_all(policy, PROMPTS, PLACES, LIMITS, Sampling(), 7, token_ids(eos=-1), room, CPU)
+    tokenizer.stop_ids = stops
+    found = decode_all(policy, PROMPTS, PLACES, LIMITS, Sampling(), 7, tokenizer, room, CPU)
+    for row, expected in zip(found, whole):
+        ends = [t for t, token in enumerate(expected.tolist()) if token in stops]
+        assert row.tolist() == expected[: ends[0] + 1 if ends else None].tolist()
+    assert {int(row[-1]) for row in found} > set(stops)  # each ended some, the limit others
+
+
 def test_flash_attention_is_left_out_of_decoding():
     """On a cache with gaps it copies all of it for each token. What comes instead runs anywhere."""
     policy = tiny_policy(max_position_embeddings=256)

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from data.template import decode_answer, encode_dialogue, encode_prompt, encode_text
+from data.chat import turn_end
+from data.template import decode_answer, encode_dialogue, encode_prompt, encode_text, last_answer
 from reward.ensemble import Encoding
 from tests.fuzzing import ends, search, texts, whole
 from utils.tokenizer import MOSS_ZH_TAGS, load_tokenizer
@@ -58,8 +59,9 @@ def test_fuzz_template(setting, drawn):
         ids, mask = encode_dialogue(tokenizer, turns, template)
     eos, answer = tokenizer.eos_token_id, turns[-1]["content"]
     assert ids[: len(prompt)] == prompt and len(mask) == len(ids)
-    assert all(mask[len(prompt) :]) and not mask[len(prompt) - 1]
-    assert ids[-1] == eos and eos not in ids[len(prompt) : -1]
+    learnt = ids[last_answer(mask)]
+    assert last_answer(mask).start == len(prompt) and learnt[-1] == eos and eos not in learnt[:-1]
+    assert tokenizer.decode(ids[last_answer(mask).stop :]) == ("\n" if template == "chat" else "")
     assert max(ids) < len(tokenizer)
     tags = tokenizer.added_tokens_encoder if template == "chat" else ()  # there a tag that is spelt out is a tag
     if SPACE_MARK not in answer and not any(tag in answer for tag in tags):
@@ -82,10 +84,10 @@ def test_fuzz_window(setting, drawn, window):
     """A reward model's window is kept, whatever has to go; the answer's end is not."""
     tokenizer, template = setting
     turns = turns_of(*drawn)
-    encoding = Encoding(tokenizer, template, window)
+    encoding, end = Encoding(tokenizer, template, window), turn_end(tokenizer, template)
     with ends():
         ids, cut = encoding(turns)
-    assert len(ids) <= window and ids[-1] == tokenizer.eos_token_id
+    assert len(ids) <= window and tuple(ids[-len(end.ids) :]) == end.ids
     assert cut == (len(Encoding(tokenizer, template, None)(turns)[0]) > window)
 
 

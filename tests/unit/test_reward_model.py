@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 import utils.rows
-from reward.model import last_scores, load_scalar_model, save_scalar_model, set_dropout
+from reward.model import last_scores, load_scalar_model, save_scalar_model, set_dropout, with_own_pad
 from tests.tiny import VOCAB, tiny_llama, tiny_llama_config, tiny_llama_folder, tiny_tokenizer_folder
 from utils.errors import UserError
 from utils.models import load_causal_lm
@@ -101,6 +101,14 @@ def test_saved_folder_gives_the_same_scores_in_transformers(plain, tmp_path):
     torch.testing.assert_close(ours, other(ids, attention_mask=mask.long()).logits.squeeze(1))
     again = load_scalar_model(str(tmp_path / "out"), FP32, CPU)
     assert torch.equal(last_scores(again(ids, mask), mask), ours)
+
+
+def test_a_tokenizer_that_pads_with_an_id_that_ends_answers_is_saved_with_another_pad(plain):
+    tokenizer = load_tokenizer(str(plain))
+    tokenizer.stop_ids, tokenizer.pad_token = (0, 2), tokenizer.convert_ids_to_tokens(0)
+    assert with_own_pad(tokenizer).pad_token_id == 1
+    tokenizer.stop_ids = (2,)
+    assert with_own_pad(tokenizer) is tokenizer
 
 
 def test_a_tokenizer_that_pads_with_its_eos_is_saved_with_another_pad(plain, tmp_path):

@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import ppo.score
+from data.chat import TurnEnd
 from data.template import encode_dialogue
 from ppo.reward_models import check_same_tokenizer, load_ensemble, reward_readers
 from ppo.rollout import assemble
@@ -114,8 +115,18 @@ def test_every_rank_does_as_many_forwards_on_the_detour(ours, other, batch, monk
 def test_a_response_cut_off_gets_an_eos_within_the_window():
     rollout = rollout_by_hand()  # the third response is empty, the fourth was cut off: 5 + 8 tokens
     whole = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES)]
-    assert closed_ids(rollout, 2) == closed_ids(rollout, 2, 14) == [*whole[:2], [*whole[2], 2], [*whole[3], 2]]
-    assert closed_ids(rollout, 2, 13)[3] == [*whole[3][:-1], 2]
+    end = TurnEnd((2,), 2)
+    assert closed_ids(rollout, end) == closed_ids(rollout, end, 14) == [*whole[:2], [*whole[2], 2], [*whole[3], 2]]
+    assert closed_ids(rollout, end, 13)[3] == [*whole[3][:-1], 2]
+
+
+def test_a_response_is_closed_as_the_template_ends_a_turn():
+    """End token 2 and 10 behind it: what was cut off gets both, what ended in another stop id has them in its place."""
+    rollout = assemble([[1, 5]] * 4, [torch.tensor(ids) for ids in ([6, 2], [6, 3], [6, 7], [])], (2, 3), 0)
+    assert rollout.ended.tolist() == [True, True, False, False]
+    expected = [[1, 5, 6, 2, 10], [1, 5, 6, 2, 10], [1, 5, 6, 7, 2, 10], [1, 5, 2, 10]]
+    assert closed_ids(rollout, TurnEnd((2, 10), 2)) == expected
+    assert closed_ids(rollout, TurnEnd((2, 10), 2), 4) == [[1, 5, 6, 2], *[[1, 5, 2, 10]] * 3]
 
 
 def model_folder(path, tokenizer=None):

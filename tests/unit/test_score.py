@@ -14,6 +14,7 @@ class Letters:
     """A tokenizer whose token i is the letter number i."""
 
     eos_token_id = EOS
+    chat_template = None
 
     def __len__(self) -> int:
         return 24

@@ -6,7 +6,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from tokenizers.processors import TemplateProcessing
 
-from data.template import decode_answer, encode_dialogue, encode_prompt, encode_text, template_for
+from data.template import decode_answer, encode_dialogue, encode_prompt, encode_text, last_answer
 from utils.errors import UserError
 from utils.tokenizer import load_tokenizer
 
@@ -85,9 +85,11 @@ def test_a_dialogue_begins_with_its_prompt_and_the_answer_survives(setting):
         ids, mask = encode_dialogue(tokenizer, turns, template)
         assert ids[: len(prompt)] == prompt
         assert len(mask) == len(ids)
-        assert all(mask[len(prompt) :])
-        assert ids[-1] == tokenizer.eos_token_id
-        assert tokenizer.eos_token_id not in ids[len(prompt) : -1]
+        learnt = ids[last_answer(mask)]
+        assert last_answer(mask).start == len(prompt)
+        assert learnt[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in learnt[:-1]
+        assert tokenizer.decode(ids[last_answer(mask).stop :]) == ("\n" if template == "chat" else "")  # ChatML's
         assert decode_answer(tokenizer, ids[len(prompt) :]) == answer
 
 
@@ -180,13 +182,3 @@ def test_decode_answer_drops_special_and_unknown_ids(tiny_model):
     assert decode_answer(tokenizer, [1501, *hello, 5000, 0, 2]) == "Hello 😀"
     assert decode_answer(tokenizer, [2]) == ""
     assert decode_answer(tokenizer, []) == ""
-
-
-def test_template_for():
-    assert template_for("en", None) == "moss_en"
-    assert template_for("zh", None) == "moss_zh"
-    assert template_for("zh", "chat") == "chat"
-    with pytest.raises(UserError, match="--lang fr"):
-        template_for("fr", None)
-    with pytest.raises(UserError, match=r"--template vicuna.*moss_en, moss_zh, chat"):
-        template_for("en", "vicuna")

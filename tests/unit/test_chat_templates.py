@@ -1,0 +1,186 @@
+"""Chat templates of the families in tests/families.py: prompt, mask, history, stop ids, what a reward model reads."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from data.chat import turn_end
+from data.collate import pad
+from data.dialogues import Dialogue, encode_dialogues
+from data.preferences import Pair, Preference
+from data.settle import settle
+from data.template import encode_dialogue, encode_prompt
+from ppo.models import PolicyModel
+from ppo.rollout import assemble, generate, response_ids
+from ppo.sampling import Sampling
+from ppo.score import closed_ids
+from reward.answers import best_answers
+from reward.encode import encode_preference
+from reward.ensemble import Encoding
+from sft.model import AnswerModel
+from sft.rows import Layout
+from sft.samples import sample_answers
+from tests.families import FAMILIES, TURNS, Family, family_config, family_tokenizer
+from tests.parts import ppo_config, prompts_of
+from tests.tiny_run import write_json
+from utils.engine import InferenceEngine
+from utils.errors import UserError
+from utils.text_flags import StopFlags, TextFlags
+
+SYSTEM = [{"role": "system", "content": "Be brief."}, TURNS[0]]
+
+
+@dataclass
+class Flags(StopFlags, TextFlags):
+    """What a command that generates has of flags."""
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=str)
+def family(request) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(family, tmp_path_factory):
+    """The family's tokenizer as a command gets it: from a folder, with the template and the stop ids settled."""
+    return settled(family, tmp_path_factory.mktemp("family"))
+
+
+def settled(family: Family, folder):
+    tokenizer, flags = family_tokenizer(family), Flags(chat_template_kwargs=json.dumps(family.arguments))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    AutoModelForCausalLM.from_config(family_config(family, len(tokenizer))).save_pretrained(folder / "model")
+    if family.ends:
+        ids = tokenizer.convert_tokens_to_ids(family.ends)
+        write_json(folder / "model" / "generation_config.json", {"eos_token_id": ids if len(ids) > 1 else ids[0]})
+    found, template = settle(flags, str(folder / "tokenizer"), [("--m", str(folder / "model"))], str)
+    assert template == "chat"
+    return found
+
+
+def stretches(tokenizer, ids: list[int], mask: list[bool]) -> list[str]:
+    """The text of each run of True."""
+    found, before = [], False
+    for i, now in zip(ids, mask, strict=True):
+        if now:
+            found = found if before else [*found, []]
+            found[-1].append(i)
+        before = now
+    return [tokenizer.decode(run) for run in found]
+
+
+def test_prompt(family, tokenizer):
+    assert tokenizer.decode(encode_prompt(tokenizer, TURNS[:-1], "chat")) == family.prompt
+    if family.system is None:
+        with pytest.raises(UserError, match="System role not supported"):
+            encode_prompt(tokenizer, SYSTEM, "chat")
+    else:
+        assert tokenizer.decode(encode_prompt(tokenizer, SYSTEM, "chat")) == family.system
+
+
+def test_what_is_learnt(family, tokenizer):
+    ids, mask = encode_dialogue(tokenizer, TURNS, "chat")
+    assert tokenizer.decode(ids) == family.prompt + family.answer + family.behind
+    assert stretches(tokenizer, ids, mask) == [*family.history, family.answer]
+
+
+def test_answers_that_the_history_changes_are_samples_of_their_own(family, tokenizer):
+    said = []
+    found = encode_dialogues(tokenizer, [Dialogue(TURNS, "x.json:7")], "chat", 256, said.append)
+    learnt = [stretches(tokenizer, item.ids, item.answer_mask) for item in found]
+    assert learnt == [[*family.history, family.answer], *([text] for text in family.split)]
+    assert all(item.answer_mask[-1] for item in found)  # nothing stands behind what is learnt
+    counted = [line for line in said if "1 earlier answers that the template changes" in line and "x.json:7" in line]
+    assert len(counted) == len(said) == len(family.split)
+
+
+def test_stop_ids(family, tokenizer):
+    assert set(tokenizer.convert_ids_to_tokens(tokenizer.stop_ids)) == set(family.stops)
+    assert len(tokenizer.stop_ids) == len(family.stops)
+
+
+def test_what_a_reward_model_reads(family, tokenizer):
+    """A dialogue; and a response: as sampled, cut off, ended in another stop id."""
+    whole = family.prompt + family.answer + family.behind
+    ids, cut = Encoding(tokenizer, "chat", None)(TURNS)
+    assert (tokenizer.decode(ids), cut) == (whole, False)
+    end = turn_end(tokenizer, "chat")
+    prompt = encode_prompt(tokenizer, TURNS[:-1], "chat")
+    answer = ids[len(prompt) : len(ids) - len(end.ids)]
+    others = [i for i in tokenizer.stop_ids if i != end.stop]
+    responses = [[*answer, *end.ids[: end.learnt]], answer, *([*answer, i] for i in others)]
+    rollout = assemble([prompt] * len(responses), [torch.tensor(row) for row in responses], tokenizer.stop_ids, 0)
+    assert rollout.ended.tolist() == [True, False, *[True] * len(others)]
+    assert [tokenizer.decode(row) for row in closed_ids(rollout, end)] == [whole] * len(responses)
+
+
+def test_what_the_loss_of_a_reward_model_counts(family, tokenizer):
+    """The best answer, up to its end token, and nothing of the other."""
+    preference = Preference(TURNS[:-1], ["No.", TURNS[-1]["content"]], [Pair(1, 0, None, None)], "", "")
+    item, _ = encode_preference(preference, tokenizer, "chat", 256)
+    ids, mask = pad(item.answers, 0)
+    counted = best_answers([item], mask)
+    assert tokenizer.decode(ids[1][counted[1]]) == family.answer
+    assert not counted[0].any()
+    assert item.answer_lengths[1] == int(counted.sum())
+
+
+def trained(family: Family, tokenizer, steps: int = 60) -> PolicyModel:
+    """A tiny model of the family after SFT on the two answers, each to several questions."""
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(family_config(family, len(tokenizer)), attn_implementation="eager").float()
+    turns = [TURNS, *([{"role": "user", "content": text}, TURNS[3]] for text in ("Bye", "Off", "Bye now", "I go"))]
+    data = encode_dialogues(tokenizer, [Dialogue(x, "") for x in turns], "chat", 256, str)
+    layout, model = Layout(False, False, 4096), AnswerModel(lm)
+    optimizer = torch.optim.Adam(lm.parameters(), lr=5e-3)
+    sequences, mask, _ = layout.collate(layout.rows(data, 1))
+    for _ in range(steps):
+        loss = model(sequences, mask) / mask.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return PolicyModel(lm.eval())
+
+
+def answers(policy: PolicyModel, tokenizer, prompt: list[int]) -> tuple[str, bool]:
+    """(the response, greedy but for 1 in e^100, special tokens and all; whether it ended by itself)."""
+    config = ppo_config(maxlen_res=40, maxlen_prompt=256)
+    rollout = generate(InferenceEngine(policy), prompts_of(prompt), Sampling(0.01), 0, tokenizer, config)
+    return tokenizer.decode(response_ids(rollout)[0]), bool(rollout.ended[0])
+
+
+def test_a_model_that_was_trained_stops_where_its_template_does(family, tokenizer):
+    policy, prompt = trained(family, tokenizer), encode_prompt(tokenizer, TURNS[:-1], "chat")
+    assert answers(policy, tokenizer, prompt) == (family.answer, True)
+
+
+class WholeEngine(InferenceEngine):
+    """One that has room for the whole weights."""
+
+    def fits_gathered(self) -> bool:
+        return True
+
+
+def test_samples_of_sft_stop_there_too(tmp_path, monkeypatch):
+    tokenizer, lengths = settled(FAMILIES["Gemma 2"], tmp_path), []
+    lm = trained(FAMILIES["Gemma 2"], tokenizer).lm
+    shown = encode_dialogues(tokenizer, [Dialogue(TURNS, "")], "chat", 256, str)
+    make = type(lm).generate
+    monkeypatch.setattr(type(lm), "generate", lambda *a, **k: lengths.append((rows := make(*a, **k)).shape[1]) or rows)
+    (row,) = sample_answers(WholeEngine(AnswerModel(lm)), shown, tokenizer, 256, 40)
+    assert (row["answer"], row["reference"]) == ("See you.", "See you.")
+    assert row["prompt"] == FAMILIES["Gemma 2"].prompt
+    assert lengths == [len(shown[0].ids)]  # as long as the data's own, its end token included
+
+
+def test_with_eos_alone_it_would_not_stop(tmp_path):
+    family = FAMILIES["Gemma 2"]
+    tokenizer = settled(family, tmp_path)
+    policy, prompt = trained(family, tokenizer), encode_prompt(tokenizer, TURNS[:-1], "chat")
+    tokenizer.stop_ids = (tokenizer.eos_token_id,)
+    text, ended = answers(policy, tokenizer, prompt)
+    assert text.startswith(family.answer) and text != family.answer and not ended
