@@ -97,6 +97,18 @@ def test_answers_that_the_history_changes_are_samples_of_their_own(family, token
     assert len(counted) == len(said) == len(family.split)
 
 
+def test_every_answer_is_learnt_once():
+    """The first answer is in the whole dialogue; the second, whose reasoning goes, in a sample without the first."""
+    tokenizer = family_tokenizer(FAMILIES["ChatML"])
+    kept = "(message.content if loop.last else message.content.split('</think>')[-1])"
+    tokenizer.chat_template = tokenizer.chat_template.replace("message.content", kept)
+    texts = ["One?", "A.", "Two?", "<think>x</think>B.", "Three?", "C."]
+    turns = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
+    found = encode_dialogues(tokenizer, [Dialogue(turns, "")], "chat", 256, str)
+    learnt = [stretches(tokenizer, item.ids, item.answer_mask) for item in found]
+    assert learnt == [["A.<|im_end|>", "C.<|im_end|>"], ["<think>x</think>B.<|im_end|>"]]
+
+
 def test_stop_ids(family, tokenizer):
     assert set(tokenizer.convert_ids_to_tokens(tokenizer.stop_ids)) == set(family.stops)
     assert len(tokenizer.stop_ids) == len(family.stops)
