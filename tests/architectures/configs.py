@@ -1,0 +1,138 @@
+"""Tiny configs of every family in transformers' mapping of causal LMs.
+
+A config keeps its family's defaults; sizes are replaced by the names of their attributes (`SIZES`), and per-layer lists
+are cut to the fewest layers that show every kind. `EXCEPTIONS` holds what the rules do not give a buildable model for.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tests.tiny import VOCAB
+
+FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+WINDOW = 6  # tokens; the sequences of the checks are longer
+HIDDEN = 64
+MOST_LAYERS = 6
+
+# What a size becomes, by the first pattern that its whole name matches. 0 and None, which switch a part off, stay.
+SIZES = [
+    (r"(decoder_)?vocab_size(_per_layer_input)?", VOCAB),
+    (r".*_vocab_size|.*_hash_byte_group_vocab", 16),
+    (r"hidden_size|d_model|n_embd|emb_dim|embedding_dim|embedding_size|word_embed_proj_dim|lru_width", HIDDEN),
+    (r"hidden_size_per_layer_input|laurel_rank|.*_rank|.*lowrank", 16),
+    (r"num_attention_heads|n_heads?|num_heads|attention_heads|.*coder_attention_heads|swa_num_attention_heads", 4),
+    (r"num_(global_)?key_value_heads|num_kv_heads|swa_num_key_value_heads|num_query_groups", 2),
+    (r"qk_rope_head_dim|qk_nope_head_dim|rotary_dim", 8),
+    (r"(.*_)?head_dim|dim_head|kv_channels|d_head|attention_head_size|query_pre_attn_scalar", HIDDEN // 4),
+    (r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts", 2),
+    (r"n_group|num_expert_group", 2),
+    (r"topk_group|.*shared_experts", 1),
+    (r"(moe_)?num_(local_)?experts|n_routed_experts|zero_expert_num", 4),
+    (r"(moe|shared_expert|shared|dense|expert)_.*(intermediate|ffn_hidden)_size|shared_intermediate_size", 48),
+    (r".*intermediate_size(_mlp)?|(.*_)?ffn_dim|ffn_hidden_size|dim_ff|dff|d_inner|feed_forward_size", 96),
+    (r"sliding_window(_size)?|window_size|attention_window_size|local_attention|keep_window_size", WINDOW),
+    (r"attention_chunk_size", 8),
+    (r"linear_num_key_heads|linear_num_value_heads", 2),
+    (r"index_n_heads", 16),  # with few heads of ReLU many scores are 0, and which of them are chosen is left open
+    (r"mamba_d_state|ssm_state_size|state_size", 8),
+    (r"(mamba_)?chunk_size|block_size", 8),
+    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length", 512),
+]
+LAYER_COUNTS = r"num_hidden_layers|n_layers?|num_layers|.*coder_layers|num_.*coder_layers|num_blocks|depth"
+FLOATS = [(r"final_logit_softcapping|logits_soft_cap", 4.0), (r"attn_logit_softcapping", 2.0)]
+
+# family -> changes of its text config, where the rules do not give a model that can be built.
+HEADS_OF_16 = {"head_dim": 16}
+TWO_OF_FOUR = {"num_experts_per_tok": 2}
+TWO_KINDS = ["linear_attention", "full_attention"]
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+SPARSE_ATTENTION = {"index_topk": 4}  # tokens; of sequences that are longer
+EXCEPTIONS: dict[str, dict] = {
+    "axk2": SPARSE_ATTENTION,
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE | {"mrope_section": [3, 3, 2]}}},
+    "dbrx": {"rope_parameters": ROPE},
+    "deepseek_v2": TWO_OF_FOUR | {"first_k_dense_replace": 1},
+    "deepseek_v3": {"first_k_dense_replace": 1},
+    "deepseek_v32": SPARSE_ATTENTION,
+    "dots1": TWO_OF_FOUR | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [96] * 4}
+    | {"layer_types": TWO_KINDS[:0] + ["sliding_attention", "full_attention"] * 2}
+    | {"activation_sparsity_pattern": [0.95, 0.0, 0.95, 0.0]},
+    "glm4_moe": {"first_k_dense_replace": 1},
+    "glm_moe_dsa": SPARSE_ATTENTION,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": TWO_KINDS, "mamba_n_heads": 8},
+    "hrm_text": {"num_hidden_layers": 1},
+    "hunyuan_v1_dense": HEADS_OF_16,
+    "hunyuan_v1_moe": HEADS_OF_16,
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "n_groups": 2},
+    "ministral": HEADS_OF_16,
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4}
+    | {"indexer_compress_ratio": 2},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "xlstm": {"hidden_size": 2 * HIDDEN, "embedding_dim": 2 * HIDDEN},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
+}
+EXCEPTIONS["qwen4_exp"] = EXCEPTIONS["qwen4_exp_text"]
+
+
+def tiny_config(family: str) -> PretrainedConfig:
+    """The shrunk config of a family. Raises whatever transformers has against it."""
+    config = shrink(CONFIG_MAPPING[family](), EXCEPTIONS.get(family, {}))
+    text = config.get_text_config()
+    text.bos_token_id, text.eos_token_id, text.pad_token_id = 1, 2, 0
+    return config
+
+
+def shrink(config: PretrainedConfig, changes: dict | None = None) -> PretrainedConfig:
+    """A config of the same class with tiny sizes, its parts' included. changes: of the text config."""
+    parts = {name: part for name, part in vars(config).items() if isinstance(part, PretrainedConfig)}
+    text = config.get_text_config()
+    options = dict(_tiny(config)) | {
+        name: shrink(part, changes if part is text else None) for name, part in parts.items()
+    }
+    return type(config)(**options | (changes or {} if text is config else {}))
+
+
+def _tiny(config: PretrainedConfig) -> Iterator[tuple[str, object]]:
+    """The attributes that change, and their new values."""
+    latent = {"num_key_value_heads": 4, "head_dim": 8} if hasattr(config, "kv_lora_rank") else {}
+    layers = kept_layers(config)
+    fields = {config.attribute_map.get(field.name, field.name) for field in dataclasses.fields(config)}
+    for name, value in vars(config).items():
+        if name not in fields:
+            continue  # derived from others, which are shrunk
+        if re.fullmatch(LAYER_COUNTS, name):
+            yield name, len(layers)
+        elif isinstance(value, list | tuple) and len(value) == getattr(config, "num_hidden_layers", None):
+            yield name, type(value)(value[i] for i in layers)
+        elif value and isinstance(value, int | float) and not isinstance(value, bool):
+            table = SIZES if isinstance(value, int) else FLOATS
+            for pattern, size in table:
+                if re.fullmatch(pattern, name):
+                    yield name, latent.get(name, size)
+                    break
+        elif name == "is_decoder":
+            yield name, True
+        elif name == "initializer_range":
+            yield name, HIDDEN**-0.5
+
+
+def kept_layers(config: PretrainedConfig) -> list[int]:
+    """The fewest layers (at least 2) in which every kind of layer of the per-layer lists occurs."""
+    count = getattr(config, "num_hidden_layers", None) or 2
+    lists = [v for v in vars(config).values() if isinstance(v, list | tuple) and len(v) == count]
+    kinds = [str([values[i] for values in lists]) for i in range(count)]
+    first = [i for i, kind in enumerate(kinds) if kind not in kinds[:i]]
+    return sorted({*first[:MOST_LAYERS], *range(count - 1, -1, -1)[: max(0, 2 - len(first))]})
