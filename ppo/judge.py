@@ -6,6 +6,7 @@ from data.prompts import load_prompts
 from data.template import decode_answer, template_for
 from ppo.compare import CompareConfig
 from ppo.models import Models, PolicyModel
+from ppo.probe import fastest_decoding
 from ppo.reward_models import load_ensemble, reward_readers
 from ppo.rollout import generate, response_ids
 from ppo.sampling import EVALUATION, Sampling
@@ -43,7 +44,9 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     def load_policy(path: str) -> PolicyModel:
         lm = load_causal_lm(path, dtype, place, config.attn_implementation, tokenizer, flag="--policies")
         check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
-        return PolicyModel(lm).requires_grad_(False)
+        policy = PolicyModel(lm).requires_grad_(False)
+        fastest_decoding(policy, config, f"--policies {path}", print)
+        return policy
 
     first, second = (load_policy(path) for path in config.policies)
     rows = first.lm.get_input_embeddings().weight.shape[0]

@@ -8,11 +8,11 @@ from torch import nn
 
 from data.template import encode_dialogue, template_for
 from ppo.reward_flags import RewardFlags
-from reward.ensemble import Encoding, Ensemble, Frozen, Member, check_labels, window_of
+from reward.ensemble import Encoding, Ensemble, Frozen, Member, check_labels
 from reward.model import ScalarModel, load_scalar_model
 from utils.engine import DTYPES, device
 from utils.errors import UserError
-from utils.models import check_window, model_folder, resize_embeddings
+from utils.models import check_window, model_folder, resize_embeddings, window_of
 from utils.tokenizer import FLAG as TOKENIZER_FLAG
 from utils.tokenizer import has_tokenizer, load_tokenizer, template_of
 
