@@ -12,18 +12,19 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.architectures.configs import FAMILIES
+from tests.architectures.configs import FAMILIES, VARIANTS
 from tests.architectures.outcome import SHORT, Outcome, check_family, write_table
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 1 when a family is wrong."""
+    every = (*FAMILIES, *VARIANTS)
     parser = argparse.ArgumentParser(prog="python -m tests.architectures", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=FAMILIES, help="these families alone")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=every, help="these families alone")
     parser.add_argument("--short", action="store_true", help="the twelve that people use most")
     parser.add_argument("--table", metavar="FILE", help="write the outcomes as a Markdown table")
     args = parser.parse_args(argv)
-    names = args.only or (SHORT if args.short else FAMILIES)
+    names = args.only or (SHORT if args.short else every)
     outcomes: list[Outcome] = []
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,7 @@ MOST_LAYERS = 6
 SIZES = [
     (r"(decoder_)?vocab_size(_per_layer_input)?", VOCAB),
     (r".*_vocab_size|.*_hash_byte_group_vocab", 16),
-    (r"hidden_size|d_model|n_embd|emb_dim|embedding_dim|embedding_size|word_embed_proj_dim|lru_width", HIDDEN),
+    (r"hidden_size(_global)?|d_model|n_embd|emb_dim|embedding_dim|embedding_size|word_embed_proj_dim|lru_width", HIDDEN),
     (r"hidden_size_per_layer_input|laurel_rank|.*_rank|.*lowrank", 16),
     (r"num_attention_heads|n_heads?|num_heads|attention_heads|.*coder_attention_heads|swa_num_attention_heads", 4),
     (r"num_(global_)?key_value_heads|num_kv_heads|swa_num_key_value_heads|num_query_groups", 2),
@@ -43,7 +43,12 @@ SIZES = [
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length", 512),
 ]
 LAYER_COUNTS = r"num_hidden_layers|n_layers?|num_layers|.*coder_layers|num_.*coder_layers|num_blocks|depth"
-FLOATS = [(r"final_logit_softcapping|logits_soft_cap", 4.0), (r"attn_logit_softcapping", 2.0)]
+# Scalings that are 1 unless a checkpoint says otherwise, and caps that would hardly bend logits of this spread.
+FLOATS = [
+    (r"final_logit_softcapping|logits_soft_cap|output_logit_soft_cap", 4.0),
+    (r"attn_logit_softcapping", 2.0),
+    (r".*_multipliers?|logits_scaling", 0.7),
+]
 
 # family -> changes of its text config, where the rules do not give a model that can be built.
 HEADS_OF_16 = {"head_dim": 16}
@@ -80,16 +85,56 @@ EXCEPTIONS: dict[str, dict] = {
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4}
     | {"indexer_compress_ratio": 2},
     "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"axial_pos_embds": False, "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8}
+    | {"num_hidden_layers": 2, "attn_layers": ["local", "lsh"], "num_buckets": 4, "hash_seed": 0},
+    "xmod": {"default_language": "en_XX"},
     "xlstm": {"hidden_size": 2 * HIDDEN, "embedding_dim": 2 * HIDDEN},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
 EXCEPTIONS["qwen4_exp"] = EXCEPTIONS["qwen4_exp_text"]
 
+# What people's checkpoints set that the defaults of their family leave out: name -> (family, changes).
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+VARIANTS: dict[str, tuple[str, dict]] = {
+    "bert-encoder": ("bert", {"is_decoder": False}),
+    "deepseek_v3-whole-query": ("deepseek_v3", {"q_lora_rank": None}),
+    "falcon-alibi": ("falcon", {"alibi": True}),
+    "falcon-new-decoder": ("falcon", {"new_decoder_architecture": True}),
+    "gemma4-experts": (
+        "gemma4_text",
+        {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
+    ),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+    "llama-dynamic": ("llama", {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 2.0}}),
+    "llama-linear": ("llama", {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 2.0}}),
+    "llama-llama3": (
+        "llama",
+        {"rope_parameters": ROPE | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+        | {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+    ),
+    "llama-yarn": (
+        "llama",
+        {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    ),
+    "mistral-whole": ("mistral", {"sliding_window": None}),
+    "phi3-longrope": (
+        "phi3", {"sliding_window": None, "original_max_position_embeddings": 64, "rope_parameters": LONG_ROPE}
+    ),
+    "phi3-longrope-beyond": (
+        "phi3", {"sliding_window": None, "original_max_position_embeddings": 16, "rope_parameters": LONG_ROPE}
+    ),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}),
+    "qwen3_moe-dense-layers": ("qwen3_moe", {"mlp_only_layers": [0], "norm_topk_prob": True}),
+    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+}  # fmt: skip
 
-def tiny_config(family: str) -> PretrainedConfig:
-    """The shrunk config of a family. Raises whatever transformers has against it."""
-    config = shrink(CONFIG_MAPPING[family](), EXCEPTIONS.get(family, {}))
+
+def tiny_config(name: str) -> PretrainedConfig:
+    """The shrunk config of a family or variant. Raises whatever transformers has against it."""
+    family, changes = VARIANTS.get(name, (name, {}))
+    config = shrink(CONFIG_MAPPING[family](), EXCEPTIONS.get(family, {}) | changes)
     text = config.get_text_config()
     text.bos_token_id, text.eos_token_id, text.pad_token_id = 1, 2, 0
     return config
@@ -117,6 +162,8 @@ def _tiny(config: PretrainedConfig) -> Iterator[tuple[str, object]]:
             yield name, len(layers)
         elif isinstance(value, list | tuple) and len(value) == getattr(config, "num_hidden_layers", None):
             yield name, type(value)(value[i] for i in layers)
+        elif isinstance(value, list) and re.fullmatch(FLOATS[-1][0], name):
+            yield name, [FLOATS[-1][1]] * len(value)
         elif value and isinstance(value, int | float) and not isinstance(value, bool):
             table = SIZES if isinstance(value, int) else FLOATS
             for pattern, size in table:

@@ -1,6 +1,7 @@
 """From a family's name to what became of each stage."""
 
 import shutil
+import time
 import traceback
 from dataclasses import dataclass, field
 from functools import cache
@@ -27,6 +28,7 @@ class Outcome:
     name: str
     not_built: str = ""
     stages: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
 
     @property
     def kind(self) -> str:
@@ -51,8 +53,11 @@ class Outcome:
 
 def check_family(name: str, scratch: Path) -> Outcome:
     """Builds a tiny model of the family and runs all stages on it. scratch: where its folders are for the while."""
+    begin = time.monotonic()
     with quiet_transformers():
-        return _checked(name, scratch)
+        outcome = _checked(name, scratch)
+    outcome.seconds = time.monotonic() - begin
+    return outcome
 
 
 def _checked(name: str, scratch: Path) -> Outcome:
@@ -63,11 +68,12 @@ def _checked(name: str, scratch: Path) -> Outcome:
             outcome.not_built = "encoder-decoder"
             return outcome
         save_folder(config, folder / "source")
+        case = Case(folder / "source", critic_folder(scratch))
+        case.plain  # noqa: B018 - transformers itself loads it
     except Exception as error:  # noqa: BLE001 - whatever transformers has against it is the finding
         outcome.not_built = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         return outcome
     init_distributed()
-    case = Case(folder / "source", critic_folder(scratch))
     for stage, check in STAGES.items():
         outcome.stages[stage] = _result(check, case, folder)
     shutil.rmtree(folder)

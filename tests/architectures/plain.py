@@ -1,16 +1,21 @@
-"""The truth: transformers' own forwards of one sequence at a time. No padding, no mask, no cache, eager attention."""
+"""The truth: transformers' own forwards of one sequence at a time. No padding, no mask, no cache, eager attention.
+
+Eager, as transformers' other kernels leave parts out (the attention softcap), and this toolkit registers some.
+"""
 
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-PLAIN = {"dtype": torch.float32, "attn_implementation": "eager"}
 
 
 def load_plain(folder: Path, auto_class: type = AutoModelForCausalLM) -> PreTrainedModel:
-    """The folder's model, as transformers alone loads it."""
-    return auto_class.from_pretrained(folder, **PLAIN).eval()
+    """The folder's model in float32, as transformers alone loads it."""
+    config = AutoConfig.from_pretrained(folder)
+    other = config.model_type == "falcon" and config.alibi  # its eager attention scales ALiBi in another way than sdpa
+    kernel = "sdpa" if other else "eager"
+    return auto_class.from_pretrained(folder, dtype=torch.float32, attn_implementation=kernel).eval()
 
 
 def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
