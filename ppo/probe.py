@@ -14,11 +14,10 @@ from ppo.sampling import Sampling
 from ppo.types import PromptBatch
 from utils.engine import InferenceEngine
 from utils.errors import UserError
-from utils.nll import logprobs_and_entropy
-from utils.probe import Probe, worst
+from utils.probe import Probe, distance
 
-PROMPTS = (9, 8, 5, 3)  # tokens; more prompts than slots, of lengths that have to be padded
-SLOTS, STEPS = 2, 6
+PROMPTS = (19, 16, 7, 3)  # tokens
+STEPS = 8
 
 
 def fastest_decoding(policy: nn.Module, config, what: str, say: Callable[[str], None]) -> str:
@@ -37,25 +36,40 @@ def fastest_decoding(policy: nn.Module, config, what: str, say: Callable[[str], 
         if policy.decoding != DECODING[-1]:
             say(f"{what}: {policy.decoding} decoding is left out: with {probe.kind} it fails ({failure})")
     raise UserError(
-        f"{what}: answers cannot be sampled from {probe.kind}: decoding with a key-value cache fails ({failure}). SFT "
-        "and reward models work with it; for PPO give another model"
+        f"{what}: {probe.kind} cannot be decoded with a cache of keys and values ({failure}): SFT works with it, PPO "
+        "does not; give another model"
     )
 
 
+def check_training_mode(policy: nn.Module, what: str) -> None:
+    """Raises UserError where the policy gives other numbers while it is trained, and ratios would not begin at 1.
+
+    Dropout is off, but some routers draw their experts. The global random state stays as it is.
+    """
+    probe = Probe(policy.lm, what)
+    with torch.random.fork_rng([probe.rows[0].device] if probe.rows[0].is_cuda else []):
+        policy.train()
+        failure = probe.deviation(probe.together)
+        policy.eval()
+    if failure:
+        raise UserError(f"{what}: {probe.kind} gives other numbers while it is trained ({failure}); give another model")
+
+
 def _distance(policy: nn.Module, probe: Probe, config) -> float:
-    """How far log-probabilities of sampled tokens are from the model's own, in deviations of its logits; as `worst`."""
+    """How far the logits that tokens are sampled from are from the model's own for the same tokens."""
     flags = copy.copy(config)
-    flags.rollout_batch_size, flags.rollout_cache_tokens, flags.maxlen_res = SLOTS, 0, STEPS
+    flags.rollout_batch_size, flags.rollout_cache_tokens, flags.micro_batch_tokens = len(PROMPTS), 0, 1024
+    flags.maxlen_res = STEPS
     ids = torch.cat(probe.rows).tolist()
     prompts = [ids[-length:] for length in PROMPTS]
-    no_end = SimpleNamespace(eos_token_id=-1, pad_token_id=0)
     batch = PromptBatch(prompts, [[] for _ in prompts], list(range(len(prompts))))
-    rollout = generate(InferenceEngine(policy), batch, Sampling(), 0, no_end, flags, measure=True)
-    rows = []
-    for row, real, response, sampled in zip(
-        rollout.sequences, rollout.attention_mask, rollout.response_mask, rollout.old_logprobs, strict=True
-    ):
-        logits = probe.alone(row[real])[response[real].nonzero().squeeze(1) - 1].float()
-        own, _ = logprobs_and_entropy(logits, row[response])
-        rows.append((own - sampled[response]).abs() / logits.std(-1))
-    return worst(rows)
+    no_end = SimpleNamespace(eos_token_id=-1, pad_token_id=0)
+    seen: list[torch.Tensor] = []  # [prompts, vocabulary] of each forward: longest prompt first, and none ends before
+    hook = policy.register_forward_hook(lambda module, args, logits: seen.append(logits))
+    try:
+        rollout = generate(InferenceEngine(policy), batch, Sampling(), 0, no_end, flags)
+    finally:
+        hook.remove()
+    rows = [row[real] for row, real in zip(rollout.sequences, rollout.attention_mask, strict=True)]
+    true = [probe.alone(row)[length - 1 : -1] for row, length in zip(rows, PROMPTS, strict=True)]
+    return distance(torch.stack(seen[:STEPS], 1), true)

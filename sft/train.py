@@ -160,6 +160,22 @@ def stage_of(
     return replace(stage, evaluate=partial(judge, stage=stage))
 
 
+def load(config: SFTConfig, tokenizer, say: Callable[[str], None]) -> tuple[PreTrainedModel, bool]:
+    """(the model to train, with what the flags want of it; whether its dialogues are packed)."""
+    path, dtype = config.hf_model_name_or_path, DTYPES[config.dtype]
+    lm = load_causal_lm(path, dtype, device(), config.attn_implementation, tokenizer, say)
+    check_window(lm, config.context_truncate, "--context_truncate")
+    check_names(AutoModelForCausalLM, lm.config, saved_tensors(lm), f"{FLAG} {path}")
+    failure = packing_failure(lm, f"{FLAG} {path}") if config.packing else None
+    if failure:
+        say(f"--packing is off: packed dialogues would see each other in {type(lm).__name__} ({failure})")
+    if config.gradient_checkpoint:
+        enable_checkpointing(lm)
+    if config.compile:
+        compile_layers(lm)
+    return lm, config.packing and not failure
+
+
 def train(config: SFTConfig) -> None:
     """One run, from flags to final/. Nothing is written before model and data are loaded and found to be usable."""
     check_outputs(config)
@@ -172,18 +188,8 @@ def train(config: SFTConfig) -> None:
     model_folder(config.hf_model_name_or_path)
     tokenizer = load_tokenizer(config.tokenizer_name_or_path, template_for(config.lang, config.template))
     sets, valid = load_encoded(config, tokenizer, say)
-    path, dtype = config.hf_model_name_or_path, DTYPES[config.dtype]
-    lm = load_causal_lm(path, dtype, device(), config.attn_implementation, tokenizer, say)
-    check_window(lm, config.context_truncate, "--context_truncate")
-    check_names(AutoModelForCausalLM, lm.config, saved_tensors(lm), f"{FLAG} {path}")
-    failure = packing_failure(lm, f"{FLAG} {path}") if config.packing else None
-    if failure:
-        say(f"--packing is off: packed dialogues would see each other in {type(lm).__name__} ({failure})")
-    if config.gradient_checkpoint:
-        enable_checkpointing(lm)
-    if config.compile:
-        compile_layers(lm)
-    layout = Layout(config.packing and not failure, is_flash_attention_requested(lm.config), config.micro_batch_tokens)
+    lm, packing = load(config, tokenizer, say)
+    layout = Layout(packing, is_flash_attention_requested(lm.config), config.micro_batch_tokens)
     step = begin_folder(config, start)
     log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps, step)
     try:
