@@ -1,7 +1,7 @@
 """Prints for each family of causal LMs whether the toolkit is right:   python -m tests.architectures [--only NAME …]
 
 NAME equal              every stage gives what transformers' plain forward gives
-NAME refused (STAGE): … a stage stops before a step is made, with this line; the others are equal
+NAME refused: …         a stage stops before a step is made, with this line; the others are equal
 NAME wrong: …           it differs, or fails in another way: exit code 1
 NAME not built: …       transformers has no causal LM of it that can be tried here
 """
@@ -12,8 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.architectures.configs import FAMILIES, VARIANTS
-from tests.architectures.outcome import SHORT, Outcome, check_family, write_table
+from tests.architectures.configs import FAMILIES, SHORT, VARIANTS
+from tests.architectures.outcome import KINDS, Outcome, check_family
+from tests.architectures.table import write_table
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
             outcomes.append(check_family(name, Path(folder)))
             print(outcomes[-1], flush=True)
     kinds = [outcome.kind for outcome in outcomes]
-    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("equal", "refused", "wrong", "not built"))
-    print(f"{len(outcomes)} families: {counts}; {time.monotonic() - begin:.0f} s")
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS)
+    print(f"{len(outcomes)} names: {counts}; {time.monotonic() - begin:.0f} s")
     if args.table:
         write_table(outcomes, Path(args.table))
     return int("wrong" in kinds)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from data.dialogues import EncodedDialogue
 from ppo.models import load_models
@@ -17,12 +17,12 @@ from ppo.sampling import Sampling
 from reward.config import RewardConfig
 from reward.model import load_scalar_model, save_scalar_model
 from reward.train import load as load_reward
-from sft.model import AnswerModel, check_packing
+from sft.model import AnswerModel, packing_failure
 from sft.rows import Layout
 from tests.architectures import plain
 from tests.parts import ppo_config, prompts_of, token_ids
-from utils.export import save_causal_lm
-from utils.models import load_causal_lm
+from utils.export import check_names, save_causal_lm, saved_tensors
+from utils.models import check_window, load_causal_lm
 from utils.tokenizer import load_tokenizer
 
 PROMPT_LENGTHS = (23, 9, 16, 1, 9, 12, 3)
@@ -83,13 +83,14 @@ def near(what: str, found: torch.Tensor, true: torch.Tensor, tolerance: float = 
         raise Wrong(f"{what}: off by {far:.2g} (relative), {(found - true).abs().mean().item():.2g} on average")
 
 
-def ppo(case: Case, scratch: Path) -> None:
+def ppo(case: Case, scratch: Path) -> str:
     """train_ppo's models: scoring, its gradient, decoding, export."""
     config = ppo_config(
         policy_model_path=str(case.folder), critic_model_path=str(case.critic), reward_fn="none.py:none",
         rollout_batch_size=3, maxlen_res=9, micro_batch_tokens=40,
     )  # fmt: skip
     policy = load_models(config, case.tokenizer, lambda _: None).policy
+    causal(case)
     scoring(case, policy)
     gradient(case, policy.module)
     decoding(case, policy, config)
@@ -97,6 +98,7 @@ def ppo(case: Case, scratch: Path) -> None:
     folder = scratch / "policy"
     save_causal_lm(policy.module.lm.config, state, str(folder), case.tokenizer)
     exported(case, folder)
+    return policy.module.decoding
 
 
 @torch.no_grad()
@@ -153,9 +155,12 @@ def decoding(case: Case, policy, config) -> None:
             eos = int(rollout.sequences[rollout.response_mask].mode().values)
 
 
-def sft(case: Case, scratch: Path) -> None:
+def sft(case: Case, scratch: Path) -> str:
     """sft.train's model: the loss of packed and of single dialogues."""
-    lm = load_causal_lm(str(case.folder), torch.float32, CPU, None, case.tokenizer)
+    lm = load_causal_lm(str(case.folder), torch.float32, CPU, None, case.tokenizer, lambda _: None)
+    check_window(lm, 64, "--context_truncate")
+    check_names(AutoModelForCausalLM, lm.config, saved_tensors(lm), "")
+    packings = (False,) if packing_failure(lm, "") else (False, True)
     model = AnswerModel(lm)
     answers = [[i >= start for i in range(len(row))] for row, start in zip(case.rows, case.starts)]
     dialogues = [
@@ -165,12 +170,23 @@ def sft(case: Case, scratch: Path) -> None:
         true = sum(
             -plain.logprobs_of(case.plain, row)[0][start - 1 :].sum() for row, start in zip(case.rows, case.starts)
         )
-        for packing in (False, True):
-            if packing:
-                check_packing(lm)
+        for packing in packings:
             layout = Layout(packing=packing, flat=False, max_tokens=64)
             loss = model(*layout.collate(layout.rows(dialogues, 1)))
-            near(f"sft: loss{' of packed dialogues' * packing}", loss, true)
+            near(f"loss{' of packed dialogues' * packing}", loss, true)
+    causal(case)
+    return "" if packings[-1] else "not packed"
+
+
+@torch.no_grad()
+def causal(case: Case) -> None:
+    """No token sees a later one: next-token losses are of a model that cannot read its targets."""
+    row, half = case.rows[0], ROW_LENGTHS[0] // 2
+    near(
+        "logits without the tokens behind",
+        plain.logits_of(case.plain, row[:half]),
+        plain.logits_of(case.plain, row)[:half],
+    )
 
 
 def reward(case: Case, scratch: Path) -> None:
@@ -183,12 +199,12 @@ def reward(case: Case, scratch: Path) -> None:
         true = [plain.states_of(backbone, row) @ head for row in case.rows]
         values = model(sequences, real)
         for i, wanted in enumerate(true):
-            near("reward: scalars", values[i][real[i]], wanted)
+            near("scalars", values[i][real[i]], wanted)
         save_scalar_model(model, str(scratch / "reward"), tokenizer=case.tokenizer)
         last = torch.stack([wanted[-1] for wanted in true])
-        near("reward: scores of the saved classifier", plain.score_of(scratch / "reward", case.rows), last)
-        again = load_scalar_model(str(scratch / "reward"), torch.float32, CPU, trained=True)
-        near("reward: scalars of the saved model", again(sequences, real), values)
+        near("scores of the saved classifier", plain.score_of(scratch / "reward", case.rows), last)
+        again = load_scalar_model(str(scratch / "reward"), torch.float32, CPU, say=lambda _: None, trained=True)
+        near("scalars of the saved model", again(sequences, real), values)
 
 
 def reward_lm(case: Case, scratch: Path) -> None:
@@ -199,7 +215,7 @@ def reward_lm(case: Case, scratch: Path) -> None:
         true = sum(
             -plain.logprobs_of(case.plain, row)[0][start - 1 :].sum() for row, start in zip(case.rows, case.starts)
         )
-        near("reward with an LM loss: loss", model(sequences, real, answer)[1], true)
+        near("loss", model(sequences, real, answer)[1], true)
 
 
 def reward_config(case: Case, factor: float) -> RewardConfig:
@@ -220,11 +236,15 @@ def exported(case: Case, folder: Path) -> None:
     """The folder has the tensors and the logits of the source."""
     if odd := tensor_names(case.folder) ^ tensor_names(folder):
         raise Wrong(f"export: {len(odd)} tensor names differ from the source's, as {min(odd)}")
-    again = load_causal_lm(str(folder), torch.float32, CPU, "eager", case.tokenizer)
+    again = load_causal_lm(str(folder), torch.float32, CPU, None, case.tokenizer, lambda _: None)
     row = case.rows[0]
     near("export: logits", plain.logits_of(again, row), plain.logits_of(case.plain, row))
 
 
-STAGES: dict[str, Callable[[Case, Path], None]] = {
-    "ppo": ppo, "sft": sft, "reward": reward, "reward with LM loss": reward_lm,
-}  # fmt: skip
+# Each returns how it ran, where that differs between families.
+STAGES: dict[str, Callable[[Case, Path], str | None]] = {
+    "ppo": ppo,
+    "sft": sft,
+    "reward": reward,
+    "reward with LM loss": reward_lm,
+}

@@ -14,15 +14,23 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tests.tiny import VOCAB
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+# What people use most, one of each kind.
+SHORT = (
+    "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma2", "gemma3_text", "phi3", "gpt_oss",
+    "deepseek_v3", "gpt2",
+)  # fmt: skip
 WINDOW = 6  # tokens; the sequences of the checks are longer
 HIDDEN = 64
 MOST_LAYERS = 6
 
-# What a size becomes, by the first pattern that its whole name matches. 0 and None, which switch a part off, stay.
+# What a size becomes, by the first pattern that its whole name matches.
 SIZES = [
     (r"(decoder_)?vocab_size(_per_layer_input)?", VOCAB),
     (r".*_vocab_size|.*_hash_byte_group_vocab", 16),
-    (r"hidden_size(_global)?|d_model|n_embd|emb_dim|embedding_dim|embedding_size|word_embed_proj_dim|lru_width", HIDDEN),
+    (
+        r"hidden_size(_global)?|d_model|n_embd|emb_dim|embedding_dim|embedding_size|word_embed_proj_dim|lru_width",
+        HIDDEN,
+    ),
     (r"hidden_size_per_layer_input|laurel_rank|.*_rank|.*lowrank", 16),
     (r"num_attention_heads|n_heads?|num_heads|attention_heads|.*coder_attention_heads|swa_num_attention_heads", 4),
     (r"num_(global_)?key_value_heads|num_kv_heads|swa_num_key_value_heads|num_query_groups", 2),
@@ -67,7 +75,7 @@ EXCEPTIONS: dict[str, dict] = {
     "dots1": TWO_OF_FOUR | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [96] * 4}
-    | {"layer_types": TWO_KINDS[:0] + ["sliding_attention", "full_attention"] * 2}
+    | {"layer_types": ["sliding_attention", "full_attention"] * 2}
     | {"activation_sparsity_pattern": [0.95, 0.0, 0.95, 0.0]},
     "glm4_moe": {"first_k_dense_replace": 1},
     "glm_moe_dsa": SPARSE_ATTENTION,
@@ -123,7 +131,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         "phi3", {"sliding_window": None, "original_max_position_embeddings": 64, "rope_parameters": LONG_ROPE}
     ),
     "phi3-longrope-beyond": (
-        "phi3", {"sliding_window": None, "original_max_position_embeddings": 16, "rope_parameters": LONG_ROPE}
+        "phi3", {"sliding_window": None, "original_max_position_embeddings": 28, "rope_parameters": LONG_ROPE}
     ),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}),
     "qwen3_moe-dense-layers": ("qwen3_moe", {"mlp_only_layers": [0], "norm_topk_prob": True}),
@@ -151,29 +159,32 @@ def shrink(config: PretrainedConfig, changes: dict | None = None) -> PretrainedC
 
 
 def _tiny(config: PretrainedConfig) -> Iterator[tuple[str, object]]:
-    """The attributes that change, and their new values."""
-    latent = {"num_key_value_heads": 4, "head_dim": 8} if hasattr(config, "kv_lora_rank") else {}
-    layers = kept_layers(config)
+    """The attributes that change, and their new values. Those that are derived from others are not among them."""
+    layers, count = kept_layers(config), getattr(config, "num_hidden_layers", None)
     fields = {config.attribute_map.get(field.name, field.name) for field in dataclasses.fields(config)}
-    for name, value in vars(config).items():
-        if name not in fields:
-            continue  # derived from others, which are shrunk
+    latent = {"num_key_value_heads": 4, "head_dim": 8} if hasattr(config, "kv_lora_rank") else {}
+    for name in fields & vars(config).keys():
+        value = vars(config)[name]
         if re.fullmatch(LAYER_COUNTS, name):
             yield name, len(layers)
-        elif isinstance(value, list | tuple) and len(value) == getattr(config, "num_hidden_layers", None):
+        elif isinstance(value, list | tuple) and len(value) == count:
             yield name, type(value)(value[i] for i in layers)
-        elif isinstance(value, list) and re.fullmatch(FLOATS[-1][0], name):
-            yield name, [FLOATS[-1][1]] * len(value)
-        elif value and isinstance(value, int | float) and not isinstance(value, bool):
-            table = SIZES if isinstance(value, int) else FLOATS
-            for pattern, size in table:
-                if re.fullmatch(pattern, name):
-                    yield name, latent.get(name, size)
-                    break
-        elif name == "is_decoder":
-            yield name, True
-        elif name == "initializer_range":
-            yield name, HIDDEN**-0.5
+        elif (new := latent.get(name, _tiny_value(name, value))) is not None:
+            yield name, new
+
+
+def _tiny_value(name: str, value: object) -> object | None:
+    """What an attribute becomes, None where it stays. 0 and None switch a part off, and stay."""
+    if name == "initializer_range":
+        return HIDDEN**-0.5
+    if isinstance(value, bool):
+        return True if name == "is_decoder" else None
+    table = SIZES if isinstance(value, int) else FLOATS
+    number = value[0] if isinstance(value, list) and value else value
+    if not number or not isinstance(number, int | float):
+        return None
+    new = next((new for pattern, new in table if re.fullmatch(pattern, name)), None)
+    return [new] * len(value) if new and isinstance(value, list) else new
 
 
 def kept_layers(config: PretrainedConfig) -> list[int]:

@@ -15,69 +15,68 @@ from utils.engine import init_distributed
 from utils.errors import UserError
 from utils.models import quiet_transformers
 
-SHORT = (
-    "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma2", "gemma3_text", "phi3", "gpt_oss",
-    "deepseek_v3", "gpt2",
-)  # fmt: skip
+KINDS = ("equal", "refused", "wrong", "not built")  # from good to bad, but for the last
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one stage. text: how it ran where it is equal, else the refusal's line or the difference."""
+
+    kind: str
+    text: str = ""
 
 
 @dataclass
 class Outcome:
-    """Of one family. stages: name -> what became of it, "equal", "refused: …" or "wrong: …"."""
+    """Of one family. reason: why it is not built."""
 
     name: str
-    not_built: str = ""
-    stages: dict[str, str] = field(default_factory=dict)
+    reason: str = ""
+    stages: dict[str, Result] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
     def kind(self) -> str:
-        """equal, refused, wrong or not built."""
-        if self.not_built:
-            return "not built"
-        kinds = {text.split(":")[0] for text in self.stages.values()}
-        return next(kind for kind in ("wrong", "refused", "equal") if kind in kinds)
+        """The worst of its stages."""
+        return max((result.kind for result in self.stages.values()), key=KINDS.index, default="not built")
 
     def __str__(self) -> str:
-        if self.not_built:
-            return f"{self.name} not built: {self.not_built}"
-        lines: dict[str, list[str]] = {}
-        for stage, text in self.stages.items():
-            kind, _, rest = text.partition(": ")
-            if kind == self.kind:
-                lines.setdefault(rest, []).append(stage)
-        if self.kind == "equal":
-            return f"{self.name} equal"
-        return f"{self.name} {self.kind} " + "; ".join(f"({', '.join(names)}): {rest}" for rest, names in lines.items())
+        """One line: the stages of this kind by what they say."""
+        if self.kind in ("equal", "not built"):
+            return f"{self.name} {self.kind}{': ' * bool(self.reason)}{self.reason}"
+        said: dict[str, list[str]] = {}
+        for stage, result in self.stages.items():
+            if result.kind == self.kind:
+                said.setdefault(result.text, []).append(stage)
+        parts = (f"{text} ({', '.join(stages)})" for text, stages in said.items())
+        return f"{self.name} {self.kind}: {'; '.join(parts)}"
 
 
 def check_family(name: str, scratch: Path) -> Outcome:
     """Builds a tiny model of the family and runs all stages on it. scratch: where its folders are for the while."""
-    begin = time.monotonic()
+    begin, outcome, folder = time.monotonic(), Outcome(name), scratch / name
+    init_distributed()
     with quiet_transformers():
-        outcome = _checked(name, scratch)
+        try:
+            case = build(name, folder / "source", critic_folder(scratch))
+        except Exception as error:  # noqa: BLE001 - whatever transformers has against it is the finding
+            outcome.reason = f"{type(error).__name__}: {first_line(error)}"
+        else:
+            outcome.stages = {stage: run(check, case, folder) for stage, check in STAGES.items()}
+    shutil.rmtree(folder, ignore_errors=True)
     outcome.seconds = time.monotonic() - begin
     return outcome
 
 
-def _checked(name: str, scratch: Path) -> Outcome:
-    outcome, folder = Outcome(name), scratch / name
-    try:
-        config = tiny_config(name)
-        if config.is_encoder_decoder:
-            outcome.not_built = "encoder-decoder"
-            return outcome
-        save_folder(config, folder / "source")
-        case = Case(folder / "source", critic_folder(scratch))
-        case.plain  # noqa: B018 - transformers itself loads it
-    except Exception as error:  # noqa: BLE001 - whatever transformers has against it is the finding
-        outcome.not_built = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        return outcome
-    init_distributed()
-    for stage, check in STAGES.items():
-        outcome.stages[stage] = _result(check, case, folder)
-    shutil.rmtree(folder)
-    return outcome
+def build(name: str, folder: Path, critic: Path) -> Case:
+    """Saves a tiny model of the family, and has transformers load it again."""
+    config = tiny_config(name)
+    if config.is_encoder_decoder:
+        raise TypeError("its configs are of encoder-decoders")
+    save_folder(config, folder)
+    case = Case(folder, critic)
+    case.plain.eval()
+    return case
 
 
 @cache
@@ -86,19 +85,21 @@ def critic_folder(scratch: Path) -> Path:
     return tiny_llama_folder(scratch / "critic", hidden_size=32, intermediate_size=48)
 
 
-def _result(check, case: Case, folder: Path) -> str:
+def run(check, case: Case, folder: Path) -> Result:
+    """The stage's result. What is neither a UserError nor a difference counts as wrong too: users would meet it."""
     try:
-        check(case, folder)
+        return Result("equal", check(case, folder) or "")
     except UserError as error:
-        return f"refused: {error}".replace(str(folder) + "/", "")
+        return Result("refused", str(error).replace(f"{folder}/", ""))
     except Wrong as error:
-        return f"wrong: {error}"
-    except Exception as error:  # noqa: BLE001 - any other failure is a finding too
+        return Result("wrong", str(error))
+    except Exception as error:  # noqa: BLE001 - as it says above
         place = traceback.extract_tb(error.__traceback__)[-1]
-        text = " ".join(str(error).split())[:160]
-        return f"wrong: {type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"
-    return "equal"
+        return Result(
+            "wrong", f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}: {first_line(error)}"
+        )
 
 
-def write_table(outcomes: list[Outcome], file: Path) -> None:
-    """One row a family."""
+def first_line(error: Exception) -> str:
+    """What it says, short."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:160]

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 
-
 def load_plain(folder: Path, auto_class: type = AutoModelForCausalLM) -> PreTrainedModel:
     """The folder's model in float32, as transformers alone loads it."""
     config = AutoConfig.from_pretrained(folder)
