@@ -68,7 +68,7 @@ def by_chunks(
 
 def head_logits(lm_head: Callable[[torch.Tensor], torch.Tensor], config, rows: torch.Tensor) -> torch.Tensor:
     """Logits [n, vocabulary] of hidden states [n, hidden]: the head, and the scalings that some architectures add."""
-    logits = lm_head(rows)
+    logits = lm_head(rows.to(getattr(lm_head, "weight", rows).dtype))  # Mamba's states are float32
     for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
         if scale := getattr(config, name, None):
             logits = logits * scale
