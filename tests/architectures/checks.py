@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from data.dialogues import EncodedDialogue
 from ppo.models import load_models
@@ -17,18 +17,23 @@ from ppo.sampling import Sampling
 from reward.config import RewardConfig
 from reward.model import load_scalar_model, save_scalar_model
 from reward.train import load as load_reward
-from sft.model import AnswerModel, packing_failure
+from sft.model import AnswerModel
 from sft.rows import Layout
+from sft.train import SFTConfig
+from sft.train import load as load_sft
 from tests.architectures import plain
 from tests.parts import ppo_config, prompts_of, token_ids
-from utils.export import check_names, save_causal_lm, saved_tensors
-from utils.models import check_window, load_causal_lm
+from utils.export import save_causal_lm
+from utils.models import load_causal_lm
 from utils.tokenizer import load_tokenizer
 
 PROMPT_LENGTHS = (23, 9, 16, 1, 9, 12, 3)
 ROW_LENGTHS = (29, 12, 20, 7)
+MOST_TOKENS = 64  # of a dialogue, for the checks of a model's window
 NO_ID = -1
-TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
+TOLERANCE = 1e-4
+SUM_TOLERANCE = 1e-5  # of a sum over some fifty tokens, one of which may be wrong
+GRADIENT_TOLERANCE = 1e-3
 CPU = torch.device("cpu")
 
 
@@ -148,6 +153,8 @@ def decoding(case: Case, policy, config) -> None:
             how = f"decoding at temperature {temperature:g}, " + ("none ends" if eos == NO_ID else "some end")
             for i, prompt in enumerate(prompts.ids):
                 response = rollout.response_mask[i]
+                if not rollout.ended[i] and response.sum() < config.maxlen_res:
+                    raise Wrong(f"{how}: response {i} stops after {int(response.sum())} tokens")
                 ids = rollout.sequences[i][rollout.attention_mask[i]]
                 true = plain.logprobs_of(case.plain, ids, temperature)
                 for what, found, wanted in zip(("log-probs", "entropy"), (rollout.old_logprobs, rollout.entropy), true):
@@ -157,10 +164,8 @@ def decoding(case: Case, policy, config) -> None:
 
 def sft(case: Case, scratch: Path) -> str:
     """sft.train's model: the loss of packed and of single dialogues."""
-    lm = load_causal_lm(str(case.folder), torch.float32, CPU, None, case.tokenizer, lambda _: None)
-    check_window(lm, 64, "--context_truncate")
-    check_names(AutoModelForCausalLM, lm.config, saved_tensors(lm), "")
-    packings = (False,) if packing_failure(lm, "") else (False, True)
+    config = SFTConfig(context_truncate=MOST_TOKENS, **flags(case))
+    lm, packing = load_sft(config, case.tokenizer, lambda _: None)
     model = AnswerModel(lm)
     answers = [[i >= start for i in range(len(row))] for row, start in zip(case.rows, case.starts)]
     dialogues = [
@@ -170,12 +175,12 @@ def sft(case: Case, scratch: Path) -> str:
         true = sum(
             -plain.logprobs_of(case.plain, row)[0][start - 1 :].sum() for row, start in zip(case.rows, case.starts)
         )
-        for packing in packings:
-            layout = Layout(packing=packing, flat=False, max_tokens=64)
+        for packed in (False, True)[: 1 + packing]:
+            layout = Layout(packing=packed, flat=False, max_tokens=MOST_TOKENS)
             loss = model(*layout.collate(layout.rows(dialogues, 1)))
-            near(f"loss{' of packed dialogues' * packing}", loss, true)
+            near(f"loss{' of packed dialogues' * packed}", loss, true, SUM_TOLERANCE)
     causal(case)
-    return "" if packings[-1] else "not packed"
+    return "" if packing else "not packed"
 
 
 @torch.no_grad()
@@ -215,15 +220,17 @@ def reward_lm(case: Case, scratch: Path) -> None:
         true = sum(
             -plain.logprobs_of(case.plain, row)[0][start - 1 :].sum() for row, start in zip(case.rows, case.starts)
         )
-        near("loss", model(sequences, real, answer)[1], true)
+        near("loss", model(sequences, real, answer)[1], true, SUM_TOLERANCE)
 
 
 def reward_config(case: Case, factor: float) -> RewardConfig:
     """The flags of a small reward.train."""
-    return RewardConfig(
-        hf_model_name_or_path=str(case.folder), data_path=["D"], dtype="fp32", reward_lm_loss_factor=factor,
-        context_truncate=64,
-    )  # fmt: skip
+    return RewardConfig(reward_lm_loss_factor=factor, context_truncate=MOST_TOKENS, **flags(case))
+
+
+def flags(case: Case) -> dict:
+    """Those that both trainers share."""
+    return {"hf_model_name_or_path": str(case.folder), "data_path": ["D"], "dtype": "fp32"}
 
 
 def tensor_names(folder: Path) -> set[str]:

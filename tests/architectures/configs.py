@@ -23,7 +23,8 @@ WINDOW = 6  # tokens; the sequences of the checks are longer
 HIDDEN = 64
 MOST_LAYERS = 6
 
-# What a size becomes, by the first pattern that its whole name matches.
+# What a size becomes, by the first pattern that its whole name matches. Doge's keep_window_size stays: which of two equal
+# tokens its top-k keeps is left open, and so its own forward.
 SIZES = [
     (r"(decoder_)?vocab_size(_per_layer_input)?", VOCAB),
     (r".*_vocab_size|.*_hash_byte_group_vocab", 16),
@@ -42,7 +43,7 @@ SIZES = [
     (r"(moe_)?num_(local_)?experts|n_routed_experts|zero_expert_num", 4),
     (r"(moe|shared_expert|shared|dense|expert)_.*(intermediate|ffn_hidden)_size|shared_intermediate_size", 48),
     (r".*intermediate_size(_mlp)?|(.*_)?ffn_dim|ffn_hidden_size|dim_ff|dff|d_inner|feed_forward_size", 96),
-    (r"sliding_window(_size)?|window_size|attention_window_size|local_attention|keep_window_size", WINDOW),
+    (r"sliding_window(_size)?|window_size|attention_window_size|local_attention", WINDOW),
     (r"attention_chunk_size", 8),
     (r"linear_num_key_heads|linear_num_value_heads", 2),
     (r"index_n_heads", 16),  # with few heads of ReLU many scores are 0, and which of them are chosen is left open
@@ -53,7 +54,7 @@ SIZES = [
 LAYER_COUNTS = r"num_hidden_layers|n_layers?|num_layers|.*coder_layers|num_.*coder_layers|num_blocks|depth"
 # Scalings that are 1 unless a checkpoint says otherwise, and caps that would hardly bend logits of this spread.
 FLOATS = [
-    (r"final_logit_softcapping|logits_soft_cap|output_logit_soft_cap", 4.0),
+    (r"final_logit_softcapping|logits_soft_cap|output_logit_soft_cap", 12.0),
     (r"attn_logit_softcapping", 2.0),
     (r".*_multipliers?|logits_scaling", 0.7),
 ]
@@ -72,6 +73,7 @@ EXCEPTIONS: dict[str, dict] = {
     "deepseek_v2": TWO_OF_FOUR | {"first_k_dense_replace": 1},
     "deepseek_v3": {"first_k_dense_replace": 1},
     "deepseek_v32": SPARSE_ATTENTION,
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
     "dots1": TWO_OF_FOUR | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [96] * 4}

@@ -1,16 +1,16 @@
 """Folders of tiny models whose every number matters: nothing is left as it is initialised, and answers differ."""
 
+import math
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tests.architectures.configs import HIDDEN
 from tests.tiny import tiny_tokenizer_folder
 
 NOISE = 0.2  # added to norms, biases and other vectors, which are constant at initialisation
-SPREAD = 3.0  # deviation of the logits, before a cap
+ENTROPY = 3.0  # nats, of 6 at most
 
 
 def save_folder(config: PretrainedConfig, folder: Path, seed: int = 0) -> None:
@@ -34,8 +34,19 @@ def randomise(model: PreTrainedModel) -> None:
             tensor.mul_(HIDDEN**-0.5 / deviation)
         elif tensor.dim() < 2 or deviation == 0:
             tensor.add_(NOISE * torch.randn_like(tensor))
-    ids = torch.arange(3, 43)[None]
-    head: nn.Module = model.get_output_embeddings()
-    for _ in range(2):  # twice, as tied embeddings and caps answer to it less than in proportion
-        spread = float(model(input_ids=ids, use_cache=False).logits.std())
-        head.weight.mul_(min(10.0, SPREAD / spread))
+    spread_out(model)
+
+
+def spread_out(model: PreTrainedModel) -> None:
+    """Scales the head until the next token is neither certain nor anything: either would hide errors.
+
+    By the entropy, not the logits' deviation: tied to the embedding, a head all but repeats the last token.
+    """
+    ids = torch.randint(3, model.config.get_text_config().vocab_size, (1, 40))
+    head = model.get_output_embeddings().weight
+    head.mul_(0.1 / model(input_ids=ids, use_cache=False).logits.std())
+    entropy, before = math.log(head.shape[0]), math.inf
+    while ENTROPY < entropy < before + 0.01:  # beyond a cap it grows again
+        head.mul_(1.25)
+        logprobs = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+        entropy, before = float(-(logprobs.exp() * logprobs).sum(-1).mean()), entropy
