@@ -116,9 +116,7 @@ def test_models_that_are_not_causal_are_refused():
 def test_a_model_that_does_not_run_is_refused():
     lm = lm_of("llama")
     lm.model.forward = lambda **_: {}["pixel_values"]
-    with pytest.raises(
-        UserError, match=r"^M: LlamaForCausalLM does not run on text .*KeyError: .pixel_values"
-    ):
+    with pytest.raises(UserError, match=r"^M: LlamaForCausalLM does not run on text .*KeyError: .pixel_values"):
         check_forward(lm, "M")
 
 
