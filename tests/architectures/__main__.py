@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from tests.architectures.configs import FAMILIES, SHORT, VARIANTS
-from tests.architectures.outcome import KINDS, Outcome, check_family
+from tests.architectures.outcome import Outcome, check_family, counts
 from tests.architectures.table import write_table
 
 
@@ -32,12 +32,10 @@ def main(argv: list[str] | None = None) -> int:
         for name in names:
             outcomes.append(check_family(name, Path(folder)))
             print(outcomes[-1], flush=True)
-    kinds = [outcome.kind for outcome in outcomes]
-    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS)
-    print(f"{len(outcomes)} names: {counts}; {time.monotonic() - begin:.0f} s")
+    print(*counts(outcomes), f"{time.monotonic() - begin:.0f} s", sep="\n")
     if args.table:
         write_table(outcomes, Path(args.table))
-    return int("wrong" in kinds)
+    return int(any(outcome.kind == "wrong" for outcome in outcomes))
 
 
 if __name__ == "__main__":

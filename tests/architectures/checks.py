@@ -28,7 +28,7 @@ from utils.models import load_causal_lm
 from utils.tokenizer import load_tokenizer
 
 PROMPT_LENGTHS = (23, 9, 16, 1, 9, 12, 3)
-ROW_LENGTHS = (29, 12, 20, 7)
+ROW_LENGTHS = (37, 12, 20, 7)
 MOST_TOKENS = 64  # of a dialogue, for the checks of a model's window
 NO_ID = -1
 TOLERANCE = 1e-4
@@ -50,10 +50,12 @@ class Case:
 
     @cached_property
     def plain(self) -> PreTrainedModel:
+        """The model whose forwards are the truth."""
         return plain.load_plain(self.folder)
 
     @cached_property
     def tokenizer(self):
+        """The folder's."""
         return load_tokenizer(str(self.folder))
 
     @cached_property
@@ -92,7 +94,7 @@ def ppo(case: Case, scratch: Path) -> str:
     """train_ppo's models: scoring, its gradient, decoding, export."""
     config = ppo_config(
         policy_model_path=str(case.folder), critic_model_path=str(case.critic), reward_fn="none.py:none",
-        rollout_batch_size=3, maxlen_res=9, micro_batch_tokens=40,
+        rollout_batch_size=3, maxlen_prompt=MOST_TOKENS, maxlen_res=9, micro_batch_tokens=40,
     )  # fmt: skip
     policy = load_models(config, case.tokenizer, lambda _: None).policy
     causal(case)

@@ -23,8 +23,8 @@ WINDOW = 6  # tokens; the sequences of the checks are longer
 HIDDEN = 64
 MOST_LAYERS = 6
 
-# What a size becomes, by the first pattern that its whole name matches. Doge's keep_window_size stays: which of two equal
-# tokens its top-k keeps is left open, and so its own forward.
+# What a size becomes, by the first pattern that its whole name matches. Doge's keep_window_size stays: which of two
+# equal tokens its top-k keeps is left open, and so is its own forward.
 SIZES = [
     (r"(decoder_)?vocab_size(_per_layer_input)?", VOCAB),
     (r".*_vocab_size|.*_hash_byte_group_vocab", 16),
@@ -69,7 +69,6 @@ EXCEPTIONS: dict[str, dict] = {
     "axk2": SPARSE_ATTENTION,
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE | {"mrope_section": [3, 3, 2]}}},
-    "dbrx": {"rope_parameters": ROPE},
     "deepseek_v2": TWO_OF_FOUR | {"first_k_dense_replace": 1},
     "deepseek_v3": {"first_k_dense_replace": 1},
     "deepseek_v32": SPARSE_ATTENTION,
@@ -133,7 +132,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         "phi3", {"sliding_window": None, "original_max_position_embeddings": 64, "rope_parameters": LONG_ROPE}
     ),
     "phi3-longrope-beyond": (
-        "phi3", {"sliding_window": None, "original_max_position_embeddings": 28, "rope_parameters": LONG_ROPE}
+        "phi3", {"sliding_window": None, "original_max_position_embeddings": 32, "rope_parameters": LONG_ROPE}
     ),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}),
     "qwen3_moe-dense-layers": ("qwen3_moe", {"mlp_only_layers": [0], "norm_topk_prob": True}),

@@ -15,9 +15,10 @@ ENTROPY = 3.0  # nats, of 6 at most
 
 def save_folder(config: PretrainedConfig, folder: Path, seed: int = 0) -> None:
     """Writes a random causal LM of this config in float32, with the tiny tokenizer."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    randomise(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        randomise(model)
     model.save_pretrained(folder)
     tiny_tokenizer_folder(folder)
 

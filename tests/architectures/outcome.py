@@ -26,6 +26,10 @@ class Result:
     text: str = ""
 
 
+class NoDecoder(Exception):
+    """A family that this toolkit is not for."""
+
+
 @dataclass
 class Outcome:
     """Of one family. reason: why it is not built."""
@@ -60,7 +64,7 @@ def check_family(name: str, scratch: Path) -> Outcome:
         try:
             case = build(name, folder / "source", critic_folder(scratch))
         except Exception as error:  # noqa: BLE001 - whatever transformers has against it is the finding
-            outcome.reason = f"{type(error).__name__}: {first_line(error)}"
+            outcome.reason = f"{type(error).__name__}: {first_line(error)}".removeprefix("NoDecoder: ")
         else:
             outcome.stages = {stage: run(check, case, folder) for stage, check in STAGES.items()}
     shutil.rmtree(folder, ignore_errors=True)
@@ -72,7 +76,7 @@ def build(name: str, folder: Path, critic: Path) -> Case:
     """Saves a tiny model of the family, and has transformers load it again."""
     config = tiny_config(name)
     if config.is_encoder_decoder:
-        raise TypeError("its configs are of encoder-decoders")
+        raise NoDecoder("an encoder-decoder")
     save_folder(config, folder)
     case = Case(folder, critic)
     case.plain.eval()
@@ -98,6 +102,17 @@ def run(check, case: Case, folder: Path) -> Result:
         return Result(
             "wrong", f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}: {first_line(error)}"
         )
+
+
+def counts(outcomes: list[Outcome]) -> list[str]:
+    """Lines of how many are equal, refused, wrong and not built; over all stages, then for each."""
+
+    def line(kinds: list[str]) -> str:
+        return ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)
+
+    built = [outcome for outcome in outcomes if outcome.stages]
+    stages = [f"{stage}: {line([outcome.stages[stage].kind for outcome in built])}" for stage in STAGES]
+    return [f"{len(outcomes)} names: {line([outcome.kind for outcome in outcomes])}", *stages]
 
 
 def first_line(error: Exception) -> str:

@@ -1,10 +1,11 @@
 """The Markdown table of outcomes that is committed."""
 
 import importlib.metadata
+import re
 from pathlib import Path
 
 from tests.architectures.checks import STAGES
-from tests.architectures.outcome import KINDS, Outcome
+from tests.architectures.outcome import Outcome, counts
 
 HEAD = """# Architectures
 
@@ -24,29 +25,28 @@ transformers' own forwards of one sequence at a time, without padding, mask and 
 
 
 def write_table(outcomes: list[Outcome], file: Path) -> None:
-    """Writes one row for each family that was built, the refusals, and what was not built and why."""
-    built = [outcome for outcome in outcomes if outcome.stages]
+    """Writes one row for each name that was built, what refusals say, and what was not built and why."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch"))
-    kinds = [outcome.kind for outcome in outcomes]
-    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS)
     seconds = sum(outcome.seconds for outcome in outcomes)
-    lines = [HEAD, f"{versions}; {len(outcomes)} names: {counts}; {seconds:.0f} s on one core.", ""]
-    lines += [f"| family | {' | '.join(STAGES)} |", "|---" * (len(STAGES) + 1) + "|"]
+    lines = [f"{HEAD}\n{versions}; {seconds:.0f} s.", "", *(f"- {line}" for line in counts(outcomes)), ""]
+    lines += [f"| name | {' | '.join(STAGES)} |", "|---" * (len(STAGES) + 1) + "|"]
     texts: dict[str, int] = {}
-    for outcome in built:
-        cells = [_cell(outcome, stage, texts) for stage in STAGES]
-        lines.append(f"| {outcome.name} | {' | '.join(cells)} |")
-    lines += ["", "## Refusals and differences", ""]
-    lines += [f"{number}. {text}" for text, number in texts.items()]
+    for outcome in outcomes:
+        if outcome.stages:
+            cells = [_cell(outcome, stage, texts) for stage in STAGES]
+            lines.append(f"| {outcome.name} | {' | '.join(cells)} |")
+    lines += ["", "## What refusals say", "", *(f"{number}. {text}" for text, number in texts.items())]
     lines += ["", "## Not built", ""]
     lines += [f"- {outcome.name}: {outcome.reason}" for outcome in outcomes if not outcome.stages]
     file.write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def _cell(outcome: Outcome, stage: str, texts: dict[str, int]) -> str:
-    """The kind, and in brackets how it ran or the number of what was said; names are left out of it."""
+    """The kind, and in brackets how it ran or the number of what was said: one for all that differ in names alone."""
     result = outcome.stages[stage]
     if result.kind == "equal":
         return f"equal ({result.text})" if result.text else "equal"
-    text = result.text.replace(" source", "").replace(f" {outcome.name} ", " … ")
+    text = re.sub(r"(?<=off by )[\d.e+-]+", "…", result.text.replace(" source", ""))
+    text = re.sub(r"\b(?!Auto)[A-Z]\w*(ForCausalLM|LMHeadModel|WithLMHead|Model)\b", "…", text)
+    text = re.sub(r"(?<=a )(?!causal)[\w-]+(?= model[, ])", "…", text)
     return f"{result.kind} [{texts.setdefault(text, len(texts) + 1)}]"
