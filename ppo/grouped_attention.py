@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.generic import is_flash_attention_requested
 
+from utils.models import attention_cap
 from utils.rows import joins_rows
 
 ALONE_ELEMENTS = 32_000  # of the longest slot's keys: with fewer, one masked call for all slots is faster in float32
@@ -86,6 +87,8 @@ def is_replaced(config) -> bool:
     transformers has the latter take the slots' padding out of the cache for each new token, a copy of it in every
     layer, and waits for the GPU to know how much that is.
     """
+    if attention_cap(config):
+        return False  # PyTorch's own has no such cap
     return config._attn_implementation == "sdpa" or is_flash_attention_requested(config)
 
 

@@ -7,6 +7,7 @@ from data.settle import first_prompt, settle
 from data.template import decode_answer
 from ppo.compare import CompareConfig
 from ppo.models import Models, PolicyModel
+from ppo.probe import fastest_decoding
 from ppo.reward_models import load_ensemble, reward_readers
 from ppo.rollout import generate, response_ids
 from ppo.sampling import EVALUATION, Sampling
@@ -42,7 +43,9 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     def load_policy(path: str) -> PolicyModel:
         lm = load_causal_lm(path, dtype, place, config.attn_implementation, tokenizer, flag="--policies")
         check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
-        return PolicyModel(lm).requires_grad_(False)
+        policy = PolicyModel(lm).requires_grad_(False)
+        fastest_decoding(policy, config, f"--policies {path}", print)
+        return policy
 
     first, second = (load_policy(path) for path in config.policies)
     rows = first.lm.get_input_embeddings().weight.shape[0]

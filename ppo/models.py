@@ -7,19 +7,22 @@ from functools import partial
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from data.settle import choose_template
 from ppo.config import PPOConfig
 from ppo.new_token import new_token_states
+from ppo.probe import check_training_mode, fastest_decoding
 from ppo.reward_models import check_same_tokenizer, load_ensemble, load_scalar, reward_readers
+from ppo.rollout import DECODING
 from reward.ensemble import Ensemble, Frozen
 from utils.compiled import compile_layers
 from utils.engine import DTYPES, InferenceEngine, TrainEngine, device, shard_frozen
-from utils.errors import UserError
+from utils.export import check_names, saved_tensors
 from utils.models import check_window, enable_checkpointing, load_causal_lm
 from utils.nll import by_chunks, head_logits, logprobs_and_entropy
 from utils.routers import recorded_router_logits, router_coef, router_sums
-from utils.rows import joins_rows, states_of
+from utils.rows import decoder_of, joins_rows, states_of
 from utils.tensors import at_tokens, before
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at once: 32 MB in bf16, whatever batch and vocabulary
@@ -42,6 +45,7 @@ class PolicyModel(nn.Module):
         self.lm = lm
         self.even_tokens = even_tokens
         self.router_coef = router_coef
+        self.decoding = DECODING[0]
 
     def forward(
         self, sequences=None, token_mask=None, temperature: float = 1.0, with_entropy: bool = True, decode=None,
@@ -58,9 +62,9 @@ class PolicyModel(nn.Module):
         def measure(rows, targets, logits):
             return logprobs_and_entropy(logits(rows), targets, temperature, with_entropy)
 
-        decoder, config = self.lm.get_decoder(), self.lm.config.get_text_config()
-        with recorded_router_logits(decoder, routed is not None) as layers:
-            rows = states_of(decoder, sequences, before(token_mask))
+        config = self.lm.config.get_text_config()
+        with recorded_router_logits(self.decoder, routed is not None) as layers:
+            rows = states_of(self.decoder, sequences, before(token_mask))
         targets = sequences[token_mask]
         size = max(1, CHUNK_ELEMENTS // config.vocab_size)
         parts = by_chunks(measure, rows, targets, self.logits, size, self.even_tokens)
@@ -78,7 +82,12 @@ class PolicyModel(nn.Module):
             # Where config.json asks for router logits, the LM's own loss of them expects a mask without the cache.
             return self.lm(**decode, **self._without_routers).logits[:, -1]
         names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
-        return self.logits(new_token_states(self.lm.get_decoder(), *(decode[name] for name in names)))
+        return self.logits(new_token_states(self.decoder, *(decode[name] for name in names)))
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The LM without its head."""
+        return decoder_of(self.lm)
 
     @property
     def _without_routers(self) -> dict[str, bool]:
@@ -87,24 +96,11 @@ class PolicyModel(nn.Module):
     @property
     def joins_rows(self) -> bool:
         """Whether padding is left out, so that any sequences may share a forward."""
-        return joins_rows(self.lm.get_decoder())
+        return joins_rows(self.decoder)
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """What the LM's own forward does after its decoder. [n, hidden] -> [n, vocabulary]."""
         return head_logits(self.lm.get_output_embeddings(), self.lm.config.get_text_config(), rows)
-
-
-@torch.no_grad()
-def check_head(model: PolicyModel, path: str) -> None:
-    """Raises UserError when decoder plus head is not the architecture's own forward: numbers would differ."""
-    ids = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
-    own = model.lm(input_ids=ids).logits.float()
-    ours = model.logits(model.lm.get_decoder()(input_ids=ids).last_hidden_state).float()
-    if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
-        raise UserError(
-            f"--policy_model_path {path}: {type(model.lm).__name__} changes its logits after the head in a way "
-            "that utils/nll.py does not know; add it to head_logits"
-        )
 
 
 @dataclass
@@ -136,14 +132,18 @@ def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print
         config.policy_model_path, dtype, place, config.attn_implementation, tokenizer, say, flag="--policy_model_path"
     )
     check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
-    check_head(PolicyModel(lm), config.policy_model_path)
+    flag = f"--policy_model_path {config.policy_model_path}"
+    check_names(AutoModelForCausalLM, lm.config, saved_tensors(lm), flag)
+    decoding = fastest_decoding(PolicyModel(lm), config, flag, say)
+    check_training_mode(PolicyModel(lm), flag)
     even_tokens = max(config.micro_batch_tokens, config.maxlen_prompt) if config.zero_stage == 3 else 0
     reference = _freeze(PolicyModel(copy.deepcopy(lm), even_tokens), config)
     if config.gradient_checkpoint:
         enable_checkpointing(lm)
     rows = lm.get_input_embeddings().weight.shape[0]
-    balance = router_coef(lm, config.router_aux_loss_coef, f"--policy_model_path {config.policy_model_path}", say)
-    policy = TrainEngine(PolicyModel(lm, even_tokens, balance), config, "policy")
+    model = PolicyModel(lm, even_tokens, router_coef(lm, config.router_aux_loss_coef, flag, say))
+    model.decoding = decoding
+    policy = TrainEngine(model, config, "policy")
 
     critic_model = load_scalar(config, critic_path, tokenizer, rows, say, critic_flag)
     freeze = partial(_freeze, config=config)

@@ -25,6 +25,7 @@ from utils.footprint import bucket_bytes, gathered_bytes, gradient_bytes, optimi
 from utils.models import enable_checkpointing
 from utils.nll import FLOATS, KEPT
 from utils.peak import ATTENTION, peak_bytes
+from utils.rows import decoder_of
 
 PHASES = ("rollout", "score", "backward", "step")
 GIB = 2**30
@@ -58,7 +59,7 @@ def shapes(path: str, flag: str, dtype: torch.dtype, head: str) -> Shapes:
         raise UserError(f"{flag} {path}: no model's config.json there ({str(error).splitlines()[0]})") from error
     numels = [p.numel() for p in model.parameters()]
     if head == "lm":
-        return Shapes(numels, model.get_decoder())
+        return Shapes(numels, decoder_of(model))
     return Shapes([*numels, settings.get_text_config().hidden_size], model)
 
 

@@ -10,11 +10,11 @@ from data.chat import template_arguments
 from data.settle import choose_template
 from data.template import encode_dialogue
 from ppo.reward_flags import RewardFlags
-from reward.ensemble import Encoding, Ensemble, Frozen, Member, check_labels, window_of
+from reward.ensemble import Encoding, Ensemble, Frozen, Member, check_labels
 from reward.model import ScalarModel, load_scalar_model
 from utils.engine import DTYPES, device
 from utils.errors import UserError
-from utils.models import check_window, model_folder, resize_embeddings
+from utils.models import check_window, model_folder, resize_embeddings, window_of
 from utils.tokenizer import FLAG as TOKENIZER_FLAG
 from utils.tokenizer import has_tokenizer, load_tokenizer, template_of
 

@@ -16,6 +16,10 @@ from utils.engine import TrainEngine, device
 from utils.tensors import at_tokens
 from utils.tokenizer import stop_ids
 
+# How new tokens are decoded, the fastest first: straight through the layers (ppo/new_token.py) where the model is known
+# there, and where it is not as by the next; with our attention (ppo/grouped_attention.py); by the model's own means.
+DECODING = ("straight", "grouped", "own")
+
 
 @torch.no_grad()
 def generate(
@@ -35,9 +39,11 @@ def generate(
         or (config.gather_for_generation == "auto" and not policy.fits_gathered())
     )
     limits, place = [config.maxlen_res] * len(prompts.ids), device()
-    room = room_of(config, policy.module.lm.get_decoder(), place, together)
+    decoding = policy.module.decoding
+    room = room_of(config, policy.module.decoder, place, together, decoding)
+    attention = contextlib.nullcontext() if decoding == "own" else grouped(policy.module.lm.config)
     weights = contextlib.nullcontext(policy) if together else policy.gathered()
-    with weights as decode, grouped(policy.module.lm.config), eager(policy.module):
+    with weights as decode, attention, eager(policy.module):
         work = (decode, prompts.ids, prompts.places, limits, sampling, seed, tokenizer, room, place)
         if measure:
             responses, *measured = decode_measured(*work, together=together)
@@ -47,15 +53,18 @@ def generate(
     return with_measured(rollout, *measured) if measure else rollout
 
 
-def room_of(config: PPOConfig, decoder: torch.nn.Module, place: torch.device, split: bool = False) -> Room:
+def room_of(
+    config: PPOConfig, decoder: torch.nn.Module, place: torch.device, split: bool = False, decoding: str = DECODING[0]
+) -> Room:
     """What the flags leave to decoding. On a GPU it goes on for a few tokens before it asks which responses ended.
 
-    split: the weights stay split (ZeRO-3), and all ranks have to call the same modules.
+    split: the weights stay split (ZeRO-3), and all ranks have to call the same modules. decoding: of DECODING.
     """
     looks = 4 if place.type == "cuda" else 1
-    straight = not split and goes_straight(decoder.config)
+    straight = decoding == "straight" and not split and goes_straight(decoder.config)
+    alone = None if decoding == "own" else alone_from(decoder)
     tokens, cache_tokens = config.micro_batch_tokens, config.rollout_cache_tokens
-    return Room(config.rollout_batch_size, tokens, cache_tokens, alone_from(decoder), looks, straight)
+    return Room(config.rollout_batch_size, tokens, cache_tokens, alone, looks, straight)
 
 
 def assemble(

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from data.collate import micro_batches, pad
 from data.prompts import without_oldest
 from data.template import Turns, encode_dialogue, encode_text
-from reward.model import ScalarModel, last_scores
+from reward.model import last_scores
 from utils.engine import device
 from utils.errors import UserError
 from utils.models import model_folder
@@ -43,11 +43,6 @@ class Encoding:
         if isinstance(turns, str):
             return encode_text(self.tokenizer, turns)
         return encode_dialogue(self.tokenizer, turns, self.template)[0]
-
-
-def window_of(model: ScalarModel) -> int | None:
-    """The positions that a model was trained on, if its config says so."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 @torch.no_grad()

@@ -13,14 +13,14 @@ from data.records import BadRecord, Record, Tally
 from data.settle import first_prompt, settle
 from data.stream import text_or_answered
 from data.template import Turns, encode_prompt
-from reward.ensemble import Encoding, Frozen, Member, check_labels, score_dialogues, window_of
+from reward.ensemble import Encoding, Frozen, Member, check_labels, score_dialogues
 from reward.model import load_scalar_model
 from reward.outcomes import outcome_counts, render, share_interval
 from reward.score import ScoreConfig
 from utils.distributed import gather_objects, is_main, rank, world_size
 from utils.engine import DTYPES, device
 from utils.errors import UserError
-from utils.models import model_folder
+from utils.models import model_folder, window_of
 
 Item = TypeVar("Item")
 

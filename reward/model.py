@@ -20,13 +20,15 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
 from utils.errors import UserError
-from utils.export import write_model
+from utils.export import check_names, saved_tensors, set_ids, write_model
 from utils.models import FLAG, fit_vocabulary, from_folder, model_folder
 from utils.nll import head_logits, sum_nll
+from utils.probe import check_forward
 from utils.rows import joins_rows, states_of
 from utils.tensors import at_tokens, last_index
 from utils.tokenizer import stop_ids
@@ -130,10 +132,11 @@ def load_scalar_model(
     if with_lm_head and name == HEAD_NAMES[0]:
         raise UserError(f"{flag}: {path} is a classifier without an LM head; give --reward_lm_loss_factor 0 with it")
     auto_class = AutoModelForCausalLM if with_lm_head else AutoModel
-    model = from_folder(auto_class, folder, dtype, device, attn_implementation, flag)
+    model = from_folder(auto_class, folder, dtype, device, attn_implementation, flag, say)
     if tokenizer is not None:
         fit_vocabulary(model, tokenizer, f"{flag} {path}", say)
     backbone, lm_head = (model.base_model, model.get_output_embeddings()) if with_lm_head else (model, None)
+    check_forward(model.to(device), f"{flag} {path}", say, with_lm_head)
     if type(model.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(
             f"{flag}: {path} is a {model.config.model_type} model, for which transformers has no sequence "
@@ -156,7 +159,7 @@ def load_scalar_model(
         )
     head = ScalarHead(hidden_size, 1, bias=False, dtype=dtype, device=device)
     head.weight.data.copy_(weight)
-    return ScalarModel(backbone.to(device), head, lm_head and lm_head.to(device)).eval()
+    return ScalarModel(backbone, head, lm_head).eval()
 
 
 def with_own_pad(tokenizer):
@@ -207,22 +210,40 @@ def save_scalar_model(
 ) -> None:
     """Writes `folder`, whole or not at all, as a sequence-classification model with one label, and its tokenizer.
 
-    state_dict: whole tensors by the names of `model.named_parameters()`; default: the model's own. center: of the
-    model's scores, what is to be 0 in the saved one. The pad id is one that no answer ends in, since other tools take
-    the score at the last token that is not padding.
+    state_dict: the model's `saved_tensors`, whole; default: as they are. center: of the model's scores, what is to be
+    0 in the saved one. The pad id is one that no answer ends in, since other tools take the score at the last token
+    that is not padding.
     """
-    state = dict(model.named_parameters()) if state_dict is None else state_dict
+    state = _classifier_tensors(model, saved_tensors(model) if state_dict is None else state_dict)
+    config = _classifier_config(model)
+    if model.score_center or center:
+        config.score_center = model.score_center + center
+    if tokenizer is not None:
+        tokenizer = with_own_pad(tokenizer)
+    else:
+        text = config.get_text_config()
+        if text.pad_token_id is None or text.pad_token_id == text.eos_token_id:
+            set_ids(config, pad_token_id=0)
+    write_model(AutoModelForSequenceClassification, config, state, folder, tokenizer)
+
+
+def check_scalar_export(model: ScalarModel, what: str) -> None:
+    """Raises UserError where `save_scalar_model` would not write the tensors that such a folder is loaded from."""
+    names = _classifier_tensors(model, saved_tensors(model))
+    check_names(AutoModelForSequenceClassification, _classifier_config(model), names, what)
+
+
+def _classifier_config(model: ScalarModel) -> PretrainedConfig:
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    return config
+
+
+def _classifier_tensors(model: ScalarModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state by the names of transformers' classifier, the head first; without an LM head."""
     prefix = model.backbone.base_model_prefix
     renamed = {"score.weight": state["head.weight"].detach()}
     for name, tensor in state.items():
         if name.startswith("backbone."):
             renamed[f"{prefix}.{name.removeprefix('backbone.')}"] = tensor.detach()
-    config = copy.deepcopy(model.config)
-    config.num_labels = 1
-    if model.score_center or center:
-        config.score_center = model.score_center + center
-    if tokenizer is not None:
-        tokenizer = with_own_pad(tokenizer)
-    elif config.pad_token_id is None or config.pad_token_id == config.eos_token_id:
-        config.pad_token_id = 0
-    write_model(AutoModelForSequenceClassification, config, renamed, folder, tokenizer)
+    return renamed

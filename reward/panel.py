@@ -11,13 +11,13 @@ from data.settle import first_prompt, settle
 from data.shares import rank_plan
 from reward.answers import held_out
 from reward.encode import encode_all
-from reward.ensemble import check_labels, window_of
+from reward.ensemble import check_labels
 from reward.metrics import Scored
 from reward.model import load_scalar_model
 from utils.args import ForwardConfig, check_range
 from utils.engine import DTYPES, InferenceEngine, device
 from utils.errors import UserError
-from utils.models import check_window, model_folder
+from utils.models import check_window, model_folder, window_of
 
 FLAG = "--model"
 

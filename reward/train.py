@@ -22,7 +22,7 @@ from reward.contrast import contrast_sum, with_pulls
 from reward.encode import load_center_answers, load_comparisons
 from reward.loss import ranking_hits, ranking_losses
 from reward.metrics import held_out_metrics, mean_best
-from reward.model import ScalarModel, load_scalar_model, save_scalar_model, set_dropout
+from reward.model import ScalarModel, check_scalar_export, load_scalar_model, save_scalar_model, set_dropout
 from utils.args import entry_point, parse_args
 from utils.compiled import compile_layers
 from utils.distributed import is_main, rank, world_size
@@ -130,6 +130,7 @@ def load(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Callable
     with_lm = config.reward_lm_loss_factor > 0
     model = load_scalar_model(path, dtype, device(), attention, tokenizer, with_lm, config.seed, say)
     check_window(model, config.context_truncate, "--context_truncate")
+    check_scalar_export(model, f"{FLAG} {path}")
     model.even_tokens = config.even_tokens
     if config.simcse_coef:
         set_dropout(model, config.simcse_dropout)

@@ -1,16 +1,19 @@
 """The model that SFT trains: a causal LM that gives the loss of its answers, packed or not."""
 
-import inspect
 from functools import partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from data.packing import restarting_positions
 from sft.loss import answer_loss
-from utils.errors import UserError
 from utils.nll import head_logits, nll_and_hits
+from utils.probe import Probe, distance
 from utils.routers import recorded_router_logits, router_sums
+from utils.rows import decoder_of
+
+SEAM = 3  # tokens behind the place where two packed dialogues meet
 
 
 class AnswerModel(nn.Module):
@@ -38,7 +41,7 @@ class AnswerModel(nn.Module):
         # Right padding needs no attention mask: causality hides it, and attention kernels are fastest so. Between
         # packed dialogues transformers makes one from positions that start anew, but only when it is given no other.
         packed = {} if positions is None else {"position_ids": positions}
-        decoder, config = self.lm.get_decoder(), self.lm.config.get_text_config()
+        decoder, config = decoder_of(self.lm), self.lm.config.get_text_config()
         with recorded_router_logits(decoder, routed is not None) as layers:
             hidden = decoder(input_ids=sequences, use_cache=False, **packed).last_hidden_state
         logits = partial(head_logits, self.lm.get_output_embeddings(), config)
@@ -49,26 +52,20 @@ class AnswerModel(nn.Module):
         return torch.cat([sums.view(-1), router_sums(layers, routed, config.num_experts_per_tok)])
 
 
-@torch.no_grad()
-def check_packing(lm: PreTrainedModel) -> None:
-    """Raises UserError when this model's packed dialogues would see each other.
+def packing_failure(lm: PreTrainedModel, what: str) -> str | None:
+    """Why packed dialogues would not be apart in this model, which messages call `what`; None where they are.
 
-    Two rows differ in their first dialogue only; the states of the second must not. State-space layers, convolutions
-    and attention that builds its own mask fail it. To 2 %, for the sake of experts that batch tokens by their route.
+    State-space layers, convolutions and attention that makes its own mask let them see each other: most so the first
+    tokens of a dialogue, which therefore count by themselves.
     """
-    decoder = lm.get_decoder()
-    apart = "position_ids" in inspect.signature(decoder.forward).parameters
-    if apart:
-        place = next(lm.parameters()).device
-        positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=place)
-        one, other = (
-            decoder(
-                input_ids=torch.tensor([[*first, 1, 3, 4, 2]], device=place), position_ids=positions, use_cache=False
-            ).last_hidden_state[:, 4:].float()
-            for first in ([1, 3, 4, 5], [5, 6, 1, 2])
-        )  # fmt: skip
-        apart = bool((one - other).norm() < 0.02 * one.norm())
-    if not apart:
-        raise UserError(
-            f"--packing True: {type(lm).__name__} would let packed dialogues see each other; give --packing False"
-        )
+    probe = Probe(lm, what)
+    first, second, third = map(len, probe.rows)
+    parts = [first, SEAM, second - SEAM, SEAM, third - SEAM]
+
+    def run() -> float:
+        ids = torch.cat(probe.rows)[None]
+        positions = restarting_positions([first, second, third], ids.shape[1])[None].to(ids.device)
+        states = probe.decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
+        return distance(probe.of_states(states).split(parts), torch.cat(probe.true).split(parts))
+
+    return probe.deviation(run)

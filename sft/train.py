@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
 from data.dialogues import EncodedDialogue, batches, encode_dialogues, load_dialogues
 from data.order import BLOCK
 from data.settle import choose_template, first_prompt, settle
 from data.shares import rank_plan
-from sft.model import AnswerModel, check_packing
+from sft.model import AnswerModel, packing_failure
 from sft.rows import Layout, Row
 from sft.samples import prompt_length, sample_answers
 from utils.args import check_range, entry_point, parse_args
@@ -25,7 +25,7 @@ from utils.compiled import compile_layers
 from utils.distributed import is_main, rank, world_size
 from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
 from utils.errors import UserError
-from utils.export import save_causal_lm
+from utils.export import check_names, save_causal_lm, saved_tensors
 from utils.fast_dtype import warn_of_slow_dtype
 from utils.fit import Stage, evaluate, fit
 from utils.fit_config import FitConfig
@@ -172,6 +172,22 @@ def stage_of(
     return replace(stage, evaluate=partial(judge, stage=stage))
 
 
+def load(config: SFTConfig, tokenizer, say: Callable[[str], None]) -> tuple[PreTrainedModel, bool]:
+    """(the model to train, with what the flags want of it; whether its dialogues are packed)."""
+    path, dtype = config.hf_model_name_or_path, DTYPES[config.dtype]
+    lm = load_causal_lm(path, dtype, device(), config.attn_implementation, tokenizer, say)
+    check_window(lm, config.context_truncate, "--context_truncate")
+    check_names(AutoModelForCausalLM, lm.config, saved_tensors(lm), f"{FLAG} {path}")
+    failure = packing_failure(lm, f"{FLAG} {path}") if config.packing else None
+    if failure:
+        say(f"--packing is off: packed dialogues would see each other in {type(lm).__name__} ({failure})")
+    if config.gradient_checkpoint:
+        enable_checkpointing(lm)
+    if config.compile:
+        compile_layers(lm)
+    return lm, config.packing and not failure
+
+
 def train(config: SFTConfig) -> None:
     """One run, from flags to final/. Nothing is written before model and data are loaded and found to be usable."""
     check_outputs(config)
@@ -184,17 +200,9 @@ def train(config: SFTConfig) -> None:
     tokenizer, _ = settle(config, config.tokenizer_name_or_path, [(FLAG, config.hf_model_name_or_path)], say)
     sets, valid = load_encoded(config, tokenizer, say)
     say(first_prompt(tokenizer, sets[0][0].ids[: prompt_length(sets[0][0])]))
-    path, dtype = config.hf_model_name_or_path, DTYPES[config.dtype]
-    lm = load_causal_lm(path, dtype, device(), config.attn_implementation, tokenizer, say)
-    check_window(lm, config.context_truncate, "--context_truncate")
-    if config.packing:
-        check_packing(lm)
-    balance = router_coef(lm, config.router_aux_loss_coef, f"--hf_model_name_or_path {path}", say)
-    if config.gradient_checkpoint:
-        enable_checkpointing(lm)
-    if config.compile:
-        compile_layers(lm)
-    layout = Layout(config.packing, is_flash_attention_requested(lm.config), config.micro_batch_tokens)
+    lm, packing = load(config, tokenizer, say)
+    balance = router_coef(lm, config.router_aux_loss_coef, f"{FLAG} {config.hf_model_name_or_path}", say)
+    layout = Layout(packing, is_flash_attention_requested(lm.config), config.micro_batch_tokens)
     step = begin_folder(config, start)
     log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps, step)
     try:

@@ -26,6 +26,7 @@ from utils.builds import unblocked_builds
 from utils.chunked_step import use_chunked_step
 from utils.distributed import any_rank, is_main, rank, ranks_where, world_size
 from utils.engine_state import load_state, scale_weight, state_tensors
+from utils.export import saved_tensors
 from utils.shared_state import SharedState
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -246,10 +247,10 @@ class TrainEngine:
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Name -> whole tensor in host memory on rank 0, {} elsewhere; under ZeRO-3 gathered one by one. Collective."""
         state = {}
-        for name, parameter in self.module.named_parameters():
-            with whole_parameter(parameter):
+        for name, tensor in saved_tensors(self.module).items():
+            with whole_parameter(tensor):
                 if is_main():
-                    state[name] = parameter.detach().to("cpu", copy=True)
+                    state[name] = tensor.detach().to("cpu", copy=True)
         return state
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
@@ -301,8 +302,8 @@ def keep_while_reduced(optimizer) -> None:
     optimizer.average_tensor = average_kept
 
 
-def whole_parameter(parameter: nn.Parameter):
-    """Context in which a parameter that ZeRO-3 has split is whole on every rank."""
+def whole_parameter(parameter: torch.Tensor):
+    """Context in which a parameter that ZeRO-3 has split is whole on every rank; buffers always are."""
     if hasattr(parameter, "ds_id"):
         return deepspeed.zero.GatheredParameters([parameter])
     return contextlib.nullcontext()

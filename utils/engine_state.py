@@ -4,8 +4,9 @@ DeepSpeed's own `load_checkpoint` unpickles whatever the file holds; here it is 
 parameters' names: `weight/NAME/START` is the stretch of that parameter, flat, that begins at element START, and
 `exp_avg/…`, `exp_avg_sq/…` are Adam's moments of it; `step` counts Adam's steps, once one has been made. So any number
 of ranks, in any ZeRO stage, can take it over. The weights that the forward reads follow from the float32 ones, so they
-are not stored. Knows the names under which DeepSpeed's ZeRO optimizers hold them (tests/end_to_end/test_resume.py and
-tests/distributed/test_other_ranks.py run every stage).
+are not stored; nor are buffers, which are as the folder has them (`e_score_correction_bias` of a router is moved
+in pre-training alone, by no code of transformers). Knows the names under which DeepSpeed's ZeRO optimizers hold them
+(tests/end_to_end/test_resume.py and tests/distributed/test_other_ranks.py run every stage).
 """
 
 import contextlib

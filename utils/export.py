@@ -5,11 +5,44 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from utils.errors import UserError
 from utils.models import quiet_transformers
 from utils.run_folder import atomic_folder
 from utils.tokenizer import save_tokenizer, stop_ids
+
+
+def saved_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What a folder of this model holds, by name: parameters, tied ones once, and buffers that are no mere cache."""
+    persistent = module.state_dict(keep_vars=True).keys()
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
+    return dict(module.named_parameters()) | buffers
+
+
+def check_names(auto_class: type, config: PretrainedConfig, state: dict[str, torch.Tensor], what: str) -> None:
+    """Raises UserError where `write_model` of the same would leave tensors out, or write some that nothing reads."""
+    other = state.keys() ^ saved_tensors(_shell(auto_class, config, torch.float32)).keys()
+    if other:
+        names = f"{min(other)} and {len(other) - 1} more" if len(other) > 1 else min(other)
+        raise UserError(
+            f"{what}: a {config.model_type} model cannot be saved as {auto_class.__name__} loads it ({names}); give "
+            "another architecture"
+        )
+
+
+def set_ids(config: PretrainedConfig, **ids: int | list[int] | None) -> None:
+    """Sets token ids of a config, where a model of texts and images reads them too."""
+    for part in (config, config.get_text_config()):
+        for name, value in ids.items():
+            setattr(part, name, value)
+
+
+def _shell(auto_class: type, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a config, without weights."""
+    with quiet_transformers(), torch.device("meta"):
+        return auto_class.from_config(config, dtype=dtype)
 
 
 def write_model(
@@ -30,10 +63,9 @@ def write_model(
     vars(config).pop("auto_map", None)  # code that lay beside the weights is not run, and not passed on
     config.dtype = next(iter(state.values())).dtype
     if tokenizer is not None:
-        ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        config.bos_token_id, config.eos_token_id, config.pad_token_id = ids
-    with quiet_transformers(), torch.device("meta"):
-        shell = auto_class.from_config(config, dtype=config.dtype)
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        set_ids(config, **ids)
+    shell = _shell(auto_class, config, config.dtype)
     ends = [config.eos_token_id] if tokenizer is None else stop_ids(tokenizer)
     ids = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
     ids["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
@@ -59,7 +91,7 @@ def save_causal_lm(
     config: PretrainedConfig, state: dict[str, torch.Tensor], folder: str, tokenizer,
     generation: GenerationConfig | None = None,
 ) -> None:  # fmt: skip
-    """A causal LM's folder. state: whole tensors by the names of its `named_parameters()`. On one rank.
+    """A causal LM's folder. state: its `saved_tensors`, whole. On one rank.
 
     generation: the settings of the model that it comes from, which are kept.
     """

@@ -5,6 +5,7 @@ Mistakes become one UserError that names the flag and the path; nothing is loade
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers.utils import logging
 
 from utils.errors import UserError
 from utils.hub import download_model, is_hub_id
+from utils.probe import check_forward
 from utils.tensor_files import read_json
 from utils.tokenizer import check_vocabulary
 from utils.weight_files import DAMAGED, reason_of, tensor_files
@@ -35,12 +37,14 @@ def load_causal_lm(
     """The causal LM in the folder or hub id `path`, in `dtype` on `device`, without dropout, in eval mode.
 
     With a tokenizer its vocabulary is checked, and the embedding grows for the tags of moss_zh. `flag` is what error
-    messages call the path. Raises UserError for a folder that is missing, incomplete, damaged or of another vocabulary.
+    messages call the path. Raises UserError for a folder that is missing, incomplete, damaged or of another vocabulary,
+    and for an architecture whose numbers would be others here than in its own forward (utils/probe.py).
     """
     folder = model_folder(path, flag)
-    model = from_folder(AutoModelForCausalLM, folder, dtype, device, attn_implementation, flag)
+    model = from_folder(AutoModelForCausalLM, folder, dtype, device, attn_implementation, flag, say)
     if tokenizer is not None:
         fit_vocabulary(model, tokenizer, f"{flag} {path}", say)
+    check_forward(model, f"{flag} {path}", say)
     return model
 
 
@@ -101,16 +105,36 @@ def _loading(folder: Path, flag: str, kernel: str | None = None) -> Iterator[Non
         raise UserError(f"{flag}: cannot load the model in {folder}: {reason_of(error)}") from error
 
 
+def attention_cap(config: PretrainedConfig) -> float | None:
+    """The bound that a model's attention scores are bent below (Gemma 2), if there is one."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None)
+
+
+def _settle_kernel(asked: str | None, config: PretrainedConfig, what: str, say: Callable[[str], None]) -> str | None:
+    """The attention kernel to load a model with; None: transformers' choice. Its sdpa kernel leaves caps out."""
+    cap = attention_cap(config)
+    if not cap or asked not in (None, "sdpa"):
+        return asked
+    if asked:
+        say(f"{what}: --attn_implementation sdpa leaves out the model's cap of attention scores, {cap:g}; eager has it")
+        return asked
+    say(f"{what}: loaded with --attn_implementation eager, since sdpa leaves out its cap of attention scores, {cap:g}")
+    return "eager"
+
+
 def from_folder(
-    auto_class: type, folder: Path, dtype: torch.dtype, device: torch.device, attn_implementation: str | None, flag: str
-) -> PreTrainedModel:
+    auto_class: type, folder: Path, dtype: torch.dtype, device: torch.device, attn_implementation: str | None,
+    flag: str, say: Callable[[str], None] = print,
+) -> PreTrainedModel:  # fmt: skip
     """`auto_class.from_pretrained`, straight into `dtype`; refuses weights that are missing or not finite."""
-    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    options = {}
     if device.type == "cuda":
         options["device_map"] = {"": device}
     with _loading(folder, flag):
         config = without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     _check_kernel(attn_implementation, config, folder, flag)
+    if kernel := _settle_kernel(attn_implementation, config, f"{flag} {folder}", say):
+        options["attn_implementation"] = kernel
     with _loading(folder, flag, attn_implementation):
         model, report = auto_class.from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False,
@@ -138,10 +162,12 @@ def from_folder(
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """The config with every dropout probability at 0: log-probs of rollout and update must be the same numbers."""
+    """The config, its parts too, with dropout probabilities at 0: rollout and update must give the same log-probs."""
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
+        elif isinstance(value, PretrainedConfig):
+            without_dropout(value)
     return config
 
 
@@ -150,11 +176,35 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
+def window_of(model: nn.Module) -> int | None:
+    """The positions that a model was trained on, if its config says so; with LongRoPE those before it changes."""
+    config = model.config.get_text_config()
+    windows = (getattr(config, "max_position_embeddings", None), switching_position(config))
+    return min(filter(None, windows), default=None)
+
+
+def switching_position(config: PretrainedConfig) -> int | None:
+    """The length from which on rotary frequencies are others, for all rows of a batch if one of them is longer.
+
+    So do LongRoPE (Phi-3 128k) and dynamic scaling; the latter where the config gives the length, else at the window.
+    """
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # some have one for each layer type
+    changing = [rope for rope in kinds if re.search("dynamic|longrope", str(rope.get("rope_type")))]
+    return min(filter(None, (rope.get("original_max_position_embeddings") for rope in changing)), default=None)
+
+
 def check_window(model: nn.Module, max_tokens: int, flag: str) -> None:
     """Raises UserError when `max_tokens` of `flag` are more than the positions that the model was trained on."""
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if window and max_tokens > window:
-        raise UserError(f"{flag} {max_tokens} is longer than the model's window: give at most {window}")
+    window = window_of(model)
+    if not window or max_tokens <= window:
+        return
+    if window == switching_position(model.config.get_text_config()):
+        raise UserError(
+            f"{flag} {max_tokens}: one row of more than {window} tokens would change the rotary positions of all rows "
+            f"beside it (rope_type of the model's config); give at most {window}"
+        )
+    raise UserError(f"{flag} {max_tokens} is longer than the model's window: give at most {window}")
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer, what: str, say: Callable[[str], None]) -> None:

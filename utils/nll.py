@@ -68,13 +68,15 @@ def by_chunks(
 
 def head_logits(lm_head: Callable[[torch.Tensor], torch.Tensor], config, rows: torch.Tensor) -> torch.Tensor:
     """Logits [n, vocabulary] of hidden states [n, hidden]: the head, and the scalings that some architectures add."""
-    logits = lm_head(rows)
-    if scale := getattr(config, "logit_scale", None):  # Cohere
-        logits = logits * scale
+    logits = lm_head(rows.to(getattr(lm_head, "weight", rows).dtype))  # Mamba's states are float32
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
+        if scale := getattr(config, name, None):
+            logits = logits * scale
     if scale := getattr(config, "logits_scaling", None):  # Granite
         logits = logits / scale
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
-        logits = cap * torch.tanh(logits / cap)
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):  # Gemma, its cousin, xLSTM
+        if cap := getattr(config, name, None):
+            logits = cap * torch.tanh(logits / cap)
     return logits
 
 

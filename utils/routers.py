@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from utils.errors import UserError
+from utils.rows import decoder_of
 
 ASK = {"output_router_logits": True}
 ROUTER_METRICS = ("router_aux_loss", "router_max_load", "router_entropy")
@@ -27,7 +28,7 @@ def router_coef(lm: PreTrainedModel, asked: float | None, what: str, say: Callab
     coef = (getattr(config, "router_aux_loss_coef", None) or 0.0) if asked is None else asked
     if not coef:
         return 0.0
-    if getattr(config, "num_experts_per_tok", None) and _gives_router_logits(lm.get_decoder()):
+    if getattr(config, "num_experts_per_tok", None) and _gives_router_logits(decoder_of(lm)):
         say(f"{what}: load-balancing loss of its routers with weight {coef:g} (--router_aux_loss_coef)")
         return coef
     if asked is None:

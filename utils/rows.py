@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import is_flash_attention_requested
@@ -26,10 +26,16 @@ FULL_ATTENTION = (
 FLOAT_TOKENS = 512  # rows up to here are attended in float32 on a CPU: half the time backwards, the same forwards
 
 
+def decoder_of(lm: PreTrainedModel) -> PreTrainedModel:
+    """The part of a causal LM before its head. transformers' `get_decoder` gives the head or the whole for a few."""
+    parts = (lm.get_decoder(), lm.base_model, *lm.children())
+    return next((part for part in parts if isinstance(part, PreTrainedModel) and part is not lm), lm)
+
+
 def joins_rows(decoder: nn.Module) -> bool:
     """Whether `states_of` leaves out the padding of this decoder's rows."""
     config = decoder.config
-    if not is_like_llama(config):
+    if getattr(decoder, "keeps_padding", False) or not is_like_llama(config):  # utils/probe.py sets it
         return False
     on_cpu = next(decoder.parameters()).device.type == "cpu"
     return is_flash_attention_requested(config) or (on_cpu and config._attn_implementation == "sdpa")

@@ -1,0 +1,183 @@
+"""What is asked of a model before a run: does each way in which it is run give its own plain forward's numbers?
+
+Models are real and tiny, of the families that transformers has; nothing in them is as it is initialised.
+"""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+import utils.rows
+from ppo.grouped_attention import is_replaced
+from ppo.models import PolicyModel
+from ppo.probe import check_training_mode, fastest_decoding
+from ppo.rollout import room_of
+from sft.model import packing_failure
+from tests.architectures.configs import tiny_config
+from tests.architectures.folders import randomise
+from tests.parts import ppo_config
+from utils.errors import UserError
+from utils.models import without_dropout
+from utils.probe import Probe, check_forward, distance
+from utils.rows import decoder_of
+
+FASTEST = {"llama": "straight", "qwen3": "straight", "gpt_oss": "own"} | dict.fromkeys(
+    ("gpt2", "mixtral", "gemma3_text", "deepseek_v3"), "grouped"
+)
+WITHOUT_KEYS = ("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma")  # states are lost from token to token
+OTHER_CACHE = ("qwen3_next", "qwen3_5_text", "jamba", "lfm2", "bamba", "granitemoehybrid", "falcon_h1")  # these crash
+SCALED = {"cohere": {"logit_scale": 0.5}, "granite": {"logits_scaling": 3.0}, "falcon_h1": {"lm_head_multiplier": 0.5}}
+CAPPED = {"gemma2": {"final_logit_softcapping": 2.0}, "recurrent_gemma": {"logits_soft_cap": 2.0}, "xlstm": {}}
+
+
+def lm_of(family: str, dtype: torch.dtype = torch.float32, kernel: str | None = None, **changes) -> PreTrainedModel:
+    config = without_dropout(tiny_config(family))
+    for name, value in changes.items():
+        assert hasattr(config, name)
+        setattr(config, name, value)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kernel).eval()
+        randomise(lm)
+    return lm.to(dtype)
+
+
+def decoding_of(lm: PreTrainedModel, said: list[str] | None = None) -> str:
+    return fastest_decoding(PolicyModel(lm), ppo_config(), "--policies M", [].append if said is None else said.append)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FASTEST)
+def test_right_models_pass_by_their_fastest_way(family, dtype):
+    lm, said = lm_of(family, dtype), []
+    check_forward(lm, "M", said.append)
+    assert decoding_of(lm, said) == FASTEST[family]
+    assert said == []
+    check_training_mode(PolicyModel(lm), "M")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_falcon_decodes_with_its_own_attention(dtype):
+    """It asks for the name of its attention's implementation, and takes ours for none."""
+    policy, said = PolicyModel(lm_of("falcon", dtype)), []
+    assert fastest_decoding(policy, ppo_config(), "--policies M", said.append) == policy.decoding == "own"
+    assert len(said) == 1 and said[0].startswith("--policies M: grouped decoding is left out: with FalconForCausalLM")
+
+
+@pytest.mark.parametrize("family", [*WITHOUT_KEYS, *OTHER_CACHE])
+def test_models_with_another_state_than_keys_and_values_are_refused_for_decoding_alone(family):
+    lm = lm_of(family)
+    check_forward(lm, "M")
+    with pytest.raises(UserError, match=rf"^--policies M: {type(lm).__name__} cannot be decoded .*give another model$"):
+        decoding_of(lm)
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "rwkv", "jamba"])
+def test_so_they_are_in_bf16(family):
+    lm = lm_of(family, torch.bfloat16)
+    check_forward(lm, "M")
+    with pytest.raises(UserError, match="cannot be decoded"):
+        decoding_of(lm)
+
+
+@pytest.mark.parametrize(("family", "changes"), [*SCALED.items(), *CAPPED.items()])
+def test_scales_and_caps_behind_the_head_are_known(family, changes):
+    lm = lm_of(family, **changes)
+    probe = Probe(lm, "M")
+    states = decoder_of(lm)(input_ids=probe.rows[0][None], use_cache=False).last_hidden_state
+    assert float((lm.get_output_embeddings()(states)[0] - probe.true[0]).abs().max()) > 1e-3
+    check_forward(lm, "M")
+
+
+def test_what_is_not_known_behind_the_head_is_refused():
+    with pytest.raises(UserError, match=r"^M: HyperCLOVAXForCausalLM changes its logits after the head .*head_logits"):
+        check_forward(lm_of("hyperclovax", logits_scaling=0.5), "M")
+    with pytest.raises(UserError, match="BertLMHeadModel changes its logits after the head"):
+        check_forward(lm_of("bert"), "M")
+
+
+def test_decoders_that_get_decoder_does_not_give():
+    for family in ("llama4_text", "modernbert-decoder", "gemma3"):
+        lm = lm_of(family)
+        assert decoder_of(lm)(input_ids=torch.tensor([[3, 4]])).last_hidden_state.shape[:2] == (1, 2)
+    check_forward(lm_of("llama4_text"), "M")
+    assert decoding_of(lm_of("llama4_text")) == "grouped"
+
+
+def test_models_that_are_not_causal_are_refused():
+    with pytest.raises(UserError, match=r"^M: XLMWithLMHeadModel looks at the tokens that follow"):
+        check_forward(lm_of("xlm"), "M")
+    with pytest.raises(UserError, match=r"^M: XLMModel looks at the tokens that follow"):
+        check_forward(AutoModel.from_config(tiny_config("xlm")).eval(), "M", with_head=False)
+
+
+def test_a_model_that_does_not_run_is_refused():
+    lm = lm_of("llama")
+    lm.model.forward = lambda **_: {}["pixel_values"]
+    with pytest.raises(UserError, match=r"^M: LlamaForCausalLM does not run on text .*KeyError: .pixel_values"):
+        check_forward(lm, "M")
+
+
+def test_rows_that_may_not_be_joined_are_padded(monkeypatch):
+    """Granite's layers are LLaMA's but for a factor that joined rows know nothing of."""
+    lm, said = lm_of("granite", residual_multiplier=0.5), []
+    check_forward(copy.deepcopy(lm), "M", said.append)
+    assert said == []
+    monkeypatch.setattr(utils.rows, "FULL_ATTENTION", ("granite",))
+    assert PolicyModel(lm).joins_rows
+    check_forward(lm, "M", said.append)
+    assert len(said) == 1 and said[0].startswith("M: rows of GraniteForCausalLM are padded, not joined")
+    assert not PolicyModel(lm).joins_rows and not PolicyModel(copy.deepcopy(lm)).joins_rows
+    said.clear()
+    assert decoding_of(lm, said) == "grouped"  # not straight through layers that differ
+    assert len(said) == 1 and "straight decoding is left out" in said[0]
+
+
+def test_the_way_of_decoding_is_taken():
+    decoder, cpu = lm_of("llama", num_key_value_heads=4).model, torch.device("cpu")
+    rooms = {way: room_of(ppo_config(), decoder, cpu, decoding=way) for way in ("straight", "grouped", "own")}
+    assert [way for way, room in rooms.items() if room.straight] == ["straight"]
+    assert [way for way, room in rooms.items() if room.alone_from is None] == ["own"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["falcon", "mamba", "rwkv", "jamba", "lfm2", "gpt_oss", "llama4_text", "bamba"])
+def test_packed_dialogues_that_would_see_each_other(family, dtype):
+    assert "standard deviations" in packing_failure(lm_of(family, dtype), "M")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3_text", "mixtral", "deepseek_v3"])
+def test_packed_dialogues_that_do_not(family, dtype):
+    assert packing_failure(lm_of(family, dtype), "M") is None
+
+
+def test_a_policy_that_draws_its_experts_in_training_is_refused():
+    lm = lm_of("phimoe")
+    check_forward(lm, "M")
+    with pytest.raises(UserError, match=r"^M: PhimoeForCausalLM gives other numbers while it is trained"):
+        check_training_mode(PolicyModel(lm), "M")
+    assert not lm.training
+
+
+def test_a_cap_of_attention_needs_a_kernel_that_has_it():
+    """Scores of Gemma 2 are capped in eager attention; ours takes the place of none."""
+    capped, plain = (lm_of("gemma2", kernel=kernel) for kernel in ("eager", "sdpa"))
+    assert not is_replaced(capped.config) and not is_replaced(plain.config)
+    assert decoding_of(capped) == "own"
+    ids = Probe(capped, "M").rows[0][None]
+    assert distance(list(capped(ids).logits), list(plain(ids).logits)) > 1e-3
+
+
+def test_the_model_and_the_random_state_are_as_before():
+    lm = lm_of("gpt2")
+    before, state = copy.deepcopy(lm.state_dict()), torch.get_rng_state()
+    check_forward(lm, "M")
+    decoding_of(lm)
+    packing_failure(lm, "M")
+    check_training_mode(PolicyModel(lm), "M")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(x, before[name]) for name, x in lm.state_dict().items())
+    assert not any(module.training or module._forward_hooks for module in lm.modules())
