@@ -52,7 +52,8 @@ class SFTConfig(StopFlags, RouterFlags, FitConfig):
     batch_size: int = 32
     """Dialogues an optimizer step, over all ranks"""
     packing: bool = True
-    """Put several dialogues into one row of a forward pass, each seeing itself alone: speed and memory only"""
+    """Put several dialogues into one row of a forward pass, each seeing itself alone: speed and memory only.
+    Off by itself for models in which they would see each other"""
     num_valid: int = 100
     """Dialogues taken off each --data_path for evaluation when it comes without a *valid* file; 0: none"""
     num_samples: int = 4

@@ -47,6 +47,6 @@ def _cell(outcome: Outcome, stage: str, texts: dict[str, int]) -> str:
     if result.kind == "equal":
         return f"equal ({result.text})" if result.text else "equal"
     text = re.sub(r"(?<=off by )[\d.e+-]+", "…", result.text.replace(" source", ""))
-    text = re.sub(r"\b(?!Auto)[A-Z]\w*(ForCausalLM|LMHeadModel|WithLMHead|Model)\b", "…", text)
+    text = re.sub(r"\b(?!Auto)\w+(ForCausalLM|LMHeadModel|WithLMHead|Model)\b", "…", text)
     text = re.sub(r"(?<=a )(?!causal)[\w-]+(?= model[, ])", "…", text)
     return f"{result.kind} [{texts.setdefault(text, len(texts) + 1)}]"

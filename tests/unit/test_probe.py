@@ -87,7 +87,8 @@ def test_scales_and_caps_behind_the_head_are_known(family, changes):
     lm = lm_of(family, **changes)
     probe = Probe(lm, "M")
     states = decoder_of(lm)(input_ids=probe.rows[0][None], use_cache=False).last_hidden_state
-    assert float((lm.get_output_embeddings()(states)[0] - probe.true[0]).abs().max()) > 1e-3
+    bare = lm.get_output_embeddings()(states)[0].detach()
+    assert float((bare - probe.true[0]).abs().max()) > 1e-3
     check_forward(lm, "M")
 
 
@@ -155,11 +156,12 @@ def test_packed_dialogues_that_do_not(family, dtype):
 
 
 def test_a_policy_that_draws_its_experts_in_training_is_refused():
-    lm = lm_of("phimoe")
+    lm = lm_of("phimoe", router_jitter_noise=0.5)  # draws among nearly all
     check_forward(lm, "M")
+    state = torch.get_rng_state()
     with pytest.raises(UserError, match=r"^M: PhimoeForCausalLM gives other numbers while it is trained"):
         check_training_mode(PolicyModel(lm), "M")
-    assert not lm.training
+    assert not lm.training and torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_cap_of_attention_needs_a_kernel_that_has_it():
@@ -172,12 +174,13 @@ def test_a_cap_of_attention_needs_a_kernel_that_has_it():
 
 
 def test_the_model_and_the_random_state_are_as_before():
-    lm = lm_of("gpt2")
+    policy = PolicyModel(lm_of("gpt2"))
+    lm = policy.lm
     before, state = copy.deepcopy(lm.state_dict()), torch.get_rng_state()
     check_forward(lm, "M")
-    decoding_of(lm)
+    fastest_decoding(policy, ppo_config(), "M", print)
     packing_failure(lm, "M")
-    check_training_mode(PolicyModel(lm), "M")
+    check_training_mode(policy, "M")
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(x, before[name]) for name, x in lm.state_dict().items())
-    assert not any(module.training or module._forward_hooks for module in lm.modules())
+    assert not any(module.training or module._forward_hooks for module in policy.modules())
