@@ -189,8 +189,9 @@ def test_samples_of_sft_stop_there_too(tmp_path, monkeypatch):
     assert lengths == [len(shown[0].ids)]  # as long as the data's own, its end token included
 
 
-def test_with_eos_alone_it_would_not_stop(tmp_path):
-    family = FAMILIES["Gemma 2"]
+@pytest.mark.parametrize("name", ["Gemma 2", "Gemma 3", "Phi 3", "ChatML, a base model's EOS", "Llama 3.1"])
+def test_with_eos_alone_it_would_not_stop(name, tmp_path):
+    family = FAMILIES[name]
     tokenizer = settled(family, tmp_path)
     policy, prompt = trained(family, tokenizer), encode_prompt(tokenizer, TURNS[:-1], "chat")
     tokenizer.stop_ids = (tokenizer.eos_token_id,)
