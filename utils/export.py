@@ -66,10 +66,11 @@ def write_model(
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         set_ids(config, **ids)
     shell = _shell(auto_class, config, config.dtype)
-    ends = [config.eos_token_id] if tokenizer is None else stop_ids(tokenizer)
-    ids = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
-    ids["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
     if shell.can_generate():
+        text = config.get_text_config()
+        ends = [text.eos_token_id] if tokenizer is None else stop_ids(tokenizer)
+        ids = {"bos_token_id": text.bos_token_id, "pad_token_id": text.pad_token_id}
+        ids["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
         shell.generation_config = GenerationConfig(**ids)
     with atomic_folder(folder) as partial:
         with quiet_transformers():
