@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from data.settle import choose_template
 from ppo.config import PPOConfig
 from ppo.new_token import new_token_states
-from ppo.probe import check_training_mode, fastest_decoding
+from ppo.probe import fastest_decoding
 from ppo.reward_models import check_same_tokenizer, load_ensemble, load_scalar, reward_readers
 from ppo.rollout import DECODING
 from reward.ensemble import Ensemble, Frozen
@@ -135,7 +135,6 @@ def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print
     flag = f"--policy_model_path {config.policy_model_path}"
     check_names(AutoModelForCausalLM, lm.config, saved_tensors(lm), flag)
     decoding = fastest_decoding(PolicyModel(lm), config, flag, say)
-    check_training_mode(PolicyModel(lm), flag)
     even_tokens = max(config.micro_batch_tokens, config.maxlen_prompt) if config.zero_stage == 3 else 0
     reference = _freeze(PolicyModel(copy.deepcopy(lm), even_tokens), config)
     if config.gradient_checkpoint:

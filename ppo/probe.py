@@ -41,20 +41,6 @@ def fastest_decoding(policy: nn.Module, config, what: str, say: Callable[[str], 
     )
 
 
-def check_training_mode(policy: nn.Module, what: str) -> None:
-    """Raises UserError where the policy gives other numbers while it is trained, and ratios would not begin at 1.
-
-    Dropout is off, but some routers draw their experts. The global random state stays as it is.
-    """
-    probe = Probe(policy.lm, what)
-    with torch.random.fork_rng([probe.rows[0].device] if probe.rows[0].is_cuda else []):
-        policy.train()
-        failure = probe.deviation(probe.together)
-        policy.eval()
-    if failure:
-        raise UserError(f"{what}: {probe.kind} gives other numbers while it is trained ({failure}); give another model")
-
-
 def _distance(policy: nn.Module, probe: Probe, config) -> float:
     """How far the logits that tokens are sampled from are from the model's own for the same tokens."""
     flags = copy.copy(config)

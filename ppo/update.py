@@ -23,6 +23,7 @@ from ppo.types import Experience
 from utils.distributed import rank, ranks_where, sum_ranks, world_size
 from utils.engine import TrainEngine
 from utils.errors import UserError
+from utils.models import training_mode
 from utils.routers import ROUTER_METRICS
 from utils.tensors import before, shift_to_next
 
@@ -53,7 +54,7 @@ def update(
     norms: dict[str, list[float]] = {"grad_norm_policy": [], "grad_norm_critic": []}
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     for engine in (policy, critic):
-        engine.module.train()
+        training_mode(engine.module)
     for _ in range(config.ppo_epochs):
         for chosen in torch.randperm(len(experience), generator=generator).split(config.batch_size):
             minibatch = experience.rows(chosen.to(experience.sequences.device))

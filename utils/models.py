@@ -176,6 +176,17 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
+def training_mode(model: nn.Module) -> None:
+    """Leaves a model in eval mode, but for modules that checkpoint activations, which they do in training mode alone.
+
+    So a forward of the update gives what the forwards of rollout and scoring give: dropout is off, and routers that
+    draw their experts in training mode (PhiMoE) do not.
+    """
+    model.eval()
+    for module in model.modules():
+        module.training = getattr(module, "gradient_checkpointing", False)
+
+
 def window_of(model: nn.Module) -> int | None:
     """The positions that a model was trained on, if its config says so; with LongRoPE those before it changes."""
     config = model.config.get_text_config()

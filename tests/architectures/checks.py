@@ -24,7 +24,7 @@ from sft.train import load as load_sft
 from tests.architectures import plain
 from tests.parts import ppo_config, prompts_of, token_ids
 from utils.export import save_causal_lm
-from utils.models import load_causal_lm
+from utils.models import load_causal_lm, training_mode
 from utils.tokenizer import load_tokenizer
 
 PROMPT_LENGTHS = (23, 9, 16, 1, 9, 12, 3)
@@ -121,9 +121,10 @@ def scoring(case: Case, policy: Callable) -> None:
 
 
 def gradient(case: Case, model: torch.nn.Module) -> None:
-    """Of a weighted sum of log-probs by every parameter, in training mode as the update is."""
+    """Of a weighted sum of log-probs by every parameter, in the mode of the update."""
     sequences, _, mask = case.padded()
-    logprobs, _ = model.train()(sequences, mask, 0.7)
+    training_mode(model)
+    logprobs, _ = model(sequences, mask, 0.7)
     model.eval()
     own = {name: x for name, x in model.lm.named_parameters() if x.requires_grad}
     found = torch.autograd.grad(logprobs[mask] @ weights(int(mask.sum())), own.values(), allow_unused=True)

@@ -9,7 +9,7 @@ from ppo.models import load_models
 from tests.architectures.configs import tiny_config
 from tests.architectures.folders import save_folder
 from tests.parts import ppo_config
-from tests.tiny_run import run_flags
+from tests.tiny_run import read_metrics, run_flags
 from utils.tokenizer import load_tokenizer
 
 
@@ -48,10 +48,12 @@ def test_a_policy_that_cannot_be_decoded(family, folder, inputs, tmp_path, capsy
     assert error.startswith(f"error: --policies {path}: ") and "ForCausalLM cannot be decoded" in error
 
 
-def test_a_policy_that_draws_experts(folder, inputs, tmp_path, capsys):
-    path = folder("phimoe", router_jitter_noise=0.5)
-    error = refusal(train_ppo.main, run_flags(inputs, tmp_path / "run", policy_model_path=path), capsys)
-    assert "PhimoeForCausalLM gives other numbers while it is trained" in error
+def test_a_policy_that_draws_experts_in_training_begins_at_a_ratio_of_1(folder, inputs, tmp_path):
+    path, out = folder("phimoe", router_jitter_noise=0.5), tmp_path / "run"
+    flags = {"policy_model_path": path, "batch_size": 8, "gradient_checkpoint": True, "num_eval_prompts": 0}
+    train_ppo.main(run_flags(inputs, out, train_steps=1, **flags))
+    (row,) = read_metrics(out)
+    assert row["ratio_mean"] == pytest.approx(1.0, abs=1e-5) and row["approx_kl"] < 1e-8
 
 
 def test_a_policy_that_decodes_with_its_own_attention(single_process, folder, inputs):
