@@ -156,7 +156,7 @@ def test_packed_dialogues_that_do_not(family, dtype):
 
 
 def test_a_policy_that_draws_its_experts_in_training_is_refused():
-    lm = lm_of("phimoe", router_jitter_noise=0.5)  # draws among nearly all
+    lm = lm_of("phimoe")
     check_forward(lm, "M")
     state = torch.get_rng_state()
     with pytest.raises(UserError, match=r"^M: PhimoeForCausalLM gives other numbers while it is trained"):
@@ -170,7 +170,8 @@ def test_a_cap_of_attention_needs_a_kernel_that_has_it():
     assert not is_replaced(capped.config) and not is_replaced(plain.config)
     assert decoding_of(capped) == "own"
     ids = Probe(capped, "M").rows[0][None]
-    assert distance(list(capped(ids).logits), list(plain(ids).logits)) > 1e-3
+    with torch.no_grad():
+        assert distance(list(capped(ids).logits), list(plain(ids).logits)) > 1e-3
 
 
 def test_the_model_and_the_random_state_are_as_before():
