@@ -173,6 +173,8 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
     """Recompute activations in the backward pass. The non-reentrant kind, which needs no inputs with gradients."""
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"--gradient_checkpoint: {type(model).__name__} does not support it; leave it out")
     model.gradient_checkpointing_enable({"use_reentrant": False})
 
 

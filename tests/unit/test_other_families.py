@@ -16,7 +16,7 @@ from tests.parts import ppo_config
 from utils.engine import TrainEngine
 from utils.errors import UserError
 from utils.export import check_names, save_causal_lm, saved_tensors
-from utils.models import check_window, load_causal_lm, window_of, without_dropout
+from utils.models import check_window, enable_checkpointing, load_causal_lm, window_of, without_dropout
 from utils.tokenizer import load_tokenizer
 
 CPU, IDS = torch.device("cpu"), torch.tensor([[5, 9, 7, 3, 8, 4, 6, 11]])
@@ -98,6 +98,12 @@ def test_caps_of_attention_are_not_lost_by_the_kernel(tmp_path):
     load(path, said, "eager")
     load(folder_of("gemma2", tmp_path / "without", attn_logit_softcapping=None), said)
     assert len(said) == 2
+
+
+def test_checkpointing_that_a_model_does_not_have():
+    with pytest.raises(UserError, match=r"^--gradient_checkpoint: CTRLModel does not support it; leave it out$"):
+        enable_checkpointing(AutoModelForCausalLM.from_config(tiny_config("ctrl")).transformer)
+    enable_checkpointing(AutoModelForCausalLM.from_config(tiny_config("llama")))
 
 
 def test_dropout_of_the_parts_is_off_too():
