@@ -156,7 +156,7 @@ TRICKS=(
   --use_reward_norm True      # and subtract the running mean; paper: part of PPO-max
   --use_reward_clip True      # after that; paper: part of PPO-max
   --reward_clip 0.3           # largest score in standard deviations; paper: 0.3 holds, 0.8 collapses
-  --missing_eos_penalty 1.0   # off the score of an answer that was cut at --maxlen_res, in deviations; paper: none
+  --missing_eos_penalty 0.0   # off the score of an answer that was cut at --maxlen_res, in deviations; paper: none
   --kl_penalty_weight 0.05    # pull of each token towards the reference; paper: 0.05, 0.1 and 0.2 are all stable
   --kl_in reward              # the penalty is part of the reward, token by token; paper: so
   --kl_estimator k1           # log ratio; paper: so

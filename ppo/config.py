@@ -23,7 +23,6 @@ PRESETS = {
         "kl_penalty_weight": 0.0,
         "gradient_clip": 0.0,
         "critic_pretrain_steps": 0,
-        "missing_eos_penalty": 0.0,
     },
 }
 AMOUNTS = {
@@ -140,9 +139,9 @@ class PPOConfig(RewardFlags, RouterFlags, RunFlags):
     """Clip scores after that"""
     reward_clip: float = 0.3
     """to ± this"""
-    missing_eos_penalty: float = 1.0
+    missing_eos_penalty: float = 0.0
     """Subtracted from the shaped score of a response that reached --maxlen_res before its end, in standard deviations
-    of the score (measured against 0 in experiments/RESULTS.md)"""
+    of the score. Where most responses are that long, keep it below --reward_clip: experiments/RESULTS.md"""
     gamma: float = 1.0
     """Discount a token"""
     lam: float = 0.95

@@ -63,7 +63,7 @@ def update(
             if lr > 0.0:
                 more, problem = policy_backward(policy, minibatch, config, next(pretrain) if pretrain else None)
                 learners.append((policy, lr, norms["grad_norm_policy"]))
-            values, bad_values = critic_backward(critic, minibatch, config, clipped=lr > 0.0)
+            values, bad_values = critic_backward(critic, minibatch, config, lr > 0.0)
             problem = problem or bad_values
             if problem:
                 drop(learners)

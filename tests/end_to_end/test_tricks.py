@@ -77,7 +77,7 @@ def test_an_entropy_below_the_clip_only_gets_the_bonus(run_with):
 
 def test_vanilla_is_all_switches_off(run_with):
     flags = ("use_reward_scaling", "use_reward_norm", "use_reward_clip", "use_critic_loss_clip", "use_advantage_norm")
-    by_hand = run_with(**dict.fromkeys(flags, "false"), kl_penalty_weight=0, gradient_clip=0, missing_eos_penalty=0)
+    by_hand = run_with(**dict.fromkeys(flags, "false"), kl_penalty_weight=0, gradient_clip=0)
     assert run_with(preset="vanilla") == by_hand
 
 
@@ -133,12 +133,11 @@ def test_sampling_flags_are_used_and_said(inputs, run_with, tmp_path, capsys):
 def test_missing_eos_costs_its_penalty(run_with):
     """gamma = lam = 1: the return at a token is the sum of rewards from it on, so the last one's penalty is in all."""
     settings = {"gamma": 1.0, "lam": 1.0, "kl_penalty_weight": 0, "train_steps": 1}
-    free, fined, default = (run_with(**settings, missing_eos_penalty=x) for x in (0.0, 5.0, None))
+    free, fined = run_with(**settings), run_with(**settings, missing_eos_penalty=5.0)
     cut = 1.0 - free[0]["eos_fraction"]
     tokens = free[0]["response_length"]
     # A response without EOS has maxlen_res = 12 tokens, each of which loses 5.
     assert free[0]["return_mean"] - fined[0]["return_mean"] == pytest.approx(5.0 * 12 * cut / tokens, rel=1e-4)
-    assert free[0]["return_mean"] - default[0]["return_mean"] == pytest.approx(1.0 * 12 * cut / tokens, rel=1e-4)
 
 
 def test_reward_function_alone_and_with_a_reward_model(inputs, run_with):

@@ -15,7 +15,7 @@ import ppo.rollout
 import ppo.score
 import ppo.update
 import utils.checkpoint
-from tests.faults.kill import PHASES, at_call
+from tests.faults.kill import PHASES, at_call, once_loaded
 from utils.engine import TrainEngine
 from utils.stop import GRACE
 
@@ -114,9 +114,12 @@ def empty_responses(rank: int) -> None:
     def empty(*args):
         return [row[:0] for row in decode(*args)]
 
-    if rank == VICTIM:
+    def install() -> None:
         ppo.rollout.decode_all = empty
         ppo.decoding.sample = lambda logits, *args: torch.full_like(sample(logits, *args), 2)  # EOS at once
+
+    if rank == VICTIM:
+        once_loaded(install)
 
 
 def fill(disk: Path, leave: int) -> None:

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+import ppo.build
 import ppo.decoding
 import ppo.score
 import utils.checkpoint
@@ -56,7 +57,28 @@ def at_call(victim: int, phase: str, calls: int, number: int = signal.SIGKILL) -
             os.kill(os.getpid(), number)
         return function(*args, **kwargs)
 
-    return lambda rank: setattr(place, name, deadly) if rank == victim else None
+    def install() -> None:
+        setattr(place, name, deadly)
+
+    def begin(rank: int) -> None:
+        if rank == victim and phase == "rollout":
+            once_loaded(install)
+        elif rank == victim:
+            install()
+
+    return begin
+
+
+def once_loaded(install: Callable[[], None]) -> None:
+    """Calls `install` when the run has its models: before that the policy is decoded too, to see if it can be."""
+    load = ppo.build.load_models
+
+    def loaded(*args):
+        models = load(*args)
+        install()
+        return models
+
+    ppo.build.load_models = loaded
 
 
 def nothing(rank: int) -> None:

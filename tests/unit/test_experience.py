@@ -11,7 +11,6 @@ from utils.errors import UserError
 from utils.moments import RunningMoments
 
 PLAIN = {"use_reward_scaling": False, "use_reward_norm": False, "use_reward_clip": False, "use_advantage_norm": False}
-PLAIN |= {"missing_eos_penalty": 0.0}
 ROLLOUT = rollout_of([[0, 1, 1, 0], [0, 0, 1, 1]], ended=[True, False])
 
 

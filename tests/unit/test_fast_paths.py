@@ -113,8 +113,7 @@ def plain_update(lm: nn.Module, critic: nn.Module, batch: Experience, config: PP
 @pytest.mark.parametrize("micro_batch_tokens", [1, 20, 1000])
 def test_update_equals_one_sequence_at_a_time_with_all_logits(small_pieces, layout, flags, micro_batch_tokens):
     models = tiny_models()
-    flags = flags | {"micro_batch_tokens": micro_batch_tokens, "missing_eos_penalty": 0.0}
-    experience, config = scored(rollout_by_hand(), models, **flags)
+    experience, config = scored(rollout_by_hand(), models, micro_batch_tokens=micro_batch_tokens, **flags)
     lm, critic = copy.deepcopy(models.policy.module.lm), copy.deepcopy(models.critic.module)
     start = copy.deepcopy(lm), copy.deepcopy(critic)
     for _ in range(2):  # the second step has ratios other than 1
