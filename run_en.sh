@@ -54,7 +54,7 @@ demo() { # "$@" goes to train_ppo.py
     --train_steps 14
     --warmup_steps 2
     --lr_schedule cosine
-    --critic_pretrain_steps 1
+    --critic_pretrain_steps 4
     --kl_penalty_weight 0.05
     --reward_clip 2
     --num_rollouts 32
@@ -63,7 +63,7 @@ demo() { # "$@" goes to train_ppo.py
     --micro_batch_tokens 512
     --maxlen_prompt 72 # of which 48 for the prompt
     --maxlen_res 24
-    --save_per_step 15 # steps between evaluations
+    --save_per_step 18 # steps between evaluations: one, at the end
     --num_eval_prompts 32
     --seed "$seed"
   )

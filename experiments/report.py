@@ -35,7 +35,7 @@ PANELS = {
 SMOOTH = 5  # bins
 FALL = 0.1  # of gold, below the best fifty steps before: a fall
 VERDICTS = ("confirmed", "refuted", "undecided")
-AT_END = {"score_mean": "score", "gold": "gold", "kl_ref": "KL"}
+AT_END = {"score_mean": "score", "gold": "gold", "kl_ref": "KL", "eos_fraction": "share that ends by itself"}
 ALARMS = PPOConfig(
     policy_model_path="-", critic_model_path="-", data_path="-", maxlen_res=load_flags("base")["maxlen_res"]
 )  # at their defaults

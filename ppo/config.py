@@ -141,7 +141,7 @@ class PPOConfig(RewardFlags, RouterFlags, RunFlags):
     """to ± this"""
     missing_eos_penalty: float = 0.0
     """Subtracted from the shaped score of a response that reached --maxlen_res before its end, in standard deviations
-    of the score. Where most responses are that long, keep it below --reward_clip: experiments/RESULTS.md"""
+    of the score. Where most responses are that long, 1 outweighs scores that --reward_clip holds within 0.3"""
     gamma: float = 1.0
     """Discount a token"""
     lam: float = 0.95
