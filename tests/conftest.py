@@ -1,4 +1,4 @@
-"""For all tests: the marker `gpu`, no GPU asked for where none is, no network; inputs of tiny runs, a group of one."""
+"""For all tests: the markers `gpu` and `slow`, no GPU asked for where none is, no network; inputs of tiny runs."""
 
 import os
 
@@ -33,11 +33,18 @@ def single_process():
     os.environ.update(before)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the tests that are marked slow, too")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU; skipped where there is none")
+    config.addinivalue_line("markers", "slow: skipped unless --all is given")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU here"))
+        if item.get_closest_marker("slow") and not config.getoption("--all"):
+            item.add_marker(pytest.mark.skip(reason="slow: give --all"))

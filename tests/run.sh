@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and all tests:   bash tests/run.sh [options for pytest]
+# Lint and the tests:   bash tests/run.sh [--all] [options for pytest]      --all: those marked slow, too
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source utils/setup.sh demo test

@@ -37,7 +37,7 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_header(document):
 def test_every_flag_is_one_of_a_command(document):
     parsers = map(build_parser, CONFIGS)
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
-    for folder in (".", "benchmarks", "experiments", "utils", "tests/faults"):
+    for folder in (".", "benchmarks", "experiments", "utils", "tests", "tests/faults"):
         for file in (REPOSITORY / folder).glob("*.py"):
             known |= set(re.findall(r'"(--[a-z_]+)"', file.read_text("utf-8")))
     named = set(re.findall(r"(?<![-\w])--[a-z][a-z_]+", text_of(document)))
