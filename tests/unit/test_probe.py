@@ -143,7 +143,9 @@ def test_the_way_of_decoding_is_taken():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["falcon", "mamba", "rwkv", "jamba", "lfm2", "gpt_oss", "llama4_text", "bamba"])
+@pytest.mark.parametrize(
+    "family", ["falcon", "mamba", "rwkv", "jamba", "lfm2", "gpt_oss", "llama4_text", "bamba", "falcon_h1"]
+)
 def test_packed_dialogues_that_would_see_each_other(family, dtype):
     assert "standard deviations" in packing_failure(lm_of(family, dtype), "M")
 
