@@ -67,8 +67,9 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Turns, open_answer: bool) 
         return tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=open_answer, **template_arguments(tokenizer)
         )
-    except TemplateError as error:  # some templates refuse system turns
-        raise UserError(f"--template chat: the tokenizer's chat template refuses a dialogue: {error}") from error
+    except (TemplateError, TypeError, ValueError) as error:  # some templates refuse system turns
+        given = ", or --chat_template_kwargs are not what it takes" if template_arguments(tokenizer) else ""
+        raise UserError(f"--template chat: the tokenizer's chat template refuses a dialogue: {error}{given}") from error
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Turns, open_answer: bool = True) -> list[int]:

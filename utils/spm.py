@@ -84,8 +84,12 @@ def to_tokenizer_json(tokenizer: SentencePieceTokenizer, opening: str | None = N
     user_defined = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
     result.add_tokens([AddedToken(piece, normalized=False) for piece in user_defined])
     # In the order of their ids, so that the library numbers the new ones as we do.
-    special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items())]
-    result.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    result.add_special_tokens(
+        [
+            AddedToken(token.content, normalized=False, special=True, lstrip=token.lstrip, rstrip=token.rstrip)
+            for _, token in sorted(tokenizer.added_tokens_decoder.items())
+        ]
+    )
     return result
 
 

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from utils.errors import UserError
@@ -32,7 +33,8 @@ _MOSS_CHAT_TEMPLATES = {
 def load_tokenizer(path: str, template: str | None = None, arguments: dict | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in the folder, `tokenizer.model` file or hub id `path`, ready for `template` and its `arguments`.
 
-    A LLaMA-format `tokenizer.model` is encoded by SentencePiece itself; anything else goes through AutoTokenizer.
+    A LLaMA-format `tokenizer.model` is encoded by SentencePiece itself. Anything else goes through AutoTokenizer, and
+    so does a chat model's folder with a `tokenizer.json`, which says which white space its tags take in.
     `moss_zh` adds its two tags when they are absent. Pad is settled to a valid id: the tokenizer's own if it is
     neither eos nor bos, else unk, else eos (masks are built from lengths, so sharing an id does no harm).
     Raises UserError when there is no usable tokenizer, no end token, or no chat template although one is asked for.
@@ -40,7 +42,8 @@ def load_tokenizer(path: str, template: str | None = None, arguments: dict | Non
     if is_hub_id(path):  # not left to AutoTokenizer: a tokenizer.model has to be found first
         path = str(download(path, FLAG, allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"]))
     file = _sentencepiece_file(Path(path))
-    tokenizer = _from_sentencepiece(file) if file else _from_auto(str(path))
+    fast = os.path.isfile(os.path.join(path, "tokenizer.json")) and _is_foreign(_chat_template(Path(path)))
+    tokenizer = _from_sentencepiece(file) if file and not fast else _from_auto(str(path))
     if not tokenizer.eos_token:
         raise UserError(f"{FLAG}: the tokenizer in {path} has no end-of-sequence token; give one whose config names it")
     tokenizer.chat_template_kwargs = arguments or {}  # read by data/chat.py alone; not saved
@@ -112,7 +115,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     opening = "Assistant:" if tokenizer.chat_template == _MOSS_CHAT_TEMPLATES["moss_en"] else None
     to_tokenizer_json(tokenizer, opening).save(str(folder / "tokenizer.json"))
     added = {
-        str(i): {"content": token.content, "special": True, "normalized": False, "lstrip": False, "rstrip": False}
+        str(i): {"content": token.content, "special": True, "normalized": False}
+        | {side: getattr(token, side) for side in ("lstrip", "rstrip")}
         for i, token in tokenizer.added_tokens_decoder.items()
     }
     config = {
@@ -150,25 +154,52 @@ def _from_sentencepiece(file: Path) -> SentencePieceTokenizer:
     tokenizer = load_sentencepiece(file)
     config = _read_json(file.parent / "tokenizer_config.json")
     try:
-        recorded = {int(i): token["content"] for i, token in config.get("added_tokens_decoder", {}).items()}
-        recorded |= {int(i): token for token, i in _read_json(file.parent / "added_tokens.json").items()}
-        if not all(isinstance(token, str) for token in recorded.values()):
+        recorded = {int(i): (token["content"], token) for i, token in config.get("added_tokens_decoder", {}).items()}
+        recorded |= {int(i): (token, {}) for token, i in _read_json(file.parent / "added_tokens.json").items()}
+        if not all(isinstance(token, str) for token, _ in recorded.values()):
             raise ValueError
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{FLAG}: the added tokens in {file.parent} are damaged; copy the folder again") from error
-    for i, token in sorted(recorded.items()):
+    for i, (token, sides) in sorted(recorded.items()):
         if i < tokenizer.vocab_size or not token:
             continue
-        tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
+        strip = {side: sides.get(side) is True for side in ("lstrip", "rstrip")}
+        added = AddedToken(token, special=True, normalized=False, **strip)
+        tokenizer.add_special_tokens({"additional_special_tokens": [added]}, replace_extra_special_tokens=False)
         if tokenizer.convert_tokens_to_ids(token) != i:
             raise UserError(f"{FLAG}: {file.parent} gives the added token {token!r} the id {i}, which leaves a gap")
-    pad = config.get("pad_token")
-    pad = pad.get("content") if isinstance(pad, dict) else pad
-    if pad and pad in tokenizer.get_vocab():
-        tokenizer.pad_token = pad
-    jinja = file.parent / "chat_template.jinja"
-    tokenizer.chat_template = jinja.read_text("utf-8") if jinja.is_file() else config.get("chat_template")
+    tokenizer.chat_template = _chat_template(file.parent)
+    # Published base models have empty names of bos and eos in their config; a chat model may end in a token of its own.
+    names = ("pad_token", "bos_token", "eos_token") if _is_foreign(tokenizer.chat_template) else ("pad_token",)
+    for name in names:
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token and token in tokenizer.get_vocab():
+            setattr(tokenizer, name, token)
     return tokenizer
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The chat template in a tokenizer's folder, of several the default one. UserError where none of them is that."""
+    jinja = folder / "chat_template.jinja"
+    template = (
+        jinja.read_text("utf-8")
+        if jinja.is_file()
+        else _read_json(folder / "tokenizer_config.json").get("chat_template")
+    )
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        if not isinstance(named.get("default"), str):
+            raise UserError(
+                f"{FLAG}: {folder} has several chat templates and none of them is the default one; name the one to use "
+                "default in its tokenizer_config.json"
+            )
+        return named["default"]
+    return template
+
+
+def _is_foreign(template: str | None) -> bool:
+    return template is not None and template not in _MOSS_CHAT_TEMPLATES.values()
 
 
 def _from_auto(path: str) -> PreTrainedTokenizerBase:
