@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.errors import UserError
 
 Turns = list[dict[str, str]]
-_ANSWER = "7391"  # of the probe: no template has it of its own, and a change of case leaves it
+_ANSWER = "7391"  # of the probe dialogue: no template contains it, and upper- or lower-casing does not change it
 
 
 @dataclass(frozen=True)

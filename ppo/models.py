@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from data.settle import choose_template
 from ppo.config import PPOConfig
 from ppo.new_token import new_token_states
 from ppo.probe import fastest_decoding
@@ -24,6 +23,7 @@ from utils.nll import by_chunks, head_logits, logprobs_and_entropy
 from utils.routers import recorded_router_logits, router_coef, router_sums
 from utils.rows import decoder_of, joins_rows, states_of
 from utils.tensors import at_tokens, before
+from utils.tokenizer import template_of
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at once: 32 MB in bf16, whatever batch and vocabulary
 
@@ -125,7 +125,7 @@ def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print
     compared before the first weights are read.
     """
     critic_path, critic_flag = config.critic_model_path, "--critic_model_path"
-    check_same_tokenizer(critic_path, critic_flag, tokenizer, choose_template(config, tokenizer)[0])
+    check_same_tokenizer(critic_path, critic_flag, tokenizer, template_of(tokenizer))
     readers = reward_readers(config, tokenizer, say)
     dtype, place = DTYPES[config.dtype], device()
     lm = load_causal_lm(

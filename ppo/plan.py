@@ -22,7 +22,7 @@ from ppo.slots import columns_for, slots_for
 from utils.engine import DTYPES
 from utils.errors import UserError
 from utils.footprint import bucket_bytes, gathered_bytes, gradient_bytes, optimizer_bytes, weight_bytes
-from utils.models import enable_checkpointing
+from utils.models import attention_cap, enable_checkpointing
 from utils.nll import FLOATS, KEPT
 from utils.peak import ATTENTION, peak_bytes
 from utils.rows import decoder_of
@@ -172,6 +172,9 @@ def print_plan(config: PPOConfig) -> None:
     for what, size in host.items():
         print(f"{what:46}{size / GIB:10.2f}")
     print("\n" + verdict(config, gpus, totals))
+    policy = shapes(config.policy_model_path, "--policy_model_path", DTYPES[config.dtype], "lm")
+    if attention_cap(policy.decoder.config):
+        print("Not counted: the attention scores that eager attention keeps, which this policy's cap of them needs")
 
 
 def verdict(config: PPOConfig, gpus: int, totals: list[int]) -> str:

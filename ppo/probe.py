@@ -29,12 +29,13 @@ def fastest_decoding(policy: nn.Module, config, what: str, say: Callable[[str], 
     probe = Probe(policy.lm, what)
     settings = policy.decoder.config
     applies = {"straight": goes_straight(settings), "grouped": is_replaced(settings), "own": True}
-    for policy.decoding in [way for way in DECODING if applies[way]]:
+    for way in filter(applies.get, DECODING):
+        policy.decoding = way
         failure = probe.deviation(lambda: _distance(policy, probe, config))
         if failure is None:
-            return policy.decoding
-        if policy.decoding != DECODING[-1]:
-            say(f"{what}: {policy.decoding} decoding is left out: with {probe.kind} it fails ({failure})")
+            return way
+        if way != DECODING[-1]:
+            say(f"{what}: {way} decoding is left out: with {probe.kind} it fails ({failure})")
     raise UserError(
         f"{what}: {probe.kind} cannot be decoded with a cache of keys and values ({failure}): SFT works with it, PPO "
         "does not; give another model"

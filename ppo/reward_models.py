@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from data.chat import template_arguments
-from data.settle import choose_template
 from data.template import encode_dialogue
 from ppo.reward_flags import RewardFlags
 from reward.ensemble import Encoding, Ensemble, Frozen, Member, check_labels
@@ -39,7 +38,7 @@ def reward_readers(config: RewardFlags, tokenizer, say: Callable[[str], None]) -
 
     Raises UserError for folders, tokenizers or templates that are not there, and for labels of different meanings.
     """
-    template, _ = choose_template(config, tokenizer)
+    template = template_of(tokenizer)
     check_labels(config.reward_paths, config.reward_flag)
     readers = []
     for path, tokenizer_path, reward_template in config.reward_sources():

@@ -16,8 +16,9 @@ from utils.engine import TrainEngine, device
 from utils.tensors import at_tokens
 from utils.tokenizer import stop_ids
 
-# How new tokens are decoded, the fastest first: straight through the layers (ppo/new_token.py) where the model is known
-# there, and where it is not as by the next; with our attention (ppo/grouped_attention.py); by the model's own means.
+# Ways to decode new tokens, the fastest first. straight: through the layers by ppo/new_token.py (LLaMA's kind; other
+# models and split weights fall back to grouped). grouped: the model's forward with the attention of
+# ppo/grouped_attention.py. own: the model's forward, unchanged.
 DECODING = ("straight", "grouped", "own")
 
 

@@ -29,7 +29,7 @@ from utils.tensors import before, shift_to_next
 
 Learner = tuple[TrainEngine, float, list[float]]  # with its learning rate, and the gradient norms of its steps
 OnBad = Callable[[str, Experience], None]  # what is wrong with a minibatch, on all ranks alike
-# First word of a metric -> whose tokens it is divided by, where these are not the policy's: `critic_tokens` and so on.
+# Metrics that are not divided by the policy's response tokens: first word of the key -> whose `_tokens` instead.
 COUNTED_APART = {"value": "critic", "pretrain": "pretrain", "router": "router"}
 
 

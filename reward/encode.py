@@ -10,12 +10,12 @@ from data.dialogues import load_dialogues
 from data.order import order
 from data.preferences import MARGIN_COLUMNS, Preference, check_margins, flip_negative, load_preferences
 from data.prompts import without_oldest
-from data.settle import choose_template
 from data.template import encode_dialogue, last_answer
 from data.window import encode_fitting
 from reward.batches import Comparison
 from reward.config import RewardConfig
 from utils.errors import UserError
+from utils.tokenizer import template_of
 
 CENTER_ANSWERS = 1000  # of --center_data_path, scored in every evaluation
 
@@ -79,7 +79,7 @@ def load_comparisons(
 
     The held-out labels stay as people gave them.
     """
-    (template, _), columns = choose_template(config, tokenizer), ()
+    template, columns = template_of(tokenizer), ()
     if config.use_margin:
         columns = (config.margin_column,) if config.margin_column else MARGIN_COLUMNS
     train, valid = load_preferences(config.data_path, config.num_valid, config.seed, say, columns)
@@ -111,7 +111,7 @@ def load_center_answers(
     answers = [
         Preference(d.turns[:-1], [d.turns[-1]["content"]], [], "", d.source) for d in (dialogues[i] for i in drawn)
     ]
-    template, _ = choose_template(config, tokenizer)
+    template = template_of(tokenizer)
     encoded = encode_all(answers, tokenizer, template, config.context_truncate, say)
     if not encoded:
         raise UserError(f"{flag} {config.center_data_path}: no answer fits --context_truncate; raise it")

@@ -77,13 +77,12 @@ def _scored(path: str, preferences: list[Preference], config: PanelConfig, say: 
     if window:
         check_window(model, window, "--context_truncate")
     items = encode_all(preferences, tokenizer, template, window or sys.maxsize, say)
-    if items:
-        say(first_prompt(tokenizer, items[0].answers[0][: items[0].prompt_length]))
     if not items:
         raise UserError(
             f"--data_path {config.data_path}: no preference fits the {window} tokens of {path}; give shorter ones, or "
             "raise --context_truncate"
         )
+    say(first_prompt(tokenizer, items[0].answers[0][: items[0].prompt_length]))
 
     def plan(lengths: list[int]) -> Iterable[tuple[list[int], float]]:
         return tqdm(rank_plan(lengths, config.micro_batch_tokens, num_ranks=1, rank=0), desc=path, unit="batch")

@@ -15,7 +15,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from data.dialogues import EncodedDialogue, batches, encode_dialogues, load_dialogues
 from data.order import BLOCK
-from data.settle import choose_template, first_prompt, settle
+from data.settle import first_prompt, settle
 from data.shares import rank_plan
 from sft.model import AnswerModel, packing_failure
 from sft.rows import Layout, Row
@@ -35,6 +35,7 @@ from utils.resume import begin_folder, find_checkpoint
 from utils.router_flags import RouterFlags
 from utils.routers import ROUTER_METRICS, router_coef
 from utils.text_flags import StopFlags
+from utils.tokenizer import template_of
 
 
 @dataclass
@@ -84,7 +85,7 @@ def load_encoded(
     config: SFTConfig, tokenizer, say: Callable[[str], None]
 ) -> tuple[list[list[EncodedDialogue]], list[EncodedDialogue]]:
     """(a training set for each --data_path, all held-out dialogues). UserError when too few are left for a batch."""
-    template, _ = choose_template(config, tokenizer)
+    template = template_of(tokenizer)
     sets, valid = [], []
     for path in config.data_path:
         splits = load_dialogues(path, config.num_valid, config.seed, say)

@@ -176,7 +176,7 @@ class TrainEngine:
             group["lr"] = lr
         self.engine.step()
         if not self.engine.was_step_applied():
-            if self.zero_stage in (1, 2):  # DeepSpeed forgets the float32 sum, except where the optimizer is offloaded
+            if self.zero_stage in (1, 2):  # with an offloaded optimizer DeepSpeed keeps the float32 sum of this step
                 self.engine.optimizer.averaged_gradients.clear()
             return float("inf")
         return float(self.engine.get_global_grad_norm() if self.zero_stage else self._replicated_norm)

@@ -15,7 +15,7 @@ from utils.tokenizer import save_tokenizer, stop_ids
 
 
 def saved_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What a folder of this model holds, by name: parameters, tied ones once, and buffers that are no mere cache."""
+    """What a folder of this model holds, by name: parameters, tied ones once, and persistent buffers."""
     persistent = module.state_dict(keep_vars=True).keys()
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
     return dict(module.named_parameters()) | buffers

@@ -111,7 +111,10 @@ def attention_cap(config: PretrainedConfig) -> float | None:
 
 
 def _settle_kernel(asked: str | None, config: PretrainedConfig, what: str, say: Callable[[str], None]) -> str | None:
-    """The attention kernel to load a model with; None: transformers' choice. Its sdpa kernel leaves caps out."""
+    """The attention kernel to load a model with; None: transformers' choice. Its sdpa kernel leaves caps out.
+
+    transformers hands the cap on to flash attention, whose package has to know it.
+    """
     cap = attention_cap(config)
     if not cap or asked not in (None, "sdpa"):
         return asked
@@ -197,9 +200,9 @@ def window_of(model: nn.Module) -> int | None:
 
 
 def switching_position(config: PretrainedConfig) -> int | None:
-    """The length from which on rotary frequencies are others, for all rows of a batch if one of them is longer.
+    """The row length above which rotary frequencies change for every row of the batch; None where they never do.
 
-    So do LongRoPE (Phi-3 128k) and dynamic scaling; the latter where the config gives the length, else at the window.
+    LongRoPE (Phi-3 128k) and dynamic scaling do this; dynamic scaling without a length in its config at the window.
     """
     ropes = getattr(config, "rope_parameters", None) or {}
     kinds = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # some have one for each layer type

@@ -12,15 +12,16 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from utils.distributed import any_rank
 from utils.errors import UserError
 from utils.nll import head_logits
 from utils.rows import decoder_of, joins_rows, states_of
 
 LENGTHS = (29, 17, 6)  # tokens of the rows
 LEAST_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.01}
-MARGIN = 4  # right paths of dense and mixture models, 2 to 32 layers, bf16, were off by 0.06 to 1.08 sensitivities
+MARGIN = 4  # correct paths (dense and mixture models, 2 to 32 layers, bf16) were off by 0.06 to 1.08 sensitivities
 SMALL = 0.2  # share of the tolerance for numbers that the same layers have made
-# What a model may raise that is run in a way which it was not written for.
+# Errors that a model may raise when it is called in a way that it does not support.
 FAILURES = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError
 )  # fmt: skip
@@ -88,14 +89,20 @@ class Probe:
 
     @torch.no_grad()
     def deviation(self, run: Callable[[], float], share: float = 1.0) -> str | None:
-        """None where `run` is off by at most this share of the tolerance; else what it does, for people to read."""
+        """None where `run` is off by at most this share of the tolerance on all ranks; else the reason. Collective."""
+        failure = None
         try:
             far = run()
+            if not far <= share * self.tolerance:
+                failure = f"off by {far:.2g} standard deviations"
         except torch.OutOfMemoryError:
             raise
         except FAILURES as error:
-            return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return None if far <= share * self.tolerance else f"off by {far:.2g} standard deviations"
+            failure = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        # Near the tolerance ranks may differ, and have to go the same way.
+        if any_rank(failure is not None, self.rows[0].device):
+            return failure or "off on another rank"
+        return None
 
 
 def probe_rows(model: PreTrainedModel) -> list[torch.Tensor]:

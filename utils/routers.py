@@ -78,7 +78,8 @@ def router_sums(layers: Sequence[torch.Tensor], counted: torch.Tensor, top_k: in
     Transformer (arXiv 2101.03961), eq. 4 to 6 without α, for top_k choices and all layers pooled, as in transformers:
     top_k when even. It is a product of two means over the forward's tokens, so micro-batches weighted by their tokens
     add up to a mean of their losses, not to the loss of the whole batch. Load: the busiest expert's share of a layer's
-    choices times the number of experts, 1 when even. Entropy: nats per token. Both are means over layers.
+    choices (by softmax; a router with a bias may choose otherwise) times the number of experts, 1 when even. Entropy:
+    nats per token. Both are means over layers.
     """
     places = counted.flatten().nonzero().squeeze(-1)
     num_tokens = max(1, len(places))

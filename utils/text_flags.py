@@ -12,7 +12,7 @@ class TextFlags:
     """How a dialogue becomes tokens."""
 
     lang: Literal["en", "zh"] = "en"
-    """Template of a tokenizer that has no chat template: moss_en or moss_zh"""
+    """Which template a tokenizer without a chat template gets: en: moss_en, zh: moss_zh"""
     template: Literal["auto", "moss_en", "moss_zh", "chat"] = "auto"
     """How a dialogue becomes tokens. auto: the tokenizer's own chat template, or by --lang where it has none"""
     chat_template_kwargs: str = "{}"
