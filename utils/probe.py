@@ -5,7 +5,8 @@ that mixes tokens, or changes its logits after the head, in a way that is not kn
 run at all. A few dozen tokens do not reach a window of thousands: that is what `python -m tests.architectures` is for.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from utils.rows import decoder_of, joins_rows, states_of
 LENGTHS = (29, 17, 6)  # tokens of the rows
 LEAST_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.01}
 MARGIN = 4  # correct paths (dense and mixture models, 2 to 32 layers, bf16) were off by 0.06 to 1.08 sensitivities
+DOUBT = 0.3  # share of the tolerance from which on float32 decides
 SMALL = 0.2  # share of the tolerance for numbers that the same layers have made
 # Errors that a model may raise when it is called in a way that it does not support.
 FAILURES = (
@@ -40,13 +42,13 @@ class Probe:
         self.model, self.with_head = model, with_head
         self.decoder = decoder_of(model) if with_head else model
         self.what, self.kind = what, type(model).__name__
-        self.rows, dtype = probe_rows(model), next(model.parameters()).dtype
-        self.epsilon, self.tolerance = torch.finfo(dtype).eps, LEAST_TOLERANCE[dtype]
-        self.true: list[torch.Tensor] = []
+        self.rows = probe_rows(model)
         if failure := self.deviation(self._run_alone):
             raise UserError(f"{what}: {self.kind} does not run on text alone ({failure}); give another model")
 
     def _run_alone(self) -> float:
+        dtype = next(self.model.parameters()).dtype
+        self.epsilon, self.tolerance = torch.finfo(dtype).eps, LEAST_TOLERANCE[dtype]
         self.true = [self.alone(row) for row in self.rows]
         hook = self.model.get_input_embeddings().register_forward_hook(self._round)
         try:
@@ -93,7 +95,7 @@ class Probe:
         failure = None
         try:
             far = run()
-            if not far <= share * self.tolerance:
+            if not far <= share * self.tolerance or (far > DOUBT * share * self.tolerance and self._is_off(run, share)):
                 failure = f"off by {far:.2g} standard deviations"
         except torch.OutOfMemoryError:
             raise
@@ -103,6 +105,31 @@ class Probe:
         if any_rank(failure is not None, self.rows[0].device):
             return failure or "off on another rank"
         return None
+
+    def _is_off(self, run: Callable[[], float], share: float) -> bool:
+        """Whether `run` is off in float32, which tells an error from rounding. False where that cannot be tried."""
+        kept = self.true, self.epsilon, self.tolerance
+        try:
+            with in_float32(self.model):
+                self._run_alone()
+                return not run() <= share * self.tolerance
+        except (torch.OutOfMemoryError, *FAILURES):  # flash attention, say, takes no float32
+            return False
+        finally:
+            self.true, self.epsilon, self.tolerance = kept
+
+
+@contextlib.contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Inside, the parameters are float32 copies, which take 4 bytes each; afterwards they are what they were."""
+    kept = [(parameter, parameter.data) for parameter in model.parameters()]
+    try:
+        for parameter, data in kept:
+            parameter.data = data.float()
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
 
 
 def probe_rows(model: PreTrainedModel) -> list[torch.Tensor]:

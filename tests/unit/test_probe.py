@@ -65,12 +65,22 @@ def test_falcon_decodes_with_its_own_attention(dtype):
     assert len(said) == 1 and said[0].startswith("--policies M: grouped decoding is left out: with FalconForCausalLM")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", [*WITHOUT_KEYS, *OTHER_CACHE])
-def test_models_with_another_state_than_keys_and_values_are_refused_for_decoding_alone(family):
-    lm = lm_of(family)
+def test_models_with_another_state_than_keys_and_values_are_refused_for_decoding_alone(family, dtype):
+    lm = lm_of(family, dtype)
     check_forward(lm, "M")
     with pytest.raises(UserError, match=rf"^--policies M: {type(lm).__name__} cannot be decoded .*give another model$"):
         decoding_of(lm)
+
+
+def test_what_bf16_leaves_in_doubt_is_decided_in_float32_and_the_weights_stay():
+    """RecurrentGemma without its state is off by less than the tolerance, but by more than rounding."""
+    lm = lm_of("recurrent_gemma", torch.bfloat16)
+    before = {name: x.clone() for name, x in lm.state_dict().items()}
+    with pytest.raises(UserError, match=r"off by 0\.0\d+ standard deviations"):
+        decoding_of(lm)
+    assert all(x.dtype == before[name].dtype and torch.equal(x, before[name]) for name, x in lm.state_dict().items())
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "rwkv", "jamba"])
