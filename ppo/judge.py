@@ -7,7 +7,7 @@ from data.settle import first_prompt, settle
 from data.template import decode_answer
 from ppo.compare import CompareConfig
 from ppo.models import Models, PolicyModel
-from ppo.probe import fastest_decoding
+from ppo.probe import choose_decoding
 from ppo.reward_models import load_ensemble, reward_readers
 from ppo.rollout import generate, response_ids
 from ppo.sampling import EVALUATION, Sampling
@@ -25,8 +25,8 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     Columns: the reward model's score and the function's, length, 1 where the response reached --maxlen_res before its
     end, nll of the response under its own policy and under BEFORE. Holds two policies and the reward model.
     """
-    models = [("--policies", path) for path in config.policies]
-    tokenizer, template = settle(config, config.tokenizer_name_or_path or config.policies[0], models, print)
+    named = [("--policies", path) for path in config.policies]
+    tokenizer, template = settle(config, config.tokenizer_name_or_path or config.policies[0], named, print)
     room = config.maxlen_prompt - config.maxlen_res
     train, valid = load_prompts(config.data_path, tokenizer, template, room, 0, config.seed)
     if valid:
@@ -44,7 +44,7 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
         lm = load_causal_lm(path, dtype, place, config.attn_implementation, tokenizer, flag="--policies")
         check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
         policy = PolicyModel(lm).requires_grad_(False)
-        fastest_decoding(policy, config, f"--policies {path}", print)
+        choose_decoding(policy, config, f"--policies {path}", print)
         return policy
 
     first, second = (load_policy(path) for path in config.policies)

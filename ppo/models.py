@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ppo.config import PPOConfig
 from ppo.new_token import new_token_states
-from ppo.probe import fastest_decoding
+from ppo.probe import choose_decoding
 from ppo.reward_models import check_same_tokenizer, load_ensemble, load_scalar, reward_readers
 from ppo.rollout import DECODING
 from reward.ensemble import Ensemble, Frozen
@@ -134,14 +134,13 @@ def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print
     check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
     flag = f"--policy_model_path {config.policy_model_path}"
     check_names(AutoModelForCausalLM, lm.config, saved_tensors(lm), flag)
-    decoding = fastest_decoding(PolicyModel(lm), config, flag, say)
     even_tokens = max(config.micro_batch_tokens, config.maxlen_prompt) if config.zero_stage == 3 else 0
+    model = PolicyModel(lm, even_tokens, router_coef(lm, config.router_aux_loss_coef, flag, say))
+    choose_decoding(model, config, flag, say)
     reference = _freeze(PolicyModel(copy.deepcopy(lm), even_tokens), config)
     if config.gradient_checkpoint:
         enable_checkpointing(lm)
     rows = lm.get_input_embeddings().weight.shape[0]
-    model = PolicyModel(lm, even_tokens, router_coef(lm, config.router_aux_loss_coef, flag, say))
-    model.decoding = decoding
     policy = TrainEngine(model, config, "policy")
 
     critic_model = load_scalar(config, critic_path, tokenizer, rows, say, critic_flag)

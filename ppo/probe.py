@@ -20,8 +20,8 @@ PROMPTS = (19, 16, 7, 3)  # tokens
 STEPS = 8
 
 
-def fastest_decoding(policy: nn.Module, config, what: str, say: Callable[[str], None]) -> str:
-    """The first of DECODING by which the policy samples from its own distribution. It is left to decode that way.
+def choose_decoding(policy: nn.Module, config, what: str, say: Callable[[str], None]) -> None:
+    """Sets `policy.decoding` to the first of DECODING by which the policy samples from its own distribution.
 
     Raises UserError, which calls the model `what`, where none does: with a cache that is made of keys and values alone,
     as here, states of other kinds are lost from token to token. config: the run's flags. Every rank does the same.
@@ -33,7 +33,7 @@ def fastest_decoding(policy: nn.Module, config, what: str, say: Callable[[str], 
         policy.decoding = way
         failure = probe.deviation(lambda: _distance(policy, probe, config))
         if failure is None:
-            return way
+            return
         if way != DECODING[-1]:
             say(f"{what}: {way} decoding is left out: with {probe.kind} it fails ({failure})")
     raise UserError(

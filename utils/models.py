@@ -187,7 +187,6 @@ def training_mode(model: nn.Module) -> None:
     So a forward of the update gives what the forwards of rollout and scoring give: dropout is off, and routers that
     draw their experts in training mode (PhiMoE) do not.
     """
-    model.eval()
     for module in model.modules():
         module.training = getattr(module, "gradient_checkpointing", False)
 

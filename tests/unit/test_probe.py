@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 import utils.rows
 from ppo.grouped_attention import is_replaced
 from ppo.models import PolicyModel
-from ppo.probe import fastest_decoding
+from ppo.probe import choose_decoding
 from ppo.rollout import room_of
 from sft.model import packing_failure
 from tests.architectures.configs import tiny_config
@@ -45,7 +45,9 @@ def lm_of(family: str, dtype: torch.dtype = torch.float32, kernel: str | None = 
 
 
 def decoding_of(lm: PreTrainedModel, said: list[str] | None = None) -> str:
-    return fastest_decoding(PolicyModel(lm), ppo_config(), "--policies M", [].append if said is None else said.append)
+    policy = PolicyModel(lm)
+    choose_decoding(policy, ppo_config(), "--policies M", [].append if said is None else said.append)
+    return policy.decoding
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -61,7 +63,8 @@ def test_right_models_pass_by_their_fastest_way(family, dtype):
 def test_falcon_decodes_with_its_own_attention(dtype):
     """It asks for the name of its attention's implementation, and takes ours for none."""
     policy, said = PolicyModel(lm_of("falcon", dtype)), []
-    assert fastest_decoding(policy, ppo_config(), "--policies M", said.append) == policy.decoding == "own"
+    choose_decoding(policy, ppo_config(), "--policies M", said.append)
+    assert policy.decoding == "own"
     assert len(said) == 1 and said[0].startswith("--policies M: grouped decoding is left out: with FalconForCausalLM")
 
 
@@ -195,7 +198,7 @@ def test_the_model_and_the_random_state_are_as_before():
     lm = policy.lm
     before, state = copy.deepcopy(lm.state_dict()), torch.get_rng_state()
     check_forward(lm, "M")
-    fastest_decoding(policy, ppo_config(), "M", print)
+    choose_decoding(policy, ppo_config(), "M", print)
     packing_failure(lm, "M")
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(x, before[name]) for name, x in lm.state_dict().items())
