@@ -13,7 +13,9 @@ from collections.abc import Callable
 
 import torch
 
-if not torch.cuda.is_available():
+from utils.device import device, on_gpu
+
+if not on_gpu():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed probes for accelerators when it is imported
 
 import deepspeed
@@ -36,13 +38,6 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 PERSISTENT = 10_000  # elements up to which ZeRO-3 leaves a tensor whole on every rank: norms, not matrices
 BUCKET = 50_000_000  # elements a gradient bucket holds: 100 MB in bf16, a few of them an engine; a tenth on the CPU
-
-
-def device() -> torch.device:
-    """The device of this process: its launcher-given GPU, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
 
 
 def init_distributed(hang_timeout: float = 0.0) -> None:
@@ -98,6 +93,7 @@ def deepspeed_config(config: EngineConfig, offload_weights: bool = False) -> dic
         "bf16": {"enabled": config.dtype == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32" if config.adds_up_in_float32 else config.dtype},
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # which waits for the GPU at every forward and step
     }
 
 
