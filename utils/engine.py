@@ -24,7 +24,7 @@ from torch import nn
 from utils.args import EngineConfig
 from utils.builds import unblocked_builds
 from utils.chunked_step import use_chunked_step
-from utils.distributed import any_rank, is_main, rank, ranks_where, world_size
+from utils.distributed import any_rank, is_main, max_ranks, rank, ranks_where, world_size
 from utils.engine_state import load_state, scale_weight, state_tensors
 from utils.export import saved_tensors
 from utils.shared_state import SharedState
@@ -36,6 +36,8 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 PERSISTENT = 10_000  # elements up to which ZeRO-3 leaves a tensor whole on every rank: norms, not matrices
 BUCKET = 50_000_000  # elements a gradient bucket holds: 100 MB in bf16, a few of them an engine; a tenth on the CPU
+
+ROOM = 0.9  # share of a card that plans and automatic sizes may take
 
 
 def device() -> torch.device:
@@ -315,6 +317,17 @@ def free_memory() -> int:
         # What PyTorch's allocator keeps for itself is free to us too.
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def device_room() -> int | None:
+    """Bytes that may still be taken on the GPU of every rank, the least of all: ROOM of it less what is in use.
+
+    None on a CPU. Collective.
+    """
+    if device().type == "cpu":
+        return None
+    spare = free_memory() - int((1 - ROOM) * torch.cuda.mem_get_info()[1])
+    return -max_ranks(-spare, device())
 
 
 def shard_frozen(module: nn.Module, config: EngineConfig, offload: bool = False) -> nn.Module:

@@ -117,6 +117,7 @@ def test_a_seed_repeats_the_run_and_another_does_not(run, inputs, tmp_path):
     [
         {"rollout_batch_size": 8, "micro_batch_tokens": 4000},
         {"gradient_checkpoint": True},
+        {"rollout_batch_size": "auto", "gradient_checkpoint": "auto"},
         {"offload_frozen": True},
         {"zero_stage": 0},
         {"zero_stage": 1},

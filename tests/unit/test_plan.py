@@ -164,7 +164,7 @@ def test_the_command_prints_a_verdict_and_starts_nothing(folder_7b, tmp_path, ca
     flags = [*map(str, flags), "--model_save_path", str(out), "--plan", "--plan_gpus", "8"]
     main([*flags, "--rollout_batch_size", "16"])
     printed = capsys.readouterr().out
-    assert "GiB on each of 8 GPU(s), ZeRO-2, bf16, without checkpointing" in printed
+    assert "GiB on each of 8 GPU(s), ZeRO-2, bf16, 16 slots, 0 of 32 layers of the policy recomputed" in printed
     assert "DOES NOT FIT" in printed and "--gradient_checkpoint True: " in printed
     main([*flags, "--rollout_batch_size", "16", "--gradient_checkpoint", "--offload_frozen"])
     assert "\nFITS: " in capsys.readouterr().out
