@@ -24,7 +24,7 @@ from utils.footprint import backward_bytes, moment_bytes, optimizer_bytes, weigh
 from utils.models import attention_cap
 from utils.nll import logits_bytes
 from utils.peak import peak_bytes
-from utils.recompute import layers_kept, num_layers, recompute_fewest, training_peak
+from utils.recompute import layers_kept, num_layers, predicted, recompute_fewest, refuse_eager, training_peak
 
 PHASES = ("rollout", "score", "backward", "step")
 GIB = 2**30
@@ -124,22 +124,16 @@ def fit_to_memory(config: PPOConfig, models: Models, say: Callable[[str], None])
     """Settles flags that are auto, once all models are loaded and before anything has run. Collective."""
     free = device_room() if "auto" in (config.rollout_batch_size, config.gradient_checkpoint) else None
     if free is not None:
-        say_sizes(config, models, measured_sizes(config, models, free), say)
+        no_sizes = Sizes(AUTO_SLOTS, (0, 0))
+        say_sizes(config, models, predicted(lambda: measured_sizes(config, models, free), no_sizes, say), say)
 
 
 def measured_sizes(config: PPOConfig, models: Models, free: int) -> Sizes:
-    """On a card with so many bytes free before the first step.
-
-    Where what passes take cannot be said (see `layers_kept`), as many slots as on a CPU and all layers recomputed.
-    """
+    """On a card with so many bytes free before the first step, which makes Adam's moments."""
+    refuse_eager(models.policy.module.lm.config)
     gpus, trained = world_size(), [model.numels for model in models_of(config)[:2]]
-    if models.policy.module.lm.config._attn_implementation == "eager":
-        return Sizes(AUTO_SLOTS, (0, 0))
-    try:
-        rows, _ = beside_passes(config, gpus)
-        return choose_sizes(config, gpus, rows, free - moment_bytes(trained, config, gpus))
-    except RuntimeError:
-        return Sizes(AUTO_SLOTS, (0, 0))
+    rows, _ = beside_passes(config, gpus)
+    return choose_sizes(config, gpus, rows, free - moment_bytes(trained, config, gpus))
 
 
 def say_sizes(config: PPOConfig, models: Models, sizes: Sizes, say: Callable[[str], None]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ppo.config import PPOConfig
 
 LAUNCHES = 23  # kernels of a decoder layer in a forward
+STEP_LAUNCHES = 23  # the same while decoding; next to none where a step is one CUDA graph
 CPU_ADAM = 1e9  # parameters that one process's CPU Adam steps per second; not measured yet
 DISK = 2e9  # bytes per second that a node writes; not measured yet
 STEP_BYTES = 30  # per parameter of an optimizer step: weight, two moments read and written, gradients, bf16 weight
@@ -85,7 +86,9 @@ def phases(
 
 
 def checkpoint(config: PPOConfig, gpus: int, policy: Work, critic: Work) -> Phase:
-    """One checkpoint: optimizer state of all ranks to disk; its floor is the copy to host memory."""
+    """One checkpoint: optimizer state of all ranks to disk. Its floor is the copy to host memory, all that is waited for
+    where the file is written in the background.
+    """
     size, card = 12 * (policy.numel + critic.numel), CARDS[config.plan_gpu]
     return Phase("checkpoint", size / DISK, size / gpus / card.host, "disk")
 
@@ -120,21 +123,23 @@ class _Run:
         """Micro-batches of full rows."""
         return -int(-rows // max(1, self.config.micro_batch_tokens // self.config.maxlen_prompt))
 
-    def launches(self, model: Work, forwards: float) -> float:
+    def launches(self, model: Work, forwards: float, each: int = LAUNCHES) -> float:
         """Seconds of the host."""
-        return forwards * model.layers * LAUNCHES * self.card.launch
+        return forwards * model.layers * each * self.card.launch
 
     def rollout(self, policy: Work, slots: int) -> list[Phase]:
         """Prompts, then new tokens: as many steps per response as it has tokens, a slot serving one after another."""
         config, card, rows, response = self.config, self.card, self.rows, self.config.maxlen_res
         prompt = config.maxlen_prompt - response
         flops = policy.flops(rows, prompt, 1)
-        prefill = slowest(matrix_products=flops / card.rate(config.dtype), launches=self.launches(policy, 1))
+        prefill = slowest(
+            matrix_products=flops / card.rate(config.dtype), launches=self.launches(policy, self.forwards(rows))
+        )
         steps, weights = -int(-rows // slots) * response, self.element * (policy.body + policy.head)
         cache = rows * response * (prompt + response / 2) * policy.token
         times = {
             "memory": (steps * weights + cache) / (card.bandwidth * card.bandwidth_share),
-            "launches": self.launches(policy, steps),
+            "launches": self.launches(policy, steps, STEP_LAUNCHES),
             "matrix_products": policy.flops(rows * response, 1, 1) / card.rate(config.dtype),
         }
         if config.zero_stage == 3:

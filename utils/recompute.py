@@ -4,9 +4,10 @@ import copy
 from bisect import bisect_right
 from collections.abc import Callable
 from functools import cache
+from typing import TypeVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from utils.args import EngineConfig
 from utils.compiled import layers_of
@@ -17,6 +18,8 @@ from utils.models import enable_checkpointing
 from utils.nll import CHUNK, logits_bytes
 from utils.peak import ATTENTION, peak_bytes
 from utils.rows import decoder_of
+
+T = TypeVar("T")
 
 
 def settle_checkpointing(
@@ -29,13 +32,26 @@ def settle_checkpointing(
     """
     if config.gradient_checkpoint != "auto":
         return
+    kept = num_layers(model)
     if room is not None:
         models = [[getattr(p, "ds_numel", p.numel()) for p in engine.parameters]]
         gradients, buckets, gathered = backward_bytes(models, config, world_size())
         room -= moment_bytes(models, config, world_size()) + gathered
         room -= gradients + buckets if config.zero_stage < 3 else 0  # ZeRO-3 has them already
         room -= logits_bytes(CHUNK * model.config.get_text_config().vocab_size, DTYPES[config.dtype].itemsize)[1]
-    recompute_fewest(model, layers_kept(on_meta(model), tokens, room), engine.name, say)
+        kept = predicted(lambda: layers_kept(on_meta(model), tokens, room), 0, say)
+    recompute_fewest(model, kept, engine.name, say)
+
+
+def predicted(predict: Callable[[], T], otherwise: T, say: Callable[[str], None]) -> T:
+    """What `predict` returns, or `otherwise` where it fails: no model may be refused for that."""
+    try:
+        return predict()
+    except Exception as error:  # noqa: BLE001 - whatever a family of models may be missing
+        say(
+            f"the memory of this model's passes is not predicted ({type(error).__name__}: {str(error).splitlines()[0]})"
+        )
+        return otherwise
 
 
 def recompute_fewest(model: PreTrainedModel, kept: int, name: str, say: Callable[[str], None]) -> None:
@@ -55,25 +71,27 @@ def on_meta(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder of this model again, on the meta device, as `peak_bytes` takes it."""
     decoder = decoder_of(model)
     config = copy.deepcopy(decoder.config)
-    eager = config._attn_implementation == "eager"
-    config._attn_implementation = "eager" if eager else ATTENTION
+    refuse_eager(config)
+    config._attn_implementation = ATTENTION
     with torch.device("meta"):
         return type(decoder)(config).to(decoder.dtype)
 
 
-def layers_kept(decoder: PreTrainedModel, tokens: int, room: int | None) -> int:
-    """How many of the last layers may keep their activations of so many tokens in `room` bytes (None: all).
+def refuse_eager(config: PretrainedConfig) -> None:
+    """Raises ValueError for eager attention: it keeps scores, which are not counted."""
+    if config._attn_implementation == "eager":
+        raise ValueError("eager attention")
 
-    decoder: on the meta device. 0 where that cannot be said: some models do not run on shapes alone, and none does with
-    eager attention, whose scores are not counted.
+
+def layers_kept(decoder: PreTrainedModel, tokens: int, room: int) -> int:
+    """How many of the last layers may keep their activations of so many tokens in `room` bytes.
+
+    decoder: on the meta device.
     """
     layers = num_layers(decoder)
-    if room is None or not decoder.supports_gradient_checkpointing:
+    if not decoder.supports_gradient_checkpointing:
         return layers
-    try:
-        return max(0, bisect_right(range(layers + 1), room, key=lambda kept: training_peak(decoder, tokens, kept)) - 1)
-    except RuntimeError:
-        return 0
+    return max(0, bisect_right(range(layers + 1), room, key=lambda kept: training_peak(decoder, tokens, kept)) - 1)
 
 
 @cache

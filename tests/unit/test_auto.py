@@ -22,7 +22,7 @@ from utils.errors import UserError
 from utils.models import enable_checkpointing, training_mode
 from utils.nll import CHUNK, logits_bytes
 from utils.peak import ATTENTION, LiveBytes
-from utils.recompute import layers_kept, on_meta, settle_checkpointing, training_peak
+from utils.recompute import layers_kept, on_meta, predicted, settle_checkpointing, training_peak
 
 LLAMA_7B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -124,9 +124,10 @@ def test_layers_are_kept_as_real_passes_allow():
     decoder = on_meta(real)
     assert decoder.config._attn_implementation == ATTENTION and real.config._attn_implementation == "sdpa"
     assert [layers_kept(decoder, 256, int(share * counter.peak)) for share in (0.95, 1.05)] == [2, 3]
-    assert [layers_kept(decoder, 256, room) for room in (0, 10**12, None)] == [0, 6, 6]
-    real.config._attn_implementation = "eager"
-    assert layers_kept(on_meta(real), 256, 10**12) == 0
+    assert [layers_kept(decoder, 256, room) for room in (0, 10**12)] == [0, 6]
+    real.config._attn_implementation, said = "eager", []
+    assert predicted(lambda: layers_kept(on_meta(real), 256, 10**12), 0, said.append) == 0
+    assert said == ["the memory of this model's passes is not predicted (ValueError: eager attention)"]
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
