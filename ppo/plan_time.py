@@ -86,8 +86,9 @@ def phases(
 
 
 def checkpoint(config: PPOConfig, gpus: int, policy: Work, critic: Work) -> Phase:
-    """One checkpoint: optimizer state of all ranks to disk. Its floor is the copy to host memory, all that is waited for
-    where the file is written in the background.
+    """One checkpoint: optimizer state of all ranks to disk. Its floor is the copy to host memory.
+
+    A run waits for no more than that where files are written in the background.
     """
     size, card = 12 * (policy.numel + critic.numel), CARDS[config.plan_gpu]
     return Phase("checkpoint", size / DISK, size / gpus / card.host, "disk")

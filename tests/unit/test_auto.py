@@ -88,6 +88,9 @@ def test_a_plan_with_auto_fits_its_card_and_no_larger_size_would(paths_7b, tmp_p
 
     assert fits() == [True, True]
     assert fits(rollout_batch_size=chosen.slots + 16, gradient_checkpoint=False) == [False, False]
+    peak = training_peak(models_of(config)[0].decoder, 16384, 3)
+    rows = {"in the backward pass": [0, 0, 9, 0]}
+    assert [choose_sizes(config, 8, rows, peak + more).kept for more in (9, 8)] == [(3, 3), (2, 2)]
     larger = planned_sizes(replace(config, plan_gpu_memory=30), 8)
     assert larger.slots > chosen.slots and larger.kept[0] > chosen.kept[0]
 
@@ -151,6 +154,8 @@ def test_a_supervised_stage_leaves_room_for_optimizer_and_gradients(single_proce
     assert said == ["--gradient_checkpoint auto: the model recomputes 2 of 4 layers"]
     assert [layer.gradient_checkpointing for layer in layers_of(lm)] == [True, True, False, False]
     assert norm() == plain
+    settle_checkpointing(engine, lm, config, 512, beside + two_kept - 1, said.append)
+    assert said[1:] == ["--gradient_checkpoint auto: the model recomputes 3 of 4 layers"]
 
 
 def test_sizes_reach_the_models_and_are_said():
