@@ -135,7 +135,7 @@ ARGS=(
   --warmup_steps 100          # of the policy's learning rate (the critic has trained before); paper: the first tenth
   --maxlen_prompt 2048        # tokens of prompt and answer together; older turns are dropped first
   --maxlen_res 512            # tokens of an answer at most
-  --rollout_batch_size 16     # answers written at once on a GPU: speed and memory only (7B: 0.5 MB a token each)
+  --rollout_batch_size auto   # answers written at once on a GPU: as many as fit (7B: 0.5 MB per token each); or a number
   --micro_batch_tokens 8192   # tokens in one forward pass on a GPU: speed and memory only
 
   # Optimizer
@@ -151,7 +151,7 @@ ARGS=(
   # Memory
   --dtype bf16                # of all models; fp32 where there is no arithmetic for bf16
   --zero_stage 2              # paper: ZeRO-2
-  --gradient_checkpoint True  # paper: so
+  --gradient_checkpoint True  # paper: so; auto: in as few layers as memory allows, which is faster
   --offload_optimizer False   # True: the optimizer's state lives in host memory
   --offload_frozen True       # reference and reward model wait in host memory (27 GB for 7B, over all GPUs)
 

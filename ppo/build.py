@@ -7,6 +7,7 @@ from data.settle import first_prompt, settle
 from ppo.config import PPOConfig
 from ppo.evaluate import BestRule
 from ppo.models import load_models
+from ppo.plan import fit_to_memory
 from ppo.pretrain import load_pretrain
 from ppo.run import Run, RunState
 from ppo.sampling import Sampling
@@ -46,6 +47,7 @@ def build(config: PPOConfig) -> Run:
     say(first_prompt(tokenizer, train[0].ids))
     pretrain = load_pretrain(config, tokenizer, template, say) if config.use_ppo_pretrain_loss else None
     models = load_models(config, tokenizer, say)
+    fit_to_memory(config, models, say)
     state = RunState(BestRule(config.best_max_kl), pretrain=pretrain)
     keeper = Keeper(config, models.engines(), config.total_steps)
     keeper.begin(begin, config.seed)

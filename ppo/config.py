@@ -83,8 +83,9 @@ class PPOConfig(RewardFlags, RouterFlags, RunFlags):
     """Responses an optimizer step, over all ranks"""
     ppo_epochs: int = 1
     """Passes over each buffer"""
-    rollout_batch_size: int = 32
-    """Sequences decoded at once, a device (slots: where one ends, the next prompt begins): speed and memory only"""
+    rollout_batch_size: Literal["auto"] | int = "auto"
+    """Sequences decoded at once, a device (slots: where one ends, the next prompt begins): speed and memory only. auto:
+    on a GPU as many as fit the memory that is free once all models are loaded, up to one a prompt; on a CPU 32"""
     rollout_cache_tokens: int = 0
     """Tokens that their key-value cache may hold, a device: takes fewer slots where they would need more, at least
     one; 0: no such limit"""
@@ -199,11 +200,14 @@ class PPOConfig(RewardFlags, RouterFlags, RunFlags):
     """ZeRO-3: gather the policy once a rollout; auto: when it fits"""
 
     plan: bool = False
-    """Print where the memory of this run would go, from config.json of its models alone, and end"""
+    """Print where the memory of this run would go and how long each phase would take, from config.json of its models
+    alone, and end"""
     plan_gpus: int = 0
     """GPUs of the plan; 0: as many as there are processes"""
-    plan_gpu_memory: float = 80.0
-    """GiB of each of them"""
+    plan_gpu: Literal["a100", "h100", "h200", "4090"] = "a100"
+    """Card that the plan is made for"""
+    plan_gpu_memory: float = 0.0
+    """GiB of each of them; 0: what that card has"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -242,7 +246,7 @@ class PPOConfig(RewardFlags, RouterFlags, RunFlags):
 
     def _check_sizes(self) -> None:
         for name in COUNTS:
-            if getattr(self, name) < 1:
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
         if self.maxlen_res >= self.maxlen_prompt:
             raise UserError(
@@ -269,7 +273,7 @@ class PPOConfig(RewardFlags, RouterFlags, RunFlags):
             num_samples=(0, None), best_max_kl=(0, None),
             skip_bad_batches=(0, None), alarm_kl=(0, None), alarm_perplexity=(0, None), alarm_eos=(0, 1),
             alarm_length=(0, None), alarm_score_std=(0, None), seed=SEEDS, plan_gpus=(0, None),
-            plan_gpu_memory=(1, None), rollout_cache_tokens=(0, None),
+            plan_gpu_memory=(0, None), rollout_cache_tokens=(0, None),
         )  # fmt: skip
         if self.on_collapse == "rollback" and not self.checkpoint_per_step:
             raise UserError("--on_collapse rollback needs checkpoints: give a --checkpoint_per_step above 0")

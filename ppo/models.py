@@ -14,6 +14,7 @@ from ppo.new_token import new_token_states
 from ppo.probe import choose_decoding
 from ppo.reward_models import check_same_tokenizer, load_ensemble, load_scalar, reward_readers
 from ppo.rollout import DECODING
+from ppo.slots import AUTO_SLOTS
 from reward.ensemble import Ensemble, Frozen
 from utils.compiled import compile_layers
 from utils.distributed import world_size
@@ -47,6 +48,7 @@ class PolicyModel(nn.Module):
         self.even_tokens = even_tokens
         self.router_coef = router_coef
         self.decoding = DECODING[0]
+        self.slots = AUTO_SLOTS  # of --rollout_batch_size auto
 
     def forward(
         self, sequences=None, token_mask=None, temperature: float = 1.0, with_entropy: bool = True, decode=None,
@@ -141,7 +143,7 @@ def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print
     model = PolicyModel(lm, even_tokens if config.zero_stage == 3 else 0, coef)
     choose_decoding(model, config, flag, say)
     reference = _freeze(PolicyModel(copy.deepcopy(lm), even_tokens if split else 0), config)
-    if config.gradient_checkpoint:
+    if config.gradient_checkpoint is True:
         enable_checkpointing(lm)
     rows = lm.get_input_embeddings().weight.shape[0]
     policy = TrainEngine(model, config, "policy")
@@ -149,7 +151,7 @@ def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print
     critic_model = load_scalar(config, critic_path, tokenizer, rows, say, critic_flag)
     freeze = partial(_freeze, config=config)
     reward = load_ensemble(config, readers, tokenizer, rows, freeze, say, critic=(critic_path, critic_model))
-    if config.gradient_checkpoint:
+    if config.gradient_checkpoint is True:
         enable_checkpointing(critic_model.backbone)
     critic = TrainEngine(critic_model, config, "critic")
     if config.compile:

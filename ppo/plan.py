@@ -7,69 +7,52 @@ counted, not guessed: the decoder's operations run on the meta device (utils/pea
 libraries keep, fragmentation; so a plan fits when it leaves a tenth of the card.
 """
 
-import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ppo.config import PPOConfig
-from ppo.models import CHUNK_ELEMENTS
-from ppo.slots import columns_for, slots_for
-from utils.engine import DTYPES, splits_frozen
-from utils.errors import UserError
-from utils.footprint import bucket_bytes, gathered_bytes, gradient_bytes, optimizer_bytes, weight_bytes
-from utils.models import attention_cap, enable_checkpointing
-from utils.nll import FLOATS, KEPT
-from utils.peak import ATTENTION, peak_bytes
-from utils.rows import decoder_of
+from ppo.models import CHUNK_ELEMENTS, Models
+from ppo.plan_time import CARDS, checkpoint, phases, table
+from ppo.shapes import Shapes, cache_bytes, models_of
+from ppo.slots import AUTO_SLOTS, columns_for, slots_for, slots_in
+from utils.distributed import world_size
+from utils.engine import DTYPES, ROOM, device_room, splits_frozen
+from utils.footprint import backward_bytes, gathered_bytes, moment_bytes, optimizer_bytes, weight_bytes
+from utils.models import attention_cap
+from utils.nll import logits_bytes
+from utils.peak import peak_bytes
+from utils.recompute import layers_kept, num_layers, predicted, recompute_fewest, refuse_eager, training_peak
 
 PHASES = ("rollout", "score", "backward", "step")
 GIB = 2**30
-ROOM = 0.9  # share of the card that a plan may take
 TOKEN = 8 + 2 + 7 * 4  # bytes of a token in the buffer: its id, two masks, seven float32 columns
+LOGIT = 48  # bytes at most of a logit while a token is drawn: the copies and sorted indices of top-p sampling
 
 Rows = dict[str, list[int]]  # what -> bytes in each of PHASES
 
 
-@dataclass(frozen=True, eq=False)
-class Shapes:
-    """One model: elements of its parameters, its decoder on the meta device."""
+@dataclass(frozen=True)
+class Sizes:
+    """Slots of the rollout on each GPU; how many layers of policy and critic keep their activations."""
 
-    numels: list[int]
-    decoder: nn.Module
-
-    @property
-    def numel(self) -> int:
-        return sum(self.numels)
-
-
-@cache
-def shapes(path: str, flag: str, dtype: torch.dtype, head: str) -> Shapes:
-    """The shapes of the model in a folder (or hub id), of which config.json alone is read. head: "lm" or "scalar"."""
-    try:
-        settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        kind = AutoModelForCausalLM if head == "lm" else AutoModel
-        with torch.device("meta"):
-            model = kind.from_config(settings, dtype=dtype, attn_implementation=ATTENTION)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {path}: no model's config.json there ({str(error).splitlines()[0]})") from error
-    numels = [p.numel() for p in model.parameters()]
-    if head == "lm":
-        return Shapes(numels, decoder_of(model))
-    return Shapes([*numels, settings.get_text_config().hidden_size], model)
+    slots: int
+    kept: tuple[int, int]
 
 
 def plan(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
     """({what: bytes in each of PHASES} of a GPU, {what: bytes} of host memory a process)."""
+    rows, host = beside_passes(config, gpus)
+    return rows | pass_rows(config, planned_sizes(config, gpus)), host
+
+
+def beside_passes(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
+    """What `plan` gives, without the key-value cache and activations, which depend on `Sizes`."""
     stage, dtype = config.zero_stage, DTYPES[config.dtype]
     element = dtype.itemsize
-    policy = shapes(config.policy_model_path, "--policy_model_path", dtype, "lm")
-    critic = shapes(config.critic_model_path, "--critic_model_path", dtype, "scalar")
-    rewards = [shapes(path, config.reward_flag, dtype, "scalar") for path in config.reward_paths]
+    policy, critic, rewards = models_of(config)
     config.check_world(gpus, policy.decoder.config.vocab_size)
     trained, frozen, split = [policy, critic], [policy, *rewards], splits_frozen(stage, gpus)
     rows: Rows = {}
@@ -93,58 +76,111 @@ def plan(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
         add("a frozen model at a time", score=max(frozen_weights))
     states = sum(optimizer_bytes(model.numels, stage, gpus) for model in trained)
     always("optimizer of policy and critic", 0 if config.offload_optimizer else states)
-    in_sum = 4 if config.adds_up_in_float32 else element
-    gradients = sum(gradient_bytes(model.numels, stage, gpus, in_sum) for model in trained)
-    held = gradients if stage == 3 else 0  # ZeRO-3 keeps the room for them
-    add("gradients of policy and critic", held, held, gradients, gradients)
+    gradients, buckets, _ = backward_bytes([model.numels for model in trained], config, gpus)
+    held = (gradients, buckets) if stage == 3 else (0, 0)  # ZeRO-3 keeps the room for them
+    add("gradients of policy and critic", held[0], held[0], gradients, gradients)
     in_float32 = 4 * max(-(-model.numel // gpus) for model in trained) if stage else 0
     add("gradients of one in float32", step=0 if config.offload_optimizer else in_float32)
-    if gpus > 1 or (stage == 2 and config.adds_up_in_float32):  # which bf16 gradients pass on their way to that sum
-        buckets = bucket_bytes(stage, policy.numel, element)
-        held = buckets if stage == 3 else 0
-        add("communication buckets", held, held, buckets, buckets)
+    if buckets:
+        add("communication buckets", held[1], held[1], buckets, buckets)
     if split:
         live = gathered_bytes(policy.numel, element)
         gathered = live if config.gather_for_generation == "never" else element * policy.numel
         add("weights gathered from all GPUs", gathered * (stage == 3), live, live * (stage == 3))
-    add_passes(add, config, policy, [critic, *rewards], gpus)
+    add("logits", 0, *logits_bytes(CHUNK_ELEMENTS, element))
+    buffer = config.num_rollouts * config.maxlen_prompt * TOKEN
+    add("experience buffer", score=buffer, backward=buffer, step=buffer)
     return rows, host_bytes(config, states, sum(frozen_weights), element * policy.numel)
 
 
-def add_passes(add, config: PPOConfig, policy: Shapes, scalars: list[Shapes], gpus: int) -> None:
-    """The rows of what passes through the models: cache, activations, logits, the buffer."""
-    element, length = DTYPES[config.dtype].itemsize, config.maxlen_prompt
-    prompts, columns = -(-config.num_rollouts // gpus), columns_for(length)
-    slots = slots_for(min(config.rollout_batch_size, prompts), columns, config.rollout_cache_tokens)
-    add("key-value cache", rollout=slots * columns * cache_bytes(policy.decoder.config, element))
-    room = length - config.maxlen_res
-    tokens = max(config.micro_batch_tokens, length)
-    prefill = peak_bytes(policy.decoder, min(slots, max(1, config.micro_batch_tokens // room)), room, backward=False)
-    scored = max(peak_bytes(model.decoder, 1, tokens, backward=False) for model in [policy, *scalars])
-    trained = max(training_peak(m.decoder, tokens, config.gradient_checkpoint) for m in (policy, scalars[0]))
-    add("activations", prefill, scored, trained)
-    chunk, in_float32 = CHUNK_ELEMENTS * element, 3 * 4 * FLOATS["cuda"]
-    # Of one chunk the gradient too, and in its log-softmax three numbers a logit.
-    add("logits", score=chunk + in_float32, backward=(KEPT + 1) * chunk + in_float32)
-    buffer = config.num_rollouts * length * TOKEN
-    add("experience buffer", score=buffer, backward=buffer, step=buffer)
+def choose_sizes(config: PPOConfig, gpus: int, rows: Rows, free: int) -> Sizes:
+    """What the flags say, or where they are auto, what memory says.
+
+    rows: of `beside_passes`; free: bytes of the card beside what they hold in every phase.
+    """
+    policy, critic, _ = models_of(config)
+
+    def room(phase: str) -> int:
+        return free - sum(row[PHASES.index(phase)] - min(row) for row in rows.values())
+
+    prompts, columns = -(-config.num_rollouts // gpus), columns_for(config.maxlen_prompt)
+    wanted = config.rollout_batch_size
+    if wanted == "auto":
+        prompts = max(prompts, -(-config.num_eval_prompts // gpus))
+        left = room("rollout") - prefill_peak(config, policy, prompts)
+        wanted = slots_in(left, slot_bytes(config, policy.decoder.config), prompts)
+    slots = slots_for(min(wanted, prompts), columns, config.rollout_cache_tokens)
+    kept = [0 if config.gradient_checkpoint else num_layers(model.decoder) for model in (policy, critic)]
+    if config.gradient_checkpoint == "auto":
+        kept = [layers_kept(model.decoder, tokens_of(config), room("backward")) for model in (policy, critic)]
+    return Sizes(slots, tuple(kept))
 
 
-@cache
-def training_peak(decoder: nn.Module, tokens: int, checkpointing: bool) -> int:
-    """Of a forward and a backward."""
-    decoder = copy.deepcopy(decoder).train()
-    if checkpointing:
-        enable_checkpointing(decoder)
-    return peak_bytes(decoder, 1, tokens, backward=True)
+def planned_sizes(config: PPOConfig, gpus: int) -> Sizes:
+    """On the card of the plan."""
+    rows, _ = beside_passes(config, gpus)
+    return choose_sizes(config, gpus, rows, int(ROOM * card_bytes(config)) - sum(map(min, rows.values())))
 
 
-def cache_bytes(config: PretrainedConfig, element: int) -> int:
-    """Keys and values of one token in all layers."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * size * element
+def fit_to_memory(config: PPOConfig, models: Models, say: Callable[[str], None]) -> None:
+    """Settles flags that are auto, once all models are loaded and before anything has run. Collective."""
+    free = device_room() if "auto" in (config.rollout_batch_size, config.gradient_checkpoint) else None
+    if free is not None:
+        no_sizes = Sizes(AUTO_SLOTS, (0, 0))
+        say_sizes(config, models, predicted(lambda: measured_sizes(config, models, free), no_sizes, say), say)
+
+
+def measured_sizes(config: PPOConfig, models: Models, free: int) -> Sizes:
+    """On a card with so many bytes free before the first step, which makes Adam's moments."""
+    refuse_eager(models.policy.module.lm.config)
+    gpus, trained = world_size(), [model.numels for model in models_of(config)[:2]]
+    rows, _ = beside_passes(config, gpus)
+    return choose_sizes(config, gpus, rows, free - moment_bytes(trained, config, gpus))
+
+
+def say_sizes(config: PPOConfig, models: Models, sizes: Sizes, say: Callable[[str], None]) -> None:
+    """Gives the sizes to the models, aloud."""
+    if config.rollout_batch_size == "auto":
+        models.policy.module.slots = sizes.slots
+        say(f"--rollout_batch_size auto: {sizes.slots} sequences are decoded at once on each GPU")
+    if config.gradient_checkpoint == "auto":
+        recompute_fewest(models.policy.module.lm, sizes.kept[0], "policy", say)
+        recompute_fewest(models.critic.module.backbone, sizes.kept[1], "critic", say)
+
+
+def pass_rows(config: PPOConfig, sizes: Sizes) -> Rows:
+    """The rows of what passes through the models: cache and activations."""
+    policy, critic, rewards = models_of(config)
+    cache = cache_bytes(policy.decoder.config, DTYPES[config.dtype].itemsize) * columns_for(config.maxlen_prompt)
+    tokens = tokens_of(config)
+    scored = max(peak_bytes(model.decoder, 1, tokens, backward=False) for model in [policy, critic, *rewards])
+    trained = map(training_peak, (policy.decoder, critic.decoder), (tokens, tokens), sizes.kept)
+    activations = [prefill_peak(config, policy, sizes.slots), scored, max(trained), 0]
+    return {"key-value cache": [sizes.slots * cache, 0, 0, 0], "activations": activations}
+
+
+def tokens_of(config: PPOConfig) -> int:
+    """Of the largest forward."""
+    return max(config.micro_batch_tokens, config.maxlen_prompt)
+
+
+def prefill_peak(config: PPOConfig, policy: Shapes, slots: int) -> int:
+    """Of a forward over prompts."""
+    length = config.maxlen_prompt - config.maxlen_res
+    return peak_bytes(policy.decoder, min(slots, max(1, config.micro_batch_tokens // length)), length, backward=False)
+
+
+def slot_bytes(config: PPOConfig, model: PretrainedConfig) -> int:
+    """Of one slot: its keys and values, of which one layer's may be copied, its logits, its random numbers."""
+    text, element = model.get_text_config(), DTYPES[config.dtype].itemsize
+    layers = text.num_hidden_layers
+    cache = cache_bytes(model, element) * columns_for(config.maxlen_prompt) * (layers + 1) // layers
+    return cache + LOGIT * text.vocab_size + 8 * config.maxlen_res
+
+
+def card_bytes(config: PPOConfig) -> float:
+    """Memory of the card that the plan is for."""
+    return GIB * (config.plan_gpu_memory or CARDS[config.plan_gpu].memory)
 
 
 def host_bytes(config: PPOConfig, states: int, frozen: int, policy: int) -> dict[str, int]:
@@ -163,24 +199,34 @@ def print_plan(config: PPOConfig) -> None:
         return
     gpus = config.plan_gpus or int(os.environ.get("WORLD_SIZE", "1"))
     rows, host = plan(config, gpus)
-    checkpointing = "with" if config.gradient_checkpoint else "without"
-    print(f"GiB on each of {gpus} GPU(s), ZeRO-{config.zero_stage}, {config.dtype}, {checkpointing} checkpointing")
+    sizes, (policy, critic, rewards) = planned_sizes(config, gpus), models_of(config)
+    layers = [num_layers(model.decoder) for model in (policy, critic)]
+    recomputed = [each - kept for each, kept in zip(layers, sizes.kept, strict=True)]
+    print(
+        f"GiB on each of {gpus} GPU(s), ZeRO-{config.zero_stage}, {config.dtype}, {sizes.slots} slots, "
+        f"{recomputed[0]} of {layers[0]} layers of the policy recomputed, {recomputed[1]} of {layers[1]} of the critic"
+    )
     print(f"{'':36}" + "".join(f"{phase:>10}" for phase in PHASES))
     totals = [sum(column) for column in zip(*rows.values(), strict=True)]
-    for what, sizes in [*rows.items(), ("total", totals)]:
-        print(f"{what:36}" + "".join(f"{size / GIB:10.2f}" for size in sizes))
+    for what, row in [*rows.items(), ("total", totals)]:
+        print(f"{what:36}" + "".join(f"{size / GIB:10.2f}" for size in row))
     print("\nGiB of host memory, each process")
     for what, size in host.items():
         print(f"{what:46}{size / GIB:10.2f}")
     print("\n" + verdict(config, gpus, totals))
-    policy = shapes(config.policy_model_path, "--policy_model_path", DTYPES[config.dtype], "lm")
+    seconds = phases(
+        config, gpus, policy.work, critic.work, [m.work for m in rewards], sizes.slots, sum(recomputed) / sum(layers)
+    )
+    every = config.checkpoint_per_step
+    saved = checkpoint(config, gpus, policy.work, critic.work) if every else None
+    print("\n" + table(seconds, saved, every, config.plan_gpu))
     if attention_cap(policy.decoder.config):
         print("Not counted: the attention scores that eager attention keeps, which this policy's cap of them needs")
 
 
 def verdict(config: PPOConfig, gpus: int, totals: list[int]) -> str:
     """One line, and where it does not fit, which single flags would make it fit."""
-    peak, card = max(totals) / GIB, config.plan_gpu_memory
+    peak, card = max(totals) / GIB, card_bytes(config) / GIB
     where = f"{peak:.1f} of {card:g} GiB, in {PHASES[totals.index(max(totals))]}"
     if peak <= ROOM * card:
         return f"FITS: {where}"

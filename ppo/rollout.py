@@ -10,6 +10,7 @@ from ppo.decoding import Room, decode_all, decode_measured
 from ppo.grouped_attention import alone_from, grouped
 from ppo.new_token import goes_straight
 from ppo.sampling import Sampling
+from ppo.slots import AUTO_SLOTS
 from ppo.types import MeasuredRollout, PromptBatch, Rollout
 from utils.compiled import eager
 from utils.engine import TrainEngine, device
@@ -41,7 +42,7 @@ def generate(
     )
     limits, place = [config.maxlen_res] * len(prompts.ids), device()
     decoding = policy.module.decoding
-    room = room_of(config, policy.module.decoder, place, together, decoding)
+    room = room_of(config, policy.module.decoder, place, together, decoding, policy.module.slots)
     attention = contextlib.nullcontext() if decoding == "own" else grouped(policy.module.lm.config)
     weights = contextlib.nullcontext(policy) if together else policy.gathered()
     with weights as decode, attention, eager(policy.module):
@@ -55,17 +56,20 @@ def generate(
 
 
 def room_of(
-    config: PPOConfig, decoder: torch.nn.Module, place: torch.device, split: bool = False, decoding: str = DECODING[0]
-) -> Room:
+    config: PPOConfig, decoder: torch.nn.Module, place: torch.device, split: bool = False, decoding: str = DECODING[0],
+    slots: int = AUTO_SLOTS,
+) -> Room:  # fmt: skip
     """What the flags leave to decoding. On a GPU it goes on for a few tokens before it asks which responses ended.
 
     split: the weights stay split (ZeRO-3), and all ranks have to call the same modules. decoding: of DECODING.
+    slots: of --rollout_batch_size auto.
     """
     looks = 4 if place.type == "cuda" else 1
     straight = decoding == "straight" and not split and goes_straight(decoder.config)
     alone = None if decoding == "own" else alone_from(decoder)
     tokens, cache_tokens = config.micro_batch_tokens, config.rollout_cache_tokens
-    return Room(config.rollout_batch_size, tokens, cache_tokens, alone, looks, straight)
+    slots = slots if config.rollout_batch_size == "auto" else config.rollout_batch_size
+    return Room(slots, tokens, cache_tokens, alone, looks, straight)
 
 
 def assemble(

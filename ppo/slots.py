@@ -21,6 +21,18 @@ def slots_for(wanted: int, columns: int, cache_tokens: int) -> int:
     return max(1, min(wanted, cache_tokens // columns)) if cache_tokens else wanted
 
 
+AUTO_SLOTS = 32  # of --rollout_batch_size auto where memory is not known, as on a CPU
+
+
+def slots_in(room: int, slot: int, prompts: int) -> int:
+    """How many slots of `slot` bytes fit `room` bytes: at least 1, at most one a prompt.
+
+    More than 4 come in multiples of 4: memory that differs by a little from run to run then gives the same number.
+    """
+    fitting = max(1, room // slot)
+    return min(prompts, fitting if fitting < 4 else fitting // 4 * 4)
+
+
 class SlotCache(Cache):
     """Keys and values of the last tokens of `num_slots` sequences, allocated at the first forward and never copied.
 

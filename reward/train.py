@@ -27,12 +27,13 @@ from utils.args import entry_point, parse_args
 from utils.compiled import compile_layers
 from utils.deterministic import repeatable
 from utils.distributed import is_main, rank, world_size
-from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
+from utils.engine import DTYPES, TrainEngine, device, device_room, init_distributed, shutdown_distributed
 from utils.errors import UserError
 from utils.fast_dtype import warn_of_slow_dtype
 from utils.fit import Stage, fit
 from utils.logger import RunLogger, check_outputs
 from utils.models import FLAG, check_window, enable_checkpointing
+from utils.recompute import settle_checkpointing
 from utils.resume import begin_folder, find_checkpoint
 
 
@@ -136,7 +137,7 @@ def load(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Callable
     model.even_tokens = config.even_tokens
     if config.simcse_coef:
         set_dropout(model, config.simcse_dropout)
-    if config.gradient_checkpoint:
+    if config.gradient_checkpoint is True:
         enable_checkpointing(model.backbone)
     if config.compile:
         compile_layers(model.backbone)
@@ -166,7 +167,10 @@ def train(config: RewardConfig) -> None:
     log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps, step)
     try:
         engine = TrainEngine(model, config, "reward model")
-        code = fit(engine, stage_of(config, model, tokenizer, items, answers), held_out_items, config, log, start)
+        stage = stage_of(config, model, tokenizer, items, answers)
+        tokens = max(config.micro_batch_tokens, *map(stage.length, items))
+        settle_checkpointing(engine, model.backbone, config, tokens, device_room(), log.say)
+        code = fit(engine, stage, held_out_items, config, log, start)
     finally:
         log.close()
     shutdown_distributed()

@@ -24,7 +24,7 @@ from utils.args import check_range, entry_point, parse_args
 from utils.compiled import compile_layers
 from utils.deterministic import repeatable
 from utils.distributed import is_main, rank, world_size
-from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
+from utils.engine import DTYPES, TrainEngine, device, device_room, init_distributed, shutdown_distributed
 from utils.errors import UserError
 from utils.export import check_names, save_causal_lm, saved_tensors
 from utils.fast_dtype import warn_of_slow_dtype
@@ -32,6 +32,7 @@ from utils.fit import Stage, evaluate, fit
 from utils.fit_config import FitConfig
 from utils.logger import RunLogger, check_outputs
 from utils.models import FLAG, check_window, enable_checkpointing, load_causal_lm
+from utils.recompute import settle_checkpointing
 from utils.resume import begin_folder, find_checkpoint
 from utils.router_flags import RouterFlags
 from utils.routers import ROUTER_METRICS, router_coef
@@ -189,7 +190,7 @@ def load(config: SFTConfig, tokenizer, say: Callable[[str], None]) -> tuple[PreT
     failure = packing_failure(lm, f"{FLAG} {path}") if packing else None
     if failure:
         say(f"--packing is off: packed dialogues would see each other in {type(lm).__name__} ({failure})")
-    if config.gradient_checkpoint:
+    if config.gradient_checkpoint is True:
         enable_checkpointing(lm)
     if config.compile:
         compile_layers(lm)
@@ -215,6 +216,8 @@ def train(config: SFTConfig) -> None:
     log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps, step)
     try:
         engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")
+        tokens = max(config.micro_batch_tokens, config.context_truncate)
+        settle_checkpointing(engine, lm, config, tokens, device_room(), log.say)
         stage = stage_of(config, lm, tokenizer, layout, sets, spread(valid, config.num_samples), balance)
         code = fit(engine, stage, layout.rows(valid, world_size()), config, log, start)
     finally:

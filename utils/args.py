@@ -59,8 +59,9 @@ class EngineConfig(ForwardConfig):
     """AdamW: decay of the second moment"""
     adam_eps: float = 1e-8
     """AdamW: added to the root of the second moment"""
-    gradient_checkpoint: bool = False
-    """Recompute activations in the backward pass: about a third more time for a fraction of the memory"""
+    gradient_checkpoint: Literal["auto"] | bool = False
+    """Recompute activations in the backward pass: about a third more time for a fraction of the memory. auto: on a GPU
+    recompute only as many layers as the memory that is free once the models are loaded demands; on a CPU none"""
     compile: bool = False
     """Compile the decoder layers (torch.compile) for forward and backward passes, not for decoding, nor in frozen
     models that are split over ranks: about a minute at the start. On a CPU steps got no faster"""

@@ -28,7 +28,7 @@ from utils.builds import unblocked_builds
 from utils.chunked_step import use_chunked_step
 from utils.compiled import layers_of
 from utils.deterministic import strictly
-from utils.distributed import any_rank, is_main, rank, ranks_where, world_size
+from utils.distributed import any_rank, is_main, max_ranks, rank, ranks_where, world_size
 from utils.engine_state import load_state, scale_weight, state_tensors
 from utils.errors import UserError
 from utils.export import saved_tensors
@@ -43,6 +43,8 @@ torch.set_float32_matmul_precision("highest")  # float32 products are float32, n
 
 PERSISTENT = 10_000  # elements up to which ZeRO-3 leaves a tensor whole on every rank: norms, not matrices
 BUCKET = 50_000_000  # elements a gradient bucket holds: 100 MB in bf16, a few of them an engine; a tenth on the CPU
+
+ROOM = 0.9  # share of a card that plans and automatic sizes may take
 
 
 def init_distributed(hang_timeout: float = 0.0) -> None:
@@ -326,6 +328,17 @@ def free_memory() -> int:
 def splits_frozen(zero_stage: int, ranks: int) -> bool:
     """Whether the weights of frozen models are split: under ZeRO-3, and with several ranks under ZeRO-1 and 2 too."""
     return zero_stage == 3 or (zero_stage > 0 and ranks > 1)
+
+
+def device_room() -> int | None:
+    """Bytes that may still be taken on the GPU of every rank, the least of all: ROOM of it less what is in use.
+
+    None on a CPU. Collective.
+    """
+    if device().type == "cpu":
+        return None
+    spare = free_memory() - int((1 - ROOM) * torch.cuda.mem_get_info()[1])
+    return -max_ranks(-spare, device())
 
 
 def shard_frozen(module: nn.Module, config: EngineConfig, offload: bool = False) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
@@ -11,8 +12,8 @@ WORDS = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no
 def add_field(parser: argparse.ArgumentParser, field: dataclasses.Field, text: str) -> None:
     """Adds --a_b (--a-b too) for a field of type bool, Literal, list[X], X or X | None; `text` is its help.
 
-    A bool takes a word or stands bare; where its default is True, --no_a_b switches it off. A field without a default
-    is required.
+    Literal["auto"] | X takes that word too. A bool takes a word or stands bare; where its default is True, --no_a_b
+    switches it off. A field without a default is required.
     """
     kind = _without_none(field.type)
     options: dict[str, Any] = {"help": text.replace("%", "%%"), "type": kind, "default": default_of(field)}
@@ -25,6 +26,10 @@ def add_field(parser: argparse.ArgumentParser, field: dataclasses.Field, text: s
         options |= {"nargs": "+", "type": get_args(kind)[0]}
     elif kind is bool:
         options |= {"nargs": "?", "const": True, "type": to_bool}
+    elif get_args(kind):
+        words, kind = get_args(kind)
+        options |= {"nargs": "?", "const": True} if kind is bool else {}
+        options["type"] = _word_or(get_args(words), to_bool if kind is bool else kind)
     parser.add_argument(*_names(field.name), **options)
     if field.default is True:
         options = {"dest": field.name, "action": "store_false", "default": argparse.SUPPRESS}
@@ -41,6 +46,16 @@ def to_bool(word: str) -> bool:
     if word.lower() not in WORDS:
         raise argparse.ArgumentTypeError(f"{word} is neither true nor false")
     return WORDS[word.lower()]
+
+
+def _word_or(words: tuple[str, ...], kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A converter that leaves these words as they are."""
+
+    def convert(word: str) -> Any:
+        return word if word in words else kind(word)
+
+    convert.__name__ = " or ".join([*words, kind.__name__])  # argparse names it: "invalid auto or int value"
+    return convert
 
 
 def _without_none(kind: Any) -> Any:

@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from utils.compiled import layers_of
 from utils.errors import UserError
 from utils.hub import download_model, is_hub_id
 from utils.probe import check_forward
@@ -174,11 +175,16 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass. The non-reentrant kind, which needs no inputs with gradients."""
+def enable_checkpointing(model: PreTrainedModel, kept: int = 0) -> None:
+    """Recompute activations in the backward pass. The non-reentrant kind, which needs no inputs with gradients.
+
+    kept: this many of the last layers keep theirs. They are the first that the backward pass frees.
+    """
     if not model.supports_gradient_checkpointing:
         raise UserError(f"--gradient_checkpoint: {type(model).__name__} does not support it; leave it out")
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in layers_of(model)[::-1][:kept]:
+        layer.gradient_checkpointing = False
 
 
 def training_mode(model: nn.Module) -> None:

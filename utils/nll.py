@@ -68,6 +68,15 @@ def by_chunks(
     return [measure(*part, lm_head) for part in parts]
 
 
+def logits_bytes(chunk: int, element: int) -> tuple[int, int]:
+    """Bytes at most on a GPU of logits made `chunk` at a time: (in a forward alone, in a forward and a backward).
+
+    chunk: logits; element: bytes of one. Of one chunk the gradient too, and in its log-softmax three numbers a logit.
+    """
+    in_float32 = 3 * 4 * FLOATS["cuda"]
+    return chunk * element + in_float32, (KEPT + 1) * chunk * element + in_float32
+
+
 def head_logits(lm_head: Callable[[torch.Tensor], torch.Tensor], config, rows: torch.Tensor) -> torch.Tensor:
     """Logits [n, vocabulary] of hidden states [n, hidden]: the head, and the scalings that some architectures add."""
     logits = lm_head(rows.to(getattr(lm_head, "weight", rows).dtype))  # Mamba's states are float32

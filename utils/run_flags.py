@@ -28,6 +28,7 @@ FREE_ON_RESUME = frozenset(
         "gather_for_generation",
         "plan",
         "plan_gpus",
+        "plan_gpu",
         "plan_gpu_memory",
     ]
 )

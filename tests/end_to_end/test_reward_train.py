@@ -183,7 +183,7 @@ def test_centring_on_the_held_out_answers_leaves_their_mean_at_zero(base, tmp_pa
 
 
 def test_a_seed_repeats_a_run_and_checkpointing_changes_nothing(base, tmp_path):
-    main(flags(base, tmp_path / "a", train_steps=3))
+    main(flags(base, tmp_path / "a", train_steps=3, gradient_checkpoint="auto"))
     main([*flags(base, tmp_path / "b", train_steps=3), "--gradient_checkpoint"])
     main(flags(base, tmp_path / "c", train_steps=3, seed=7))
     a, b, c = ([row["loss"] for row in read_lines(tmp_path / name / "metrics.jsonl")] for name in "abc")

@@ -8,12 +8,14 @@ import sys
 import time
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.template import encode_prompt
 from tests.tiny_run import HELD_OUT, REPOSITORY, clean_environment, read_lines, read_metrics, run_flags
 from train_ppo import main
+from utils.engine import device_room
 from utils.tokenizer import load_tokenizer
 
 METRICS = {
@@ -117,6 +119,7 @@ def test_a_seed_repeats_the_run_and_another_does_not(run, inputs, tmp_path):
     [
         {"rollout_batch_size": 8, "micro_batch_tokens": 4000},
         {"gradient_checkpoint": True},
+        {"rollout_batch_size": "auto", "gradient_checkpoint": "auto"},
         {"offload_frozen": True},
         {"zero_stage": 0},
         {"zero_stage": 1},
@@ -127,6 +130,17 @@ def test_what_changes_speed_and_memory_changes_no_number(run, inputs, tmp_path, 
     main(run_flags(inputs, tmp_path / "run", **changes))
     for row, expected in zip(read_metrics(tmp_path / "run"), read_metrics(run), strict=True):
         assert row == pytest.approx(expected, rel=1e-4, abs=2e-5)
+
+
+@pytest.mark.gpu
+def test_sizes_come_from_the_memory_of_a_gpu(run, inputs, tmp_path, capsys):
+    main(run_flags(inputs, tmp_path / "run", rollout_batch_size="auto", gradient_checkpoint="auto"))
+    printed = capsys.readouterr().out
+    assert "--rollout_batch_size auto: 8 sequences are decoded at once on each GPU" in printed  # a slot for each prompt
+    assert printed.count("recomputes 0 of 2 layers") == 2
+    for row, expected in zip(read_metrics(tmp_path / "run"), read_metrics(run), strict=True):
+        assert row == pytest.approx(expected, rel=1e-4, abs=2e-5)
+    assert 0 < device_room() < 0.9 * torch.cuda.get_device_properties(0).total_memory
 
 
 def test_overwrite_leaves_nothing_of_the_earlier_run(inputs, tmp_path):

@@ -10,7 +10,9 @@ from transformers import AutoModel
 from ppo.experience import make_experience
 from ppo.models import PolicyModel
 from ppo.plan import TOKEN, plan
+from ppo.plan_time import phases
 from ppo.score import score
+from ppo.shapes import models_of
 from tests.parts import PROMPTS, ppo_config, prompts_of, rollout_by_hand, tiny_models, token_ids
 from tests.tiny import tiny_llama, tiny_llama_config
 from train_ppo import main
@@ -158,6 +160,51 @@ def test_live_bytes_forget_what_was_freed():
     assert counter.peak == 8000
 
 
+def test_seconds_of_7b_are_those_worked_out_by_hand(folder_7b):
+    """128 texts of 512 + 512 tokens on 8 H100s: 16 per GPU in two micro-batches, four optimizer steps.
+
+    FLOPs per forward of policy and reference: 2 x 6.4763e9 x 16,384, in attention 2 x 131,072 x 1,024^2 x 16, in the
+    head 2 x 131.07e6 x 8,192, in all 2.1876e14; of critic and reward model 2.1661e14.
+    """
+    paths = {"policy_model_path": str(folder_7b), "critic_model_path": str(folder_7b)}
+    sizes = {"num_rollouts": 128, "batch_size": 32, "maxlen_prompt": 1024, "maxlen_res": 512}
+    flags = paths | sizes | {"dtype": "bf16", "zero_stage": 2}
+
+    def found(card: str, gpus: int = 8, slots: int = 16, recomputed: float = 1.0, **changes) -> dict:
+        config = ppo_config(**flags | {"plan_gpu": card} | changes)
+        policy, critic, rewards = models_of(config)
+        works = (policy.work, critic.work, [model.work for model in rewards])
+        return {phase.name: phase for phase in phases(config, gpus, *works, slots, recomputed)}
+
+    h100 = found("h100")
+    floors = {
+        "prompts": 1.0721e14 / 989e12,
+        "new tokens": 512 * 13.215e9 / 3.35e12 + 8192 * 768 * 524288 / 3.35e12,  # weights, cache
+        "scoring": 2 * (2.1876e14 + 2.1661e14) / 989e12,
+        "update": 3 * (2.1876e14 + 2.1661e14) / 989e12 + 4 * 30 * 13.346e9 / 8 / 3.35e12,
+    }
+    assert {name: phase.floor for name, phase in h100.items()} == pytest.approx(floors, rel=1e-3)
+    gradients = 2 * 13.346e9 * 7 / 8 / (0.75 * 450e9)  # the weights of an optimizer step, gathered
+    seconds = {
+        "prompts": 1.0721e14 / (0.56 * 989e12),
+        "new tokens": 512 * 32 * 23 * 11e-6,
+        "scoring": floors["scoring"] / 0.56,
+        "update": 4 * 4.3537e14 / (0.56 * 989e12) + 4 * (gradients + 30 * 13.346e9 / 8 / (0.85 * 3.35e12)),
+    }
+    assert {name: phase.seconds for name, phase in h100.items()} == pytest.approx(seconds, rel=1e-3)
+    assert [phase.bound for phase in h100.values()] == ["matrix products", "launches"] + 2 * ["matrix products"]
+    assert found("a100")["new tokens"].bound == "memory"
+    assert found("h100", slots=8)["new tokens"].seconds == pytest.approx(2 * seconds["new tokens"])
+    update = found("h100", recomputed=0.0)["update"].seconds
+    assert update == pytest.approx(seconds["update"] - 4.3537e14 / (0.56 * 989e12), rel=1e-3)
+
+    alone, offloaded = (found("h100", gpus=1, offload_frozen=offload)["scoring"] for offload in (False, True))
+    copied = 2 * 13.346e9 / (0.8 * 64e9)  # reference and reward model, once
+    assert offloaded.seconds - alone.seconds == pytest.approx(copied, rel=1e-3)
+    waiting = found("h100", offload_frozen=True)["scoring"].seconds
+    assert waiting - h100["scoring"].seconds == pytest.approx(2 * copied / 8, rel=1e-3)  # a share in each micro-batch
+
+
 def test_the_buffer_is_what_the_stages_hand_on():
     models, config, rollout = tiny_models(), ppo_config(), rollout_by_hand()
     scores = score(rollout, prompts_of(*PROMPTS), models, None, token_ids(), 1.0, config)
@@ -174,8 +221,9 @@ def test_the_command_prints_a_verdict_and_starts_nothing(folder_7b, tmp_path, ca
     flags = [*map(str, flags), "--model_save_path", str(out), "--plan", "--plan_gpus", "8"]
     main([*flags, "--rollout_batch_size", "16"])
     printed = capsys.readouterr().out
-    assert "GiB on each of 8 GPU(s), ZeRO-2, bf16, without checkpointing" in printed
+    assert "GiB on each of 8 GPU(s), ZeRO-2, bf16, 16 slots, 0 of 32 layers of the policy recomputed" in printed
     assert "DOES NOT FIT" in printed and "--gradient_checkpoint True: " in printed
+    assert "Seconds of a buffer on a100" in printed and "checkpoint" in printed.splitlines()[-1]
     main([*flags, "--rollout_batch_size", "16", "--gradient_checkpoint", "--offload_frozen"])
     assert "\nFITS: " in capsys.readouterr().out
     assert not out.exists()

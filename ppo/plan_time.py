@@ -1,0 +1,212 @@
+"""How long each phase of a buffer takes on a card, from bytes, FLOPs and kernel launches. Standard library alone.
+
+Assumed: every prompt and response as long as the flags allow; one node; a mixture of experts counts them all. Not
+counted: evaluation, a --reward_fn, the host's work between forwards.
+"""
+
+from dataclasses import dataclass
+
+from ppo.config import PPOConfig
+
+LAUNCHES = 23  # kernels of a decoder layer in a forward
+STEP_LAUNCHES = 23  # the same while decoding; next to none where a step is one CUDA graph
+CPU_ADAM = 1e9  # parameters that one process's CPU Adam steps per second; not measured yet
+DISK = 2e9  # bytes per second that a node writes; not measured yet
+STEP_BYTES = 30  # per parameter of an optimizer step: weight, two moments read and written, gradients, bf16 weight
+
+
+@dataclass(frozen=True)
+class Card:
+    """Rates of a card's data sheet (dense, without sparsity), and the shares of them that are reached.
+
+    No share has been measured here yet: they are estimates.
+    """
+
+    memory: float  # GiB
+    bf16: float  # FLOP/s of matrix products, accumulated in float32
+    fp32: float  # FLOP/s, without TF32
+    bandwidth: float  # bytes/s of its memory
+    host: float  # bytes/s to or from the host, PCIe
+    link: float  # bytes/s that a card sends to others of its node: NVLink, or PCIe where it has none
+    product_share: float = 0.8  # of the matrix rate, by one product of 8192 x 8192
+    forward_share: float = 0.7  # of that product's rate, by a whole forward
+    backward_share: float = 0.7
+    bandwidth_share: float = 0.85
+    host_share: float = 0.8  # from pinned memory
+    link_share: float = 0.75
+    launch: float = 11e-6  # seconds of the host per kernel
+
+    def rate(self, dtype: str, backward: bool = False) -> float:
+        """FLOP/s that a pass reaches."""
+        share = self.backward_share if backward else self.forward_share
+        return (self.bf16 if dtype == "bf16" else self.fp32) * self.product_share * share
+
+
+CARDS = {
+    "a100": Card(80, 312e12, 19.5e12, 2.04e12, 32e9, 300e9),
+    "h100": Card(80, 989e12, 66.9e12, 3.35e12, 64e9, 450e9),
+    "h200": Card(141, 989e12, 66.9e12, 4.8e12, 64e9, 450e9),
+    "4090": Card(24, 165e12, 82.6e12, 1.01e12, 32e9, 32e9, launch=8e-6),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What counts of one model."""
+
+    numel: int  # parameters
+    body: int  # parameters that every token passes: without embedding and head
+    width: int  # layers x heads x head size
+    head: int  # hidden size x vocabulary, 0 for a scalar head
+    layers: int
+    token: int  # bytes of a token's keys and values
+
+    def flops(self, rows: float, length: int, headed: int) -> float:
+        """Of a forward of `rows` rows of `length` tokens, `headed` of which pass the head."""
+        return 2 * rows * (self.body * length + self.width * length**2 + self.head * headed)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Seconds predicted; seconds that the data sheet's rates would take at least; what the prediction is bound by."""
+
+    name: str
+    seconds: float
+    floor: float
+    bound: str
+
+
+def phases(
+    config: PPOConfig, gpus: int, policy: Work, critic: Work, rewards: list[Work], slots: int, recomputed: float
+) -> list[Phase]:
+    """Of one buffer, on config.plan_gpu. recomputed: share of the layers that the update runs twice."""
+    card, element = CARDS[config.plan_gpu], 2 if config.dtype == "bf16" else 4
+    run = _Run(config, card, gpus, element)
+    return [*run.rollout(policy, slots), run.score(policy, critic, rewards), run.update(policy, critic, recomputed)]
+
+
+def checkpoint(config: PPOConfig, gpus: int, policy: Work, critic: Work) -> Phase:
+    """One checkpoint: optimizer state of all ranks to disk. Its floor is the copy to host memory.
+
+    A run waits for no more than that where files are written in the background.
+    """
+    size, card = 12 * (policy.numel + critic.numel), CARDS[config.plan_gpu]
+    return Phase("checkpoint", size / DISK, size / gpus / card.host, "disk")
+
+
+def slowest(**seconds: float) -> tuple[float, str]:
+    """Of what goes on at once: the largest of the seconds, and its name."""
+    name = max(seconds, key=seconds.__getitem__)
+    return seconds[name], name.replace("_", " ")
+
+
+@dataclass(frozen=True)
+class _Run:
+    config: PPOConfig
+    card: Card
+    gpus: int
+    element: int
+
+    @property
+    def rows(self) -> float:
+        """Responses per rank."""
+        return self.config.num_rollouts / self.gpus
+
+    def sheet(self, flops: float) -> float:
+        """Seconds at the data sheet's matrix rate."""
+        return flops / (self.card.bf16 if self.config.dtype == "bf16" else self.card.fp32)
+
+    def between(self, size: float) -> float:
+        """Seconds of gathering so many bytes from all ranks, or of reducing them to shares."""
+        return size * (self.gpus - 1) / self.gpus / (self.card.link * self.card.link_share)
+
+    def forwards(self, rows: float) -> int:
+        """Micro-batches of full rows."""
+        return -int(-rows // max(1, self.config.micro_batch_tokens // self.config.maxlen_prompt))
+
+    def launches(self, model: Work, forwards: float, each: int = LAUNCHES) -> float:
+        """Seconds of the host."""
+        return forwards * model.layers * each * self.card.launch
+
+    def rollout(self, policy: Work, slots: int) -> list[Phase]:
+        """Prompts, then new tokens: as many steps per response as it has tokens, a slot serving one after another."""
+        config, card, rows, response = self.config, self.card, self.rows, self.config.maxlen_res
+        prompt = config.maxlen_prompt - response
+        flops = policy.flops(rows, prompt, 1)
+        prefill = slowest(
+            matrix_products=flops / card.rate(config.dtype), launches=self.launches(policy, self.forwards(rows))
+        )
+        steps, weights = -int(-rows // slots) * response, self.element * (policy.body + policy.head)
+        cache = rows * response * (prompt + response / 2) * policy.token
+        times = {
+            "memory": (steps * weights + cache) / (card.bandwidth * card.bandwidth_share),
+            "launches": self.launches(policy, steps, STEP_LAUNCHES),
+            "matrix_products": policy.flops(rows * response, 1, 1) / card.rate(config.dtype),
+        }
+        if config.zero_stage == 3:
+            gathers = steps if config.gather_for_generation == "never" else 1
+            times["gathering_weights"] = gathers * self.between(self.element * policy.numel)
+        decoding = slowest(**times)
+        floor = (response * weights + cache) / card.bandwidth
+        return [
+            Phase("prompts", prefill[0], self.sheet(flops), prefill[1]),
+            Phase("new tokens", decoding[0], floor, decoding[1]),
+        ]
+
+    def score(self, policy: Work, critic: Work, rewards: list[Work]) -> Phase:
+        """A forward of each model. Frozen ones are split over ranks from ZeRO-1 on, and gathered layer by layer."""
+        config, forwards = self.config, self.forwards(self.rows)
+        trained, frozen = [critic] if config.reuse_sampler_logprobs else [policy, critic], [policy, *rewards]
+        flops = sum(m.flops(self.rows, config.maxlen_prompt, config.maxlen_res) for m in trained + frozen)
+        split = self.gpus > 1 and config.zero_stage > 0
+        gathered = (frozen if split else []) + (trained if config.zero_stage == 3 else [])
+        copied = sum(m.numel for m in frozen) * self.element if config.offload_frozen else 0
+        seconds, bound = slowest(
+            matrix_products=flops / self.card.rate(config.dtype),
+            launches=sum(self.launches(m, forwards) for m in trained + frozen),
+            gathering_weights=forwards * self.between(self.element * sum(m.numel for m in gathered)),
+        )
+        copies = copied * (forwards / self.gpus if split else 1) / (self.card.host * self.card.host_share)
+        return Phase("scoring", seconds + copies, self.sheet(flops), bound if seconds > copies else "copies from host")
+
+    def update(self, policy: Work, critic: Work, recomputed: float) -> Phase:
+        """Forward, what of it is run again, a backward of twice its FLOPs; gradients over ranks; optimizer steps."""
+        config, card, models = self.config, self.card, (policy, critic)
+        numel, steps = sum(m.numel for m in models), config.ppo_epochs * config.num_rollouts // config.batch_size
+        forwards = steps * self.forwards(config.batch_size / self.gpus)
+        flops = config.ppo_epochs * sum(
+            m.flops(self.rows, config.maxlen_prompt, config.maxlen_res if m.head else 0) for m in models
+        )
+        passes = (1 + recomputed) * flops / card.rate(config.dtype) + 2 * flops / card.rate(config.dtype, backward=True)
+        # ZeRO-2 and 3 reduce each micro-batch's gradients during its backward; ZeRO-3 gathers weights twice.
+        each = self.between(self.element * numel) * {2: 1, 3: 3}.get(config.zero_stage, 0)
+        seconds, bound = slowest(
+            matrix_products=passes,
+            launches=(3 + recomputed) * sum(self.launches(m, forwards) for m in models),
+            gradients_over_ranks=forwards * each,
+        )
+        share = numel / self.gpus if config.zero_stage else numel
+        exchanged = {0: 2, 1: 2, 2: 1, 3: 0}[config.zero_stage] * self.between(self.element * numel)
+        moved = STEP_BYTES * share / card.bandwidth
+        step = moved / card.bandwidth_share
+        if config.offload_optimizer:
+            step = share / CPU_ADAM + share * (4 + self.element) / (card.host * card.host_share)
+        rest = steps * (exchanged + step)
+        return Phase(
+            "update",
+            seconds + rest,
+            self.sheet(3 * flops) + steps * moved,
+            bound if seconds > rest else "optimizer steps",
+        )
+
+
+def table(found: list[Phase], saved: Phase | None, every: int, card: str) -> str:
+    """The phases as text."""
+    total = Phase("a buffer", sum(p.seconds for p in found), sum(p.floor for p in found), "")
+    lines = [f"Seconds of a buffer on {card} (every text at full length; shares of the data sheet not measured yet)"]
+    lines.append(f"{'':14}{'seconds':>10}{'floor':>10}   bound by")
+    for p in [*found, total, *([saved] if saved else [])]:
+        lines.append(f"{p.name:14}{p.seconds:10.2f}{p.floor:10.2f}   {p.bound}".rstrip())
+    if saved:
+        lines[-1] += f", every {every} buffers"
+    return "\n".join(lines)

@@ -1,0 +1,103 @@
+"""--gradient_checkpoint auto: no more layers recompute their activations in the backward pass than memory demands."""
+
+import copy
+from bisect import bisect_right
+from collections.abc import Callable
+from functools import cache
+from typing import TypeVar
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from utils.args import EngineConfig
+from utils.compiled import layers_of
+from utils.distributed import world_size
+from utils.engine import DTYPES, TrainEngine
+from utils.footprint import backward_bytes, moment_bytes
+from utils.models import enable_checkpointing
+from utils.nll import CHUNK, logits_bytes
+from utils.peak import ATTENTION, peak_bytes
+from utils.rows import decoder_of
+
+T = TypeVar("T")
+
+
+def settle_checkpointing(
+    engine: TrainEngine, model: PreTrainedModel, config: EngineConfig, tokens: int, room: int | None,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Under auto, switches recomputing on in a supervised stage, where no forward has been made yet.
+
+    model: what `enable_checkpointing` takes; tokens: of the largest forward; room: bytes, of `device_room`.
+    """
+    if config.gradient_checkpoint != "auto":
+        return
+    kept = num_layers(model)
+    if room is not None:
+        models = [[getattr(p, "ds_numel", p.numel()) for p in engine.parameters]]
+        gradients, buckets, gathered = backward_bytes(models, config, world_size())
+        room -= moment_bytes(models, config, world_size()) + gathered
+        room -= gradients + buckets if config.zero_stage < 3 else 0  # ZeRO-3 has them already
+        room -= logits_bytes(CHUNK * model.config.get_text_config().vocab_size, DTYPES[config.dtype].itemsize)[1]
+        kept = predicted(lambda: layers_kept(on_meta(model), tokens, room), 0, say)
+    recompute_fewest(model, kept, engine.name, say)
+
+
+def predicted(predict: Callable[[], T], otherwise: T, say: Callable[[str], None]) -> T:
+    """What `predict` returns, or `otherwise` where it fails: no model may be refused for that."""
+    try:
+        return predict()
+    except Exception as error:  # noqa: BLE001 - whatever a family of models may be missing
+        say(
+            f"the memory of this model's passes is not predicted ({type(error).__name__}: {str(error).splitlines()[0]})"
+        )
+        return otherwise
+
+
+def recompute_fewest(model: PreTrainedModel, kept: int, name: str, say: Callable[[str], None]) -> None:
+    """Has all layers but the last `kept` recompute their activations, and says so."""
+    layers = num_layers(model)
+    say(f"--gradient_checkpoint auto: the {name} recomputes {layers - kept} of {layers} layers")
+    if kept < layers:
+        enable_checkpointing(model, kept)
+
+
+def num_layers(model: PreTrainedModel) -> int:
+    """The layers that may recompute each by itself; 1 where a model only does it as a whole."""
+    return len(layers_of(model)) or 1
+
+
+def on_meta(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder of this model again, on the meta device, as `peak_bytes` takes it."""
+    decoder = decoder_of(model)
+    config = copy.deepcopy(decoder.config)
+    refuse_eager(config)
+    config._attn_implementation = ATTENTION
+    with torch.device("meta"):
+        return type(decoder)(config).to(decoder.dtype)
+
+
+def refuse_eager(config: PretrainedConfig) -> None:
+    """Raises ValueError for eager attention: it keeps scores, which are not counted."""
+    if config._attn_implementation == "eager":
+        raise ValueError("eager attention")
+
+
+def layers_kept(decoder: PreTrainedModel, tokens: int, room: int) -> int:
+    """How many of the last layers may keep their activations of so many tokens in `room` bytes.
+
+    decoder: on the meta device.
+    """
+    layers = num_layers(decoder)
+    if not decoder.supports_gradient_checkpointing:
+        return layers
+    return max(0, bisect_right(range(layers + 1), room, key=lambda kept: training_peak(decoder, tokens, kept)) - 1)
+
+
+@cache
+def training_peak(decoder: PreTrainedModel, tokens: int, kept: int) -> int:
+    """Bytes at most of a forward and a backward in which the last `kept` layers keep their activations."""
+    decoder = copy.deepcopy(decoder).train()
+    if kept < num_layers(decoder):
+        enable_checkpointing(decoder, kept)
+    return peak_bytes(decoder, 1, tokens, backward=True)
