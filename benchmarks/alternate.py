@@ -3,7 +3,6 @@
 What else the machine does then falls on both alike, and each has its own peak of memory.
 """
 
-import resource
 import statistics
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -19,13 +18,6 @@ def lengths_of(kind: str, count: int) -> list[int]:
         return [256] * count
     spread = torch.rand(count, generator=torch.Generator().manual_seed(0))
     return (32 * (512 / 32) ** spread).int().tolist()
-
-
-def peak() -> float:
-    """GiB at most: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def measure(sides: list[Steps], arguments: tuple, tokens: list[int]) -> list[tuple[list[float], float]]:

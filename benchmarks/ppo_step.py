@@ -9,12 +9,9 @@ needed, nothing counted twice for recomputation. The first step warms up and is 
 
 import argparse
 import copy
-import itertools
 import math
-import resource
 import statistics
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +21,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import timing
 from benchmarks.environment import add_dtype
 from data.collate import micro_batches
 from ppo.config import PPOConfig
@@ -106,15 +104,9 @@ def settings(options: argparse.Namespace) -> PPOConfig:
     )  # fmt: skip
 
 
-def matrix_rate(dtype: str, size: int = 2048, repeats: int = 10) -> float:
-    """FLOP/s of a product of two size x size matrices, median; prints it."""
-    a, b = (torch.randn(size, size, dtype=DTYPES[dtype], device=device()) for _ in range(2))
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        (a @ b).sum().item()
-        times.append(time.perf_counter() - start)
-    rate = 2 * size**3 / statistics.median(times[1:])
+def matrix_rate(dtype: str) -> float:
+    """FLOP/s of a product of two large matrices; prints it."""
+    rate = timing.matrix_rate(device(), DTYPES[dtype])
     print(f"{dtype} matrix rate {rate / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads, {device()}")
     return rate
 
@@ -123,16 +115,18 @@ def timed_step(
     models: Models, prompts: PromptBatch, moments: RunningMoments, step: int, config: PPOConfig
 ) -> tuple[Rollout, dict[str, float]]:
     """One step of PPO on this rank's prompts: (what all ranks have sampled, seconds of each stage)."""
-    marks = [time.perf_counter()]
-    rollout = generate(models.policy, prompts, Sampling(), step, IDS, config, config.reuse_sampler_logprobs)
-    marks.append(time.perf_counter())
-    scores = score(rollout, prompts, models, None, IDS, 1.0, config)
-    marks.append(time.perf_counter())
-    rollout, scores = gather_batches(prompts, rollout, scores)
-    experience = make_experience(rollout, scores, moments, config)
-    update(models.policy, models.critic, experience, config, step, config.lr, config.critic_lr)
-    marks.append(time.perf_counter())
-    return rollout, {stage: end - start for stage, (start, end) in zip(STAGES, itertools.pairwise(marks), strict=True)}
+
+    def learn() -> Rollout:
+        whole, whole_scores = gather_batches(prompts, rollout, scores)
+        experience = make_experience(whole, whole_scores, moments, config)
+        update(models.policy, models.critic, experience, config, step, config.lr, config.critic_lr)
+        return whole
+
+    reuse = config.reuse_sampler_logprobs
+    rollout, sampling = timing.timed(generate, models.policy, prompts, Sampling(), step, IDS, config, reuse)
+    scores, scoring = timing.timed(score, rollout, prompts, models, None, IDS, 1.0, config)
+    rollout, learning = timing.timed(learn)
+    return rollout, dict(zip(STAGES, (sampling, scoring, learning), strict=True))
 
 
 def parse_options(description: str) -> argparse.Namespace:
@@ -185,9 +179,7 @@ def report(models: Models, rollout: Rollout, seconds: dict[str, float], config: 
         )
         print(f"{stage:8} {time_taken / SAMPLES:6.3f} s a sample{part}")
     print(f"{'total':8} {sum(seconds.values()) / SAMPLES:6.3f} s a sample")
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB resident")
-    if device().type == "cuda":
-        print(f"            {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU")
+    print(f"peak memory {timing.peak():.2f} GiB {'on the GPU' if device().type == 'cuda' else 'resident'}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Without --model: a random 58M LLaMA (hidden 512, 8 layers, 8 heads, intermediate
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.environment import add_dtype
+from benchmarks.timing import timed
 from data.collate import pad
 from ppo.decoding import decode_all
 from ppo.grouped_attention import grouped
@@ -108,10 +108,9 @@ def main() -> None:
                 side(lm, prompts[:batch], [4] * batch, batch, 0)  # warm-up
             for repeat in range(options.repeats):
                 for side, found in rates.items():
-                    start = time.perf_counter()
-                    made = side(lm, prompts, limits, batch, repeat)
+                    made, seconds = timed(side, lm, prompts, limits, batch, repeat)
                     assert made == sum(limits), (side, made)
-                    found.append(made / (time.perf_counter() - start))
+                    found.append(made / seconds)
             us, them = (statistics.median(found) for found in rates.values())
             print(f"batch {batch:2} {kind:6} {us:7.0f} against {them:7.0f} tokens/s: {us / them:.2f} x", flush=True)
 

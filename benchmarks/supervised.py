@@ -2,13 +2,13 @@
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.alternate import Steps, lengths_of, measure, peak, print_comparison, print_header
+from benchmarks.alternate import Steps, lengths_of, measure, print_comparison, print_header
+from benchmarks.timing import peak, timed
 
 SIZES = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376}
 TARGETS = {"ragged": 1.5, "equal": 1.0}
@@ -55,9 +55,7 @@ def our_steps(connection, step: Callable[[list], object], items: list, batch_siz
     """`step` of the next items for every message; answers with its seconds, and last with the peak of memory."""
     for first in range(0, len(items), batch_size):
         connection.recv()
-        start = time.perf_counter()
-        step(items[first : first + batch_size])
-        connection.send(time.perf_counter() - start)
+        connection.send(timed(step, items[first : first + batch_size])[1])
     connection.recv()
     connection.send(peak())
 

@@ -11,8 +11,8 @@ import time
 from multiprocessing.connection import Connection
 
 import torch
-from alternate import peak  # this file's folder is on the path of a script
 from datasets import Dataset
+from timing import peak, wait  # this file's folder is on the path of a script
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -36,6 +36,7 @@ class Turns(TrainerCallback):
         self._wait()
 
     def on_step_end(self, args, state, control, **kwargs):
+        wait()
         self.connection.send(time.perf_counter() - self.start)
         self._wait()
 

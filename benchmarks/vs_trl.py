@@ -21,9 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.alternate import measure, peak
+from benchmarks.alternate import measure
 from benchmarks.environment import MALLOC, add_dtype
 from benchmarks.ppo_step import RESPONSE, SAMPLES, SIZES, STAGES, build, prompt_batch, random_lm, timed_step
+from benchmarks.timing import peak
 from ppo.config import PPOConfig
 from utils.engine import DTYPES, init_distributed, shutdown_distributed
 from utils.moments import RunningMoments
