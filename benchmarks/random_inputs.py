@@ -15,6 +15,7 @@ def _sizes(hidden: int, layers: int, heads: int, intermediate: int, **others: in
 
 
 MODELS = {
+    "tiny": _sizes(64, 2, 4, 128, num_key_value_heads=2),
     "58M": _sizes(512, 8, 8, 1376),
     "1.1B": _sizes(2048, 22, 32, 5632, num_key_value_heads=4),  # TinyLlama
     "7B": _sizes(4096, 32, 32, 11008),  # LLaMA
