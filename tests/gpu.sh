@@ -6,4 +6,4 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-exec python -m tests.gpu "$@"
+exec python3 -m tests.gpu "$@"
