@@ -6,7 +6,7 @@ ranks, never averaged.
 """
 
 import contextlib
-import dataclasses
+import copy
 import datetime
 import os
 from collections.abc import Callable
@@ -317,15 +317,25 @@ def free_memory() -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
-def shard_frozen(module: nn.Module, config: EngineConfig, offload: bool = False) -> nn.Module:
-    """A frozen model for scoring: under ZeRO-3 its weights are split over ranks like the trained ones, else as it is.
+def splits_frozen(zero_stage: int, ranks: int) -> bool:
+    """Whether the weights of frozen models are split: under ZeRO-3, and with several ranks under ZeRO-1 and 2 too."""
+    return zero_stage == 3 or (zero_stage > 0 and ranks > 1)
 
-    No optimizer state, no gradients. A sharded model must be called by all ranks together; offload: its shards wait in
-    host memory.
+
+def shard_frozen(module: nn.Module, config: EngineConfig, offload: bool = False) -> nn.Module:
+    """Prepares a model for scoring alone; where `splits_frozen`, its weights are split over the ranks.
+
+    It has no optimizer state and no gradients. A split model gathers its weights layer by layer in each forward, so
+    all ranks must call it equally often. offload: its shards stay in host memory; a model that is not split stays
+    where it is.
     """
     module.requires_grad_(False).eval()
-    if config.zero_stage < 3:
+    if not splits_frozen(config.zero_stage, world_size()):
         return module
-    settings = deepspeed_config(dataclasses.replace(config, offload_optimizer=False), offload_weights=offload)
+    flags = copy.copy(config)
+    flags.zero_stage, flags.offload_optimizer = 3, False
+    settings = deepspeed_config(flags, offload_weights=offload)
+    # It replaces torch.nn.functional.linear in the whole process, which only training under ZeRO-3 gains from.
+    settings["zero_optimization"]["memory_efficient_linear"] = config.zero_stage == 3
     sharded, *_ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)
     return sharded
