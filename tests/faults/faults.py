@@ -16,6 +16,7 @@ import ppo.score
 import ppo.update
 import utils.checkpoint
 from tests.faults.kill import PHASES, at_call, once_loaded
+from utils.checkpoint import CheckpointWriter
 from utils.engine import TrainEngine
 from utils.stop import GRACE
 
@@ -135,34 +136,32 @@ def fill(disk: Path, leave: int) -> None:
 
 def disk_fills_in_a_save(rank: int) -> None:
     """Between two files of the checkpoint of step 2 something else takes the room; before that of step 4 it goes."""
-    write, save, saves, disk = utils.checkpoint.save_file, utils.checkpoint.save, 0, None
+    write, save = utils.checkpoint.write_file, CheckpointWriter.save
 
-    def fills(tensors: dict, path: str) -> None:
-        if saves == 2 and "critic" in path:
-            fill(disk, leave=2**16)  # some lines of metrics
-        write(tensors, path)
+    def fills(path: str, pieces) -> dict:
+        if "step_2" in path and "critic" in path:
+            fill(Path(path).parents[3], leave=2**16)  # some lines of metrics
+        return write(path, pieces)
 
-    def counted(folder: str, *args):
-        nonlocal saves, disk
-        saves, disk = saves + 1, Path(folder).parents[1]
-        if saves == 4:
-            (disk / "filler").unlink()
-        return save(folder, *args)
+    def clears(writer: CheckpointWriter, state: dict, *args, **kwargs) -> None:
+        if state["step"] == 4:
+            (Path(writer._folder).parents[1] / "filler").unlink()
+        save(writer, state, *args, **kwargs)
 
-    utils.checkpoint.save_file, utils.checkpoint.save = fills, counted
+    utils.checkpoint.write_file, CheckpointWriter.save = fills, clears
 
 
 def disk_is_full(rank: int) -> None:
     """After the checkpoint of step 2 there is no room left, not for a line of metrics."""
-    save = utils.checkpoint.save
+    save = CheckpointWriter.save
 
-    def fills(folder: str, state: dict, *args):
-        saved = save(folder, state, *args)
+    def fills(writer: CheckpointWriter, state: dict, *args, **kwargs) -> None:
+        save(writer, state, *args, **kwargs)
         if state["step"] == 2:
-            fill(Path(folder).parents[1], leave=0)
-        return saved
+            writer.settle()
+            fill(Path(writer._folder).parents[1], leave=0)
 
-    utils.checkpoint.save = fills
+    CheckpointWriter.save = fills
 
 
 def two_signals(rank: int) -> None:
