@@ -22,6 +22,7 @@ from sft.rows import Layout, Row
 from sft.samples import prompt_length, sample_answers
 from utils.args import check_range, entry_point, parse_args
 from utils.compiled import compile_layers
+from utils.deterministic import repeatable
 from utils.distributed import is_main, rank, world_size
 from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
 from utils.errors import UserError
@@ -224,7 +225,9 @@ def train(config: SFTConfig) -> None:
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m sft.train`."""
-    train(parse_args(SFTConfig, argv))
+    config = parse_args(SFTConfig, argv)
+    with repeatable(config.deterministic):
+        train(config)
 
 
 if __name__ == "__main__":
