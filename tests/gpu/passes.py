@@ -1,6 +1,7 @@
 """Scoring, and forward and backward with checkpointing, of 8,192 tokens by a 7B policy: speed, memory, `--plan`."""
 
 import tempfile
+from functools import partial
 
 import torch
 
@@ -32,11 +33,8 @@ def check(toy: bool, report) -> None:
     model = PolicyModel(lm)
     flops = forward_flops(model, rollout, with_head=True)
     planned = planned_gib(name, shrink)
-    report(
-        matrix_tflop_per_s=rate / 1e12,
-        useful_tflop=flops / 1e12,
-        padding=1 - float(rollout.attention_mask.mean(dtype=float)),
-    )
+    padding = 1 - float(rollout.attention_mask.float().mean())
+    report(matrix_tflop_per_s=rate / 1e12, useful_tflop=flops / 1e12, padding=padding)
     report(**{f"{pass_}_aim": aim for pass_, aim in AIMS.items()}, **{f"planned_{p}_gib": planned[p] for p in AIMS})
     logprobs = {}
     for way in ("padded", "joined"):
@@ -46,42 +44,37 @@ def check(toy: bool, report) -> None:
             continue
         model.eval()
         with torch.no_grad():
-            logprobs[way] = model(rollout.sequences, rollout.response_mask, 1.0)[0]
-            run(
-                report,
-                way,
-                "score",
-                lambda: model(rollout.sequences, rollout.response_mask, 1.0),
-                flops / rate,
-                planned,
-            )
+            logprobs[way] = forward(model, rollout)[0]
+            figures = run(partial(forward, model, rollout), flops / rate, planned["score"])
+        report(**{f"{way}_score_{key}": value for key, value in figures.items()})
         training_mode(model)
-        run(report, way, "update", lambda: backward(model, rollout), 3 * flops / rate, planned)
+        figures = run(partial(backward, model, rollout), 3 * flops / rate, planned["update"])
+        report(**{f"{way}_update_{key}": value for key, value in figures.items()})
         model.zero_grad()
+        report.expect(bool(logprobs[way].isfinite().all()), f"log-probabilities of {way} rows are not finite")
     if len(logprobs) == 2:
         apart = float((logprobs["padded"] - logprobs["joined"]).abs().sum() / rollout.response_mask.sum())
         report(logprobs_apart=apart)
-        report.expect(
-            apart <= TOLERANCE, f"log-probabilities joined and padded are {apart:.2g} apart, expected {TOLERANCE}"
-        )
-    for way, found in logprobs.items():
-        report.expect(bool(found.isfinite().all()), f"log-probabilities of {way} rows are not finite")
+        text = f"log-probabilities of joined and padded rows are {apart:.2g} apart, expected {TOLERANCE}"
+        report.expect(apart <= TOLERANCE, text)
 
 
-def run(report, way: str, pass_: str, function, floor: float, planned: dict[str, float]) -> None:
-    """floor: seconds at the matrix rate."""
+def run(function, floor: float, planned: float) -> dict[str, float]:
+    """Seconds, peak GiB, and what share they are of the floor in seconds and of the planned GiB."""
     timing = measure(function, repeats=3, warm_up=1)
     _, peak = peak_of(function)
-    name = f"{way}_{pass_}"
-    report(**{
-        f"{name}_s": timing.device, f"{name}_share": floor / timing.device, f"{name}_spread": timing.spread,
-        f"{name}_gib": peak, f"{name}_gib_of_planned": peak / planned[pass_],
-    })  # fmt: skip
+    shares = {"share": floor / timing.device, "gib_of_planned": peak / planned}
+    return {"s": timing.device, "spread": timing.spread, "gib": peak} | shares
+
+
+def forward(model: PolicyModel, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies."""
+    return model(rollout.sequences, rollout.response_mask, 1.0)
 
 
 def backward(model: PolicyModel, rollout: Rollout) -> None:
     """Adds gradients up in bf16, as several micro-batches do."""
-    logprobs, entropy = model(rollout.sequences, rollout.response_mask, 1.0)
+    logprobs, entropy = forward(model, rollout)
     (-(logprobs + 0.01 * entropy).sum() / rollout.response_mask.sum()).backward()
 
 
