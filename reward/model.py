@@ -29,7 +29,7 @@ from utils.export import check_names, saved_tensors, set_ids, write_model
 from utils.models import FLAG, fit_vocabulary, from_folder, model_folder
 from utils.nll import head_logits, sum_nll
 from utils.probe import check_forward
-from utils.rows import has_ragged_kernel, joins_rows, states_of
+from utils.rows import has_varlen_kernel, joins_rows, states_of
 from utils.tensors import at_tokens, before, last_index
 from utils.tokenizer import stop_ids
 from utils.weight_files import read_tensor, tensor_files
@@ -74,6 +74,7 @@ class ScalarModel(nn.Module):
         of those tokens). with_states: the float32 states [batch, hidden] of each row's last real token follow.
         """
         read = attention_mask.bool()
+        answers = None if nll_mask is None else before(nll_mask)[read].nonzero().squeeze(1)
         if with_states or (nll_mask is not None and not self.trains_joined):
             hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
             states = hidden[read]
@@ -82,8 +83,7 @@ class ScalarModel(nn.Module):
         extras = ()
         if nll_mask is not None:
             logits = partial(head_logits, self.lm_head, self.config.get_text_config())
-            answers = states[before(nll_mask)[read]]
-            extras += (sum_nll(answers, input_ids, nll_mask, logits, even_tokens=self.even_tokens),)
+            extras += (sum_nll(states[answers], input_ids, nll_mask, logits, even_tokens=self.even_tokens),)
         if with_states:
             rows = torch.arange(len(hidden), device=hidden.device)
             extras += (hidden[rows, last_index(attention_mask)].float(),)
@@ -101,7 +101,7 @@ class ScalarModel(nn.Module):
     @property
     def trains_joined(self) -> bool:
         """Whether it is left out with a language-model loss, too."""
-        return has_ragged_kernel(self.backbone)
+        return has_varlen_kernel(self.backbone)
 
 
 def last_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ from utils.models import FLAG, check_window, enable_checkpointing, load_causal_l
 from utils.resume import begin_folder, find_checkpoint
 from utils.router_flags import RouterFlags
 from utils.routers import ROUTER_METRICS, router_coef
-from utils.rows import decoder_of, has_ragged_kernel
+from utils.rows import decoder_of, has_varlen_kernel
 from utils.text_flags import StopFlags
 from utils.tokenizer import template_of
 
@@ -182,7 +182,7 @@ def load(config: SFTConfig, tokenizer, say: Callable[[str], None]) -> tuple[PreT
     lm = load_causal_lm(path, dtype, device(), config.attn_implementation, tokenizer, say)
     check_window(lm, config.context_truncate, "--context_truncate")
     check_names(AutoModelForCausalLM, lm.config, saved_tensors(lm), f"{FLAG} {path}")
-    joined = has_ragged_kernel(decoder_of(lm))
+    joined = has_varlen_kernel(decoder_of(lm))
     packing = config.packing and not joined
     failure = packing_failure(lm, f"{FLAG} {path}") if packing else None
     if failure:

@@ -7,7 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from utils.tensors import before_tokens
+from utils.tensors import before_tokens, places_of
 
 CHUNK = 1024  # tokens that are worked on at once: 100 MB of logits in bf16 at 50,000 pieces
 KEPT = 4  # chunks whose logits may wait for the backward pass
@@ -49,7 +49,8 @@ def _over_chunks(
     measure: Callable, hidden: torch.Tensor, sequences: torch.Tensor, token_mask: torch.Tensor, lm_head: Callable,
     chunk: int, even_tokens: int,
 ) -> torch.Tensor:  # fmt: skip
-    states, targets = before_tokens(hidden, token_mask) if hidden.dim() > 2 else hidden, sequences[token_mask]
+    states = before_tokens(hidden, token_mask) if hidden.dim() > 2 else hidden
+    targets = sequences.flatten()[places_of(token_mask, len(states))]
     return torch.stack(by_chunks(measure, states, targets, lm_head, chunk, even_tokens)).sum(0)
 
 

@@ -14,8 +14,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.generic import is_flash_attention_requested
 
-from utils.ragged import attend, is_ragged
 from utils.tensors import last_index
+from utils.varlen import attend, takes_varlen
 
 FULL_ATTENTION = (
     "llama",
@@ -35,10 +35,10 @@ def decoder_of(lm: PreTrainedModel) -> PreTrainedModel:
 def joins_rows(decoder: nn.Module) -> bool:
     """Whether `states_of` leaves out the padding of this decoder's rows."""
     on_cpu = next(decoder.parameters()).device.type == "cpu" and decoder.config._attn_implementation == "sdpa"
-    return has_ragged_kernel(decoder) or (on_cpu and _may_join(decoder))
+    return has_varlen_kernel(decoder) or (on_cpu and _may_join(decoder))
 
 
-def has_ragged_kernel(decoder: nn.Module) -> bool:
+def has_varlen_kernel(decoder: nn.Module) -> bool:
     """Whether rows are joined and one call attends to them all: flash_attention_2, or PyTorch's own on a GPU in bf16.
 
     Then joined rows are faster than packed ones, which need a mask, in every pass.
@@ -48,7 +48,7 @@ def has_ragged_kernel(decoder: nn.Module) -> bool:
     if is_flash_attention_requested(decoder.config):
         return True
     weight, size = next(decoder.parameters()), decoder.layers[0].self_attn.head_dim
-    return decoder.config._attn_implementation == "sdpa" and is_ragged(weight.device, weight.dtype, size)
+    return decoder.config._attn_implementation == "sdpa" and takes_varlen(weight.device, weight.dtype, size)
 
 
 def _may_join(decoder: nn.Module) -> bool:
@@ -80,7 +80,7 @@ def states_of(decoder: nn.Module, sequences: torch.Tensor, read: torch.Tensor) -
     places, positions, found = (x.to(device, non_blocking=True) for x in (places, positions, found))
     hidden = decoder.embed_tokens(sequences.flatten()[places][None])
     options = {"position_ids": positions, "position_embeddings": decoder.rotary_emb(hidden, positions)}
-    if has_ragged_kernel(decoder):
+    if has_varlen_kernel(decoder):
         options |= {"attention_mask": None} | row_ends(lengths, device)
     else:
         options["attention_mask"] = lengths.view(1, 1, 1, -1)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppo.models
-import tests.ragged
+import tests.varlen
 import utils.nll
 import utils.rows
 from ppo.config import PPOConfig
@@ -35,13 +35,13 @@ def small_pieces(monkeypatch):
     monkeypatch.setitem(utils.nll.FLOATS, "cpu", 2 * 24)
 
 
-@pytest.fixture(params=["padded", "joined", "ragged"])
+@pytest.fixture(params=["padded", "joined", "varlen"])
 def layout(request, monkeypatch):
     """Rows with their padding; end to end, an attention call each; end to end, in one call that knows their ends."""
     if request.param == "padded":
         monkeypatch.setattr(utils.rows, "FULL_ATTENTION", ())
-    if request.param == "ragged":
-        tests.ragged.on_cpu(monkeypatch)
+    if request.param == "varlen":
+        tests.varlen.on_cpu(monkeypatch)
     return request.param
 
 

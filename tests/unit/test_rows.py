@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AttentionInterface, AutoModel, GPT2Config, MistralConfig, Qwen2Config
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
-import tests.ragged
+import tests.varlen
 import utils.rows
 from tests.tiny import LLAMA_KIND, SIZES
 from utils.rows import joins_rows, states_of
@@ -36,11 +36,11 @@ def test_every_architecture_in_the_list_is_tested():
     assert set(LLAMA_KIND) == set(utils.rows.FULL_ATTENTION)
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "ragged"])
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
 @pytest.mark.parametrize("name", LLAMA_KIND)
 def test_joined_rows_have_the_states_and_gradients_of_each_alone(monkeypatch, name, kernel):
-    if kernel == "ragged":
-        tests.ragged.on_cpu(monkeypatch)
+    if kernel == "varlen":
+        tests.varlen.on_cpu(monkeypatch)
     decoder, (ids, real) = decoder_of(LLAMA_KIND[name]), rows()
     decoder.gradient_checkpointing_enable({"use_reentrant": False})
     decoder.train()

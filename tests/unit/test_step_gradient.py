@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-import tests.ragged
+import tests.varlen
 from data.dialogues import EncodedDialogue
 from data.shares import rank_plan
 from reward.batches import Comparison
@@ -73,7 +73,7 @@ def test_a_step_of_sft(monkeypatch, how):
     plain = Layout(False, flat=False, max_tokens=64)
     expected = over_ranks(engine, replace(stage, sums=partial(stage.sums, layout=plain)), plain.rows(items, 1), 9999, 1)
     if how == "joined":
-        tests.ragged.on_cpu(monkeypatch)
+        tests.varlen.on_cpu(monkeypatch)
         assert [sum(LENGTHS[i] for i in part) for part, _ in stage.plan(LENGTHS)] == [
             30 + 23,
             17 + 12 + 11 + 9 + 8 + 6,
@@ -96,7 +96,7 @@ def test_a_step_of_the_reward_model(monkeypatch, joined):
     engine, stage = Keeper(model), reward_stage(config, model, None, items, None)
     expected = over_ranks(engine, stage, items, 10_000, 1)
     if joined:
-        tests.ragged.on_cpu(monkeypatch)
+        tests.varlen.on_cpu(monkeypatch)
         stage = reward_stage(config, model, None, items, None)
         assert stage.length(ranked) == ranked.tokens
         assert stage.plan([3000, 3000, 2000]) == [([0, 1, 2], 1.0)]

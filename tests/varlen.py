@@ -11,7 +11,7 @@ import utils.rows
 def on_cpu(monkeypatch) -> None:
     """From here on in this test, decoders join rows on the CPU as they do on a GPU in bf16."""
     _register()
-    monkeypatch.setattr(utils.rows, "is_ragged", lambda device, dtype, head_size: True)
+    monkeypatch.setattr(utils.rows, "takes_varlen", lambda device, dtype, head_size: True)
 
 
 def causal_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scale: float):

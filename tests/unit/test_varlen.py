@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import AutoModel
 
-import tests.ragged
-import utils.ragged
+import tests.varlen
+import utils.varlen
 from ppo.loss import policy_ratio
 from ppo.models import PolicyModel
-from tests.ragged import causal_rows
 from tests.tiny import tiny_llama, tiny_llama_config
+from tests.varlen import causal_rows
 from utils.models import enable_checkpointing, training_mode
-from utils.ragged import attend, is_ragged, options_of
-from utils.rows import has_ragged_kernel, joins_rows, states_of
+from utils.rows import has_varlen_kernel, joins_rows, states_of
+from utils.varlen import attend, options_of, takes_varlen
 
 LENGTHS = [37, 1, 130, 4, 64]
 HEADS = [(4, 4), (4, 2), (4, 1)]  # of queries, of keys
@@ -27,7 +27,7 @@ HEADS = [(4, 4), (4, 2), (4, 1)]  # of queries, of keys
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch) -> torch.device:
     if request.param == "cpu":
-        tests.ragged.on_cpu(monkeypatch)
+        tests.varlen.on_cpu(monkeypatch)
     return torch.device(request.param)
 
 
@@ -45,8 +45,8 @@ def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False
 @pytest.fixture(params=["installed", "2.11"])
 def version(request, monkeypatch) -> None:
     if request.param == "2.11":
-        monkeypatch.setattr(utils.ragged, "varlen_attn", of_2_11)
-        monkeypatch.setattr(utils.ragged, "OPTIONS", options_of(of_2_11))
+        monkeypatch.setattr(utils.varlen, "varlen_attn", of_2_11)
+        monkeypatch.setattr(utils.varlen, "OPTIONS", options_of(of_2_11))
 
 
 def states(heads: tuple[int, int], size: int, device: torch.device) -> list[torch.Tensor]:
@@ -88,17 +88,17 @@ def test_shapes_are_known_without_a_kernel(version, heads):
 
 def test_what_the_kernel_does_not_take_is_padded(monkeypatch):
     gpu, bf16 = torch.device("cuda", 0), torch.bfloat16
-    assert not is_ragged(torch.device("cpu"), bf16, 64)
-    assert not is_ragged(gpu, torch.float32, 64)
+    assert not takes_varlen(torch.device("cpu"), bf16, 64)
+    assert not takes_varlen(gpu, torch.float32, 64)
     for missing in (of_2_10, None):
-        monkeypatch.setattr(utils.ragged, "OPTIONS", options_of(missing))
-        assert not is_ragged(gpu, bf16, 64)
+        monkeypatch.setattr(utils.varlen, "OPTIONS", options_of(missing))
+        assert not takes_varlen(gpu, bf16, 64)
 
 
 @pytest.mark.gpu
 def test_which_decoders_have_it_on_a_gpu():
     decoder = decoder_of(2, torch.device("cuda"))
-    assert has_ragged_kernel(decoder) and joins_rows(decoder)
+    assert has_varlen_kernel(decoder) and joins_rows(decoder)
     assert not joins_rows(decoder.float())
     assert not joins_rows(decoder_of(2, torch.device("cuda"), attn_implementation="eager"))
     assert not joins_rows(decoder_of(2, torch.device("cuda"), head_dim=20))
@@ -138,7 +138,7 @@ def test_joined_rows_are_as_near_to_float64_as_padded_ones(device, keys, checkpo
     if checkpointing:
         enable_checkpointing(decoder)
         training_mode(decoder)
-    assert has_ragged_kernel(decoder)
+    assert has_varlen_kernel(decoder)
     joined = states_and_gradient(decoder, ids, read)
     decoder.keeps_padding = True
     padded = states_and_gradient(decoder, ids, read)

@@ -27,7 +27,7 @@ def options_of(function: Callable | None) -> dict | None:
 OPTIONS = options_of(varlen_attn)
 
 
-def is_ragged(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+def takes_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
     """Whether `attend` takes such states: bf16, on an NVIDIA GPU of compute capability 8.0 (Ampere) or above."""
     if device.type != "cuda" or torch.version.hip or dtype != torch.bfloat16 or OPTIONS is None:
         return False
