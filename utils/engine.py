@@ -336,5 +336,9 @@ def shard_frozen(module: nn.Module, config: EngineConfig, offload: bool = False)
     settings = deepspeed_config(flags, offload_weights=offload)
     # It replaces torch.nn.functional.linear in the whole process, which only training under ZeRO-3 gains from.
     settings["zero_optimization"]["memory_efficient_linear"] = config.zero_stage == 3
+    for block in module.modules():
+        if isinstance(experts := getattr(block, "experts", None), nn.Module):
+            # What is called inside depends on the tokens of a rank: all of it is gathered at once.
+            deepspeed.utils.set_z3_leaf_module(block if isinstance(experts, nn.ModuleList) else experts, True)
     sharded, *_ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)
     return sharded

@@ -12,8 +12,10 @@ if __name__ == "__main__":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from ppo.models import PolicyModel
+from tests.architectures.configs import tiny_config
 from tests.faults.kill import start, wait
 from tests.parts import ppo_config
 from tests.tiny import tiny_llama
@@ -21,10 +23,19 @@ from utils.distributed import gather_objects, is_main, rank
 from utils.engine import init_distributed, shard_frozen, shutdown_distributed
 from utils.engine_state import same_weights
 
-CASES = {"ZeRO-1": (1, False), "ZeRO-2, offloaded": (2, True)}  # stage of what is trained, offload
+# (family, stage of what is trained, offload). LongCat's experts are called one by one, those that a rank's tokens need.
+CASES = {"ZeRO-1": ("llama", 1, False), "ZeRO-2, offloaded": ("llama", 2, True), "experts": ("longcat_flash", 2, False)}
 RANKS = 3  # do not divide the sizes of the matrices, so that the last rank's shards are padded
 SHAPE = {"vocab": 1000, "hidden_size": 128, "intermediate_size": 200}
 TOKENS = 64  # at most, in a forward
+
+
+def tiny_model(family: str) -> PolicyModel:
+    """The same at every call."""
+    if family == "llama":
+        return PolicyModel(tiny_llama(**SHAPE), even_tokens=TOKENS)
+    torch.manual_seed(0)
+    return PolicyModel(AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32), even_tokens=TOKENS)
 
 
 def held_elements(module: torch.nn.Module) -> int:
@@ -40,11 +51,11 @@ def spoil_padding(module: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def look(file: Path, stage: int, offload: bool) -> None:
+def look(file: Path, family: str, stage: int, offload: bool) -> None:
     """What each rank does."""
     init_distributed(60)
-    whole, linear = PolicyModel(tiny_llama(**SHAPE)), torch.nn.functional.linear
-    split = shard_frozen(PolicyModel(tiny_llama(**SHAPE), even_tokens=TOKENS), ppo_config(zero_stage=stage), offload)
+    whole, linear = tiny_model(family).eval(), torch.nn.functional.linear
+    split = shard_frozen(tiny_model(family), ppo_config(zero_stage=stage), offload)
     spoil_padding(split)
     found = {"linear": torch.nn.functional.linear is linear, "held": [held_elements(split)], "off": []}
     for length in (20, 31, 43, TOKENS):  # from the third forward on, weights are fetched ahead

@@ -27,7 +27,14 @@ def found(tmp_path_factory) -> dict[str, list[dict]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_rank_holds_its_share_and_scores_like_the_whole_model(found, case):
+def test_scores_are_those_of_the_whole_model(found, case):
+    for own in found[case]:
+        assert max(own["off"]) < 1e-5
+        assert own["linear"], "torch.nn.functional.linear is replaced for the models that are trained, too"
+
+
+@pytest.mark.parametrize("case", ["ZeRO-1", "ZeRO-2, offloaded"])
+def test_a_rank_holds_its_share(found, case):
     numels = [p.numel() for p in tiny_llama(**SHAPE).parameters()]
     shards = sum(-(-n // RANKS) for n in numels)
     small = sum(n for n in numels if n <= PERSISTENT)
@@ -35,8 +42,6 @@ def test_a_rank_holds_its_share_and_scores_like_the_whole_model(found, case):
     for own in found[case]:
         first, *later = own["held"]
         assert first == shards and max(later) <= shards + small
-        assert max(own["off"]) < 1e-5
-        assert own["linear"], "torch.nn.functional.linear is replaced for the models that are trained, too"
 
 
 @pytest.mark.parametrize("case", CASES)
