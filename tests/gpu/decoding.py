@@ -12,7 +12,6 @@ from ppo.decoding import Room, _Decoder
 from ppo.grouped_attention import grouped
 from ppo.models import PolicyModel
 from ppo.new_token import goes_ragged
-from ppo.plan import cache_bytes
 from ppo.sampling import Sampling
 from ppo.step_graphs import StepGraphs
 from tests.gpu.attention import kernel_runs
@@ -65,7 +64,7 @@ def measure_ways(
     decoder = filled(model, *shape)
     start, figures, logits = Start(decoder), {}, {}
     weights = sum(p.nbytes for part in (model.decoder.layers, model.lm.lm_head) for p in part.parameters())
-    token = cache_bytes(model.lm.config, model.lm.dtype.itemsize)
+    token = sum(x[0, :, 0].nbytes for layer in decoder.cache.layers for x in (layer.keys, layer.values))
     for way, (flags, steps) in ways_of(model).items():
         decoder.room = replace(start.room, **flags)
         decoder.graphs = StepGraphs() if flags.get("graphs") else None
