@@ -12,7 +12,6 @@ import time
 from multiprocessing.connection import Connection
 
 import torch
-from datasets import Dataset
 from random_inputs import MODELS, random_classifier, random_lm, random_prompts  # this script's folder is on the path
 from timing import peak, wait
 from tokenizers import Tokenizer
@@ -59,7 +58,7 @@ def main(
     connection.recv()
     trained, frozen = getattr(torch, dtype), torch.bfloat16 if bf16 else torch.float32
     sizes, device = MODELS[model], torch.device("cpu" if cpu else "cuda")
-    data = Dataset.from_dict({"input_ids": random_prompts(samples)})
+    data = [{"input_ids": ids} for ids in random_prompts(samples)]
     with tempfile.TemporaryDirectory() as out:
         config = PPOConfig(
             output_dir=out, use_cpu=cpu, bf16=bf16, learning_rate=5e-7, total_episodes=samples * updates,
