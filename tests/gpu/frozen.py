@@ -33,10 +33,11 @@ def check(toy: bool, report) -> None:
             found, places = sums(model), {p.device for p in model.parameters()}
             _, out = timed(stack.close)
     report(new_s=into + out, new_in_gb_per_s=size / into / 1e9, new_out_s=out)
-    report.expect(torch.equal(found, before), f"the weights' sums on the device are {found}, expected {before}")
+    wrong = int((found != before).sum())
+    report.expect(not wrong, f"{wrong} of {len(before)} parameters have changed on their way to the device")
     report.expect(places == {device()}, f"scoring finds the weights on {places}, expected {device()}")
-    kept = sums(model)
-    report.expect(torch.equal(kept, before), f"the weights' sums on the host are {kept}, expected {before}")
+    wrong = int((sums(model) != before).sum())
+    report.expect(not wrong, f"{wrong} of {len(before)} parameters have changed in host memory")
     report.expect(on_device < 0.01 * size or toy, f"{on_device / 1e9:.2f} GB stayed on the device, expected none")
 
 
