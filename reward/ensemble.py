@@ -16,6 +16,7 @@ from utils.engine import device
 from utils.errors import UserError
 from utils.host_copies import host_copies
 from utils.models import model_folder
+from utils.tensors import to_device
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ def score_ids(model: nn.Module, sequences: list[list[int]], batches: list[list[i
     """
     scores = torch.zeros(len(sequences), device=device())
     for rows in batches:
-        ids, mask = (x.to(device()) for x in pad([sequences[i] for i in rows], 0))
-        scores[rows] = last_scores(model(ids, mask), mask).float()
+        batch = (*pad([sequences[i] for i in rows], 0), torch.tensor(rows))
+        ids, mask, index = (to_device(x, device()) for x in batch)
+        scores[index] = last_scores(model(ids, mask), mask).float()
     return scores
 
 

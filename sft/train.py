@@ -36,6 +36,7 @@ from utils.resume import begin_folder, find_checkpoint
 from utils.router_flags import RouterFlags
 from utils.routers import ROUTER_METRICS, router_coef
 from utils.rows import decoder_of, has_varlen_kernel
+from utils.tensors import to_device
 from utils.text_flags import StopFlags
 from utils.tokenizer import template_of
 
@@ -120,8 +121,8 @@ def answer_sums(
 
     engine: an AnswerModel, or the engine around it. with_routers: ROUTER_METRICS too, over all tokens of the rows.
     """
-    inputs = [None if x is None else x.to(device()) for x in layout.collate(rows)]
-    routed = layout.real(rows).to(device()) if with_routers else None
+    inputs = [None if x is None else to_device(x, device()) for x in layout.collate(rows)]
+    routed = to_device(layout.real(rows), device()) if with_routers else None
     sums = engine(*inputs, with_hits=with_hits, routed=routed)
     return dict(zip(answer_counts(rows, with_hits, with_routers), sums.view(-1), strict=True))
 

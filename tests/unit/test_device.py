@@ -9,6 +9,7 @@ from tests.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flag
 from train_ppo import main
 from utils.device import device, on_gpu
 from utils.logger import Stopwatch
+from utils.tensors import to_device
 
 # Says what a machine with GPUs says, and refuses to start CUDA, which no process on the CPU has a reason to.
 GPU_MACHINE = """
@@ -69,3 +70,20 @@ def test_a_lap_waits_for_the_gpu():
     seconds = watch.metrics(1, 1)["seconds_products"]
     assert on_gpu() and end.query()
     assert seconds == pytest.approx(start.elapsed_time(end) / 1000, rel=0.2)
+
+
+@pytest.mark.gpu
+def test_rollouts_are_put_together_and_taken_apart_without_waiting_for_the_gpu():
+    import torch
+
+    from ppo.rollout import assemble, response_ids
+
+    responses = [torch.tensor(ids, device=device()) for ids in ([5, 6, 2], [2], [7])]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rollout = assemble([[1, 7, 8], [1, 9], [1]], responses, 2, 0)
+        chosen = rollout.rows([2, 0])
+        again = rollout.rows(to_device(torch.tensor([2, 0]), device()))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert response_ids(chosen) == response_ids(again) == [[7], [5, 6, 2]]
