@@ -26,6 +26,7 @@ from torch import nn
 from utils.args import EngineConfig
 from utils.builds import unblocked_builds
 from utils.chunked_step import use_chunked_step
+from utils.compiled import layers_of
 from utils.deterministic import strictly
 from utils.distributed import any_rank, is_main, rank, ranks_where, world_size
 from utils.engine_state import load_state, scale_weight, state_tensors
@@ -336,9 +337,10 @@ def shard_frozen(module: nn.Module, config: EngineConfig, offload: bool = False)
     settings = deepspeed_config(flags, offload_weights=offload)
     # It replaces torch.nn.functional.linear in the whole process, which only training under ZeRO-3 gains from.
     settings["zero_optimization"]["memory_efficient_linear"] = config.zero_stage == 3
-    for block in module.modules():
-        if isinstance(experts := getattr(block, "experts", None), nn.Module):
-            # What is called inside depends on the tokens of a rank: all of it is gathered at once.
-            deepspeed.utils.set_z3_leaf_module(block if isinstance(experts, nn.ModuleList) else experts, True)
+    layers = layers_of(module)
+    for layer in layers:  # not each matrix by itself; and which experts are called inside depends on a rank's tokens
+        deepspeed.utils.set_z3_leaf_module(layer, True)
+    next_layer = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=BUCKET)
+    settings["zero_optimization"]["stage3_prefetch_bucket_size"] = next_layer
     sharded, *_ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)
     return sharded
