@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -165,13 +166,13 @@ def disk_is_full(rank: int) -> None:
 
 
 def two_signals(rank: int) -> None:
-    """SIGTERM in step 2, and again."""
+    """SIGTERM in step 3, and again."""
     step, calls = TrainEngine.step, 0
 
     def signalled(*args):
         nonlocal calls
         calls += 1
-        if calls in (5, 6):
+        if calls in (9, 10):
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args)
 
@@ -179,13 +180,13 @@ def two_signals(rank: int) -> None:
 
 
 def insistent_launcher(rank: int) -> None:
-    """In step 2 the victim gets SIGTERM, once more at once, as when two launchers pass it on, and again much later."""
+    """In step 3 the victim gets SIGTERM, once more at once, as when two launchers pass it on, and again much later."""
     step, calls = TrainEngine.step, 0
 
     def signalled(*args):
         nonlocal calls
         calls += 1
-        if calls == 5:
+        if calls == 9:
             for pause in (0.0, 0.0, GRACE + 0.5):
                 time.sleep(pause)
                 print("SIGTERM", flush=True)
@@ -194,6 +195,27 @@ def insistent_launcher(rank: int) -> None:
 
     if rank == VICTIM:
         TrainEngine.step = signalled
+
+
+def slow_disk(rank: int, begin: Callable[[], None] = lambda: None) -> None:
+    """The thread that writes a rank's files takes longer than a step; in the first checkpoint it calls `begin`."""
+    sync, calls = os.fsync, 0
+
+    def slowly(handle: int) -> None:
+        nonlocal calls
+        if threading.current_thread() is not threading.main_thread():
+            calls += 1
+            if calls == 1:
+                begin()
+            time.sleep(0.7)
+        sync(handle)
+
+    os.fsync = slowly
+
+
+def signal_while_writing(rank: int) -> None:
+    """SIGTERM to the victim while the first checkpoint is being written."""
+    slow_disk(rank, lambda: os.kill(os.getpid(), signal.SIGTERM) if rank == VICTIM else None)
 
 
 def small_chunks(rank: int) -> None:
@@ -224,3 +246,4 @@ FAULTS |= {
     "disk fills in a save": disk_fills_in_a_save,
 }
 FAULTS |= {"disk is full": disk_is_full, "two signals": two_signals, "insistent launcher": insistent_launcher}
+FAULTS |= {"slow disk": slow_disk, "signal while writing": signal_while_writing}
