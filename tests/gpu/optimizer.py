@@ -3,6 +3,7 @@
 842M are an eighth of 7B: what each of eight ranks holds.
 """
 
+import gc
 import json
 import statistics
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.timing import peak_of, timed
+from benchmarks.timing import GIB, peak_of, timed
 from utils.args import EngineConfig
 from utils.checkpoint import MANIFEST, CheckpointWriter, sha256
 from utils.engine import TrainEngine, device, init_distributed, shutdown_distributed
@@ -39,17 +40,19 @@ def check(toy: bool, report) -> None:
     """Figures: seconds and peak memory of a step of each kind; seconds that a checkpoint takes, that the run waits."""
     init_distributed()
     rows, columns = ([16, 3], 64) if toy else ([4096] * 50 + [840], 4096)
-    master, engine = {}, None
+    master = {}
     for kind in ("plain", "chunked"):
-        engine = None  # its memory goes to the next one
+        gc.collect()  # an engine and its optimizer refer to each other
+        before = allocated_gib()
         engine = TrainEngine(Weights(rows, columns), EngineConfig(), "model")
-        optimizer = engine.engine.optimizer
         if kind == "plain":  # what utils/chunked_step.py puts in the place of DeepSpeed's methods
-            vars(optimizer).pop("step")
-            vars(optimizer).pop("get_grad_norm_direct")
+            vars(engine.engine.optimizer).pop("step")
+            vars(engine.engine.optimizer).pop("get_grad_norm_direct")
         steps = [step(engine) for _ in range(STEPS)][1:]  # the first one makes the moments
-        report(**{f"{kind}_s": statistics.median(seconds for seconds, _ in steps), f"{kind}_peak_gib": steps[-1][1]})
-        master[kind] = optimizer.single_partition_of_fp32_groups[0].detach().clone()
+        seconds = statistics.median(seconds for seconds, _ in steps)
+        report(**{f"{kind}_s": seconds, f"{kind}_peak_gib": steps[-1][1] - before})
+        master[kind] = engine.engine.optimizer.single_partition_of_fp32_groups[0].detach().cpu()
+        engine = engine if kind == "chunked" else None
     apart = float((master["plain"] - master["chunked"]).abs().max()) / LR
     report(elements=len(master["plain"]), largest_difference_in_lr=apart)
     report.expect(apart <= TOLERANCE, f"weights after {STEPS} steps are {apart:.2g} lr apart, expected {TOLERANCE}")
@@ -59,6 +62,11 @@ def check(toy: bool, report) -> None:
             if toy or report.seconds_left() > 25:
                 write(engine, Path(folder) / way, way == "background", report, verify=toy or way == "background")
     shutdown_distributed()
+
+
+def allocated_gib() -> float:
+    """On the GPU in use; 0 on a CPU."""
+    return torch.cuda.memory_allocated() / GIB if torch.cuda.is_initialized() else 0.0
 
 
 def step(engine: TrainEngine) -> tuple[float, float]:
