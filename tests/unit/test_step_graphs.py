@@ -85,7 +85,10 @@ def recorded(monkeypatch) -> list[int]:
 
 def policy_of() -> PolicyModel:
     sizes = {"head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
-    return tiny_policy(max_position_embeddings=256, **sizes)
+    policy = tiny_policy(max_position_embeddings=256, **sizes)
+    for parameter in policy.parameters():
+        parameter.data.mul_(4.0)  # far from uniform, so that a wrong position shows
+    return policy
 
 
 def test_graphs_equal_a_plain_decode(recorded):
@@ -102,12 +105,19 @@ def test_a_graph_that_cannot_be_made_is_left_out(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(StepGraphs, "_capture", fail)
-    work = policy_of(), PROMPTS[:2], PLACES[:2], [7, 5], Sampling(), 7, token_ids(eos=-1)
+    # Two responses end; the last two take their slots, whose old ones fill up the bucket.
+    work = policy_of(), [[1], [3], [4], [5], [6]], PLACES[:5], [2, 2, 7, 8, 9], Sampling(), 7, token_ids(eos=-1)
     with pytest.warns(UserWarning, match="without CUDA graphs, more slowly: operation not permitted"):
         found = decode_all(*work, ROOM, torch.device("cpu"))
-    expected = decode_all(*work, Room(2, 64, straight=True), torch.device("cpu"))
+    expected = decode_all(*work, Room(5, 64, straight=True), torch.device("cpu"))
     assert [row.tolist() for row in found] == [row.tolist() for row in expected]
     assert len(tried) == 1
+
+
+def test_slots_not_in_use_draw_behind_every_response():
+    decoder = _Decoder(policy_of(), PROMPTS, PLACES, LIMITS, Sampling(), 7, token_ids(), ROOM, torch.device("cpu"))
+    assert decoder.slots["ended"].all()
+    assert (decoder.slots["count"] == max(LIMITS)).all() and decoder.tokens.shape[1] == max(LIMITS) + 1
 
 
 def test_buckets():
@@ -132,7 +142,7 @@ def test_the_device_knows_what_each_slot_holds():
     for _ in range(3):
         check()
     cache.keep([0, 3])
-    for _ in range(10):  # and back to the left
+    for _ in range(12):  # and back to the left
         check()
     cache.append(torch.tensor([[True, True]]), [2], None)
     check()
