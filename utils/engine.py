@@ -30,6 +30,7 @@ from utils.compiled import layers_of
 from utils.deterministic import strictly
 from utils.distributed import any_rank, is_main, rank, ranks_where, world_size
 from utils.engine_state import load_state, scale_weight, state_tensors
+from utils.errors import UserError
 from utils.export import saved_tensors
 from utils.shared_state import SharedState
 
@@ -54,6 +55,11 @@ def init_distributed(hang_timeout: float = 0.0) -> None:
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
         )  # any free one
     if device().type == "cuda":
+        gpus = torch.cuda.device_count()
+        if device().index >= gpus:
+            raise UserError(
+                f"local rank {device().index} has no GPU, there are {gpus}: start as many processes as GPUs (NUM_GPUS)"
+            )
         torch.cuda.set_device(device())
     if not torch.distributed.is_initialized():
         if device().type == "cpu":

@@ -40,7 +40,7 @@ activate_repository_venv() { # the .venv that utils/setup.sh made, unless an env
 }
 
 launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS and HOSTFILE say where
-  local log=$1 launcher=(python)
+  local log=$1 launcher=(python) process code=0
   shift
   if ((NUM_GPUS > 0)) && [[ -n ${HOSTFILE:-} ]]; then
     launcher=(deepspeed --num_gpus "$NUM_GPUS" --hostfile "$HOSTFILE" ${MASTER_PORT:+--master_port "$MASTER_PORT"})
@@ -51,8 +51,21 @@ launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS 
   elif ((NUM_GPUS > 1)); then # the first so many of CUDA_VISIBLE_DEVICES, which every rank gets as it is
     launcher=(python -m utils.ranks "$NUM_GPUS")
   fi
-  # tee outlives a Ctrl-C, so that the last words of the run are still shown and kept
-  "${launcher[@]}" "$@" 2>&1 | tee -ia "$log"
+  # A job of its own. This script passes Ctrl-C and SIGTERM on, once, and waits until the run has saved and ended; tee
+  # outlives both, so that the run's last words are still shown and kept
+  set -m
+  "${launcher[@]}" "$@" 2>&1 | (trap '' INT TERM && exec tee -a "$log") &
+  set +m
+  process=$(jobs -p %%) # the first of the two
+  trap 'kill -INT "$process"' INT
+  trap 'kill -TERM "$process"' TERM
+  until wait %%; do # a signal ends it early
+    code=$?
+    kill -0 "$process" 2>/dev/null || break
+    code=0
+  done
+  trap - INT TERM
+  return "$code"
 }
 
 recover_command() { # $1: en or zh; $2: where the whole model belongs; $3: sft or reward

@@ -4,10 +4,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from tests.parts import ppo_config, tiny_policy
 from tests.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flags
 from train_ppo import main
 from utils.device import device, on_gpu
+from utils.engine import TrainEngine
 from utils.logger import Stopwatch
 from utils.tensors import to_device
 
@@ -41,6 +44,28 @@ def test_each_process_has_the_gpu_that_its_launcher_names():
     assert run_there(code, LOCAL_RANK="1", DS_ACCELERATOR="cpu").stdout == "cpu\n"
 
 
+def test_more_processes_than_gpus_are_a_mistake_of_the_user():
+    code = "from utils.engine import init_distributed as join\ntry: join()\nexcept Exception as e: print(repr(e))"
+    result = run_there(code, LOCAL_RANK="2", RANK="2", WORLD_SIZE="3", DS_ACCELERATOR="cuda")
+    assert "UserError('local rank 2 has no GPU, there are 2: start as many" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_deepspeed_does_not_wait_for_the_device_in_forwards_and_steps(single_process, monkeypatch, zero_stage):
+    """Its throughput timer would from the third step on."""
+    from deepspeed.accelerator import get_accelerator
+
+    waits = []
+    monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: waits.append(1))
+    engine = TrainEngine(tiny_policy(), ppo_config(zero_stage=zero_stage), "policy")
+    ids = torch.tensor([[1, 5, 7, 9]])
+    for _ in range(4):
+        logprobs, _ = engine(ids, torch.tensor([[False, True, True, True]]))
+        engine.backward(logprobs.sum())
+        engine.step(1e-3)
+    assert not waits
+
+
 def test_a_run_that_is_told_to_use_the_cpu_starts_no_gpu(inputs, tmp_path, capfd):
     """And its numbers are those of a machine without any: checkpoints and evaluation included."""
     code = "from train_ppo import main; main(sys.argv[1:])"
@@ -55,8 +80,6 @@ def test_a_run_that_is_told_to_use_the_cpu_starts_no_gpu(inputs, tmp_path, capfd
 @pytest.mark.gpu
 def test_a_lap_waits_for_the_gpu():
     """Products that are given to it in a few milliseconds count as the lap's own."""
-    import torch
-
     matrix = torch.ones(8192, 8192, device=device(), dtype=torch.bfloat16)
     matrix @ matrix
     watch = Stopwatch()
@@ -74,8 +97,6 @@ def test_a_lap_waits_for_the_gpu():
 
 @pytest.mark.gpu
 def test_rollouts_are_put_together_and_taken_apart_without_waiting_for_the_gpu():
-    import torch
-
     from ppo.rollout import assemble, response_ids
 
     responses = [torch.tensor(ids, device=device()) for ids in ([5, 6, 2], [2], [7])]

@@ -112,6 +112,27 @@ def test_a_signal_reaches_all_ranks_which_have_all_the_time_they_need(tmp_path, 
     assert {path.name for path in tmp_path.glob("saved *")} == {"saved 0", "saved 1"}
 
 
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_recipe_waits_until_the_run_has_saved(tmp_path, number, group):
+    """Whether the script alone gets the signal or, as by Ctrl-C, its process group: the run gets it once."""
+    run = tmp_path / "run.py"
+    code = SAVES.replace("time.sleep(1)", "time.sleep(1); print('saved', number)")
+    run.write_text(f"import pathlib, signal, sys, time\nrank, here = 0, {str(tmp_path)!r}\n{code}")
+    script = f"set -euo pipefail; source utils/launch.sh; NUM_GPUS=1; launch {tmp_path}/log {run}; echo not reached"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    shell = subprocess.Popen(
+        ["bash", "-c", script], cwd=REPOSITORY, env=clean_environment() | {"PATH": path}, start_new_session=True,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not list(tmp_path.glob("started *")):
+        time.sleep(0.05)
+    (os.killpg if group else os.kill)(shell.pid, number)
+    output, _ = shell.communicate(timeout=20)
+    assert shell.returncode == 128 + number
+    assert output == (tmp_path / "log").read_text() == f"saved {number}\n"
+
+
 @pytest.mark.parametrize(
     ("end", "code"), [("sys.exit(75)", 75), ("sys.exit(2)", 2), ("os.kill(os.getpid(), signal.SIGKILL)", 137)]
 )
@@ -124,7 +145,8 @@ def test_the_first_failure_is_the_exit_code_and_ends_the_others(tmp_path, end, c
 
 def test_each_run_has_a_port_of_its_own_unless_one_is_given(tmp_path):
     """Two ranks agree, and two runs at once do not."""
-    say = "print(*(os.environ[n] for n in ('MASTER_PORT', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE')), flush=True)"
+    names = ("MASTER_PORT", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    say = f"os.write(1, ' '.join(os.environ[name] for name in {names}).encode() + b'\\n')"  # a line in one piece
     (tmp_path / "other").mkdir()
     runs = [start_ranks(tmp_path / name, say) for name in ("rank.py", "other/rank.py")]
     ports = []
