@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import timing
 from benchmarks.environment import add_dtype
+from benchmarks.random_inputs import SIZES, Sizes, random_lm, random_prompts
 from data.collate import micro_batches
 from ppo.config import PPOConfig
 from ppo.evaluate import gather_batches
@@ -41,24 +41,15 @@ from utils.models import enable_checkpointing
 from utils.moments import RunningMoments
 
 SAMPLES, RESPONSE = 8, 64
-SIZES = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376}
 STAGES = ("rollout", "score", "update")
 # A random model hardly ever samples EOS: 1 token in 32,000.
 IDS = SimpleNamespace(eos_token_id=2, pad_token_id=0, chat_template=None)
 
 
-def random_lm(sizes: dict[str, int], dtype: torch.dtype, attention: str | None = None) -> LlamaForCausalLM:
-    """A LLaMA of these sizes, always the same."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**sizes, vocab_size=32000, max_position_embeddings=2048, attn_implementation=attention)
-    lm = LlamaForCausalLM(config)
-    return lm.to(device(), dtype)
-
-
-def build(config: PPOConfig, sizes: dict[str, int] = SIZES) -> Models:
+def build(config: PPOConfig, sizes: Sizes = SIZES) -> Models:
     """Policy, critic, reference and reward model of the same random LLaMA; 58M parameters unless told."""
     dtype = DTYPES[config.dtype]
-    lm = random_lm(sizes, dtype, config.attn_implementation)
+    lm = random_lm(sizes, dtype, device(), config.attn_implementation)
     if config.gradient_checkpoint:
         enable_checkpointing(lm)
 
@@ -74,13 +65,9 @@ def build(config: PPOConfig, sizes: dict[str, int] = SIZES) -> Models:
     return Models(TrainEngine(PolicyModel(lm), config, "policy"), critic, reference, ensemble)
 
 
-def prompt_batch() -> PromptBatch:
-    """SAMPLES prompts of random ids, lengths log-uniform in 32 to 448."""
-    generator = torch.Generator().manual_seed(0)
-    spread = torch.rand(SAMPLES, generator=generator)
-    lengths = (32 * (448 / 32) ** spread).int().tolist()
-    ids = [torch.randint(3, 32000, (length,), generator=generator).tolist() for length in lengths]
-    return PromptBatch(ids, [[]] * SAMPLES, list(range(SAMPLES)))
+def prompt_batch(samples: int = SAMPLES) -> PromptBatch:
+    """Random prompts as a buffer."""
+    return PromptBatch(random_prompts(samples), [[]] * samples, list(range(samples)))
 
 
 def forward_flops(model: nn.Module, rollout: Rollout, with_head: bool) -> float:

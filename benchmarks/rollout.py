@@ -17,9 +17,10 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.environment import add_dtype
+from benchmarks.random_inputs import SIZES, random_ids, random_lm
 from benchmarks.timing import timed
 from data.collate import pad
 from ppo.decoding import decode_all
@@ -42,21 +43,18 @@ class AtLength(StoppingCriteria):
         return input_ids.shape[1] >= self.ends
 
 
-def load(folder: str | None, dtype: torch.dtype) -> LlamaForCausalLM:
+def load(folder: str | None, dtype: torch.dtype) -> PreTrainedModel:
     """The model."""
     if folder:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device()).eval()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376}
-    config = LlamaConfig(**sizes, vocab_size=32000, max_position_embeddings=2048)
-    return LlamaForCausalLM(config).to(device(), dtype).eval()
+    return random_lm(SIZES, dtype, device()).eval()
 
 
 def work(kind: str, count: int, vocabulary: int) -> tuple[list[list[int]], list[int]]:
     """(prompts, longest first; tokens wanted of each)."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(32, 97, (count,), generator=generator).sort(descending=True).values.tolist()
-    prompts = [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+    prompts = random_ids(lengths, generator, vocabulary)
     spread = torch.rand(count, generator=generator)
     limits = (8 * 32**spread).round().int().tolist() if kind == "ragged" else [64] * count
     return prompts, limits

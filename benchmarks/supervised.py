@@ -8,9 +8,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.alternate import Steps, lengths_of, measure, print_comparison, print_header
+from benchmarks.random_inputs import random_ids
 from benchmarks.timing import peak, timed
 
-SIZES = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376}
 TARGETS = {"ragged": 1.5, "equal": 1.0}
 
 
@@ -42,13 +42,8 @@ def compare(
             step = rows * options.batch_size
             lengths = lengths_of(kind, step * (options.rounds + 1))
             tokens = [sum(lengths[start : start + step]) for start in range(0, len(lengths), step)]
-            print_comparison(kind, measure(sides, (folder, random_ids(lengths), options), tokens), target)
-
-
-def random_ids(lengths: list[int]) -> list[list[int]]:
-    """Sequences of these lengths, always the same."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, 32000, (length,), generator=generator).tolist() for length in lengths]
+            ids = random_ids(lengths, torch.Generator().manual_seed(0))
+            print_comparison(kind, measure(sides, (folder, ids, options), tokens), target)
 
 
 def our_steps(connection, step: Callable[[list], object], items: list, batch_size: int) -> None:

@@ -117,6 +117,13 @@ def kernels(function: Callable[[], object]) -> tuple[list[Kernel], int]:
     return sorted(found, key=lambda kernel: -kernel.seconds), launches
 
 
+def busy_seconds(function: Callable[[], object], calls: int = 10) -> float:
+    """Seconds per call that the device works, without what it waits for the host in between."""
+    function()
+    found, _ = kernels(lambda: [function() for _ in range(calls)])
+    return sum(kernel.seconds for kernel in found) / calls
+
+
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """FLOP/s of a product of two size x size matrices of random numbers. size: 8192 on a GPU, 2048 on a CPU."""
     size = size or (8192 if device.type == "cuda" else 2048)

@@ -16,13 +16,14 @@ from ppo.reward_models import check_same_tokenizer, load_ensemble, load_scalar, 
 from ppo.rollout import DECODING
 from reward.ensemble import Ensemble, Frozen
 from utils.compiled import compile_layers
-from utils.engine import DTYPES, InferenceEngine, TrainEngine, device, shard_frozen
+from utils.distributed import world_size
+from utils.engine import DTYPES, InferenceEngine, TrainEngine, device, shard_frozen, splits_frozen
 from utils.export import check_names, saved_tensors
 from utils.models import check_window, enable_checkpointing, load_causal_lm
 from utils.nll import by_chunks, head_logits, logprobs_and_entropy
 from utils.routers import recorded_router_logits, router_coef, router_sums
 from utils.rows import decoder_of, joins_rows, states_of
-from utils.tensors import at_tokens, before
+from utils.tensors import at_tokens, before, places_of
 from utils.tokenizer import template_of
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at once: 32 MB in bf16, whatever batch and vocabulary
@@ -65,7 +66,7 @@ class PolicyModel(nn.Module):
         config = self.lm.config.get_text_config()
         with recorded_router_logits(self.decoder, routed is not None) as layers:
             rows = states_of(self.decoder, sequences, before(token_mask))
-        targets = sequences[token_mask]
+        targets = sequences.flatten()[places_of(token_mask, len(rows))]
         size = max(1, CHUNK_ELEMENTS // config.vocab_size)
         parts = by_chunks(measure, rows, targets, self.logits, size, self.even_tokens)
         logprobs, entropy = zip(*parts, strict=True)
@@ -134,10 +135,12 @@ def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print
     check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
     flag = f"--policy_model_path {config.policy_model_path}"
     check_names(AutoModelForCausalLM, lm.config, saved_tensors(lm), flag)
-    even_tokens = max(config.micro_batch_tokens, config.maxlen_prompt) if config.zero_stage == 3 else 0
-    model = PolicyModel(lm, even_tokens, router_coef(lm, config.router_aux_loss_coef, flag, say))
+    split = splits_frozen(config.zero_stage, world_size())
+    even_tokens = max(config.micro_batch_tokens, config.maxlen_prompt)
+    coef = router_coef(lm, config.router_aux_loss_coef, flag, say)
+    model = PolicyModel(lm, even_tokens if config.zero_stage == 3 else 0, coef)
     choose_decoding(model, config, flag, say)
-    reference = _freeze(PolicyModel(copy.deepcopy(lm), even_tokens), config)
+    reference = _freeze(PolicyModel(copy.deepcopy(lm), even_tokens if split else 0), config)
     if config.gradient_checkpoint:
         enable_checkpointing(lm)
     rows = lm.get_input_embeddings().weight.shape[0]
@@ -151,11 +154,12 @@ def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print
     critic = TrainEngine(critic_model, config, "critic")
     if config.compile:
         judges = [member.model.model for member in reward.members] if reward else []
-        for model in (lm, reference.model, critic_model, *judges):
+        # The weights of split models come and go inside a layer.
+        for model in (lm, critic_model, *(() if split else (reference.model, *judges))):
             compile_layers(model)
     return Models(policy, critic, reference, reward)
 
 
 def _freeze(model: nn.Module, config: PPOConfig) -> Frozen:
-    offload = config.offload_frozen and config.zero_stage < 3  # ZeRO-3 offloads what it has split by itself
-    return Frozen(shard_frozen(model, config, config.offload_frozen), offload)
+    whole = not splits_frozen(config.zero_stage, world_size())  # of a split model, the engine keeps the shards
+    return Frozen(shard_frozen(model, config, config.offload_frozen), config.offload_frozen and whole)

@@ -19,9 +19,16 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Pretrained
 from ppo.config import PPOConfig
 from ppo.models import CHUNK_ELEMENTS
 from ppo.slots import columns_for, slots_for
-from utils.engine import DTYPES
+from utils.engine import DTYPES, splits_frozen
 from utils.errors import UserError
-from utils.footprint import bucket_bytes, gathered_bytes, gradient_bytes, optimizer_bytes, weight_bytes
+from utils.footprint import (
+    bucket_bytes,
+    gathered_bytes,
+    gradient_bytes,
+    optimizer_bytes,
+    pinned_bytes,
+    weight_bytes,
+)
 from utils.models import attention_cap, enable_checkpointing
 from utils.nll import FLOATS, KEPT
 from utils.peak import ATTENTION, peak_bytes
@@ -71,7 +78,7 @@ def plan(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
     critic = shapes(config.critic_model_path, "--critic_model_path", dtype, "scalar")
     rewards = [shapes(path, config.reward_flag, dtype, "scalar") for path in config.reward_paths]
     config.check_world(gpus, policy.decoder.config.vocab_size)
-    trained, frozen = [policy, critic], [policy, *rewards]
+    trained, frozen, split = [policy, critic], [policy, *rewards], splits_frozen(stage, gpus)
     rows: Rows = {}
 
     def add(what: str, rollout: int = 0, score: int = 0, backward: int = 0, step: int = 0) -> None:
@@ -80,16 +87,17 @@ def plan(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
     def always(what: str, size: int) -> None:
         add(what, *[size] * len(PHASES))
 
-    def weights(model: Shapes) -> int:
+    def weights(model: Shapes, stage: int) -> int:
         return weight_bytes(model.numels, stage, gpus, element)
 
-    always("weights of the policy", weights(policy))
-    always("weights of the critic", weights(critic))
+    always("weights of the policy", weights(policy, stage))
+    always("weights of the critic", weights(critic, stage))
+    frozen_weights = [weights(model, 3 if split else 0) for model in frozen]
     if config.offload_frozen:
-        add("a frozen model at a time", score=max(map(weights, frozen)) if stage < 3 else 0)
+        add("a frozen model at a time", score=0 if split else max(frozen_weights))
     else:
-        always("weights of the reference", weights(policy))
-        always(f"weights of {len(rewards)} reward model(s)", sum(map(weights, rewards)))
+        always("weights of the reference", frozen_weights[0])
+        always(f"weights of {len(rewards)} reward model(s)", sum(frozen_weights[1:]))
     states = sum(optimizer_bytes(model.numels, stage, gpus) for model in trained)
     always("optimizer of policy and critic", 0 if config.offload_optimizer else states)
     in_sum = 4 if config.adds_up_in_float32 else element
@@ -102,12 +110,13 @@ def plan(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
         buckets = bucket_bytes(stage, policy.numel, element)
         held = buckets if stage == 3 else 0
         add("communication buckets", held, held, buckets, buckets)
-    if stage == 3:
+    if split:
         live = gathered_bytes(policy.numel, element)
         gathered = live if config.gather_for_generation == "never" else element * policy.numel
-        add("weights gathered from all GPUs", gathered, live, live)
+        add("weights gathered from all GPUs", gathered * (stage == 3), live, live * (stage == 3))
     add_passes(add, config, policy, [critic, *rewards], gpus)
-    return rows, host_bytes(config, states, sum(map(weights, frozen)), element * policy.numel)
+    waiting = sum(pinned_bytes(model.numels, gpus, element) for model in frozen) if split else sum(frozen_weights)
+    return rows, host_bytes(config, states, waiting, element * policy.numel)
 
 
 def add_passes(add, config: PPOConfig, policy: Shapes, scalars: list[Shapes], gpus: int) -> None:

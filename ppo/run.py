@@ -144,6 +144,7 @@ class Run:
         barrier()  # a launcher ends the others when one has ended: not while the batch is being written
         text = f"{problem} [{where}]"
         if state.left_out > config.skip_bad_batches:
+            self.keeper.settle()
             raise UserError(text)
         self.logger.say(f"warning: {text}; left out, {state.left_out} of --skip_bad_batches {config.skip_bad_batches}")
 
@@ -188,6 +189,7 @@ class Run:
         if config.on_collapse == "rollback" and state.rollbacks < MAX_ROLLBACKS:
             start = self.keeper.newest(self.logger.say)
         if config.on_collapse == "stop" or (config.on_collapse == "rollback" and not start):
+            self.keeper.settle()
             raise UserError(f"{text} (--on_collapse {config.on_collapse}, {state.rollbacks} rollbacks)")
         self.logger.say(f"warning: {text}")
         if not start:

@@ -21,7 +21,7 @@ from reward.ensemble import Ensemble, score_ids
 from utils.distributed import any_rank, gather_objects, world_size
 from utils.engine_state import same_weights
 from utils.errors import UserError
-from utils.tensors import before, shift_to_next
+from utils.tensors import before, shift_to_next, to_device
 from utils.tokenizer import template_of
 
 RewardFunction = Callable[[list[list[dict]], list[str]], list[float]]
@@ -42,7 +42,8 @@ def score(
     lengths = rollout.attention_mask.sum(1).tolist()
 
     def by_batch(module: nn.Module, function: Callable[[Rollout], tuple[torch.Tensor, ...]]):
-        return _by_batch(rollout, even_batches(lengths, config.micro_batch_tokens, module.joins_rows), function)
+        batches = even_batches(lengths, config.micro_batch_tokens, module.joins_rows)
+        return _by_batch(rollout, lengths, batches, function)
 
     def of_policy(part: Rollout) -> tuple[torch.Tensor, ...]:
         return models.policy(part.sequences, part.response_mask, temperature)
@@ -136,23 +137,24 @@ def even_batches(lengths: list[int], max_tokens: int, joined: bool = False) -> l
 
 
 def _by_batch(
-    rollout: Rollout, batches: list[list[int]], function: Callable[[Rollout], tuple[torch.Tensor, ...]]
-) -> tuple[torch.Tensor, ...]:
+    rollout: Rollout, lengths: list[int], batches: list[list[int]],
+    function: Callable[[Rollout], tuple[torch.Tensor, ...]],
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Runs a function of a rollout over micro-batches, cut to their longest row, and puts the results back in place."""
     results = None
     for rows in batches:
-        part = rollout.rows(rows)
-        longest = int(part.attention_mask.sum(1).max())
-        part = part.map(lambda x, longest=longest: x[:, :longest] if x.dim() > 1 else x)
+        longest = max(lengths[i] for i in rows)
+        part = rollout.rows(rows).map(lambda x, longest=longest: x[:, :longest] if x.dim() > 1 else x)
         outputs = function(part)
         if results is None:
             shapes = [rollout.sequences.shape if x.dim() > 1 else rollout.sequences.shape[:1] for x in outputs]
             results = tuple(torch.zeros(shape, device=x.device) for shape, x in zip(shapes, outputs, strict=True))
+        index = to_device(torch.tensor(rows), rollout.sequences.device)
         for result, x in zip(results, outputs, strict=True):
             if x.dim() > 1:
-                result[rows, : x.shape[1]] = x.float()
+                result[index, : x.shape[1]] = x.float()
             else:
-                result[rows] = x.float()
+                result[index] = x.float()
     return results
 
 

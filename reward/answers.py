@@ -13,6 +13,7 @@ from reward.metrics import Scored
 from reward.model import last_scores
 from utils.distributed import sum_ranks
 from utils.engine import TrainEngine, device
+from utils.tensors import to_device
 
 Plan = Callable[[list[int]], Iterable[tuple[list[int], float]]]  # lengths -> this rank's (indices, weight) a forward
 
@@ -43,7 +44,7 @@ def read_answers(
     if twice:
         ids, mask = ids.repeat(2, 1), mask.repeat(2, 1)
         nll_mask = F.pad(nll_mask, (0, 0, 0, count)) if with_lm else None
-    ids, mask, nll_mask = (x if x is None else x.to(device()) for x in (ids, mask, nll_mask))
+    ids, mask, nll_mask = (x if x is None else to_device(x, device()) for x in (ids, mask, nll_mask))
     with _random(dropout_seed):
         values, *extras = _tuple(engine(ids, mask, nll_mask, with_states=twice))
     states = extras.pop().unflatten(0, (2, count)) if twice else None
@@ -68,7 +69,8 @@ def held_out(engine: TrainEngine, items: list[Comparison], plan: Plan, with_lm: 
     engine.module.eval()
     rows = ranges_of(len(item.answers) for item in items)
     scores, nll = torch.zeros(rows[-1].stop, device=device()), torch.zeros(1, device=device())
-    for part, weight in plan([item.padded for item in items]):
+    joined = engine.module.trains_joined
+    for part, weight in plan([item.tokens if joined else item.padded for item in items]):
         reading = read_answers(engine, [items[i] for i in part], with_lm)
         if weight:  # else it only keeps another rank company
             scores[[row for i in part for row in rows[i]]] = reading.scores

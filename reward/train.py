@@ -25,6 +25,7 @@ from reward.metrics import held_out_metrics, mean_best
 from reward.model import ScalarModel, check_scalar_export, load_scalar_model, save_scalar_model, set_dropout
 from utils.args import entry_point, parse_args
 from utils.compiled import compile_layers
+from utils.deterministic import repeatable
 from utils.distributed import is_main, rank, world_size
 from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
 from utils.errors import UserError
@@ -97,12 +98,13 @@ def stage_of(
     least = max(MIN_PAIRS, world_size())
     indices = dynamic_batches([item.tokens for item in train], config.batch_size, config.seed, least)
     views = 2 if config.simcse_coef else 1
+    joined = model.trains_joined and views == 1
 
     def length(item: Comparison) -> int:
-        return views * item.padded
+        return views * (item.tokens if joined else item.padded)
 
     def plan(lengths: list[int]) -> list[tuple[list[int], float]]:
-        return rank_plan(lengths, config.micro_batch_tokens, world_size(), rank())
+        return rank_plan(lengths, config.micro_batch_tokens, world_size(), rank(), joined)
 
     evaluation = HeldOut(config, plan, answers)
     # Seeds come from the global stream: it differs from rank to rank, and a checkpoint keeps it.
@@ -175,7 +177,9 @@ def train(config: RewardConfig) -> None:
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m reward.train`."""
-    train(parse_args(RewardConfig, argv))
+    config = parse_args(RewardConfig, argv)
+    with repeatable(config.deterministic):
+        train(config)
 
 
 if __name__ == "__main__":

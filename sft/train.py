@@ -22,6 +22,7 @@ from sft.rows import Layout, Row
 from sft.samples import prompt_length, sample_answers
 from utils.args import check_range, entry_point, parse_args
 from utils.compiled import compile_layers
+from utils.deterministic import repeatable
 from utils.distributed import is_main, rank, world_size
 from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
 from utils.errors import UserError
@@ -34,6 +35,8 @@ from utils.models import FLAG, check_window, enable_checkpointing, load_causal_l
 from utils.resume import begin_folder, find_checkpoint
 from utils.router_flags import RouterFlags
 from utils.routers import ROUTER_METRICS, router_coef
+from utils.rows import decoder_of, has_varlen_kernel
+from utils.tensors import to_device
 from utils.text_flags import StopFlags
 from utils.tokenizer import template_of
 
@@ -118,8 +121,8 @@ def answer_sums(
 
     engine: an AnswerModel, or the engine around it. with_routers: ROUTER_METRICS too, over all tokens of the rows.
     """
-    inputs = [None if x is None else x.to(device()) for x in layout.collate(rows)]
-    routed = layout.real(rows).to(device()) if with_routers else None
+    inputs = [None if x is None else to_device(x, device()) for x in layout.collate(rows)]
+    routed = to_device(layout.real(rows), device()) if with_routers else None
     sums = engine(*inputs, with_hits=with_hits, routed=routed)
     return dict(zip(answer_counts(rows, with_hits, with_routers), sums.view(-1), strict=True))
 
@@ -162,7 +165,7 @@ def stage_of(
     stage = Stage(
         batches=(layout.rows(dialogues, world_size()) for dialogues in stream),
         length=lambda row: row.tokens,
-        plan=lambda lengths: rank_plan(lengths, config.micro_batch_tokens, world_size(), rank()),
+        plan=lambda lengths: rank_plan(lengths, config.micro_batch_tokens, world_size(), rank(), layout.joined),
         sums=partial(answer_sums, layout=layout, with_routers=bool(balance)),
         counts=partial(answer_counts, with_routers=bool(balance)),
         loss_weights={"lm_loss": 1.0} | ({"router_aux_loss": balance} if balance else {}),
@@ -174,20 +177,23 @@ def stage_of(
     return replace(stage, evaluate=partial(judge, stage=stage))
 
 
-def load(config: SFTConfig, tokenizer, say: Callable[[str], None]) -> tuple[PreTrainedModel, bool]:
-    """(the model to train, with what the flags want of it; whether its dialogues are packed)."""
+def load(config: SFTConfig, tokenizer, say: Callable[[str], None]) -> tuple[PreTrainedModel, Layout]:
+    """(the model to train, with what the flags want of it; how its dialogues are laid out)."""
     path, dtype = config.hf_model_name_or_path, DTYPES[config.dtype]
     lm = load_causal_lm(path, dtype, device(), config.attn_implementation, tokenizer, say)
     check_window(lm, config.context_truncate, "--context_truncate")
     check_names(AutoModelForCausalLM, lm.config, saved_tensors(lm), f"{FLAG} {path}")
-    failure = packing_failure(lm, f"{FLAG} {path}") if config.packing else None
+    joined = has_varlen_kernel(decoder_of(lm))
+    packing = config.packing and not joined
+    failure = packing_failure(lm, f"{FLAG} {path}") if packing else None
     if failure:
         say(f"--packing is off: packed dialogues would see each other in {type(lm).__name__} ({failure})")
     if config.gradient_checkpoint:
         enable_checkpointing(lm)
     if config.compile:
         compile_layers(lm)
-    return lm, config.packing and not failure
+    flat = is_flash_attention_requested(lm.config)
+    return lm, Layout(packing and not failure, flat, config.micro_batch_tokens, joined)
 
 
 def train(config: SFTConfig) -> None:
@@ -202,9 +208,8 @@ def train(config: SFTConfig) -> None:
     tokenizer, _ = settle(config, config.tokenizer_name_or_path, [(FLAG, config.hf_model_name_or_path)], say)
     sets, valid = load_encoded(config, tokenizer, say)
     say(first_prompt(tokenizer, sets[0][0].ids[: prompt_length(sets[0][0])]))
-    lm, packing = load(config, tokenizer, say)
+    lm, layout = load(config, tokenizer, say)
     balance = router_coef(lm, config.router_aux_loss_coef, f"{FLAG} {config.hf_model_name_or_path}", say)
-    layout = Layout(packing, is_flash_attention_requested(lm.config), config.micro_batch_tokens)
     step = begin_folder(config, start)
     log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps, step)
     try:
@@ -221,7 +226,9 @@ def train(config: SFTConfig) -> None:
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m sft.train`."""
-    train(parse_args(SFTConfig, argv))
+    config = parse_args(SFTConfig, argv)
+    with repeatable(config.deterministic):
+        train(config)
 
 
 if __name__ == "__main__":

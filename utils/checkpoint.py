@@ -5,55 +5,160 @@
 checkpoint is written beside its place, synced, then renamed, so that its folder appears whole or not at all.
 """
 
+import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from itertools import repeat
+from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from utils.distributed import gather_objects, is_main, rank
-from utils.engine import TrainEngine
+from utils.engine import TrainEngine, device
 from utils.engine_state import num_bytes
+from utils.host_memory import fits_on_host
 from utils.random_state import random_state
-from utils.run_folder import remove, write_json
+from utils.run_folder import remove
+from utils.state_file import PIECE, file_pieces, new_buffer, write_file
 
 MANIFEST = "manifest.json"
 LINES = ("metrics.jsonl", "samples.jsonl")  # beside the folder of checkpoints
 Engines = dict[str, TrainEngine]
 Say = Callable[[str], None]
+Files = dict[str, Iterable[bytes | torch.Tensor]]  # name -> content
 
 
-def save(folder: str, state: dict, engines: Engines, keep: int, say: Say) -> bool:
-    """Writes `folder`/step_N and removes all but the newest `keep`. Collective. Memory: none on a CPU, else a copy.
+class Share(NamedTuple):
+    """What came of one rank's files of a checkpoint."""
 
-    state: JSON, with "step". False, said, and everything older untouched, where the disk does not take it.
+    entries: dict[str, dict]  # of the manifest
+    problem: str | None  # what the disk had against them
+    seconds: float  # from the beginning of `save` until they were on the disk
+
+
+@dataclass
+class Writing:
+    """A checkpoint that is being written. size: bytes of tensors of all ranks. waited: seconds of the loop."""
+
+    step: int
+    target: str
+    size: int
+    say: Say
+    waited: float = 0.0
+    share: Future[Share] | None = None
+
+    @property
+    def partial(self) -> str:
+        """The folder until it is whole."""
+        return f"{self.target}.partial"
+
+
+class CheckpointWriter:
+    """Writes checkpoints to a folder, and removes all but the newest `keep`. Every method is collective.
+
+    Only the main thread communicates. In the background a thread of each rank writes that rank's files from a copy; the
+    main threads put the checkpoint in its place when they next call `settle`, and all ranks have written theirs.
     """
-    started = time.perf_counter()
-    target = os.path.join(folder, f"step_{state['step']}")
-    partial = f"{target}.partial"
-    tensors = {name: engine.state_tensors() for name, engine in engines.items()}
-    size = sum(gather_objects(sum(map(num_bytes, tensors.values()))))
-    problem = first_problem(_problem(_make_room, partial, size) if is_main() else None)
-    if not problem:
-        files: dict[str, dict] = {}
-        problem = _problem(_write_share, partial, state, tensors, files)
-        shares = gather_objects((files, problem))
-        problem = next((problem for _, problem in shares if problem), None)
-    if not problem:
-        manifest = {name: entry for files, _ in shares for name, entry in files.items()}
-        problem = first_problem(_problem(_finish, partial, target, manifest, keep) if is_main() else None)
-    if problem:
+
+    def __init__(self, folder: str, engines: Engines, keep: int):
+        self._folder, self._engines, self._keep = folder, engines, keep
+        self._writing: Writing | None = None
+        self._copies: list[torch.Tensor] = []
+
+    def save(self, state: dict, say: Say, background: bool = False) -> None:
+        """Writes `folder`/step_N, after the one before. What the disk does not take is said; older ones stay whole.
+
+        state: JSON, with "step". background: returns as soon as host memory holds a copy, on all ranks, if it fits.
+        """
+        self.settle()
+        started = time.perf_counter()
+        tensors = {name: engine.state_tensors() for name, engine in self._engines.items()}
+        own = sum(map(num_bytes, tensors.values()))
+        fits = background and fits_on_host(own - PIECE * len(self._copies))
+        shares = gather_objects((own, fits))
+        step, size = state["step"], sum(own for own, _ in shares)
+        writing = Writing(step, os.path.join(self._folder, f"step_{step}"), size, say)
+        if problem := first_problem(_problem(_make_room, writing.partial, size) if is_main() else None):
+            self._say_problem(writing, problem)
+            return
+        files, copied = self._files(tensors, all(fits for _, fits in shares))
+        files[f"random-rank{rank()}.json"] = [_json(random_state())]
         if is_main():
-            remove(partial)
-        say(f"warning: the checkpoint of step {state['step']} was not saved: {problem}; older ones are as they were")
-        return False
-    say(f"checkpoint of step {state['step']}: {size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
-    return True
+            files["state.json"] = [_json(state)]
+        if not all(gather_objects(copied)):
+            self._conclude(writing, _write_share(writing.partial, files, started), started)
+            return
+        thread = ThreadPoolExecutor(1, "checkpoint")
+        writing.share = thread.submit(_write_share, writing.partial, files, started)
+        thread.shutdown(wait=False)  # it ends when the files are written
+        self._writing, writing.waited = writing, time.perf_counter() - started
+
+    def settle(self, wait: bool = True) -> None:
+        """Puts a checkpoint that is being written in its place. wait: False returns at once if a rank still writes."""
+        began, writing = time.perf_counter(), self._writing
+        if writing and (wait or all(gather_objects(writing.share.done()))):
+            self._writing = None
+            self._conclude(writing, writing.share.result(), began)
+
+    def _files(self, tensors: dict[str, dict[str, torch.Tensor]], copy: bool) -> tuple[Files, bool]:
+        """Returns the contents of the engines' files, and whether they are copies, as `copy` wishes."""
+        named = {f"{engine}-rank{rank()}.safetensors": values for engine, values in tensors.items() if values}
+        if copy:
+            buffers = self._buffers()
+            with contextlib.suppress(RuntimeError):  # of free memory not all can be pinned everywhere
+                return {name: list(file_pieces(values, buffers)) for name, values in named.items()}, True
+            self._copies.clear()
+        buffers = repeat(new_buffer(_pinned()))
+        return {name: file_pieces(values, buffers) for name, values in named.items()}, False
+
+    def _buffers(self) -> Iterator[torch.Tensor]:
+        """Yields those that are left of the last checkpoint, then new ones."""
+        yield from list(self._copies)
+        while True:
+            self._copies.append(new_buffer(_pinned()))
+            yield self._copies[-1]
+
+    def _conclude(self, writing: Writing, share: Share, began: float) -> None:
+        """Completes the checkpoint from the shares of all ranks, and says so. The loop has waited since `began`."""
+        self._copies = [buffer for buffer in self._copies if buffer.is_pinned()]  # to pin memory takes long
+        shares = gather_objects(share)
+        problem = next((share.problem for share in shares if share.problem), None)
+        if not problem:
+            manifest = {name: entry for share in shares for name, entry in share.entries.items()}
+            arguments = writing.partial, writing.target, manifest, self._keep
+            problem = first_problem(_problem(_finish, *arguments) if is_main() else None)
+        if problem:
+            self._say_problem(writing, problem)
+            return
+        took, waited = max(share.seconds for share in shares), writing.waited + time.perf_counter() - began
+        writing.say(
+            f"checkpoint of step {writing.step}: {writing.size / 1e6:.1f} MB in {took:.1f} s; the run waited "
+            f"{waited:.1f} s for it"
+        )
+
+    def _say_problem(self, writing: Writing, problem: str) -> None:
+        if is_main():
+            remove(writing.partial)
+        writing.say(
+            f"warning: the checkpoint of step {writing.step} was not saved: {problem}; older ones are as they were"
+        )
+
+
+def _pinned() -> bool:
+    return device().type == "cuda"
+
+
+def _json(content) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _problem(function: Callable, *arguments) -> str | None:
@@ -84,27 +189,23 @@ def _make_room(partial: str, size: int) -> None:
     os.makedirs(partial)
 
 
-def _write_share(partial: str, state: dict, tensors: dict, files: dict[str, dict]) -> None:
-    """This rank's files, synced; their manifest entries go into `files`."""
-    names = []
-    for engine, values in tensors.items():
-        if values:
-            names.append(f"{engine}-rank{rank()}.safetensors")
-            save_file(values, os.path.join(partial, names[-1]))
-    names.append(f"random-rank{rank()}.json")
-    write_json(os.path.join(partial, names[-1]), random_state())
-    if is_main():
-        names.append("state.json")
-        write_json(os.path.join(partial, names[-1]), state)
-    for name in names:
-        path = os.path.join(partial, name)
-        _sync(path)
-        files[name] = {"bytes": os.path.getsize(path), "sha256": sha256(path)}
+def _write_share(partial: str, files: Files, started: float) -> Share:
+    """Writes this rank's files and waits until they are on the disk."""
+    entries: dict[str, dict] = {}
+
+    def write() -> None:
+        for name, pieces in files.items():
+            entries[name] = write_file(os.path.join(partial, name), pieces)
+
+    problem = _problem(write)
+    if problem:  # the room that they take is wanted for the metrics of the steps until `settle`
+        for name in files:
+            _problem(remove, os.path.join(partial, name))
+    return Share(entries, problem, time.perf_counter() - started)
 
 
 def _finish(partial: str, target: str, manifest: dict, keep: int) -> None:
-    write_json(os.path.join(partial, MANIFEST), manifest)
-    _sync(os.path.join(partial, MANIFEST))
+    write_file(os.path.join(partial, MANIFEST), [_json(manifest)])
     _sync(partial)
     folder = os.path.dirname(target)
     for name in LINES:  # a checkpoint must not be ahead of what the run has written

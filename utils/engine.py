@@ -6,14 +6,16 @@ ranks, never averaged.
 """
 
 import contextlib
-import dataclasses
+import copy
 import datetime
 import os
 from collections.abc import Callable
 
 import torch
 
-if not torch.cuda.is_available():
+from utils.device import device, on_gpu
+
+if not on_gpu():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed probes for accelerators when it is imported
 
 import deepspeed
@@ -24,8 +26,11 @@ from torch import nn
 from utils.args import EngineConfig
 from utils.builds import unblocked_builds
 from utils.chunked_step import use_chunked_step
+from utils.compiled import layers_of
+from utils.deterministic import strictly
 from utils.distributed import any_rank, is_main, rank, ranks_where, world_size
 from utils.engine_state import load_state, scale_weight, state_tensors
+from utils.errors import UserError
 from utils.export import saved_tensors
 from utils.shared_state import SharedState
 
@@ -33,16 +38,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # On Hopper and Blackwell attention would go through cuDNN first, which plans anew for each length that it meets, for
 # tens of milliseconds (pytorch pull request 155958): lengths of rows and of the cache are never the same here.
 torch.backends.cuda.enable_cudnn_sdp(False)
+torch.set_float32_matmul_precision("highest")  # float32 products are float32, never TF32
 
 PERSISTENT = 10_000  # elements up to which ZeRO-3 leaves a tensor whole on every rank: norms, not matrices
 BUCKET = 50_000_000  # elements a gradient bucket holds: 100 MB in bf16, a few of them an engine; a tenth on the CPU
-
-
-def device() -> torch.device:
-    """The device of this process: its launcher-given GPU, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
 
 
 def init_distributed(hang_timeout: float = 0.0) -> None:
@@ -56,6 +55,11 @@ def init_distributed(hang_timeout: float = 0.0) -> None:
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
         )  # any free one
     if device().type == "cuda":
+        gpus = torch.cuda.device_count()
+        if device().index >= gpus:
+            raise UserError(
+                f"local rank {device().index} has no GPU, there are {gpus}: start as many processes as GPUs (NUM_GPUS)"
+            )
         torch.cuda.set_device(device())
     if not torch.distributed.is_initialized():
         if device().type == "cpu":
@@ -98,6 +102,7 @@ def deepspeed_config(config: EngineConfig, offload_weights: bool = False) -> dic
         "bf16": {"enabled": config.dtype == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32" if config.adds_up_in_float32 else config.dtype},
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # which waits for the GPU at every forward and step
     }
 
 
@@ -162,7 +167,8 @@ class TrainEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of this rank's share of the loss. DeepSpeed averages over ranks: undone here."""
-        self.engine.backward(loss * world_size())
+        with strictly():
+            self.engine.backward(loss * world_size())
 
     def step(self, lr: float, provided: Callable[[], bool] | None = None) -> float:
         """One optimizer step at this learning rate; returns the global gradient norm before clipping.
@@ -317,15 +323,30 @@ def free_memory() -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
-def shard_frozen(module: nn.Module, config: EngineConfig, offload: bool = False) -> nn.Module:
-    """A frozen model for scoring: under ZeRO-3 its weights are split over ranks like the trained ones, else as it is.
+def splits_frozen(zero_stage: int, ranks: int) -> bool:
+    """Whether the weights of frozen models are split: under ZeRO-3, and with several ranks under ZeRO-1 and 2 too."""
+    return zero_stage == 3 or (zero_stage > 0 and ranks > 1)
 
-    No optimizer state, no gradients. A sharded model must be called by all ranks together; offload: its shards wait in
-    host memory.
+
+def shard_frozen(module: nn.Module, config: EngineConfig, offload: bool = False) -> nn.Module:
+    """Prepares a model for scoring alone; where `splits_frozen`, its weights are split over the ranks.
+
+    It has no optimizer state and no gradients. A split model gathers its weights layer by layer in each forward, so
+    all ranks must call it equally often. offload: its shards stay in host memory; a model that is not split stays
+    where it is.
     """
     module.requires_grad_(False).eval()
-    if config.zero_stage < 3:
+    if not splits_frozen(config.zero_stage, world_size()):
         return module
-    settings = deepspeed_config(dataclasses.replace(config, offload_optimizer=False), offload_weights=offload)
+    flags = copy.copy(config)
+    flags.zero_stage, flags.offload_optimizer = 3, False
+    settings = deepspeed_config(flags, offload_weights=offload)
+    # It replaces torch.nn.functional.linear in the whole process, which only training under ZeRO-3 gains from.
+    settings["zero_optimization"]["memory_efficient_linear"] = config.zero_stage == 3
+    layers = layers_of(module)
+    for layer in layers:  # not each matrix by itself; and which experts are called inside depends on a rank's tokens
+        deepspeed.utils.set_z3_leaf_module(layer, True)
+    next_layer = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=BUCKET)
+    settings["zero_optimization"]["stage3_prefetch_bucket_size"] = next_layer
     sharded, *_ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)
     return sharded

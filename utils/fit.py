@@ -87,6 +87,7 @@ def _loop(
         try:
             metrics = train_step(engine, stage, items, lr)
         except BadStep as error:
+            keeper.settle()
             raise UserError(f"{error} [{keep_batch(config.model_save_path, step + 1, items)}]") from None
         tokens = sum(map(stage.length, items))
         metrics["tokens_per_second"] = tokens / (time.perf_counter() - started)

@@ -3,9 +3,9 @@
 import os
 from typing import Self
 
-from utils import checkpoint, restore
-from utils.checkpoint import Engines, Say
-from utils.distributed import rank
+from utils import restore
+from utils.checkpoint import CheckpointWriter, Engines, Say
+from utils.distributed import rank, world_size
 from utils.engine import device
 from utils.random_state import seed_streams
 from utils.restore import Checkpoint
@@ -25,6 +25,7 @@ class Keeper:
         self._config = config
         self._engines = engines
         self._folder = os.path.join(config.model_save_path, "checkpoints")
+        self._writer = CheckpointWriter(self._folder, engines, config.keep_checkpoints)
         self._total_steps = total_steps
         self._stop = Stop(config.max_hours)
         self._watchdog = Watchdog(config.hang_timeout, rank())
@@ -36,9 +37,13 @@ class Keeper:
         self._watchdog.__enter__()
         return self
 
-    def __exit__(self, *error) -> None:
-        self._watchdog.__exit__(*error)
-        self._stop.__exit__(*error)
+    def __exit__(self, kind, *error) -> None:
+        try:
+            if kind is None or world_size() == 1:  # other ranks may be anywhere when this one has failed
+                self.settle()
+        finally:
+            self._watchdog.__exit__(kind, *error)
+            self._stop.__exit__(kind, *error)
 
     def begin(self, start: Checkpoint | None, seed: int) -> None:
         """Engines and random streams as they were at `start`; None: streams of the seed and the rank. Collective."""
@@ -47,8 +52,14 @@ class Keeper:
             restore.restore(start, self._engines)
 
     def newest(self, say: Say) -> Checkpoint | None:
-        """The run's last whole checkpoint. Collective."""
+        """The run's last whole checkpoint, that which is being written included. Collective."""
+        self.settle()
         return restore.newest(self._folder, say)
+
+    def settle(self) -> None:
+        """Waits for the checkpoint that is being written. Collective: call it before an error that all ranks raise."""
+        self._writer.settle()
+        self.feed("checkpoint")
 
     def after_step(self, state: dict, say: Say) -> None:
         """One rank's wish to stop becomes that of all; a checkpoint is written that is due, or needed now. Collective.
@@ -59,10 +70,12 @@ class Keeper:
         step, every = state["step"], self._config.checkpoint_per_step
         code = self._stop.agree(device())
         self.code = code if step < self._total_steps else 0  # nothing is left to stop
+        last = bool(self.code) or step >= self._total_steps  # nothing is left to do meanwhile
         if every and (step % every == 0 or self.code):
-            state = state | {"flags": identity(self._config)}
-            checkpoint.save(self._folder, state, self._engines, self._config.keep_checkpoints, say)
+            self._writer.save(state | {"flags": identity(self._config)}, say, background=not last)
             self.feed("checkpoint")
+        else:
+            self._writer.settle(wait=last)
         if self.code:
             after = self._how_to_go_on() if every else "without a checkpoint"
             say(f"stopped by {NAMES[code]} after step {step}; {after}")

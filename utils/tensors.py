@@ -11,6 +11,11 @@ def identity(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x on the device. The host does not wait for a GPU, as it would with memory that is not pinned."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of x where mask is True; 0 if it is True nowhere. x, mask: same shape -> float32 scalar."""
     mask = mask.bool()
@@ -54,9 +59,15 @@ def before_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return states[:, :-1][mask[:, 1:]]
 
 
+def places_of(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Flat indices [count] of the entries that are True, of which there are `count`: a GPU need not be asked."""
+    return mask.flatten().nonzero_static(size=count).squeeze(1)
+
+
 def at_tokens(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Puts one value a masked token back in its place. rows: [n], mask: [batch, length], n True -> like mask."""
-    return torch.zeros(mask.shape, dtype=rows.dtype, device=rows.device).masked_scatter(mask, rows)
+    places = places_of(mask, len(rows))
+    return rows.new_zeros(mask.numel()).index_copy(0, places, rows).view(mask.shape)
 
 
 def shift_to_next(x: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from tests.faults.kill import start, wait
 from tests.parts import ppo_config, tiny_policy
-from utils.checkpoint import save
+from utils.checkpoint import CheckpointWriter
 from utils.distributed import is_main
 from utils.engine import DTYPES, TrainEngine, init_distributed, shutdown_distributed
 from utils.restore import named, restore
@@ -44,7 +44,7 @@ def group(folder: str, number: int, last: bool, dtype: str, stage: int, offload:
     else:
         train(engine)
         train(engine)
-    assert save(f"{folder}/{number}", {"step": 2}, {"policy": engine}, 1, print)
+    CheckpointWriter(f"{folder}/{number}", {"policy": engine}, 1).save({"step": 2}, print)
     if last:
         train(engine)
         weights = engine.full_state_dict()

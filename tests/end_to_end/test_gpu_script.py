@@ -13,6 +13,12 @@ FIGURES = {  # what each check must have found out, at the least
     "machine": {"bf16_tflops", "device_copy_tb_per_second", "pinned_to_host_gb_per_second"},
     "parity": {"zero_0", "zero_1", "zero_2", "zero_3", "offload_frozen", "reuse", "offload_optimizer"},
     "precision": {"ratio_off_by", "approx_kl", "repeats", "resumes", "sigterm_exit_code"},
+    "decoding": {"tiny_2_24_equal_ragged_ms", "tiny_2_24_ragged_straight_ms", "tiny_2_24_equal_share"},
+    "attention": {"mha_2_equal_ragged_share", "gqa_2_ragged_masked_share"},
+    "frozen": {"old_s", "new_s", "new_once_s"},
+    "passes": {"padded_score_share", "joined_update_share", "joined_update_gib_of_planned", "logprobs_apart"},
+    "optimizer": {"plain_s", "chunked_s", "largest_difference_in_lr", "background_waited_s", "foreground_gb_per_s"},
+    "against_trl": {"aim_ratio"},  # the rest where this Python has TRL
     "synchronisations": {"waits_per_token", "waits_per_look", "waits_per_phase"},
     "two_ranks": {"zero_2", "zero_3"},
     "demo": {"steps", "samples_per_second", "score_first", "score_last"},

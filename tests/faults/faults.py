@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import ppo.score
 import ppo.update
 import utils.checkpoint
 from tests.faults.kill import PHASES, at_call, once_loaded
+from utils.checkpoint import CheckpointWriter
 from utils.engine import TrainEngine
 from utils.stop import GRACE
 
@@ -135,44 +137,42 @@ def fill(disk: Path, leave: int) -> None:
 
 def disk_fills_in_a_save(rank: int) -> None:
     """Between two files of the checkpoint of step 2 something else takes the room; before that of step 4 it goes."""
-    write, save, saves, disk = utils.checkpoint.save_file, utils.checkpoint.save, 0, None
+    write, save = utils.checkpoint.write_file, CheckpointWriter.save
 
-    def fills(tensors: dict, path: str) -> None:
-        if saves == 2 and "critic" in path:
-            fill(disk, leave=2**16)  # some lines of metrics
-        write(tensors, path)
+    def fills(path: str, pieces) -> dict:
+        if "step_2" in path and "critic" in path:
+            fill(Path(path).parents[3], leave=2**16)  # some lines of metrics
+        return write(path, pieces)
 
-    def counted(folder: str, *args):
-        nonlocal saves, disk
-        saves, disk = saves + 1, Path(folder).parents[1]
-        if saves == 4:
-            (disk / "filler").unlink()
-        return save(folder, *args)
+    def clears(writer: CheckpointWriter, state: dict, *args, **kwargs) -> None:
+        if state["step"] == 4:
+            (Path(writer._folder).parents[1] / "filler").unlink()
+        save(writer, state, *args, **kwargs)
 
-    utils.checkpoint.save_file, utils.checkpoint.save = fills, counted
+    utils.checkpoint.write_file, CheckpointWriter.save = fills, clears
 
 
 def disk_is_full(rank: int) -> None:
     """After the checkpoint of step 2 there is no room left, not for a line of metrics."""
-    save = utils.checkpoint.save
+    save = CheckpointWriter.save
 
-    def fills(folder: str, state: dict, *args):
-        saved = save(folder, state, *args)
+    def fills(writer: CheckpointWriter, state: dict, *args, **kwargs) -> None:
+        save(writer, state, *args, **kwargs)
         if state["step"] == 2:
-            fill(Path(folder).parents[1], leave=0)
-        return saved
+            writer.settle()
+            fill(Path(writer._folder).parents[1], leave=0)
 
-    utils.checkpoint.save = fills
+    CheckpointWriter.save = fills
 
 
 def two_signals(rank: int) -> None:
-    """SIGTERM in step 2, and again."""
+    """SIGTERM in step 3, and again."""
     step, calls = TrainEngine.step, 0
 
     def signalled(*args):
         nonlocal calls
         calls += 1
-        if calls in (5, 6):
+        if calls in (9, 10):
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args)
 
@@ -180,13 +180,13 @@ def two_signals(rank: int) -> None:
 
 
 def insistent_launcher(rank: int) -> None:
-    """In step 2 the victim gets SIGTERM, once more at once, as when two launchers pass it on, and again much later."""
+    """In step 3 the victim gets SIGTERM, once more at once, as when two launchers pass it on, and again much later."""
     step, calls = TrainEngine.step, 0
 
     def signalled(*args):
         nonlocal calls
         calls += 1
-        if calls == 5:
+        if calls == 9:
             for pause in (0.0, 0.0, GRACE + 0.5):
                 time.sleep(pause)
                 print("SIGTERM", flush=True)
@@ -195,6 +195,27 @@ def insistent_launcher(rank: int) -> None:
 
     if rank == VICTIM:
         TrainEngine.step = signalled
+
+
+def slow_disk(rank: int, begin: Callable[[], None] = lambda: None) -> None:
+    """The thread that writes a rank's files takes longer than a step; in the first checkpoint it calls `begin`."""
+    sync, calls = os.fsync, 0
+
+    def slowly(handle: int) -> None:
+        nonlocal calls
+        if threading.current_thread() is not threading.main_thread():
+            calls += 1
+            if calls == 1:
+                begin()
+            time.sleep(0.7)
+        sync(handle)
+
+    os.fsync = slowly
+
+
+def signal_while_writing(rank: int) -> None:
+    """SIGTERM to the victim while the first checkpoint is being written."""
+    slow_disk(rank, lambda: os.kill(os.getpid(), signal.SIGTERM) if rank == VICTIM else None)
 
 
 def small_chunks(rank: int) -> None:
@@ -225,3 +246,4 @@ FAULTS |= {
     "disk fills in a save": disk_fills_in_a_save,
 }
 FAULTS |= {"disk is full": disk_is_full, "two signals": two_signals, "insistent launcher": insistent_launcher}
+FAULTS |= {"slow disk": slow_disk, "signal while writing": signal_while_writing}

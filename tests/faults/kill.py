@@ -29,7 +29,6 @@ from tqdm import tqdm
 import ppo.build
 import ppo.decoding
 import ppo.score
-import utils.checkpoint
 from tests.ranks import free_port
 from tests.tiny_run import Inputs, build_inputs, read_lines, read_metrics, run_flags
 from train_ppo import main as train_ppo
@@ -40,7 +39,7 @@ PHASES = {
     "rollout": (ppo.decoding._Decoder, "look", 30),
     "scoring": (ppo.score, "_by_batch", 6),
     "update": (TrainEngine, "step", 6),
-    "saving": (utils.checkpoint, "_sync", 8),
+    "saving": (os, "fsync", 8),  # of files by a thread, of the folder that then gets its name by the main thread
 }
 PATIENCE = 300  # seconds for a run to come to its end, or to its kill
 

@@ -1,11 +1,12 @@
 """A scheduler's notice: one rank that hears it is enough, and a second one is heeded at once."""
 
 import json
+import re
 
 import pytest
 
 from tests.faults.kill import check_equal
-from tests.faults.scenarios import run_cases
+from tests.faults.scenarios import Result, run_cases
 
 CASES = {
     "undisturbed": {},
@@ -13,6 +14,9 @@ CASES = {
     "after one rank": {"out": "one rank"},
     "twice": {"fault": "two signals", "ranks": 1},
     "again and again": {"fault": "insistent launcher", "patience": 5},
+    "slow disk": {"fault": "slow disk"},
+    "while writing": {"fault": "signal while writing"},
+    "after while writing": {"out": "while writing"},
 }
 
 
@@ -33,7 +37,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_step(results):
 def test_a_second_signal_ends_a_process_in_the_middle_of_its_step(results):
     result = results["twice"]
     assert result.codes == [-15]
-    assert [path.name for path in (result.out / "checkpoints").iterdir()] == ["step_1"]
+    check_left_in_step_3(result)
 
 
 def test_of_two_ranks_one_bears_a_repeated_signal_and_heeds_a_later_one(results):
@@ -42,4 +46,28 @@ def test_of_two_ranks_one_bears_a_repeated_signal_and_heeds_a_later_one(results)
     assert result.codes[1] == 143 and result.codes[0] != 0
     assert result.log.count("SIGTERM\n") == 3
     assert result.log.count("a second signal stops at once") == 1
-    assert [path.name for path in (result.out / "checkpoints").iterdir()] == ["step_1"]
+    check_left_in_step_3(result)
+
+
+def check_left_in_step_3(result: Result) -> None:
+    """The checkpoint of step 2 would have got its name at the end of step 3."""
+    assert sorted(path.name for path in (result.out / "checkpoints").iterdir()) == ["step_1", "step_2.partial"]
+
+
+def test_checkpoints_that_take_longer_than_a_step_wait_for_each_other(results):
+    result = results["slow disk"]
+    assert result.codes == [0, 0], result.log[-3000:]
+    steps = re.findall(r"checkpoint of step (\d): .* in ([\d.]+) s; the run waited ([\d.]+) s", result.log)
+    assert [step for step, *_ in steps] == ["1", "2", "3"]
+    assert 0 < float(steps[0][2]) < float(steps[0][1])  # a part of it: the second step was being made meanwhile
+    assert sorted(path.name for path in (result.out / "checkpoints").iterdir()) == ["step_1", "step_2", "step_3"]
+    check_equal(result.out, results["undisturbed"].out)
+
+
+def test_a_signal_while_a_checkpoint_is_written_waits_for_it_and_saves_once_more(results):
+    result = results["while writing"]
+    assert result.codes == [143, 143], result.log[-3000:]
+    assert "stopped by SIGTERM after step 2; the same command goes on" in result.log
+    assert re.findall(r"checkpoint of step (\d)", result.log) == ["1", "2"]
+    assert f"going on from {result.out}/checkpoints/step_2" in results["after while writing"].log
+    check_equal(result.out, results["undisturbed"].out)

@@ -124,6 +124,7 @@ def environment_of(options: argparse.Namespace, folder: Path) -> dict[str, str]:
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if options.cpu:
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        environment["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run on the CPU
     else:
         environment.pop("DS_ACCELERATOR", None)
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))

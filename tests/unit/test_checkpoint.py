@@ -1,19 +1,27 @@
 """Checkpoints on disk: damage is recognised, old ones go, a full disk harms nothing."""
 
+import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
+import threading
+from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from utils.checkpoint import save
+from utils.checkpoint import CheckpointWriter
 from utils.errors import UserError
+from utils.host_memory import fits_on_host, free_host_memory, group_room
 from utils.restore import newest
+from utils.state_file import PIECE, file_pieces, write_file
 
 
 def flip_a_byte(checkpoint: Path) -> None:
@@ -46,8 +54,16 @@ def checkpoints(tmp_path) -> Path:
     """A folder with the checkpoints of steps 1 and 2 of an engine that stands for two."""
     folder, said = tmp_path / "checkpoints", []
     for step in (1, 2):
-        assert save(str(folder), {"step": step}, engines(float(step)), 2, said.append), said
+        save(folder, step, engines(float(step)), said.append)
+    assert [line[:20] for line in said] == ["checkpoint of step 1", "checkpoint of step 2"]
     return folder
+
+
+def save(folder: Path, step: int, models: dict, say: Callable[[str], None] = print, **options) -> CheckpointWriter:
+    """The writer, which has saved one checkpoint and keeps two."""
+    writer = CheckpointWriter(str(folder), models, 2)
+    writer.save({"step": step}, say, **options)
+    return writer
 
 
 def engines(value: float) -> dict[str, SimpleNamespace]:
@@ -74,17 +90,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(checkpoints, 
 
 def test_only_the_newest_are_kept(checkpoints):
     (checkpoints / "step_7.partial").mkdir()
-    assert save(str(checkpoints), {"step": 10}, engines(3.0), 2, print)
+    save(checkpoints, 10, engines(3.0))
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_10", "step_2"]
 
 
-def test_all_is_on_the_disk_before_the_name_says_so(checkpoints, disk_calls):
+@pytest.mark.parametrize("background", [False, True])
+def test_all_is_on_the_disk_before_the_name_says_so(checkpoints, disk_calls, background):
     """Else a power cut could leave a folder with the right name and nothing in it, or one that is ahead of the metrics.
 
     Old ones lose their name first.
     """
     (checkpoints.parent / "metrics.jsonl").touch()
-    assert save(str(checkpoints), {"step": 3}, engines(3.0), 2, print)
+    save(checkpoints, 3, engines(3.0), background=background).settle()
     files = ["policy-rank0.safetensors", "critic-rank0.safetensors", "random-rank0.json", "state.json", "manifest.json"]
     assert sorted(files) == sorted(path.name for path in (checkpoints / "step_3").iterdir())
     assert disk_calls == [
@@ -115,11 +132,13 @@ def test_a_full_disk_leaves_the_run_going_and_the_older_checkpoint_whole(tmp_pat
     try:
         said: list[str] = []
         folder = disk / "checkpoints"
-        assert save(str(folder), {"step": 1}, small(4000), 2, said.append)
-        assert not save(str(folder), {"step": 2}, small(400000), 2, said.append)
+        save(folder, 1, small(4000), said.append)
+        save(folder, 2, small(400000), said.append)
         assert re.search(r"step 2 was not saved: it takes 1.6 MB, and .* MB left: make room; older ones are", said[-1])
-        assert not save(str(folder), {"step": 2}, small(50000), 2, said.append)  # alone it fits
-        assert re.search("step 2 was not saved: .*No space left", said[-1])
+        for background in (False, True):
+            save(folder, 2, small(50000), said.append, background=background).settle()  # alone it fits
+            assert re.search("step 2 was not saved: .*No space left", said[-1])
+        assert len(said) == 4
         assert [path.name for path in folder.iterdir()] == ["step_1"]
         assert newest(str(folder), said.append).step == 1
     finally:
@@ -128,3 +147,85 @@ def test_a_full_disk_leaves_the_run_going_and_the_older_checkpoint_whole(tmp_pat
 
 def small(size: int) -> dict[str, SimpleNamespace]:
     return {"policy": SimpleNamespace(state_tensors=lambda: {"weight.0": torch.zeros(size)})}
+
+
+@pytest.fixture
+def held_disk(monkeypatch):
+    """An event without which nothing gets to the disk."""
+    sync, may_write = os.fsync, threading.Event()
+    monkeypatch.setattr(os, "fsync", lambda handle: (may_write.wait(60), sync(handle)))
+    yield may_write
+    may_write.set()
+
+
+def test_the_run_goes_on_while_the_state_as_it_was_is_written(tmp_path, held_disk):
+    """What is changed meanwhile, tensors and the run's own numbers, is not in the files; nor is the name there yet."""
+    weight, state, said = torch.arange(5.0), {"step": 1, "stage": {"seen": 1}}, []
+    writer = CheckpointWriter(str(tmp_path), {"policy": SimpleNamespace(state_tensors=lambda: {"w": weight})}, 2)
+    writer.save(state, said.append, background=True)
+    weight += 1
+    state["stage"]["seen"] = 2
+    writer.settle(wait=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_1.partial"] and not said
+    held_disk.set()
+    writer.save({"step": 2}, said.append, background=True)  # waits for the one before
+    assert (tmp_path / "step_1").exists()
+    writer.settle()
+    writer.settle()
+    assert [re.sub(r"[\d.]+ s", "_", line) for line in said] == [
+        f"checkpoint of step {step}: 0.0 MB in _; the run waited _ for it" for step in (1, 2)
+    ]
+    assert load_file(tmp_path / "step_1" / "policy-rank0.safetensors")["w"].tolist() == [0, 1, 2, 3, 4]
+    assert load_file(tmp_path / "step_2" / "policy-rank0.safetensors")["w"].tolist() == [1, 2, 3, 4, 5]
+    assert json.loads((tmp_path / "step_1" / "state.json").read_text())["stage"] == {"seen": 1}
+    assert newest(str(tmp_path), said.append).step == 2
+
+
+def test_a_machine_without_room_for_a_copy_writes_at_once(tmp_path):
+    """The limit of a shell (ulimit -v) lets a copy of two buffers fail, though memory is free; one buffer has room."""
+    state = {"w": torch.arange(PIECE // 4 + 1, dtype=torch.float32)}
+    size = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + 3 * PIECE // 2, before[1]))
+    try:
+        said: list[str] = []
+        models = {"policy": SimpleNamespace(state_tensors=lambda: state)}
+        CheckpointWriter(str(tmp_path), models, 1).save({"step": 1}, said.append, background=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert (tmp_path / "step_1").exists() and len(said) == 1  # without `settle`
+    assert torch.equal(load_file(tmp_path / "step_1" / "policy-rank0.safetensors")["w"], state["w"])
+
+
+@pytest.mark.parametrize("size", [8, 24, 1000, 10**6])
+def test_a_file_in_pieces_is_what_safetensors_reads(tmp_path, size):
+    """Also where tensors and buffers end at other places; types of every width, a scalar and an empty one."""
+    tensors = {
+        "a": torch.randn(3, 7), "step": torch.tensor(3), "half": torch.randn(77).bfloat16(), "none": torch.empty(0),
+        "é/0": torch.arange(9, dtype=torch.uint8), "slice": torch.arange(90.0)[20:70],
+    }  # fmt: skip
+    buffers = cycle([torch.empty(size, dtype=torch.uint8)])
+    entry = write_file(str(tmp_path / "x"), file_pieces(tensors, buffers))
+    content = (tmp_path / "x").read_bytes()
+    assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    found = load_file(tmp_path / "x")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def test_room_for_a_copy_is_what_node_and_control_groups_leave(tmp_path):
+    assert fits_on_host(0) and not fits_on_host(free_host_memory())  # a tenth is missing
+    groups = {"v1/memory/job/step": (None, "7000", "4000", "total_inactive_file 300"),
+              "v1/memory/job": (None, "9000", "8000", "cache 5\ntotal_inactive_file 500"),
+              "v2/user/run": ("memory.max", "max", "100", "inactive_file 0"),
+              "v2/user": ("memory.max", "5000", "4000", "inactive_file 1")}  # fmt: skip
+    for folder, (limit, most, used, stat) in groups.items():
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / (limit or "memory.limit_in_bytes")).write_text(f"{most}\n")
+        (tmp_path / folder / ("memory.current" if limit else "memory.usage_in_bytes")).write_text(f"{used}\n")
+        (tmp_path / folder / "memory.stat").write_text(f"{stat}\n")
+    member = tmp_path / "cgroup"
+    for version, line, room in (("v1", "4:memory:/job/step", 1500), ("v2", "0::/user/run", 1001), ("v2", "", None)):
+        member.write_text(f"9:cpu:/x\n{line}\n" if line else "")
+        assert group_room(str(member), str(tmp_path / version)) == (room or float("inf"))

@@ -28,6 +28,9 @@ NORMS_7B = 65 * 4096
 # Embedding; in each layer four projections and three of the MLP; norms. The policy has a head of another 32000 x 4096.
 DECODER_7B = 32000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11008) + NORMS_7B
 POLICY_7B, CRITIC_7B = DECODER_7B + 32000 * 4096, DECODER_7B + 4096
+# Page-locked, of a rank of 8: matrices of 4096 x 11008 take the next power of two, 16 MiB; the others have that size
+# (an embedding of 32000 x 4096 nearly).
+SHARDS_7B = (32 << 20) + 32 * (4 * (4 << 20) + 3 * (16 << 20)) + 65 * 1024
 
 
 @pytest.fixture
@@ -88,8 +91,11 @@ def test_sizes_of_7b_are_those_worked_out_by_hand(folder_7b):
     sizes = {"rollout_batch_size": 16, "num_rollouts": 128, "batch_size": 32, "maxlen_prompt": 2048, "maxlen_res": 512}
     flags = paths | sizes | {"dtype": "bf16", "gradient_checkpoint": True}
     rows, host = plan(ppo_config(**flags, zero_stage=2), gpus=8)
-    assert rows["weights of the policy"] == rows["weights of the reference"] == [2 * POLICY_7B] * 4
-    assert rows["weights of the critic"] == rows["weights of 1 reward model(s)"] == [2 * CRITIC_7B] * 4
+    assert rows["weights of the policy"] == [2 * POLICY_7B] * 4
+    assert rows["weights of the critic"] == [2 * CRITIC_7B] * 4
+    assert rows["weights of the reference"] == [2 * POLICY_7B // 8 + 2 * NORMS_7B] * 4
+    assert rows["weights of 1 reward model(s)"] == [2 * CRITIC_7B // 8 + 2 * (NORMS_7B + 4096)] * 4
+    assert rows["weights gathered from all GPUs"] == [0, 2 * 10**9, 0, 0]
     assert rows["optimizer of policy and critic"] == [12 * (POLICY_7B + CRITIC_7B) // 8] * 4
     assert rows["gradients of policy and critic"] == [0, 0] + [2 * (POLICY_7B + CRITIC_7B) // 8] * 2
     assert rows["key-value cache"] == [16 * (2048 + 256) * 32 * 2 * 4096 * 2, 0, 0, 0]
@@ -97,6 +103,12 @@ def test_sizes_of_7b_are_those_worked_out_by_hand(folder_7b):
 
     rows, _ = plan(ppo_config(**flags, zero_stage=2, grad_accum_dtype="fp32"), gpus=8)
     assert rows["gradients of policy and critic"] == [0, 0] + [4 * (POLICY_7B + CRITIC_7B) // 8] * 2
+
+    for stage, gpus, waiting in [(1, 8, 2 * SHARDS_7B + (32 << 20) + 1024), (1, 1, 2 * (POLICY_7B + CRITIC_7B))]:
+        rows, host = plan(ppo_config(**flags, zero_stage=stage, offload_frozen=True), gpus)
+        assert "weights of the reference" not in rows
+        assert rows["a frozen model at a time"] == [0, 2 * POLICY_7B if gpus == 1 else 0, 0, 0]
+        assert host["reference and reward models"] == waiting
 
     rows, host = plan(ppo_config(**flags, zero_stage=3, offload_optimizer=True, offload_frozen=True), gpus=8)
     assert rows["weights of the policy"] == [2 * POLICY_7B // 8 + 2 * NORMS_7B] * 4

@@ -1,0 +1,75 @@
+"""Writes tensors to a safetensors file in pieces: no copy of all of them is needed, and nothing is read back."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from utils.tensor_files import SAFETENSORS_DTYPES
+
+PIECE = 1 << 26  # bytes of a buffer: 64 MB, a power of two, to which PyTorch rounds up pinned memory
+_CODES = {getattr(torch, dtype): code for code, dtype in SAFETENSORS_DTYPES.items()}
+
+
+def new_buffer(pinned: bool) -> torch.Tensor:
+    """Returns uninitialised host memory of PIECE bytes. pinned: a GPU copies to it at the full rate of the bus."""
+    return torch.empty(PIECE, dtype=torch.uint8, pin_memory=pinned)
+
+
+def file_pieces(tensors: dict[str, torch.Tensor], buffers: Iterator[torch.Tensor]) -> Iterator[bytes | torch.Tensor]:
+    """Yields the content of a safetensors file, header first, then the data, each piece in the next buffer.
+
+    tensors: contiguous, on any device. buffers: uint8 in host memory. A buffer may come again once its piece is used.
+    """
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so that each starts aligned
+    devices = {x.device for x in tensors.values() if x.is_cuda}
+    yield _header(tensors)
+    buffer, filled = next(buffers), 0
+    for tensor in tensors.values():
+        data = tensor.detach().reshape(-1).view(torch.uint8)
+        while len(data):
+            if filled == len(buffer):
+                yield _arrived(buffer, devices)
+                buffer, filled = next(buffers), 0
+            part = data[: len(buffer) - filled]
+            buffer[filled : filled + len(part)].copy_(part, non_blocking=True)
+            filled, data = filled + len(part), data[len(part) :]
+    yield _arrived(buffer[:filled], devices)
+
+
+def _header(tensors: dict[str, torch.Tensor]) -> bytes:
+    """The format: 8 bytes of header length, then JSON, padded so that the data starts at a multiple of 8."""
+    entries, end = {}, 0
+    for name, x in tensors.items():
+        start, end = end, end + x.nbytes
+        entries[name] = {"dtype": _CODES[x.dtype], "shape": list(x.shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def _arrived(piece: torch.Tensor, devices: set[torch.device]) -> torch.Tensor:
+    """Waits until the copies from these GPUs have been made."""
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+    return piece
+
+
+def write_file(path: str, pieces: Iterable[bytes | torch.Tensor]) -> dict:
+    """Writes a file and waits until it is on the disk. Returns {"bytes", "sha256"} of what was written.
+
+    A thread hashes each piece while it is written. OSError when the disk is full or fails.
+    """
+    digest, size = hashlib.sha256(), 0
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as hasher:
+        for piece in pieces:
+            data = memoryview(piece.numpy() if isinstance(piece, torch.Tensor) else piece)
+            hashed = hasher.submit(digest.update, data)
+            size += file.write(data)
+            hashed.result()
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
