@@ -1,9 +1,9 @@
 """Two ways of doing the same steps, each in a process of its own, one step of one and one of the other in turn.
 
-What else the machine does then falls on both alike, and each has its own peak of memory.
+What else the machine does then falls on both alike, and each has its own peak of memory. Where both do not fit the
+device together, a process makes all of its steps, then ends, before the next one begins (`apart`).
 """
 
-import resource
 import statistics
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -14,24 +14,20 @@ Steps = Callable[..., None]  # steps(connection, *arguments): see `stepper`
 
 
 def lengths_of(kind: str, count: int) -> list[int]:
-    """Tokens of `count` dialogues: "varlen" is log-uniform from 32 to 512 (seed 0), "equal" is 256."""
+    """Tokens of `count` dialogues: "ragged" is log-uniform from 32 to 512 (seed 0), "equal" is 256."""
     if kind == "equal":
         return [256] * count
     spread = torch.rand(count, generator=torch.Generator().manual_seed(0))
     return (32 * (512 / 32) ** spread).int().tolist()
 
 
-def peak() -> float:
-    """GiB at most: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def measure(sides: list[Steps], arguments: tuple, tokens: list[int]) -> list[tuple[list[float], float]]:
+def measure(
+    sides: list[Steps], arguments: tuple, tokens: list[int], apart: bool = False
+) -> list[tuple[list[float], float]]:
     """For each side (tokens a second of each step but the first, GiB at most). tokens: useful ones of each step.
 
     A side gets a message before each step, answers with its seconds, and after the last one with its peak of memory.
+    Before the first message it leaves the device alone. apart: the sides take no turns, as the module says.
     """
     context, running = get_context("spawn"), []
     for steps in sides:
@@ -40,15 +36,16 @@ def measure(sides: list[Steps], arguments: tuple, tokens: list[int]) -> list[tup
         process.start()
         there.close()  # so that a side that dies ends the waiting for it
         running.append((here, process, []))
-    for count in tokens:
-        for connection, _, rates in running:
-            connection.send("step")
-            rates.append(count / connection.recv())
     results = []
-    for connection, process, rates in running:
-        connection.send("end")
-        results.append((rates[1:], connection.recv()))
-        process.join()
+    for group in [[side] for side in running] if apart else [running]:
+        for count in tokens:
+            for connection, _, rates in group:
+                connection.send("step")
+                rates.append(count / connection.recv())
+        for connection, process, rates in group:
+            connection.send("end")
+            results.append((rates[1:], connection.recv()))
+            process.join()
     return results
 
 

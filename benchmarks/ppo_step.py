@@ -9,12 +9,9 @@ needed, nothing counted twice for recomputation. The first step warms up and is 
 
 import argparse
 import copy
-import itertools
 import math
-import resource
 import statistics
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import timing
 from benchmarks.environment import add_dtype
+from benchmarks.random_inputs import SIZES, Sizes, random_lm, random_prompts
 from data.collate import micro_batches
 from ppo.config import PPOConfig
 from ppo.evaluate import gather_batches
@@ -43,24 +41,15 @@ from utils.models import enable_checkpointing
 from utils.moments import RunningMoments
 
 SAMPLES, RESPONSE = 8, 64
-SIZES = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376}
 STAGES = ("rollout", "score", "update")
 # A random model hardly ever samples EOS: 1 token in 32,000.
 IDS = SimpleNamespace(eos_token_id=2, pad_token_id=0, chat_template=None)
 
 
-def random_lm(sizes: dict[str, int], dtype: torch.dtype, attention: str | None = None) -> LlamaForCausalLM:
-    """A LLaMA of these sizes, always the same."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**sizes, vocab_size=32000, max_position_embeddings=2048, attn_implementation=attention)
-    lm = LlamaForCausalLM(config)
-    return lm.to(device(), dtype)
-
-
-def build(config: PPOConfig, sizes: dict[str, int] = SIZES) -> Models:
+def build(config: PPOConfig, sizes: Sizes = SIZES) -> Models:
     """Policy, critic, reference and reward model of the same random LLaMA; 58M parameters unless told."""
     dtype = DTYPES[config.dtype]
-    lm = random_lm(sizes, dtype, config.attn_implementation)
+    lm = random_lm(sizes, dtype, device(), config.attn_implementation)
     if config.gradient_checkpoint:
         enable_checkpointing(lm)
 
@@ -76,13 +65,9 @@ def build(config: PPOConfig, sizes: dict[str, int] = SIZES) -> Models:
     return Models(TrainEngine(PolicyModel(lm), config, "policy"), critic, reference, ensemble)
 
 
-def prompt_batch() -> PromptBatch:
-    """SAMPLES prompts of random ids, lengths log-uniform in 32 to 448."""
-    generator = torch.Generator().manual_seed(0)
-    spread = torch.rand(SAMPLES, generator=generator)
-    lengths = (32 * (448 / 32) ** spread).int().tolist()
-    ids = [torch.randint(3, 32000, (length,), generator=generator).tolist() for length in lengths]
-    return PromptBatch(ids, [[]] * SAMPLES, list(range(SAMPLES)))
+def prompt_batch(samples: int = SAMPLES) -> PromptBatch:
+    """Random prompts as a buffer."""
+    return PromptBatch(random_prompts(samples), [[]] * samples, list(range(samples)))
 
 
 def forward_flops(model: nn.Module, rollout: Rollout, with_head: bool) -> float:
@@ -106,15 +91,9 @@ def settings(options: argparse.Namespace) -> PPOConfig:
     )  # fmt: skip
 
 
-def matrix_rate(dtype: str, size: int = 2048, repeats: int = 10) -> float:
-    """FLOP/s of a product of two size x size matrices, median; prints it."""
-    a, b = (torch.randn(size, size, dtype=DTYPES[dtype], device=device()) for _ in range(2))
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        (a @ b).sum().item()
-        times.append(time.perf_counter() - start)
-    rate = 2 * size**3 / statistics.median(times[1:])
+def matrix_rate(dtype: str) -> float:
+    """FLOP/s of a product of two large matrices; prints it."""
+    rate = timing.matrix_rate(device(), DTYPES[dtype])
     print(f"{dtype} matrix rate {rate / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads, {device()}")
     return rate
 
@@ -123,16 +102,18 @@ def timed_step(
     models: Models, prompts: PromptBatch, moments: RunningMoments, step: int, config: PPOConfig
 ) -> tuple[Rollout, dict[str, float]]:
     """One step of PPO on this rank's prompts: (what all ranks have sampled, seconds of each stage)."""
-    marks = [time.perf_counter()]
-    rollout = generate(models.policy, prompts, Sampling(), step, IDS, config, config.reuse_sampler_logprobs)
-    marks.append(time.perf_counter())
-    scores = score(rollout, prompts, models, None, IDS, 1.0, config)
-    marks.append(time.perf_counter())
-    rollout, scores = gather_batches(prompts, rollout, scores)
-    experience = make_experience(rollout, scores, moments, config)
-    update(models.policy, models.critic, experience, config, step, config.lr, config.critic_lr)
-    marks.append(time.perf_counter())
-    return rollout, {stage: end - start for stage, (start, end) in zip(STAGES, itertools.pairwise(marks), strict=True)}
+
+    def learn() -> Rollout:
+        whole, whole_scores = gather_batches(prompts, rollout, scores)
+        experience = make_experience(whole, whole_scores, moments, config)
+        update(models.policy, models.critic, experience, config, step, config.lr, config.critic_lr)
+        return whole
+
+    reuse = config.reuse_sampler_logprobs
+    rollout, sampling = timing.timed(generate, models.policy, prompts, Sampling(), step, IDS, config, reuse)
+    scores, scoring = timing.timed(score, rollout, prompts, models, None, IDS, 1.0, config)
+    rollout, learning = timing.timed(learn)
+    return rollout, dict(zip(STAGES, (sampling, scoring, learning), strict=True))
 
 
 def parse_options(description: str) -> argparse.Namespace:
@@ -185,9 +166,7 @@ def report(models: Models, rollout: Rollout, seconds: dict[str, float], config: 
         )
         print(f"{stage:8} {time_taken / SAMPLES:6.3f} s a sample{part}")
     print(f"{'total':8} {sum(seconds.values()) / SAMPLES:6.3f} s a sample")
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB resident")
-    if device().type == "cuda":
-        print(f"            {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU")
+    print(f"peak memory {timing.peak():.2f} GiB {'on the GPU' if device().type == 'cuda' else 'resident'}")
 
 
 if __name__ == "__main__":

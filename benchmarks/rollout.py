@@ -2,7 +2,7 @@
 
 Both sides decode the same prompts (32 to 96 random tokens, sorted by length) in bf16 (--dtype) with the same settings:
 temperature 1, no top-p, no penalty, `batch` sequences at once. How long each response gets is drawn beforehand (seed
-0): "equal" is 64 tokens each, "varlen" a geometric mix of 8 to 256 (log-uniform). There is no EOS; a row ends at its
+0): "equal" is 64 tokens each, "ragged" a geometric mix of 8 to 256 (log-uniform). There is no EOS; a row ends at its
 length, which both sides read from a tensor on the device at every step, `generate` through a StoppingCriteria. The
 sides alternate; a figure is the median over the repeats, of wanted response tokens only.
 Without --model: a random 58M LLaMA (hidden 512, 8 layers, 8 heads, intermediate 1376, vocabulary 32,000).
@@ -11,16 +11,17 @@ Without --model: a random 58M LLaMA (hidden 512, 8 layers, 8 heads, intermediate
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.environment import add_dtype
+from benchmarks.random_inputs import SIZES, random_ids, random_lm
+from benchmarks.timing import timed
 from data.collate import pad
 from ppo.decoding import decode_all
 from ppo.grouped_attention import grouped
@@ -42,23 +43,20 @@ class AtLength(StoppingCriteria):
         return input_ids.shape[1] >= self.ends
 
 
-def load(folder: str | None, dtype: torch.dtype) -> LlamaForCausalLM:
+def load(folder: str | None, dtype: torch.dtype) -> PreTrainedModel:
     """The model."""
     if folder:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device()).eval()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376}
-    config = LlamaConfig(**sizes, vocab_size=32000, max_position_embeddings=2048)
-    return LlamaForCausalLM(config).to(device(), dtype).eval()
+    return random_lm(SIZES, dtype, device()).eval()
 
 
 def work(kind: str, count: int, vocabulary: int) -> tuple[list[list[int]], list[int]]:
     """(prompts, longest first; tokens wanted of each)."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(32, 97, (count,), generator=generator).sort(descending=True).values.tolist()
-    prompts = [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+    prompts = random_ids(lengths, generator, vocabulary)
     spread = torch.rand(count, generator=generator)
-    limits = (8 * 32**spread).round().int().tolist() if kind == "varlen" else [64] * count
+    limits = (8 * 32**spread).round().int().tolist() if kind == "ragged" else [64] * count
     return prompts, limits
 
 
@@ -94,7 +92,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a causal LM; default: the random 58M LLaMA")
     add_dtype(parser)
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 16, 32])
-    parser.add_argument("--lengths", nargs="+", choices=["equal", "varlen"], default=["equal", "varlen"])
+    parser.add_argument("--lengths", nargs="+", choices=["equal", "ragged"], default=["equal", "ragged"])
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
@@ -108,10 +106,9 @@ def main() -> None:
                 side(lm, prompts[:batch], [4] * batch, batch, 0)  # warm-up
             for repeat in range(options.repeats):
                 for side, found in rates.items():
-                    start = time.perf_counter()
-                    made = side(lm, prompts, limits, batch, repeat)
+                    made, seconds = timed(side, lm, prompts, limits, batch, repeat)
                     assert made == sum(limits), (side, made)
-                    found.append(made / (time.perf_counter() - start))
+                    found.append(made / seconds)
             us, them = (statistics.median(found) for found in rates.values())
             print(f"batch {batch:2} {kind:6} {us:7.0f} against {them:7.0f} tokens/s: {us / them:.2f} x", flush=True)
 

@@ -6,7 +6,6 @@ step has next to no FLOPs: its seconds stand alone. Times are medians, the first
 """
 
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +23,7 @@ from ppo_step import (
     settings,
 )  # fmt: skip
 
+from benchmarks.timing import timed
 from ppo.experience import make_experience
 from ppo.models import Models
 from ppo.rollout import generate
@@ -31,7 +31,7 @@ from ppo.sampling import Sampling
 from ppo.score import score
 from ppo.types import Rollout
 from ppo.update import update
-from utils.engine import device, init_distributed, shutdown_distributed
+from utils.engine import init_distributed, shutdown_distributed
 from utils.moments import RunningMoments
 
 
@@ -45,11 +45,8 @@ class Stopwatch:
 
     def time(self, phase: str, function: Callable, *args, **kwargs):
         """Calls the function and adds what it took to the phase."""
-        wait()
-        start = time.perf_counter()
-        result = function(*args, **kwargs)
-        wait()
-        self.seconds[phase] += time.perf_counter() - start
+        result, seconds = timed(function, *args, **kwargs)
+        self.seconds[phase] += seconds
         return result
 
     def watch(self, owner, method: str, name: str) -> None:
@@ -66,12 +63,6 @@ class Stopwatch:
             return result
 
         setattr(owner, method, watched)
-
-
-def wait() -> None:
-    """Until the device has done what it was given."""
-    if device().type == "cuda":
-        torch.cuda.synchronize()
 
 
 def watch_models(watch: Stopwatch, models: Models) -> None:

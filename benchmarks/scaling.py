@@ -37,8 +37,8 @@ STAGES = ("rollout", "score", "update")
 
 def run_point(point: dict, steps: int) -> None:
     """Measures one point in this process, a rank among several where the launcher says so; the first prints JSON."""
-    from benchmarks.alternate import peak
     from benchmarks.ppo_step import build, prompt_batch, timed_step
+    from benchmarks.timing import peak
     from data.prompts import Prompt
     from ppo.config import PPOConfig
     from ppo.evaluate import own_share

@@ -20,16 +20,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
-from benchmarks.supervised import SIZES, compare, our_steps, padded, parser_of
+from benchmarks.random_inputs import SIZES, random_lm
+from benchmarks.supervised import compare, our_steps, padded, parser_of
 
 
 def save_start(folder: str) -> None:
     """The weights that both sides begin with."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, vocab_size=32000, max_position_embeddings=2048, pad_token_id=0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    random_lm(SIZES | {"pad_token_id": 0}, torch.bfloat16, torch.device("cpu")).save_pretrained(folder)
 
 
 def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.Namespace) -> None:

@@ -2,16 +2,16 @@
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.alternate import Steps, lengths_of, measure, peak, print_comparison, print_header
+from benchmarks.alternate import Steps, lengths_of, measure, print_comparison, print_header
+from benchmarks.random_inputs import random_ids
+from benchmarks.timing import peak, timed
 
-SIZES = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376}
-TARGETS = {"varlen": 1.5, "equal": 1.0}
+TARGETS = {"ragged": 1.5, "equal": 1.0}
 
 
 def parser_of(description: str, what: str, batch_size: int) -> argparse.ArgumentParser:
@@ -42,22 +42,15 @@ def compare(
             step = rows * options.batch_size
             lengths = lengths_of(kind, step * (options.rounds + 1))
             tokens = [sum(lengths[start : start + step]) for start in range(0, len(lengths), step)]
-            print_comparison(kind, measure(sides, (folder, random_ids(lengths), options), tokens), target)
-
-
-def random_ids(lengths: list[int]) -> list[list[int]]:
-    """Sequences of these lengths, always the same."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, 32000, (length,), generator=generator).tolist() for length in lengths]
+            ids = random_ids(lengths, torch.Generator().manual_seed(0))
+            print_comparison(kind, measure(sides, (folder, ids, options), tokens), target)
 
 
 def our_steps(connection, step: Callable[[list], object], items: list, batch_size: int) -> None:
     """`step` of the next items for every message; answers with its seconds, and last with the peak of memory."""
     for first in range(0, len(items), batch_size):
         connection.recv()
-        start = time.perf_counter()
-        step(items[first : first + batch_size])
-        connection.send(time.perf_counter() - start)
+        connection.send(timed(step, items[first : first + batch_size])[1])
     connection.recv()
     connection.send(peak())
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.alternate import peak
+from benchmarks.timing import peak, wait
 
 
 class PairTrainer(Trainer):
@@ -32,6 +32,7 @@ class _Turns(TrainerCallback):
         self.start = time.perf_counter()
 
     def on_step_end(self, *_, **__):
+        wait()
         self.connection.send(time.perf_counter() - self.start)
         self.connection.recv()
         self.start = time.perf_counter()

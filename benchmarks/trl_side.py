@@ -1,9 +1,10 @@
 """TRL's side of benchmarks/vs_trl.py, run by TRL's own Python: waits before every update for a message to make it.
 
-usage: trl_side.py CONNECTION_FD MODEL_FOLDER UPDATES CHECKPOINTING(0, 1) bf16|fp32 DTYPE BATCH
+usage: trl_side.py CONNECTION_FD SETTINGS, the latter JSON: the arguments of `main`
 """
 
 import contextlib
+import json
 import os
 import sys
 import tempfile
@@ -11,35 +12,26 @@ import time
 from multiprocessing.connection import Connection
 
 import torch
-from alternate import peak  # this file's folder is on the path of a script
-from datasets import Dataset
+from random_inputs import MODELS, random_classifier, random_lm, random_prompts  # this script's folder is on the path
+from timing import peak, wait
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-)
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer
-
-SAMPLES, RESPONSE = 8, 64
 
 
 class Turns(TrainerCallback):
-    """Makes the trainer wait for its turn; tells how long an update took, and at the end the peak of memory."""
+    """Makes the trainer wait before each update but the first; tells its seconds, and at the end the peak of memory."""
 
     def __init__(self, connection: Connection):
         self.connection = connection
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._wait()
+        self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
+        wait()
         self.connection.send(time.perf_counter() - self.start)
-        self._wait()
-
-    def _wait(self) -> None:
         if self.connection.recv() == "step":
             self.start = time.perf_counter()
         else:
@@ -54,41 +46,35 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=model, **special, padding_side="left")
 
 
-def prompts() -> Dataset:
-    """The prompts of benchmarks/ppo_step.py, by the same draws. As many as a batch: every update gets all of them."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = (32 * (448 / 32) ** torch.rand(SAMPLES, generator=generator)).int().tolist()
-    ids = [torch.randint(3, 32000, (length,), generator=generator).tolist() for length in lengths]
-    return Dataset.from_dict({"input_ids": ids})
-
-
 def main(
-    connection: Connection, folder: str, updates: int, checkpointing: bool, mode: str, dtype: str, batch: int
-) -> None:
-    """Builds the trainer, and trains when told. batch: samples a forward."""
+    connection: Connection, model: str, samples: int, response: int, updates: int, checkpointing: bool, bf16: bool,
+    dtype: str, batch: int, rollout_batch: int, cpu: bool,
+) -> None:  # fmt: skip
+    """Builds the trainer when told to make the first update, and trains.
 
-    def scalar(kind: torch.dtype):
-        return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, pad_token_id=0, dtype=kind)
-
-    trained, frozen, data = getattr(torch, dtype), torch.bfloat16 if mode == "bf16" else torch.float32, prompts()
+    The prompts are those of benchmarks/ppo_step.py, as many as a batch: every update gets all of them.
+    dtype: of what is trained. batch, rollout_batch: samples of a forward in the update; in generating and scoring.
+    """
+    connection.recv()
+    trained, frozen = getattr(torch, dtype), torch.bfloat16 if bf16 else torch.float32
+    sizes, device = MODELS[model], torch.device("cpu" if cpu else "cuda")
+    data = [{"input_ids": ids} for ids in random_prompts(samples)]
     with tempfile.TemporaryDirectory() as out:
         config = PPOConfig(
-            output_dir=out, use_cpu=not torch.cuda.is_available(), bf16=mode == "bf16", learning_rate=5e-7,
-            total_episodes=SAMPLES * updates,
-            per_device_train_batch_size=batch, gradient_accumulation_steps=SAMPLES // batch, num_ppo_epochs=1,
-            local_rollout_forward_batch_size=batch,
-            response_length=RESPONSE, temperature=1.0, gradient_checkpointing=checkpointing,
+            output_dir=out, use_cpu=cpu, bf16=bf16, learning_rate=5e-7, total_episodes=samples * updates,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=samples // batch, num_ppo_epochs=1,
+            local_rollout_forward_batch_size=rollout_batch,
+            response_length=response, temperature=1.0, gradient_checkpointing=checkpointing,
             num_sample_generations=0, save_strategy="no", report_to=[], disable_tqdm=True,
         )  # fmt: skip
         trainer = PPOTrainer(
-            config, tokenizer(), AutoModelForCausalLM.from_pretrained(folder, dtype=trained),
-            AutoModelForCausalLM.from_pretrained(folder, dtype=frozen), scalar(frozen), data, scalar(trained),
+            config, tokenizer(), random_lm(sizes, trained, device), random_lm(sizes, frozen, device),
+            random_classifier(sizes, frozen, device), data, random_classifier(sizes, trained, device),
             eval_dataset=data, callbacks=[Turns(connection)],
         )  # fmt: skip
         trainer.train()
 
 
 if __name__ == "__main__":
-    fd, folder, updates, checkpointing, mode, dtype, batch = sys.argv[1:]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # the trainer prints its metrics
-        main(Connection(int(fd)), folder, int(updates), checkpointing == "1", mode, dtype, int(batch))
+        main(Connection(int(sys.argv[1])), **json.loads(sys.argv[2]))

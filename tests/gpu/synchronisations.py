@@ -1,0 +1,128 @@
+"""Where the host waits for the GPU in one PPO step, by source line: PyTorch's own warnings of that, collected."""
+
+import contextlib
+import tempfile
+import traceback
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ppo.build import build
+from ppo.config import AMOUNTS, PRESETS, PPOConfig
+from ppo.decoding import _Decoder
+from tests.gpu.report import Report
+from tests.gpu.tiny_runs import flags_of
+from tests.tiny_run import REPOSITORY, build_inputs
+from train_ppo import loop
+from utils.args import parse_args
+from utils.engine import device, shutdown_distributed
+
+WARNING = "called a synchronizing CUDA operation"  # of torch.cuda.set_sync_debug_mode
+PARTS = ("_fill", "_advance", "look")  # of decoding: a forward over prompts, one over new tokens, a look at what ended
+OWN = ("ppo", "reward", "sft", "utils", "data", "train_ppo.py")
+
+
+class Waits:
+    """Counts by phase and source line, and of decoding by part; `calls` counts how often each part was called."""
+
+    def __init__(self):
+        self.counting = False
+        self.lines: dict[str, Counter] = defaultdict(Counter)
+        self.parts, self.calls = Counter(), Counter()
+
+    def note(self) -> None:
+        """Called where the host waits. Its line is the innermost of ours, with the library's behind it."""
+        if not self.counting:
+            return
+        stack = [frame for frame in traceback.extract_stack() if not frame.filename.endswith("synchronisations.py")]
+        names = [frame.name for frame in stack]
+        own = [place for frame in stack if (place := own_place(frame))]
+        line, last = own[-1] if own else "?", stack[-1]
+        if not own_place(last):
+            line += f" ({'/'.join(Path(last.filename).parts[-2:])}:{last.lineno})"
+        phase = names[names.index("loop") + 1] if "loop" in names[:-1] else "?"
+        self.lines[phase][line] += 1
+        self.parts.update(part for part in PARTS if part in names)
+
+
+def own_place(frame: traceback.FrameSummary) -> str:
+    """ "ppo/score.py:12", or nothing where that is not product code."""
+    path = Path(frame.filename)
+    if not path.is_relative_to(REPOSITORY) or path.relative_to(REPOSITORY).parts[0] not in OWN:
+        return ""
+    return f"{path.relative_to(REPOSITORY)}:{frame.lineno}"
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Waits]:
+    """Inside, waits are noted, in copies and `.item()` as in `torch.cuda.synchronize`, and calls of PARTS counted."""
+    waits, synchronize = Waits(), torch.cuda.synchronize
+    originals = {name: getattr(_Decoder, name) for name in PARTS}
+
+    def note_warning(message, *_) -> None:
+        if WARNING in str(message):
+            waits.note()
+
+    def note_synchronize(*args) -> None:
+        waits.note()
+        synchronize(*args)
+
+    def counted(name: str):
+        def call(self, *args):
+            waits.calls[name] += waits.counting
+            return originals[name](self, *args)
+
+        call.__name__ = call.__qualname__ = f"counted_{name}"
+        return call
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning, torch.cuda.synchronize = note_warning, note_synchronize
+        for name in PARTS:
+            setattr(_Decoder, name, counted(name))
+        if device().type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            if device().type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize = synchronize
+            for name, original in originals.items():
+                setattr(_Decoder, name, original)
+
+
+def check(toy: bool, report: Report) -> None:
+    """Figures: waits by phase and line in the second step of a tiny run, and per call of each part of decoding."""
+    with tempfile.TemporaryDirectory() as name, watched() as waits:
+        waits.counting = True
+        warnings.warn(WARNING, stacklevel=1)
+        torch.ones(1, device=device()).tolist()
+        found = sum(counter.total() for counter in waits.lines.values())
+        waits.counting = False
+        waits.lines.clear()
+        expected = 2 if device().type == "cuda" else 1
+        report.expect(found == expected, f"the harness has found {found} waits in a trial, expected {expected}")
+
+        flags = flags_of(build_inputs(Path(name)), Path(name) / "run", critic_pretrain_steps=0, save_per_step=10)
+        run = build(parse_args(PPOConfig, flags, PRESETS, AMOUNTS))
+        begin = run.next_prompts
+
+        def next_prompts():
+            waits.counting = run.state.step == 1  # the second step: nothing is set up for the first time
+            return begin()
+
+        run.next_prompts = next_prompts
+        with contextlib.closing(run.logger), run.keeper:
+            loop(run)
+        shutdown_distributed()
+    totals = {phase: counter.total() for phase, counter in waits.lines.items()}
+    report(waits=sum(totals.values()), waits_per_phase=totals, decoding_calls=dict(waits.calls))
+    report(waits_per_line={phase: dict(counter.most_common()) for phase, counter in waits.lines.items()})
+    per_call = {part: waits.parts[part] / max(1, waits.calls[part]) for part in PARTS}
+    report(waits_per_token=per_call["_advance"], waits_per_look=per_call["look"], waits_per_fill=per_call["_fill"])
+    report.expect(waits.calls["_advance"] > 0, "no token was decoded in the step that was watched")
+    report.expect(waits.parts["_advance"] == 0, f"{per_call['_advance']:.2f} waits per forward of new tokens, aim 0")

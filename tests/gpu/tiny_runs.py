@@ -1,0 +1,62 @@
+"""Tiny runs of train_ppo.py, in this process or as commands, and how far their metrics are apart."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flags
+from train_ppo import main
+
+# All losses; the critic alone in the first of three steps.
+FLAGS = {
+    "critic_pretrain_steps": 1, "train_steps": 2, "maxlen_res": 16, "micro_batch_tokens": 120, "num_eval_prompts": 0,
+    "use_entropy_loss": True, "entropy_loss_weight": 0.1, "entropy_clip": 5, "use_ppo_pretrain_loss": True,
+    "ppo_pretrain_loss_weight": 0.5, "ppo_pretrain_batch_size": 6, "missing_eos_penalty": 0.5, "checkpoint_per_step": 0,
+}  # fmt: skip
+FLOOR = 0.1  # differences of smaller numbers count as shares of this one
+
+
+def flags_of(inputs, out: Path, **changes) -> list[str]:
+    """A command line of train_ppo.py with `FLAGS`."""
+    return run_flags(inputs, out, **{"ppo_pretrain_data_path": inputs.dialogues} | FLAGS | changes)
+
+
+def run(flags: list[str]) -> int:
+    """Runs train_ppo.py in this process, on the device that the engine chooses; returns its exit code."""
+    try:
+        main(flags)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def start(flags: list[str], log: Path, on_cpu: bool = False) -> subprocess.Popen:
+    """Starts `python train_ppo.py` as a user does. on_cpu: with the GPU hidden."""
+    environment = clean_environment()
+    if on_cpu:
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    with open(log, "wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "train_ppo.py", *flags], cwd=REPOSITORY, env=environment, stdout=output, stderr=output
+        )
+
+
+def wait_for(process: subprocess.Popen, log: Path, seconds: float) -> int:
+    """The exit code; a command that ends otherwise than by 0 has its last words printed."""
+    code = process.wait(seconds)
+    if code:
+        print(log.read_text("utf-8", "replace")[-5000:])
+    return code
+
+
+def distance(out: Path, expected: Path) -> tuple[float, str]:
+    """The largest relative difference of two runs' metrics, and which metric it is. Infinite where keys differ."""
+    rows, others = read_metrics(out), read_metrics(expected)
+    if [row.keys() for row in rows] != [row.keys() for row in others] or not rows:
+        return float("inf"), f"{len(rows)} steps of metrics against {len(others)}, or other metrics in them"
+    pairs = [
+        (abs(row[key] - other[key]) / max(abs(other[key]), FLOOR), f"{key} of step {row['step']}")
+        for row, other in zip(rows, others, strict=True)
+        for key in row
+    ]
+    return max(pairs)
