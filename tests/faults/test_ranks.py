@@ -52,6 +52,7 @@ NUMBERS = {"undisturbed": {"zero_stage": 2}}
 for _fault in BAD:
     NUMBERS[_fault] = {"zero_stage": 2, "fault": _fault}
     NUMBERS[f"after {_fault}"] = {"zero_stage": 2, "out": _fault}
+NUMBERS["collapse"] = {"zero_stage": 2, "lr": 1e-2, "alarm_kl": 1e-4, "on_collapse": "stop"}
 NUMBERS["tolerated"] = {"zero_stage": 3, "fault": "NaN gradient", "skip_bad_batches": 1}
 NUMBERS["tolerated, critic"] = {
     "zero_stage": 2, "offload_optimizer": True, "fault": "NaN critic gradient", "skip_bad_batches": 1
@@ -82,6 +83,13 @@ def test_nothing_on_disk_has_changed_by_them(numbers, fault):
     assert result.codes == [0, 0]
     assert f"going on from {result.out}/checkpoints/step_1" in result.log
     check_equal(result.out, numbers["undisturbed"].out)
+
+
+def test_a_collapse_that_stops_both_ranks_leaves_the_checkpoint_that_was_being_written(numbers):
+    result = numbers["collapse"]
+    assert result.codes == [2, 2]
+    assert "step 2 looks like a collapse: kl_ref" in result.log
+    assert [path.name for path in (result.out / "checkpoints").iterdir()] == ["step_1"]
 
 
 @pytest.mark.parametrize(("case", "model"), [("tolerated", "policy"), ("tolerated, critic", "critic")])
