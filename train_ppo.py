@@ -19,7 +19,10 @@ def main(argv: list[str] | None = None) -> None:
 
         print_plan(config)
     else:
-        train(config)
+        from utils.deterministic import repeatable
+
+        with repeatable(config.deterministic):
+            train(config)
 
 
 def train(config: PPOConfig) -> None:

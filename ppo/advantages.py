@@ -10,17 +10,19 @@ def gae(
 
     δ_t = R_t + γ V_next - V_t, A_t = δ_t + γ λ A_next, where next is the next *response* token: what lies in a gap or
     in the padding is never read, and after the last token V and A are 0. All [batch, length]; returns = A + V.
-    One pass from the end: time grows with length, a few vectors of [batch] are held.
+    In float64 inside. A few dozen operations whatever the length: after pass k of log2(longest response), A_t is the
+    sum over the next 2^k tokens.
     """
-    advantages = torch.zeros_like(rewards, dtype=torch.float32)
-    rewards, values = rewards.float(), values.float()
-    next_value = torch.zeros(len(rewards), device=rewards.device)
-    next_advantage = torch.zeros_like(next_value)
-    for t in range(rewards.shape[1] - 1, -1, -1):
-        inside = response_mask[:, t]
-        advantage = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * next_advantage
-        next_advantage = torch.where(inside, advantage, next_advantage)
-        next_value = torch.where(inside, values[:, t], next_value)
-        advantages[:, t] = torch.where(inside, advantage, 0.0)
-    returns = (advantages + values).masked_fill(~response_mask, 0.0)
-    return advantages, returns
+    width = max(1, int(response_mask.sum(1).max()))  # of the longest response: all that is computed on
+    order = (~response_mask).byte().argsort(dim=1, stable=True)[:, :width]  # its tokens first, one after the other
+    inside = response_mask.gather(1, order)
+    rewards, values = (torch.where(inside, x.double().gather(1, order), 0.0) for x in (rewards, values))
+    advantages = rewards - values
+    advantages[:, :-1] += gamma * values[:, 1:]
+    reach, decay = 1, gamma * lam
+    while reach < width:
+        advantages[:, :-reach] += decay * advantages[:, reach:]
+        reach, decay = 2 * reach, decay**2
+    place = (response_mask.cumsum(1) - 1).clamp(min=0)
+    back = (x.gather(1, place).float() for x in (advantages, advantages + values))
+    return tuple(torch.where(response_mask, x, 0.0) for x in back)

@@ -97,7 +97,12 @@ def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:
         "entropy": masked_mean(scores.entropy, mask),
         "eos_fraction": rollout.ended.float().mean(),
     }
-    return {key: float(value) for key, value in (values | member_metrics(scores)).items()}
+    return as_floats(values | member_metrics(scores))
+
+
+def as_floats(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Scalars as Python's numbers: a GPU is asked once for all of them."""
+    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
 
 def member_metrics(scores: Scores) -> dict[str, torch.Tensor]:
@@ -138,4 +143,4 @@ def experience_metrics(experience: Experience) -> dict[str, float]:
         "value_mean": experience.old_values[mask].mean(),
         "explained_variance": 1.0 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8),
     }
-    return {key: float(value) for key, value in values.items()}
+    return as_floats(values)

@@ -13,6 +13,7 @@ from ppo.loss import masked_sum
 from utils.distributed import rank, world_size
 from utils.engine import TrainEngine, device
 from utils.errors import UserError
+from utils.tensors import to_device
 
 PretrainBatch = list[EncodedDialogue]  # of one optimizer step, all ranks'
 FLAG = "--ppo_pretrain_data_path"
@@ -55,8 +56,8 @@ def pretrain_loss(policy: TrainEngine, batch: PretrainBatch, weight: float, max_
     for rows, counts in rank_plan(lengths, max_tokens, world_size(), rank(), policy.module.joins_rows):
         ids, _ = pad([batch[i].ids for i in rows], 0)
         mask, _ = pad([batch[i].answer_mask for i in rows], 0)
-        mask = (mask.bool() & bool(counts)).to(device())
-        logprobs, _ = policy(ids.to(device()), mask, with_entropy=False)
+        ids, mask = (to_device(x, device()) for x in (ids, mask.bool() & bool(counts)))
+        logprobs, _ = policy(ids, mask, with_entropy=False)
         loss = masked_sum(-logprobs, mask)
         policy.backward(weight * loss / num_tokens)
         total += loss.detach()

@@ -14,7 +14,7 @@ from ppo.slots import AUTO_SLOTS
 from ppo.types import MeasuredRollout, PromptBatch, Rollout
 from utils.compiled import eager
 from utils.engine import TrainEngine, device
-from utils.tensors import at_tokens
+from utils.tensors import at_tokens, to_device
 from utils.tokenizer import stop_ids
 
 # Ways to decode new tokens, the fastest first. straight: through the layers by ppo/new_token.py (LLaMA's kind; other
@@ -80,18 +80,16 @@ def assemble(
     stops: the id, or ids, that end a response.
     """
     device = responses[0].device
-    rows = [
-        torch.cat([torch.tensor(prompt, dtype=torch.int64, device=device), response])
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
+    sizes = [len(prompt) for prompt in prompts]
+    together = to_device(torch.tensor([i for prompt in prompts for i in prompt], dtype=torch.int64), device)
+    rows = [torch.cat(pair) for pair in zip(together.split(sizes), responses, strict=True)]
+    starts, lengths = (to_device(torch.tensor(x), device) for x in (sizes, [len(row) for row in rows]))
     sequences = pad_sequence(rows, batch_first=True, padding_value=pad_id)
     places = torch.arange(sequences.shape[1], device=device)
     attention_mask = places < lengths[:, None]
     response_mask = attention_mask & (places >= starts[:, None])
     last = sequences.gather(1, (lengths - 1)[:, None])
-    ended = (last == torch.tensor(stops, device=device)).any(1) & (lengths > starts)
+    ended = (last == to_device(torch.tensor(stops), device)).any(1) & (lengths > starts)
     return Rollout(sequences, attention_mask, response_mask, ended)
 
 
@@ -103,4 +101,5 @@ def with_measured(rollout: Rollout, logprobs: list[torch.Tensor], entropy: list[
 
 def response_ids(rollout: Rollout) -> list[list[int]]:
     """The response tokens of each row, the end token included."""
-    return [row[mask].tolist() for row, mask in zip(rollout.sequences, rollout.response_mask, strict=True)]
+    sequences, masks = rollout.sequences.cpu(), rollout.response_mask.cpu()
+    return [row[mask].tolist() for row, mask in zip(sequences, masks, strict=True)]

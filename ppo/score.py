@@ -21,7 +21,7 @@ from reward.ensemble import Ensemble, score_ids
 from utils.distributed import any_rank, gather_objects, world_size
 from utils.engine_state import same_weights
 from utils.errors import UserError
-from utils.tensors import before, shift_to_next
+from utils.tensors import before, shift_to_next, to_device
 from utils.tokenizer import template_of
 
 RewardFunction = Callable[[list[list[dict]], list[str]], list[float]]
@@ -148,11 +148,12 @@ def _by_batch(
         if results is None:
             shapes = [rollout.sequences.shape if x.dim() > 1 else rollout.sequences.shape[:1] for x in outputs]
             results = tuple(torch.zeros(shape, device=x.device) for shape, x in zip(shapes, outputs, strict=True))
+        index = to_device(torch.tensor(rows), rollout.sequences.device)
         for result, x in zip(results, outputs, strict=True):
             if x.dim() > 1:
-                result[rows, : x.shape[1]] = x.float()
+                result[index, : x.shape[1]] = x.float()
             else:
-                result[rows] = x.float()
+                result[index] = x.float()
     return results
 
 

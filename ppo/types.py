@@ -8,6 +8,8 @@ from typing import Self
 
 import torch
 
+from utils.tensors import to_device
+
 
 @dataclass(frozen=True)
 class PromptBatch:
@@ -25,8 +27,11 @@ class Batch:
     """Tensors whose first dimension is the sample."""
 
     def rows(self, index) -> Self:
-        """The samples at `index` (list or slice)."""
-        return type(self)(*(getattr(self, f.name)[index] for f in fields(self)))
+        """The samples at `index`: a slice, a tensor, or a list, which is copied to the device once for all tensors."""
+        columns = [getattr(self, f.name) for f in fields(self)]
+        if isinstance(index, list):
+            index = to_device(torch.tensor(index, dtype=torch.int64), columns[0].device)
+        return type(self)(*(column[index] for column in columns))
 
     def map(self, function) -> Self:
         """Applies a function to every tensor."""

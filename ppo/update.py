@@ -25,7 +25,7 @@ from utils.engine import TrainEngine
 from utils.errors import UserError
 from utils.models import training_mode
 from utils.routers import ROUTER_METRICS
-from utils.tensors import before, shift_to_next
+from utils.tensors import before, shift_to_next, to_device
 
 Learner = tuple[TrainEngine, float, list[float]]  # with its learning rate, and the gradient norms of its steps
 OnBad = Callable[[str, Experience], None]  # what is wrong with a minibatch, on all ranks alike
@@ -57,7 +57,7 @@ def update(
         training_mode(engine.module)
     for _ in range(config.ppo_epochs):
         for chosen in torch.randperm(len(experience), generator=generator).split(config.batch_size):
-            minibatch = experience.rows(chosen.to(experience.sequences.device))
+            minibatch = experience.rows(to_device(chosen, experience.sequences.device))
             learners = [(critic, critic_lr, norms["grad_norm_critic"])]
             problem, more = None, {}
             if lr > 0.0:

@@ -13,6 +13,7 @@ from reward.metrics import Scored
 from reward.model import last_scores
 from utils.distributed import sum_ranks
 from utils.engine import TrainEngine, device
+from utils.tensors import to_device
 
 Plan = Callable[[list[int]], Iterable[tuple[list[int], float]]]  # lengths -> this rank's (indices, weight) a forward
 
@@ -43,7 +44,7 @@ def read_answers(
     if twice:
         ids, mask = ids.repeat(2, 1), mask.repeat(2, 1)
         nll_mask = F.pad(nll_mask, (0, 0, 0, count)) if with_lm else None
-    ids, mask, nll_mask = (x if x is None else x.to(device()) for x in (ids, mask, nll_mask))
+    ids, mask, nll_mask = (x if x is None else to_device(x, device()) for x in (ids, mask, nll_mask))
     with _random(dropout_seed):
         values, *extras = _tuple(engine(ids, mask, nll_mask, with_states=twice))
     states = extras.pop().unflatten(0, (2, count)) if twice else None

@@ -15,6 +15,7 @@ from reward.model import last_scores
 from utils.engine import device
 from utils.errors import UserError
 from utils.models import model_folder
+from utils.tensors import to_device
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ def score_ids(model: nn.Module, sequences: list[list[int]], batches: list[list[i
     """
     scores = torch.zeros(len(sequences), device=device())
     for rows in batches:
-        ids, mask = (x.to(device()) for x in pad([sequences[i] for i in rows], 0))
-        scores[rows] = last_scores(model(ids, mask), mask).float()
+        batch = (*pad([sequences[i] for i in rows], 0), torch.tensor(rows))
+        ids, mask, index = (to_device(x, device()) for x in batch)
+        scores[index] = last_scores(model(ids, mask), mask).float()
     return scores
 
 

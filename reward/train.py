@@ -25,6 +25,7 @@ from reward.metrics import held_out_metrics, mean_best
 from reward.model import ScalarModel, check_scalar_export, load_scalar_model, save_scalar_model, set_dropout
 from utils.args import entry_point, parse_args
 from utils.compiled import compile_layers
+from utils.deterministic import repeatable
 from utils.distributed import is_main, rank, world_size
 from utils.engine import DTYPES, TrainEngine, device, device_room, init_distributed, shutdown_distributed
 from utils.errors import UserError
@@ -179,7 +180,9 @@ def train(config: RewardConfig) -> None:
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m reward.train`."""
-    train(parse_args(RewardConfig, argv))
+    config = parse_args(RewardConfig, argv)
+    with repeatable(config.deterministic):
+        train(config)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from sft.rows import Layout, Row
 from sft.samples import prompt_length, sample_answers
 from utils.args import check_range, entry_point, parse_args
 from utils.compiled import compile_layers
+from utils.deterministic import repeatable
 from utils.distributed import is_main, rank, world_size
 from utils.engine import DTYPES, TrainEngine, device, device_room, init_distributed, shutdown_distributed
 from utils.errors import UserError
@@ -35,6 +36,7 @@ from utils.recompute import settle_checkpointing
 from utils.resume import begin_folder, find_checkpoint
 from utils.router_flags import RouterFlags
 from utils.routers import ROUTER_METRICS, router_coef
+from utils.tensors import to_device
 from utils.text_flags import StopFlags
 from utils.tokenizer import template_of
 
@@ -119,8 +121,8 @@ def answer_sums(
 
     engine: an AnswerModel, or the engine around it. with_routers: ROUTER_METRICS too, over all tokens of the rows.
     """
-    inputs = [None if x is None else x.to(device()) for x in layout.collate(rows)]
-    routed = layout.real(rows).to(device()) if with_routers else None
+    inputs = [None if x is None else to_device(x, device()) for x in layout.collate(rows)]
+    routed = to_device(layout.real(rows), device()) if with_routers else None
     sums = engine(*inputs, with_hits=with_hits, routed=routed)
     return dict(zip(answer_counts(rows, with_hits, with_routers), sums.view(-1), strict=True))
 
@@ -224,7 +226,9 @@ def train(config: SFTConfig) -> None:
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m sft.train`."""
-    train(parse_args(SFTConfig, argv))
+    config = parse_args(SFTConfig, argv)
+    with repeatable(config.deterministic):
+        train(config)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,9 @@ class EngineConfig(ForwardConfig):
     compile: bool = False
     """Compile the decoder layers (torch.compile) for forward and backward passes, not for decoding: about a minute at
     the start. On a CPU steps got no faster"""
+    deterministic: bool = False
+    """Make runs on GPUs repeatable, bit by bit: operations take their deterministic form, backward passes of attention
+    become slower. An operation without such a form is named, or stops the run in a backward pass"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,7 +13,9 @@ from collections.abc import Callable
 
 import torch
 
-if not torch.cuda.is_available():
+from utils.device import device, on_gpu
+
+if not on_gpu():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed probes for accelerators when it is imported
 
 import deepspeed
@@ -24,8 +26,10 @@ from torch import nn
 from utils.args import EngineConfig
 from utils.builds import unblocked_builds
 from utils.chunked_step import use_chunked_step
+from utils.deterministic import strictly
 from utils.distributed import any_rank, is_main, max_ranks, rank, ranks_where, world_size
 from utils.engine_state import load_state, scale_weight, state_tensors
+from utils.errors import UserError
 from utils.export import saved_tensors
 from utils.shared_state import SharedState
 
@@ -33,18 +37,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # On Hopper and Blackwell attention would go through cuDNN first, which plans anew for each length that it meets, for
 # tens of milliseconds (pytorch pull request 155958): lengths of rows and of the cache are never the same here.
 torch.backends.cuda.enable_cudnn_sdp(False)
+torch.set_float32_matmul_precision("highest")  # float32 products are float32, never TF32
 
 PERSISTENT = 10_000  # elements up to which ZeRO-3 leaves a tensor whole on every rank: norms, not matrices
 BUCKET = 50_000_000  # elements a gradient bucket holds: 100 MB in bf16, a few of them an engine; a tenth on the CPU
 
 ROOM = 0.9  # share of a card that plans and automatic sizes may take
-
-
-def device() -> torch.device:
-    """The device of this process: its launcher-given GPU, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
 
 
 def init_distributed(hang_timeout: float = 0.0) -> None:
@@ -58,6 +56,11 @@ def init_distributed(hang_timeout: float = 0.0) -> None:
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
         )  # any free one
     if device().type == "cuda":
+        gpus = torch.cuda.device_count()
+        if device().index >= gpus:
+            raise UserError(
+                f"local rank {device().index} has no GPU, there are {gpus}: start as many processes as GPUs (NUM_GPUS)"
+            )
         torch.cuda.set_device(device())
     if not torch.distributed.is_initialized():
         if device().type == "cpu":
@@ -100,6 +103,7 @@ def deepspeed_config(config: EngineConfig, offload_weights: bool = False) -> dic
         "bf16": {"enabled": config.dtype == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32" if config.adds_up_in_float32 else config.dtype},
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # which waits for the GPU at every forward and step
     }
 
 
@@ -164,7 +168,8 @@ class TrainEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of this rank's share of the loss. DeepSpeed averages over ranks: undone here."""
-        self.engine.backward(loss * world_size())
+        with strictly():
+            self.engine.backward(loss * world_size())
 
     def step(self, lr: float, provided: Callable[[], bool] | None = None) -> float:
         """One optimizer step at this learning rate; returns the global gradient norm before clipping.

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from utils.device import device as own_device
+
 SIZE, ROUNDS, TOLERANCE = 192, 3, 4.0  # of the matrices; the best of so many; times float32's time
 
 
@@ -39,4 +41,4 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 if __name__ == "__main__":
-    print(fast_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    print(fast_dtype(own_device()))

@@ -2,8 +2,18 @@
 
 umask o-w # nothing that is written may be changed by everyone
 
-count_gpus() { # 0 where there is no nvidia-smi
-  { nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true
+count_gpus() { # those of CUDA_VISIBLE_DEVICES where it is set (numbers, or UUIDs of GPUs and MIG slices); else all
+  local all entry count=0
+  all=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true) # 0 without nvidia-smi
+  if ((all == 0)) || [[ -z ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    echo "$all"
+    return
+  fi
+  for entry in ${CUDA_VISIBLE_DEVICES//,/ }; do # as CUDA reads it: up to the first that is no GPU of this machine
+    [[ $entry =~ ^(GPU|MIG)- ]] || { [[ $entry =~ ^[0-9]+$ ]] && ((10#$entry < all)); } || break
+    count=$((count + 1))
+  done
+  echo "$count"
 }
 
 use_threads() { # $1: processes on this machine. Shares its cores out, unless OMP_NUM_THREADS is set already
@@ -30,17 +40,32 @@ activate_repository_venv() { # the .venv that utils/setup.sh made, unless an env
 }
 
 launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS and HOSTFILE say where
-  local log=$1 launcher=(python)
+  local log=$1 launcher=(python) process code=0
   shift
-  if ((NUM_GPUS > 0)); then
-    launcher=(deepspeed --num_gpus "$NUM_GPUS" ${HOSTFILE:+--hostfile "$HOSTFILE"})
+  if ((NUM_GPUS > 0)) && [[ -n ${HOSTFILE:-} ]]; then
+    launcher=(deepspeed --num_gpus "$NUM_GPUS" --hostfile "$HOSTFILE" ${MASTER_PORT:+--master_port "$MASTER_PORT"})
     if [[ $1 == -m ]]; then # python's flag; the launcher's is longer
       shift
       launcher+=(--module)
     fi
+  elif ((NUM_GPUS > 1)); then # the first so many of CUDA_VISIBLE_DEVICES, which every rank gets as it is
+    launcher=(python -m utils.ranks "$NUM_GPUS")
   fi
-  # tee outlives a Ctrl-C, so that the last words of the run are still shown and kept
-  "${launcher[@]}" "$@" 2>&1 | tee -ia "$log"
+  # A job of its own. This script passes Ctrl-C and SIGTERM on, once, and waits until the run has saved and ended; tee
+  # outlives both, so that the run's last words are still shown and kept
+  set -m
+  "${launcher[@]}" "$@" 2>&1 | (trap '' INT TERM && exec tee -a "$log") &
+  set +m
+  process=$(jobs -p %%) # the first of the two
+  trap 'kill -INT "$process"' INT
+  trap 'kill -TERM "$process"' TERM
+  until wait %%; do # a signal ends it early
+    code=$?
+    kill -0 "$process" 2>/dev/null || break
+    code=0
+  done
+  trap - INT TERM
+  return "$code"
 }
 
 recover_command() { # $1: en or zh; $2: where the whole model belongs; $3: sft or reward

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
+from utils.device import synchronize
 from utils.distributed import is_main
 from utils.errors import UserError
 from utils.resume import check_folder
@@ -19,7 +20,7 @@ PROGRESS = {"score_mean": "score", "kl_ref": "kl", "response_length": "length", 
 
 
 class Stopwatch:
-    """Seconds of the stages of a step."""
+    """Seconds of the stages of a step. Each lap waits for the GPU, so that a stage's work counts as its own."""
 
     def __init__(self, on_lap: Callable[[str], None] = lambda stage: None):
         """on_lap: told of each stage that has ended."""
@@ -29,6 +30,7 @@ class Stopwatch:
 
     def lap(self, stage: str) -> None:
         """Ends a stage: the time since the last lap is its own."""
+        synchronize()
         now = time.perf_counter()
         self._seconds[f"seconds_{stage}"] = now - self._last
         self._last = now

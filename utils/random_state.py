@@ -5,6 +5,8 @@ import random
 import numpy as np
 import torch
 
+from utils.device import on_gpu
+
 
 def seed_streams(seed: int, rank: int) -> None:
     """Starts every stream anew, others on each rank."""
@@ -18,7 +20,7 @@ def random_state() -> dict:
     """All streams, in what JSON can hold."""
     version, numbers, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
-    gpu = _hex(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None  # of this rank's GPU alone
+    gpu = _hex(torch.cuda.get_rng_state()) if on_gpu() else None  # of this rank's GPU alone
     return {
         "python": [version, numbers, gauss],
         "numpy": [kind, keys.tobytes().hex(), *rest],
@@ -34,7 +36,7 @@ def set_random_state(state: dict) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.frombuffer(bytes.fromhex(keys), dtype=np.uint32), *rest))
     torch.set_rng_state(_bytes(state["torch"]))
-    if torch.cuda.is_available() and state.get("gpu"):
+    if on_gpu() and state.get("gpu"):
         torch.cuda.set_rng_state(_bytes(state["gpu"]))
 
 

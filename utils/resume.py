@@ -12,8 +12,9 @@ from utils.restore import Checkpoint, named, newest
 from utils.run_flags import FREE_ON_RESUME, RunFlags
 from utils.run_folder import check_inputs, check_writable, holds_run, prepare_run_folder
 
-# How a run is spread out: that moves roundings, and what ranks draw from streams of their own (dropout, --reward_fn).
-SPLIT = ("world_size", "zero_stage", "offload_optimizer")
+# How a run is spread out, and by which kernels. That moves roundings, and what ranks draw from streams of their own
+# (dropout, --reward_fn).
+SPLIT = ("world_size", "zero_stage", "offload_optimizer", "deterministic")
 
 
 def identity(config: RunFlags) -> dict:

@@ -118,13 +118,15 @@ def run_description(config) -> dict:
     """All flags, argv, versions, git commit and devices: what it takes to repeat a run."""
     import torch
 
-    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    from utils.device import on_gpu
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if on_gpu() else []
     return {
         **dataclasses.asdict(config),
         "argv": sys.argv,
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
         "git_commit": _git_commit(),
-        "devices": cuda or [f"{os.cpu_count()} CPU cores"],
+        "devices": gpus or [f"{os.cpu_count()} CPU cores"],
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }
 

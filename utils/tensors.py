@@ -11,6 +11,11 @@ def identity(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x on the device. The host does not wait for a GPU, as it would with memory that is not pinned."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of x where mask is True; 0 if it is True nowhere. x, mask: same shape -> float32 scalar."""
     mask = mask.bool()

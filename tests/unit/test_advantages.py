@@ -52,6 +52,31 @@ def test_equals_the_sum_of_discounted_td_errors():
     torch.testing.assert_close(advantages, torch.tensor(expected))
 
 
+def test_equals_a_loop_in_float64_on_ragged_rows():
+    generator = torch.Generator().manual_seed(1)
+    for length in (1, 2, 63, 64, 65, 300):
+        rewards, values = torch.randn(2, 5, length, generator=generator)
+        mask = torch.rand(5, length, generator=generator) < torch.tensor([[1.0], [0.9], [0.5], [0.1], [0.0]])
+        expected = torch.zeros(5, length)
+        for i in range(5):
+            advantage = value = 0.0
+            for t in reversed(mask[i].nonzero().flatten().tolist()):
+                advantage = float(rewards[i, t]) + 0.99 * value - float(values[i, t]) + 0.99 * 0.95 * advantage
+                value, expected[i, t] = float(values[i, t]), advantage
+        strange = [x.masked_fill(~mask, float("nan")) for x in (rewards, values)]
+        advantages, returns = gae(*strange, mask, 0.99, 0.95)
+        torch.testing.assert_close(advantages, expected, atol=1e-6, rtol=2e-7)
+        torch.testing.assert_close(returns, (expected + values).masked_fill(~mask, 0.0), atol=1e-6, rtol=2e-7)
+
+
+def test_operations_do_not_grow_with_the_length():
+    """Each is a launch on a GPU: a loop over 2,048 tokens made 16,000."""
+    mask = torch.ones(2, 2048).bool()
+    with torch.profiler.profile() as profile:
+        gae(torch.ones(2, 2048), torch.ones(2, 2048), mask, 1.0, 0.95)
+    assert len(profile.events()) < 300  # with the views, and those within others
+
+
 def test_lambda_one_returns_are_the_discounted_rewards():
     _, returns = run([1.0, 2.0, 4.0], [0.3, -5.0, 8.0], 0.5, 1.0)
     torch.testing.assert_close(returns, torch.tensor([1 + 1 + 1, 2 + 2, 4.0]))

@@ -74,7 +74,11 @@ def test_pure_files_import_torch_the_standard_library_and_pure_files(module):
 
 @pytest.mark.parametrize(
     ("library", "homes"),
-    [("deepspeed", {"utils.engine"}), ("torch.distributed", {"utils.engine", "utils.distributed"})],
+    [
+        ("deepspeed", {"utils.engine"}),
+        ("torch.distributed", {"utils.engine", "utils.distributed"}),
+        ("torch.cuda.is_available", {"utils.device"}),
+    ],
 )
 def test_library_has_its_only_home(library, homes):
     users = {module_of(file) for file in FILES if any(inside(name, {library}) for name in imports(file))}

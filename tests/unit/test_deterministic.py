@@ -1,0 +1,121 @@
+"""--deterministic: on inside a run and off behind it, the same numbers, and names of what has no deterministic form."""
+
+import os
+
+import pytest
+import torch
+
+from tests.parts import ppo_config
+from tests.tiny import tiny_llama
+from tests.tiny_run import read_metrics, run_flags
+from train_ppo import main
+from utils.deterministic import repeatable
+from utils.engine import TrainEngine
+from utils.errors import UserError
+
+REWARD = """
+import os
+import torch
+
+def settings(prompts, answers):
+    names = ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC")
+    with open("{file}", "a") as file:
+        print(torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic, file=file)
+        print(*(os.environ.get(name) for name in names), file=file)
+    return [float(len(answer)) for answer in answers]
+"""
+
+
+def state() -> tuple:
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    return torch.are_deterministic_algorithms_enabled(), warn_only, torch.backends.cudnn.deterministic, filled
+
+
+def put() -> None:
+    """One of the few operations without a deterministic form on a CPU."""
+    torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
+
+
+def test_a_run_has_it_on_and_the_same_numbers(inputs, tmp_path, capfd):
+    before, environment = state(), dict(os.environ)
+    for wanted in (True, False):
+        (tmp_path / "reward.py").write_text(REWARD.replace("{file}", str(tmp_path / f"settings {wanted}")))
+        flags = {"reward_fn": f"{tmp_path}/reward.py:settings", "deterministic": wanted, "train_steps": 1}
+        main(run_flags(inputs, tmp_path / str(wanted), **flags))
+        assert state() == before
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+    assert set((tmp_path / "settings True").read_text().splitlines()) == {"True True", ":4096:8 1"}
+    assert set((tmp_path / "settings False").read_text().splitlines()) == {"False False", "None None"}
+    assert read_metrics(tmp_path / "True") == read_metrics(tmp_path / "False")
+
+
+def test_an_operation_without_a_deterministic_form_is_named_once(capfd):
+    with repeatable(True):
+        put()
+        put()
+    put()
+    text = "--deterministic: put_ has no deterministic form here; its numbers may differ from run to run\n"
+    assert capfd.readouterr() == (text, "")
+
+
+class Putting(torch.autograd.Function):
+    """Has such an operation in its backward pass alone."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        put()
+        return gradient
+
+
+class Model(torch.nn.Module):
+    """A language model's logits."""
+
+    def __init__(self, broken: bool):
+        super().__init__()
+        self.lm, self.broken = tiny_llama(), broken
+
+    def forward(self, ids):
+        """The sum of squares of its logits."""
+        logits = self.lm(ids).logits
+        return (Putting.apply(logits) if self.broken else logits).square().sum()
+
+
+def test_a_backward_pass_is_strict_and_says_what_it_cannot_repeat(single_process):
+    """Flash attention takes its deterministic form in the strict mode alone, whatever torch's documentation says."""
+    ids, seen = torch.tensor([[1, 5, 7, 9]]), []
+    engine = TrainEngine(Model(broken=False), ppo_config(zero_stage=2), "model")
+    next(engine.module.parameters()).register_hook(lambda gradient: seen.append(state()[:2]))
+    engine.backward(engine(ids))
+    with repeatable(True):
+        engine.backward(engine(ids))
+        assert state()[:2] == (True, True)
+        broken = TrainEngine(Model(broken=True), ppo_config(zero_stage=2), "model")
+        with pytest.raises(UserError, match="--deterministic: put_, in the backward pass"):
+            broken.backward(broken(ids))
+        assert state()[:2] == (True, True)
+    assert seen == [(False, False), (True, False)]
+
+
+@pytest.mark.gpu
+def test_gradients_of_attention_repeat(single_process):
+    """Two backward passes over the same long rows, to the bit."""
+    shape = (2, 8, 2048, 64)
+    query, key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+
+    def gradients() -> list[torch.Tensor]:
+        from utils.deterministic import strictly
+
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        with strictly():
+            return torch.autograd.grad(output.float().square().sum(), (query, key, value))
+
+    with repeatable(True):
+        first = gradients()
+        for _ in range(5):
+            assert all(map(torch.equal, gradients(), first))

@@ -1,0 +1,110 @@
+"""One answer to where a process computes: DS_ACCELERATOR=cpu keeps everything on the CPU, whatever GPUs there are."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.parts import ppo_config, tiny_policy
+from tests.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flags
+from train_ppo import main
+from utils.device import device, on_gpu
+from utils.engine import TrainEngine
+from utils.logger import Stopwatch
+from utils.tensors import to_device
+
+# Says what a machine with GPUs says, and refuses to start CUDA, which no process on the CPU has a reason to.
+GPU_MACHINE = """
+import sys
+import torch
+
+def refuse(*_, **__):
+    raise AssertionError("CUDA was to be started")
+
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 2
+torch.cuda._lazy_init = refuse
+"""
+
+
+def run_there(code: str, *argv: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs the code in a process that believes it has two GPUs."""
+    before = {key: value for key, value in clean_environment().items() if key != "DS_ACCELERATOR"}
+    return subprocess.run(
+        [sys.executable, "-c", GPU_MACHINE + code, *argv],
+        cwd=REPOSITORY, env=before | environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_each_process_has_the_gpu_that_its_launcher_names():
+    code = "from utils.device import device; print(device())"
+    assert run_there(code).stdout == "cuda:0\n"
+    assert run_there(code, LOCAL_RANK="1").stdout == "cuda:1\n"
+    assert run_there(code, LOCAL_RANK="1", DS_ACCELERATOR="cpu").stdout == "cpu\n"
+
+
+def test_more_processes_than_gpus_are_a_mistake_of_the_user():
+    code = "from utils.engine import init_distributed as join\ntry: join()\nexcept Exception as e: print(repr(e))"
+    result = run_there(code, LOCAL_RANK="2", RANK="2", WORLD_SIZE="3", DS_ACCELERATOR="cuda")
+    assert "UserError('local rank 2 has no GPU, there are 2: start as many" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_deepspeed_does_not_wait_for_the_device_in_forwards_and_steps(single_process, monkeypatch, zero_stage):
+    """Its throughput timer would from the third step on."""
+    from deepspeed.accelerator import get_accelerator
+
+    waits = []
+    monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: waits.append(1))
+    engine = TrainEngine(tiny_policy(), ppo_config(zero_stage=zero_stage), "policy")
+    ids = torch.tensor([[1, 5, 7, 9]])
+    for _ in range(4):
+        logprobs, _ = engine(ids, torch.tensor([[False, True, True, True]]))
+        engine.backward(logprobs.sum())
+        engine.step(1e-3)
+    assert not waits
+
+
+def test_a_run_that_is_told_to_use_the_cpu_starts_no_gpu(inputs, tmp_path, capfd):
+    """And its numbers are those of a machine without any: checkpoints and evaluation included."""
+    code = "from train_ppo import main; main(sys.argv[1:])"
+    flags = {"train_steps": 1, "checkpoint_per_step": 1}
+    result = run_there(code, *run_flags(inputs, tmp_path / "there", **flags), DS_ACCELERATOR="cpu")
+    assert result.returncode == 0, result.stderr[-3000:]
+    main(run_flags(inputs, tmp_path / "here", **flags))
+    assert read_metrics(tmp_path / "there") == read_metrics(tmp_path / "here")
+    assert '"devices": [\n    "' in (text := (tmp_path / "there" / "config.json").read_text()) and "CPU cores" in text
+
+
+@pytest.mark.gpu
+def test_a_lap_waits_for_the_gpu():
+    """Products that are given to it in a few milliseconds count as the lap's own."""
+    matrix = torch.ones(8192, 8192, device=device(), dtype=torch.bfloat16)
+    matrix @ matrix
+    watch = Stopwatch()
+    watch.lap("before")
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(300):
+        matrix @ matrix
+    end.record()
+    watch.lap("products")
+    seconds = watch.metrics(1, 1)["seconds_products"]
+    assert on_gpu() and end.query()
+    assert seconds == pytest.approx(start.elapsed_time(end) / 1000, rel=0.2)
+
+
+@pytest.mark.gpu
+def test_rollouts_are_put_together_and_taken_apart_without_waiting_for_the_gpu():
+    from ppo.rollout import assemble, response_ids
+
+    responses = [torch.tensor(ids, device=device()) for ids in ([5, 6, 2], [2], [7])]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rollout = assemble([[1, 7, 8], [1, 9], [1]], responses, 2, 0)
+        chosen = rollout.rows([2, 0])
+        again = rollout.rows(to_device(torch.tensor([2, 0]), device()))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert response_ids(chosen) == response_ids(again) == [[7], [5, 6, 2]]

@@ -1,0 +1,159 @@
+"""utils/launch.sh runs on the GPUs that the user was given, and utils/ranks.py tells ranks and shell of each other."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_run import REPOSITORY, clean_environment
+
+EIGHT = "\n".join(f"GPU {i}: NVIDIA A100-SXM4-80GB (UUID: GPU-{i}d5c)" for i in range(8))
+SLICED = "GPU 0: NVIDIA H100 (UUID: GPU-5e)\n  MIG 3g.40gb     Device  0: (UUID: MIG-a1)\n"
+SCRIPT = """
+set -euo pipefail
+source utils/launch.sh
+NUM_GPUS=${NUM_GPUS:-$(count_gpus)}
+use_devices "$NUM_GPUS"
+launch "$LOG" -m sft.train --lr 1
+"""
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """What a recipe would run: the command line, and DS_ACCELERATOR and CUDA_VISIBLE_DEVICES in its environment."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("python", "deepspeed"):
+        (programs / name).write_text(
+            f'#!/bin/sh\necho {name} "$@"; echo "${{DS_ACCELERATOR-}} $CUDA_VISIBLE_DEVICES"\n'
+        )
+
+    def run(listing: str | None, **settings: str) -> tuple[str, str]:
+        (programs / "nvidia-smi").unlink(missing_ok=True)
+        if listing is not None:
+            (programs / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '%s\\n' '{listing}'\n")
+        for program in programs.iterdir():
+            program.chmod(0o755)
+        unset = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "MASTER_PORT", "NUM_GPUS", "HOSTFILE")
+        environment = {key: value for key, value in os.environ.items() if key not in unset}
+        environment |= {"PATH": f"{programs}:/usr/bin:/bin", "LOG": str(tmp_path / "log")} | settings
+        result = subprocess.run(
+            ["bash", "-c", SCRIPT], cwd=REPOSITORY, env=environment, check=True, capture_output=True, text=True
+        )
+        return tuple(result.stdout.splitlines())
+
+    return run
+
+
+ONE = "python -m sft.train --lr 1"
+
+
+@pytest.mark.parametrize(
+    ("listing", "settings", "command", "devices"),
+    [
+        (None, {}, ONE, "cpu "),
+        (EIGHT, {}, f"python -m utils.ranks 8 {ONE[7:]}", " "),
+        (EIGHT, {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, f"python -m utils.ranks 4 {ONE[7:]}", " 4,5,6,7"),
+        (EIGHT, {"CUDA_VISIBLE_DEVICES": "4,5,6,7", "NUM_GPUS": "2"}, f"python -m utils.ranks 2 {ONE[7:]}", " 4,5,6,7"),
+        (EIGHT, {"CUDA_VISIBLE_DEVICES": "GPU-3d5c,GPU-08"}, f"python -m utils.ranks 2 {ONE[7:]}", " GPU-3d5c,GPU-08"),
+        (SLICED, {"CUDA_VISIBLE_DEVICES": "MIG-a1"}, ONE, " MIG-a1"),
+        (EIGHT, {"CUDA_VISIBLE_DEVICES": "6"}, ONE, " 6"),
+        (EIGHT, {"CUDA_VISIBLE_DEVICES": "0,8,1"}, ONE, " 0,8,1"),  # CUDA stops at what is not there
+        (EIGHT, {"CUDA_VISIBLE_DEVICES": "-1"}, ONE, "cpu -1"),
+        (EIGHT, {"CUDA_VISIBLE_DEVICES": ""}, ONE, "cpu "),
+        (EIGHT, {"NUM_GPUS": "0"}, ONE, "cpu "),
+        (EIGHT, {"HOSTFILE": "h"}, "deepspeed --num_gpus 8 --hostfile h --module sft.train --lr 1", " "),
+        (
+            EIGHT, {"HOSTFILE": "h", "MASTER_PORT": "5000", "NUM_GPUS": "1"},
+            "deepspeed --num_gpus 1 --hostfile h --master_port 5000 --module sft.train --lr 1", " ",
+        ),
+    ],
+)  # fmt: skip
+def test_the_gpus_that_were_given_are_those_that_are_used(launched, listing, settings, command, devices):
+    assert launched(listing, **settings) == (command, devices)
+
+
+def start_ranks(file: Path, code: str, *, patience: float = 30.0, **environment: str) -> subprocess.Popen:
+    """Two ranks of a script, whose launcher has this patience."""
+    file.write_text(
+        f"import os, pathlib, signal, sys, time\nrank, here = os.environ['RANK'], {str(file.parent)!r}\n{code}"
+    )
+    start = f"import sys, utils.ranks as r; r.PATIENCE = {patience}; sys.exit(r.main(['2', {str(file)!r}]))"
+    return subprocess.Popen(
+        [sys.executable, "-c", start], cwd=REPOSITORY, env=clean_environment() | environment,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+SAVES = """
+def save(number, frame):
+    time.sleep(1)
+    pathlib.Path(here, f"saved {rank}").touch()
+    sys.exit(128 + number)
+
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, save)
+pathlib.Path(here, f"started {rank}").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_all_ranks_which_have_all_the_time_they_need(tmp_path, number):
+    launcher = start_ranks(tmp_path / "rank.py", SAVES, patience=0.3)
+    while len(list(tmp_path.glob("started *"))) < 2:
+        time.sleep(0.05)
+    launcher.send_signal(number)
+    assert launcher.wait(timeout=20) == 128 + number
+    assert {path.name for path in tmp_path.glob("saved *")} == {"saved 0", "saved 1"}
+
+
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_recipe_waits_until_the_run_has_saved(tmp_path, number, group):
+    """Whether the script alone gets the signal or, as by Ctrl-C, its process group: the run gets it once."""
+    run = tmp_path / "run.py"
+    code = SAVES.replace("time.sleep(1)", "time.sleep(1); print('saved', number)")
+    run.write_text(f"import pathlib, signal, sys, time\nrank, here = 0, {str(tmp_path)!r}\n{code}")
+    script = f"set -euo pipefail; source utils/launch.sh; NUM_GPUS=1; launch {tmp_path}/log {run}; echo not reached"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    shell = subprocess.Popen(
+        ["bash", "-c", script], cwd=REPOSITORY, env=clean_environment() | {"PATH": path}, start_new_session=True,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not list(tmp_path.glob("started *")):
+        time.sleep(0.05)
+    (os.killpg if group else os.kill)(shell.pid, number)
+    output, _ = shell.communicate(timeout=20)
+    assert shell.returncode == 128 + number
+    assert output == (tmp_path / "log").read_text() == f"saved {number}\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("sys.exit(75)", 75), ("sys.exit(2)", 2), ("os.kill(os.getpid(), signal.SIGKILL)", 137)]
+)
+def test_the_first_failure_is_the_exit_code_and_ends_the_others(tmp_path, end, code):
+    started = time.monotonic()
+    launcher = start_ranks(tmp_path / "rank.py", f"if rank == '1': {end}\ntime.sleep(60)", patience=0.3)
+    assert launcher.wait(timeout=20) == code
+    assert time.monotonic() - started < 15
+
+
+def test_each_run_has_a_port_of_its_own_unless_one_is_given(tmp_path):
+    """Two ranks agree, and two runs at once do not."""
+    names = ("MASTER_PORT", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    say = f"os.write(1, ' '.join(os.environ[name] for name in {names}).encode() + b'\\n')"  # a line in one piece
+    (tmp_path / "other").mkdir()
+    runs = [start_ranks(tmp_path / name, say) for name in ("rank.py", "other/rank.py")]
+    ports = []
+    for run in runs:
+        lines = sorted(line.split() for line in run.communicate(timeout=20)[0].splitlines())
+        assert [line[1:] for line in lines] == [["0", "2", "2"], ["1", "2", "2"]]
+        ports.append({line[0] for line in lines})
+    assert len(ports[0]) == len(ports[1]) == 1 and ports[0] != ports[1]
+    given = start_ranks(tmp_path / "rank.py", say, MASTER_PORT="5000").communicate(timeout=20)[0]
+    assert [line.split()[0] for line in given.splitlines()] == ["5000", "5000"]
