@@ -17,7 +17,8 @@ from ppo.rollout import DECODING
 from ppo.slots import AUTO_SLOTS
 from reward.ensemble import Ensemble, Frozen
 from utils.compiled import compile_layers
-from utils.engine import DTYPES, InferenceEngine, TrainEngine, device, shard_frozen
+from utils.distributed import world_size
+from utils.engine import DTYPES, InferenceEngine, TrainEngine, device, shard_frozen, splits_frozen
 from utils.export import check_names, saved_tensors
 from utils.models import check_window, enable_checkpointing, load_causal_lm
 from utils.nll import by_chunks, head_logits, logprobs_and_entropy
@@ -136,10 +137,12 @@ def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print
     check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
     flag = f"--policy_model_path {config.policy_model_path}"
     check_names(AutoModelForCausalLM, lm.config, saved_tensors(lm), flag)
-    even_tokens = max(config.micro_batch_tokens, config.maxlen_prompt) if config.zero_stage == 3 else 0
-    model = PolicyModel(lm, even_tokens, router_coef(lm, config.router_aux_loss_coef, flag, say))
+    split = splits_frozen(config.zero_stage, world_size())
+    even_tokens = max(config.micro_batch_tokens, config.maxlen_prompt)
+    coef = router_coef(lm, config.router_aux_loss_coef, flag, say)
+    model = PolicyModel(lm, even_tokens if config.zero_stage == 3 else 0, coef)
     choose_decoding(model, config, flag, say)
-    reference = _freeze(PolicyModel(copy.deepcopy(lm), even_tokens), config)
+    reference = _freeze(PolicyModel(copy.deepcopy(lm), even_tokens if split else 0), config)
     if config.gradient_checkpoint is True:
         enable_checkpointing(lm)
     rows = lm.get_input_embeddings().weight.shape[0]
@@ -153,11 +156,12 @@ def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print
     critic = TrainEngine(critic_model, config, "critic")
     if config.compile:
         judges = [member.model.model for member in reward.members] if reward else []
-        for model in (lm, reference.model, critic_model, *judges):
+        # The weights of split models come and go inside a layer.
+        for model in (lm, critic_model, *(() if split else (reference.model, *judges))):
             compile_layers(model)
     return Models(policy, critic, reference, reward)
 
 
 def _freeze(model: nn.Module, config: PPOConfig) -> Frozen:
-    offload = config.offload_frozen and config.zero_stage < 3  # ZeRO-3 offloads what it has split by itself
-    return Frozen(shard_frozen(model, config, config.offload_frozen), offload)
+    whole = not splits_frozen(config.zero_stage, world_size())  # of a split model, the engine keeps the shards
+    return Frozen(shard_frozen(model, config, config.offload_frozen), config.offload_frozen and whole)

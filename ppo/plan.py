@@ -19,8 +19,8 @@ from ppo.plan_time import CARDS, checkpoint, phases, table
 from ppo.shapes import Shapes, cache_bytes, models_of
 from ppo.slots import AUTO_SLOTS, columns_for, slots_for, slots_in
 from utils.distributed import world_size
-from utils.engine import DTYPES, ROOM, device_room
-from utils.footprint import backward_bytes, moment_bytes, optimizer_bytes, weight_bytes
+from utils.engine import DTYPES, ROOM, device_room, splits_frozen
+from utils.footprint import backward_bytes, gathered_bytes, moment_bytes, optimizer_bytes, weight_bytes
 from utils.models import attention_cap
 from utils.nll import logits_bytes
 from utils.peak import peak_bytes
@@ -54,7 +54,7 @@ def beside_passes(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
     element = dtype.itemsize
     policy, critic, rewards = models_of(config)
     config.check_world(gpus, policy.decoder.config.vocab_size)
-    trained, frozen = [policy, critic], [policy, *rewards]
+    trained, frozen, split = [policy, critic], [policy, *rewards], splits_frozen(stage, gpus)
     rows: Rows = {}
 
     def add(what: str, rollout: int = 0, score: int = 0, backward: int = 0, step: int = 0) -> None:
@@ -63,16 +63,17 @@ def beside_passes(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
     def always(what: str, size: int) -> None:
         add(what, *[size] * len(PHASES))
 
-    def weights(model: Shapes) -> int:
+    def weights(model: Shapes, stage: int) -> int:
         return weight_bytes(model.numels, stage, gpus, element)
 
-    always("weights of the policy", weights(policy))
-    always("weights of the critic", weights(critic))
-    if config.offload_frozen:
-        add("a frozen model at a time", score=max(map(weights, frozen)) if stage < 3 else 0)
-    else:
-        always("weights of the reference", weights(policy))
-        always(f"weights of {len(rewards)} reward model(s)", sum(map(weights, rewards)))
+    always("weights of the policy", weights(policy, stage))
+    always("weights of the critic", weights(critic, stage))
+    frozen_weights = [weights(model, 3 if split else 0) for model in frozen]
+    if not config.offload_frozen:
+        always("weights of the reference", frozen_weights[0])
+        always(f"weights of {len(rewards)} reward model(s)", sum(frozen_weights[1:]))
+    elif not split:
+        add("a frozen model at a time", score=max(frozen_weights))
     states = sum(optimizer_bytes(model.numels, stage, gpus) for model in trained)
     always("optimizer of policy and critic", 0 if config.offload_optimizer else states)
     gradients, buckets, live = backward_bytes([model.numels for model in trained], config, gpus)
@@ -82,13 +83,14 @@ def beside_passes(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
     add("gradients of one in float32", step=0 if config.offload_optimizer else in_float32)
     if buckets:
         add("communication buckets", held[1], held[1], buckets, buckets)
-    if stage == 3:
+    if split:
         gathered = live if config.gather_for_generation == "never" else element * policy.numel
-        add("weights gathered from all GPUs", gathered, live, live)
+        scored = gathered_bytes(policy.numel, element)
+        add("weights gathered from all GPUs", gathered * (stage == 3), scored, live)
     add("logits", 0, *logits_bytes(CHUNK_ELEMENTS, element))
     buffer = config.num_rollouts * config.maxlen_prompt * TOKEN
     add("experience buffer", score=buffer, backward=buffer, step=buffer)
-    return rows, host_bytes(config, states, sum(map(weights, frozen)), element * policy.numel)
+    return rows, host_bytes(config, states, sum(frozen_weights), element * policy.numel)
 
 
 def choose_sizes(config: PPOConfig, gpus: int, rows: Rows, free: int) -> Sizes:

@@ -14,6 +14,7 @@ from data.template import Turns, encode_dialogue, encode_text
 from reward.model import last_scores
 from utils.engine import device
 from utils.errors import UserError
+from utils.host_copies import host_copies
 from utils.models import model_folder
 from utils.tensors import to_device
 
@@ -76,25 +77,35 @@ def score_dialogues(
 
 @dataclass
 class Frozen:
-    """A model that only scores. Between its turns it may live in host memory."""
+    """A model that only scores. offload: its weights wait in host memory (page-locked with a GPU) between its turns.
+
+    Buffers stay on the device. A model whose weights are split over ranks is not offloaded here (`shard_frozen`).
+    """
 
     model: nn.Module
     offload: bool
 
     def __post_init__(self) -> None:
+        self._waiting: list[tuple[nn.Parameter, torch.Tensor]] = []
         if self.offload:
-            self.model.to("cpu")
+            parameters = list(self.model.parameters())
+            copies = host_copies(parameters, pinned=device().type == "cuda")
+            self._waiting = list(zip(parameters, copies, strict=True))
+            self._leave()
 
     @contextlib.contextmanager
     def resident(self):
-        """Inside, the model is on the device. Moving costs its weights' size over the bus, twice."""
-        if self.offload:
-            self.model.to(device())
+        """Inside, the model is on the device. Its weights are copied there, and not back: they do not change."""
+        for parameter, copy in self._waiting:
+            parameter.data = copy.to(device(), non_blocking=True)
         try:
             yield self.model
         finally:
-            if self.offload:
-                self.model.to("cpu")
+            self._leave()
+
+    def _leave(self) -> None:
+        for parameter, copy in self._waiting:
+            parameter.data = copy
 
 
 @dataclass(frozen=True)

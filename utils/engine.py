@@ -6,10 +6,10 @@ ranks, never averaged.
 """
 
 import contextlib
-import dataclasses
 import datetime
 import os
 from collections.abc import Callable
+from copy import copy
 
 import torch
 
@@ -26,11 +26,13 @@ from torch import nn
 from utils.args import EngineConfig
 from utils.builds import unblocked_builds
 from utils.chunked_step import use_chunked_step
+from utils.compiled import layers_of
 from utils.deterministic import strictly
 from utils.distributed import any_rank, is_main, max_ranks, rank, ranks_where, world_size
 from utils.engine_state import load_state, scale_weight, state_tensors
 from utils.errors import UserError
 from utils.export import saved_tensors
+from utils.host_copies import host_copies
 from utils.shared_state import SharedState
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -89,11 +91,10 @@ def deepspeed_config(config: EngineConfig, offload_weights: bool = False) -> dic
     zero["overlap_comm"] = zero["stage"] >= 2 and device().type == "cuda"
     if config.zero_stage == 3:
         zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": PERSISTENT}
-    host = {"device": "cpu", "pin_memory": device().type == "cuda"}
     if config.offload_optimizer:
-        zero["offload_optimizer"] = host
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device().type == "cuda"}
     if offload_weights:
-        zero["offload_param"] = host
+        zero["offload_param"] = {"device": "cpu"}  # page-locked by `shard_frozen`, in less memory than DeepSpeed takes
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -335,15 +336,34 @@ def device_room() -> int | None:
     return -max_ranks(-spare, device())
 
 
-def shard_frozen(module: nn.Module, config: EngineConfig, offload: bool = False) -> nn.Module:
-    """A frozen model for scoring: under ZeRO-3 its weights are split over ranks like the trained ones, else as it is.
+def splits_frozen(zero_stage: int, ranks: int) -> bool:
+    """Whether the weights of frozen models are split: under ZeRO-3, and with several ranks under ZeRO-1 and 2 too."""
+    return zero_stage == 3 or (zero_stage > 0 and ranks > 1)
 
-    No optimizer state, no gradients. A sharded model must be called by all ranks together; offload: its shards wait in
-    host memory.
+
+def shard_frozen(module: nn.Module, config: EngineConfig, offload: bool = False) -> nn.Module:
+    """Prepares a model for scoring alone; where `splits_frozen`, its weights are split over the ranks.
+
+    It has no optimizer state and no gradients. A split model gathers its weights layer by layer in each forward, so
+    all ranks must call it equally often. offload: its shards stay in host memory; a model that is not split stays
+    where it is.
     """
     module.requires_grad_(False).eval()
-    if config.zero_stage < 3:
+    if not splits_frozen(config.zero_stage, world_size()):
         return module
-    settings = deepspeed_config(dataclasses.replace(config, offload_optimizer=False), offload_weights=offload)
+    flags = copy(config)
+    flags.zero_stage, flags.offload_optimizer = 3, False
+    settings = deepspeed_config(flags, offload_weights=offload)
+    # It replaces torch.nn.functional.linear in the whole process, which only training under ZeRO-3 gains from.
+    settings["zero_optimization"]["memory_efficient_linear"] = config.zero_stage == 3
+    layers = layers_of(module)
+    for layer in layers:  # not each matrix by itself; and which experts are called inside depends on a rank's tokens
+        deepspeed.utils.set_z3_leaf_module(layer, True)
+    next_layer = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=BUCKET)
+    settings["zero_optimization"]["stage3_prefetch_bucket_size"] = next_layer
     sharded, *_ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)
+    if offload:
+        shards = [parameter.ds_tensor for parameter in module.parameters()]
+        for shard, held in zip(shards, host_copies(shards, pinned=device().type == "cuda"), strict=True):
+            shard.data = held
     return sharded

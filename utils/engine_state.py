@@ -10,12 +10,14 @@ in pre-training alone, by no code of transformers). Knows the names under which 
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from utils import distributed
 from utils.shared_state import SharedState
 
 
@@ -134,10 +136,24 @@ def num_bytes(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def same_weights(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two models of one make hold the same weights, this rank's shards of them under ZeRO-3, bit for bit.
+    """Whether two models of one make hold the same weights, bit for bit.
 
-    False where they lie on different devices. Reads both once at most.
+    Either may be split over the ranks: then this rank compares what it holds of that one. Reads both once at most.
     """
     pairs = zip(first.parameters(), second.parameters(), strict=True)
-    shards = ([getattr(p, "ds_tensor", p) for p in pair] for pair in pairs)
-    return all(a.device == b.device and torch.equal(a, b) for a, b in shards)
+    return all(torch.equal(a, b.to(a.device)) for a, b in itertools.starmap(_held_of_both, pairs))
+
+
+def _held_of_both(first: nn.Parameter, second: nn.Parameter) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two, or where one is split (ZeRO-3) the elements, flat, that this rank holds of it, of both."""
+    share = next((p.ds_tensor.ds_numel for p in (first, second) if hasattr(p, "ds_tensor")), None)
+    if share is None:
+        return first, second
+    start = distributed.rank() * share
+
+    def held(parameter: nn.Parameter) -> torch.Tensor:
+        if hasattr(parameter, "ds_tensor"):
+            return parameter.ds_tensor[: max(0, parameter.ds_numel - start)]  # the rest is padding
+        return parameter.detach().flatten()[start : start + share]
+
+    return held(first), held(second)

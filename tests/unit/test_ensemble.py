@@ -9,9 +9,11 @@ import torch
 
 from data.template import encode_dialogue
 from reward.ensemble import Encoding, Ensemble, Frozen, check_labels, score_dialogues
-from tests.parts import tiny_scalar_model
+from tests.parts import ppo_config, tiny_scalar_model
 from tests.tiny import VOCAB, tiny_tokenizer_folder
+from utils.engine import shard_frozen
 from utils.errors import UserError
+from utils.host_copies import host_copies
 from utils.tokenizer import load_tokenizer
 
 
@@ -79,25 +81,64 @@ def test_rules_by_hand(rule, expected):
     assert torch.equal(ensemble.combine(SCORES[:, :1]), SCORES[:, 0])
 
 
-class Recorded(torch.nn.Linear):
-    """A module that says where it goes."""
+def check_offload(place: str) -> None:
+    """Holds a model that waits against its twin: device, values and scores, over two turns."""
+    device = torch.device(place)
+    model, twin = (tiny_scalar_model(vocab=VOCAB).requires_grad_(False).to(device) for _ in range(2))
+    waiting = Frozen(model, offload=True)
+    held = [parameter.data_ptr() for parameter in model.parameters()]
+    ids = torch.arange(3, 23, device=device)[None]
+    expected = twin(ids, torch.ones_like(ids).bool())
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), waiting.resident() as found:
+            assert {x.device for x in (*found.parameters(), *found.buffers())} == {device}
+            assert torch.equal(found(ids, torch.ones_like(ids).bool()), expected)
+            1 / 0  # noqa: B018 - a failure does not leave the model on the device
+        assert [parameter.data_ptr() for parameter in model.parameters()] == held
+        for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+            assert parameter.device.type == "cpu" and parameter.is_pinned() == (place == "cuda:0")
+            assert torch.equal(parameter, other.cpu())
 
-    def __init__(self, name: str, said: list[str]):
-        super().__init__(1, 1)
-        self.name, self.said = name, said
 
-    def to(self, place):
-        self.said.append(f"{self.name} to {place}")
-        return self
+def test_a_model_that_waits_in_host_memory_is_copied_one_way():
+    check_offload("cpu")
 
 
-def test_a_model_that_waits_in_host_memory_is_on_the_device_in_its_turn_only(monkeypatch):
-    monkeypatch.setattr("reward.ensemble.device", lambda: "cuda")
-    said = []
-    waiting, staying = Frozen(Recorded("a", said), offload=True), Frozen(Recorded("b", said), offload=False)
-    with waiting.resident(), staying.resident():
-        said.append("scoring")
-    assert said == ["a to cpu", "a to cuda", "scoring", "a to cpu"]
+@pytest.mark.gpu
+def test_a_model_waits_in_page_locked_memory():
+    check_offload("cuda:0")
+    before = torch.cuda.memory_allocated()
+    waiting = Frozen(tiny_scalar_model(vocab=VOCAB).requires_grad_(False).cuda(), offload=True)
+    kept = torch.cuda.memory_allocated()
+    with waiting.resident() as model:
+        assert torch.cuda.memory_allocated() >= kept + sum(p.nbytes for p in model.parameters())
+    assert torch.cuda.memory_allocated() == kept < before + 4096
+
+
+@pytest.mark.gpu
+def test_shards_wait_in_page_locked_memory(single_process):
+    """As with several ranks, where a rank's shards are parts of the model."""
+    whole = tiny_scalar_model(vocab=VOCAB).cuda()
+    split = shard_frozen(tiny_scalar_model(vocab=VOCAB).cuda(), ppo_config(zero_stage=3), offload=True)
+    assert all(parameter.ds_tensor.is_pinned() for parameter in split.parameters())
+    ids = torch.arange(3, 23, device="cuda")[None]
+    for _ in range(3):
+        with torch.no_grad():
+            scores = [model(ids, torch.ones_like(ids).bool()) for model in (split, whole)]
+        torch.testing.assert_close(*scores)
+
+
+def test_copies_share_buffers_and_keep_dtype_and_shape(monkeypatch):
+    monkeypatch.setattr("utils.host_copies.BUFFER", 1024)
+    tensors = [torch.randn(50), torch.randn(3, 7).bfloat16(), torch.randn(1000), torch.tensor(3.0), torch.randn(0, 4)]
+    tensors += [torch.randn(8, 2).t(), torch.arange(5)]
+    copies = host_copies(tensors, pinned=False)
+    for tensor, copy in zip(tensors, copies, strict=True):
+        assert torch.equal(copy, tensor) and copy.dtype == tensor.dtype
+        assert tensor.numel() == 0 or copy.data_ptr() != tensor.data_ptr()
+    # 200 bytes and 42 in 256 each, then 4000 by themselves, then three of 256 and an empty one.
+    buffers = [copy.untyped_storage().nbytes() for copy in copies]
+    assert buffers == [1024, 1024, 4096, 768, 768, 768, 768]
 
 
 def reward_folder(folder: Path, **config) -> str:

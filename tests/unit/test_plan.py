@@ -90,8 +90,11 @@ def test_sizes_of_7b_are_those_worked_out_by_hand(folder_7b):
     sizes = {"rollout_batch_size": 16, "num_rollouts": 128, "batch_size": 32, "maxlen_prompt": 2048, "maxlen_res": 512}
     flags = paths | sizes | {"dtype": "bf16", "gradient_checkpoint": True}
     rows, host = plan(ppo_config(**flags, zero_stage=2), gpus=8)
-    assert rows["weights of the policy"] == rows["weights of the reference"] == [2 * POLICY_7B] * 4
-    assert rows["weights of the critic"] == rows["weights of 1 reward model(s)"] == [2 * CRITIC_7B] * 4
+    assert rows["weights of the policy"] == [2 * POLICY_7B] * 4
+    assert rows["weights of the critic"] == [2 * CRITIC_7B] * 4
+    assert rows["weights of the reference"] == [2 * POLICY_7B // 8 + 2 * NORMS_7B] * 4
+    assert rows["weights of 1 reward model(s)"] == [2 * CRITIC_7B // 8 + 2 * (NORMS_7B + 4096)] * 4
+    assert rows["weights gathered from all GPUs"] == [0, 2 * 10**9, 0, 0]
     assert rows["optimizer of policy and critic"] == [12 * (POLICY_7B + CRITIC_7B) // 8] * 4
     assert rows["gradients of policy and critic"] == [0, 0] + [2 * (POLICY_7B + CRITIC_7B) // 8] * 2
     assert rows["key-value cache"] == [16 * (2048 + 256) * 32 * 2 * 4096 * 2, 0, 0, 0]
@@ -99,6 +102,13 @@ def test_sizes_of_7b_are_those_worked_out_by_hand(folder_7b):
 
     rows, _ = plan(ppo_config(**flags, zero_stage=2, grad_accum_dtype="fp32"), gpus=8)
     assert rows["gradients of policy and critic"] == [0, 0] + [4 * (POLICY_7B + CRITIC_7B) // 8] * 2
+
+    whole = 2 * (POLICY_7B + CRITIC_7B)
+    for gpus, waiting in [(8, whole // 8 + 2 * (2 * NORMS_7B + 4096)), (1, whole)]:
+        rows, host = plan(ppo_config(**flags, zero_stage=1, offload_frozen=True), gpus)
+        assert "weights of the reference" not in rows
+        assert rows.get("a frozen model at a time") == ([0, 2 * POLICY_7B, 0, 0] if gpus == 1 else None)
+        assert host["reference and reward models"] == waiting
 
     rows, host = plan(ppo_config(**flags, zero_stage=3, offload_optimizer=True, offload_frozen=True), gpus=8)
     assert rows["weights of the policy"] == [2 * POLICY_7B // 8 + 2 * NORMS_7B] * 4

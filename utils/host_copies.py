@@ -1,0 +1,26 @@
+"""Copies of tensors in host memory, from which a GPU reads fast."""
+
+from collections.abc import Sequence
+
+import torch
+
+BUFFER = 1 << 30  # bytes
+ALIGNMENT = 256  # bytes, a multiple of every dtype's size
+
+
+def host_copies(tensors: Sequence[torch.Tensor], pinned: bool) -> list[torch.Tensor]:
+    """Returns a copy of each tensor in host memory. pinned: page-locked, so that copies to a GPU need no staging.
+
+    The copies share buffers of BUFFER bytes, because PyTorch rounds each page-locked allocation up to a power of two.
+    """
+    sizes = [-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in tensors]
+    left, copies, place = sum(sizes), [], 0
+    buffer = torch.empty(0, dtype=torch.uint8)
+    for tensor, size in zip(tensors, sizes, strict=True):
+        if place + size > len(buffer):
+            buffer = torch.empty(max(size, min(BUFFER, left)), dtype=torch.uint8, pin_memory=pinned)
+            place = 0
+        held = buffer[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        copies.append(held.copy_(tensor.detach()))
+        place, left = place + size, left - size
+    return copies
