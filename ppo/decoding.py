@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from data.collate import pad
 from ppo.sampling import Sampling, sample, uniforms
 from ppo.slots import SlotCache, columns_for, slots_for
+from ppo.step_graphs import StepGraphs, bucket_of
 from utils.distributed import any_rank
 from utils.nll import logprobs_and_entropy
-from utils.tensors import position_ids
+from utils.tensors import position_ids, to_device
 from utils.tokenizer import stop_ids
 
 
@@ -31,18 +33,24 @@ class Room:
     """Forwards between two looks at which responses have ended: on a GPU each look waits for it"""
     straight: bool = False
     """New tokens go through the layers without the model's own forward: ppo/new_token.py"""
+    ragged: bool = False
+    """These read each slot's own columns by the kernels of ppo/ragged_attention.py; with `straight`"""
+    graphs: bool = False
+    """Steps are CUDA graphs: ppo/step_graphs.py; with `ragged`"""
 
 
 @torch.no_grad()
 def decode_all(
     decode: Callable, prompts: list[list[int]], places: list[int], limits: list[int], sampling: Sampling, seed: int,
-    tokenizer, room: Room, device: torch.device, together: bool = False,
+    tokenizer, room: Room, device: torch.device, together: bool = False, watch: Callable | None = None,
 ) -> list[torch.Tensor]:  # fmt: skip
     """One response a prompt, its end included, of at most limits[i] tokens. decode: the policy, called with `decode=`.
 
-    together: every rank does the same number of forwards, until the last response of all ranks has ended.
+    together: every rank does the same number of forwards, until the last response of all ranks has ended. watch: gets
+    the logits [slots, vocabulary] that tokens are drawn from, at each forward; they last until the next.
     """
     decoder = _Decoder(decode, prompts, places, limits, sampling, seed, tokenizer, room, device)
+    decoder.watch = watch
     decoder.run(together)
     return decoder.of_responses(decoder.tokens)
 
@@ -89,7 +97,10 @@ class _Decoder:
         }
         self.slots["ended"] = torch.zeros(num_slots, dtype=torch.bool, device=device)
         self.slots["draws"] = torch.zeros(num_slots, most, dtype=torch.float64, device=device)
+        self._idle(slice(None))
+        self.graphs = StepGraphs() if room.graphs else None
         self.measured: torch.Tensor | None = None  # [log-probability and entropy, prompts, most], where asked for
+        self.watch: Callable | None = None
 
     @property
     def busy(self) -> bool:
@@ -128,6 +139,11 @@ class _Decoder:
                 source, target = moved
                 for x in self.slots.values():
                     x[target] = x[source]
+            self._idle(slice(self.cache.live, live))
+
+    def _idle(self, rows: slice) -> None:
+        """Marks slots as not in use. Where they fill up a bucket they draw too, behind all that any response holds."""
+        self.slots["count"][rows], self.slots["ended"][rows] = self.tokens.shape[1] - 1, True
 
     def _next_prompts(self, free: int) -> tuple[list[int], list[list[int]], list[int]]:
         """(indices, the different prompts among them, which of these each is)."""
@@ -144,19 +160,21 @@ class _Decoder:
     def _fill(self, free: int) -> None:
         """New prompts into free slots: one forward, and their first response tokens."""
         indices, different, sources = self._next_prompts(free)
-        ids, mask = pad(different, self.pad, side="left")
-        shared = torch.tensor(sources, device=self.device) if len(different) < len(indices) else None
+        ids, mask = (to_device(x, self.device) for x in pad(different, self.pad, side="left"))
+        source, prompt = (to_device(torch.tensor(x), self.device) for x in (sources, indices))
+        shared = source if len(different) < len(indices) else None
         new = slice(self.cache.live, self.cache.live + len(indices))
-        self.cache.append(mask[sources].to(self.device), [len(self.prompts[i]) for i in indices], shared)
+        self.cache.append(mask[source], [len(self.prompts[i]) for i in indices], shared)
         logits = self._logits(ids, mask, position_ids(mask))
         logits = logits if shared is None else logits[shared]
-        self._start(new, indices, mask[sources], logits.shape[-1])
+        self._start(new, prompt, mask[source], logits.shape[-1])
         self._draw(new, logits)
+        self._show(logits)
 
-    def _start(self, new: slice, indices: list[int], mask: torch.Tensor, vocabulary: int) -> None:
+    def _start(self, new: slice, prompt: torch.Tensor, mask: torch.Tensor, vocabulary: int) -> None:
         """Sets the state of new slots before their first token: no token of the response has been seen."""
-        slots, prompt = self.slots, torch.tensor(indices, device=self.device)
-        slots["prompt"][new], slots["start"][new] = prompt, mask.sum(1).to(self.device)
+        slots = self.slots
+        slots["prompt"][new], slots["start"][new] = prompt, mask.sum(1)
         slots["count"][new], slots["ended"][new] = 0, False
         positions = torch.arange(slots["draws"].shape[1], device=self.device)
         slots["draws"][new] = uniforms(self.seed, self.places[prompt][:, None], positions)
@@ -168,19 +186,31 @@ class _Decoder:
 
     def _advance(self) -> None:
         """The next token of every live slot."""
-        mask = self.cache.advance()
+        mask, live = self.cache.advance(), self.cache.live
+        if self.room.ragged:
+            rows = bucket_of(live, self.cache.num_slots)
+            step = partial(self._step, slice(0, rows), None)
+            self._show((self.graphs.run(rows, step) if self.graphs else step())[:live])
+            return
         if self.room.alone_from is not None and mask.shape[1] >= self.room.alone_from:
             mask = torch.tensor(self.cache.lengths).view(1, 1, 1, -1)  # transformers hands on what has four dimensions
-        live = slice(0, self.cache.live)
-        positions = self.slots["start"][live] + self.slots["count"][live] - 1
-        logits = self._logits(self.slots["last"][live, None], mask, positions[:, None], self.room.straight)
-        self._draw(live, logits)
+        self._show(self._step(slice(0, live), mask))
+
+    def _step(self, rows: slice, mask: torch.Tensor | None) -> torch.Tensor:
+        """A token for each of these slots. Without a mask all that it reads is on the device. Returns the logits."""
+        positions = self.slots["start"][rows] + self.slots["count"][rows] - 1
+        logits = self._logits(self.slots["last"][rows, None], mask, positions[:, None], self.room.straight)
+        self._draw(rows, logits)
+        return logits
+
+    def _show(self, logits: torch.Tensor) -> None:
+        if self.watch:
+            self.watch(logits)
 
     def _logits(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, straight: bool = False
+        self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, straight: bool = False
     ) -> torch.Tensor:
         """Of the last position. [batch, vocabulary]."""
-        ids, mask, positions = (x.to(self.device) for x in (ids, mask, positions))
         return self.decode(
             decode={
                 "input_ids": ids, "attention_mask": mask, "position_ids": positions,

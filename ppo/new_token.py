@@ -6,6 +6,9 @@ rounding. Other architectures, windows and attention kernels, and weights that Z
 model's own forward.
 """
 
+import importlib.util
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn.functional import rms_norm
@@ -20,21 +23,27 @@ def goes_straight(config) -> bool:
     return is_replaced(config) and is_like_llama(config)
 
 
+def goes_ragged(decoder: nn.Module) -> bool:
+    """Whether the kernels of ppo/ragged_attention.py serve this decoder: on a recent GPU, with Triton."""
+    place = next(decoder.parameters()).device
+    if place.type != "cuda" or not goes_straight(decoder.config) or importlib.util.find_spec("triton") is None:
+        return False
+    from ppo.ragged_attention import SIZES
+
+    return torch.cuda.get_device_capability(place) >= (8, 0) and decoder.layers[0].self_attn.head_dim in SIZES
+
+
 def new_token_states(
-    decoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: SlotCache
+    decoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: SlotCache
 ) -> torch.Tensor:
     """The decoder's states of one new token a slot, which joins the cache: [slots, hidden].
 
-    ids, positions: [slots, 1]. mask: bool [slots, columns], or int64 [1, 1, 1, slots], the columns of each slot.
+    ids, positions: [slots, 1]. mask: bool [slots, columns], or int64 [1, 1, 1, slots], the columns of each slot. None:
+    the kernels of ppo/ragged_attention.py read those that the cache has told the device.
     """
     hidden = decoder.embed_tokens(ids.squeeze(1))
-    cos, sin = decoder.rotary_emb(hidden, positions)
-    sin = sin[..., : sin.shape[-1] // 2]
-    if mask.dtype == torch.int64:
-        attend, seen = by_slots, mask.flatten().tolist()
-    else:  # sdpa would make numbers of it in every layer
-        mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill_(~mask, -torch.inf)
-        attend, seen = by_groups, mask[:, None, None]
+    angles = decoder.rotary_emb(hidden, positions)
+    attended = _by_kernels(cache, *angles) if mask is None else _by_pytorch(cache, *angles, mask)
     for layer in decoder.layers:
         attention, mlp = layer.self_attn, layer.mlp
         x = _normed(layer.input_layernorm, hidden)
@@ -44,13 +53,40 @@ def new_token_states(
         )
         if hasattr(attention, "q_norm"):  # Qwen3
             query, key = _normed(attention.q_norm, query), _normed(attention.k_norm, key)
-        heads = query.shape[1], key.shape[1]
-        query, key = _rotated(torch.cat((query, key), 1), cos, sin).split(heads, 1)
-        keys, values = cache.update(key[:, :, None], value[:, :, None], attention.layer_idx)
-        hidden = hidden + attention.o_proj(attend(query, keys, values, seen, attention.scaling).flatten(1))
+        hidden = hidden + attention.o_proj(attended(attention, query, key, value).flatten(1))
         x = _normed(layer.post_attention_layernorm, hidden)
         hidden = hidden + mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)).mul_(mlp.up_proj(x)))
     return _normed(decoder.norm, hidden)
+
+
+def _by_pytorch(cache: SlotCache, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor) -> Callable:
+    """A layer's attention of query, key and value, [slots, heads, size] each, which are not rotated yet."""
+    sin = sin[..., : sin.shape[-1] // 2]
+    if mask.dtype == torch.int64:
+        attend, seen = by_slots, mask.flatten().tolist()
+    else:  # sdpa would make numbers of it in every layer
+        mask = torch.zeros_like(mask, dtype=cos.dtype).masked_fill_(~mask, -torch.inf)
+        attend, seen = by_groups, mask[:, None, None]
+
+    def attended(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        heads = query.shape[1], key.shape[1]
+        query, key = _rotated(torch.cat((query, key), 1), cos, sin).split(heads, 1)
+        keys, values = cache.update(key[:, :, None], value[:, :, None], attention.layer_idx)
+        return attend(query, keys, values, seen, attention.scaling)
+
+    return attended
+
+
+def _by_kernels(cache: SlotCache, cos: torch.Tensor, sin: torch.Tensor) -> Callable:
+    """As `_by_pytorch`."""
+    from ppo.ragged_attention import append_rotated, attend
+
+    def attended(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        layer = cache.layers[attention.layer_idx]
+        query = append_rotated(query, key, value, cos, sin, layer.keys, layer.values, cache.newest)
+        return attend(query, layer.keys, layer.values, cache.first, cache.newest, attention.scaling)
+
+    return attended
 
 
 def _normed(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from ppo.grouped_attention import is_replaced
-from ppo.new_token import goes_straight
+from ppo.new_token import goes_ragged, goes_straight
 from ppo.rollout import DECODING, generate
 from ppo.sampling import Sampling
 from ppo.types import PromptBatch
 from utils.engine import InferenceEngine
 from utils.errors import UserError
-from utils.probe import Probe, distance
+from utils.probe import FAILURES, Probe, distance
 
 PROMPTS = (19, 16, 7, 3)  # tokens
 STEPS = 8
@@ -28,7 +28,8 @@ def choose_decoding(policy: nn.Module, config, what: str, say: Callable[[str], N
     """
     probe = Probe(policy.lm, what)
     settings = policy.decoder.config
-    applies = {"straight": goes_straight(settings), "grouped": is_replaced(settings), "own": True}
+    straight, ragged = goes_straight(settings), goes_ragged(policy.decoder)
+    applies = {"ragged": ragged, "straight": straight, "grouped": is_replaced(settings), "own": True}
     for way in filter(applies.get, DECODING):
         policy.decoding = way
         failure = probe.deviation(lambda: _distance(policy, probe, config))
@@ -52,11 +53,16 @@ def _distance(policy: nn.Module, probe: Probe, config) -> float:
     batch = PromptBatch(prompts, [[] for _ in prompts], list(range(len(prompts))))
     no_end = SimpleNamespace(eos_token_id=-1, pad_token_id=0)
     seen: list[torch.Tensor] = []  # [prompts, vocabulary] of each forward: longest prompt first, and none ends before
-    hook = policy.register_forward_hook(lambda module, args, logits: seen.append(logits))
+
+    def watch(logits: torch.Tensor) -> None:
+        seen.append(logits.clone())
+
     try:
-        rollout = generate(InferenceEngine(policy), batch, Sampling(), 0, no_end, flags)
-    finally:
-        hook.remove()
+        rollout = generate(InferenceEngine(policy), batch, Sampling(), 0, no_end, flags, watch=watch)
+    except FAILURES:
+        raise
+    except Exception as error:  # Triton's own: it finds no C compiler, say
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
     rows = [row[real] for row, real in zip(rollout.sequences, rollout.attention_mask, strict=True)]
     true = [probe.alone(row)[length - 1 : -1] for row, length in zip(rows, PROMPTS, strict=True)]
     return distance(torch.stack(seen[:STEPS], 1), true)

@@ -1,6 +1,7 @@
 """Prompts in, sampled responses out."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -8,32 +9,34 @@ from torch.nn.utils.rnn import pad_sequence
 from ppo.config import PPOConfig
 from ppo.decoding import Room, decode_all, decode_measured
 from ppo.grouped_attention import alone_from, grouped
-from ppo.new_token import goes_straight
+from ppo.new_token import goes_ragged, goes_straight
 from ppo.sampling import Sampling
 from ppo.slots import AUTO_SLOTS
+from ppo.step_graphs import is_capturable
 from ppo.types import MeasuredRollout, PromptBatch, Rollout
 from utils.compiled import eager
 from utils.engine import TrainEngine, device
 from utils.tensors import at_tokens, to_device
 from utils.tokenizer import stop_ids
 
-# Ways to decode new tokens, the fastest first. straight: through the layers by ppo/new_token.py (LLaMA's kind; other
-# models and split weights fall back to grouped). grouped: the model's forward with the attention of
-# ppo/grouped_attention.py. own: the model's forward, unchanged.
-DECODING = ("straight", "grouped", "own")
+# Ways to decode new tokens, the fastest first. ragged: straight, with the kernels of ppo/ragged_attention.py and CUDA
+# graphs (on a GPU). straight: through the layers by ppo/new_token.py (LLaMA's kind; other models and split weights fall
+# back to grouped). grouped: the model's forward with the attention of ppo/grouped_attention.py. own: the model's
+# forward, unchanged.
+DECODING = ("ragged", "straight", "grouped", "own")
 
 
 @torch.no_grad()
 def generate(
     policy: TrainEngine, prompts: PromptBatch, sampling: Sampling, seed: int, tokenizer, config: PPOConfig,
-    measure: bool = False,
+    measure: bool = False, watch: Callable | None = None,
 ) -> Rollout:  # fmt: skip
     """Samples one response a prompt, rollout_batch_size at once; where one ends, the next prompt begins.
 
     Under ZeRO-3 the weights are gathered once when they fit (--gather_for_generation); else all ranks step
     together until the last response of all is done. Time grows with the tokens of all responses together; memory with
     the key-value cache: rollout_batch_size x 9/8 (longest prompt + maxlen_res) tokens, or --rollout_cache_tokens.
-    measure: a `MeasuredRollout`, so that `score` need not ask the policy again.
+    measure: a `MeasuredRollout`, so that `score` need not ask the policy again. watch: as in `decode_all`.
     """
     policy.module.eval()
     together = policy.zero_stage == 3 and (
@@ -50,7 +53,7 @@ def generate(
         if measure:
             responses, *measured = decode_measured(*work, together=together)
         else:
-            responses = decode_all(*work, together)
+            responses = decode_all(*work, together, watch)
     rollout = assemble(prompts.ids, responses, stop_ids(tokenizer), tokenizer.pad_token_id)
     return with_measured(rollout, *measured) if measure else rollout
 
@@ -65,11 +68,13 @@ def room_of(
     slots: of --rollout_batch_size auto.
     """
     looks = 4 if place.type == "cuda" else 1
-    straight = decoding == "straight" and not split and goes_straight(decoder.config)
+    straight = decoding in ("ragged", "straight") and not split and goes_straight(decoder.config)
+    ragged = decoding == "ragged" and straight and goes_ragged(decoder)
     alone = None if decoding == "own" else alone_from(decoder)
     tokens, cache_tokens = config.micro_batch_tokens, config.rollout_cache_tokens
     slots = slots if config.rollout_batch_size == "auto" else config.rollout_batch_size
-    return Room(slots, tokens, cache_tokens, alone, looks, straight)
+    graphs = ragged and is_capturable(decoder)
+    return Room(slots, tokens, cache_tokens, alone, looks, straight, ragged, graphs)
 
 
 def assemble(

@@ -10,6 +10,8 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from utils.tensors import to_device
+
 
 def columns_for(tokens: int) -> int:
     """Columns of a cache for sequences of so many tokens: an eighth more, so that columns seldom have to move."""
@@ -39,6 +41,9 @@ class SlotCache(Cache):
     The first `live` slots are in use. Slot i holds the `lengths[i]` columns before column `end`, and `mask` [num_slots,
     num_columns] is True from its first one on. Before a forward, `append` makes room for new prompts or `advance` for
     one token more in every live slot: the forward's keys and values go there.
+
+    For kernels, the device knows after `advance` the column of the newest tokens, `newest`, and the `first` one of each
+    slot, which lies behind it where the slot is not in use.
     """
 
     is_compileable = True  # transformers then makes every mask without asking the device whether it is needed
@@ -47,6 +52,9 @@ class SlotCache(Cache):
         super().__init__(layers=[])
         self.num_slots, self.num_columns = num_slots, num_columns
         self.mask = torch.zeros(num_slots, num_columns, dtype=torch.bool, device=device)
+        self.first = torch.full((num_slots,), num_columns, dtype=torch.int32, device=device)
+        self.newest = torch.zeros((), dtype=torch.int32, device=device)
+        self.first_is_old = False
         self.lengths: list[int] = []
         self.end = 0
         self.rows, self.written, self.read, self.sources = slice(0), slice(0), None, None
@@ -76,12 +84,19 @@ class SlotCache(Cache):
         self.mask[self.rows, self.written] = mask
         self.mask[self.rows, self.end :] = True
         self.lengths += lengths
+        self.first_is_old = True
 
     def advance(self) -> torch.Tensor:
         """One column more. Returns the mask [live, columns from the longest slot's first token on]."""
         longest = max(self.lengths)
         if self.end == self.num_columns:
             self._move_columns(longest)
+        if self.first_is_old:
+            first = [self.end - length for length in self.lengths]
+            first += [self.num_columns] * (self.num_slots - self.live)
+            self.first.copy_(to_device(torch.tensor(first, dtype=torch.int32), self.first.device))
+            self.first_is_old = False
+        self.newest.fill_(self.end)
         self.rows, self.sources = slice(0, self.live), None
         self.written, self.read = slice(self.end, self.end + 1), slice(self.end - longest, self.end + 1)
         self.end += 1
@@ -96,13 +111,14 @@ class SlotCache(Cache):
         moved = None
         if movers:
             columns = slice(self.end - max(self.lengths[i] for i in movers), self.end)
-            source, target = moved = tuple(torch.tensor([movers, holes], device=self.mask.device))
+            source, target = moved = tuple(to_device(torch.tensor([movers, holes]), self.mask.device))
             for x in self._tensors():
                 x[target, ..., columns, :] = x[source, ..., columns, :]
             self.mask[target] = self.mask[source]
         for i, j in zip(movers, holes, strict=True):
             self.lengths[j] = self.lengths[i]
         del self.lengths[len(slots) :]
+        self.first_is_old = True
         return moved
 
     def _move_columns(self, end: int) -> None:
@@ -115,7 +131,7 @@ class SlotCache(Cache):
         self.mask[: self.live] = True
         self.mask[: self.live, : end - longest] = False
         self.mask[: self.live, end - longest : end] = mask
-        self.end = end
+        self.end, self.first_is_old = end, True
 
     def _tensors(self) -> list[torch.Tensor]:
         return [x for layer in self.layers if layer.is_initialized for x in (layer.keys, layer.values)]

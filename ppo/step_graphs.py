@@ -1,0 +1,61 @@
+"""CUDA graphs of the decoding step: one launch in place of some 500, which a host makes more slowly than a GPU runs.
+
+A graph is bound to the number of its rows and to the addresses that it reads and writes: those of the decoder's and the
+cache's own tensors, which stay where they are for a rollout.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+def bucket_of(rows: int, most: int) -> int:
+    """The next larger of 1, 2, 4, 8, 16, 24, 32, ...; at most `most`: so many numbers of rows have graphs."""
+    return min(most, 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8)
+
+
+def is_capturable(decoder: nn.Module) -> bool:
+    """Whether a step of this decoder may be a graph: its rotary positions do not depend on the longest sequence."""
+    return getattr(decoder.rotary_emb, "rope_type", "default") not in ("dynamic", "longrope")
+
+
+class StepGraphs:
+    """Graphs of one rollout's steps. Their memory, which they share, is free when this object is."""
+
+    def __init__(self):
+        self.graphs: dict[int, tuple[Callable[[], None], torch.Tensor]] = {}
+        self.warm: set[int] = set()
+        self.pool, self.failed = None, False
+
+    def run(self, rows: int, step: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Does what step() does with so many rows; returns its output, which lasts until the next run.
+
+        The first time it is a plain call, in which kernels are compiled and loaded. step must depend on nothing that
+        the host changes from call to call.
+        """
+        if rows not in self.graphs:
+            if self.failed or rows not in self.warm:
+                self.warm.add(rows)
+                return step()
+            try:
+                self.graphs[rows] = self._capture(step)
+            except RuntimeError as error:
+                self.failed = True
+                warnings.warn(f"decoding goes on without CUDA graphs, more slowly: {error}", stacklevel=2)
+                return step()
+        replay, output = self.graphs[rows]
+        replay()
+        return output
+
+    def _capture(self, step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        """(what runs the step, its output); runs nothing yet."""
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads do on the GPU, NCCL's for one, does not disturb it.
+        captured = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
+        # The outer context makes this stream the current one again even where ending the capture fails.
+        with torch.cuda.stream(torch.cuda.current_stream()), captured:
+            output = step()
+        return graph.replay, output

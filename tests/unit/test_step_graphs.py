@@ -1,0 +1,227 @@
+"""Steps by the kernels and as graphs sample what a plain decode samples. Kernels run in Triton's interpreter on a CPU,
+
+and there a graph is a list of a step's operations, run again as they were: what the host knew then does not change.
+"""
+
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.7")
+
+import ppo.probe
+import ppo.ragged_attention
+import ppo.rollout
+from ppo.decoding import Room, _Decoder, decode_all
+from ppo.models import PolicyModel
+from ppo.probe import choose_decoding
+from ppo.sampling import EVALUATION, Sampling
+from ppo.slots import SlotCache
+from ppo.step_graphs import StepGraphs, bucket_of
+from tests.parts import ppo_config, tiny_policy, token_ids
+from tests.unit.test_decoding import LIMITS, PLACES, PROMPTS, decode, plain_decode
+
+ROOM = Room(5, 64, steps_per_look=2, straight=True, ragged=True, graphs=True)  # 3 live slots are a bucket of 4
+
+
+class Operations(TorchDispatchMode):
+    """Inside, every operation is kept with its tensors; `replay` does them again, results to where they were."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return self.do(func, args, kwargs or {})
+
+    def do(self, func, args, kwargs):
+        with _disable_current_modes():
+            result = func(*args, **kwargs)
+        self.done.append((func, args, kwargs, result))
+        return result
+
+    def replay(self) -> None:
+        for func, args, kwargs, kept in self.done:
+            result = func(*args, **kwargs)
+            pairs = zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (kept, result)), strict=True)
+            for old, new in pairs:
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> list[int]:
+    """Graphs are recorded here. Returns the numbers of rows that they have."""
+    if torch.cuda.is_available():
+        pytest.skip("here graphs are CUDA's")
+    rows, current = [], []
+
+    def capture(self, step):
+        current.append(operations := Operations())
+        with operations:
+            output = step()
+        current.pop()
+        rows.append(len(output))
+        first = [True]  # recording has done the step already
+
+        def replay() -> None:
+            if not first or first.pop() is None:
+                operations.replay()
+
+        return replay, output
+
+    def kernel(function):
+        return lambda *args: current[0].do(function, args, {}) if current else function(*args)
+
+    monkeypatch.setattr(StepGraphs, "_capture", capture)
+    for name in ("append_rotated", "attend"):
+        monkeypatch.setattr(ppo.ragged_attention, name, kernel(getattr(ppo.ragged_attention, name)))
+    return rows
+
+
+def policy_of() -> PolicyModel:
+    sizes = {"head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    policy = tiny_policy(max_position_embeddings=256, **sizes)
+    for parameter in policy.parameters():
+        parameter.data.mul_(4.0)  # far from uniform, so that a wrong position shows
+    return policy
+
+
+def test_graphs_equal_a_plain_decode(recorded):
+    policy = policy_of()
+    assert decode(policy, EVALUATION, 7, ROOM) == plain_decode(policy, EVALUATION, seed=7)
+    assert set(recorded) >= {1, 4, 5} and len(recorded) == len(set(recorded))
+
+
+def test_a_graph_that_cannot_be_made_is_left_out(monkeypatch):
+    tried = []
+
+    def fail(self, step):
+        tried.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(StepGraphs, "_capture", fail)
+    # Two responses end; the last two take their slots, whose old ones fill up the bucket.
+    work = policy_of(), [[1], [3], [4], [5], [6]], PLACES[:5], [2, 2, 7, 8, 9], Sampling(), 7, token_ids(eos=-1)
+    with pytest.warns(UserWarning, match="without CUDA graphs, more slowly: operation not permitted"):
+        found = decode_all(*work, ROOM, torch.device("cpu"))
+    expected = decode_all(*work, Room(5, 64, straight=True), torch.device("cpu"))
+    assert [row.tolist() for row in found] == [row.tolist() for row in expected]
+    assert len(tried) == 1
+
+
+def test_slots_not_in_use_draw_behind_every_response():
+    decoder = _Decoder(policy_of(), PROMPTS, PLACES, LIMITS, Sampling(), 7, token_ids(), ROOM, torch.device("cpu"))
+    assert decoder.slots["ended"].all()
+    assert (decoder.slots["count"] == max(LIMITS)).all() and decoder.tokens.shape[1] == max(LIMITS) + 1
+
+
+def test_buckets():
+    assert [bucket_of(rows, 20) for rows in range(1, 21)] == [1, 2, 4, 4, *[8] * 4, *[16] * 8, *[20] * 4]
+
+
+def test_the_device_knows_what_each_slot_holds():
+    """Through new prompts, slots that are given up, and columns that move."""
+    cache = SlotCache(4, 20, torch.device("cpu"))
+
+    def check() -> None:
+        mask = cache.advance()
+        assert cache.newest == cache.end - 1
+        columns = torch.arange(20)
+        held = (columns >= cache.first[:, None]) & (columns <= cache.newest)
+        assert torch.equal(held[: cache.live, cache.read], mask)
+        assert torch.equal(held.sum(1), torch.tensor(cache.lengths + [0] * (4 - cache.live)))
+
+    cache.append(torch.tensor([[False, True, True], [True, True, True]]), [2, 3], None)
+    check()
+    cache.append(torch.tensor([[True] * 6, [False] * 5 + [True]]), [6, 1], None)  # columns move to the right
+    for _ in range(3):
+        check()
+    cache.keep([0, 3])
+    for _ in range(12):  # and back to the left
+        check()
+    cache.append(torch.tensor([[True, True]]), [2], None)
+    check()
+    cache.keep([2])
+    check()
+
+
+@pytest.fixture
+def on_any_device(monkeypatch):
+    for module in (ppo.probe, ppo.rollout):
+        monkeypatch.setattr(module, "goes_ragged", lambda decoder: True)
+
+
+def test_the_probe_tries_kernels_and_graphs(recorded, on_any_device):
+    heads = {"head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    policy, said = tiny_policy(max_position_embeddings=256, **heads).to(torch.bfloat16), []
+    choose_decoding(policy, ppo_config(), "M", said.append)
+    assert policy.decoding == "ragged" and said == [] and set(recorded) == {4}
+
+
+def test_the_probe_leaves_out_kernels_that_fail(recorded, on_any_device, monkeypatch):
+    class CompilationError(Exception):  # not one that a model raises
+        pass
+
+    def fail(*_):
+        raise CompilationError("no C compiler")
+
+    policy, said = policy_of(), []
+    monkeypatch.setattr(ppo.ragged_attention, "attend", fail)
+    choose_decoding(policy, ppo_config(), "M", said.append)
+    monkeypatch.setattr(ppo.ragged_attention, "attend", lambda query, *_: query)
+    choose_decoding(policy, ppo_config(), "M", said.append)
+    assert policy.decoding == "straight" and len(said) == 2
+    assert "ragged decoding is left out" in said[0] and "CompilationError: no C compiler" in said[0]
+    assert "ragged decoding is left out" in said[1] and "standard deviations" in said[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", [Sampling(), EVALUATION], ids=["plain", "penalty and nucleus"])
+@pytest.mark.parametrize("graphs", [False, True], ids=["kernels", "graphs"])
+def test_on_a_gpu(sampling, graphs):
+    policy, place = policy_of(), torch.device("cuda")
+    expected = plain_decode(policy, sampling, seed=7)
+    policy, captured = policy.to(place), []
+    capture = StepGraphs._capture
+    room = replace(ROOM, graphs=graphs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepGraphs, "_capture", lambda self, step: captured.append(1) or capture(self, step))
+        found = decode_all(policy, PROMPTS, PLACES, LIMITS, sampling, 7, token_ids(), room, place)
+    assert [row.tolist() for row in found] == expected
+    assert bool(captured) == graphs
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_gpu():
+    policy, place = policy_of().to("cuda"), torch.device("cuda")
+    decoder = _Decoder(policy, PROMPTS, PLACES, [40] * 13, Sampling(), 7, token_ids(eos=-1), ROOM, place)
+    with torch.no_grad():
+        while decoder.cache.live < 5:
+            decoder.forward()  # over prompts
+        try:
+            for steps in (1, 20):  # the first compiles the kernels, and capturing waits
+                torch.cuda.set_sync_debug_mode("error")
+                for _ in range(steps):
+                    decoder._advance()
+                torch.cuda.set_sync_debug_mode("default")
+                decoder._advance()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_graphs_are_gone_when_decoding_ends(monkeypatch):
+    seen, build = [], StepGraphs.__init__
+    monkeypatch.setattr(StepGraphs, "__init__", lambda self: (build(self), seen.append(weakref.ref(self)))[0])
+    policy, place = policy_of().to("cuda"), torch.device("cuda")
+    gc.disable()
+    try:
+        decode_all(policy, PROMPTS, PLACES, LIMITS, Sampling(), 7, token_ids(), ROOM, place)
+        assert [graphs() for graphs in seen] == [None]
+    finally:
+        gc.enable()
