@@ -14,7 +14,7 @@ Steps = Callable[..., None]  # steps(connection, *arguments): see `stepper`
 
 
 def lengths_of(kind: str, count: int) -> list[int]:
-    """Tokens of `count` dialogues: "ragged" is log-uniform from 32 to 512 (seed 0), "equal" is 256."""
+    """Tokens of `count` dialogues: "varlen" is log-uniform from 32 to 512 (seed 0), "equal" is 256."""
     if kind == "equal":
         return [256] * count
     spread = torch.rand(count, generator=torch.Generator().manual_seed(0))

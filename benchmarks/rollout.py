@@ -2,7 +2,7 @@
 
 Both sides decode the same prompts (32 to 96 random tokens, sorted by length) in bf16 (--dtype) with the same settings:
 temperature 1, no top-p, no penalty, `batch` sequences at once. How long each response gets is drawn beforehand (seed
-0): "equal" is 64 tokens each, "ragged" a geometric mix of 8 to 256 (log-uniform). There is no EOS; a row ends at its
+0): "equal" is 64 tokens each, "varlen" a geometric mix of 8 to 256 (log-uniform). There is no EOS; a row ends at its
 length, which both sides read from a tensor on the device at every step, `generate` through a StoppingCriteria. The
 sides alternate; a figure is the median over the repeats, of wanted response tokens only.
 Without --model: a random 58M LLaMA (hidden 512, 8 layers, 8 heads, intermediate 1376, vocabulary 32,000).
@@ -58,7 +58,7 @@ def work(kind: str, count: int, vocabulary: int) -> tuple[list[list[int]], list[
     lengths = torch.randint(32, 97, (count,), generator=generator).sort(descending=True).values.tolist()
     prompts = [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
     spread = torch.rand(count, generator=generator)
-    limits = (8 * 32**spread).round().int().tolist() if kind == "ragged" else [64] * count
+    limits = (8 * 32**spread).round().int().tolist() if kind == "varlen" else [64] * count
     return prompts, limits
 
 
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a causal LM; default: the random 58M LLaMA")
     add_dtype(parser)
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 16, 32])
-    parser.add_argument("--lengths", nargs="+", choices=["equal", "ragged"], default=["equal", "ragged"])
+    parser.add_argument("--lengths", nargs="+", choices=["equal", "varlen"], default=["equal", "varlen"])
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()

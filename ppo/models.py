@@ -24,7 +24,7 @@ from utils.models import check_window, enable_checkpointing, load_causal_lm
 from utils.nll import by_chunks, head_logits, logprobs_and_entropy
 from utils.routers import recorded_router_logits, router_coef, router_sums
 from utils.rows import decoder_of, joins_rows, states_of
-from utils.tensors import at_tokens, before
+from utils.tensors import at_tokens, before, places_of
 from utils.tokenizer import template_of
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at once: 32 MB in bf16, whatever batch and vocabulary
@@ -68,7 +68,7 @@ class PolicyModel(nn.Module):
         config = self.lm.config.get_text_config()
         with recorded_router_logits(self.decoder, routed is not None) as layers:
             rows = states_of(self.decoder, sequences, before(token_mask))
-        targets = sequences[token_mask]
+        targets = sequences.flatten()[places_of(token_mask, len(rows))]
         size = max(1, CHUNK_ELEMENTS // config.vocab_size)
         parts = by_chunks(measure, rows, targets, self.logits, size, self.even_tokens)
         logprobs, entropy = zip(*parts, strict=True)

@@ -42,7 +42,8 @@ def score(
     lengths = rollout.attention_mask.sum(1).tolist()
 
     def by_batch(module: nn.Module, function: Callable[[Rollout], tuple[torch.Tensor, ...]]):
-        return _by_batch(rollout, even_batches(lengths, config.micro_batch_tokens, module.joins_rows), function)
+        batches = even_batches(lengths, config.micro_batch_tokens, module.joins_rows)
+        return _by_batch(rollout, lengths, batches, function)
 
     def of_policy(part: Rollout) -> tuple[torch.Tensor, ...]:
         return models.policy(part.sequences, part.response_mask, temperature)
@@ -136,14 +137,14 @@ def even_batches(lengths: list[int], max_tokens: int, joined: bool = False) -> l
 
 
 def _by_batch(
-    rollout: Rollout, batches: list[list[int]], function: Callable[[Rollout], tuple[torch.Tensor, ...]]
-) -> tuple[torch.Tensor, ...]:
+    rollout: Rollout, lengths: list[int], batches: list[list[int]],
+    function: Callable[[Rollout], tuple[torch.Tensor, ...]],
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Runs a function of a rollout over micro-batches, cut to their longest row, and puts the results back in place."""
     results = None
     for rows in batches:
-        part = rollout.rows(rows)
-        longest = int(part.attention_mask.sum(1).max())
-        part = part.map(lambda x, longest=longest: x[:, :longest] if x.dim() > 1 else x)
+        longest = max(lengths[i] for i in rows)
+        part = rollout.rows(rows).map(lambda x, longest=longest: x[:, :longest] if x.dim() > 1 else x)
         outputs = function(part)
         if results is None:
             shapes = [rollout.sequences.shape if x.dim() > 1 else rollout.sequences.shape[:1] for x in outputs]

@@ -69,7 +69,8 @@ def held_out(engine: TrainEngine, items: list[Comparison], plan: Plan, with_lm: 
     engine.module.eval()
     rows = ranges_of(len(item.answers) for item in items)
     scores, nll = torch.zeros(rows[-1].stop, device=device()), torch.zeros(1, device=device())
-    for part, weight in plan([item.padded for item in items]):
+    joined = engine.module.trains_joined
+    for part, weight in plan([item.tokens if joined else item.padded for item in items]):
         reading = read_answers(engine, [items[i] for i in part], with_lm)
         if weight:  # else it only keeps another rank company
             scores[[row for i in part for row in rows[i]]] = reading.scores

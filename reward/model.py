@@ -29,8 +29,8 @@ from utils.export import check_names, saved_tensors, set_ids, write_model
 from utils.models import FLAG, fit_vocabulary, from_folder, model_folder
 from utils.nll import head_logits, sum_nll
 from utils.probe import check_forward
-from utils.rows import joins_rows, states_of
-from utils.tensors import at_tokens, last_index
+from utils.rows import has_varlen_kernel, joins_rows, states_of
+from utils.tensors import at_tokens, before, last_index
 from utils.tokenizer import stop_ids
 from utils.weight_files import read_tensor, tensor_files
 
@@ -70,21 +70,25 @@ class ScalarModel(nn.Module):
 
         right-padded. No attention mask goes in: behind right padding causality alone hides it, and attention kernels
         are fastest so. Thus the mask may also leave out real tokens, whose scalars nobody reads.
-        With nll_mask (bool, first positions False; needs lm_head): (scalars, summed NLL of those tokens). with_states:
-        the float32 states [batch, hidden] of each row's last real token follow.
+        With nll_mask (bool, False where attention_mask is and at first positions; needs lm_head): (scalars, summed NLL
+        of those tokens). with_states: the float32 states [batch, hidden] of each row's last real token follow.
         """
         read = attention_mask.bool()
-        if nll_mask is None and not with_states:
-            return self._scalars(states_of(self.backbone, input_ids, read), read)
-        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        answers = None if nll_mask is None else before(nll_mask)[read].nonzero().squeeze(1)
+        if with_states or (nll_mask is not None and not self.trains_joined):
+            hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+            states = hidden[read]
+        else:
+            states = states_of(self.backbone, input_ids, read)
         extras = ()
         if nll_mask is not None:
             logits = partial(head_logits, self.lm_head, self.config.get_text_config())
-            extras += (sum_nll(hidden, input_ids, nll_mask, logits, even_tokens=self.even_tokens),)
+            extras += (sum_nll(states[answers], input_ids, nll_mask, logits, even_tokens=self.even_tokens),)
         if with_states:
             rows = torch.arange(len(hidden), device=hidden.device)
             extras += (hidden[rows, last_index(attention_mask)].float(),)
-        return self._scalars(hidden[read], read), *extras
+        scalars = self._scalars(states, read)
+        return (scalars, *extras) if extras else scalars
 
     def _scalars(self, states: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
         return at_tokens(self.head(states).squeeze(-1) - self.score_center, read)
@@ -93,6 +97,11 @@ class ScalarModel(nn.Module):
     def joins_rows(self) -> bool:
         """Whether padding is left out where scalars alone are asked for, so that any sequences may share a forward."""
         return joins_rows(self.backbone)
+
+    @property
+    def trains_joined(self) -> bool:
+        """Whether it is left out with a language-model loss, too."""
+        return has_varlen_kernel(self.backbone)
 
 
 def last_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -85,7 +85,8 @@ def _scored(path: str, preferences: list[Preference], config: PanelConfig, say: 
     say(first_prompt(tokenizer, items[0].answers[0][: items[0].prompt_length]))
 
     def plan(lengths: list[int]) -> Iterable[tuple[list[int], float]]:
-        return tqdm(rank_plan(lengths, config.micro_batch_tokens, num_ranks=1, rank=0), desc=path, unit="batch")
+        parts = rank_plan(lengths, config.micro_batch_tokens, num_ranks=1, rank=0, joined=model.trains_joined)
+        return tqdm(parts, desc=path, unit="batch")
 
     scored, _ = held_out(InferenceEngine(model), items, plan)
     if not bool(scored.scores.isfinite().all()):

@@ -99,12 +99,13 @@ def stage_of(
     least = max(MIN_PAIRS, world_size())
     indices = dynamic_batches([item.tokens for item in train], config.batch_size, config.seed, least)
     views = 2 if config.simcse_coef else 1
+    joined = model.trains_joined and views == 1
 
     def length(item: Comparison) -> int:
-        return views * item.padded
+        return views * (item.tokens if joined else item.padded)
 
     def plan(lengths: list[int]) -> list[tuple[list[int], float]]:
-        return rank_plan(lengths, config.micro_batch_tokens, world_size(), rank())
+        return rank_plan(lengths, config.micro_batch_tokens, world_size(), rank(), joined)
 
     evaluation = HeldOut(config, plan, answers)
     # Seeds come from the global stream: it differs from rank to rank, and a checkpoint keeps it.

@@ -17,8 +17,7 @@ def answer_loss(
 ) -> torch.Tensor:
     """Cross entropy of the answer tokens, their ends included, summed and divided by `num_tokens`. -> float32 scalar.
 
-    hidden: [batch, length, hidden], of right-padded sequences; sequences, answer_mask: [batch, length]; num_tokens:
-    answer tokens of the whole global batch, so that micro-batches and ranks add up to the same loss;
-    even_tokens: as in `sum_nll`.
+    hidden, even_tokens: as in `sum_nll`; sequences, answer_mask: [batch, length], right-padded; num_tokens: answer
+    tokens of the whole global batch, so that micro-batches and ranks add up to the same loss.
     """
     return sum_nll(hidden, sequences, answer_mask, lm_head, even_tokens=even_tokens) / num_tokens

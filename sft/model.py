@@ -11,7 +11,8 @@ from sft.loss import answer_loss
 from utils.nll import head_logits, nll_and_hits
 from utils.probe import SMALL, Probe, distance
 from utils.routers import recorded_router_logits, router_sums
-from utils.rows import decoder_of
+from utils.rows import decoder_of, has_varlen_kernel, states_of
+from utils.tensors import before
 
 SEAM = 3  # tokens behind the place where two packed dialogues meet
 
@@ -43,7 +44,10 @@ class AnswerModel(nn.Module):
         packed = {} if positions is None else {"position_ids": positions}
         decoder, config = decoder_of(self.lm), self.lm.config.get_text_config()
         with recorded_router_logits(decoder, routed is not None) as layers:
-            hidden = decoder(input_ids=sequences, use_cache=False, **packed).last_hidden_state
+            if has_varlen_kernel(decoder) and not packed:
+                hidden = states_of(decoder, sequences, before(answer_mask))
+            else:
+                hidden = decoder(input_ids=sequences, use_cache=False, **packed).last_hidden_state
         logits = partial(head_logits, self.lm.get_output_embeddings(), config)
         loss = nll_and_hits if with_hits else answer_loss
         sums = loss(hidden, sequences, answer_mask, logits, even_tokens=self.even_tokens)

@@ -38,7 +38,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows are made. packing: several dialogues a row; flat: all rows of a forward one after the other, as one.
+    """How rows are made. packing: several dialogues a row; flat: all rows of a forward one after the other, as one;
+    joined: the model leaves the padding out (utils/rows.py), so that rows of one dialogue are best.
 
     Kernels with a mask (sdpa, eager, flex) take rectangles. Their packed rows are as long as the batch's longest
     dialogue and no longer, for attention computes, and its mask holds, row length ** 2 entries a row: a token costs
@@ -49,6 +50,7 @@ class Layout:
     packing: bool
     flat: bool
     max_tokens: int
+    joined: bool = False
 
     def rows(self, dialogues: list[EncodedDialogue], num_ranks: int) -> list[Row]:
         """The dialogues of a batch in rows, at least as many as ranks while there are dialogues for that."""

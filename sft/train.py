@@ -36,6 +36,7 @@ from utils.recompute import settle_checkpointing
 from utils.resume import begin_folder, find_checkpoint
 from utils.router_flags import RouterFlags
 from utils.routers import ROUTER_METRICS, router_coef
+from utils.rows import decoder_of, has_varlen_kernel
 from utils.tensors import to_device
 from utils.text_flags import StopFlags
 from utils.tokenizer import template_of
@@ -57,7 +58,8 @@ class SFTConfig(StopFlags, RouterFlags, FitConfig):
     """Dialogues an optimizer step, over all ranks"""
     packing: bool = True
     """Put several dialogues into one row of a forward pass, each seeing itself alone: speed and memory only.
-    Off by itself for models in which they would see each other"""
+    Off by itself for models in which they would see each other, and where rows run without padding anyway: models of
+    LLaMA's kind in bf16 on a GPU"""
     num_valid: int = 100
     """Dialogues taken off each --data_path for evaluation when it comes without a *valid* file; 0: none"""
     num_samples: int = 4
@@ -165,7 +167,7 @@ def stage_of(
     stage = Stage(
         batches=(layout.rows(dialogues, world_size()) for dialogues in stream),
         length=lambda row: row.tokens,
-        plan=lambda lengths: rank_plan(lengths, config.micro_batch_tokens, world_size(), rank()),
+        plan=lambda lengths: rank_plan(lengths, config.micro_batch_tokens, world_size(), rank(), layout.joined),
         sums=partial(answer_sums, layout=layout, with_routers=bool(balance)),
         counts=partial(answer_counts, with_routers=bool(balance)),
         loss_weights={"lm_loss": 1.0} | ({"router_aux_loss": balance} if balance else {}),
@@ -177,20 +179,23 @@ def stage_of(
     return replace(stage, evaluate=partial(judge, stage=stage))
 
 
-def load(config: SFTConfig, tokenizer, say: Callable[[str], None]) -> tuple[PreTrainedModel, bool]:
-    """(the model to train, with what the flags want of it; whether its dialogues are packed)."""
+def load(config: SFTConfig, tokenizer, say: Callable[[str], None]) -> tuple[PreTrainedModel, Layout]:
+    """(the model to train, with what the flags want of it; how its dialogues are laid out)."""
     path, dtype = config.hf_model_name_or_path, DTYPES[config.dtype]
     lm = load_causal_lm(path, dtype, device(), config.attn_implementation, tokenizer, say)
     check_window(lm, config.context_truncate, "--context_truncate")
     check_names(AutoModelForCausalLM, lm.config, saved_tensors(lm), f"{FLAG} {path}")
-    failure = packing_failure(lm, f"{FLAG} {path}") if config.packing else None
+    joined = has_varlen_kernel(decoder_of(lm))
+    packing = config.packing and not joined
+    failure = packing_failure(lm, f"{FLAG} {path}") if packing else None
     if failure:
         say(f"--packing is off: packed dialogues would see each other in {type(lm).__name__} ({failure})")
     if config.gradient_checkpoint is True:
         enable_checkpointing(lm)
     if config.compile:
         compile_layers(lm)
-    return lm, config.packing and not failure
+    flat = is_flash_attention_requested(lm.config)
+    return lm, Layout(packing and not failure, flat, config.micro_batch_tokens, joined)
 
 
 def train(config: SFTConfig) -> None:
@@ -205,9 +210,8 @@ def train(config: SFTConfig) -> None:
     tokenizer, _ = settle(config, config.tokenizer_name_or_path, [(FLAG, config.hf_model_name_or_path)], say)
     sets, valid = load_encoded(config, tokenizer, say)
     say(first_prompt(tokenizer, sets[0][0].ids[: prompt_length(sets[0][0])]))
-    lm, packing = load(config, tokenizer, say)
+    lm, layout = load(config, tokenizer, say)
     balance = router_coef(lm, config.router_aux_loss_coef, f"{FLAG} {config.hf_model_name_or_path}", say)
-    layout = Layout(packing, is_flash_attention_requested(lm.config), config.micro_batch_tokens)
     step = begin_folder(config, start)
     log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps, step)
     try:

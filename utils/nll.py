@@ -7,7 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from utils.tensors import before_tokens
+from utils.tensors import before_tokens, places_of
 
 CHUNK = 1024  # tokens that are worked on at once: 100 MB of logits in bf16 at 50,000 pieces
 KEPT = 4  # chunks whose logits may wait for the backward pass
@@ -24,10 +24,11 @@ def sum_nll(
 ) -> torch.Tensor:
     """Sum of -log p(token t | tokens < t) over the masked tokens. -> float32 scalar.
 
-    hidden: [batch, length, hidden]; sequences, token_mask: [batch, length], the mask False at index 0; lm_head: rows
-    of hidden states -> logits. Only masked tokens get logits. With more than KEPT * `chunk` of them, logits are made
-    again in the backward pass rather than kept. even_tokens: where the head's weights are split over ranks (ZeRO-3),
-    every rank has to call it equally often, however many tokens it has; then the most tokens of any forward.
+    hidden: [batch, length, hidden], or [n, hidden] of the positions before masked tokens alone; sequences, token_mask:
+    [batch, length], the mask False at index 0; lm_head: rows of hidden states -> logits. Only masked tokens get them.
+    With more than KEPT * `chunk` of these, logits are made again in the backward pass rather than kept. even_tokens:
+    where the head's weights are split over ranks (ZeRO-3), every rank has to call it equally often, however many tokens
+    it has; then the most tokens of any forward.
     """
     return _over_chunks(_nll, hidden, sequences, token_mask, lm_head, chunk, even_tokens)
 
@@ -48,7 +49,8 @@ def _over_chunks(
     measure: Callable, hidden: torch.Tensor, sequences: torch.Tensor, token_mask: torch.Tensor, lm_head: Callable,
     chunk: int, even_tokens: int,
 ) -> torch.Tensor:  # fmt: skip
-    states, targets = before_tokens(hidden, token_mask), sequences[token_mask]
+    states = before_tokens(hidden, token_mask) if hidden.dim() > 2 else hidden
+    targets = sequences.flatten()[places_of(token_mask, len(states))]
     return torch.stack(by_chunks(measure, states, targets, lm_head, chunk, even_tokens)).sum(0)
 
 

@@ -1,7 +1,7 @@
 """Decoder states of right-padded rows, without running the padding where attention can be kept apart.
 
-Then the rows go in end to end, as one, each with positions of its own. Flash attention takes them apart by these. On a
-CPU the attention of every row is a call of its own: torch's kernel takes rows of one length only, while the matrix
+Then the rows go in end to end, as one, each with positions of its own. Flash attention is told where each of them ends.
+On a CPU the attention of every row is a call of its own: torch's kernel takes rows of one length only, while the matrix
 products around it are the faster the more tokens they get at once.
 """
 
@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import is_flash_attention_requested
 
 from utils.tensors import last_index
+from utils.varlen import attend, takes_varlen
 
 FULL_ATTENTION = (
     "llama",
@@ -34,11 +34,25 @@ def decoder_of(lm: PreTrainedModel) -> PreTrainedModel:
 
 def joins_rows(decoder: nn.Module) -> bool:
     """Whether `states_of` leaves out the padding of this decoder's rows."""
-    config = decoder.config
-    if getattr(decoder, "keeps_padding", False) or not is_like_llama(config):  # utils/probe.py sets it
+    on_cpu = next(decoder.parameters()).device.type == "cpu" and decoder.config._attn_implementation == "sdpa"
+    return has_varlen_kernel(decoder) or (on_cpu and _may_join(decoder))
+
+
+def has_varlen_kernel(decoder: nn.Module) -> bool:
+    """Whether rows are joined and one call attends to them all: flash_attention_2, or PyTorch's own on a GPU in bf16.
+
+    SFT then packs nothing, and the language-model loss of reward models has no padding either.
+    """
+    if not _may_join(decoder):
         return False
-    on_cpu = next(decoder.parameters()).device.type == "cpu"
-    return is_flash_attention_requested(config) or (on_cpu and config._attn_implementation == "sdpa")
+    if is_flash_attention_requested(decoder.config):
+        return True
+    weight, size = next(decoder.parameters()), decoder.layers[0].self_attn.head_dim
+    return decoder.config._attn_implementation == "sdpa" and takes_varlen(weight.device, weight.dtype, size)
+
+
+def _may_join(decoder: nn.Module) -> bool:
+    return is_like_llama(decoder.config) and not getattr(decoder, "keeps_padding", False)  # utils/probe.py sets it
 
 
 def is_like_llama(config) -> bool:
@@ -57,28 +71,34 @@ def states_of(decoder: nn.Module, sequences: torch.Tensor, read: torch.Tensor) -
     # Right padding needs no attention mask: causality hides it, and attention kernels are fastest so.
     if not joins_rows(decoder):
         return decoder(input_ids=sequences, use_cache=False).last_hidden_state[read]
-    places = torch.arange(sequences.shape[1], device=sequences.device)
+    device, width = sequences.device, sequences.shape[1]
+    read = read.cpu()  # a GPU is waited for here, before the first layer, and not again
     lengths = last_index(read) + 1
-    inside = places < lengths[:, None]
-    positions = places.expand_as(inside)[inside][None]
-    hidden = decoder.embed_tokens(sequences[inside][None])
-    embedded = decoder.rotary_emb(hidden, positions)
-    options = {"attention_mask": lengths.view(1, 1, 1, -1), "position_ids": positions, "position_embeddings": embedded}
-    if is_flash_attention_requested(decoder.config):
-        options["attention_mask"] = create_causal_mask(decoder.config, hidden, None, None, positions)
-        options |= row_ends(lengths)
+    inside = torch.arange(width) < lengths[:, None]
+    places, found = inside.flatten().nonzero().squeeze(1), read[inside].nonzero().squeeze(1)
+    positions = (places % width)[None]
+    places, positions, found = (x.to(device, non_blocking=True) for x in (places, positions, found))
+    hidden = decoder.embed_tokens(sequences.flatten()[places][None])
+    options = {"position_ids": positions, "position_embeddings": decoder.rotary_emb(hidden, positions)}
+    if has_varlen_kernel(decoder):
+        options |= {"attention_mask": None} | row_ends(lengths, device)
+    else:
+        options["attention_mask"] = lengths.view(1, 1, 1, -1)
     *layers, last = decoder.layers
     for layer in layers:
         hidden = layer(hidden, **options)
-    finish = partial(_last_layer, last, read=read[inside], options=options)
+    finish = partial(_last_layer, last, read=found, options=options)
     if last.gradient_checkpointing and last.training:
         finish = partial(last._gradient_checkpointing_func, finish)
     return decoder.norm(finish(hidden))
 
 
-def row_ends(lengths: torch.Tensor) -> dict:
-    """What transformers' flash attention takes joined rows apart by; it would ask the GPU for it in every layer."""
-    ends = pad(lengths.cumsum(0), (1, 0)).int()
+def row_ends(lengths: torch.Tensor, device: torch.device) -> dict:
+    """What flash attention takes joined rows apart by, under transformers' names; it would look it up in every layer.
+
+    lengths: on the CPU, so that the longest is known without waiting for the device.
+    """
+    ends = pad(lengths.cumsum(0), (1, 0)).int().to(device, non_blocking=True)
     longest = int(lengths.max())
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
@@ -91,7 +111,11 @@ def _last_layer(layer: nn.Module, hidden: torch.Tensor, read: torch.Tensor, opti
 
 
 def _attention_by_rows(module: nn.Module, query, key, value, attention_mask, **options):
-    """transformers' sdpa attention, but for a mask of integers: those are the lengths of rows that are joined."""
+    """transformers' sdpa attention, but for joined rows: they have `row_ends`, or a mask of integers, their lengths."""
+    if "cu_seq_lens_q" in options:
+        assert not options.get("dropout"), "the kernel has none"
+        ends, longest = options["cu_seq_lens_q"], options["max_length_q"]
+        return attend(query, key, value, ends, longest, options.get("scaling")), None
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return _each_row(query, key, value, attention_mask, options.get("dropout", 0.0), options.get("scaling")), None

@@ -59,9 +59,15 @@ def before_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return states[:, :-1][mask[:, 1:]]
 
 
+def places_of(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Flat indices [count] of the entries that are True, of which there are `count`: a GPU need not be asked."""
+    return mask.flatten().nonzero_static(size=count).squeeze(1)
+
+
 def at_tokens(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Puts one value a masked token back in its place. rows: [n], mask: [batch, length], n True -> like mask."""
-    return torch.zeros(mask.shape, dtype=rows.dtype, device=rows.device).masked_scatter(mask, rows)
+    places = places_of(mask, len(rows))
+    return rows.new_zeros(mask.numel()).index_copy(0, places, rows).view(mask.shape)
 
 
 def shift_to_next(x: torch.Tensor) -> torch.Tensor:

@@ -168,7 +168,7 @@ def decoding(case: Case, policy, config) -> None:
 def sft(case: Case, scratch: Path) -> str:
     """sft.train's model: the loss of packed and of single dialogues."""
     config = SFTConfig(context_truncate=MOST_TOKENS, **flags(case))
-    lm, packing = load_sft(config, case.tokenizer, lambda _: None)
+    lm, layout = load_sft(config, case.tokenizer, lambda _: None)
     model = AnswerModel(lm)
     answers = [[i >= start for i in range(len(row))] for row, start in zip(case.rows, case.starts)]
     dialogues = [
@@ -178,12 +178,12 @@ def sft(case: Case, scratch: Path) -> str:
         true = sum(
             -plain.logprobs_of(case.plain, row)[0][start - 1 :].sum() for row, start in zip(case.rows, case.starts)
         )
-        for packed in (False, True)[: 1 + packing]:
+        for packed in (False, True)[: 1 + layout.packing]:
             layout = Layout(packing=packed, flat=False, max_tokens=MOST_TOKENS)
             loss = model(*layout.collate(layout.rows(dialogues, 1)))
             near(f"loss{' of packed dialogues' * packed}", loss, true, SUM_TOLERANCE)
     causal(case)
-    return "" if packing else "not packed"
+    return "" if layout.packing else "not packed"
 
 
 @torch.no_grad()

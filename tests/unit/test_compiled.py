@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import tests.varlen
 from ppo.rollout import generate
 from ppo.sampling import Sampling
 from tests.parts import PROMPTS, GradientEngine, ppo_config, prompts_of, rollout_by_hand, tiny_policy, token_ids
@@ -30,8 +31,11 @@ def gradient(policy, rows: slice) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in policy.parameters()])
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_layers_share_their_graphs_whatever_the_lengths(counter, checkpointing):
+def test_layers_share_their_graphs_whatever_the_lengths(counter, monkeypatch, checkpointing, kernel):
+    if kernel == "varlen":
+        tests.varlen.on_cpu(monkeypatch)
     two, six = tiny_policy(num_hidden_layers=2), tiny_policy(num_hidden_layers=6)
     for policy in (two, six):
         plain = copy.deepcopy(policy)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppo.models
+import tests.varlen
 import utils.nll
 import utils.rows
 from ppo.config import PPOConfig
@@ -34,13 +35,13 @@ def small_pieces(monkeypatch):
     monkeypatch.setitem(utils.nll.FLOATS, "cpu", 2 * 24)
 
 
-@pytest.fixture(params=["padded", "joined", "flash"])
+@pytest.fixture(params=["padded", "joined", "varlen"])
 def layout(request, monkeypatch):
-    """Rows with their padding; end to end, an attention call each; end to end, told apart by positions alone."""
+    """Rows with their padding; end to end, an attention call each; end to end, in one call that knows their ends."""
     if request.param == "padded":
         monkeypatch.setattr(utils.rows, "FULL_ATTENTION", ())
-    if request.param == "flash":  # what flash attention is given; sdpa makes a mask of it
-        monkeypatch.setattr(utils.rows, "is_flash_attention_requested", lambda config: True)
+    if request.param == "varlen":
+        tests.varlen.on_cpu(monkeypatch)
     return request.param
 
 

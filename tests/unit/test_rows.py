@@ -6,6 +6,7 @@ from torch import nn
 from transformers import AttentionInterface, AutoModel, GPT2Config, MistralConfig, Qwen2Config
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
+import tests.varlen
 import utils.rows
 from tests.tiny import LLAMA_KIND, SIZES
 from utils.rows import joins_rows, states_of
@@ -35,11 +36,11 @@ def test_every_architecture_in_the_list_is_tested():
     assert set(LLAMA_KIND) == set(utils.rows.FULL_ATTENTION)
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
 @pytest.mark.parametrize("name", LLAMA_KIND)
 def test_joined_rows_have_the_states_and_gradients_of_each_alone(monkeypatch, name, kernel):
-    if kernel == "flash":  # positions alone; sdpa makes of them the mask that flash attention needs not
-        monkeypatch.setattr(utils.rows, "is_flash_attention_requested", lambda config: True)
+    if kernel == "varlen":
+        tests.varlen.on_cpu(monkeypatch)
     decoder, (ids, real) = decoder_of(LLAMA_KIND[name]), rows()
     decoder.gradient_checkpointing_enable({"use_reentrant": False})
     decoder.train()
@@ -62,7 +63,7 @@ def test_flash_attention_is_told_where_rows_end():
     """What transformers would make of the positions, without asking the device in every layer."""
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     (starts, _), (longest, _) = prepare_fa_kwargs_from_position_ids(positions)
-    found = utils.rows.row_ends(torch.tensor(LENGTHS))
+    found = utils.rows.row_ends(torch.tensor(LENGTHS), torch.device("cpu"))
     for name in ("q", "k"):
         ends = found[f"cu_seq_lens_{name}"]
         assert torch.equal(ends, starts) and ends.dtype == starts.dtype
@@ -73,12 +74,11 @@ def test_only_what_is_read_and_what_comes_before_it_is_run():
     decoder, (ids, real) = decoder_of(LLAMA_KIND["llama"]), rows()
     read = torch.zeros_like(real)
     read[0, 2] = read[2, 5] = read[2, 7] = True  # 3 and 8 tokens, and one of each row without any
-    seen = []
+    expected, seen = decoder(input_ids=ids).last_hidden_state[read], []
     decoder.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
-    torch.testing.assert_close(
-        states_of(decoder, ids, read), decoder(input_ids=ids).last_hidden_state[read], atol=1e-5, rtol=1e-5
-    )
-    assert seen[0] == (1, 3 + 1 + 8 + 1)
+    decoder.rotary_emb.register_forward_pre_hook(lambda module, args: seen.append(args[1].tolist()))
+    torch.testing.assert_close(states_of(decoder, ids, read), expected, atol=1e-5, rtol=1e-5)
+    assert seen == [(1, 3 + 1 + 8 + 1), [[0, 1, 2, 0, *range(8), 0]]]
 
 
 @pytest.mark.parametrize("name", APART)

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+import tests.varlen
 from data.dialogues import EncodedDialogue
 from data.shares import rank_plan
 from reward.batches import Comparison
@@ -57,21 +58,32 @@ def check(engine: Keeper, stage: Stage, rows_for: Callable[[int], list], expecte
         assert (gradient - expected[1]).norm() < 1e-5 * expected[1].norm(), (max_tokens, ranks)
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_step_of_sft(packing):
+@pytest.mark.parametrize("how", ["padded", "packed", "joined"])
+def test_a_step_of_sft(monkeypatch, how):
     items = [
         EncodedDialogue(ids, [t > 0 and (t % 7 in (2, 3) or t >= len(ids) - 2) for t in range(len(ids))])
         for ids in random_ids(LENGTHS)
     ]
     lm = tiny_llama(VOCAB)
-    config, layout = SFTConfig(data_path=["D"], **FLAGS), Layout(packing, flat=False, max_tokens=64)
+    config, layout = (
+        SFTConfig(data_path=["D"], micro_batch_tokens=64, **FLAGS),
+        Layout(how == "packed", False, 64, how == "joined"),
+    )
     engine, stage = Keeper(AnswerModel(lm)), sft_stage(config, lm, None, layout, [items], [])
     plain = Layout(False, flat=False, max_tokens=64)
     expected = over_ranks(engine, replace(stage, sums=partial(stage.sums, layout=plain)), plain.rows(items, 1), 9999, 1)
+    if how == "joined":
+        tests.varlen.on_cpu(monkeypatch)
+        assert [sum(LENGTHS[i] for i in part) for part, _ in stage.plan(LENGTHS)] == [
+            30 + 23,
+            17 + 12 + 11 + 9 + 8 + 6,
+            14,
+        ]
     check(engine, stage, lambda ranks: layout.rows(items, ranks), expected)
 
 
-def test_a_step_of_the_reward_model():
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_step_of_the_reward_model(monkeypatch, joined):
     """Pairs, a ranked list, margins, smoothing, and the language-model loss, which has another denominator."""
     ids = random_ids([length + 2 for length in LENGTHS])
     pairs = [Comparison([a, b], 1, [(0, 1)], [0.5], "all", "x") for a, b in zip(ids[:8:2], ids[1:8:2], strict=True)]
@@ -83,5 +95,13 @@ def test_a_step_of_the_reward_model():
     config = RewardConfig(data_path="D", label_smoothing=0.1, reward_lm_loss_factor=0.7, **FLAGS)
     engine, stage = Keeper(model), reward_stage(config, model, None, items, None)
     expected = over_ranks(engine, stage, items, 10_000, 1)
+    if joined:
+        tests.varlen.on_cpu(monkeypatch)
+        stage = reward_stage(config, model, None, items, None)
+        assert stage.length(ranked) == ranked.tokens
+        assert stage.plan([3000, 3000, 2000]) == [([0, 1, 2], 1.0)]
+    batches: list[int] = []
+    lm.model.embed_tokens.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     check(engine, stage, lambda ranks: items, expected)
     check(engine, stage, lambda ranks: items[::-1], expected)
+    assert (max(batches) == 1) is joined

@@ -1,0 +1,67 @@
+"""A CPU kernel for PyTorch's variable-length attention, in float64: what runs on a GPU up to there runs here, too."""
+
+from functools import cache
+
+import torch
+from torch.nn.attention import varlen
+
+import utils.rows
+
+
+def on_cpu(monkeypatch) -> None:
+    """From here on in this test, decoders join rows on the CPU as they do on a GPU in bf16."""
+    _register()
+    monkeypatch.setattr(utils.rows, "takes_varlen", lambda device, dtype, head_size: True)
+
+
+def causal_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scale: float):
+    """Softmax attention row by row as it is written down: [tokens, heads, size] each -> (output, logsumexp)."""
+    outputs, sums = [], []
+    for q, k, v in _by_row(lengths, query, key, value):
+        scores = _scores(q, k, scale)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+        sums.append(scores.logsumexp(-1))
+    return torch.cat(outputs), torch.cat(sums, 1).float()
+
+
+def _by_row(lengths: list[int], query: torch.Tensor, *others: torch.Tensor):
+    """In float64; keys and values once per query head."""
+    heads = query.shape[1]
+    parts = (x.double().repeat_interleave(heads // x.shape[1], 1).split(lengths) for x in (query, *others))
+    return zip(*parts, strict=True)
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    later = torch.ones(len(query), len(query), dtype=torch.bool, device=query.device).triu(1)
+    return (torch.einsum("qhd,khd->hqk", query, key) * scale).masked_fill(later, -torch.inf)
+
+
+def _lengths(ends: torch.Tensor, others: torch.Tensor, longest: int, of_keys: int, window: list[int]) -> list[int]:
+    """What a GPU kernel would do with anything else, nobody would see."""
+    lengths = ends.diff().tolist()
+    assert ends.dtype == torch.int32 and ends[0] == 0 and torch.equal(ends, others)
+    assert longest == of_keys == max(lengths) and type(longest) is int and list(window) == [-1, 0]
+    return lengths
+
+
+@cache
+def _register() -> None:
+    @varlen._varlen_attn.register_kernel("cpu")
+    def forward(q, k, v, ends, others, longest, of_keys, is_causal=False, scale=None, window_size=None, *_):
+        lengths = _lengths(ends, others, longest, of_keys, window_size)
+        output, sums = causal_rows(q, k, v, lengths, scale)
+        return output.to(q.dtype), sums, torch.zeros(2, dtype=torch.uint64)
+
+    @varlen._varlen_attn_backward.register_kernel("cpu")
+    def backward(
+        gradient, q, k, v, out, sums, ends, others, longest, of_keys, is_causal, state, scale=None, window_size=None
+    ):
+        found = []
+        for d, q_, k_, v_ in _by_row(_lengths(ends, others, longest, of_keys, window_size), gradient, q, k, v):
+            weights = _scores(q_, k_, scale).softmax(-1)
+            by_weight = torch.einsum("qhd,khd->hqk", d, v_)
+            slope = scale * weights * (by_weight - (weights * by_weight).sum(-1, keepdim=True))
+            pairs = (("hqk,khd->qhd", slope, k_), ("hqk,qhd->khd", slope, q_), ("hqk,qhd->khd", weights, d))
+            found.append([torch.einsum(*pair) for pair in pairs])
+        whole = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return tuple(x.unflatten(1, (y.shape[1], -1)).sum(2).to(y.dtype) for x, y in zip(whole, (q, k, v), strict=True))
