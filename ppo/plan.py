@@ -76,7 +76,7 @@ def beside_passes(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
         add("a frozen model at a time", score=max(frozen_weights))
     states = sum(optimizer_bytes(model.numels, stage, gpus) for model in trained)
     always("optimizer of policy and critic", 0 if config.offload_optimizer else states)
-    gradients, buckets, _ = backward_bytes([model.numels for model in trained], config, gpus)
+    gradients, buckets, live = backward_bytes([model.numels for model in trained], config, gpus)
     held = (gradients, buckets) if stage == 3 else (0, 0)  # ZeRO-3 keeps the room for them
     add("gradients of policy and critic", held[0], held[0], gradients, gradients)
     in_float32 = 4 * max(-(-model.numel // gpus) for model in trained) if stage else 0
@@ -84,9 +84,9 @@ def beside_passes(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
     if buckets:
         add("communication buckets", held[1], held[1], buckets, buckets)
     if split:
-        live = gathered_bytes(policy.numel, element)
         gathered = live if config.gather_for_generation == "never" else element * policy.numel
-        add("weights gathered from all GPUs", gathered * (stage == 3), live, live * (stage == 3))
+        scored = gathered_bytes(policy.numel, element)
+        add("weights gathered from all GPUs", gathered * (stage == 3), scored, live)
     add("logits", 0, *logits_bytes(CHUNK_ELEMENTS, element))
     buffer = config.num_rollouts * config.maxlen_prompt * TOKEN
     add("experience buffer", score=buffer, backward=buffer, step=buffer)

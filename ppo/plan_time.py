@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from ppo.config import PPOConfig
 
 LAUNCHES = 23  # kernels of a decoder layer in a forward
-STEP_LAUNCHES = 23  # the same while decoding; next to none where a step is one CUDA graph
 CPU_ADAM = 1e9  # parameters that one process's CPU Adam steps per second; not measured yet
 DISK = 2e9  # bytes per second that a node writes; not measured yet
 STEP_BYTES = 30  # per parameter of an optimizer step: weight, two moments read and written, gradients, bf16 weight
@@ -60,6 +59,7 @@ class Work:
     head: int  # hidden size x vocabulary, 0 for a scalar head
     layers: int
     token: int  # bytes of a token's keys and values
+    captured: bool  # a decoding step is one CUDA graph
 
     def flops(self, rows: float, length: int, headed: int) -> float:
         """Of a forward of `rows` rows of `length` tokens, `headed` of which pass the head."""
@@ -124,9 +124,9 @@ class _Run:
         """Micro-batches of full rows."""
         return -int(-rows // max(1, self.config.micro_batch_tokens // self.config.maxlen_prompt))
 
-    def launches(self, model: Work, forwards: float, each: int = LAUNCHES) -> float:
+    def launches(self, model: Work, forwards: float) -> float:
         """Seconds of the host."""
-        return forwards * model.layers * each * self.card.launch
+        return forwards * model.layers * LAUNCHES * self.card.launch
 
     def rollout(self, policy: Work, slots: int) -> list[Phase]:
         """Prompts, then new tokens: as many steps per response as it has tokens, a slot serving one after another."""
@@ -138,9 +138,10 @@ class _Run:
         )
         steps, weights = -int(-rows // slots) * response, self.element * (policy.body + policy.head)
         cache = rows * response * (prompt + response / 2) * policy.token
+        captured = policy.captured and (config.zero_stage < 3 or config.gather_for_generation != "never")
         times = {
             "memory": (steps * weights + cache) / (card.bandwidth * card.bandwidth_share),
-            "launches": self.launches(policy, steps, STEP_LAUNCHES),
+            "launches": self.card.launch * steps if captured else self.launches(policy, steps),
             "matrix_products": policy.flops(rows * response, 1, 1) / card.rate(config.dtype),
         }
         if config.zero_stage == 3:

@@ -9,10 +9,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Pretrained
 
 from ppo.config import PPOConfig
 from ppo.plan_time import Work
+from ppo.step_graphs import is_capturable
 from utils.engine import DTYPES
 from utils.errors import UserError
 from utils.peak import ATTENTION
-from utils.rows import decoder_of
+from utils.rows import decoder_of, is_like_llama
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,7 @@ class Shapes:
             head=text.hidden_size * text.vocab_size if self.with_head else 0,
             layers=text.num_hidden_layers,
             token=cache_bytes(self.decoder.config, self.decoder.dtype.itemsize),
+            captured=is_like_llama(self.decoder.config) and is_capturable(self.decoder),
         )
 
 

@@ -48,15 +48,15 @@ def predicted(predict: Callable[[], T], otherwise: T, say: Callable[[str], None]
     try:
         return predict()
     except Exception as error:  # noqa: BLE001 - whatever a family of models may be missing
-        say(
-            f"the memory of this model's passes is not predicted ({type(error).__name__}: {str(error).splitlines()[0]})"
-        )
+        reason = str(error).partition("\n")[0]
+        say(f"the memory of this model's passes is not predicted ({type(error).__name__}: {reason})")
         return otherwise
 
 
 def recompute_fewest(model: PreTrainedModel, kept: int, name: str, say: Callable[[str], None]) -> None:
-    """Has all layers but the last `kept` recompute their activations, and says so."""
+    """Has all layers but the last `kept` recompute their activations, where the model can, and says so."""
     layers = num_layers(model)
+    kept = kept if model.supports_gradient_checkpointing else layers
     say(f"--gradient_checkpoint auto: the {name} recomputes {layers - kept} of {layers} layers")
     if kept < layers:
         enable_checkpointing(model, kept)

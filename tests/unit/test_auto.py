@@ -13,6 +13,7 @@ from ppo.rollout import room_of
 from ppo.shapes import models_of
 from ppo.slots import AUTO_SLOTS, slots_in
 from sft.model import AnswerModel
+from tests.architectures.configs import tiny_config
 from tests.parts import ppo_config, rollout_by_hand, tiny_models, tiny_policy
 from tests.tiny import tiny_llama, tiny_llama_config
 from utils.args import EngineConfig, parse_args
@@ -22,7 +23,7 @@ from utils.errors import UserError
 from utils.models import enable_checkpointing, training_mode
 from utils.nll import CHUNK, logits_bytes
 from utils.peak import ATTENTION, LiveBytes
-from utils.recompute import layers_kept, on_meta, predicted, settle_checkpointing, training_peak
+from utils.recompute import layers_kept, on_meta, predicted, recompute_fewest, settle_checkpointing, training_peak
 
 LLAMA_7B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -131,6 +132,9 @@ def test_layers_are_kept_as_real_passes_allow():
     real.config._attn_implementation, said = "eager", []
     assert predicted(lambda: layers_kept(on_meta(real), 256, 10**12), 0, said.append) == 0
     assert said == ["the memory of this model's passes is not predicted (ValueError: eager attention)"]
+    ctrl = AutoModel.from_config(tiny_config("ctrl"))
+    recompute_fewest(ctrl, 0, "model", said.append)
+    assert said[1] == "--gradient_checkpoint auto: the model recomputes 0 of 1 layers"
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
