@@ -195,7 +195,7 @@ def _combine(
     row = slot * heads + tl.program_id(1)
     split, sizes = tl.arange(0, SPLITS), tl.arange(0, SIZE)
     start, stop = _part(first, end, slot, split, splits, BLOCK)
-    filled = (start < stop) & (split < splits)
+    filled = start < stop
     weight = tl.load(weights + row * splits + split, mask=filled, other=-float("inf"))
     weight = tl.exp2(weight - tl.max(weight, 0))
     places = (row * splits + split)[:, None] * SIZE + sizes[None, :]
