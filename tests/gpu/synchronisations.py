@@ -21,7 +21,9 @@ from utils.args import parse_args
 from utils.engine import device, shutdown_distributed
 
 WARNING = "called a synchronizing CUDA operation"  # of torch.cuda.set_sync_debug_mode
-PARTS = ("_fill", "_advance", "look")  # of decoding: a forward over prompts, one over new tokens, a look at what ended
+# Of decoding: a forward over prompts, one over new tokens, a look at what has ended. Where a forward is captured as a
+# graph, its waits are counted by themselves.
+PARTS = ("_fill", "_advance", "look")
 OWN = ("ppo", "reward", "sft", "utils", "data", "train_ppo.py")
 
 
@@ -32,6 +34,7 @@ class Waits:
         self.counting = False
         self.lines: dict[str, Counter] = defaultdict(Counter)
         self.parts, self.calls = Counter(), Counter()
+        self.others: Counter = Counter()  # other warnings, such as that there are no graphs
 
     def note(self) -> None:
         """Called where the host waits. Its line is the innermost of ours, with the library's behind it."""
@@ -45,7 +48,7 @@ class Waits:
             line += f" ({'/'.join(Path(last.filename).parts[-2:])}:{last.lineno})"
         phase = names[names.index("loop") + 1] if "loop" in names[:-1] else "?"
         self.lines[phase][line] += 1
-        self.parts.update(part for part in PARTS if part in names)
+        self.parts.update(["_capture"] if "_capture" in names else [part for part in PARTS if part in names])
 
 
 def own_place(frame: traceback.FrameSummary) -> str:
@@ -65,6 +68,8 @@ def watched() -> Iterator[Waits]:
     def note_warning(message, *_) -> None:
         if WARNING in str(message):
             waits.note()
+        else:
+            waits.others[str(message)[:200]] += 1
 
     def note_synchronize(*args) -> None:
         waits.note()
@@ -107,7 +112,7 @@ def check(toy: bool, report: Report) -> None:
         expected = 2 if device().type == "cuda" else 1
         report.expect(found == expected, f"the harness has found {found} waits in a trial, expected {expected}")
 
-        flags = flags_of(build_inputs(Path(name)), Path(name) / "run", critic_pretrain_steps=0, save_per_step=10)
+        flags = flags_of(build_inputs(Path(name)), Path(name) / "run", dtype="bf16", critic_pretrain_steps=0)
         run = build(parse_args(PPOConfig, flags, PRESETS, AMOUNTS))
         begin = run.next_prompts
 
@@ -123,6 +128,7 @@ def check(toy: bool, report: Report) -> None:
     report(waits=sum(totals.values()), waits_per_phase=totals, decoding_calls=dict(waits.calls))
     report(waits_per_line={phase: dict(counter.most_common()) for phase, counter in waits.lines.items()})
     per_call = {part: waits.parts[part] / max(1, waits.calls[part]) for part in PARTS}
+    report(waits_while_capturing=waits.parts["_capture"], other_warnings=dict(waits.others))
     report(waits_per_token=per_call["_advance"], waits_per_look=per_call["look"], waits_per_fill=per_call["_fill"])
     report.expect(waits.calls["_advance"] > 0, "no token was decoded in the step that was watched")
     report.expect(waits.parts["_advance"] == 0, f"{per_call['_advance']:.2f} waits per forward of new tokens, aim 0")

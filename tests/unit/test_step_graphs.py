@@ -197,6 +197,14 @@ def test_on_a_gpu(sampling, graphs):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_chooses_kernels_on_a_gpu(dtype):
+    policy, said = policy_of().to("cuda", dtype), []
+    choose_decoding(policy, ppo_config(), "M", said.append)
+    assert policy.decoding == "ragged" and said == []
+
+
+@pytest.mark.gpu
 def test_no_step_waits_for_the_gpu():
     policy, place = policy_of().to("cuda"), torch.device("cuda")
     decoder = _Decoder(policy, PROMPTS, PLACES, [40] * 13, Sampling(), 7, token_ids(eos=-1), ROOM, place)
