@@ -6,6 +6,7 @@ cache's own tensors, which stay where they are for a rollout.
 
 import warnings
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -24,38 +25,40 @@ def is_capturable(decoder: nn.Module) -> bool:
 class StepGraphs:
     """Graphs of one rollout's steps. Their memory, which they share, is free when this object is."""
 
+    failed: ClassVar[list] = []  # graphs of all rollouts that could not be made: PyTorch's allocator refers to them
+
     def __init__(self):
         self.graphs: dict[int, tuple[Callable[[], None], torch.Tensor]] = {}
         self.warm: set[int] = set()
-        self.pool, self.failed = None, False
+        self.pool = None
 
     def run(self, rows: int, step: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Does what step() does with so many rows; returns its output, which lasts until the next run.
 
         The first time it is a plain call, in which kernels are compiled and loaded. step must depend on nothing that
-        the host changes from call to call.
+        the host changes from call to call. After an error in making a graph, all are plain calls.
         """
+        if rows in self.warm and rows not in self.graphs and not self.failed:
+            self._capture(rows, step)
+        self.warm.add(rows)
         if rows not in self.graphs:
-            if self.failed or rows not in self.warm:
-                self.warm.add(rows)
-                return step()
-            try:
-                self.graphs[rows] = self._capture(step)
-            except RuntimeError as error:
-                self.failed = True
-                warnings.warn(f"decoding goes on without CUDA graphs, more slowly: {error}", stacklevel=2)
-                return step()
+            return step()
         replay, output = self.graphs[rows]
         replay()
         return output
 
-    def _capture(self, step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        """(what runs the step, its output); runs nothing yet."""
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do on the GPU, NCCL's for one, does not disturb it.
-        captured = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
-        # The outer context makes this stream the current one again even where ending the capture fails.
-        with torch.cuda.stream(torch.cuda.current_stream()), captured:
-            output = step()
-        return graph.replay, output
+    def _capture(self, rows: int, step: Callable[[], torch.Tensor]) -> None:
+        """Makes the graph, which runs nothing yet."""
+        graph = None
+        try:
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: what other threads do on the GPU, NCCL's for one, does not disturb it.
+            captured = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
+            # The outer context makes this stream the current one again even where ending the capture fails.
+            with torch.cuda.stream(torch.cuda.current_stream()), captured:
+                output = step()
+            self.graphs[rows] = graph.replay, output
+        except RuntimeError as error:
+            self.failed.append(graph)
+            warnings.warn(f"decoding goes on without CUDA graphs, more slowly: {error}", stacklevel=2)

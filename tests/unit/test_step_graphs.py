@@ -60,7 +60,7 @@ def recorded(monkeypatch) -> list[int]:
         pytest.skip("here graphs are CUDA's")
     rows, current = [], []
 
-    def capture(self, step):
+    def capture(self, size, step):
         current.append(operations := Operations())
         with operations:
             output = step()
@@ -72,7 +72,7 @@ def recorded(monkeypatch) -> list[int]:
             if not first or first.pop() is None:
                 operations.replay()
 
-        return replay, output
+        self.graphs[size] = replay, output
 
     def kernel(function):
         return lambda *args: current[0].do(function, args, {}) if current else function(*args)
@@ -97,17 +97,14 @@ def test_graphs_equal_a_plain_decode(recorded):
     assert set(recorded) >= {1, 4, 5} and len(recorded) == len(set(recorded))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it can be made")
 def test_a_graph_that_cannot_be_made_is_left_out(monkeypatch):
-    tried = []
-
-    def fail(self, step):
-        tried.append(1)
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(StepGraphs, "_capture", fail)
+    tried, capture = [], StepGraphs._capture
+    monkeypatch.setattr(StepGraphs, "_capture", lambda self, *args: tried.append(1) or capture(self, *args))
+    monkeypatch.setattr(StepGraphs, "failed", [])
     # Two responses end; the last two take their slots, whose old ones fill up the bucket.
     work = policy_of(), [[1], [3], [4], [5], [6]], PLACES[:5], [2, 2, 7, 8, 9], Sampling(), 7, token_ids(eos=-1)
-    with pytest.warns(UserWarning, match="without CUDA graphs, more slowly: operation not permitted"):
+    with pytest.warns(UserWarning, match="without CUDA graphs, more slowly: "):
         found = decode_all(*work, ROOM, torch.device("cpu"))
     expected = decode_all(*work, Room(5, 64, straight=True), torch.device("cpu"))
     assert [row.tolist() for row in found] == [row.tolist() for row in expected]
@@ -190,10 +187,10 @@ def test_on_a_gpu(sampling, graphs):
     capture = StepGraphs._capture
     room = replace(ROOM, graphs=graphs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StepGraphs, "_capture", lambda self, step: captured.append(1) or capture(self, step))
+        patch.setattr(StepGraphs, "_capture", lambda self, *args: captured.append(1) or capture(self, *args))
         found = decode_all(policy, PROMPTS, PLACES, LIMITS, sampling, 7, token_ids(), room, place)
     assert [row.tolist() for row in found] == expected
-    assert bool(captured) == graphs
+    assert bool(captured) == graphs and not StepGraphs.failed
 
 
 @pytest.mark.gpu
