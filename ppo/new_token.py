@@ -1,9 +1,9 @@
 """One new token a slot through a decoder of LLaMA's kind: the products, and little else.
 
 While decoding, what stands around the products decides: transformers makes some fifty small operations a layer, each a
-launch on a GPU, and masks and wrappers around the layers. Here there are about twenty, and the same numbers but for
-rounding. Other architectures, windows and attention kernels, and weights that ZeRO-3 leaves split, go through the
-model's own forward.
+launch on a GPU, and masks and wrappers around the layers. Here there are about twenty (sixteen with the kernels of
+ppo/ragged_attention.py), and the same numbers but for rounding. Other architectures, windows and attention kernels, and
+weights that ZeRO-3 leaves split, go through the model's own forward.
 """
 
 import importlib.util

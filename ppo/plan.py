@@ -21,14 +21,7 @@ from ppo.models import CHUNK_ELEMENTS
 from ppo.slots import columns_for, slots_for
 from utils.engine import DTYPES, splits_frozen
 from utils.errors import UserError
-from utils.footprint import (
-    bucket_bytes,
-    gathered_bytes,
-    gradient_bytes,
-    optimizer_bytes,
-    pinned_bytes,
-    weight_bytes,
-)
+from utils.footprint import bucket_bytes, gathered_bytes, gradient_bytes, optimizer_bytes, weight_bytes
 from utils.models import attention_cap, enable_checkpointing
 from utils.nll import FLOATS, KEPT
 from utils.peak import ATTENTION, peak_bytes
@@ -93,11 +86,11 @@ def plan(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
     always("weights of the policy", weights(policy, stage))
     always("weights of the critic", weights(critic, stage))
     frozen_weights = [weights(model, 3 if split else 0) for model in frozen]
-    if config.offload_frozen:
-        add("a frozen model at a time", score=0 if split else max(frozen_weights))
-    else:
+    if not config.offload_frozen:
         always("weights of the reference", frozen_weights[0])
         always(f"weights of {len(rewards)} reward model(s)", sum(frozen_weights[1:]))
+    elif not split:
+        add("a frozen model at a time", score=max(frozen_weights))
     states = sum(optimizer_bytes(model.numels, stage, gpus) for model in trained)
     always("optimizer of policy and critic", 0 if config.offload_optimizer else states)
     in_sum = 4 if config.adds_up_in_float32 else element
@@ -115,8 +108,7 @@ def plan(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
         gathered = live if config.gather_for_generation == "never" else element * policy.numel
         add("weights gathered from all GPUs", gathered * (stage == 3), live, live * (stage == 3))
     add_passes(add, config, policy, [critic, *rewards], gpus)
-    waiting = sum(pinned_bytes(model.numels, gpus, element) for model in frozen) if split else sum(frozen_weights)
-    return rows, host_bytes(config, states, waiting, element * policy.numel)
+    return rows, host_bytes(config, states, sum(frozen_weights), element * policy.numel)
 
 
 def add_passes(add, config: PPOConfig, policy: Shapes, scalars: list[Shapes], gpus: int) -> None:

@@ -59,7 +59,7 @@ def _distance(policy: nn.Module, probe: Probe, config) -> float:
 
     try:
         rollout = generate(InferenceEngine(policy), batch, Sampling(), 0, no_end, flags, watch=watch)
-    except FAILURES:
+    except (UserError, *FAILURES):
         raise
     except Exception as error:  # Triton's own: it finds no C compiler, say
         raise RuntimeError(f"{type(error).__name__}: {error}") from error

@@ -55,7 +55,8 @@ def attend(
     output = torch.empty_like(query)
     parts = query.new_empty(slots, heads, splits, size, dtype=torch.float32) if splits > 1 else output
     weights = query.new_empty(slots, heads, splits, dtype=torch.float32)
-    _attend[slots, shared, splits](
+    kernel = _attend_alone if heads == shared else _attend_group
+    kernel[slots, shared, splits](
         query, keys, values, first, end, parts, weights, scaling, columns,
         **sizes, PADDED=max(16, triton.next_power_of_2(heads // shared)), num_warps=4,
     )  # fmt: skip
@@ -105,77 +106,84 @@ def _append_rotated(
 
 
 @triton.jit
-def _part(first, end, slot, splits, BLOCK: tl.constexpr):
-    """(the slot's first column, the one behind its last, columns of a part: whole blocks)."""
+def _part(first, end, slot, split, splits, BLOCK: tl.constexpr):
+    """(first column of a part of the slot's, the one behind its last): whole blocks, none in the last parts if few."""
     stop = tl.load(end) + 1
     start = tl.minimum(tl.load(first + slot), stop - 1)
-    return start, stop, tl.cdiv(tl.cdiv(stop - start, splits), BLOCK) * BLOCK
+    part = tl.cdiv(tl.cdiv(stop - start, splits), BLOCK) * BLOCK
+    start += split * part
+    return start, tl.minimum(stop, start + part)
 
 
 @triton.jit
-def _attend(
-    query, keys, values, first, end, parts, weights, scaling, columns,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+def _attend_alone(
+    query, keys, values, first, end, parts, weights, scaling, columns, GROUP: tl.constexpr, PADDED: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The query heads that share a key head, over one part of a slot's columns, by an online softmax in float32.
+    """A query head with keys of its own, over one part of a slot's columns, by an online softmax in float32.
 
-    Writes the part's output and the base-2 logarithm of its sum of exponentials; nothing where the part is empty.
+    Writes the part's output and the base-2 logarithm of its sum of exponentials; nothing where the part is empty. Each
+    row of a block has a maximum and sums of its own, so that threads exchange nothing until the end.
     """
     slot, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    shared, splits = tl.num_programs(1), tl.num_programs(2)
-    start, stop, part = _part(first, end, slot, splits, BLOCK)
-    start += split * part
-    stop = tl.minimum(stop, start + part)
+    row, splits = slot * tl.num_programs(1) + head, tl.num_programs(2)
+    start, stop = _part(first, end, slot, split, splits, BLOCK)
     if start < stop:
-        cache = (slot * shared + head).to(tl.int64) * columns * SIZE
-        heads = (slot * shared + head) * GROUP
         sizes, block = tl.arange(0, SIZE), tl.arange(0, BLOCK)
-        scale = scaling * LOG2_E
-        if GROUP == 1:  # a maximum for each row of the block: threads exchange nothing until the end
-            own = tl.load(query + heads * SIZE + sizes).to(tl.float32) * scale
-            highest = tl.full([BLOCK], NOTHING, tl.float32)
-            total = tl.zeros([BLOCK], tl.float32)
-            sums = tl.zeros([BLOCK, SIZE], tl.float32)
-            for column in tl.range(start, stop, BLOCK, num_stages=3):
-                held = column + block < stop
-                places = cache + (column + block)[:, None] * SIZE + sizes[None, :]
-                key = tl.load(keys + places, mask=held[:, None], other=0.0).to(tl.float32)
-                value = tl.load(values + places, mask=held[:, None], other=0.0).to(tl.float32)
-                score = tl.where(held, tl.sum(key * own[None, :], 1), -float("inf"))
-                higher = tl.maximum(highest, score)
-                shrink, weight = tl.exp2(highest - higher), tl.exp2(score - higher)
-                total = total * shrink + weight
-                sums = sums * shrink[:, None] + weight[:, None] * value
-                highest = higher
-            top = tl.max(highest, 0)
-            weight = tl.exp2(highest - top)
-            all_total = tl.sum(total * weight, 0)
-            output = tl.sum(sums * weight[:, None], 0) / all_total
-            tl.store(parts + (heads * splits + split) * SIZE + sizes, output)
-            tl.store(weights + heads * splits + split, top + tl.log2(all_total))
-        else:  # the heads, padded to what tensor cores take, are rows of one product
-            group = tl.arange(0, PADDED)
-            real = group < GROUP
-            own = tl.load(query + (heads + group)[:, None] * SIZE + sizes[None, :], mask=real[:, None], other=0.0)
-            highest = tl.full([PADDED], NOTHING, tl.float32)
-            total = tl.zeros([PADDED], tl.float32)
-            sums = tl.zeros([PADDED, SIZE], tl.float32)
-            for column in tl.range(start, stop, BLOCK, num_stages=3):
-                held = column + block < stop
-                places = cache + (column + block)[:, None] * SIZE + sizes[None, :]
-                key = tl.load(keys + places, mask=held[:, None], other=0.0)
-                value = tl.load(values + places, mask=held[:, None], other=0.0)
-                score = tl.dot(own, tl.trans(key), input_precision="ieee") * scale
-                score = tl.where(held[None, :], score, -float("inf"))
-                higher = tl.maximum(highest, tl.max(score, 1))
-                shrink, weight = tl.exp2(highest - higher), tl.exp2(score - higher[:, None])
-                total = total * shrink + tl.sum(weight, 1)
-                product = tl.dot(weight.to(value.dtype), value, input_precision="ieee")
-                sums = sums * shrink[:, None] + product
-                highest = higher
-            rows = (heads + group) * splits + split
-            tl.store(parts + rows[:, None] * SIZE + sizes[None, :], sums / total[:, None], mask=real[:, None])
-            tl.store(weights + rows, highest + tl.log2(total), mask=real)
+        places = row.to(tl.int64) * columns * SIZE + block[:, None] * SIZE + sizes[None, :]
+        own = tl.load(query + row * SIZE + sizes).to(tl.float32) * (scaling * LOG2_E)
+        highest = tl.full([BLOCK], NOTHING, tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        sums = tl.zeros([BLOCK, SIZE], tl.float32)
+        for column in tl.range(start, stop, BLOCK, num_stages=3):
+            held = column + block < stop
+            key = tl.load(keys + places + column * SIZE, mask=held[:, None], other=0.0).to(tl.float32)
+            value = tl.load(values + places + column * SIZE, mask=held[:, None], other=0.0).to(tl.float32)
+            score = tl.where(held, tl.sum(key * own[None, :], 1), -float("inf"))
+            higher = tl.maximum(highest, score)
+            shrink, weight = tl.exp2(highest - higher), tl.exp2(score - higher)
+            total = total * shrink + weight
+            sums = sums * shrink[:, None] + weight[:, None] * value
+            highest = higher
+        top = tl.max(highest, 0)
+        weight = tl.exp2(highest - top)
+        all_total = tl.sum(total * weight, 0)
+        tl.store(parts + (row * splits + split) * SIZE + sizes, tl.sum(sums * weight[:, None], 0) / all_total)
+        tl.store(weights + row * splits + split, top + tl.log2(all_total))
+
+
+@triton.jit
+def _attend_group(
+    query, keys, values, first, end, parts, weights, scaling, columns, GROUP: tl.constexpr, PADDED: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `_attend_alone`, for query heads that share keys: rows of one product, PADDED to what tensor cores take."""
+    slot, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, splits = slot * tl.num_programs(1) + head, tl.num_programs(2)
+    start, stop = _part(first, end, slot, split, splits, BLOCK)
+    if start < stop:
+        sizes, block, group = tl.arange(0, SIZE), tl.arange(0, BLOCK), tl.arange(0, PADDED)
+        places = row.to(tl.int64) * columns * SIZE + block[:, None] * SIZE + sizes[None, :]
+        heads, real = row * GROUP + group, group < GROUP
+        own = tl.load(query + heads[:, None] * SIZE + sizes[None, :], mask=real[:, None], other=0.0)
+        highest = tl.full([PADDED], NOTHING, tl.float32)
+        total = tl.zeros([PADDED], tl.float32)
+        sums = tl.zeros([PADDED, SIZE], tl.float32)
+        for column in tl.range(start, stop, BLOCK, num_stages=3):
+            held = column + block < stop
+            key = tl.load(keys + places + column * SIZE, mask=held[:, None], other=0.0)
+            value = tl.load(values + places + column * SIZE, mask=held[:, None], other=0.0)
+            score = tl.dot(own, tl.trans(key), input_precision="ieee") * (scaling * LOG2_E)
+            score = tl.where(held[None, :], score, -float("inf"))
+            higher = tl.maximum(highest, tl.max(score, 1))
+            shrink, weight = tl.exp2(highest - higher), tl.exp2(score - higher[:, None])
+            total = total * shrink + tl.sum(weight, 1)
+            product = tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+            sums = sums * shrink[:, None] + product
+            highest = higher
+        rows = heads * splits + split
+        tl.store(parts + rows[:, None] * SIZE + sizes[None, :], sums / total[:, None], mask=real[:, None])
+        tl.store(weights + rows, highest + tl.log2(total), mask=real)
 
 
 @triton.jit
@@ -185,9 +193,9 @@ def _combine(
     """One head of one slot: the parts' outputs, each weighted by its share of the sum of exponentials."""
     slot, heads = tl.program_id(0), tl.num_programs(1)
     row = slot * heads + tl.program_id(1)
-    start, stop, part = _part(first, end, slot, splits, BLOCK)
     split, sizes = tl.arange(0, SPLITS), tl.arange(0, SIZE)
-    filled = split * part < stop - start
+    start, stop = _part(first, end, slot, split, splits, BLOCK)
+    filled = start < stop
     weight = tl.load(weights + row * splits + split, mask=filled, other=-float("inf"))
     weight = tl.exp2(weight - tl.max(weight, 0))
     places = (row * splits + split)[:, None] * SIZE + sizes[None, :]

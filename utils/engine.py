@@ -6,10 +6,10 @@ ranks, never averaged.
 """
 
 import contextlib
-import copy
 import datetime
 import os
 from collections.abc import Callable
+from copy import copy
 
 import torch
 
@@ -32,6 +32,7 @@ from utils.distributed import any_rank, is_main, rank, ranks_where, world_size
 from utils.engine_state import load_state, scale_weight, state_tensors
 from utils.errors import UserError
 from utils.export import saved_tensors
+from utils.host_copies import host_copies
 from utils.shared_state import SharedState
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -88,11 +89,10 @@ def deepspeed_config(config: EngineConfig, offload_weights: bool = False) -> dic
     zero["overlap_comm"] = zero["stage"] >= 2 and device().type == "cuda"
     if config.zero_stage == 3:
         zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": PERSISTENT}
-    host = {"device": "cpu", "pin_memory": device().type == "cuda"}
     if config.offload_optimizer:
-        zero["offload_optimizer"] = host
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device().type == "cuda"}
     if offload_weights:
-        zero["offload_param"] = host
+        zero["offload_param"] = {"device": "cpu"}  # page-locked by `shard_frozen`, in less memory than DeepSpeed takes
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -338,7 +338,7 @@ def shard_frozen(module: nn.Module, config: EngineConfig, offload: bool = False)
     module.requires_grad_(False).eval()
     if not splits_frozen(config.zero_stage, world_size()):
         return module
-    flags = copy.copy(config)
+    flags = copy(config)
     flags.zero_stage, flags.offload_optimizer = 3, False
     settings = deepspeed_config(flags, offload_weights=offload)
     # It replaces torch.nn.functional.linear in the whole process, which only training under ZeRO-3 gains from.
@@ -349,4 +349,8 @@ def shard_frozen(module: nn.Module, config: EngineConfig, offload: bool = False)
     next_layer = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=BUCKET)
     settings["zero_optimization"]["stage3_prefetch_bucket_size"] = next_layer
     sharded, *_ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)
+    if offload:
+        shards = [parameter.ds_tensor for parameter in module.parameters()]
+        for shard, held in zip(shards, host_copies(shards, pinned=device().type == "cuda"), strict=True):
+            shard.data = held
     return sharded

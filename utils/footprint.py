@@ -17,11 +17,6 @@ def weight_bytes(numels: list[int], stage: int, gpus: int, element: int) -> int:
     return element * (sum(-(-n // gpus) for n in numels) + whole)
 
 
-def pinned_bytes(numels: list[int], gpus: int, element: int) -> int:
-    """Of a rank whose shards wait in page-locked host memory: each is rounded up to a power of two there."""
-    return sum(1 << (element * -(-n // gpus) - 1).bit_length() for n in numels)
-
-
 def gradient_bytes(numels: list[int], stage: int, gpus: int, element: int) -> int:
     """Of a rank, between backward and step: split from stage 2 on. element: of the dtype that they add up in."""
     return element * (sum(numels) if stage < 2 else sum(-(-n // gpus) for n in numels))

@@ -41,7 +41,7 @@ def joins_rows(decoder: nn.Module) -> bool:
 def has_varlen_kernel(decoder: nn.Module) -> bool:
     """Whether rows are joined and one call attends to them all: flash_attention_2, or PyTorch's own on a GPU in bf16.
 
-    Then joined rows are faster than packed ones, which need a mask, in every pass.
+    SFT then packs nothing, and the language-model loss of reward models has no padding either.
     """
     if not _may_join(decoder):
         return False

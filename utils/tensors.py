@@ -12,7 +12,7 @@ def identity(x: torch.Tensor) -> torch.Tensor:
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """x on the device. The host does not wait for a GPU, as it would with memory that is not pinned."""
+    """A host tensor on the device. The host does not wait for a GPU, as it would with memory that is not pinned."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 

@@ -1,4 +1,4 @@
-"""Several reward models under ZeRO-3 on two ranks, one of them with a tokenizer of its own: as on one process."""
+"""Several reward models, split over two ranks, one of them with a tokenizer of its own: as on one process."""
 
 import json
 
@@ -20,10 +20,14 @@ def test_two_ranks_equal_one_process(inputs, tmp_path):
     other = load_scalar_model(str(base), torch.float32, torch.device("cpu"), say=str)
     save_scalar_model(other, str(tmp_path / "other"), tokenizer=tokenizer)
     flags = {"reward_model_path": [inputs.reward, tmp_path / "other"], "reward_ensemble": "mean_minus_std"}
-    flags |= {"zero_stage": 3, "train_steps": 1, "micro_batch_tokens": 45, "maxlen_res": 16}
-    main(run_flags(inputs, tmp_path / "one", **flags))
-    finished(run_forked(tmp_path, {"two": {"argv": run_flags(inputs, tmp_path / "two", **flags)}}))
-    (row,), (expected,) = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
-    assert json.loads((tmp_path / "two" / "config.json").read_text())["world_size"] == 2
+    flags |= {"train_steps": 1, "micro_batch_tokens": 45, "maxlen_res": 16}
+    main(run_flags(inputs, tmp_path / "one", zero_stage=3, **flags))
+    (expected,) = read_metrics(tmp_path / "one")
     assert expected["eval_score_disagreement"] > 0
-    assert row == pytest.approx(expected, rel=1e-5, abs=5e-6)
+    stages = {
+        f"stage{stage}": run_flags(inputs, tmp_path / f"stage{stage}", zero_stage=stage, **flags) for stage in (2, 3)
+    }
+    for out in finished(run_forked(tmp_path, {name: {"argv": argv} for name, argv in stages.items()})).values():
+        assert json.loads((out / "config.json").read_text())["world_size"] == 2
+        (row,) = read_metrics(out)
+        assert row == pytest.approx(expected, rel=1e-5, abs=5e-6)

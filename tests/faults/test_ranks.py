@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.faults.kill import PHASES, check_equal
-from tests.faults.scenarios import Result, run_cases
-from tests.tiny_run import read_metrics
+from tests.faults.scenarios import Result, run_cases, run_forked
+from tests.tiny import SAMPLES, tiny_llama_folder
+from tests.tiny_run import SIZES, read_metrics
 
 TIMEOUT = 8  # seconds; many times what a step of this size takes
 
@@ -52,6 +53,7 @@ NUMBERS = {"undisturbed": {"zero_stage": 2}}
 for _fault in BAD:
     NUMBERS[_fault] = {"zero_stage": 2, "fault": _fault}
     NUMBERS[f"after {_fault}"] = {"zero_stage": 2, "out": _fault}
+NUMBERS["collapse"] = {"zero_stage": 2, "lr": 1e-2, "alarm_kl": 1e-4, "on_collapse": "stop"}
 NUMBERS["tolerated"] = {"zero_stage": 3, "fault": "NaN gradient", "skip_bad_batches": 1}
 NUMBERS["tolerated, critic"] = {
     "zero_stage": 2, "offload_optimizer": True, "fault": "NaN critic gradient", "skip_bad_batches": 1
@@ -82,6 +84,26 @@ def test_nothing_on_disk_has_changed_by_them(numbers, fault):
     assert result.codes == [0, 0]
     assert f"going on from {result.out}/checkpoints/step_1" in result.log
     check_equal(result.out, numbers["undisturbed"].out)
+
+
+def test_a_collapse_that_stops_both_ranks_leaves_the_checkpoint_that_was_being_written(numbers):
+    result = numbers["collapse"]
+    assert result.codes == [2, 2]
+    assert "step 2 looks like a collapse: kl_ref" in result.log
+    assert [path.name for path in (result.out / "checkpoints").iterdir()] == ["step_1"]
+
+
+def test_an_explosion_in_a_supervised_stage_leaves_it_too(tmp_path):
+    flags = {
+        "hf_model_name_or_path": tiny_llama_folder(tmp_path / "base", **SIZES), "data_path": SAMPLES / "en/dialogues",
+        "model_save_path": tmp_path / "run", "train_steps": 3, "warmup_steps": 1, "batch_size": 4, "lr": 10,
+        "context_truncate": 128, "dtype": "fp32", "checkpoint_per_step": 1, "explosion_limit": 20,
+    }  # fmt: skip
+    argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    result = run_forked(tmp_path, {"sft": {"module": "sft.train", "argv": argv}})["sft"]
+    assert result.codes == [2, 2]
+    assert re.search("beyond --explosion_limit .* no step was made.*step 2, batch in", result.log), result.log[-3000:]
+    assert [path.name for path in (result.out / "checkpoints").iterdir()] == ["step_1"]
 
 
 @pytest.mark.parametrize(("case", "model"), [("tolerated", "policy"), ("tolerated, critic", "critic")])

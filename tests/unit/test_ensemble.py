@@ -9,8 +9,9 @@ import torch
 
 from data.template import encode_dialogue
 from reward.ensemble import Encoding, Ensemble, Frozen, check_labels, score_dialogues
-from tests.parts import tiny_scalar_model
+from tests.parts import ppo_config, tiny_scalar_model
 from tests.tiny import VOCAB, tiny_tokenizer_folder
+from utils.engine import shard_frozen
 from utils.errors import UserError
 from utils.host_copies import host_copies
 from utils.tokenizer import load_tokenizer
@@ -112,6 +113,19 @@ def test_a_model_waits_in_page_locked_memory():
     with waiting.resident() as model:
         assert torch.cuda.memory_allocated() >= kept + sum(p.nbytes for p in model.parameters())
     assert torch.cuda.memory_allocated() == kept < before + 4096
+
+
+@pytest.mark.gpu
+def test_shards_wait_in_page_locked_memory(single_process):
+    """As with several ranks, where a rank's shards are parts of the model."""
+    whole = tiny_scalar_model(vocab=VOCAB).cuda()
+    split = shard_frozen(tiny_scalar_model(vocab=VOCAB).cuda(), ppo_config(zero_stage=3), offload=True)
+    assert all(parameter.ds_tensor.is_pinned() for parameter in split.parameters())
+    ids = torch.arange(3, 23, device="cuda")[None]
+    for _ in range(3):
+        with torch.no_grad():
+            scores = [model(ids, torch.ones_like(ids).bool()) for model in (split, whole)]
+        torch.testing.assert_close(*scores)
 
 
 def test_copies_share_buffers_and_keep_dtype_and_shape(monkeypatch):

@@ -28,9 +28,6 @@ NORMS_7B = 65 * 4096
 # Embedding; in each layer four projections and three of the MLP; norms. The policy has a head of another 32000 x 4096.
 DECODER_7B = 32000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11008) + NORMS_7B
 POLICY_7B, CRITIC_7B = DECODER_7B + 32000 * 4096, DECODER_7B + 4096
-# Page-locked, of a rank of 8: matrices of 4096 x 11008 take the next power of two, 16 MiB; the others have that size
-# (an embedding of 32000 x 4096 nearly).
-SHARDS_7B = (32 << 20) + 32 * (4 * (4 << 20) + 3 * (16 << 20)) + 65 * 1024
 
 
 @pytest.fixture
@@ -104,10 +101,11 @@ def test_sizes_of_7b_are_those_worked_out_by_hand(folder_7b):
     rows, _ = plan(ppo_config(**flags, zero_stage=2, grad_accum_dtype="fp32"), gpus=8)
     assert rows["gradients of policy and critic"] == [0, 0] + [4 * (POLICY_7B + CRITIC_7B) // 8] * 2
 
-    for stage, gpus, waiting in [(1, 8, 2 * SHARDS_7B + (32 << 20) + 1024), (1, 1, 2 * (POLICY_7B + CRITIC_7B))]:
-        rows, host = plan(ppo_config(**flags, zero_stage=stage, offload_frozen=True), gpus)
+    whole = 2 * (POLICY_7B + CRITIC_7B)
+    for gpus, waiting in [(8, whole // 8 + 2 * (2 * NORMS_7B + 4096)), (1, whole)]:
+        rows, host = plan(ppo_config(**flags, zero_stage=1, offload_frozen=True), gpus)
         assert "weights of the reference" not in rows
-        assert rows["a frozen model at a time"] == [0, 2 * POLICY_7B if gpus == 1 else 0, 0, 0]
+        assert rows.get("a frozen model at a time") == ([0, 2 * POLICY_7B, 0, 0] if gpus == 1 else None)
         assert host["reference and reward models"] == waiting
 
     rows, host = plan(ppo_config(**flags, zero_stage=3, offload_optimizer=True, offload_frozen=True), gpus=8)

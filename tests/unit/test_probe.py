@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+import tests.varlen
 import utils.rows
 from ppo.grouped_attention import is_replaced
 from ppo.models import PolicyModel
@@ -146,6 +147,20 @@ def test_rows_that_may_not_be_joined_are_padded(monkeypatch):
     said.clear()
     assert decoding_of(lm, said) == "grouped"  # not straight through layers that differ
     assert len(said) == 1 and "straight decoding is left out" in said[0]
+
+
+def test_rows_are_padded_where_the_kernel_for_joined_ones_does_not_run(monkeypatch):
+    def attend(*_):
+        raise RuntimeError("no kernel image")
+
+    tests.varlen.on_cpu(monkeypatch)
+    lm, said = lm_of("llama"), []
+    check_forward(lm, "M", said.append)
+    assert said == [] and PolicyModel(lm).joins_rows
+    monkeypatch.setattr(utils.rows, "attend", attend)
+    check_forward(lm, "M", said.append)
+    assert len(said) == 1 and "padded, not joined" in said[0] and "no kernel image" in said[0]
+    assert not PolicyModel(lm).joins_rows
 
 
 def test_the_way_of_decoding_is_taken():

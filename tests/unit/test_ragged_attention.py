@@ -1,5 +1,10 @@
 """Triton's kernels for one new token per slot against plain loops in float64: in its interpreter where no GPU is."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -94,3 +99,18 @@ def test_new_keys_and_values_join_the_cache(heads, shared, size, dtype):
     torch.testing.assert_close(found, rotated(query), **exact)
     torch.testing.assert_close(keys, expected_keys, **exact)
     assert torch.equal(values, expected_values)
+
+
+def test_kernels_compile_for_gpus(tmp_path):
+    """Without one: Triton brings its compiler. The interpreter takes what no GPU would."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compiled_kernels"]
+    lines = subprocess.run(
+        command, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    found = [json.loads(line) for line in lines.splitlines()]
+    assert len(found) == 2 * 4
+    for kernel in found:
+        assert kernel["shared"] <= 80_000  # two programs per multiprocessor of an A100
+        assert (kernel["mma.sync"] > 0) == (kernel["kernel"] == "_attend_group")
+        assert (kernel["cp.async.c"] > 0) == kernel["kernel"].startswith("_attend")

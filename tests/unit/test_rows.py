@@ -74,12 +74,11 @@ def test_only_what_is_read_and_what_comes_before_it_is_run():
     decoder, (ids, real) = decoder_of(LLAMA_KIND["llama"]), rows()
     read = torch.zeros_like(real)
     read[0, 2] = read[2, 5] = read[2, 7] = True  # 3 and 8 tokens, and one of each row without any
-    seen = []
+    expected, seen = decoder(input_ids=ids).last_hidden_state[read], []
     decoder.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
-    torch.testing.assert_close(
-        states_of(decoder, ids, read), decoder(input_ids=ids).last_hidden_state[read], atol=1e-5, rtol=1e-5
-    )
-    assert seen[0] == (1, 3 + 1 + 8 + 1)
+    decoder.rotary_emb.register_forward_pre_hook(lambda module, args: seen.append(args[1].tolist()))
+    torch.testing.assert_close(states_of(decoder, ids, read), expected, atol=1e-5, rtol=1e-5)
+    assert seen == [(1, 3 + 1 + 8 + 1), [[0, 1, 2, 0, *range(8), 0]]]
 
 
 @pytest.mark.parametrize("name", APART)

@@ -100,5 +100,8 @@ def test_a_step_of_the_reward_model(monkeypatch, joined):
         stage = reward_stage(config, model, None, items, None)
         assert stage.length(ranked) == ranked.tokens
         assert stage.plan([3000, 3000, 2000]) == [([0, 1, 2], 1.0)]
+    batches: list[int] = []
+    lm.model.embed_tokens.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     check(engine, stage, lambda ranks: items, expected)
     check(engine, stage, lambda ranks: items[::-1], expected)
+    assert (max(batches) == 1) is joined

@@ -197,21 +197,29 @@ def test_on_a_gpu(sampling, graphs):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_chooses_kernels_on_a_gpu(dtype):
+    policy, said = policy_of().to("cuda", dtype), []
+    choose_decoding(policy, ppo_config(), "M", said.append)
+    assert policy.decoding == "ragged" and said == []
+
+
+@pytest.mark.gpu
 def test_no_step_waits_for_the_gpu():
     policy, place = policy_of().to("cuda"), torch.device("cuda")
     decoder = _Decoder(policy, PROMPTS, PLACES, [40] * 13, Sampling(), 7, token_ids(eos=-1), ROOM, place)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.no_grad():
+    with torch.no_grad():
+        while decoder.cache.live < 5:
             decoder.forward()  # over prompts
-            decoder._advance()  # compiles the kernels
-            torch.cuda.set_sync_debug_mode("default")
-            decoder._advance()  # capturing waits
-            torch.cuda.set_sync_debug_mode("error")
-            for _ in range(20):
+        try:
+            for steps in (1, 20):  # the first compiles the kernels, and capturing waits
+                torch.cuda.set_sync_debug_mode("error")
+                for _ in range(steps):
+                    decoder._advance()
+                torch.cuda.set_sync_debug_mode("default")
                 decoder._advance()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -67,14 +67,14 @@ def ends_of(device: torch.device) -> tuple[torch.Tensor, int]:
 @pytest.mark.parametrize("heads", HEADS)
 def test_output_and_gradients_are_those_of_rows_one_by_one(device, version, heads, size):
     *inputs, gradient = states(heads, size, device)
-    output = attend(*inputs, *ends_of(device), scale=0.3)
+    output = attend(*inputs, *ends_of(device), scale=0.1)
     found = torch.autograd.grad(output, inputs, gradient)
     plain = [x.detach().double().requires_grad_() for x in inputs]
-    true, _ = causal_rows(*(x[0].transpose(0, 1) for x in plain), LENGTHS, 0.3)
+    true, _ = causal_rows(*(x[0].transpose(0, 1) for x in plain), LENGTHS, 0.1)
     expected = torch.autograd.grad(true, plain, gradient[0].double())
     assert output.dtype == torch.bfloat16 and output.shape == (1, sum(LENGTHS), heads[0], size)
     for one, other in zip([output[0].detach(), *found], [true.detach(), *expected], strict=True):
-        assert float((one.double() - other).norm() / other.norm()) < 0.01
+        assert float((one.double() - other).norm() / other.norm()) < 0.02
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -87,12 +87,18 @@ def test_shapes_are_known_without_a_kernel(version, heads):
 
 
 def test_what_the_kernel_does_not_take_is_padded(monkeypatch):
-    gpu, bf16 = torch.device("cuda", 0), torch.bfloat16
-    assert not takes_varlen(torch.device("cpu"), bf16, 64)
-    assert not takes_varlen(gpu, torch.float32, 64)
+    gpu, cpu, bf16, capability = torch.device("cuda", 0), torch.device("cpu"), torch.bfloat16, [8, 0]
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
+    assert takes_varlen(gpu, bf16, 128)
+    for case in ((cpu, bf16, 128), (gpu, torch.float32, 128), (gpu, bf16, 20), (gpu, bf16, 256)):
+        assert not takes_varlen(*case)
+    capability[0] = 7
+    assert not takes_varlen(gpu, bf16, 128)
+    capability[0] = 9
     for missing in (of_2_10, None):
         monkeypatch.setattr(utils.varlen, "OPTIONS", options_of(missing))
-        assert not takes_varlen(gpu, bf16, 64)
+        assert not takes_varlen(gpu, bf16, 128)
 
 
 @pytest.mark.gpu
@@ -121,7 +127,7 @@ def rows(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 def states_and_gradient(decoder, ids: torch.Tensor, read: torch.Tensor) -> list[torch.Tensor]:
     """Of a random sum of the states, on the CPU in float64."""
     found = states_of(decoder, ids, read)
-    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(2)).to(found)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(2)).bfloat16().to(found)
     decoder.zero_grad()
     (found * weights).sum().backward()
     gradient = torch.cat([p.grad.flatten() for p in decoder.parameters()])
@@ -144,7 +150,7 @@ def test_joined_rows_are_as_near_to_float64_as_padded_ones(device, keys, checkpo
     padded = states_and_gradient(decoder, ids, read)
     for ours, theirs, other in zip(joined, padded, true, strict=True):
         error, usual = (float((x - other).norm() / other.norm()) for x in (ours, theirs))
-        assert error < 1.2 * usual < 0.05
+        assert error < 1.5 * usual < 0.05
 
 
 def test_the_ratio_begins_at_1_whatever_shares_a_forward(device):
@@ -187,7 +193,7 @@ def test_gradients_are_repeatable_where_deterministic_algorithms_are_asked_for(h
     torch.use_deterministic_algorithms(True)
     try:
         runs = [
-            torch.autograd.grad(attend(*inputs, *ends_of(torch.device("cuda")), None), inputs, gradient)
+            torch.autograd.grad(attend(*inputs, *ends_of(torch.device("cuda")), 0.1), inputs, gradient)
             for _ in range(5)
         ]
     finally:
