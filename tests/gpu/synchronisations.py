@@ -40,13 +40,15 @@ class Waits:
         """Called where the host waits. Its line is the innermost of ours, with the library's behind it."""
         if not self.counting:
             return
-        stack = [frame for frame in traceback.extract_stack() if not frame.filename.endswith("synchronisations.py")]
+        between = (__file__, warnings.__file__)
+        stack = [frame for frame in traceback.extract_stack() if frame.filename not in between]
         names = [frame.name for frame in stack]
-        own = [place for frame in stack if (place := own_place(frame))]
-        line, last = own[-1] if own else "?", stack[-1]
+        own = [(place, frame.name) for frame in stack if (place := own_place(frame))]
+        line, last = own[-1][0] if own else "?", stack[-1]
         if not own_place(last):
             line += f" ({'/'.join(Path(last.filename).parts[-2:])}:{last.lineno})"
-        phase = names[names.index("loop") + 1] if "loop" in names[:-1] else "?"
+        phases = [name for _, name in own]
+        phase = (phases[phases.index("loop") + 1 :] or ["loop"])[0] if "loop" in phases else "?"
         self.lines[phase][line] += 1
         self.parts.update(["_capture"] if "_capture" in names else [part for part in PARTS if part in names])
 
