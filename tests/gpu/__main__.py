@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import textwrap
 import time
@@ -121,6 +122,8 @@ def environment_of(options: argparse.Namespace, folder: Path) -> dict[str, str]:
         install = ["install", "-q", "--no-index", "--no-deps", "--no-compile", "--disable-pip-version-check"]
         subprocess.run([sys.executable, "-m", "pip", *install, "--target", paths[0], *wheels], check=True)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    programs = sysconfig.get_path("scripts")  # ninja, which builds CPU Adam, where this Python's are not on PATH
+    environment["PATH"] = os.pathsep.join([programs, environment.get("PATH", os.defpath)])
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if options.cpu:
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
