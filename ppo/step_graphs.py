@@ -18,8 +18,12 @@ def bucket_of(rows: int, most: int) -> int:
 
 
 def is_capturable(decoder: nn.Module) -> bool:
-    """Whether a step of this decoder may be a graph: its rotary positions do not depend on the longest sequence."""
-    return getattr(decoder.rotary_emb, "rope_type", "default") not in ("dynamic", "longrope")
+    """Whether a step of this decoder may be a graph: its rotary positions do not depend on the longest sequence.
+
+    Not with --deterministic: the deterministic `scatter` of top-p sampling copies from the host, and so ends a capture.
+    """
+    depends = getattr(decoder.rotary_emb, "rope_type", "default") in ("dynamic", "longrope")
+    return not (depends or torch.are_deterministic_algorithms_enabled())
 
 
 class StepGraphs:
@@ -61,4 +65,6 @@ class StepGraphs:
             self.graphs[rows] = graph.replay, output
         except RuntimeError as error:
             self.failed.append(graph)
+            for generator in torch.cuda.default_generators:  # else they refuse to draw: to them the capture goes on
+                generator.graphsafe_set_state(generator.clone_state())
             warnings.warn(f"decoding goes on without CUDA graphs, more slowly: {error}", stacklevel=2)

@@ -177,6 +177,31 @@ def test_the_probe_leaves_out_kernels_that_fail(recorded, on_any_device, monkeyp
     assert "ragged decoding is left out" in said[1] and "standard deviations" in said[1]
 
 
+def test_no_graphs_where_deterministic_algorithms_are_asked_for(on_any_device):
+    """Nor are there any that fail: what they leave behind would be in the way of random numbers."""
+    policy = policy_of()
+    rooms = [ppo.rollout.room_of(ppo_config(), policy.decoder, torch.device("cpu"))]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        rooms.append(ppo.rollout.room_of(ppo_config(), policy.decoder, torch.device("cpu")))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [(room.ragged, room.graphs) for room in rooms] == [(True, True), (True, False)]
+
+
+@pytest.mark.gpu
+def test_random_numbers_after_a_capture_that_failed(monkeypatch):
+    monkeypatch.setattr(StepGraphs, "failed", [])
+    graphs, x = StepGraphs(), torch.ones(2, device="cuda")
+    torch.cuda.manual_seed(3)
+    expected = torch.rand(4, device="cuda")
+    torch.cuda.manual_seed(3)
+    with pytest.warns(UserWarning, match="without CUDA graphs"):
+        for _ in range(3):  # .item() waits for the GPU, which ends a capture
+            assert graphs.run(2, lambda: x * x.sum().item()).tolist() == [2.0, 2.0]
+    assert len(StepGraphs.failed) == 1 and torch.equal(torch.rand(4, device="cuda"), expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("sampling", [Sampling(), EVALUATION], ids=["plain", "penalty and nucleus"])
 @pytest.mark.parametrize("graphs", [False, True], ids=["kernels", "graphs"])
