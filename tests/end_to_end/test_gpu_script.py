@@ -1,5 +1,6 @@
 """tests/gpu.sh on a CPU: every check at toy sizes; and what the runner makes of checks that fail, die or hang."""
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -7,6 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+import tests.gpu.__main__ as runner
 from tests.tiny_run import REPOSITORY, clean_environment, read_lines
 
 FIGURES = {  # what each check must have found out, at the least
@@ -74,3 +78,11 @@ def test_checks_that_fail_die_or_hang_leave_a_line_and_no_process(tmp_path):
     assert "its limit of" in rows["demo"]["error"] and rows["demo"]["figures"] == {"before": 1}
     assert 'demo.py", line 5 in check' in (out / "gpu.log").read_text()  # where it was when it was ended
     assert not subprocess.run(["pgrep", "-f", "sleep 987654"], capture_output=True).stdout
+
+
+@pytest.mark.parametrize("path", ["", os.environ["PATH"]], ids=["no git", "no repository"])
+def test_the_header_where_there_is_no_commit(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.setenv("COMMIT", "abc")
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    assert runner.header(argparse.Namespace(cpu=True))["commit"] == "abc"

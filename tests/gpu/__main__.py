@@ -166,14 +166,16 @@ def append(file: Path, text: str) -> None:
 
 def header(options: argparse.Namespace) -> dict:
     """The first line of gpu.jsonl: what was run, on what, when."""
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
-    versions = {}
+    commit, versions = os.environ.get("COMMIT"), {}
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git here, or no repository
+        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
         "card": "CPU" if options.cpu else card(), "versions": versions, "python": sys.version.split()[0],
-        "commit": git.stdout.strip() or os.environ.get("COMMIT"), "command": sys.argv[1:],
+        "commit": commit, "command": sys.argv[1:],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
 

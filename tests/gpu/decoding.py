@@ -77,6 +77,8 @@ def measure_ways(
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
             report.expect(out_of_memory, f"{setting}: {way} fails: {type(error).__name__}")
             continue
+        plain = bool(flags.get("graphs") and StepGraphs.failed)
+        report.expect(not plain, f"{setting}: graphs cannot be made; the figures of {way} are those of plain calls")
         live = sum(start.lengths) + shape[0] * (steps // 2 + 3)
         figures[way] = more | {
             "ms": 1e3 * timing.device, "spread": timing.spread, "host_ms": 1e3 * timing.host,
