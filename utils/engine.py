@@ -19,7 +19,6 @@ if not on_gpu():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed probes for accelerators when it is imported
 
 import deepspeed
-import psutil
 from deepspeed.runtime.zero import unwrap_model_for_generation
 from torch import nn
 
@@ -33,6 +32,7 @@ from utils.engine_state import load_state, scale_weight, state_tensors
 from utils.errors import UserError
 from utils.export import saved_tensors
 from utils.host_copies import host_copies
+from utils.host_memory import free_host_memory
 from utils.shared_state import SharedState
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -318,11 +318,11 @@ def whole_parameter(parameter: torch.Tensor):
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take on its device (host memory is shared by the ranks of a node)."""
+    """Bytes that this process may still take on its device: of its GPU, else of host memory."""
     if device().type == "cuda":
         # What PyTorch's allocator keeps for itself is free to us too.
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return free_host_memory()
 
 
 def splits_frozen(zero_stage: int, ranks: int) -> bool:
