@@ -104,7 +104,7 @@ def deepspeed_config(config: EngineConfig, offload_weights: bool = False) -> dic
         "bf16": {"enabled": config.dtype == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32" if config.adds_up_in_float32 else config.dtype},
         "steps_per_print": 10**9,
-        "timers": {"throughput": {"enabled": False}},  # which waits for the GPU at every forward and step
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU at every forward and step
     }
 
 
@@ -331,7 +331,7 @@ def splits_frozen(zero_stage: int, ranks: int) -> bool:
 
 
 def device_room() -> int | None:
-    """Bytes that may still be taken on the GPU of every rank, the least of all: ROOM of it less what is in use.
+    """Bytes that each rank may still take on its GPU: ROOM of its memory less what is in use, the least over ranks.
 
     None on a CPU. Collective.
     """
@@ -357,7 +357,7 @@ def shard_frozen(module: nn.Module, config: EngineConfig, offload: bool = False)
     # It replaces torch.nn.functional.linear in the whole process, which only training under ZeRO-3 gains from.
     settings["zero_optimization"]["memory_efficient_linear"] = config.zero_stage == 3
     layers = layers_of(module)
-    for layer in layers:  # not each matrix by itself; and which experts are called inside depends on a rank's tokens
+    for layer in layers:  # gathered as a whole: which experts are called inside depends on a rank's tokens
         deepspeed.utils.set_z3_leaf_module(layer, True)
     next_layer = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=BUCKET)
     settings["zero_optimization"]["stage3_prefetch_bucket_size"] = next_layer

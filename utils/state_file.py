@@ -22,7 +22,7 @@ def new_buffer(pinned: bool) -> torch.Tensor:
 def file_pieces(tensors: dict[str, torch.Tensor], buffers: Iterator[torch.Tensor]) -> Iterator[bytes | torch.Tensor]:
     """Yields the content of a safetensors file, header first, then the data, each piece in the next buffer.
 
-    tensors: contiguous, on any device. buffers: uint8 in host memory. A buffer may come again once its piece is used.
+    tensors: contiguous, on any device. buffers: uint8 in host memory. A buffer may be used again after its piece.
     """
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so that each starts aligned
     devices = {x.device for x in tensors.values() if x.is_cuda}
