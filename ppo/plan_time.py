@@ -11,9 +11,8 @@ from ppo.config import PPOConfig
 LAUNCHES = 23  # kernels of a decoder layer in a forward
 CPU_ADAM = 1e9  # parameters that one process's CPU Adam steps per second; not measured yet
 DISK = 2e9  # bytes per second that a node writes; not measured yet
-STEP_BYTES = (
-    30  # that an optimizer step moves per parameter: weight and two moments, read and written; gradients; bf16 weight
-)
+# That an optimizer step moves per parameter: weight and two moments, read and written; gradients; bf16 weight.
+STEP_BYTES = 30
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def check(toy: bool, report: Report) -> None:
 
 
 def runs(rank: int, port: str, *flags: list[str]) -> None:
-    """What each rank does: tiny runs, one after the other in the same group."""
+    """The work of each rank: tiny runs, one after the other in the same group."""
     join(rank, port)
     for each in flags:
         run = build(parse_args(PPOConfig, each, PRESETS, AMOUNTS))

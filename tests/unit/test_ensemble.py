@@ -82,7 +82,7 @@ def test_rules_by_hand(rule, expected):
 
 
 def check_offload(place: str) -> None:
-    """Holds a model that waits against its twin: device, values and scores, over two turns."""
+    """Compares an offloaded model with a copy that is not: device, values and scores, over two uses."""
     device = torch.device(place)
     model, twin = (tiny_scalar_model(vocab=VOCAB).requires_grad_(False).to(device) for _ in range(2))
     waiting = Frozen(model, offload=True)
