@@ -162,7 +162,7 @@ def _json(content) -> bytes:
 
 
 def _problem(function: Callable, *arguments) -> str | None:
-    """Runs it; what the disk had to say against it."""
+    """Runs a function; returns why the disk failed it, None where it did not."""
     try:
         function(*arguments)
     except OSError as error:
@@ -242,7 +242,7 @@ def all_checkpoints(folder: str) -> list[tuple[int, str]]:
 
 
 def save_batches(path: str, batches: tuple) -> str | None:
-    """Writes the tensors of dataclasses to one file, for a person to look at; returns what the disk had against it."""
+    """Writes the tensors of dataclasses to one file, for a person to look at; returns why that failed, else None."""
     tensors = {f.name: getattr(batch, f.name).contiguous() for batch in batches for f in fields(batch)}
 
     def write() -> None:
