@@ -89,8 +89,7 @@ class Frozen:
         self._waiting: list[tuple[nn.Parameter, torch.Tensor]] = []
         if self.offload:
             parameters = list(self.model.parameters())
-            copies = host_copies(parameters, pinned=device().type == "cuda")
-            self._waiting = list(zip(parameters, copies, strict=True))
+            self._waiting = list(zip(parameters, host_copies(parameters), strict=True))
             self._leave()
 
     @contextlib.contextmanager

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from utils.distributed import gather_objects, is_main, rank
-from utils.engine import TrainEngine, device
+from utils.engine import TrainEngine
 from utils.engine_state import num_bytes
 from utils.host_memory import fits_on_host
 from utils.random_state import random_state
@@ -117,14 +117,14 @@ class CheckpointWriter:
             with contextlib.suppress(RuntimeError):  # not all free memory can be pinned everywhere
                 return {name: list(file_pieces(values, buffers)) for name, values in named.items()}, True
             self._copies.clear()
-        buffers = repeat(new_buffer(_pinned()))
+        buffers = repeat(new_buffer())
         return {name: file_pieces(values, buffers) for name, values in named.items()}, False
 
     def _buffers(self) -> Iterator[torch.Tensor]:
         """Yields the buffers kept from the last checkpoint, then new ones."""
         yield from list(self._copies)
         while True:
-            self._copies.append(new_buffer(_pinned()))
+            self._copies.append(new_buffer())
             yield self._copies[-1]
 
     def _conclude(self, writing: Writing, share: Share, began: float) -> None:
@@ -151,10 +151,6 @@ class CheckpointWriter:
         writing.say(
             f"warning: the checkpoint of step {writing.step} was not saved: {problem}; older ones are as they were"
         )
-
-
-def _pinned() -> bool:
-    return device().type == "cuda"
 
 
 def _json(content) -> bytes:

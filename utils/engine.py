@@ -364,6 +364,6 @@ def shard_frozen(module: nn.Module, config: EngineConfig, offload: bool = False)
     sharded, *_ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)
     if offload:
         shards = [parameter.ds_tensor for parameter in module.parameters()]
-        for shard, held in zip(shards, host_copies(shards, pinned=device().type == "cuda"), strict=True):
+        for shard, held in zip(shards, host_copies(shards), strict=True):
             shard.data = held
     return sharded
