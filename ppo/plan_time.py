@@ -131,15 +131,14 @@ class _Run:
         config, card, rows, response = self.config, self.card, self.rows, self.config.maxlen_res
         prompt = config.maxlen_prompt - response
         flops = policy.flops(rows, prompt, 1)
-        prefill = slowest(
-            matrix_products=flops / card.rate(config.dtype), launches=self.launches(policy, self.forwards(rows))
-        )
+        launches = self.launches(policy, self.forwards(rows))
+        prefill = slowest(matrix_products=flops / card.rate(config.dtype), launches=launches)
         steps, weights = -int(-rows // slots) * response, self.element * (policy.body + policy.head)
         cache = rows * response * (prompt + response / 2) * policy.token
         captured = policy.captured and (config.zero_stage < 3 or config.gather_for_generation != "never")
         times = {
             "memory": (steps * weights + cache) / (card.bandwidth * card.bandwidth_share),
-            "launches": self.card.launch * steps if captured else self.launches(policy, steps),
+            "launches": card.launch * steps if captured else self.launches(policy, steps),
             "matrix_products": policy.flops(rows * response, 1, 1) / card.rate(config.dtype),
         }
         if config.zero_stage == 3:
@@ -147,10 +146,8 @@ class _Run:
             times["gathering_weights"] = gathers * self.between(self.element * policy.numel)
         decoding = slowest(**times)
         floor = (response * weights + cache) / card.bandwidth
-        return [
-            Phase("prompts", prefill[0], self.sheet(flops), prefill[1]),
-            Phase("new tokens", decoding[0], floor, decoding[1]),
-        ]
+        prompts = Phase("prompts", prefill[0], self.sheet(flops), prefill[1])
+        return [prompts, Phase("new tokens", decoding[0], floor, decoding[1])]
 
     def score(self, policy: Work, critic: Work, rewards: list[Work]) -> Phase:
         """A forward of each model. Frozen ones are split over ranks from ZeRO-1 on, and gathered layer by layer."""
@@ -191,12 +188,8 @@ class _Run:
         if config.offload_optimizer:
             step = share / CPU_ADAM + share * (4 + self.element) / (card.host * card.host_share)
         rest = steps * (exchanged + step)
-        return Phase(
-            "update",
-            seconds + rest,
-            self.sheet(3 * flops) + steps * moved,
-            bound if seconds > rest else "optimizer steps",
-        )
+        bound = bound if seconds > rest else "optimizer steps"
+        return Phase("update", seconds + rest, self.sheet(3 * flops) + steps * moved, bound)
 
 
 def table(config: PPOConfig, found: list[Phase], saved: Phase) -> str:
@@ -204,9 +197,8 @@ def table(config: PPOConfig, found: list[Phase], saved: Phase) -> str:
     rows = [*found, Phase("a buffer", sum(p.seconds for p in found), sum(p.floor for p in found), "")]
     if every := config.checkpoint_per_step:
         rows.append(replace(saved, bound=f"{saved.bound}, every {every} buffers"))
-    lines = [
-        f"Seconds of a buffer on {config.plan_gpu} (all texts at full length; data sheet's shares not measured yet)"
-    ]
-    lines.append(f"{'':14}{'seconds':>10}{'floor':>10}   bound by")
-    lines += [f"{p.name:14}{p.seconds:10.2f}{p.floor:10.2f}   {p.bound}".rstrip() for p in rows]
-    return "\n".join(lines)
+    title = (
+        f"Seconds of a buffer on {config.plan_gpu} (all texts at full length; shares of the data sheet not measured)"
+    )
+    lines = [f"{p.name:14}{p.seconds:10.2f}{p.floor:10.2f}   {p.bound}".rstrip() for p in rows]
+    return "\n".join([title, f"{'':14}{'seconds':>10}{'floor':>10}   bound by", *lines])
