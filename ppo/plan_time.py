@@ -198,7 +198,7 @@ def table(config: PPOConfig, found: list[Phase], saved: Phase) -> str:
     if every := config.checkpoint_per_step:
         rows.append(replace(saved, bound=f"{saved.bound}, every {every} buffers"))
     title = (
-        f"Seconds of a buffer on {config.plan_gpu} (all texts at full length; shares of the data sheet not measured)"
+        f"Seconds of a buffer on {config.plan_gpu} (texts of full length; shares of the data sheet not measured yet)"
     )
     lines = [f"{p.name:14}{p.seconds:10.2f}{p.floor:10.2f}   {p.bound}".rstrip() for p in rows]
     return "\n".join([title, f"{'':14}{'seconds':>10}{'floor':>10}   bound by", *lines])

@@ -25,7 +25,7 @@ def is_capturable(decoder: nn.Module) -> bool:
 class StepGraphs:
     """Graphs of one rollout's steps. They share memory, which is freed with this object."""
 
-    failed: ClassVar[list] = []  # captures in all rollouts; kept alive, as PyTorch's allocator refers to them
+    failed: ClassVar[list] = []  # captures, of all rollouts; kept alive, as PyTorch's allocator refers to them
 
     def __init__(self):
         self.graphs: dict[int, tuple[Callable[[], None], torch.Tensor]] = {}
@@ -36,7 +36,7 @@ class StepGraphs:
         """Runs step() on this number of rows, from the second time on as a graph. The output is valid until the next.
 
         The first time is a plain call, which compiles and loads kernels. step must not depend on anything that the host
-        changes between calls. After a capture has failed, all runs are plain calls.
+        changes between calls. After a capture has failed, no more are made.
         """
         if rows in self.warm and rows not in self.graphs and not self.failed:
             self._capture(rows, step)
