@@ -34,7 +34,7 @@ def config_of(sizes: Sizes) -> LlamaConfig:
 
 
 def random_lm(sizes: Sizes, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> PreTrainedModel:
-    """A causal LM of these sizes. attention: transformers' name of an implementation, its own choice unless told."""
+    """A causal LM of these sizes. attention: an implementation by its transformers name; None: transformers' choice."""
     return _random(AutoModelForCausalLM, sizes, dtype, device, attention)
 
 

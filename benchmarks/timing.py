@@ -1,4 +1,4 @@
-"""Times and rates: what a function takes on its device and on the host, its peak memory, its kernels; two rates.
+"""Measures time on the device and on the host, peak memory, kernels, and the rates of matrix products and copies.
 
 Device times come from CUDA events once the process uses CUDA, else from the clock. Imports torch alone, as TRL's side
 of a comparison uses it too. Figures are medians; a spread is (largest - smallest) / median.
@@ -28,7 +28,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Kernel:
-    """All runs of one kernel, on a CPU of one operation: its name, how many, their seconds together."""
+    """All runs of one kernel (on a CPU, of one operation): its name, their number, their total seconds."""
 
     name: str
     count: int
@@ -36,7 +36,7 @@ class Kernel:
 
 
 def wait() -> None:
-    """Waits until the device has done what it was given."""
+    """Waits until the device has finished its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
@@ -100,7 +100,7 @@ def peak_of(function: Callable, *args, **kwargs) -> tuple:
 
 
 def kernels(function: Callable[[], object]) -> tuple[list[Kernel], int]:
-    """(what the device ran during one call, the longest together first; how often the host launched something)."""
+    """(the kernels of one call, by total time, longest first; number of launches by the host)."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_initialized():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -118,7 +118,7 @@ def kernels(function: Callable[[], object]) -> tuple[list[Kernel], int]:
 
 
 def busy_seconds(function: Callable[[], object], calls: int = 10) -> float:
-    """Seconds per call that the device works, without what it waits for the host in between."""
+    """Seconds per call that the device works, without its waits for the host in between."""
     function()
     found, _ = kernels(lambda: [function() for _ in range(calls)])
     return sum(kernel.seconds for kernel in found) / calls

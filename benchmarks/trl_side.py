@@ -21,7 +21,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 
 class Turns(TrainerCallback):
-    """Makes the trainer wait before each update but the first; tells its seconds, and at the end the peak of memory."""
+    """Makes the trainer wait before each update but the first; sends its seconds, and at the end its peak memory."""
 
     def __init__(self, connection: Connection):
         self.connection = connection

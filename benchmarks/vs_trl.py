@@ -123,16 +123,22 @@ def parser_of() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=3, help="counted steps of each side")
-    parser.add_argument("--threads", type=int, default=2, help="of each side; one works while the other waits")
-    parser.add_argument("--apart", action="store_true", help="where the memory of both sides does not fit the device")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="CPU threads of each side; one works while the other waits"
+    )
+    parser.add_argument(
+        "--apart", action="store_true", help="run one side after the other: for devices without memory for both"
+    )
     parser.add_argument("--model", choices=list(MODELS), default="58M", help="sizes of the four models")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="of a step")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="prompts per step")
     parser.add_argument("--response", type=int, default=RESPONSE, help="tokens of each response")
     parser.add_argument("--micro_batch_tokens", type=int, default=2048, help="tokens of our forwards")
     add_dtype(parser)
     parser.add_argument("--gradient_checkpoint", action="store_true", help="on both sides (TRL's default, not ours)")
     parser.add_argument("--reuse_sampler_logprobs", action="store_true", help="ours too, as TRL does (not our default)")
-    parser.add_argument("--trl_dtype", choices=["float32", "bfloat16"], default="float32", help="of what TRL trains")
+    parser.add_argument(
+        "--trl_dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the models that TRL trains"
+    )
     parser.add_argument("--trl_batch", type=int, choices=[1, 2, 4, 8], default=8, help="samples of a forward of TRL")
     parser.add_argument("--trl_rollout_batch", type=int, help="the same while it generates and scores")
     parser.add_argument("--environment", type=Path, default=REPOSITORY / "outputs" / "trl_env")

@@ -10,11 +10,10 @@ def gae(
 
     δ_t = R_t + γ V_next - V_t, A_t = δ_t + γ λ A_next, where next is the next *response* token: what lies in a gap or
     in the padding is never read, and after the last token V and A are 0. All [batch, length]; returns = A + V.
-    In float64 inside. A few dozen operations whatever the length: after pass k of log2(longest response), A_t is the
-    sum over the next 2^k tokens.
+    Computed in float64, in about log2(longest response) passes: after pass k, A_t is the sum over the next 2^k tokens.
     """
-    width = max(1, int(response_mask.sum(1).max()))  # of the longest response: all that is computed on
-    order = (~response_mask).byte().argsort(dim=1, stable=True)[:, :width]  # its tokens first, one after the other
+    width = max(1, int(response_mask.sum(1).max()))  # of the longest response
+    order = (~response_mask).byte().argsort(dim=1, stable=True)[:, :width]  # response tokens first, in order
     inside = response_mask.gather(1, order)
     rewards, values = (torch.where(inside, x.double().gather(1, order), 0.0) for x in (rewards, values))
     advantages = rewards - values

@@ -84,8 +84,9 @@ class PPOConfig(RewardFlags, RouterFlags, RunFlags):
     ppo_epochs: int = 1
     """Passes over each buffer"""
     rollout_batch_size: Literal["auto"] | int = "auto"
-    """Sequences decoded at once, a device (slots: where one ends, the next prompt begins): speed and memory only. auto:
-    on a GPU as many as fit the memory that is free once all models are loaded, up to one a prompt; on a CPU 32"""
+    """Sequences decoded at once per device (slots: where one ends, the next prompt begins): speed and memory only.
+    auto: on a GPU as many as fit in the memory that is free once all models are loaded, at most one per prompt; on a
+    CPU 32"""
     rollout_cache_tokens: int = 0
     """Tokens that their key-value cache may hold, a device: takes fewer slots where they would need more, at least
     one; 0: no such limit"""
@@ -200,14 +201,14 @@ class PPOConfig(RewardFlags, RouterFlags, RunFlags):
     """ZeRO-3: gather the policy once a rollout; auto: when it fits"""
 
     plan: bool = False
-    """Print where the memory of this run would go and how long each phase would take, from config.json of its models
-    alone, and end"""
+    """Print how much memory each part of this run would take and how long each phase would last, from config.json of
+    its models alone, and exit"""
     plan_gpus: int = 0
     """GPUs of the plan; 0: as many as there are processes"""
     plan_gpu: Literal["a100", "h100", "h200", "4090"] = "a100"
-    """Card that the plan is made for"""
+    """GPU that the plan is made for: its memory and its rates"""
     plan_gpu_memory: float = 0.0
-    """GiB of each of them; 0: what that card has"""
+    """GiB of memory of each GPU of the plan; 0: the memory of --plan_gpu"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

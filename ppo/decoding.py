@@ -34,9 +34,9 @@ class Room:
     straight: bool = False
     """New tokens go through the layers without the model's own forward: ppo/new_token.py"""
     ragged: bool = False
-    """These read each slot's own columns by the kernels of ppo/ragged_attention.py; with `straight`"""
+    """New tokens attend to their slot's own columns by the kernels of ppo/ragged_attention.py; needs `straight`"""
     graphs: bool = False
-    """Steps are CUDA graphs: ppo/step_graphs.py; with `ragged`"""
+    """Decoding steps run as CUDA graphs (ppo/step_graphs.py); needs `ragged`"""
 
 
 @torch.no_grad()
@@ -46,8 +46,8 @@ def decode_all(
 ) -> list[torch.Tensor]:  # fmt: skip
     """One response a prompt, its end included, of at most limits[i] tokens. decode: the policy, called with `decode=`.
 
-    together: every rank does the same number of forwards, until the last response of all ranks has ended. watch: gets
-    the logits [slots, vocabulary] that tokens are drawn from, at each forward; they last until the next.
+    together: every rank does the same number of forwards, until the last response of all ranks has ended. watch: is
+    called after each forward with the logits [slots, vocabulary] of its tokens, which are valid until the next.
     """
     decoder = _Decoder(decode, prompts, places, limits, sampling, seed, tokenizer, room, device)
     decoder.watch = watch
@@ -142,7 +142,7 @@ class _Decoder:
             self._idle(slice(self.cache.live, live))
 
     def _idle(self, rows: slice) -> None:
-        """Marks slots as not in use. Where they fill up a bucket they draw too, behind all that any response holds."""
+        """Marks slots as not in use. As rows of a graph they draw tokens too, which go behind the longest response."""
         self.slots["count"][rows], self.slots["ended"][rows] = self.tokens.shape[1] - 1, True
 
     def _next_prompts(self, free: int) -> tuple[list[int], list[list[int]], list[int]]:
@@ -197,7 +197,7 @@ class _Decoder:
         self._show(self._step(slice(0, live), mask))
 
     def _step(self, rows: slice, mask: torch.Tensor | None) -> torch.Tensor:
-        """A token for each of these slots. Without a mask all that it reads is on the device. Returns the logits."""
+        """Draws a token for each of these slots; returns the logits. mask None: kernels read it from the device."""
         positions = self.slots["start"][rows] + self.slots["count"][rows] - 1
         logits = self._logits(self.slots["last"][rows, None], mask, positions[:, None], self.room.straight)
         self._draw(rows, logits)
@@ -210,7 +210,7 @@ class _Decoder:
     def _logits(
         self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, straight: bool = False
     ) -> torch.Tensor:
-        """Of the last position. [batch, vocabulary]."""
+        """Returns the logits of the last position: [batch, vocabulary]."""
         return self.decode(
             decode={
                 "input_ids": ids, "attention_mask": mask, "position_ids": positions,

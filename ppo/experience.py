@@ -101,7 +101,7 @@ def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:
 
 
 def as_floats(values: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Scalars as Python's numbers: a GPU is asked once for all of them."""
+    """Converts scalars to Python floats, with one copy from the device for all of them."""
     return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
 

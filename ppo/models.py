@@ -48,7 +48,7 @@ class PolicyModel(nn.Module):
         self.even_tokens = even_tokens
         self.router_coef = router_coef
         self.decoding = DECODING[0]
-        self.slots = AUTO_SLOTS  # of --rollout_batch_size auto
+        self.slots = AUTO_SLOTS  # slots under --rollout_batch_size auto
 
     def forward(
         self, sequences=None, token_mask=None, temperature: float = 1.0, with_entropy: bool = True, decode=None,
@@ -156,12 +156,12 @@ def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print
     critic = TrainEngine(critic_model, config, "critic")
     if config.compile:
         judges = [member.model.model for member in reward.members] if reward else []
-        # The weights of split models come and go inside a layer.
+        # Not split models: their layers gather and release weights within a forward.
         for model in (lm, critic_model, *(() if split else (reference.model, *judges))):
             compile_layers(model)
     return Models(policy, critic, reference, reward)
 
 
 def _freeze(model: nn.Module, config: PPOConfig) -> Frozen:
-    whole = not splits_frozen(config.zero_stage, world_size())  # of a split model, the engine keeps the shards
+    whole = not splits_frozen(config.zero_stage, world_size())  # else the engine moves its shards
     return Frozen(shard_frozen(model, config, config.offload_frozen), config.offload_frozen and whole)

@@ -1,9 +1,9 @@
 """One new token a slot through a decoder of LLaMA's kind: the products, and little else.
 
-While decoding, what stands around the products decides: transformers makes some fifty small operations a layer, each a
-launch on a GPU, and masks and wrappers around the layers. Here there are about twenty (sixteen with the kernels of
-ppo/ragged_attention.py), and the same numbers but for rounding. Other architectures, windows and attention kernels, and
-weights that ZeRO-3 leaves split, go through the model's own forward.
+In decoding, the small operations around the matrix products decide the time. transformers runs about fifty per layer,
+each a kernel launch on a GPU, besides masks and wrappers. Here a layer runs about twenty (sixteen with the kernels of
+ppo/ragged_attention.py), with the same numbers but for rounding. Other architectures, windows and attention kernels,
+and weights that ZeRO-3 leaves split, go through the model's own forward.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ def goes_straight(config) -> bool:
 
 
 def goes_ragged(decoder: nn.Module) -> bool:
-    """Whether the kernels of ppo/ragged_attention.py serve this decoder: on a recent GPU, with Triton."""
+    """Whether the kernels of ppo/ragged_attention.py can run this decoder: on a GPU from Ampere on, with Triton."""
     place = next(decoder.parameters()).device
     if place.type != "cuda" or not goes_straight(decoder.config) or importlib.util.find_spec("triton") is None:
         return False
@@ -39,7 +39,7 @@ def new_token_states(
     """The decoder's states of one new token a slot, which joins the cache: [slots, hidden].
 
     ids, positions: [slots, 1]. mask: bool [slots, columns], or int64 [1, 1, 1, slots], the columns of each slot. None:
-    the kernels of ppo/ragged_attention.py read those that the cache has told the device.
+    the kernels of ppo/ragged_attention.py attend to the columns from `cache.first` to `cache.newest`.
     """
     hidden = decoder.embed_tokens(ids.squeeze(1))
     angles = decoder.rotary_emb(hidden, positions)
@@ -60,7 +60,10 @@ def new_token_states(
 
 
 def _by_pytorch(cache: SlotCache, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor) -> Callable:
-    """A layer's attention of query, key and value, [slots, heads, size] each, which are not rotated yet."""
+    """Returns a function that gives a layer's attention: [slots, heads, size].
+
+    It takes the layer's attention module, and query, key and value, [slots, heads, size] each, before rotation.
+    """
     sin = sin[..., : sin.shape[-1] // 2]
     if mask.dtype == torch.int64:
         attend, seen = by_slots, mask.flatten().tolist()
@@ -78,7 +81,7 @@ def _by_pytorch(cache: SlotCache, cos: torch.Tensor, sin: torch.Tensor, mask: to
 
 
 def _by_kernels(cache: SlotCache, cos: torch.Tensor, sin: torch.Tensor) -> Callable:
-    """As `_by_pytorch`."""
+    """As `_by_pytorch`, with the kernels of ppo/ragged_attention.py."""
     from ppo.ragged_attention import append_rotated, attend
 
     def attended(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -43,13 +43,13 @@ class Sizes:
 
 
 def plan(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
-    """({what: bytes in each of PHASES} of a GPU, {what: bytes} of host memory a process)."""
+    """({what: bytes in each of PHASES} per GPU, {what: bytes} of host memory per process)."""
     rows, host = beside_passes(config, gpus)
     return rows | pass_rows(config, planned_sizes(config, gpus)), host
 
 
 def beside_passes(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
-    """What `plan` gives, without the key-value cache and activations, which depend on `Sizes`."""
+    """The rows and host memory of `plan` without the key-value cache and activations, which depend on `Sizes`."""
     stage, dtype = config.zero_stage, DTYPES[config.dtype]
     element = dtype.itemsize
     policy, critic, rewards = models_of(config)
@@ -94,9 +94,9 @@ def beside_passes(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
 
 
 def choose_sizes(config: PPOConfig, gpus: int, rows: Rows, free: int) -> Sizes:
-    """What the flags say, or where they are auto, what memory says.
+    """The sizes that the flags give, or where they are auto, the largest that fit in memory.
 
-    rows: of `beside_passes`; free: bytes of the card beside what they hold in every phase.
+    rows: of `beside_passes`; free: bytes of the card beside what these rows take in every phase.
     """
     policy, critic, _ = models_of(config)
 
@@ -117,13 +117,13 @@ def choose_sizes(config: PPOConfig, gpus: int, rows: Rows, free: int) -> Sizes:
 
 
 def planned_sizes(config: PPOConfig, gpus: int) -> Sizes:
-    """On the card of the plan."""
+    """The sizes on the card of the plan."""
     rows, _ = beside_passes(config, gpus)
     return choose_sizes(config, gpus, rows, int(ROOM * card_bytes(config)) - sum(map(min, rows.values())))
 
 
 def fit_to_memory(config: PPOConfig, models: Models, say: Callable[[str], None]) -> None:
-    """Settles flags that are auto, once all models are loaded and before anything has run. Collective."""
+    """Chooses what flags leave to auto, once models are loaded and before the first forward. Collective."""
     free = device_room() if "auto" in (config.rollout_batch_size, config.gradient_checkpoint) else None
     if free is not None:
         no_sizes = Sizes(AUTO_SLOTS, (0, 0))
@@ -131,7 +131,7 @@ def fit_to_memory(config: PPOConfig, models: Models, say: Callable[[str], None])
 
 
 def measured_sizes(config: PPOConfig, models: Models, free: int) -> Sizes:
-    """On a card with so many bytes free before the first step, which makes Adam's moments."""
+    """The sizes on a card with so many bytes free before the first optimizer step, which allocates Adam's moments."""
     refuse_eager(models.policy.module.lm.config)
     gpus, trained = world_size(), [model.numels for model in models_of(config)[:2]]
     rows, _ = beside_passes(config, gpus)
@@ -139,7 +139,7 @@ def measured_sizes(config: PPOConfig, models: Models, free: int) -> Sizes:
 
 
 def say_sizes(config: PPOConfig, models: Models, sizes: Sizes, say: Callable[[str], None]) -> None:
-    """Gives the sizes to the models, aloud."""
+    """Hands the sizes to the models and prints them."""
     if config.rollout_batch_size == "auto":
         models.policy.module.slots = sizes.slots
         say(f"--rollout_batch_size auto: {sizes.slots} sequences are decoded at once on each GPU")
@@ -149,7 +149,7 @@ def say_sizes(config: PPOConfig, models: Models, sizes: Sizes, say: Callable[[st
 
 
 def pass_rows(config: PPOConfig, sizes: Sizes) -> Rows:
-    """The rows of what passes through the models: cache and activations."""
+    """The rows of the key-value cache and of activations."""
     policy, critic, rewards = models_of(config)
     cache = cache_bytes(policy.decoder.config, DTYPES[config.dtype].itemsize) * columns_for(config.maxlen_prompt)
     tokens = tokens_of(config)
@@ -160,18 +160,18 @@ def pass_rows(config: PPOConfig, sizes: Sizes) -> Rows:
 
 
 def tokens_of(config: PPOConfig) -> int:
-    """Of the largest forward."""
+    """Tokens of the largest forward."""
     return max(config.micro_batch_tokens, config.maxlen_prompt)
 
 
 def prefill_peak(config: PPOConfig, policy: Shapes, slots: int) -> int:
-    """Of a forward over prompts."""
+    """Bytes of activations in a forward over prompts."""
     length = config.maxlen_prompt - config.maxlen_res
     return peak_bytes(policy.decoder, min(slots, max(1, config.micro_batch_tokens // length)), length, backward=False)
 
 
 def slot_bytes(config: PPOConfig, model: PretrainedConfig) -> int:
-    """Of one slot: its keys and values, of which one layer's may be copied, its logits, its random numbers."""
+    """Bytes of one slot: keys and values, a copy of one layer's, logits and random numbers."""
     text, element = model.get_text_config(), DTYPES[config.dtype].itemsize
     layers = text.num_hidden_layers
     cache = cache_bytes(model, element) * columns_for(config.maxlen_prompt) * (layers + 1) // layers
@@ -179,12 +179,12 @@ def slot_bytes(config: PPOConfig, model: PretrainedConfig) -> int:
 
 
 def card_bytes(config: PPOConfig) -> float:
-    """Memory of the card that the plan is for."""
+    """Bytes of memory of the card that the plan is for."""
     return GIB * (config.plan_gpu_memory or CARDS[config.plan_gpu].memory)
 
 
 def host_bytes(config: PPOConfig, states: int, frozen: int, policy: int) -> dict[str, int]:
-    """Host memory of a process beside Python and its libraries. Gradients of offloaded optimizers are float32 there."""
+    """Host memory of a process beside Python and libraries. Gradients of offloaded optimizers are float32 there."""
     rows = {"final/ being written (first process alone)": policy}
     if config.offload_optimizer:
         rows["optimizer, with float32 gradients"] = states + states // 3
@@ -194,7 +194,7 @@ def host_bytes(config: PPOConfig, states: int, frozen: int, policy: int) -> dict
 
 
 def print_plan(config: PPOConfig) -> None:
-    """The table, and whether it fits a card of --plan_gpu_memory GiB. Printed by the first process alone."""
+    """Prints tables of memory and time, and whether the run fits its card. The first process alone prints."""
     if int(os.environ.get("RANK", "0")):
         return
     gpus = config.plan_gpus or int(os.environ.get("WORLD_SIZE", "1"))
@@ -214,12 +214,9 @@ def print_plan(config: PPOConfig) -> None:
     for what, size in host.items():
         print(f"{what:46}{size / GIB:10.2f}")
     print("\n" + verdict(config, gpus, totals))
-    seconds = phases(
-        config, gpus, policy.work, critic.work, [m.work for m in rewards], sizes.slots, sum(recomputed) / sum(layers)
-    )
-    every = config.checkpoint_per_step
-    saved = checkpoint(config, gpus, policy.work, critic.work) if every else None
-    print("\n" + table(seconds, saved, every, config.plan_gpu))
+    trained, judges = (policy.work, critic.work), [model.work for model in rewards]
+    seconds = phases(config, gpus, *trained, judges, sizes.slots, sum(recomputed) / sum(layers))
+    print("\n" + table(config, seconds, checkpoint(config, gpus, *trained)))
     if attention_cap(policy.decoder.config):
         print("Not counted: the attention scores that eager attention keeps, which this policy's cap of them needs")
 

@@ -1,24 +1,25 @@
-"""How long each phase of a buffer takes on a card, from bytes, FLOPs and kernel launches. Standard library alone.
+"""Predicts the seconds of each phase of a buffer on a card from bytes, FLOPs and kernel launches. Imports no torch.
 
-Assumed: every prompt and response as long as the flags allow; one node; a mixture of experts counts them all. Not
-counted: evaluation, a --reward_fn, the host's work between forwards.
+Assumes prompts and responses as long as the flags allow, a single node, and in a mixture of experts that every token
+passes all of them. Evaluation, a --reward_fn and the host's work between forwards are not counted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ppo.config import PPOConfig
 
 LAUNCHES = 23  # kernels of a decoder layer in a forward
 CPU_ADAM = 1e9  # parameters that one process's CPU Adam steps per second; not measured yet
 DISK = 2e9  # bytes per second that a node writes; not measured yet
-STEP_BYTES = 30  # per parameter of an optimizer step: weight, two moments read and written, gradients, bf16 weight
+# That an optimizer step moves per parameter: weight and two moments, read and written; gradients; bf16 weight.
+STEP_BYTES = 30
 
 
 @dataclass(frozen=True)
 class Card:
-    """Rates of a card's data sheet (dense, without sparsity), and the shares of them that are reached.
+    """Rates of a card's data sheet (dense, without sparsity), and estimates of the share of each that is reached.
 
-    No share has been measured here yet: they are estimates.
+    No share has been measured yet.
     """
 
     memory: float  # GiB
@@ -51,7 +52,7 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Work:
-    """What counts of one model."""
+    """The sizes of a model on which its time depends."""
 
     numel: int  # parameters
     body: int  # parameters that every token passes: without embedding and head
@@ -62,13 +63,13 @@ class Work:
     captured: bool  # a decoding step is one CUDA graph
 
     def flops(self, rows: float, length: int, headed: int) -> float:
-        """Of a forward of `rows` rows of `length` tokens, `headed` of which pass the head."""
+        """FLOPs of a forward of `rows` rows of `length` tokens, `headed` of which pass the head."""
         return 2 * rows * (self.body * length + self.width * length**2 + self.head * headed)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Seconds predicted; seconds that the data sheet's rates would take at least; what the prediction is bound by."""
+    """Predicted seconds, seconds at least by the data sheet's rates, and what the prediction is bound by."""
 
     name: str
     seconds: float
@@ -79,23 +80,20 @@ class Phase:
 def phases(
     config: PPOConfig, gpus: int, policy: Work, critic: Work, rewards: list[Work], slots: int, recomputed: float
 ) -> list[Phase]:
-    """Of one buffer, on config.plan_gpu. recomputed: share of the layers that the update runs twice."""
+    """The phases of one buffer on config.plan_gpu. recomputed: share of the layers that the update runs twice."""
     card, element = CARDS[config.plan_gpu], 2 if config.dtype == "bf16" else 4
     run = _Run(config, card, gpus, element)
     return [*run.rollout(policy, slots), run.score(policy, critic, rewards), run.update(policy, critic, recomputed)]
 
 
 def checkpoint(config: PPOConfig, gpus: int, policy: Work, critic: Work) -> Phase:
-    """One checkpoint: optimizer state of all ranks to disk. Its floor is the copy to host memory.
-
-    A run waits for no more than that where files are written in the background.
-    """
+    """Writing a checkpoint. Its floor is the copy to host memory: a run waits for no more if a thread writes it."""
     size, card = 12 * (policy.numel + critic.numel), CARDS[config.plan_gpu]
     return Phase("checkpoint", size / DISK, size / gpus / card.host, "disk")
 
 
 def slowest(**seconds: float) -> tuple[float, str]:
-    """Of what goes on at once: the largest of the seconds, and its name."""
+    """The longest of what runs at the same time: its seconds and its name."""
     name = max(seconds, key=seconds.__getitem__)
     return seconds[name], name.replace("_", " ")
 
@@ -117,7 +115,7 @@ class _Run:
         return flops / (self.card.bf16 if self.config.dtype == "bf16" else self.card.fp32)
 
     def between(self, size: float) -> float:
-        """Seconds of gathering so many bytes from all ranks, or of reducing them to shares."""
+        """Seconds to gather so many bytes from all ranks, or to reduce them to shares."""
         return size * (self.gpus - 1) / self.gpus / (self.card.link * self.card.link_share)
 
     def forwards(self, rows: float) -> int:
@@ -125,23 +123,22 @@ class _Run:
         return -int(-rows // max(1, self.config.micro_batch_tokens // self.config.maxlen_prompt))
 
     def launches(self, model: Work, forwards: float) -> float:
-        """Seconds of the host."""
+        """Seconds that the host needs to launch the kernels of forwards."""
         return forwards * model.layers * LAUNCHES * self.card.launch
 
     def rollout(self, policy: Work, slots: int) -> list[Phase]:
-        """Prompts, then new tokens: as many steps per response as it has tokens, a slot serving one after another."""
+        """Prompts, then new tokens: a response takes a step per token, and a slot takes one response after another."""
         config, card, rows, response = self.config, self.card, self.rows, self.config.maxlen_res
         prompt = config.maxlen_prompt - response
         flops = policy.flops(rows, prompt, 1)
-        prefill = slowest(
-            matrix_products=flops / card.rate(config.dtype), launches=self.launches(policy, self.forwards(rows))
-        )
+        launches = self.launches(policy, self.forwards(rows))
+        prefill = slowest(matrix_products=flops / card.rate(config.dtype), launches=launches)
         steps, weights = -int(-rows // slots) * response, self.element * (policy.body + policy.head)
         cache = rows * response * (prompt + response / 2) * policy.token
         captured = policy.captured and (config.zero_stage < 3 or config.gather_for_generation != "never")
         times = {
             "memory": (steps * weights + cache) / (card.bandwidth * card.bandwidth_share),
-            "launches": self.card.launch * steps if captured else self.launches(policy, steps),
+            "launches": card.launch * steps if captured else self.launches(policy, steps),
             "matrix_products": policy.flops(rows * response, 1, 1) / card.rate(config.dtype),
         }
         if config.zero_stage == 3:
@@ -149,10 +146,8 @@ class _Run:
             times["gathering_weights"] = gathers * self.between(self.element * policy.numel)
         decoding = slowest(**times)
         floor = (response * weights + cache) / card.bandwidth
-        return [
-            Phase("prompts", prefill[0], self.sheet(flops), prefill[1]),
-            Phase("new tokens", decoding[0], floor, decoding[1]),
-        ]
+        prompts = Phase("prompts", prefill[0], self.sheet(flops), prefill[1])
+        return [prompts, Phase("new tokens", decoding[0], floor, decoding[1])]
 
     def score(self, policy: Work, critic: Work, rewards: list[Work]) -> Phase:
         """A forward of each model. Frozen ones are split over ranks from ZeRO-1 on, and gathered layer by layer."""
@@ -171,7 +166,7 @@ class _Run:
         return Phase("scoring", seconds + copies, self.sheet(flops), bound if seconds > copies else "copies from host")
 
     def update(self, policy: Work, critic: Work, recomputed: float) -> Phase:
-        """Forward, what of it is run again, a backward of twice its FLOPs; gradients over ranks; optimizer steps."""
+        """Forwards, recomputed layers, backwards of twice the FLOPs, gradients over ranks, and optimizer steps."""
         config, card, models = self.config, self.card, (policy, critic)
         numel, steps = sum(m.numel for m in models), config.ppo_epochs * config.num_rollouts // config.batch_size
         forwards = steps * self.forwards(config.batch_size / self.gpus)
@@ -193,21 +188,17 @@ class _Run:
         if config.offload_optimizer:
             step = share / CPU_ADAM + share * (4 + self.element) / (card.host * card.host_share)
         rest = steps * (exchanged + step)
-        return Phase(
-            "update",
-            seconds + rest,
-            self.sheet(3 * flops) + steps * moved,
-            bound if seconds > rest else "optimizer steps",
-        )
+        bound = bound if seconds > rest else "optimizer steps"
+        return Phase("update", seconds + rest, self.sheet(3 * flops) + steps * moved, bound)
 
 
-def table(found: list[Phase], saved: Phase | None, every: int, card: str) -> str:
-    """The phases as text."""
-    total = Phase("a buffer", sum(p.seconds for p in found), sum(p.floor for p in found), "")
-    lines = [f"Seconds of a buffer on {card} (every text at full length; shares of the data sheet not measured yet)"]
-    lines.append(f"{'':14}{'seconds':>10}{'floor':>10}   bound by")
-    for p in [*found, total, *([saved] if saved else [])]:
-        lines.append(f"{p.name:14}{p.seconds:10.2f}{p.floor:10.2f}   {p.bound}".rstrip())
-    if saved:
-        lines[-1] += f", every {every} buffers"
-    return "\n".join(lines)
+def table(config: PPOConfig, found: list[Phase], saved: Phase) -> str:
+    """The phases of a buffer and a checkpoint as text."""
+    rows = [*found, Phase("a buffer", sum(p.seconds for p in found), sum(p.floor for p in found), "")]
+    if every := config.checkpoint_per_step:
+        rows.append(replace(saved, bound=f"{saved.bound}, every {every} buffers"))
+    title = (
+        f"Seconds of a buffer on {config.plan_gpu} (texts of full length; shares of the data sheet not measured yet)"
+    )
+    lines = [f"{p.name:14}{p.seconds:10.2f}{p.floor:10.2f}   {p.bound}".rstrip() for p in rows]
+    return "\n".join([title, f"{'':14}{'seconds':>10}{'floor':>10}   bound by", *lines])

@@ -61,7 +61,7 @@ def _distance(policy: nn.Module, probe: Probe, config) -> float:
         rollout = generate(InferenceEngine(policy), batch, Sampling(), 0, no_end, flags, watch=watch)
     except (UserError, *FAILURES):
         raise
-    except Exception as error:  # Triton's own: it finds no C compiler, say
+    except Exception as error:  # of Triton itself, for example without a C compiler
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
     rows = [row[real] for row, real in zip(rollout.sequences, rollout.attention_mask, strict=True)]
     true = [probe.alone(row)[length - 1 : -1] for row, length in zip(rows, PROMPTS, strict=True)]

@@ -1,8 +1,8 @@
 """Triton kernels for the attention of one new token per slot, on a GPU: each slot reads its own columns and no others.
 
-PyTorch's kernels take a mask instead, for which every slot reads the columns of the longest, and no flash kernel takes
-one. Which columns a slot holds is known on the device alone, so that a CUDA graph of these kernels stays valid from
-token to token. Importing this module needs Triton.
+PyTorch's kernels need a mask instead: every slot then reads the columns of the longest, and flash kernels take no mask.
+The columns of each slot are read from device memory, so that a CUDA graph of these kernels stays valid from token to
+token. Importing this module needs Triton.
 """
 
 import torch
@@ -13,7 +13,7 @@ SIZES = (16, 32, 64, 128, 256)  # of heads: Triton's blocks are powers of two
 PROGRAMS = 8  # per multiprocessor: enough that slots of unequal length leave none idle for long
 MAX_SPLITS = 64
 LOG2_E = tl.constexpr(1.4426950408889634)
-NOTHING = tl.constexpr(-1e30)  # in place of the logarithm of 0: the difference of two infinities is not a number
+NOTHING = tl.constexpr(-1e30)  # in place of log(0), as the difference of two infinities is NaN
 
 
 def append_rotated(

@@ -28,8 +28,8 @@ class RewardFlags(StopFlags, ForwardConfig):
     ensemble_std_coef: float = 1.0
     """k of mean - k x deviation"""
     offload_frozen: bool = False
-    """Keep reference and reward models in host memory between scorings, one on the device at a time; with several ranks
-    and --zero_stage 1 to 3 each rank keeps its share there, and a layer at a time is gathered on the devices"""
+    """Keep reference and reward models in host memory and copy one at a time to the device for scoring. With several
+    ranks and --zero_stage 1 to 3, each rank keeps its share of them there, and devices gather one layer at a time"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,9 +19,9 @@ from utils.engine import TrainEngine, device
 from utils.tensors import at_tokens, to_device
 from utils.tokenizer import stop_ids
 
-# Ways to decode new tokens, the fastest first. ragged: straight, with the kernels of ppo/ragged_attention.py and CUDA
-# graphs (on a GPU). straight: through the layers by ppo/new_token.py (LLaMA's kind; other models and split weights fall
-# back to grouped). grouped: the model's forward with the attention of ppo/grouped_attention.py. own: the model's
+# Ways to decode new tokens, the fastest first. ragged: as straight, with the kernels of ppo/ragged_attention.py and
+# CUDA graphs, on a GPU. straight: through the layers by ppo/new_token.py (LLaMA's kind; other models and split weights
+# fall back to grouped). grouped: the model's forward with the attention of ppo/grouped_attention.py. own: the model's
 # forward, unchanged.
 DECODING = ("ragged", "straight", "grouped", "own")
 
@@ -62,10 +62,10 @@ def room_of(
     config: PPOConfig, decoder: torch.nn.Module, place: torch.device, split: bool = False, decoding: str = DECODING[0],
     slots: int = AUTO_SLOTS,
 ) -> Room:  # fmt: skip
-    """What the flags leave to decoding. On a GPU it goes on for a few tokens before it asks which responses ended.
+    """The `Room` that the flags give. On a GPU, decoding asks only every few tokens which responses have ended.
 
     split: the weights stay split (ZeRO-3), and all ranks have to call the same modules. decoding: of DECODING.
-    slots: of --rollout_batch_size auto.
+    slots: how many under --rollout_batch_size auto.
     """
     looks = 4 if place.type == "cuda" else 1
     straight = decoding in ("ragged", "straight") and not split and goes_straight(decoder.config)

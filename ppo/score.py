@@ -144,12 +144,12 @@ def _by_batch(
     results = None
     for rows in batches:
         longest = max(lengths[i] for i in rows)
-        part = rollout.rows(rows).map(lambda x, longest=longest: x[:, :longest] if x.dim() > 1 else x)
+        index = to_device(torch.tensor(rows), rollout.sequences.device)
+        part = rollout.rows(index).map(lambda x, longest=longest: x[:, :longest] if x.dim() > 1 else x)
         outputs = function(part)
         if results is None:
             shapes = [rollout.sequences.shape if x.dim() > 1 else rollout.sequences.shape[:1] for x in outputs]
             results = tuple(torch.zeros(shape, device=x.device) for shape, x in zip(shapes, outputs, strict=True))
-        index = to_device(torch.tensor(rows), rollout.sequences.device)
         for result, x in zip(results, outputs, strict=True):
             if x.dim() > 1:
                 result[index, : x.shape[1]] = x.float()

@@ -18,7 +18,7 @@ from utils.rows import decoder_of, is_like_llama
 
 @dataclass(frozen=True, eq=False)
 class Shapes:
-    """One model: elements of its parameters, its decoder on the meta device, whether a head for tokens is on it."""
+    """One model: elements of its parameters, its decoder on the meta device, whether it has a language-model head."""
 
     numels: list[int]
     decoder: nn.Module
@@ -30,7 +30,7 @@ class Shapes:
 
     @property
     def work(self) -> Work:
-        """For the prediction of time."""
+        """The sizes that predict its time."""
         text = self.decoder.config.get_text_config()
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         inside = sum(p.numel() for p in self.decoder.parameters()) - self.decoder.get_input_embeddings().weight.numel()

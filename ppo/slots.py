@@ -23,13 +23,13 @@ def slots_for(wanted: int, columns: int, cache_tokens: int) -> int:
     return max(1, min(wanted, cache_tokens // columns)) if cache_tokens else wanted
 
 
-AUTO_SLOTS = 32  # of --rollout_batch_size auto where memory is not known, as on a CPU
+AUTO_SLOTS = 32  # under --rollout_batch_size auto where free memory is not known, such as on a CPU
 
 
 def slots_in(room: int, slot: int, prompts: int) -> int:
-    """How many slots of `slot` bytes fit `room` bytes: at least 1, at most one a prompt.
+    """How many slots of `slot` bytes fit `room` bytes: at least 1, at most one per prompt.
 
-    More than 4 come in multiples of 4: memory that differs by a little from run to run then gives the same number.
+    From 4 on a multiple of 4, so that small differences in free memory from run to run give the same number.
     """
     fitting = max(1, room // slot)
     return min(prompts, fitting if fitting < 4 else fitting // 4 * 4)
@@ -42,8 +42,8 @@ class SlotCache(Cache):
     num_columns] is True from its first one on. Before a forward, `append` makes room for new prompts or `advance` for
     one token more in every live slot: the forward's keys and values go there.
 
-    For kernels, the device knows after `advance` the column of the newest tokens, `newest`, and the `first` one of each
-    slot, which lies behind it where the slot is not in use.
+    After `advance`, two tensors on the device tell kernels the column of the newest tokens, `newest`, and the `first`
+    column of each slot, which lies behind `newest` where the slot is not in use.
     """
 
     is_compileable = True  # transformers then makes every mask without asking the device whether it is needed

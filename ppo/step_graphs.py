@@ -1,4 +1,4 @@
-"""CUDA graphs of the decoding step: one launch in place of some 500, which a host makes more slowly than a GPU runs.
+"""CUDA graphs of the decoding step: one launch in place of about 500, which take the host longer than the GPU.
 
 A graph is bound to the number of its rows and to the addresses that it reads and writes: those of the decoder's and the
 cache's own tensors, which stay where they are for a rollout.
@@ -18,18 +18,18 @@ def bucket_of(rows: int, most: int) -> int:
 
 
 def is_capturable(decoder: nn.Module) -> bool:
-    """Whether a step of this decoder may be a graph: its rotary positions do not depend on the longest sequence.
+    """Whether a step of this decoder may be a graph: its rotary embedding does not depend on the longest sequence.
 
-    Not with --deterministic: the deterministic `scatter` of top-p sampling copies from the host, and so ends a capture.
+    False with --deterministic: top-p sampling then copies from the host, which makes a capture fail.
     """
     depends = getattr(decoder.rotary_emb, "rope_type", "default") in ("dynamic", "longrope")
     return not (depends or torch.are_deterministic_algorithms_enabled())
 
 
 class StepGraphs:
-    """Graphs of one rollout's steps. Their memory, which they share, is free when this object is."""
+    """Graphs of one rollout's steps. They share memory, which is freed with this object."""
 
-    failed: ClassVar[list] = []  # graphs of all rollouts that could not be made: PyTorch's allocator refers to them
+    failed: ClassVar[list] = []  # captures, of all rollouts; kept alive, as PyTorch's allocator refers to them
 
     def __init__(self):
         self.graphs: dict[int, tuple[Callable[[], None], torch.Tensor]] = {}
@@ -37,10 +37,10 @@ class StepGraphs:
         self.pool = None
 
     def run(self, rows: int, step: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Does what step() does with so many rows; returns its output, which lasts until the next run.
+        """Runs step() on this number of rows, from the second time on as a graph. The output is valid until the next.
 
-        The first time it is a plain call, in which kernels are compiled and loaded. step must depend on nothing that
-        the host changes from call to call. After an error in making a graph, all are plain calls.
+        The first time is a plain call, which compiles and loads kernels. step must not depend on anything that the host
+        changes between calls. After a capture has failed, no more are made.
         """
         if rows in self.warm and rows not in self.graphs and not self.failed:
             self._capture(rows, step)
@@ -52,12 +52,12 @@ class StepGraphs:
         return output
 
     def _capture(self, rows: int, step: Callable[[], torch.Tensor]) -> None:
-        """Makes the graph, which runs nothing yet."""
+        """Captures the graph of step(), without running it."""
         graph = None
         try:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            # thread_local: what other threads do on the GPU, NCCL's for one, does not disturb it.
+            # thread_local: what other threads, such as NCCL's, do on the GPU does not make the capture fail.
             captured = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
             # The outer context makes this stream the current one again even where ending the capture fails.
             with torch.cuda.stream(torch.cuda.current_stream()), captured:

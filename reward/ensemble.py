@@ -77,9 +77,9 @@ def score_dialogues(
 
 @dataclass
 class Frozen:
-    """A model that only scores. offload: its weights wait in host memory (page-locked with a GPU) between its turns.
+    """A model that only scores. offload: its weights stay in host memory (page-locked with a GPU) between uses.
 
-    Buffers stay on the device. A model whose weights are split over ranks is not offloaded here (`shard_frozen`).
+    Buffers stay on the device. `shard_frozen` offloads models whose weights are split over ranks.
     """
 
     model: nn.Module
@@ -89,13 +89,12 @@ class Frozen:
         self._waiting: list[tuple[nn.Parameter, torch.Tensor]] = []
         if self.offload:
             parameters = list(self.model.parameters())
-            copies = host_copies(parameters, pinned=device().type == "cuda")
-            self._waiting = list(zip(parameters, copies, strict=True))
+            self._waiting = list(zip(parameters, host_copies(parameters), strict=True))
             self._leave()
 
     @contextlib.contextmanager
     def resident(self):
-        """Inside, the model is on the device. Its weights are copied there, and not back: they do not change."""
+        """Context in which the model is on the device. Its weights are not copied back, as they do not change."""
         for parameter, copy in self._waiting:
             parameter.data = copy.to(device(), non_blocking=True)
         try:

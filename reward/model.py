@@ -100,7 +100,7 @@ class ScalarModel(nn.Module):
 
     @property
     def trains_joined(self) -> bool:
-        """Whether it is left out with a language-model loss, too."""
+        """Whether padding is left out with a language-model loss, too."""
         return has_varlen_kernel(self.backbone)
 
 

@@ -38,9 +38,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows are made. packing: several dialogues a row; flat: all rows of a forward one after the other, as one;
-    joined: the model leaves the padding out (utils/rows.py), so that rows of one dialogue are best.
+    """How rows are made. packing: several dialogues per row; flat: all rows of a forward end to end, as one.
 
+    joined: the model itself leaves the padding out (utils/rows.py), so each row is one dialogue.
     Kernels with a mask (sdpa, eager, flex) take rectangles. Their packed rows are as long as the batch's longest
     dialogue and no longer, for attention computes, and its mask holds, row length ** 2 entries a row: a token costs
     more the longer its row is. Flash attention is told where each dialogue begins and ends, so its cost does not grow

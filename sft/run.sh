@@ -45,7 +45,7 @@ ARGS=(
   # Memory
   --dtype bf16
   --zero_stage 2
-  --gradient_checkpoint True # recompute activations: a third more time for a fraction of the memory
+  --gradient_checkpoint True # recompute activations: less memory, a third more time; auto: in as few layers as needed
   --offload_optimizer False  # True: the optimizer's state lives in host memory
 
   # Watching

@@ -58,8 +58,8 @@ class SFTConfig(StopFlags, RouterFlags, FitConfig):
     """Dialogues an optimizer step, over all ranks"""
     packing: bool = True
     """Put several dialogues into one row of a forward pass, each seeing itself alone: speed and memory only.
-    Off by itself for models in which they would see each other, and where rows run without padding anyway: models of
-    LLaMA's kind in bf16 on a GPU"""
+    Switched off for models in which they would see each other, and for those that run without padding anyway: models
+    of LLaMA's kind in bf16 on a GPU"""
     num_valid: int = 100
     """Dialogues taken off each --data_path for evaluation when it comes without a *valid* file; 0: none"""
     num_samples: int = 4

@@ -17,7 +17,7 @@ OTHERS = {"first": "*i32", "end": "*i32", "parts": "*fp32", "weights": "*fp32"} 
 
 
 def compiled(name: str, capability: int, dtype: str = "bf16", **sizes: int) -> dict:
-    """What came out: bytes of shared memory, and how often tensor cores and copies in the background are used."""
+    """Compiles a kernel: bytes of shared memory, and how often tensor cores and asynchronous copies are used."""
     kernel = getattr(ragged_attention, name)
     types = {x: "constexpr" if x.isupper() else (NUMBERS | OTHERS).get(x, f"*{dtype}") for x in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(kernel.arg_names) if types[x][0] == "*"}

@@ -1,4 +1,4 @@
-"""A CPU kernel for PyTorch's variable-length attention, in float64: what runs on a GPU up to there runs here, too."""
+"""A float64 CPU kernel for PyTorch's variable-length attention, so that code for a GPU runs here up to the kernel."""
 
 from functools import cache
 
@@ -9,13 +9,13 @@ import utils.rows
 
 
 def on_cpu(monkeypatch) -> None:
-    """From here on in this test, decoders join rows on the CPU as they do on a GPU in bf16."""
+    """For the rest of the test, decoders join rows on the CPU as they do on a GPU in bf16."""
     _register()
     monkeypatch.setattr(utils.rows, "takes_varlen", lambda device, dtype, head_size: True)
 
 
 def causal_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scale: float):
-    """Softmax attention row by row as it is written down: [tokens, heads, size] each -> (output, logsumexp)."""
+    """Softmax attention row by row, by its formula: [tokens, heads, size] each -> (output, logsumexp)."""
     outputs, sums = [], []
     for q, k, v in _by_row(lengths, query, key, value):
         scores = _scores(q, k, scale)
@@ -25,7 +25,7 @@ def causal_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, len
 
 
 def _by_row(lengths: list[int], query: torch.Tensor, *others: torch.Tensor):
-    """In float64; keys and values once per query head."""
+    """Splits into rows, in float64; repeats keys and values for each query head."""
     heads = query.shape[1]
     parts = (x.double().repeat_interleave(heads // x.shape[1], 1).split(lengths) for x in (query, *others))
     return zip(*parts, strict=True)
@@ -37,7 +37,7 @@ def _scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tenso
 
 
 def _lengths(ends: torch.Tensor, others: torch.Tensor, longest: int, of_keys: int, window: list[int]) -> list[int]:
-    """What a GPU kernel would do with anything else, nobody would see."""
+    """Checks the arguments, as a GPU kernel would not, and returns the rows' lengths."""
     lengths = ends.diff().tolist()
     assert ends.dtype == torch.int32 and ends[0] == 0 and torch.equal(ends, others)
     assert longest == of_keys == max(lengths) and type(longest) is int and list(window) == [-1, 0]

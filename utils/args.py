@@ -42,8 +42,8 @@ class EngineConfig(ForwardConfig):
     """Flags that every training stage shares: how weights are held, split and stepped."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """ZeRO stage: 1 splits the optimizer state over ranks and the frozen models of PPO, 2 also gradients, 3 also the
-    weights of what is trained"""
+    """ZeRO stage: 1 splits optimizer state, and the frozen models of PPO, over ranks; 2 also gradients; 3 also the
+    weights of trained models"""
     offload_optimizer: bool = False
     """Keep optimizer state and float32 weights in host memory (slower, saves 12 bytes a parameter on the device)"""
     grad_accum_dtype: Literal["bf16", "fp32"] = "bf16"
@@ -61,13 +61,13 @@ class EngineConfig(ForwardConfig):
     """AdamW: added to the root of the second moment"""
     gradient_checkpoint: Literal["auto"] | bool = False
     """Recompute activations in the backward pass: about a third more time for a fraction of the memory. auto: on a GPU
-    recompute only as many layers as the memory that is free once the models are loaded demands; on a CPU none"""
+    recompute as few layers as the memory that is free once the models are loaded allows; on a CPU none"""
     compile: bool = False
-    """Compile the decoder layers (torch.compile) for forward and backward passes, not for decoding, nor in frozen
-    models that are split over ranks: about a minute at the start. On a CPU steps got no faster"""
+    """Compile the decoder layers (torch.compile) for forward and backward passes: about a minute at the start. Not
+    compiled are decoding, and frozen models that are split over ranks. On a CPU steps got no faster"""
     deterministic: bool = False
-    """Make runs on GPUs repeatable, bit by bit: operations take their deterministic form, backward passes of attention
-    become slower. An operation without such a form is named, or stops the run in a backward pass"""
+    """Use deterministic kernels, so that runs on GPUs repeat bit by bit; the backward pass of attention becomes slower.
+    An operation that has no such kernel is named; in a backward pass it stops the run"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from utils.distributed import gather_objects, is_main, rank
-from utils.engine import TrainEngine, device
+from utils.engine import TrainEngine
 from utils.engine_state import num_bytes
 from utils.host_memory import fits_on_host
 from utils.random_state import random_state
@@ -38,16 +38,16 @@ Files = dict[str, Iterable[bytes | torch.Tensor]]  # name -> content
 
 
 class Share(NamedTuple):
-    """What came of one rank's files of a checkpoint."""
+    """The result of writing one rank's files of a checkpoint."""
 
     entries: dict[str, dict]  # of the manifest
-    problem: str | None  # what the disk had against them
+    problem: str | None  # why they could not be written
     seconds: float  # from the beginning of `save` until they were on the disk
 
 
 @dataclass
 class Writing:
-    """A checkpoint that is being written. size: bytes of tensors of all ranks. waited: seconds of the loop."""
+    """A checkpoint that is being written. size: bytes of all ranks' tensors; waited: seconds of the main thread."""
 
     step: int
     target: str
@@ -58,15 +58,15 @@ class Writing:
 
     @property
     def partial(self) -> str:
-        """The folder until it is whole."""
+        """The folder's name until the checkpoint is whole."""
         return f"{self.target}.partial"
 
 
 class CheckpointWriter:
     """Writes checkpoints to a folder, and removes all but the newest `keep`. Every method is collective.
 
-    Only the main thread communicates. In the background a thread of each rank writes that rank's files from a copy; the
-    main threads put the checkpoint in its place when they next call `settle`, and all ranks have written theirs.
+    In the background, a thread of each rank writes that rank's files from a copy. Only main threads communicate: once
+    all ranks have written their files, the next `settle` or `save` gives the checkpoint its final name.
     """
 
     def __init__(self, folder: str, engines: Engines, keep: int):
@@ -75,9 +75,9 @@ class CheckpointWriter:
         self._copies: list[torch.Tensor] = []
 
     def save(self, state: dict, say: Say, background: bool = False) -> None:
-        """Writes `folder`/step_N, after the one before. What the disk does not take is said; older ones stay whole.
+        """Writes `folder`/step_N, once the one before is complete. A failure is printed; older ones stay whole.
 
-        state: JSON, with "step". background: returns as soon as host memory holds a copy, on all ranks, if it fits.
+        state: JSON, with "step". background: return once host memory holds a copy, if all ranks have room for it.
         """
         self.settle()
         started = time.perf_counter()
@@ -103,33 +103,33 @@ class CheckpointWriter:
         self._writing, writing.waited = writing, time.perf_counter() - started
 
     def settle(self, wait: bool = True) -> None:
-        """Puts a checkpoint that is being written in its place. wait: False returns at once if a rank still writes."""
+        """Completes the checkpoint that is being written. wait: if False, return at once while a rank still writes."""
         began, writing = time.perf_counter(), self._writing
         if writing and (wait or all(gather_objects(writing.share.done()))):
             self._writing = None
             self._conclude(writing, writing.share.result(), began)
 
     def _files(self, tensors: dict[str, dict[str, torch.Tensor]], copy: bool) -> tuple[Files, bool]:
-        """Returns the contents of the engines' files, and whether they are copies, as `copy` wishes."""
+        """Returns the contents of the engines' files, and whether they are copies, made if `copy`."""
         named = {f"{engine}-rank{rank()}.safetensors": values for engine, values in tensors.items() if values}
         if copy:
             buffers = self._buffers()
-            with contextlib.suppress(RuntimeError):  # of free memory not all can be pinned everywhere
+            with contextlib.suppress(RuntimeError):  # not all free memory can be pinned everywhere
                 return {name: list(file_pieces(values, buffers)) for name, values in named.items()}, True
             self._copies.clear()
-        buffers = repeat(new_buffer(_pinned()))
+        buffers = repeat(new_buffer())
         return {name: file_pieces(values, buffers) for name, values in named.items()}, False
 
     def _buffers(self) -> Iterator[torch.Tensor]:
-        """Yields those that are left of the last checkpoint, then new ones."""
+        """Yields the buffers kept from the last checkpoint, then new ones."""
         yield from list(self._copies)
         while True:
-            self._copies.append(new_buffer(_pinned()))
+            self._copies.append(new_buffer())
             yield self._copies[-1]
 
     def _conclude(self, writing: Writing, share: Share, began: float) -> None:
-        """Completes the checkpoint from the shares of all ranks, and says so. The loop has waited since `began`."""
-        self._copies = [buffer for buffer in self._copies if buffer.is_pinned()]  # to pin memory takes long
+        """Completes the checkpoint from all ranks' shares and prints its times. began: when the wait for it began."""
+        self._copies = [buffer for buffer in self._copies if buffer.is_pinned()]  # pinning memory takes long
         shares = gather_objects(share)
         problem = next((share.problem for share in shares if share.problem), None)
         if not problem:
@@ -153,16 +153,12 @@ class CheckpointWriter:
         )
 
 
-def _pinned() -> bool:
-    return device().type == "cuda"
-
-
 def _json(content) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _problem(function: Callable, *arguments) -> str | None:
-    """Runs it; what the disk had to say against it."""
+    """Runs a function; returns why the disk failed it, None where it did not."""
     try:
         function(*arguments)
     except OSError as error:
@@ -198,7 +194,7 @@ def _write_share(partial: str, files: Files, started: float) -> Share:
             entries[name] = write_file(os.path.join(partial, name), pieces)
 
     problem = _problem(write)
-    if problem:  # the room that they take is wanted for the metrics of the steps until `settle`
+    if problem:  # frees their space for the metrics of the steps until `settle`
         for name in files:
             _problem(remove, os.path.join(partial, name))
     return Share(entries, problem, time.perf_counter() - started)
@@ -242,7 +238,7 @@ def all_checkpoints(folder: str) -> list[tuple[int, str]]:
 
 
 def save_batches(path: str, batches: tuple) -> str | None:
-    """Writes the tensors of dataclasses to one file, for a person to look at; returns what the disk had against it."""
+    """Writes the tensors of dataclasses to one file, for a person to look at; returns why that failed, else None."""
     tensors = {f.name: getattr(batch, f.name).contiguous() for batch in batches for f in fields(batch)}
 
     def write() -> None:

@@ -1,4 +1,4 @@
-"""--deterministic: kernels that give the same numbers in every run, and the names of those that have no such form."""
+"""--deterministic: chooses kernels that give the same numbers in every run, and names operations that have none."""
 
 import contextlib
 import os
@@ -18,9 +18,9 @@ NO_SUCH_FORM = re.compile(r"(\S+) does not have a deterministic implementation")
 
 @contextlib.contextmanager
 def repeatable(wanted: bool) -> Iterator[None]:
-    """Inside, if wanted, operations take their deterministic form. Enter it before CUDA starts.
+    """Context in which, if wanted, operations use deterministic kernels. Enter it before CUDA starts.
 
-    An operation without one works as always, and rank 0 prints its name, once.
+    An operation without such a kernel runs as usual, and rank 0 prints its name once.
     """
     if not wanted:
         yield
@@ -55,9 +55,9 @@ def repeatable(wanted: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def strictly() -> Iterator[None]:
-    """Around a backward pass, where attention takes its deterministic form only if others than such are forbidden.
+    """Context of a backward pass: attention is deterministic there only if nondeterministic operations raise errors.
 
-    Does nothing outside `repeatable`. Raises UserError for an operation without a deterministic form.
+    Does nothing outside `repeatable`. Raises UserError for an operation without a deterministic kernel.
     """
     if not torch.are_deterministic_algorithms_enabled():
         yield

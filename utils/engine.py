@@ -19,7 +19,6 @@ if not on_gpu():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed probes for accelerators when it is imported
 
 import deepspeed
-import psutil
 from deepspeed.runtime.zero import unwrap_model_for_generation
 from torch import nn
 
@@ -33,6 +32,7 @@ from utils.engine_state import load_state, scale_weight, state_tensors
 from utils.errors import UserError
 from utils.export import saved_tensors
 from utils.host_copies import host_copies
+from utils.host_memory import free_host_memory
 from utils.shared_state import SharedState
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -104,7 +104,7 @@ def deepspeed_config(config: EngineConfig, offload_weights: bool = False) -> dic
         "bf16": {"enabled": config.dtype == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32" if config.adds_up_in_float32 else config.dtype},
         "steps_per_print": 10**9,
-        "timers": {"throughput": {"enabled": False}},  # which waits for the GPU at every forward and step
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU at every forward and step
     }
 
 
@@ -318,11 +318,11 @@ def whole_parameter(parameter: torch.Tensor):
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take on its device (host memory is shared by the ranks of a node)."""
+    """Bytes that this process may still take on its device: of its GPU, else of host memory."""
     if device().type == "cuda":
         # What PyTorch's allocator keeps for itself is free to us too.
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return free_host_memory()
 
 
 def splits_frozen(zero_stage: int, ranks: int) -> bool:
@@ -331,7 +331,7 @@ def splits_frozen(zero_stage: int, ranks: int) -> bool:
 
 
 def device_room() -> int | None:
-    """Bytes that may still be taken on the GPU of every rank, the least of all: ROOM of it less what is in use.
+    """Bytes that each rank may still take on its GPU: ROOM of its memory less what is in use, the least over ranks.
 
     None on a CPU. Collective.
     """
@@ -357,13 +357,13 @@ def shard_frozen(module: nn.Module, config: EngineConfig, offload: bool = False)
     # It replaces torch.nn.functional.linear in the whole process, which only training under ZeRO-3 gains from.
     settings["zero_optimization"]["memory_efficient_linear"] = config.zero_stage == 3
     layers = layers_of(module)
-    for layer in layers:  # not each matrix by itself; and which experts are called inside depends on a rank's tokens
+    for layer in layers:  # gathered as a whole: which experts are called inside depends on a rank's tokens
         deepspeed.utils.set_z3_leaf_module(layer, True)
     next_layer = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=BUCKET)
     settings["zero_optimization"]["stage3_prefetch_bucket_size"] = next_layer
     sharded, *_ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)
     if offload:
         shards = [parameter.ds_tensor for parameter in module.parameters()]
-        for shard, held in zip(shards, host_copies(shards, pinned=device().type == "cuda"), strict=True):
+        for shard, held in zip(shards, host_copies(shards), strict=True):
             shard.data = held
     return sharded

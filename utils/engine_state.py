@@ -145,7 +145,7 @@ def same_weights(first: nn.Module, second: nn.Module) -> bool:
 
 
 def _held_of_both(first: nn.Parameter, second: nn.Parameter) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two, or where one is split (ZeRO-3) the elements, flat, that this rank holds of it, of both."""
+    """Both tensors; where either is split (ZeRO-3), those of their elements that this rank holds of it, flat."""
     share = next((p.ds_tensor.ds_numel for p in (first, second) if hasattr(p, "ds_tensor")), None)
     if share is None:
         return first, second

@@ -29,13 +29,13 @@ def optimizer_bytes(numels: list[int], stage: int, gpus: int) -> int:
 
 
 def moment_bytes(models: list[list[int]], config: EngineConfig, gpus: int) -> int:
-    """Of a rank: Adam's two moments of these models on the device, which the first step makes."""
+    """Bytes per rank of Adam's two moments of these models on the device. The first step allocates them."""
     share = 0 if config.offload_optimizer else 2 / 3 if config.zero_stage else 1
     return int(share * sum(optimizer_bytes(numels, config.zero_stage, gpus) for numels in models))
 
 
 def backward_bytes(models: list[list[int]], config: EngineConfig, gpus: int) -> tuple[int, int, int]:
-    """Of a rank in the backward passes of these models: (gradients, communication buckets, weights that are gathered).
+    """Bytes per rank in backward passes of these models: (gradients, communication buckets, gathered weights).
 
     ZeRO-3 holds the first two all the time.
     """

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
+from utils.device import on_gpu
+
 BUFFER = 1 << 30  # bytes
 ALIGNMENT = 256  # bytes, a multiple of every dtype's size
 
 
-def host_copies(tensors: Sequence[torch.Tensor], pinned: bool) -> list[torch.Tensor]:
-    """Returns a copy of each tensor in host memory. pinned: page-locked, so that copies to a GPU need no staging.
+def host_copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Returns a copy of each tensor in host memory, page-locked with a GPU, so that copies to it need no staging.
 
     The copies share buffers of BUFFER bytes, because PyTorch rounds each page-locked allocation up to a power of two.
     """
@@ -18,7 +20,7 @@ def host_copies(tensors: Sequence[torch.Tensor], pinned: bool) -> list[torch.Ten
     buffer = torch.empty(0, dtype=torch.uint8)
     for tensor, size in zip(tensors, sizes, strict=True):
         if place + size > len(buffer):
-            buffer = torch.empty(max(size, min(BUFFER, left)), dtype=torch.uint8, pin_memory=pinned)
+            buffer = torch.empty(max(size, min(BUFFER, left)), dtype=torch.uint8, pin_memory=on_gpu())
             place = 0
         held = buffer[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         copies.append(held.copy_(tensor.detach()))

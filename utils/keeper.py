@@ -52,7 +52,7 @@ class Keeper:
             restore.restore(start, self._engines)
 
     def newest(self, say: Say) -> Checkpoint | None:
-        """The run's last whole checkpoint, that which is being written included. Collective."""
+        """The run's last whole checkpoint, after waiting for one that is being written. Collective."""
         self.settle()
         return restore.newest(self._folder, say)
 

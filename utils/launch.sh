@@ -2,7 +2,7 @@
 
 umask o-w # nothing that is written may be changed by everyone
 
-count_gpus() { # those of CUDA_VISIBLE_DEVICES where it is set (numbers, or UUIDs of GPUs and MIG slices); else all
+count_gpus() { # of CUDA_VISIBLE_DEVICES where it is set (numbers, or UUIDs of GPUs and MIG slices); else of the machine
   local all entry count=0
   all=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true) # 0 without nvidia-smi
   if ((all == 0)) || [[ -z ${CUDA_VISIBLE_DEVICES+set} ]]; then
@@ -48,11 +48,11 @@ launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS 
       shift
       launcher+=(--module)
     fi
-  elif ((NUM_GPUS > 1)); then # the first so many of CUDA_VISIBLE_DEVICES, which every rank gets as it is
+  elif ((NUM_GPUS > 1)); then # rank i takes entry i of CUDA_VISIBLE_DEVICES, which all ranks inherit
     launcher=(python -m utils.ranks "$NUM_GPUS")
   fi
-  # A job of its own. This script passes Ctrl-C and SIGTERM on, once, and waits until the run has saved and ended; tee
-  # outlives both, so that the run's last words are still shown and kept
+  # The run is a job of its own, to which this script passes Ctrl-C and SIGTERM once, then waits until it has saved and
+  # ended. tee ignores both signals, so that the run's last lines are still shown and kept
   set -m
   "${launcher[@]}" "$@" 2>&1 | (trap '' INT TERM && exec tee -a "$log") &
   set +m

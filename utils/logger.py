@@ -124,7 +124,7 @@ class RunLogger:
             tracker.finish()
 
     def _thread_failed(self, arguments) -> None:
-        """TensorBoard's thread hands what the disk has against it to the next call, which says it in a line.
+        """TensorBoard's thread passes an error of the disk to the next call, which prints it in one line.
 
         Its stack would come besides, with frames of ours in it when that call is the faster one: they share the error.
         """

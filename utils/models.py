@@ -229,7 +229,7 @@ def check_window(model: nn.Module, max_tokens: int, flag: str) -> None:
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer, what: str, say: Callable[[str], None]) -> None:
-    """Grows the embedding for the tokenizer's moss_zh tags, aloud. UserError when other tokens lie beyond it."""
+    """Grows the embedding for the tokenizer's moss_zh tags, and says so. UserError when other tokens lie beyond it."""
     rows = model.get_input_embeddings().weight.shape[0]
     needed = check_vocabulary(tokenizer, rows, what)
     if needed > rows:

@@ -71,7 +71,8 @@ def by_chunks(
 def logits_bytes(chunk: int, element: int) -> tuple[int, int]:
     """Bytes at most on a GPU of logits made `chunk` at a time: (in a forward alone, in a forward and a backward).
 
-    chunk: logits; element: bytes of one. Of one chunk the gradient too, and in its log-softmax three numbers a logit.
+    chunk: logits; element: bytes of one. Counts one chunk's gradient, and three float32 numbers per logit of its
+    log-softmax.
     """
     in_float32 = 3 * 4 * FLOATS["cuda"]
     return chunk * element + in_float32, (KEPT + 1) * chunk * element + in_float32

@@ -1,8 +1,8 @@
 """Starts one process per GPU of this machine:   python -m utils.ranks 4 train_ppo.py --lr 1e-6   (or: 4 -m sft.train)
 
-It ends with the exit code of the first rank that fails, and passes signals on and waits: a checkpoint takes as long as
-it takes. The launchers of DeepSpeed and PyTorch kill ranks 30 seconds after a signal; PyTorch's turns every exit code
-into 1; DeepSpeed's replaces CUDA_VISIBLE_DEVICES and refuses UUIDs in it.
+It ends with the exit code of the first rank that fails. It passes signals on, then waits without a time limit, so that
+ranks can finish a checkpoint. The launchers of DeepSpeed and PyTorch kill ranks 30 seconds after a signal; PyTorch's
+turns every exit code into 1; DeepSpeed's replaces CUDA_VISIBLE_DEVICES and refuses UUIDs in it.
 """
 
 import os

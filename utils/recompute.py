@@ -1,4 +1,4 @@
-"""--gradient_checkpoint auto: no more layers recompute their activations in the backward pass than memory demands."""
+"""--gradient_checkpoint auto: as few layers recompute their activations in the backward pass as memory allows."""
 
 import copy
 from bisect import bisect_right
@@ -26,9 +26,9 @@ def settle_checkpointing(
     engine: TrainEngine, model: PreTrainedModel, config: EngineConfig, tokens: int, room: int | None,
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Under auto, switches recomputing on in a supervised stage, where no forward has been made yet.
+    """Under auto, chooses how many layers of a supervised stage's model recompute. Call it before the first forward.
 
-    model: what `enable_checkpointing` takes; tokens: of the largest forward; room: bytes, of `device_room`.
+    model: as for `enable_checkpointing`; tokens: of the largest forward; room: `device_room()`.
     """
     if config.gradient_checkpoint != "auto":
         return
@@ -44,10 +44,10 @@ def settle_checkpointing(
 
 
 def predicted(predict: Callable[[], T], otherwise: T, say: Callable[[str], None]) -> T:
-    """What `predict` returns, or `otherwise` where it fails: no model may be refused for that."""
+    """What `predict` returns; `otherwise` where it raises, as a failed prediction must not stop a run."""
     try:
         return predict()
-    except Exception as error:  # noqa: BLE001 - whatever a family of models may be missing
+    except Exception as error:  # noqa: BLE001 - depends on the family of models
         reason = str(error).partition("\n")[0]
         say(f"the memory of this model's passes is not predicted ({type(error).__name__}: {reason})")
         return otherwise
@@ -63,7 +63,7 @@ def recompute_fewest(model: PreTrainedModel, kept: int, name: str, say: Callable
 
 
 def num_layers(model: PreTrainedModel) -> int:
-    """The layers that may recompute each by itself; 1 where a model only does it as a whole."""
+    """How many layers may recompute independently of each other; 1 where a model recomputes only as a whole."""
     return len(layers_of(model)) or 1
 
 

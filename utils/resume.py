@@ -12,8 +12,8 @@ from utils.restore import Checkpoint, named, newest
 from utils.run_flags import FREE_ON_RESUME, RunFlags
 from utils.run_folder import check_inputs, check_writable, holds_run, prepare_run_folder
 
-# How a run is spread out, and by which kernels. That moves roundings, and what ranks draw from streams of their own
-# (dropout, --reward_fn).
+# How a run is split over ranks, and which kernels it uses. They change roundings, and what ranks draw from streams of
+# their own (dropout, --reward_fn).
 SPLIT = ("world_size", "zero_stage", "offload_optimizer", "deterministic")
 
 

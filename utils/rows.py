@@ -72,7 +72,7 @@ def states_of(decoder: nn.Module, sequences: torch.Tensor, read: torch.Tensor) -
     if not joins_rows(decoder):
         return decoder(input_ids=sequences, use_cache=False).last_hidden_state[read]
     device, width = sequences.device, sequences.shape[1]
-    read = read.cpu()  # a GPU is waited for here, before the first layer, and not again
+    read = read.cpu()  # the only wait for a GPU in this forward, before its first layer
     lengths = last_index(read) + 1
     inside = torch.arange(width) < lengths[:, None]
     places, found = inside.flatten().nonzero().squeeze(1), read[inside].nonzero().squeeze(1)
@@ -94,7 +94,7 @@ def states_of(decoder: nn.Module, sequences: torch.Tensor, read: torch.Tensor) -
 
 
 def row_ends(lengths: torch.Tensor, device: torch.device) -> dict:
-    """What flash attention takes joined rows apart by, under transformers' names; it would look it up in every layer.
+    """Tells flash attention where joined rows end, by transformers' arguments; otherwise each layer would look it up.
 
     lengths: on the CPU, so that the longest is known without waiting for the device.
     """
@@ -113,7 +113,7 @@ def _last_layer(layer: nn.Module, hidden: torch.Tensor, read: torch.Tensor, opti
 def _attention_by_rows(module: nn.Module, query, key, value, attention_mask, **options):
     """transformers' sdpa attention, but for joined rows: they have `row_ends`, or a mask of integers, their lengths."""
     if "cu_seq_lens_q" in options:
-        assert not options.get("dropout"), "the kernel has none"
+        assert not options.get("dropout"), "the kernel has no dropout"
         ends, longest = options["cu_seq_lens_q"], options["max_length_q"]
         return attend(query, key, value, ends, longest, options.get("scaling")), None
     if attention_mask is None or attention_mask.dtype != torch.int64:

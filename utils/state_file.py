@@ -8,21 +8,22 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from utils.device import on_gpu
 from utils.tensor_files import SAFETENSORS_DTYPES
 
 PIECE = 1 << 26  # bytes of a buffer: 64 MB, a power of two, to which PyTorch rounds up pinned memory
 _CODES = {getattr(torch, dtype): code for code, dtype in SAFETENSORS_DTYPES.items()}
 
 
-def new_buffer(pinned: bool) -> torch.Tensor:
-    """Returns uninitialised host memory of PIECE bytes. pinned: a GPU copies to it at the full rate of the bus."""
-    return torch.empty(PIECE, dtype=torch.uint8, pin_memory=pinned)
+def new_buffer() -> torch.Tensor:
+    """Returns uninitialised host memory of PIECE bytes, page-locked with a GPU, which copies faster to such memory."""
+    return torch.empty(PIECE, dtype=torch.uint8, pin_memory=on_gpu())
 
 
 def file_pieces(tensors: dict[str, torch.Tensor], buffers: Iterator[torch.Tensor]) -> Iterator[bytes | torch.Tensor]:
     """Yields the content of a safetensors file, header first, then the data, each piece in the next buffer.
 
-    tensors: contiguous, on any device. buffers: uint8 in host memory. A buffer may come again once its piece is used.
+    tensors: contiguous, on any device. buffers: uint8 in host memory. A buffer may be used again after its piece.
     """
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so that each starts aligned
     devices = {x.device for x in tensors.values() if x.is_cuda}

@@ -12,7 +12,7 @@ def identity(x: torch.Tensor) -> torch.Tensor:
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on the device. The host does not wait for a GPU, as it would with memory that is not pinned."""
+    """Copies a host tensor to the device, through pinned memory, so that the host does not wait for a GPU."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -60,7 +60,7 @@ def before_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def places_of(mask: torch.Tensor, count: int) -> torch.Tensor:
-    """Flat indices [count] of the entries that are True, of which there are `count`: a GPU need not be asked."""
+    """Flat indices of the `count` entries that are True: [count]. As their number is given, no GPU is waited for."""
     return mask.flatten().nonzero_static(size=count).squeeze(1)
 
 

@@ -14,7 +14,7 @@ MOST_SIZE = 192  # of a head; above, the backward pass needs more shared memory 
 
 
 def options_of(function: Callable | None) -> dict | None:
-    """Arguments by which this `varlen_attn` is causal and heads may share keys; None where it cannot be told so.
+    """Arguments by which this `varlen_attn` is causal and heads may share keys; None where it lacks them.
 
     PyTorch 2.11 takes heads that share keys as they are; `enable_gqa` came after it, and is a check of shapes alone.
     """

@@ -29,10 +29,10 @@ from tqdm import tqdm
 import ppo.build
 import ppo.decoding
 import ppo.score
-from tests.ranks import free_port
 from tests.tiny_run import Inputs, build_inputs, read_lines, read_metrics, run_flags
 from train_ppo import main as train_ppo
 from utils.engine import TrainEngine
+from utils.ranks import free_port
 
 # Phase -> what to count calls of, and at which of them, at most, the kill comes (within about two steps).
 PHASES = {

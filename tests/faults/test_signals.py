@@ -1,4 +1,4 @@
-"""A scheduler's notice: one rank that hears it is enough, and a second one is heeded at once."""
+"""Signals to end: one rank that gets one stops all after the step, and a second signal ends the process at once."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def test_a_second_signal_ends_a_process_in_the_middle_of_its_step(results):
     check_left_in_step_3(result)
 
 
-def test_of_two_ranks_one_bears_a_repeated_signal_and_heeds_a_later_one(results):
+def test_of_two_ranks_one_ignores_a_repeated_signal_and_obeys_a_later_one(results):
     """A launcher and a scheduler may pass the same wish on twice; who asks again seconds later means it."""
     result = results["again and again"]
     assert result.codes[1] == 143 and result.codes[0] != 0

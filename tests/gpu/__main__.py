@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SECONDS = {  # that each check is expected to take on a GPU; it is ended after LIMIT times as many. 0: what is left
+SECONDS = {  # that each check should take on a GPU; it is ended after LIMIT times as many. 0: all that are left
     "machine": 35, "parity": 50, "precision": 40, "decoding": 75, "attention": 20, "frozen": 35, "passes": 40,
     "optimizer": 30, "against_trl": 100, "synchronisations": 15, "two_ranks": 40, "demo": 0,
 }  # fmt: skip
@@ -29,7 +29,7 @@ PACKAGES = ("torch", "transformers", "triton", "deepspeed", "trl")
 
 
 class Check:
-    """A check's process. It begins to work at `run`."""
+    """A check's process, which waits until `run` is called."""
 
     def __init__(self, name: str, folder: Path, toy: bool, environment: dict[str, str]):
         """folder: for its figures and its output."""
@@ -42,7 +42,7 @@ class Check:
             )
 
     def run(self, limit: float, out: Path, demo: str | None) -> dict:
-        """Lets it work for at most `limit` seconds; returns its line of gpu.jsonl."""
+        """Runs the check for at most `limit` seconds; returns its line of gpu.jsonl."""
         start, error = time.monotonic(), None
         task = {"seconds": limit, "out": str(out), "demo": demo}
         with contextlib.suppress(BrokenPipeError):  # it has died while importing
@@ -63,7 +63,7 @@ class Check:
         return {"check": self.name, "ok": error is None, "seconds": seconds, "figures": figures, "error": error}
 
     def kill(self) -> None:
-        """Ends it and whatever it has started."""
+        """Ends the process and all that it has started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -112,7 +112,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def environment_of(options: argparse.Namespace, folder: Path) -> dict[str, str]:
-    """Of every check's process."""
+    """The environment of every check's process."""
     environment = dict(os.environ)
     paths = [str(ROOT), environment.get("PYTHONPATH", "")]
     if options.wheels:
@@ -135,7 +135,7 @@ def environment_of(options: argparse.Namespace, folder: Path) -> dict[str, str]:
 
 
 def run_all(options, start: float, out: Path, folder: Path, environment: dict[str, str]) -> list[dict]:
-    """The lines of all checks; each is written when it is known."""
+    """Runs all checks; returns their lines, each of which is written as soon as it is known."""
     names = [name for name in SECONDS if not options.only or name in options.only]
     demo = str(Path(options.demo).absolute()) if options.demo else None
     rows, started = [], []
@@ -181,7 +181,7 @@ def header(options: argparse.Namespace) -> dict:
 
 
 def card() -> str | None:
-    """Name, memory and driver of the first GPU as nvidia-smi tells them; None without one."""
+    """Name, memory, driver and power limit of the first GPU by nvidia-smi; None without one."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,power.limit", "--format=csv,noheader"]
     try:
         result = subprocess.run(query, capture_output=True, text=True, timeout=30)
@@ -191,7 +191,7 @@ def card() -> str | None:
 
 
 def print_table(rows: list[dict], seconds: float) -> None:
-    """Check, outcome, seconds, figures. Lists and tables are in gpu.jsonl alone."""
+    """Prints check, outcome, seconds and figures. Lists and tables are in gpu.jsonl alone."""
     print(f"\n{'check':18}{'ok':>5}{'s':>8}  figures")
     for row in rows:
         shown = [f"{key}={_short(x)}" for key, x in row["figures"].items() if not isinstance(x, (dict, list))]

@@ -109,7 +109,7 @@ def time_way(start: "Start", flags: dict[str, bool], steps: int) -> tuple[torch.
 
 
 def ways_of(model: PolicyModel) -> dict[str, tuple[dict[str, bool], int]]:
-    """Those of WAYS that there are for this model here. On a CPU: in Triton's interpreter, no graphs, one step."""
+    """The WAYS that this model can take here. On a CPU: in Triton's interpreter, without graphs, one step."""
     if device().type == "cpu":
         ragged = {"ragged"} if kernel_runs() else set()
         return {name: (flags, 1) for name, (flags, _) in WAYS.items() if name in {"straight", "own"} | ragged}
@@ -117,7 +117,7 @@ def ways_of(model: PolicyModel) -> dict[str, tuple[dict[str, bool], int]]:
 
 
 def profiled(decoder: _Decoder) -> dict:
-    """Of one step: milliseconds that the device works, its kernels, launches by the host, and the largest kernels."""
+    """One step: milliseconds that the device works, number of kernels, launches by the host, the longest kernels."""
     found, launches = kernels(decoder.forward)
     busy = sum(kernel.seconds for kernel in found)
     largest = [(kernel.name[:80], kernel.count, round(1e6 * kernel.seconds)) for kernel in found[:10]]
@@ -138,7 +138,7 @@ def filled(model: PolicyModel, slots: int, prompt: int, kind: str) -> _Decoder:
 
 
 class Start:
-    """What a decoder knows besides keys and values, to begin again from: later columns are written anew."""
+    """A decoder's state besides keys and values, whose later columns are written again: enough to start again from."""
 
     def __init__(self, decoder: _Decoder):
         self.decoder, self.room = decoder, decoder.room

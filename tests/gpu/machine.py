@@ -56,7 +56,7 @@ def software() -> dict:
 
 
 def nvidia_smi() -> str | None:
-    """Its line about the first GPU: memory, driver, clocks, power."""
+    """nvidia-smi's line about the first GPU: memory, driver, clocks, power."""
     if not shutil.which("nvidia-smi"):
         return None
     command = ["nvidia-smi", f"--query-gpu={STATE}", "--format=csv,noheader"]

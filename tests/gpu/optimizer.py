@@ -92,7 +92,7 @@ def write(writer: CheckpointWriter, folder: Path, way: str, report) -> None:
 
 
 def verify(folder: Path, report) -> None:
-    """Reads the newest checkpoint and holds its hash against the manifest's."""
+    """Reads the newest checkpoint and compares its hash with the manifest's."""
     for file in folder.glob("*/*.safetensors"):
         found, noted = sha256(str(file)), json.loads((file.parent / MANIFEST).read_text())[file.name]["sha256"]
         report.expect(found == noted, f"{file.name}: SHA-256 {found[:12]}, the manifest says {noted[:12]}")

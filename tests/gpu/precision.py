@@ -30,7 +30,7 @@ def check(toy: bool, report: Report) -> None:
         inputs = build_inputs(folder / "inputs")
         flags = flags_of(inputs, folder / "stopped", **BF16 | {"train_steps": 100_000, "checkpoint_per_step": 50_000})
         stopped = start(flags, folder / "stopped.log")
-        # The first of all, as the flag wants to be known before CUDA starts.
+        # The first of all: --deterministic has to be set before CUDA starts.
         said = io.StringIO()
         for run_name, changes in (("first", REPEATABLE), ("second", REPEATABLE), ("third", {}), ("fourth", {})):
             with contextlib.redirect_stdout(said):

@@ -1,4 +1,4 @@
-"""What a check hands to the runner: figures as soon as they are known, and what went against expectation."""
+"""Passes a check's figures to the runner as soon as they are known, and collects its failures."""
 
 import json
 import time
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class Failed(Exception):
-    """An expectation that was not met: what, what was expected, what came instead."""
+    """An expectation that was not met; says what was expected and what came instead."""
 
 
 class Report:
@@ -36,5 +36,5 @@ class Report:
             raise Failed("; ".join(self._failures))
 
     def seconds_left(self) -> float:
-        """Until the runner ends the check."""
+        """Seconds until the runner ends the check."""
         return self._end - time.monotonic()

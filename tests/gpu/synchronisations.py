@@ -1,4 +1,4 @@
-"""Where the host waits for the GPU in one PPO step, by source line: PyTorch's own warnings of that, collected."""
+"""Where the host waits for the GPU in one PPO step, by source line, from PyTorch's own warnings."""
 
 import contextlib
 import tempfile

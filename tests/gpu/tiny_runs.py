@@ -42,7 +42,7 @@ def start(flags: list[str], log: Path, on_cpu: bool = False) -> subprocess.Popen
 
 
 def wait_for(process: subprocess.Popen, log: Path, seconds: float) -> int:
-    """The exit code; a command that ends otherwise than by 0 has its last words printed."""
+    """Returns the exit code; prints the end of the log where it is not 0."""
     code = process.wait(seconds)
     if code:
         print(log.read_text("utf-8", "replace")[-5000:])

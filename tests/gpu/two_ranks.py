@@ -15,11 +15,11 @@ from ppo.build import build
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from tests.gpu.report import Report
 from tests.gpu.tiny_runs import distance, flags_of, start, wait_for
-from tests.ranks import free_port
 from tests.tiny_run import build_inputs, clean_environment
 from train_ppo import loop
 from utils.args import parse_args
 from utils.engine import deepspeed, device, init_distributed, shutdown_distributed
+from utils.ranks import free_port
 
 TOLERANCE = 1e-4
 SETTINGS = {"zero_2": {"zero_stage": 2}, "zero_3": {"zero_stage": 3}}
@@ -46,7 +46,7 @@ def check(toy: bool, report: Report) -> None:
 
 
 def runs(rank: int, port: str, *flags: list[str]) -> None:
-    """What each rank does: tiny runs, one after the other in the same group."""
+    """The work of each rank: tiny runs, one after the other in the same group."""
     join(rank, port)
     for each in flags:
         run = build(parse_args(PPOConfig, each, PRESETS, AMOUNTS))

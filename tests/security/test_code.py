@@ -129,6 +129,7 @@ FORBIDDEN = re.compile(
 ALLOWED = {
     ("ppo/score.py", "exec_module"),  # --reward_fn
     ("utils/run_folder.py", "run"),  # git's commit, without a shell
+    ("utils/ranks.py", "Popen"),  # the command of the recipe that starts it, once per GPU, without a shell
     ("data/demo/english.py", "from_pretrained"),  # a file of a package that utils/setup.sh pins
 }
 FOLDERS = ("ppo", "reward", "sft", "data", "utils")

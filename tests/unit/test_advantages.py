@@ -70,7 +70,7 @@ def test_equals_a_loop_in_float64_on_ragged_rows():
 
 
 def test_operations_do_not_grow_with_the_length():
-    """Each is a launch on a GPU: a loop over 2,048 tokens made 16,000."""
+    """Each operation is a launch on a GPU: a loop over 2,048 tokens made 16,000."""
     mask = torch.ones(2, 2048).bool()
     with torch.profiler.profile() as profile:
         gae(torch.ones(2, 2048), torch.ones(2, 2048), mask, 1.0, 0.95)

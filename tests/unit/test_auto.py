@@ -1,4 +1,4 @@
-"""Flags that are auto: how they are parsed, the rules on memory, and that the sizes they choose change no number."""
+"""Flags that are auto: their parsing, their use of memory, and that the sizes they choose change no number."""
 
 import json
 from dataclasses import replace

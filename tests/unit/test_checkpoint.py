@@ -152,7 +152,7 @@ def small(size: int) -> dict[str, SimpleNamespace]:
 
 @pytest.fixture
 def held_disk(monkeypatch):
-    """An event without which nothing gets to the disk."""
+    """An event that lets writing to the disk begin."""
     sync, may_write = os.fsync, threading.Event()
     monkeypatch.setattr(os, "fsync", lambda handle: (may_write.wait(60), sync(handle)))
     yield may_write

@@ -1,4 +1,4 @@
-"""--deterministic: on inside a run and off behind it, the same numbers, and names of what has no deterministic form."""
+"""--deterministic: on during a run and off after it, the same numbers, and names of nondeterministic operations."""
 
 import os
 
@@ -33,7 +33,7 @@ def state() -> tuple:
 
 
 def put() -> None:
-    """One of the few operations without a deterministic form on a CPU."""
+    """One of the few operations without a deterministic kernel on a CPU."""
     torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
 
 
@@ -87,7 +87,7 @@ class Model(torch.nn.Module):
 
 
 def test_a_backward_pass_is_strict_and_says_what_it_cannot_repeat(single_process):
-    """Flash attention takes its deterministic form in the strict mode alone, whatever torch's documentation says."""
+    """Flash attention uses its deterministic kernel in strict mode only, contrary to PyTorch's documentation."""
     ids, seen = torch.tensor([[1, 5, 7, 9]]), []
     engine = TrainEngine(Model(broken=False), ppo_config(zero_stage=2), "model")
     next(engine.module.parameters()).register_hook(lambda gradient: seen.append(state()[:2]))
@@ -104,7 +104,7 @@ def test_a_backward_pass_is_strict_and_says_what_it_cannot_repeat(single_process
 
 @pytest.mark.gpu
 def test_gradients_of_attention_repeat(single_process):
-    """Two backward passes over the same long rows, to the bit."""
+    """Two backward passes over the same long rows are equal bit for bit."""
     shape = (2, 8, 2048, 64)
     query, key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
 

@@ -1,4 +1,4 @@
-"""One answer to where a process computes: DS_ACCELERATOR=cpu keeps everything on the CPU, whatever GPUs there are."""
+"""The device of a process: DS_ACCELERATOR=cpu keeps everything on the CPU, whatever GPUs there are."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from utils.engine import TrainEngine
 from utils.logger import Stopwatch
 from utils.tensors import to_device
 
-# Says what a machine with GPUs says, and refuses to start CUDA, which no process on the CPU has a reason to.
+# Reports two GPUs as a machine with GPUs does, and raises an error where CUDA is started.
 GPU_MACHINE = """
 import sys
 import torch

@@ -11,7 +11,7 @@ from data.template import encode_dialogue
 from reward.ensemble import Encoding, Ensemble, Frozen, check_labels, score_dialogues
 from tests.parts import ppo_config, tiny_scalar_model
 from tests.tiny import VOCAB, tiny_tokenizer_folder
-from utils.engine import shard_frozen
+from utils.engine import device, shard_frozen
 from utils.errors import UserError
 from utils.host_copies import host_copies
 from utils.tokenizer import load_tokenizer
@@ -81,32 +81,27 @@ def test_rules_by_hand(rule, expected):
     assert torch.equal(ensemble.combine(SCORES[:, :1]), SCORES[:, 0])
 
 
-def check_offload(place: str) -> None:
-    """Holds a model that waits against its twin: device, values and scores, over two turns."""
-    device = torch.device(place)
-    model, twin = (tiny_scalar_model(vocab=VOCAB).requires_grad_(False).to(device) for _ in range(2))
+def test_a_model_that_waits_in_host_memory_is_copied_one_way():
+    """An offloaded model against a copy that is not: device, values and scores, over two uses."""
+    place = device()
+    model, twin = (tiny_scalar_model(vocab=VOCAB).requires_grad_(False).to(place) for _ in range(2))
     waiting = Frozen(model, offload=True)
     held = [parameter.data_ptr() for parameter in model.parameters()]
-    ids = torch.arange(3, 23, device=device)[None]
+    ids = torch.arange(3, 23, device=place)[None]
     expected = twin(ids, torch.ones_like(ids).bool())
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), waiting.resident() as found:
-            assert {x.device for x in (*found.parameters(), *found.buffers())} == {device}
+            assert {x.device for x in (*found.parameters(), *found.buffers())} == {place}
             assert torch.equal(found(ids, torch.ones_like(ids).bool()), expected)
             1 / 0  # noqa: B018 - a failure does not leave the model on the device
         assert [parameter.data_ptr() for parameter in model.parameters()] == held
         for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
-            assert parameter.device.type == "cpu" and parameter.is_pinned() == (place == "cuda:0")
+            assert parameter.device.type == "cpu" and parameter.is_pinned() == (place.type == "cuda")
             assert torch.equal(parameter, other.cpu())
 
 
-def test_a_model_that_waits_in_host_memory_is_copied_one_way():
-    check_offload("cpu")
-
-
 @pytest.mark.gpu
-def test_a_model_waits_in_page_locked_memory():
-    check_offload("cuda:0")
+def test_a_model_that_waits_leaves_the_gpu_free():
     before = torch.cuda.memory_allocated()
     waiting = Frozen(tiny_scalar_model(vocab=VOCAB).requires_grad_(False).cuda(), offload=True)
     kept = torch.cuda.memory_allocated()
@@ -132,7 +127,7 @@ def test_copies_share_buffers_and_keep_dtype_and_shape(monkeypatch):
     monkeypatch.setattr("utils.host_copies.BUFFER", 1024)
     tensors = [torch.randn(50), torch.randn(3, 7).bfloat16(), torch.randn(1000), torch.tensor(3.0), torch.randn(0, 4)]
     tensors += [torch.randn(8, 2).t(), torch.arange(5)]
-    copies = host_copies(tensors, pinned=False)
+    copies = host_copies(tensors)
     for tensor, copy in zip(tensors, copies, strict=True):
         assert torch.equal(copy, tensor) and copy.dtype == tensor.dtype
         assert tensor.numel() == 0 or copy.data_ptr() != tensor.data_ptr()

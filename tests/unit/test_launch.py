@@ -1,4 +1,4 @@
-"""utils/launch.sh runs on the GPUs that the user was given, and utils/ranks.py tells ranks and shell of each other."""
+"""utils/launch.sh runs on the GPUs that the user was given; utils/ranks.py passes signals on and exit codes back."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ launch "$LOG" -m sft.train --lr 1
 
 @pytest.fixture
 def launched(tmp_path):
-    """What a recipe would run: the command line, and DS_ACCELERATOR and CUDA_VISIBLE_DEVICES in its environment."""
+    """The command line that a recipe runs, with DS_ACCELERATOR and CUDA_VISIBLE_DEVICES of its environment."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("python", "deepspeed"):
