@@ -138,7 +138,7 @@ ARGS=(
   --zero_stage 2              # paper: ZeRO-2
   --gradient_checkpoint True  # recompute activations; paper: so; auto: in as few layers as memory allows
   --offload_optimizer False   # True: the optimizer's state lives in host memory
-  --offload_frozen True       # reference and reward model stay in host memory (27 GB for 7B, over all GPUs)
+  --offload_frozen False      # True: reference and reward model stay in host memory (27 GB for 7B, over all GPUs)
 
   # Watching
   --save_per_step 100         # buffers between evaluations on held-out prompts; the best model so far goes to best/
