@@ -39,8 +39,16 @@ activate_repository_venv() { # the .venv that utils/setup.sh made, unless an env
   fi
 }
 
+pass_on() { # $1: INT or TERM. Sends it to the run that `launch` has started, or keeps it until there is one
+  pending=$1
+  if [[ -n $process ]]; then
+    kill -s "$1" "$process" 2>/dev/null || true
+    pending=
+  fi
+}
+
 launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS and HOSTFILE say where
-  local log=$1 launcher=(python) process code=0
+  local log=$1 launcher=(python) process='' pending='' code output tee
   shift
   if ((NUM_GPUS > 0)) && [[ -n ${HOSTFILE:-} ]]; then
     launcher=(deepspeed --num_gpus "$NUM_GPUS" --hostfile "$HOSTFILE" ${MASTER_PORT:+--master_port "$MASTER_PORT"})
@@ -53,17 +61,20 @@ launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS 
   fi
   # The run is a job of its own, to which this script passes Ctrl-C and SIGTERM once, then waits until it has saved and
   # ended. tee ignores both signals, so that the run's last lines are still shown and kept
+  trap 'pass_on INT' INT
+  trap 'pass_on TERM' TERM
+  exec {output}> >(trap '' INT TERM && exec tee -a "$log")
+  tee=$!
   set -m
-  "${launcher[@]}" "$@" 2>&1 | (trap '' INT TERM && exec tee -a "$log") &
+  "${launcher[@]}" "$@" >&"$output" 2>&1 {output}>&- &
+  process=$!
   set +m
-  process=$(jobs -p %%) # the first of the two
-  trap 'kill -INT "$process"' INT
-  trap 'kill -TERM "$process"' TERM
-  until wait %%; do # a signal ends it early
-    code=$?
-    kill -0 "$process" 2>/dev/null || break
-    code=0
-  done
+  exec {output}>&-
+  if [[ -n $pending ]]; then
+    pass_on "$pending"
+  fi
+  while code=0 && { wait "$process" || code=$?; } && kill -0 "$process" 2>/dev/null; do :; done # a signal ends a wait
+  while kill -0 "$tee" 2>/dev/null; do wait "$tee" || true; done
   trap - INT TERM
   return "$code"
 }
