@@ -1,4 +1,4 @@
-"""utils/weight_diff.py: what goes in comes out, whatever the layout; sums and manifests tell right from wrong."""
+"""utils/weight_diff/: what goes in comes out, whatever the layout; sums and manifests tell right from wrong."""
 
 import json
 import math
@@ -21,11 +21,10 @@ from tests.weights import (
     save_folder,
     shapes,
 )
-from utils import tensor_stream
-from utils.companions import rotary_total
 from utils.errors import UserError
-from utils.release import Output, Release
-from utils.weight_diff import make_diff, recover, verify
+from utils.weight_diff import recover as recovery
+from utils.weight_diff.published import Output, Release
+from utils.weight_diff.recover import make_diff, recover, rotary_total, verify
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -60,7 +59,7 @@ def test_recover_undoes_make_diff(tmp_path, monkeypatch, seed):
     for name, weights in (("raw", raw), ("model", tuned)):
         layout, shards, buffers = choice.choice(LAYOUTS), choice.randint(1, 4), choice.random() < 0.5
         save_folder(tmp_path / name, weights, layout, shards, choice.random(), buffers)
-    monkeypatch.setattr(tensor_stream, "CHUNK", choice.choice((7, 64, 1 << 20)))
+    monkeypatch.setattr(recovery, "CHUNK", choice.choice((7, 64, 1 << 20)))
     folders = [str(tmp_path / name) for name in ("raw", "diff", "model")]
     model_type = "reward" if seed % 2 == 0 else "policy"
     make_diff(*folders, model_type, Output(max_shard_bytes=choice.choice((1, 300, 10**9))), say=str)
