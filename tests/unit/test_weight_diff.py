@@ -23,8 +23,8 @@ from tests.weights import (
 )
 from utils.errors import UserError
 from utils.weight_diff import recover as recovery
-from utils.weight_diff.published import Output, Release
-from utils.weight_diff.recover import make_diff, recover, rotary_total, verify
+from utils.weight_diff.published import Output, Release, rotary_total
+from utils.weight_diff.recover import make_diff, recover, verify
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -9,10 +9,12 @@ import math
 import os
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -20,7 +22,7 @@ from utils import tokenizer as tokenizers
 from utils.errors import UserError
 from utils.files import first_names, read_json
 from utils.hub import download_model, is_hub_id
-from utils.weight_diff.manifest import Manifest, read_manifest
+from utils.weight_diff.manifest import Manifest, TensorHasher, read_manifest
 from utils.weight_diff.published import DTYPES
 from utils.weight_files import open_weights, read_tensor, tensor_files, tensor_of
 
@@ -32,6 +34,9 @@ _TOKENIZER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     "chat_template.jinja",
 )
+
+
+T, R = TypeVar("T"), TypeVar("R")
 
 
 class Stored(NamedTuple):
@@ -59,9 +64,35 @@ class Side:
         stored = self.tensors.get(name) or self.patches[name]
         return (read_tensor(stored.file, name, self.flag) if stored.held is None else stored.held).reshape(-1)
 
+    def stream(
+        self, names: list[str], hasher: TensorHasher | None = None, dtype: str | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the named tensors in `dtype` (default: their own), hashed with a hasher; a thread reads the next."""
+
+        def read(name: str) -> tuple[str, torch.Tensor]:
+            tensor = self.read(name).to(getattr(torch, dtype or self.dtype))
+            return hasher((name, tensor)) if hasher else (name, tensor)
+
+        return ahead(read, names)
+
     def nbytes(self, dtype: str) -> int:
         """Bytes of the parameters in `dtype`."""
         return sum(math.prod(stored.shape) for stored in self.tensors.values()) * getattr(torch, dtype).itemsize
+
+
+def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yields function(item) for every item; a thread works on the next item while the caller uses this result.
+
+    It pays where `function` leaves Python's lock alone, as reading, hashing and torch do.
+    """
+    waiting = deque()
+    with ThreadPoolExecutor(1) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        for last in waiting:
+            yield last.result()
 
 
 def is_difference(name: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.run_folder import check_writable
@@ -104,7 +105,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_
         save_file(shard, folder / f"model-{len(shards):05d}.safetensors", metadata={"format": "pt"})
         shard.clear()
 
-    for name, tensor in tensors:
+    for name, tensor in tqdm(tensors, unit=" tensors", disable=None):
         if shard and sum(other.nbytes for other in shard.values()) + tensor.nbytes > max_bytes:
             save()
         shard[name] = tensor

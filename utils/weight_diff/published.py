@@ -63,3 +63,13 @@ def check_total(total: float, expected: float, what: str, remedy: str, slack: fl
     """Raises UserError when two sums differ by more than rounding. what: the expected one, in words."""
     if not abs(total - expected) <= _TOLERANCE * abs(expected) + slack:
         raise UserError(f"the sum of all tensors is {total:.4f}, {what} is {expected:.4f}: {remedy}")
+
+
+def rotary_total(config: dict) -> float:
+    """Sum of the buffers `rotary_emb.inv_freq` of all layers: 238.7185 for LLaMA-7B.
+
+    Published sums were taken when these were still saved: θ^(-2i/d) for i < d/2, once a layer; θ is 10000 unless told.
+    """
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 10000.0
+    return config["num_hidden_layers"] * sum(theta ** (-i / width) for i in range(0, width, 2))

@@ -8,34 +8,22 @@ ascending, and values.
 """
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Iterator
 
 import torch
 from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.files import first_names
+from utils.weight_diff import model_files
 from utils.weight_diff.manifest import Hashes, Manifest, TensorHasher, write_manifest
-from utils.weight_diff.model_files import (
-    PATCH_ENDINGS,
-    Side,
-    check_pair,
-    copy_model_files,
-    is_difference,
-    open_side,
-    read_config,
-    write_model_files,
-)
+from utils.weight_diff.model_files import PATCH_ENDINGS, Side, ahead, check_pair, is_difference, open_side
 from utils.weight_diff.output_folder import check_new_folder, check_space, new_folder, write_shards
-from utils.weight_diff.published import Output, Release, check_published, check_total, rounding_slack
+from utils.weight_diff.published import Output, Release, check_published, check_total, rotary_total, rounding_slack
 
 CHUNK = 1 << 22  # elements that are in float32 at a time
 Say = Callable[[str], None]
 Named = tuple[str, torch.Tensor]
-T, R = TypeVar("T"), TypeVar("R")
 
 
 def recover(
@@ -51,21 +39,21 @@ def recover(
     device = _device(output)
     raw, diff = open_side(path_raw, "--path_raw"), open_side(path_diff, "--path_diff")
     check_pair(raw, diff, model_type)
-    config, dtype, known = read_config([diff, raw]), output.dtype or diff.dtype, diff.manifest
+    config, dtype, known = model_files.read_config([diff, raw]), output.dtype or diff.dtype, diff.manifest
     if known is not None and known.raw is None:
         raise UserError(
             f"--path_diff {path_diff} is a recovered model, as its manifest says: give the folder of a diff"
         )
     check_space(path_tuned, "--path_tuned", diff.nbytes(dtype))
     with new_folder(path_tuned, "--path_tuned") as folder:
-        write_model_files(folder, config, [diff, raw], dtype, release.template, say)
+        model_files.write_model_files(folder, config, [diff, raw], dtype, release.template, say)
         totals: list[float] = []
         expected = known.tuned.sha256 if known is not None and known.tuned.dtype == dtype else None
         hasher = TensorHasher(
             expected, "{} came out other than the manifest of --path_diff says: copy both folders again"
         )
         tensors = ahead(hasher, _recovered(raw, diff, release.base, getattr(torch, dtype), device, totals))
-        write_shards(folder, _with_progress(tensors, diff.nbytes(dtype)), output.max_shard_bytes)
+        write_shards(folder, tensors, output.max_shard_bytes)
         total = math.fsum(totals) + rotary_total(config)
         remedy = f"give {release.base} as --path_raw, or copy both again"
         if known is not None:
@@ -89,15 +77,15 @@ def make_diff(
     device = _device(output)
     raw, tuned = open_side(path_raw, "--path_raw"), open_side(path_tuned, "--path_tuned")
     check_pair(raw, tuned, model_type)
-    config, dtype = read_config([tuned]), output.dtype or tuned.dtype
+    config, dtype = model_files.read_config([tuned]), output.dtype or tuned.dtype
     check_space(path_diff, "--path_diff", tuned.nbytes(dtype))
     with new_folder(path_diff, "--path_diff") as folder:
-        copy_model_files(tuned.folder, folder)
+        model_files.copy_model_files(tuned.folder, folder)
         totals: list[float] = []
         of_raw, of_diff, of_tuned = TensorHasher(), TensorHasher(), TensorHasher()
         tensors = ahead(of_diff, _differences(raw, tuned, getattr(torch, dtype), device, totals, of_raw, of_tuned))
-        write_shards(folder, _with_progress(tensors, tuned.nbytes(dtype)), output.max_shard_bytes)
-        for _ in _read(raw, [name for name in raw.tensors if not is_difference(name)], of_raw, raw.dtype):
+        write_shards(folder, tensors, output.max_shard_bytes)
+        for _ in raw.stream([name for name in raw.tensors if not is_difference(name)], of_raw):
             pass  # recovery does without them; they are for the record
         total = math.fsum(totals) + rotary_total(config)
         hashes = {"raw": Hashes(raw.dtype, of_raw.found), "diff": Hashes(dtype, of_diff.found)}
@@ -112,7 +100,7 @@ def verify(path_tuned: str, release: Release, model_type: str | None, threads: i
     """
     torch.set_num_threads(threads)
     side = open_side(path_tuned, "--path_tuned")
-    config, known = read_config([side]), side.manifest
+    config, known = model_files.read_config([side]), side.manifest
     hasher, dtype = None, side.dtype
     if known is not None:
         if known.raw is not None:
@@ -122,7 +110,7 @@ def verify(path_tuned: str, release: Release, model_type: str | None, threads: i
         if lost := [name for name in known.tuned.sha256 if name not in side.tensors]:
             raise UserError(f"--path_tuned lacks {first_names(lost)}, which its manifest names: recover it again")
     totals, squares = [], []
-    for name, tensor in _with_progress(_read(side, list(side.tensors), hasher, dtype), side.nbytes(dtype)):
+    for name, tensor in tqdm(side.stream(list(side.tensors), hasher, dtype), total=len(side.tensors), disable=None):
         for values in (part.float() for part in tensor.split(CHUNK)):
             _check_range(values, torch.float32, name, "--path_tuned")
             totals.append(values.sum(dtype=torch.float64).item())
@@ -134,41 +122,6 @@ def verify(path_tuned: str, release: Release, model_type: str | None, threads: i
         slack = rounding_slack(side.dtype, math.fsum(squares))
         remedy = f"recover it again, from {release.base}"
         check_published(total, release, model_type or release.default_type, remedy, say, slack)
-
-
-def rotary_total(config: dict) -> float:
-    """Sum of the buffers `rotary_emb.inv_freq` of all layers: 238.7185 for LLaMA-7B.
-
-    Published sums were taken when these were still saved: θ^(-2i/d) for i < d/2, once a layer; θ is 10000 unless told.
-    """
-    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 10000.0
-    return config["num_hidden_layers"] * sum(theta ** (-i / width) for i in range(0, width, 2))
-
-
-def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yields function(item) for every item; a thread works on the next item while the caller uses this result.
-
-    It pays where `function` leaves Python's lock alone, as reading, hashing and torch do.
-    """
-    waiting = deque()
-    with ThreadPoolExecutor(1) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 1:
-                yield waiting.popleft().result()
-        for last in waiting:
-            yield last.result()
-
-
-def _read(side: Side, names: list[str], hasher: TensorHasher | None, dtype: str) -> Iterator[Named]:
-    """Yields the named tensors, flat and in `dtype`, hashed where there is a hasher; a thread reads the next one."""
-
-    def read(name: str) -> Named:
-        tensor = side.read(name).to(getattr(torch, dtype))
-        return hasher((name, tensor)) if hasher else (name, tensor)
-
-    return ahead(read, names)
 
 
 def _recovered(
@@ -185,8 +138,8 @@ def _recovered(
         damaged = "{} of --path_diff is not what its manifest says: copy it again"
         of_diff, of_patches = (TensorHasher(known.diff.sha256, damaged) for _ in range(2))
     buffers = torch.empty(2, CHUNK, device=device)  # allocated once: new memory costs more than the sum
-    bases = _read(raw, list(filter(is_difference, diff.tensors)), of_raw, known.raw.dtype if known else raw.dtype)
-    for name, tensor in _read(diff, list(diff.tensors), of_diff, known.diff.dtype if known else diff.dtype):
+    bases = raw.stream(list(filter(is_difference, diff.tensors)), of_raw, known and known.raw.dtype)
+    for name, tensor in diff.stream(list(diff.tensors), of_diff, known and known.diff.dtype):
         base, patch = None, None
         if is_difference(name):
             base, patch = next(bases)[1], _read_patch(diff, name, len(tensor), of_patches)
@@ -209,8 +162,8 @@ def _differences(
     of_tuned: TensorHasher,
 ) -> Iterator[Named]:  # fmt: skip
     """Yields the diff's tensors in `dtype`, each with its patch after it. of_tuned, totals: of what recovery gives."""
-    bases = _read(raw, list(filter(is_difference, tuned.tensors)), of_raw, raw.dtype)
-    for name, tensor in _read(tuned, list(tuned.tensors), None, tuned.dtype):
+    bases = raw.stream(list(filter(is_difference, tuned.tensors)), of_raw)
+    for name, tensor in tuned.stream(list(tuned.tensors)):
         base = next(bases)[1] if is_difference(name) else None
         difference, again = (torch.empty(len(tensor), dtype=dtype) for _ in range(2))
         patch: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -270,15 +223,6 @@ def _check_range(values: torch.Tensor, dtype: torch.dtype, name: str, where: str
     if max(-low, high) > torch.finfo(dtype).max:
         kind = str(dtype).removeprefix("torch.")
         raise UserError(f"{name} of {where} has values beyond the range of {kind}: give --dtype float32")
-
-
-def _with_progress(tensors: Iterator[Named], total: int) -> Iterator[Named]:
-    """The tensors, with a bar of `total` bytes on a terminal."""
-    form = "{percentage:3.0f}%|{bar}| {n:.2f} of {total:.2f} GB, {rate_fmt} [{elapsed}<{remaining}]"
-    with tqdm(total=total, unit="GB", unit_scale=1e-9, bar_format=form, disable=None) as bar:
-        for name, tensor in tensors:
-            yield name, tensor
-            bar.update(tensor.nbytes)
 
 
 def _device(output: Output) -> torch.device:
