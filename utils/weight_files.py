@@ -50,9 +50,9 @@ def _shards_of(index: Path, flag: str) -> dict[str, str]:
 
 
 def read_tensor(file: Path, name: str, flag: str) -> torch.Tensor:
-    """One tensor of a .safetensors or .bin file. The file is mapped for as long as the tensor is there, no longer."""
+    """A copy of one tensor out of a .safetensors or .bin file; the rest stays on the disk."""
     with open_weights(file, flag) as tensors:
-        return tensor_of(tensors, name)
+        return tensor_of(tensors, name).clone()
 
 
 def tensor_of(tensors, name: str) -> torch.Tensor:

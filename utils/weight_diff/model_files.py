@@ -24,7 +24,7 @@ from utils.files import first_names, read_json
 from utils.hub import download_model, is_hub_id
 from utils.weight_diff.manifest import Manifest, TensorHasher, read_manifest
 from utils.weight_diff.published import DTYPES
-from utils.weight_files import open_weights, read_tensor, tensor_files, tensor_of
+from utils.weight_files import open_weights, tensor_files, tensor_of
 
 PATCH_ENDINGS = (".patch_index", ".patch_value")  # of the names of a patch's two tensors (utils/weight_diff/recover.py)
 _REWARD_HEAD, _EMBEDDING, _LM_HEAD = "reward_head.weight", "model.embed_tokens.weight", "lm_head.weight"
@@ -60,9 +60,12 @@ class Side:
     manifest: Manifest | None
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor or patch, flat, in memory."""
+        """A tensor or patch, flat. Its pages come into memory when its values are used, and go with it."""
         stored = self.tensors.get(name) or self.patches[name]
-        return (read_tensor(stored.file, name, self.flag) if stored.held is None else stored.held).reshape(-1)
+        if stored.held is not None:
+            return stored.held.reshape(-1)
+        with open_weights(stored.file, self.flag) as tensors:  # anew, so that what was read of it before is unmapped
+            return tensor_of(tensors, name).reshape(-1)
 
     def stream(
         self, names: list[str], hasher: TensorHasher | None = None, dtype: str | None = None
