@@ -9,8 +9,8 @@ times, each as a process of its own and with its inputs dropped from the page ca
   published     without one, as the published diffs are: SHA-256 of the result, for its manifest
   verify        of what was recovered
 
-Prints the median of the repeats, peak resident memory (without page cache; imports included) and the ratio to cp, a
-line a size. Takes up to 54 GB of disk for 7B under --folder, all of it removed in the end.
+Prints the median of the repeats, peak resident memory (mapped files and imports included) and the ratio to cp, a line
+per size. Takes up to 54 GB of disk for 7B under --folder, all of it removed in the end.
 """
 
 import argparse
