@@ -7,13 +7,13 @@
 
 The base is LLaMA-7B in Hugging Face layout; safetensors and .bin, in any number of files, in float16, bfloat16 or
 float32 will do. The result is a folder of safetensors with config and tokenizer that `--policy_model_path` and
-transformers load as it is. Nothing is loaded whole: it takes about 1 GB of memory, and disk for the result,
+transformers load as it is. It takes the memory of one file (--max_shard_size) and 1.5 GB more, and disk for the result,
 13.5 GB in 16 bits. Checked are the published sum of all weights, and the SHA-256 of every tensor where a diff has a
 manifest, as those of make_diff have. `COMMAND --help` lists a command's flags.
 """
 
-from utils.release import Release
-from utils.weight_commands import run
+from utils.weight_diff.commands import run
+from utils.weight_diff.published import Release
 
 RELEASE = Release(
     base="LLaMA-7B in Hugging Face layout",

@@ -10,8 +10,8 @@ the diff was not made against it. All else is as merge_weight_en.py --help says.
 flags.
 """
 
-from utils.release import Release
-from utils.weight_commands import run
+from utils.weight_diff.commands import run
+from utils.weight_diff.published import Release
 
 RELEASE = Release(
     base="LLaMA-7B in Hugging Face layout, not OpenChineseLLaMA",

@@ -9,12 +9,13 @@ times, each as a process of its own and with its inputs dropped from the page ca
   published     without one, as the published diffs are: SHA-256 of the result, for its manifest
   verify        of what was recovered
 
-Prints the median of the repeats, peak resident memory (without page cache; imports included) and the ratio to cp, a
-line a size. Takes up to 54 GB of disk for 7B under --folder, all of it removed in the end.
+Prints the median of the repeats, peak resident memory (mapped files and imports included) and the ratio to cp, a line
+per size. Takes up to 54 GB of disk for 7B under --folder, all of it removed in the end.
 """
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -22,19 +23,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from utils.manifest import FILE as MANIFEST
-from utils.shards import ShardWriter
-from utils.tensor_stream import as_bytes
+from utils.weight_diff.manifest import FILE as MANIFEST
+from utils.weight_diff.output_folder import write_shards
 
 REPOSITORY = Path(__file__).parents[1]
 HIDDEN, INTERMEDIATE, VOCAB = 4096, 11008, 32000
-SHARD = 5_000_000_000  # bytes
+SHARD = 500_000_000  # bytes; less than recovery takes, as a child's peak memory includes that of its parent
 COLUMNS = ("cp", "cp, synced", "recover", "published", "verify")
 
 
@@ -53,19 +54,18 @@ def write_model(folder: Path, layers: int, seed: int) -> int:
     """A float16 model of normal weights, deviation 0.02. Returns its bytes."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(seed)
-    # Over and over; of another length in each model, so that no pair of values, and no rounding of one, comes twice.
-    values = as_bytes((0.02 * torch.randn(8_000_000 + seed, generator=generator)).half())
-    position = 0
-    with ShardWriter(folder, SHARD, list(shapes(layers))) as writer:
+    # Repeated; of another length in each model, so that no pair of values, and no rounding of one, comes twice.
+    values = (0.02 * torch.randn(8_000_000 + seed, generator=generator)).half()
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        position = 0
         for name, shape in shapes(layers).items():
-            left = 2 * torch.Size(shape).numel()
-            writer.start(name, "float16", shape, left)
-            while left:
-                piece = values[position : position + left]
-                writer.write(piece)
-                left -= len(piece)
-                position = (position + len(piece)) % len(values)
-        writer.finish()
+            numel = math.prod(shape)
+            repeated = values.repeat(2 + numel // len(values))
+            yield name, repeated[position : position + numel].clone().reshape(shape)
+            position = (position + numel) % len(values)
+
+    write_shards(folder, tensors(), SHARD)
     sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "vocab_size": VOCAB, "num_attention_heads": 32}
     config = {"model_type": "llama", "num_hidden_layers": layers, **sizes}
     (folder / "config.json").write_text(json.dumps(config))

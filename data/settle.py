@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from data.chat import render, template_arguments, turn_end
 from utils.errors import UserError
+from utils.files import read_json
 from utils.models import model_folder
-from utils.tensor_files import read_json
 from utils.text_flags import StopFlags, TextFlags
 from utils.tokenizer import has_tokenizer, load_tokenizer, set_template, template_of
 

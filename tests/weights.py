@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from utils.release import Release
+from utils.weight_diff.published import Release
 
 HIDDEN, HEADS, LAYERS, VOCAB = 8, 2, 2, 12
 ROTARY = 2 * (1.0 + 0.01)  # sum of inv_freq by hand: heads of width 4, so 10000^0 and 10000^(-1/2) in each of 2 layers

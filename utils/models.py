@@ -17,9 +17,9 @@ from transformers.utils import logging
 
 from utils.compiled import layers_of
 from utils.errors import UserError
+from utils.files import read_json
 from utils.hub import download_model, is_hub_id
 from utils.probe import check_forward
-from utils.tensor_files import read_json
 from utils.tokenizer import check_vocabulary
 from utils.weight_files import DAMAGED, reason_of, tensor_files
 

@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from utils.device import on_gpu
-from utils.tensor_files import SAFETENSORS_DTYPES
 
 PIECE = 1 << 26  # bytes of a buffer: 64 MB, a power of two, to which PyTorch rounds up pinned memory
-_CODES = {getattr(torch, dtype): code for code, dtype in SAFETENSORS_DTYPES.items()}
+_CODES = {
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.uint8: "U8",
+    torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def new_buffer() -> torch.Tensor:

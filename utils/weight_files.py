@@ -6,6 +6,7 @@ A `.bin` goes through torch's `weights_only`: tensors are unpickled from it, nev
 import contextlib
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,46 +16,84 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from utils.errors import UserError
-from utils.tensor_files import shards_of
+from utils.files import read_json
 
 DAMAGED = (
     *(OSError, ValueError, KeyError, RuntimeError, ImportError, EOFError),
     *(SafetensorError, pickle.UnpicklingError, StrictDataclassError),
 )
+# What a damaged pickle or archive raises, too.
+_DAMAGED_FILE = (*DAMAGED, AssertionError, AttributeError, IndexError, TypeError, zipfile.BadZipFile, struct.error)
 
 
 def tensor_files(folder: Path, flag: str) -> dict[str, Path]:
     """Name of every tensor in the folder -> the file that holds it. Reads indices and headers, no tensors."""
-    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index, file = folder / f"{name}.index.json", folder / name
         if index.is_file():
-            return {name: folder / file for name, file in shards_of(index, flag).items()}
-    for file in (folder / "model.safetensors", folder / "pytorch_model.bin"):
+            return {tensor: folder / shard for tensor, shard in _shards_of(index, flag).items()}
         if file.is_file():
-            with _weights(file, flag) as tensors:
+            with open_weights(file, flag) as tensors:
                 return dict.fromkeys(tensors.keys(), file)
-    raise UserError(f"{flag}: no model.safetensors or pytorch_model.bin in {folder}; give the folder of a whole model")
+    raise UserError(
+        f"{flag}: no model.safetensors or pytorch_model.bin in {folder}; give the folder of a whole model in Hugging "
+        "Face layout (convert Meta's own files first)"
+    )
+
+
+def _shards_of(index: Path, flag: str) -> dict[str, str]:
+    """Name of every tensor in an index -> name of its file. Raises UserError for what is none, or lies elsewhere."""
+    shards = read_json(index, flag).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(x, str) and x == Path(x).name for x in shards.values()):
+        raise UserError(f"{flag}: {index} is damaged (no weight_map of file names); copy it again")
+    return shards
 
 
 def read_tensor(file: Path, name: str, flag: str) -> torch.Tensor:
-    """One tensor out of a .safetensors or .bin file; the rest stays on the disk."""
-    with _weights(file, flag) as tensors:
-        return tensors.get_tensor(name) if file.suffix == ".safetensors" else tensors[name].clone()
+    """A copy of one tensor out of a .safetensors or .bin file; the rest stays on the disk."""
+    with open_weights(file, flag) as tensors:
+        return tensor_of(tensors, name).clone()
+
+
+def tensor_of(tensors, name: str) -> torch.Tensor:
+    """The tensor `name` of what `open_weights` yields: mapped, so that its values are read when they are used."""
+    return tensors[name] if isinstance(tensors, dict) else tensors.get_tensor(name)
 
 
 @contextlib.contextmanager
-def _weights(file: Path, flag: str) -> Iterator:
-    """Lazy mapping of a weight file. Only tensors are unpickled from a .bin, never code."""
+def open_weights(file: Path, flag: str) -> Iterator:
+    """Yields the tensors of a file, lazily mapped (those of a .bin by PyTorch before 1.6 are read at once).
+
+    It is safetensors' own handle, or a dict. Only tensors are unpickled from a .bin, never code. Raises UserError.
+    """
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
                 yield tensors
         else:
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            mapped = zipfile.is_zipfile(file)
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
             if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
                 raise ValueError("not a state dict of tensors alone")
+            if mapped:
+                _check_records(file, tensors)
             yield tensors
-    except DAMAGED as error:
+    except _DAMAGED_FILE as error:
         raise UserError(f"{flag}: {file} is not readable, truncated or refused: {reason_of(error)}") from error
+
+
+def _check_records(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError unless each storage is a whole record of the archive: a mapped one is not compared by torch."""
+    with zipfile.ZipFile(file) as archive:
+        records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records.values()):
+            raise ValueError("its records are compressed; save it again as safetensors")
+        if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
+            raise ValueError("its numbers are big-endian; save it again as safetensors")
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors.values()}
+    sizes = sorted(record.file_size for name, record in records.items() if name.startswith("data/"))
+    if sorted(filter(None, storages.values())) != [size for size in sizes if size]:
+        raise ValueError("its pickle and its records do not agree on the sizes of the tensors")
 
 
 def reason_of(error: Exception) -> str:

@@ -11,7 +11,7 @@ import reward.train
 import sft.train
 import train_ppo
 from merge_weight_en import RELEASE
-from utils import weight_commands
+from utils.weight_diff import commands as weight_commands
 
 PPO = {
     "policy_model_path": "{policy}", "critic_model_path": "{reward}", "data_path": "{prompts}",

@@ -18,9 +18,9 @@ from tests.tiny import tiny_llama, tiny_tokenizer_folder
 from tests.tiny_run import REPOSITORY, SIZES, clean_environment, read_metrics, run_flags
 from tests.weights import load_folder, published_diff, save_folder
 from train_ppo import main
-from utils.release import Release
 from utils.tokenizer import load_tokenizer
-from utils.weight_commands import run
+from utils.weight_diff.commands import run
+from utils.weight_diff.published import Release
 
 TURNS = [{"role": "user", "content": "Name a tree."}]
 ROTARY = 2 * sum(10000 ** (-2 * i / 16) for i in range(8))  # two layers, heads of width 16
@@ -111,7 +111,7 @@ def test_the_script_needs_no_training_stack(by_script, trio):
     imported = {
         line.rsplit("|", 1)[1].strip() for line in by_script.stderr.splitlines() if line.startswith("import time")
     }
-    assert "utils.weight_diff" in imported
+    assert "utils.weight_diff.recover" in imported
     assert not [name for name in imported if name.split(".")[0] in ("deepspeed", "accelerate", "ppo", "reward", "sft")]
     assert not [name for name in imported if ".modeling_" in name and "transformers.models" in name]
     assert load_folder(trio.folders["policy"])["lm_head.weight"].dtype == torch.float16  # the diff's own
@@ -166,10 +166,10 @@ def test_ppo_starts_from_them(trio, inputs, tmp_path):
 KILLED = """
 import os, signal, sys
 from merge_weight_en import RELEASE
-from utils import shards
-from utils.weight_commands import run
+from utils.weight_diff import recover
+from utils.weight_diff.commands import run
 
-shards.ShardWriter.finish = lambda writer: os.kill(os.getpid(), signal.SIGKILL)
+recover.write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # all weights are there, in no folder yet
 run(RELEASE, "", sys.argv[1:])
 """
 
@@ -190,7 +190,7 @@ def test_a_killed_run_leaves_no_target_and_the_next_one_works(trio, tmp_path):
 HELP = """
 import sys
 from merge_weight_en import RELEASE, __doc__
-from utils.weight_commands import run
+from utils.weight_diff.commands import run
 
 try:
     run(RELEASE, __doc__, ["--help"])

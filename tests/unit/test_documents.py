@@ -37,7 +37,7 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_header(document):
 def test_every_flag_is_one_of_a_command(document):
     parsers = map(build_parser, CONFIGS)
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
-    for folder in (".", "benchmarks", "experiments", "utils", "tests", "tests/faults"):
+    for folder in (".", "benchmarks", "experiments", "utils", "utils/weight_diff", "tests", "tests/faults"):
         for file in (REPOSITORY / folder).glob("*.py"):
             known |= set(re.findall(r'"(--[a-z_]+)"', file.read_text("utf-8")))
     named = set(re.findall(r"(?<![-\w])--[a-z][a-z_]+", text_of(document)))
@@ -48,7 +48,7 @@ def test_every_module_is_where_the_readme_says_and_none_is_left_out():
     section = text_of("README.md").split("## Where things are")[1].split("\n## ")[0]
     paths = set(re.findall(r"`([\w./]+)`", section))
     words = {path.split("/")[-1] for path in paths}
-    for folder in ("ppo", "reward", "sft", "data", "utils"):
+    for folder in ("ppo", "reward", "sft", "data", "utils", "utils/weight_diff"):
         modules = {file.stem for file in (REPOSITORY / folder).glob("*.py")} - {"__init__"}
         assert modules - words == set(), folder
     there = list(REPOSITORY.glob("*"))

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from utils.errors import UserError
-from utils.new_folder import new_folder
+from utils.weight_diff.output_folder import new_folder
 
 
 def test_all_is_on_the_disk_before_the_name_says_so(tmp_path, disk_calls):

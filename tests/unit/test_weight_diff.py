@@ -1,4 +1,4 @@
-"""utils/weight_diff.py: what goes in comes out, whatever the layout; sums and manifests tell right from wrong."""
+"""utils/weight_diff/: what goes in comes out, whatever the layout; sums and manifests tell right from wrong."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.weights import (
     HIDDEN,
@@ -21,11 +21,10 @@ from tests.weights import (
     save_folder,
     shapes,
 )
-from utils import tensor_stream
-from utils.companions import rotary_total
 from utils.errors import UserError
-from utils.release import Output, Release
-from utils.weight_diff import make_diff, recover, verify
+from utils.weight_diff import recover as recovery
+from utils.weight_diff.published import Output, Release, rotary_total
+from utils.weight_diff.recover import make_diff, recover, verify
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -60,7 +59,7 @@ def test_recover_undoes_make_diff(tmp_path, monkeypatch, seed):
     for name, weights in (("raw", raw), ("model", tuned)):
         layout, shards, buffers = choice.choice(LAYOUTS), choice.randint(1, 4), choice.random() < 0.5
         save_folder(tmp_path / name, weights, layout, shards, choice.random(), buffers)
-    monkeypatch.setattr(tensor_stream, "CHUNK", choice.choice((7, 64, 1 << 20)))
+    monkeypatch.setattr(recovery, "CHUNK", choice.choice((7, 64, 1 << 20)))
     folders = [str(tmp_path / name) for name in ("raw", "diff", "model")]
     model_type = "reward" if seed % 2 == 0 else "policy"
     make_diff(*folders, model_type, Output(max_shard_bytes=choice.choice((1, 300, 10**9))), say=str)
@@ -162,8 +161,20 @@ def test_verify_allows_for_rounding_and_for_no_more(tmp_path, lines):
     slack = 4 * 2.0**-7 * math.sqrt(sum(value.double().square().sum().item() for value in values.values()) / 12)
     assert 2e-5 * total < abs(of_rounded - total) < slack < 0.01 * total
     verify(str(tmp_path / "tuned"), release_of(total), "sft", 1, say=lines.append)
+    verify(str(tmp_path / "tuned"), release_of(of_rounded + 0.95 * slack), "sft", 1, say=lines.append)
     with pytest.raises(UserError, match="sum of all tensors"):
         verify(str(tmp_path / "tuned"), release_of(total + 2 * slack), "sft", 1, say=str)
+
+
+def test_a_tensor_is_read_from_the_shard_that_the_index_names(with_manifest, tmp_path):
+    """Another shard holds an old copy, which counts for nothing."""
+    folder = save_folder(tmp_path / "raw", random_weights(1, torch.float16), shards=2)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    files = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    (other,) = set(files.values()) - {files[name]}
+    save_file(load_file(folder / other) | {name: torch.ones(8, 8).half()}, folder / other)
+    (folder / "model.safetensors").unlink()
+    recover(*with_manifest, RELEASE, "policy", Output(), say=str)
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from utils.args import FlagParser, entry_point
-from utils.release import Output, Release
-from utils.tensor_files import DTYPES
+from utils.weight_diff.published import DTYPES, Output, Release
 
 _COMMANDS = {
     "recover": "Write the model --path_tuned, the sum of --path_raw and --path_diff.",
@@ -43,17 +42,17 @@ def _run(release: Release, overview: str, argv: list[str] | None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     command = _overview_parser(overview).parse_args(argv[:1]).command
     flags = _command_parser(command, release).parse_args(argv[1:])
-    from utils import weight_diff  # and torch with it, which takes seconds
+    from utils.weight_diff import recover as commands  # and torch with it, which takes seconds
 
     if command == "verify":
-        weight_diff.verify(flags.path_tuned, release, flags.model_type, flags.threads)
+        commands.verify(flags.path_tuned, release, flags.model_type, flags.threads)
         return
     paths = (flags.path_raw, flags.path_diff, flags.path_tuned)
     output = Output(flags.dtype, flags.max_shard_size, flags.device, flags.threads)
     if command == "recover":
-        weight_diff.recover(*paths, release, flags.model_type, output, check_sum=not flags.skip_sum)
+        commands.recover(*paths, release, flags.model_type, output, check_sum=not flags.skip_sum)
     else:
-        weight_diff.make_diff(*paths, flags.model_type, output)
+        commands.make_diff(*paths, flags.model_type, output)
 
 
 def _overview_parser(overview: str) -> argparse.ArgumentParser:
@@ -91,7 +90,7 @@ def _command_parser(command: str, release: Release) -> argparse.ArgumentParser:
 def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of what is written; default: the dtype of the input")
     parser.add_argument(
-        "--max_shard_size", type=_bytes, default="5GB", help="bytes a file, as 5GB or 500MB (%(default)s)"
+        "--max_shard_size", type=_bytes, default="2GB", help="bytes per file, as 5GB or 500MB (%(default)s)"
     )
     parser.add_argument("--device", type=_device, default="cpu", help="where tensors are added: cpu, cuda, cuda:1, ...")
 

@@ -1,11 +1,17 @@
-"""Folders that appear whole or not at all: written beside their place, flushed to the disk, then renamed."""
+"""The folder that a command writes: it appears whole or not at all. And the safetensors files in it."""
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.run_folder import check_writable
@@ -60,10 +66,9 @@ def new_folder(path: str, flag: str) -> Iterator[Path]:
                 _flush(partial.parent)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise UserError(
-            f"{flag} {path} cannot be written ({error.strerror or error}): free the disk, or give another folder"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{flag} {path} cannot be written ({reason}): free the disk, or give another folder") from error
 
 
 def _remove_leftover(partial: Path, flag: str) -> None:
@@ -85,3 +90,32 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> None:
+    """Writes tensors, in their order, to safetensors files of at most `max_bytes` of data (or of one larger tensor).
+
+    One alone is `model.safetensors`; several get numbers and an index. One file's tensors are in memory at a time.
+    """
+    shard: dict[str, torch.Tensor] = {}
+    shards: list[dict[str, int]] = []  # name of a tensor -> bytes
+
+    def save() -> None:
+        shards.append({name: tensor.nbytes for name, tensor in shard.items()})
+        save_file(shard, folder / f"model-{len(shards):05d}.safetensors", metadata={"format": "pt"})
+        shard.clear()
+
+    for name, tensor in tqdm(tensors, unit=" tensors", disable=None):
+        if shard and sum(other.nbytes for other in shard.values()) + tensor.nbytes > max_bytes:
+            save()
+        shard[name] = tensor
+    save()
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        size = sum(sum(sizes.values()) for sizes in shards)
+        files = {tensor: name for sizes, name in zip(shards, names) for tensor in sizes}
+        index = {"metadata": {"total_size": size}, "weight_map": files}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    for number, name in enumerate(names, start=1):
+        os.rename(folder / f"model-{number:05d}.safetensors", folder / name)

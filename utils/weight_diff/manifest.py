@@ -5,8 +5,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from utils.errors import UserError
-from utils.tensor_files import DTYPES, read_json
+from utils.files import read_json
+from utils.weight_diff.published import DTYPES
 
 FILE = "weight_manifest.json"
 
@@ -21,7 +24,7 @@ class Hashes:
 
 @dataclass(frozen=True)
 class Manifest:
-    """total: sum of the recovered model (see utils.weight_diff.recover). raw, diff: only in the folder of a diff."""
+    """total: sum of the recovered model (see recover.recover). raw, diff: only in the folder of a diff."""
 
     total: float
     tuned: Hashes
@@ -41,6 +44,8 @@ def read_manifest(folder: Path, flag: str) -> Manifest | None:
         return None
     content = read_json(folder / FILE, flag)
     try:
+        if ("raw" in content) != ("diff" in content):
+            raise ValueError("it names only one of raw and diff")
         parts = {part: _hashes(content[part]) for part in ("raw", "diff", "tuned") if part in content}
         return Manifest(float(content["total"]), **parts)
     except (KeyError, TypeError, ValueError) as error:
@@ -54,7 +59,7 @@ def _hashes(content: dict) -> Hashes:
 
 
 class TensorHasher:
-    """Hashes tensors that pass by in pieces, and compares each with `expected` where that is given.
+    """Hashes tensors on the CPU, keeps the hashes in `found`, and compares each with `expected` where that is given.
 
     mismatch: the message of the UserError when one differs, with {} for its name.
     """
@@ -63,14 +68,11 @@ class TensorHasher:
         self.found: dict[str, str] = {}
         self._expected = expected
         self._mismatch = mismatch
-        self._running = hashlib.sha256()
 
-    def add(self, name: str, data: memoryview, last: bool) -> None:
-        """The next piece of tensor `name`; `last` ends it."""
-        self._running.update(data)
-        if not last:
-            return
-        self.found[name] = self._running.hexdigest()
-        self._running = hashlib.sha256()
+    def __call__(self, named: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+        """Returns what it is given: a tensor with its name."""
+        name, tensor = named
+        self.found[name] = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
         if self._expected is not None and self._expected.get(name) != self.found[name]:
             raise UserError(self._mismatch.format(name))
+        return named
