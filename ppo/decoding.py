@@ -219,7 +219,7 @@ class _Decoder:
         )  # fmt: skip
 
     def _draw(self, rows: slice, logits: torch.Tensor) -> None:
-        """One token a slot. What comes after the end of a response is drawn too, until somebody looks, and not kept."""
+        """Draws one token per slot. A slot that has ended draws too until the next `look`; its tokens are not kept."""
         slots = {name: x[rows] for name, x in self.slots.items()}
         uniform = slots["draws"].gather(1, slots["count"][:, None]).squeeze(1)
         token = sample(logits, uniform, self.sampling, slots.get("seen"))

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from utils.distributed import gather_objects, is_main, rank
 from utils.engine import TrainEngine
 from utils.engine_state import num_bytes
+from utils.files import sync
 from utils.host_memory import fits_on_host
 from utils.random_state import random_state
 from utils.run_folder import remove
@@ -202,26 +203,17 @@ def _write_share(partial: str, files: Files, started: float) -> Share:
 
 def _finish(partial: str, target: str, manifest: dict, keep: int) -> None:
     write_file(os.path.join(partial, MANIFEST), [_json(manifest)])
-    _sync(partial)
+    sync(partial)
     folder = os.path.dirname(target)
     for name in LINES:  # a checkpoint must not be ahead of what the run has written
         if os.path.exists(path := os.path.join(os.path.dirname(folder), name)):
-            _sync(path)
+            sync(path)
     remove(target)
     os.replace(partial, target)
-    _sync(folder)
+    sync(folder)
     for step, path in all_checkpoints(folder)[keep:]:
         os.replace(path, f"{path}.partial")  # what a kill leaves of it is not taken for a checkpoint
         remove(os.path.join(folder, f"step_{step}.partial"))
-
-
-def _sync(path: str) -> None:
-    """Waits until a file's content or a folder's names are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def sha256(path: str) -> str:

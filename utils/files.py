@@ -1,6 +1,7 @@
-"""Reads JSON files and names things in error messages. Imports nothing heavy."""
+"""Reads JSON files, waits for the disk, and names things in error messages. Imports nothing heavy."""
 
 import json
+import os
 from pathlib import Path
 
 from utils.errors import UserError
@@ -21,3 +22,12 @@ def first_names(names: list[str], limit: int = 5) -> str:
     """Returns the first names in words, and how many more there are: `a, b, c and 7 more`."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def sync(path: str | Path) -> None:
+    """Waits until a file's content or a folder's names are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

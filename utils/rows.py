@@ -14,7 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.generic import is_flash_attention_requested
 
-from utils.tensors import last_index
+from utils.tensors import last_index, to_device
 from utils.varlen import attend, takes_varlen
 
 FULL_ATTENTION = (
@@ -77,7 +77,7 @@ def states_of(decoder: nn.Module, sequences: torch.Tensor, read: torch.Tensor) -
     inside = torch.arange(width) < lengths[:, None]
     places, found = inside.flatten().nonzero().squeeze(1), read[inside].nonzero().squeeze(1)
     positions = (places % width)[None]
-    places, positions, found = (x.to(device, non_blocking=True) for x in (places, positions, found))
+    places, positions, found = (to_device(x, device) for x in (places, positions, found))
     hidden = decoder.embed_tokens(sequences.flatten()[places][None])
     options = {"position_ids": positions, "position_embeddings": decoder.rotary_emb(hidden, positions)}
     if has_varlen_kernel(decoder):
@@ -98,7 +98,7 @@ def row_ends(lengths: torch.Tensor, device: torch.device) -> dict:
 
     lengths: on the CPU, so that the longest is known without waiting for the device.
     """
-    ends = pad(lengths.cumsum(0), (1, 0)).int().to(device, non_blocking=True)
+    ends = to_device(pad(lengths.cumsum(0), (1, 0)).int(), device)
     longest = int(lengths.max())
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 

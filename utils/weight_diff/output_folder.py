@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.files import sync
 from utils.run_folder import check_writable
 
 _MARK = ".being-written"  # locked while its folder is; what a killed run leaves behind is not
@@ -59,11 +60,11 @@ def new_folder(path: str, flag: str) -> Iterator[Path]:
                 yield partial
                 (partial / _MARK).unlink()
                 for file in [*partial.iterdir(), partial]:
-                    _flush(file)
+                    sync(file)
                 if os.path.lexists(path):
                     raise UserError(f"{flag} {path} has appeared meanwhile: give another folder")
                 os.rename(partial, path)
-                _flush(partial.parent)
+                sync(partial.parent)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError) as error:
@@ -82,14 +83,6 @@ def _remove_leftover(partial: Path, flag: str) -> None:
         except BlockingIOError:
             raise UserError(f"{flag}: another run is writing {partial}: wait for it, or stop it") from None
         shutil.rmtree(partial)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> None:
