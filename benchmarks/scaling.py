@@ -43,7 +43,7 @@ def run_point(point: dict, steps: int) -> None:
     from ppo.config import PPOConfig
     from ppo.evaluate import own_share
     from utils.distributed import gather_objects, is_main
-    from utils.engine import init_distributed, shutdown_distributed
+    from utils.engine.engine import init_distributed, shutdown_distributed
     from utils.moments import RunningMoments
 
     config = PPOConfig(

@@ -2,24 +2,24 @@
 
 from dataclasses import asdict
 
+from data.choose_template import first_prompt, settle
 from data.prompts import load_prompts
-from data.settle import first_prompt, settle
 from ppo.config import PPOConfig
+from ppo.decoding.sampling import Sampling
 from ppo.evaluate import BestRule
 from ppo.models import load_models
-from ppo.plan import fit_to_memory
+from ppo.planning.plan import fit_to_memory
 from ppo.pretrain import load_pretrain
 from ppo.run import Run, RunState
-from ppo.sampling import Sampling
 from ppo.score import load_reward_fn
 from utils.distributed import is_main, world_size
-from utils.engine import device, init_distributed
+from utils.engine.engine import device, init_distributed
 from utils.errors import UserError
 from utils.fast_dtype import warn_of_slow_dtype
-from utils.keeper import Keeper
-from utils.logger import RunLogger, check_outputs
-from utils.models import model_folder
-from utils.resume import begin_folder, find_checkpoint
+from utils.models.load import model_folder
+from utils.run.lifecycle import Keeper
+from utils.run.logger import RunLogger, check_outputs
+from utils.run.resume import begin_folder, find_checkpoint
 
 
 def build(config: PPOConfig) -> Run:

@@ -7,9 +7,9 @@ since only those estimate it rightly.
 
 from dataclasses import dataclass, field
 
-from ppo.reward_flags import RewardFlags
-from utils.args import SEEDS, check_range, entry_point, parse_args
+from reward.scoring.flags import RewardFlags
 from utils.errors import UserError
+from utils.flags.parser import SEEDS, check_range, entry_point, parse_args
 
 RESAMPLES = 2000
 
@@ -71,8 +71,8 @@ class CompareConfig(RewardFlags):
 def main(argv: list[str] | None = None) -> None:
     """Prints the table and the samples; one process."""
     config = parse_args(CompareConfig, argv)
-    from ppo.judge import judge_policies
-    from utils.run_folder import check_output_file, write_result
+    from ppo.compare_policies import judge_policies
+    from utils.run.folder import check_output_file, write_result
 
     if config.output:
         check_output_file(config.output, "--output")

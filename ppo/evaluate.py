@@ -4,18 +4,18 @@ from dataclasses import replace
 
 import torch
 
-from data.collate import balance
+from data.batching.collate import balance
 from data.prompts import Prompt
 from data.template import decode_answer
 from ppo.config import PPOConfig
+from ppo.decoding.sampling import Sampling
 from ppo.experience import check_scores, rollout_metrics
 from ppo.models import Models
 from ppo.rollout import generate, response_ids
-from ppo.sampling import Sampling
 from ppo.score import RewardFunction, score
 from ppo.types import PromptBatch
 from utils.distributed import gather_rows, rank, world_size
-from utils.engine import device
+from utils.engine.engine import device
 
 EVALUATION_SEED = 1 << 40  # keeps the random streams of evaluations away from those of training
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import IO, Literal
 
-from utils.args import ForwardConfig, check_range, entry_point, parse_args
 from utils.errors import UserError
+from utils.flags.parser import ForwardConfig, check_range, entry_point, parse_args
 
 
 @dataclass
@@ -79,12 +79,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(config: ScoreConfig, results: IO[str]) -> None:
     """Scores or compares, on every rank; the first one writes."""
-    from data.json_text import json_line
-    from data.stream import stream_records
-    from reward.judges import compare, load_judges, scored_chunks
+    from data.formats.json_lines import json_line
+    from data.formats.stream import stream_records
+    from reward.scoring.score_records import compare, load_judges, scored_chunks
     from utils.distributed import is_main, world_size
-    from utils.engine import init_distributed, shutdown_distributed
-    from utils.run_folder import atomic_file, check_output_file, write_result
+    from utils.engine.engine import init_distributed, shutdown_distributed
+    from utils.run.folder import atomic_file, check_output_file, write_result
 
     if config.output:
         check_output_file(config.output, "--output")

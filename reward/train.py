@@ -13,28 +13,28 @@ from functools import partial
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from data.settle import first_prompt, settle
-from data.shares import rank_plan
-from reward.answers import Plan, held_out, read_answers
+from data.batching.micro_batch_plan import rank_plan
+from data.choose_template import first_prompt, settle
 from reward.batches import MIN_PAIRS, Comparison, dynamic_batches, pair_index
 from reward.config import RewardConfig
-from reward.contrast import contrast_sum, with_pulls
+from reward.contrastive import contrast_sum, with_pulls
 from reward.encode import load_center_answers, load_comparisons
+from reward.forward import Plan, held_out, read_answers
 from reward.loss import ranking_hits, ranking_losses
 from reward.metrics import held_out_metrics, mean_best
 from reward.model import ScalarModel, check_scalar_export, load_scalar_model, save_scalar_model, set_dropout
-from utils.args import entry_point, parse_args
-from utils.compiled import compile_layers
 from utils.deterministic import repeatable
 from utils.distributed import is_main, rank, world_size
-from utils.engine import DTYPES, TrainEngine, device, device_room, init_distributed, shutdown_distributed
+from utils.engine.engine import DTYPES, TrainEngine, device, device_room, init_distributed, shutdown_distributed
 from utils.errors import UserError
 from utils.fast_dtype import warn_of_slow_dtype
-from utils.fit import Stage, fit
-from utils.logger import RunLogger, check_outputs
-from utils.models import FLAG, check_window, enable_checkpointing
-from utils.recompute import settle_checkpointing
-from utils.resume import begin_folder, find_checkpoint
+from utils.flags.parser import entry_point, parse_args
+from utils.memory.recompute import settle_checkpointing
+from utils.models.compile import compile_layers
+from utils.models.load import FLAG, check_window, enable_checkpointing
+from utils.run.logger import RunLogger, check_outputs
+from utils.run.resume import begin_folder, find_checkpoint
+from utils.run.supervised_loop import Stage, fit
 
 
 def comparison_sums(engine: Callable, items: list[Comparison], config: RewardConfig) -> dict[str, torch.Tensor]:
@@ -95,7 +95,7 @@ class HeldOut:
 def stage_of(
     config: RewardConfig, model: ScalarModel, tokenizer, train: list[Comparison], answers: list[Comparison] | None
 ) -> Stage:
-    """The reward model's part in `utils.fit`. answers: as in `HeldOut`."""
+    """The reward model's part in `utils.run.supervised_loop`. answers: as in `HeldOut`."""
     least = max(MIN_PAIRS, world_size())
     indices = dynamic_batches([item.tokens for item in train], config.batch_size, config.seed, least)
     views = 2 if config.simcse_coef else 1

@@ -18,7 +18,7 @@ from ppo.models import PolicyModel
 from tests.faults.kill import start, wait
 from tests.parts import ppo_config, tiny_policy
 from utils.distributed import rank, world_size
-from utils.engine import TrainEngine, init_distributed, shutdown_distributed
+from utils.engine.engine import TrainEngine, init_distributed, shutdown_distributed
 
 MICRO_BATCHES, KINDS = 40, 4
 CASES = {"2-bf16": (2, "bf16"), "2-fp32": (2, "fp32"), "3-bf16": (3, "bf16"), "3-fp32": (3, "fp32")}

@@ -1,4 +1,4 @@
-"""Compiles the kernels of ppo/ragged_attention.py for GPUs that need not be there; prints a line of JSON for each.
+"""Compiles the kernels of ppo/decoding/ragged_attention.py for GPUs that need not be there; prints JSON lines.
 
 python -m tests.compiled_kernels, without TRITON_INTERPRET, which makes no code.
 """
@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ppo import ragged_attention
+from ppo.decoding import ragged_attention
 
 NUMBERS = {"scaling": "fp32", "columns": "i32", "heads": "i32", "shared": "i32", "splits": "i32"}
 OTHERS = {"first": "*i32", "end": "*i32", "parts": "*fp32", "weights": "*fp32"}  # than of the weights' dtype

@@ -26,7 +26,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture
 def single_process():
     """A process group of one. Afterwards the environment is as it was: later tests start commands of their own."""
-    from utils.engine import init_distributed, shutdown_distributed
+    from utils.engine.engine import init_distributed, shutdown_distributed
 
     before = dict(os.environ)
     init_distributed()

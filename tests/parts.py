@@ -11,10 +11,10 @@ from ppo.models import Models, PolicyModel
 from ppo.rollout import assemble
 from ppo.score import score
 from ppo.types import Experience, PromptBatch, Rollout, Scores
-from reward.ensemble import Ensemble, Frozen, Member
 from reward.model import ScalarHead, ScalarModel, new_head_weight
+from reward.scoring.ensemble import Ensemble, Frozen, Member
 from tests.tiny import tiny_llama
-from utils.engine import InferenceEngine
+from utils.engine.engine import InferenceEngine
 from utils.moments import RunningMoments
 
 EOS, PAD = 2, 0

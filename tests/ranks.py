@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from tests.tiny_run import REPOSITORY, clean_environment
-from utils.ranks import free_port
+from utils.launcher import free_port
 
 
 def launch(flags: list[str]) -> subprocess.CompletedProcess:

@@ -5,13 +5,13 @@ from functools import cache
 import torch
 from torch.nn.attention import varlen
 
-import utils.rows
+import utils.models.padding_free
 
 
 def on_cpu(monkeypatch) -> None:
     """For the rest of the test, decoders join rows on the CPU as they do on a GPU in bf16."""
     _register()
-    monkeypatch.setattr(utils.rows, "takes_varlen", lambda device, dtype, head_size: True)
+    monkeypatch.setattr(utils.models.padding_free, "takes_varlen", lambda device, dtype, head_size: True)
 
 
 def causal_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scale: float):

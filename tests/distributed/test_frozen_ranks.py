@@ -10,7 +10,7 @@ import pytest
 from tests.distributed.frozen import CASES, RANKS, SHAPE
 from tests.tiny import tiny_llama
 from tests.tiny_run import REPOSITORY, clean_environment
-from utils.engine import PERSISTENT
+from utils.engine.engine import PERSISTENT
 
 
 @pytest.fixture(scope="module")

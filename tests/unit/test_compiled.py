@@ -7,11 +7,11 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tests.varlen
+from ppo.decoding.sampling import Sampling
 from ppo.rollout import generate
-from ppo.sampling import Sampling
 from tests.parts import PROMPTS, GradientEngine, ppo_config, prompts_of, rollout_by_hand, tiny_policy, token_ids
-from utils.compiled import compile_layers, layers_of
-from utils.models import enable_checkpointing
+from utils.models.compile import compile_layers, layers_of
+from utils.models.load import enable_checkpointing
 
 
 @pytest.fixture

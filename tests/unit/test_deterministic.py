@@ -10,7 +10,7 @@ from tests.tiny import tiny_llama
 from tests.tiny_run import read_metrics, run_flags
 from train_ppo import main
 from utils.deterministic import repeatable
-from utils.engine import TrainEngine
+from utils.engine.engine import TrainEngine
 from utils.errors import UserError
 
 REWARD = """

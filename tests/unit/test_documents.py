@@ -12,7 +12,7 @@ from reward.evaluate import EvaluateConfig
 from reward.score import ScoreConfig
 from reward.strength import StrengthConfig
 from sft.train import SFTConfig
-from utils.args import build_parser
+from utils.flags.parser import build_parser
 
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "benchmarks/README.md", "experiments/RESULTS.md")

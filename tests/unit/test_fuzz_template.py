@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from data.chat import turn_end
 from data.template import decode_answer, encode_dialogue, encode_prompt, encode_text, last_answer
-from reward.ensemble import Encoding
+from reward.scoring.ensemble import Encoding
 from tests.fuzzing import ends, search, texts, whole
 from utils.tokenizer import MOSS_ZH_TAGS, load_tokenizer
 
@@ -16,7 +16,7 @@ SPACE_MARK = "▁"  # SentencePiece's own name for a space: it comes back as one
 
 
 def usable(text: str) -> bool:
-    """As data/turns.py lets texts through."""
+    """As data/formats/dialogue_forms.py lets texts through."""
     return text.strip() != "" and not any("\ud800" <= char <= "\udfff" for char in text)
 
 

@@ -11,7 +11,7 @@ import torch
 # The interpreter of Triton 3.6 does not run with NumPy 2.4.
 pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.7")
 
-from ppo.ragged_attention import append_rotated, attend
+from ppo.decoding.ragged_attention import append_rotated, attend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COLUMNS, END = 140, 130

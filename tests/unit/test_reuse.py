@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ppo.decoding import Room, decode_all, decode_measured
+from ppo.decoding.sampling import Sampling
+from ppo.decoding.scheduler import Room, decode_all, decode_measured
 from ppo.rollout import assemble, generate, with_measured
-from ppo.sampling import Sampling
 from ppo.score import score
 from ppo.types import MeasuredRollout, PromptBatch, Rollout
 from tests.parts import EOS, PAD, ppo_config, tiny_models, token_ids

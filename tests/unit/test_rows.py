@@ -7,9 +7,9 @@ from transformers import AttentionInterface, AutoModel, GPT2Config, MistralConfi
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 import tests.varlen
-import utils.rows
+import utils.models.padding_free
 from tests.tiny import LLAMA_KIND, SIZES
-from utils.rows import joins_rows, states_of
+from utils.models.padding_free import joins_rows, states_of
 
 LENGTHS = [9, 1, 30, 4]
 APART = {
@@ -33,7 +33,7 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_every_architecture_in_the_list_is_tested():
-    assert set(LLAMA_KIND) == set(utils.rows.FULL_ATTENTION)
+    assert set(LLAMA_KIND) == set(utils.models.padding_free.FULL_ATTENTION)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
@@ -63,7 +63,7 @@ def test_flash_attention_is_told_where_rows_end():
     """What transformers would make of the positions, without asking the device in every layer."""
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     (starts, _), (longest, _) = prepare_fa_kwargs_from_position_ids(positions)
-    found = utils.rows.row_ends(torch.tensor(LENGTHS), torch.device("cpu"))
+    found = utils.models.padding_free.row_ends(torch.tensor(LENGTHS), torch.device("cpu"))
     for name in ("q", "k"):
         ends = found[f"cu_seq_lens_{name}"]
         assert torch.equal(ends, starts) and ends.dtype == starts.dtype

@@ -10,7 +10,7 @@ from transformers.modeling_flash_attention_utils import _is_packed_sequence, pre
 import tests.varlen
 from data.dialogues import EncodedDialogue
 from sft.model import AnswerModel, packing_failure
-from sft.rows import Layout, Row
+from sft.packed_batches import Layout, Row
 from sft.train import SFTConfig, load
 from tests.tiny import tiny_llama, tiny_llama_config, tiny_llama_folder
 

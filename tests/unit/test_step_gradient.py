@@ -8,19 +8,19 @@ import pytest
 import torch
 
 import tests.varlen
+from data.batching.micro_batch_plan import rank_plan
 from data.dialogues import EncodedDialogue
-from data.shares import rank_plan
 from reward.batches import Comparison
 from reward.config import RewardConfig
 from reward.model import ScalarHead, ScalarModel, new_head_weight
 from reward.train import stage_of as reward_stage
 from sft.model import AnswerModel
-from sft.rows import Layout
+from sft.packed_batches import Layout
 from sft.train import SFTConfig
 from sft.train import stage_of as sft_stage
 from tests.parts import GradientEngine
 from tests.tiny import tiny_llama
-from utils.fit import Stage, train_step
+from utils.run.supervised_loop import Stage, train_step
 
 VOCAB = 60
 LENGTHS = [23, 5, 12, 3, 9, 2, 17, 8, 4, 30, 6, 11]

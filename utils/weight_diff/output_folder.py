@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.files import sync
-from utils.run_folder import check_writable
+from utils.run.folder import check_writable
 
 _MARK = ".being-written"  # locked while its folder is; what a killed run leaves behind is not
 
