@@ -44,8 +44,8 @@ def train(config: PPOConfig) -> None:
 def loop(run) -> None:
     """PPO over a `ppo.run.Run`, from the step that its state is at to the last one, or to where it is stopped."""
     from ppo.decoding.sampling import Sampling
-    from ppo.evaluate import gather_batches
     from ppo.experience import experience_metrics, make_experience, negative_kl_warning, rollout_metrics
+    from ppo.ranks import gather_batches
     from ppo.rollout import generate
     from ppo.score import score
     from ppo.update import update

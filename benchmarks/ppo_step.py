@@ -26,9 +26,9 @@ from benchmarks.random_inputs import SIZES, Sizes, random_lm, random_prompts
 from data.batching.collate import micro_batches
 from ppo.config import PPOConfig
 from ppo.decoding.sampling import Sampling
-from ppo.evaluate import gather_batches
 from ppo.experience import make_experience
 from ppo.models import Models, PolicyModel
+from ppo.ranks import gather_batches
 from ppo.rollout import generate
 from ppo.score import score
 from ppo.types import PromptBatch, Rollout

@@ -20,8 +20,8 @@ from ppo.advantages import gae
 from ppo.build import build
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from ppo.decoding.sampling import Sampling
-from ppo.evaluate import gather_batches
 from ppo.experience import make_experience
+from ppo.ranks import gather_batches
 from ppo.rollout import generate
 from ppo.run import Run
 from ppo.score import score

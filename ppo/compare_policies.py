@@ -5,7 +5,7 @@ import math
 from data.choose_template import first_prompt, settle
 from data.prompts import load_prompts
 from data.template import decode_answer
-from ppo.compare import CompareConfig
+from ppo.compare_flags import CompareConfig
 from ppo.decoding.sampling import EVALUATION, Sampling
 from ppo.decoding_check import choose_decoding
 from ppo.models import Models, PolicyModel

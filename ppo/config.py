@@ -6,7 +6,7 @@ from typing import Literal
 
 from reward.scoring.flags import RewardFlags
 from utils.errors import UserError
-from utils.flags.parser import SEEDS, check_range, check_warmup
+from utils.flags.checks import SEEDS, check_range, check_warmup
 from utils.flags.router import RouterFlags
 from utils.flags.run import RunFlags
 

@@ -19,10 +19,10 @@ from utils.models.compile import eager
 from utils.tensors import at_tokens, to_device
 from utils.tokenizer import stop_ids
 
-# Ways to decode new tokens, the fastest first; the modules are in ppo/decoding/. ragged: as straight, with the kernels of
-# ragged_attention.py and CUDA graphs, on a GPU. straight: through the layers by llama_step.py (LLaMA's kind; other models
-# and split weights fall back to grouped). grouped: the model's forward with the attention of attention.py. own: the
-# model's forward, unchanged.
+# Ways to decode new tokens, the fastest first (modules in ppo/decoding/). ragged: as straight, with the kernels of
+# ragged_attention.py and CUDA graphs, on a GPU. straight: through the layers by llama_step.py (LLaMA's kind; other
+# models and split weights fall back to grouped). grouped: the model's forward with the attention of attention.py. own:
+# the model's forward, unchanged.
 DECODING = ("ragged", "straight", "grouped", "own")
 
 

@@ -10,10 +10,11 @@ from data.template import decode_answer
 from ppo.alarms import MAX_ROLLBACKS, alarms
 from ppo.config import PPOConfig
 from ppo.decoding.sampling import EVALUATION
-from ppo.evaluate import BestRule, evaluate, own_share
+from ppo.evaluate import BestRule, evaluate
 from ppo.experience import score_problem, value_scale, with_values
 from ppo.models import Models
 from ppo.pretrain import PretrainStream
+from ppo.ranks import own_share
 from ppo.rollout import response_ids
 from ppo.score import RewardFunction
 from ppo.types import Batch, Experience, PromptBatch, Rollout, Scores

@@ -6,7 +6,7 @@ from typing import Literal
 from reward.batches import MAX_PAIRS, MIN_PAIRS
 from reward.metrics import LARGER_IS_BETTER
 from utils.errors import UserError
-from utils.flags.parser import check_range
+from utils.flags.checks import check_range
 from utils.flags.supervised import FitConfig
 
 RELEASED_METRICS = {"rm_loss": "loss", "rm_acc": "accuracy"}  # names in MOSS-RLHF's scripts

@@ -13,8 +13,8 @@ from reward.evaluation.plots import check_plots, draw_calibration, draw_differen
 from reward.evaluation.report import evaluation_report, render
 from reward.evaluation.score_preferences import PanelConfig, score_preferences
 from utils.errors import UserError
+from utils.files import check_writable, write_result
 from utils.flags.parser import entry_point, parse_args
-from utils.run.folder import check_writable, write_result
 
 
 @dataclass

@@ -21,8 +21,8 @@ from reward.evaluation.plots import check_plots, draw_strengths
 from reward.evaluation.score_preferences import PanelConfig, score_preferences
 from reward.metrics import Scored
 from utils.errors import UserError
+from utils.files import atomic_folder, check_writable
 from utils.flags.parser import entry_point, parse_args
-from utils.run.folder import atomic_folder, check_writable
 
 ROWS, WIDTH = 12, 40  # of the histogram in text
 

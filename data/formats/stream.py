@@ -65,9 +65,9 @@ def _decode(line: bytes, name: str, number: int) -> str:
 
 
 def text_or_answered(value: Any) -> Turns | str:
-    """Returns the record's dialogue, which ends in the assistant's answer (it may be empty), or a text that is no dialogue.
+    """Returns the record's dialogue, which ends in the assistant's answer (it may be empty), or its text.
 
-    Dialogues have any form of data/formats/dialogue_forms.py; texts are strings or {"text"}. Raises BadRecord, saying why.
+    Dialogues have any form of dialogue_forms.py; texts are strings or {"text"}. Raises BadRecord, saying why.
     """
     if isinstance(value, dict) and isinstance(value.get("text"), str) and not value.keys() & DIALOGUE_KEYS:
         value = value["text"]

@@ -16,7 +16,8 @@ from reward.model import load_scalar_model
 from reward.scoring.ensemble import check_labels
 from utils.engine.engine import DTYPES, InferenceEngine, device
 from utils.errors import UserError
-from utils.flags.parser import ForwardConfig, check_range
+from utils.flags.checks import check_range
+from utils.flags.engine import ForwardConfig
 from utils.models.load import check_window, model_folder, window_of
 
 FLAG = "--model"

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from utils.errors import UserError
-from utils.flags.parser import ForwardConfig, check_range
+from utils.flags.checks import check_range
+from utils.flags.engine import ForwardConfig
 from utils.flags.text import StopFlags
 
 TEMPLATES = ("moss_en", "moss_zh", "chat")

@@ -14,8 +14,8 @@ from data.formats.score_columns import is_finite
 from data.formats.stream import text_or_answered
 from data.template import Turns, encode_prompt
 from reward.model import load_scalar_model
-from reward.score import ScoreConfig
 from reward.scoring.ensemble import Encoding, Frozen, Member, check_labels, score_dialogues
+from reward.scoring.score_flags import ScoreConfig
 from reward.win_rate import outcome_counts, render, share_interval
 from utils.distributed import gather_objects, is_main, rank, world_size
 from utils.engine.engine import DTYPES, device

@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.timing import GIB, peak_of, timed
 from utils.engine.engine import TrainEngine, device, init_distributed, shutdown_distributed
-from utils.flags.parser import EngineConfig
+from utils.flags.engine import EngineConfig
 from utils.run.checkpoint import MANIFEST, CheckpointWriter, sha256
 
 STEPS, LR = 4, 1e-3

@@ -18,7 +18,8 @@ from tests.parts import ppo_config, rollout_by_hand, tiny_models, tiny_policy
 from tests.tiny import tiny_llama, tiny_llama_config
 from utils.engine.engine import TrainEngine
 from utils.errors import UserError
-from utils.flags.parser import EngineConfig, parse_args
+from utils.flags.engine import EngineConfig
+from utils.flags.parser import parse_args
 from utils.memory.activation_peak import ATTENTION, LiveBytes
 from utils.memory.recompute import (
     layers_kept,

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from ppo.compare import CompareConfig
+from ppo.compare_flags import CompareConfig
 from ppo.config import PPOConfig
 from reward.config import RewardConfig
 from reward.evaluate import EvaluateConfig
-from reward.score import ScoreConfig
+from reward.scoring.score_flags import ScoreConfig
 from reward.strength import StrengthConfig
 from sft.train import SFTConfig
 from utils.flags.parser import build_parser

@@ -4,8 +4,8 @@ import pytest
 
 import reward.scoring.score_records
 from reward.model import save_scalar_model
-from reward.score import ScoreConfig
 from reward.scoring.ensemble import Encoding, Frozen, Member
+from reward.scoring.score_flags import ScoreConfig
 from reward.scoring.score_records import load_judges, score_chunk
 from tests.parts import tiny_scalar_model
 from tests.tiny import VOCAB, tiny_tokenizer_folder

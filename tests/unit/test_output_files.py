@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from utils.errors import UserError
-from utils.run.folder import check_output_file, write_result
+from utils.files import check_output_file, write_result
 from utils.run.logger import RunLogger
 
 

@@ -31,7 +31,7 @@ from utils.engine.host_memory import free_host_memory
 from utils.engine.sharded_files import SharedState
 from utils.engine.state import load_state, scale_weight, state_tensors
 from utils.errors import UserError
-from utils.flags.parser import EngineConfig
+from utils.flags.engine import EngineConfig
 from utils.models.compile import layers_of
 from utils.models.export import saved_tensors
 

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from utils.flags.parser import ForwardConfig, check_range
+from utils.flags.checks import check_range
+from utils.flags.engine import ForwardConfig
 
 
 @dataclass

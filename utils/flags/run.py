@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from utils.errors import UserError
-from utils.flags.parser import EngineConfig, check_range
+from utils.flags.checks import check_range
+from utils.flags.engine import EngineConfig
 
 # Flags that a resumed run may change freely: where it writes, how it is watched, what only speed and memory depend on.
 FREE_ON_RESUME = frozenset(

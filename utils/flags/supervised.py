@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from utils.errors import UserError
-from utils.flags.parser import SEEDS, check_range, check_warmup
+from utils.flags.checks import SEEDS, check_range, check_warmup
 from utils.flags.run import RunFlags
 
 

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from utils.distributed import world_size
 from utils.engine.engine import DTYPES, TrainEngine
-from utils.flags.parser import EngineConfig
+from utils.flags.engine import EngineConfig
 from utils.memory.activation_peak import ATTENTION, peak_bytes
 from utils.memory.zero_bytes import backward_bytes, moment_bytes
 from utils.models.chunked_logprobs import CHUNK, logits_bytes

@@ -4,7 +4,7 @@ numels: elements of each parameter tensor; element: bytes of one, 2 for bf16; gp
 """
 
 from utils.engine.engine import BUCKET, DTYPES, PERSISTENT
-from utils.flags.parser import EngineConfig
+from utils.flags.engine import EngineConfig
 
 LIVE = 1_000_000_000  # parameters that ZeRO-3 holds whole at once: DeepSpeed's stage3_max_live_parameters
 FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once without ZeRO

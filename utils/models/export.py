@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from utils.errors import UserError
+from utils.files import atomic_folder
 from utils.models.load import quiet_transformers
-from utils.run.folder import atomic_folder
 from utils.tokenizer import save_tokenizer, stop_ids
 
 

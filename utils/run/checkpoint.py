@@ -26,8 +26,7 @@ from utils.distributed import gather_objects, is_main, rank
 from utils.engine.engine import TrainEngine
 from utils.engine.host_memory import fits_on_host
 from utils.engine.state import num_bytes
-from utils.files import sync
-from utils.run.folder import remove
+from utils.files import remove, sync
 from utils.run.random_state import random_state
 from utils.run.state_file import PIECE, file_pieces, new_buffer, write_file
 

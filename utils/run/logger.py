@@ -13,8 +13,7 @@ from tqdm import tqdm
 from utils.device import synchronize
 from utils.distributed import is_main
 from utils.errors import UserError
-from utils.run.folder import check_writable, cut_lines
-from utils.run.resume import check_folder
+from utils.run.folder import cut_lines
 
 PROGRESS = {"score_mean": "score", "kl_ref": "kl", "response_length": "length", "loss": "loss", "accuracy": "accuracy"}
 
@@ -147,36 +146,6 @@ class RunLogger:
 def _append(path: str, *rows: dict) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-INPUTS = (
-    "policy_model_path",
-    "critic_model_path",
-    "reward_model_path",
-    "hf_model_name_or_path",
-    "data_path",
-    "center_data_path",
-)
-
-
-def check_outputs(config) -> None:
-    """Raises UserError when the run's folder, --logdir or a tracker of --report_to cannot be used. Changes nothing."""
-    given = [getattr(config, name) for name in INPUTS if hasattr(config, name)]
-    inputs = [path for paths in given for path in (paths if isinstance(paths, list) else [paths])]
-    check_folder(config, inputs)
-    if config.logdir:
-        check_writable(config.logdir, "--logdir")
-    names = tracker_names(config.report_to)
-    if not names:
-        return
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    installed = [str(getattr(kind, "value", kind)) for kind in get_available_trackers()]
-    for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise UserError(f"--report_to {name}: choose from {', '.join(sorted(LOGGER_TYPE_TO_CLASS))} or none")
-        if name not in installed:
-            raise UserError(f"--report_to {name}: its package is not installed; pip install {name}")
 
 
 def tracker_names(report_to: str) -> list[str]:

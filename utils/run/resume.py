@@ -6,10 +6,12 @@ import os
 
 from utils.distributed import is_main, world_size
 from utils.errors import UserError
+from utils.files import check_writable
 from utils.flags.parser import changed_flags
 from utils.flags.run import FREE_ON_RESUME, RunFlags
 from utils.run.checkpoint import Say
-from utils.run.folder import check_inputs, check_writable, holds_run, prepare_run_folder
+from utils.run.folder import check_inputs, holds_run, prepare_run_folder
+from utils.run.logger import tracker_names
 from utils.run.restore import Checkpoint, named, newest
 
 # How a run is split over ranks, and which kernels it uses. They change roundings, and what ranks draw from streams of
@@ -118,3 +120,33 @@ def begin_folder(config: RunFlags, checkpoint: Checkpoint | None) -> int:
         where = f"{config.model_save_path}/config.json"
         print(f"all flags: {where}; those with other values than the defaults:\n  {changed_flags(config)}", flush=True)
     return checkpoint.step if checkpoint else 0
+
+
+INPUTS = (
+    "policy_model_path",
+    "critic_model_path",
+    "reward_model_path",
+    "hf_model_name_or_path",
+    "data_path",
+    "center_data_path",
+)
+
+
+def check_outputs(config) -> None:
+    """Raises UserError when the run's folder, --logdir or a tracker of --report_to cannot be used. Changes nothing."""
+    given = [getattr(config, name) for name in INPUTS if hasattr(config, name)]
+    inputs = [path for paths in given for path in (paths if isinstance(paths, list) else [paths])]
+    check_folder(config, inputs)
+    if config.logdir:
+        check_writable(config.logdir, "--logdir")
+    names = tracker_names(config.report_to)
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = [str(getattr(kind, "value", kind)) for kind in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"--report_to {name}: choose from {', '.join(sorted(LOGGER_TYPE_TO_CLASS))} or none")
+        if name not in installed:
+            raise UserError(f"--report_to {name}: its package is not installed; pip install {name}")

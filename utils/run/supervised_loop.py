@@ -11,8 +11,8 @@ import torch
 from utils.distributed import barrier, is_main, ranks_where, sum_ranks
 from utils.engine.engine import TrainEngine, device
 from utils.errors import UserError
+from utils.files import write_json
 from utils.flags.supervised import FitConfig
-from utils.run.folder import write_json
 from utils.run.lifecycle import Keeper
 from utils.run.logger import RunLogger
 from utils.run.restore import Checkpoint
