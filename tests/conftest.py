@@ -17,8 +17,8 @@ torch.set_num_threads(1)  # for tiny tensors a second thread costs more than it 
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
-    """Models, data and reward functions of tiny PPO runs (tests/tiny_run.py)."""
-    from tests.tiny_run import build_inputs
+    """Models, data and reward functions of tiny PPO runs (tests/helpers/tiny_run.py)."""
+    from tests.helpers.tiny_run import build_inputs
 
     return build_inputs(tmp_path_factory.mktemp("inputs"))
 

@@ -22,7 +22,7 @@ from sft.packed_batches import Layout
 from sft.train import SFTConfig
 from sft.train import load as load_sft
 from tests.architectures import plain
-from tests.parts import ppo_config, prompts_of, token_ids
+from tests.helpers.parts import ppo_config, prompts_of, token_ids
 from utils.models.export import save_causal_lm
 from utils.models.load import load_causal_lm, training_mode
 from utils.tokenizer import load_tokenizer

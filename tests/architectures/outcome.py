@@ -12,7 +12,7 @@ import torch
 from tests.architectures.checks import STAGES, Case, Wrong
 from tests.architectures.configs import tiny_config
 from tests.architectures.folders import save_folder
-from tests.tiny import tiny_llama_folder
+from tests.helpers.tiny import tiny_llama_folder
 from utils.engine.engine import init_distributed
 from utils.errors import UserError
 from utils.models.load import quiet_transformers

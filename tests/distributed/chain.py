@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.faults.kill import start, wait
-from tests.parts import ppo_config, tiny_policy
+from tests.helpers.parts import ppo_config, tiny_policy
 from utils.distributed import is_main
 from utils.engine.engine import DTYPES, TrainEngine, init_distributed, shutdown_distributed
 from utils.run.checkpoint import CheckpointWriter

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from ppo.models import PolicyModel
 from tests.architectures.configs import tiny_config
 from tests.faults.kill import start, wait
-from tests.parts import ppo_config
-from tests.tiny import tiny_llama
+from tests.helpers.parts import ppo_config
+from tests.helpers.tiny import tiny_llama
 from utils.distributed import gather_objects, is_main, rank
 from utils.engine.engine import init_distributed, shard_frozen, shutdown_distributed
 from utils.engine.state import same_weights

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 from tqdm import tqdm
 
-from tests.tiny_run import read_metrics, run_flags, write_json
+from tests.helpers.tiny_run import read_metrics, run_flags, write_json
 from train_ppo import main
 
 

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sft.train import main as sft_main
-from tests.mixtures import mixture_folder
-from tests.tiny_run import as_argv, read_metrics, run_flags
+from tests.helpers.mixtures import mixture_folder
+from tests.helpers.tiny_run import as_argv, read_metrics, run_flags
 from train_ppo import main
 from utils.models.routers import ROUTER_METRICS
 

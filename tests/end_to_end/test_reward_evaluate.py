@@ -20,8 +20,8 @@ from reward import evaluate, strength
 from reward.evaluation.score_preferences import PanelConfig, score_preferences
 from reward.model import load_scalar_model, save_scalar_model
 from reward.train import main as train
-from tests.tiny import SAMPLES, tiny_llama_folder, tiny_tokenizer_folder
-from tests.tiny_run import REPOSITORY, SIZES, clean_environment, read_lines
+from tests.helpers.tiny import SAMPLES, tiny_llama_folder, tiny_tokenizer_folder
+from tests.helpers.tiny_run import REPOSITORY, SIZES, clean_environment, read_lines
 from utils.errors import UserError
 from utils.tokenizer import load_tokenizer
 

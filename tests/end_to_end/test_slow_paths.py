@@ -14,7 +14,7 @@ from ppo.decoding.sampling import uniforms
 from ppo.models import PolicyModel
 from ppo.rollout import assemble
 from reward.model import ScalarModel
-from tests.tiny_run import read_lines, read_metrics, run_flags
+from tests.helpers.tiny_run import read_lines, read_metrics, run_flags
 from train_ppo import main
 
 FLAGS = {

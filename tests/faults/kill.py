@@ -29,7 +29,7 @@ from tqdm import tqdm
 import ppo.build
 import ppo.decoding.scheduler
 import ppo.score
-from tests.tiny_run import Inputs, build_inputs, read_lines, read_metrics, run_flags
+from tests.helpers.tiny_run import Inputs, build_inputs, read_lines, read_metrics, run_flags
 from train_ppo import main as train_ppo
 from utils.engine.engine import TrainEngine
 from utils.launcher import free_port

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.gpu.report import Report
 from tests.gpu.tiny_runs import run
-from tests.tiny_run import REPOSITORY, build_inputs, read_lines
+from tests.helpers.tiny_run import REPOSITORY, build_inputs, read_lines
 from utils.run.stop_signal import OUT_OF_TIME
 
 END = 15  # seconds that are left for the checkpoint at the end

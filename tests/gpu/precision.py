@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.gpu.report import Failed, Report
 from tests.gpu.tiny_runs import flags_of, run, start
-from tests.tiny_run import Inputs, build_inputs, read_metrics
+from tests.helpers.tiny_run import Inputs, build_inputs, read_metrics
 from utils.engine.engine import device
 
 # One optimizer step per buffer: all of its ratios are those before the first step.

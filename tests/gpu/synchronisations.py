@@ -15,7 +15,7 @@ from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from ppo.decoding.scheduler import _Decoder
 from tests.gpu.report import Report
 from tests.gpu.tiny_runs import flags_of
-from tests.tiny_run import REPOSITORY, build_inputs
+from tests.helpers.tiny_run import REPOSITORY, build_inputs
 from train_ppo import loop
 from utils.engine.engine import device, shutdown_distributed
 from utils.flags.parser import parse_args

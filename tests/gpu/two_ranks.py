@@ -15,7 +15,7 @@ from ppo.build import build
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from tests.gpu.report import Report
 from tests.gpu.tiny_runs import distance, flags_of, start, wait_for
-from tests.tiny_run import build_inputs, clean_environment
+from tests.helpers.tiny_run import build_inputs, clean_environment
 from train_ppo import loop
 from utils.engine.engine import deepspeed, device, init_distributed, shutdown_distributed
 from utils.flags.parser import parse_args

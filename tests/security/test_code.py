@@ -13,8 +13,8 @@ from data.template import encode_prompt
 from tests.bad_inputs.commands import COMMANDS
 from tests.bad_inputs.materials import Materials, altered
 from tests.bad_inputs.test_corpus import command_line
-from tests.live_code import assert_live, bring_own_code, bring_own_tokenizer, live_pickle
-from tests.tiny_run import REPOSITORY
+from tests.helpers.live_code import assert_live, bring_own_code, bring_own_tokenizer, live_pickle
+from tests.helpers.tiny_run import REPOSITORY
 from utils.engine.engine import init_distributed
 from utils.errors import UserError
 from utils.models.load import load_causal_lm

@@ -14,8 +14,8 @@ from ppo.planning.shapes import models_of
 from ppo.rollout import room_of
 from sft.model import AnswerModel
 from tests.architectures.configs import tiny_config
-from tests.parts import ppo_config, rollout_by_hand, tiny_models, tiny_policy
-from tests.tiny import tiny_llama, tiny_llama_config
+from tests.helpers.parts import ppo_config, rollout_by_hand, tiny_models, tiny_policy
+from tests.helpers.tiny import tiny_llama, tiny_llama_config
 from utils.engine.engine import TrainEngine
 from utils.errors import UserError
 from utils.flags.engine import EngineConfig

@@ -1,4 +1,4 @@
-"""Chat templates of the families in tests/families.py: prompt, mask, history, stop ids, what a reward model reads."""
+"""Chat templates of the families in helpers/families.py: prompt, mask, history, stop ids, reward models."""
 
 import json
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ from reward.scoring.ensemble import Encoding
 from sft.model import AnswerModel
 from sft.packed_batches import Layout
 from sft.samples import sample_answers
-from tests.families import FAMILIES, TURNS, Family, family_config, family_tokenizer
-from tests.parts import ppo_config, prompts_of
-from tests.tiny_run import write_json
+from tests.helpers.families import FAMILIES, TURNS, Family, family_config, family_tokenizer
+from tests.helpers.parts import ppo_config, prompts_of
+from tests.helpers.tiny_run import write_json
 from utils.engine.engine import InferenceEngine
 from utils.errors import UserError
 from utils.flags.text import StopFlags, TextFlags

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import utils.engine.chunked_adamw as chunked
-from tests.parts import ppo_config, tiny_scalar_model
+from tests.helpers.parts import ppo_config, tiny_scalar_model
 from utils.engine.engine import TrainEngine
 
 CHUNK = chunked.NORM_CHUNK

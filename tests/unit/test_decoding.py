@@ -15,7 +15,7 @@ from ppo.decoding.kv_cache import SlotCache, _SlotLayer
 from ppo.decoding.sampling import EVALUATION, Sampling, uniforms
 from ppo.decoding.scheduler import Room, decode_all
 from ppo.models import PolicyModel
-from tests.parts import EOS, VOCAB_SIZE, tiny_policy, token_ids
+from tests.helpers.parts import EOS, VOCAB_SIZE, tiny_policy, token_ids
 
 GENERATOR = torch.Generator().manual_seed(0)
 LENGTHS = [3, 30, 1, 7, 7, 19, 12, 2, 26, 5, 9, 14, 40]

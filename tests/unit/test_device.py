@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from tests.parts import ppo_config, tiny_policy
-from tests.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flags
+from tests.helpers.parts import ppo_config, tiny_policy
+from tests.helpers.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flags
 from train_ppo import main
 from utils.device import device, on_gpu
 from utils.engine.engine import TrainEngine

@@ -9,8 +9,8 @@ import torch
 
 from data.template import encode_dialogue
 from reward.scoring.ensemble import Encoding, Ensemble, Frozen, check_labels, score_dialogues
-from tests.parts import ppo_config, tiny_scalar_model
-from tests.tiny import VOCAB, tiny_tokenizer_folder
+from tests.helpers.parts import ppo_config, tiny_scalar_model
+from tests.helpers.tiny import VOCAB, tiny_tokenizer_folder
 from utils.engine.engine import device, shard_frozen
 from utils.engine.host_copies import host_copies
 from utils.errors import UserError

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppo.models
-import tests.varlen
+import tests.helpers.varlen
 import utils.models.chunked_logprobs
 import utils.models.padding_free
 from ppo.config import PPOConfig
@@ -22,7 +22,16 @@ from ppo.models import PolicyModel
 from ppo.score import score
 from ppo.types import Experience, Rollout
 from ppo.update import update
-from tests.parts import PROMPTS, ppo_config, prompts_of, rollout_by_hand, scored, tiny_models, tiny_policy, token_ids
+from tests.helpers.parts import (
+    PROMPTS,
+    ppo_config,
+    prompts_of,
+    rollout_by_hand,
+    scored,
+    tiny_models,
+    tiny_policy,
+    token_ids,
+)
 from utils.models.chunked_logprobs import logprobs_and_entropy, sum_nll
 
 ENTROPY = {"use_entropy_loss": True, "entropy_loss_weight": 0.1}
@@ -41,7 +50,7 @@ def layout(request, monkeypatch):
     if request.param == "padded":
         monkeypatch.setattr(utils.models.padding_free, "FULL_ATTENTION", ())
     if request.param == "varlen":
-        tests.varlen.on_cpu(monkeypatch)
+        tests.helpers.varlen.on_cpu(monkeypatch)
     return request.param
 
 

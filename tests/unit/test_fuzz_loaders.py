@@ -15,7 +15,7 @@ from data.formats.stream import stream_records, text_or_answered
 from data.preferences import load_preferences
 from data.prompts import load_prompts
 from reward.encode import encode_preference
-from tests.fuzzing import dialogue_records, ends, fuzz, preference_records, values
+from tests.helpers.fuzzing import dialogue_records, ends, fuzz, preference_records, values
 from utils.errors import UserError
 from utils.tokenizer import load_tokenizer
 

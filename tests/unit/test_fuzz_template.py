@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from data.chat import turn_end
 from data.template import decode_answer, encode_dialogue, encode_prompt, encode_text, last_answer
 from reward.scoring.ensemble import Encoding
-from tests.fuzzing import ends, search, texts, whole
+from tests.helpers.fuzzing import ends, search, texts, whole
 from utils.tokenizer import MOSS_ZH_TAGS, load_tokenizer
 
 KINDS = ["llama moss_en", "llama moss_zh", "tiny moss_en", "tiny moss_zh", "chat moss_en", "chat moss_zh", "chat chat"]

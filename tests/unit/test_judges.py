@@ -7,8 +7,8 @@ from reward.model import save_scalar_model
 from reward.scoring.ensemble import Encoding, Frozen, Member
 from reward.scoring.score_flags import ScoreConfig
 from reward.scoring.score_records import load_judges, score_chunk
-from tests.parts import tiny_scalar_model
-from tests.tiny import VOCAB, tiny_tokenizer_folder
+from tests.helpers.parts import tiny_scalar_model
+from tests.helpers.tiny import VOCAB, tiny_tokenizer_folder
 from utils.tokenizer import load_tokenizer
 
 TEXTS = ["one", "two three", "four", "five and six", "a text that is longer than eight tokens"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_run import REPOSITORY, clean_environment
+from tests.helpers.tiny_run import REPOSITORY, clean_environment
 
 EIGHT = "\n".join(f"GPU {i}: NVIDIA A100-SXM4-80GB (UUID: GPU-{i}d5c)" for i in range(8))
 SLICED = "GPU 0: NVIDIA H100 (UUID: GPU-5e)\n  MIG 3g.40gb     Device  0: (UUID: MIG-a1)\n"

@@ -8,8 +8,8 @@ from ppo.decoding.attention import grouped
 from ppo.decoding.kv_cache import SlotCache
 from ppo.models import PolicyModel
 from ppo.rollout import room_of
-from tests.parts import ppo_config
-from tests.tiny import LLAMA_KIND, SIZES, tiny_llama_config
+from tests.helpers.parts import ppo_config
+from tests.helpers.tiny import LLAMA_KIND, SIZES, tiny_llama_config
 from utils.models.padding_free import FULL_ATTENTION
 from utils.tensors import position_ids
 

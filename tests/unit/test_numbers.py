@@ -10,7 +10,7 @@ from torch import nn
 from ppo.alarms import alarms
 from ppo.experience import score_problem
 from ppo.update import update
-from tests.parts import ppo_config, rollout_by_hand, scored, tiny_models, tiny_policy, tiny_scalar_model
+from tests.helpers.parts import ppo_config, rollout_by_hand, scored, tiny_models, tiny_policy, tiny_scalar_model
 from utils.engine.engine import TrainEngine
 
 

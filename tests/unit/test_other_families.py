@@ -12,7 +12,7 @@ from ppo.models import PolicyModel
 from reward.model import check_scalar_export, load_scalar_model, save_scalar_model
 from tests.architectures.configs import LONG_ROPE, ROPE, tiny_config
 from tests.architectures.folders import save_folder
-from tests.parts import ppo_config
+from tests.helpers.parts import ppo_config
 from utils.engine.engine import TrainEngine
 from utils.errors import UserError
 from utils.models.export import check_names, save_causal_lm, saved_tensors

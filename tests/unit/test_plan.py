@@ -14,8 +14,8 @@ from ppo.planning.plan import TOKEN, plan
 from ppo.planning.shapes import models_of
 from ppo.planning.step_time import phases
 from ppo.score import score
-from tests.parts import PROMPTS, ppo_config, prompts_of, rollout_by_hand, tiny_models, token_ids
-from tests.tiny import tiny_llama, tiny_llama_config
+from tests.helpers.parts import PROMPTS, ppo_config, prompts_of, rollout_by_hand, tiny_models, token_ids
+from tests.helpers.tiny import tiny_llama, tiny_llama_config
 from train_ppo import main
 from utils.engine.engine import DTYPES, TrainEngine
 from utils.memory.activation_peak import ATTENTION, LiveBytes, peak_bytes

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-import tests.varlen
+import tests.helpers.varlen
 import utils.models.padding_free
 from ppo.decoding.attention import is_replaced
 from ppo.decoding_check import choose_decoding
@@ -18,7 +18,7 @@ from ppo.rollout import room_of
 from sft.model import packing_failure
 from tests.architectures.configs import tiny_config
 from tests.architectures.folders import randomise
-from tests.parts import ppo_config
+from tests.helpers.parts import ppo_config
 from utils.errors import UserError
 from utils.models.check import Probe, check_forward, distance
 from utils.models.load import enable_checkpointing, training_mode, without_dropout
@@ -153,7 +153,7 @@ def test_rows_are_padded_where_the_kernel_for_joined_ones_does_not_run(monkeypat
     def attend(*_):
         raise RuntimeError("no kernel image")
 
-    tests.varlen.on_cpu(monkeypatch)
+    tests.helpers.varlen.on_cpu(monkeypatch)
     lm, said = lm_of("llama"), []
     check_forward(lm, "M", said.append)
     assert said == [] and PolicyModel(lm).joins_rows

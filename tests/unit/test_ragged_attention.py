@@ -104,7 +104,7 @@ def test_new_keys_and_values_join_the_cache(heads, shared, size, dtype):
 def test_kernels_compile_for_gpus(tmp_path):
     """Without one: Triton brings its compiler. The interpreter takes what no GPU would."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.compiled_kernels"]
+    command = [sys.executable, "-m", "tests.helpers.compiled_kernels"]
     lines = subprocess.run(
         command, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, check=True, stdout=subprocess.PIPE, text=True
     ).stdout

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, LlamaForSequenceCla
 
 import utils.models.padding_free
 from reward.model import last_scores, load_scalar_model, save_scalar_model, set_dropout, with_own_pad
-from tests.tiny import VOCAB, tiny_llama, tiny_llama_config, tiny_llama_folder, tiny_tokenizer_folder
+from tests.helpers.tiny import VOCAB, tiny_llama, tiny_llama_config, tiny_llama_folder, tiny_tokenizer_folder
 from utils.errors import UserError
 from utils.models.load import load_causal_lm
 from utils.tokenizer import load_tokenizer

@@ -14,8 +14,8 @@ from ppo.types import PromptBatch
 from reward.model import load_scalar_model, save_scalar_model
 from reward.scoring.ensemble import Encoding, Ensemble, Frozen, Member
 from reward.scoring.load import check_same_tokenizer, load_ensemble, reward_readers
-from tests.parts import PROMPTS, RESPONSES, ppo_config, rollout_by_hand, tiny_scalar_model
-from tests.tiny import VOCAB, tiny_llama_folder, tiny_tokenizer_folder
+from tests.helpers.parts import PROMPTS, RESPONSES, ppo_config, rollout_by_hand, tiny_scalar_model
+from tests.helpers.tiny import VOCAB, tiny_llama_folder, tiny_tokenizer_folder
 from utils.errors import UserError
 from utils.tokenizer import load_tokenizer, save_tokenizer
 

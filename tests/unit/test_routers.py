@@ -18,8 +18,8 @@ from ppo.update import policy_backward, shares, update
 from sft.model import AnswerModel
 from sft.packed_batches import Layout
 from sft.train import SFTConfig, judge, stage_of
-from tests.mixtures import MIXTURES, router_weights, tiny_mixture
-from tests.parts import (
+from tests.helpers.mixtures import MIXTURES, router_weights, tiny_mixture
+from tests.helpers.parts import (
     PROMPTS,
     VOCAB_SIZE,
     GradientEngine,
@@ -30,7 +30,7 @@ from tests.parts import (
     tiny_models,
     token_ids,
 )
-from tests.tiny import tiny_llama
+from tests.helpers.tiny import tiny_llama
 from utils.errors import UserError
 from utils.models.load import enable_checkpointing
 from utils.models.routers import ROUTER_METRICS, router_coef, router_sums

@@ -6,9 +6,9 @@ from torch import nn
 from transformers import AttentionInterface, AutoModel, GPT2Config, MistralConfig, Qwen2Config
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
-import tests.varlen
+import tests.helpers.varlen
 import utils.models.padding_free
-from tests.tiny import LLAMA_KIND, SIZES
+from tests.helpers.tiny import LLAMA_KIND, SIZES
 from utils.models.padding_free import joins_rows, states_of
 
 LENGTHS = [9, 1, 30, 4]
@@ -40,7 +40,7 @@ def test_every_architecture_in_the_list_is_tested():
 @pytest.mark.parametrize("name", LLAMA_KIND)
 def test_joined_rows_have_the_states_and_gradients_of_each_alone(monkeypatch, name, kernel):
     if kernel == "varlen":
-        tests.varlen.on_cpu(monkeypatch)
+        tests.helpers.varlen.on_cpu(monkeypatch)
     decoder, (ids, real) = decoder_of(LLAMA_KIND[name]), rows()
     decoder.gradient_checkpointing_enable({"use_reentrant": False})
     decoder.train()

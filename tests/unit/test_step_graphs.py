@@ -22,7 +22,7 @@ from ppo.decoding.sampling import EVALUATION, Sampling
 from ppo.decoding.scheduler import Room, _Decoder, decode_all
 from ppo.decoding_check import choose_decoding
 from ppo.models import PolicyModel
-from tests.parts import ppo_config, tiny_policy, token_ids
+from tests.helpers.parts import ppo_config, tiny_policy, token_ids
 from tests.unit.test_decoding import LIMITS, PLACES, PROMPTS, decode, plain_decode
 
 ROOM = Room(5, 64, steps_per_look=2, straight=True, ragged=True, graphs=True)  # 3 live slots are a bucket of 4

@@ -16,7 +16,7 @@ from ppo.rewards import token_rewards
 from ppo.rollout import generate, response_ids
 from ppo.score import score
 from ppo.update import policy_backward, update
-from tests.parts import (
+from tests.helpers.parts import (
     PROMPTS,
     RESPONSES,
     GradientEngine,
@@ -30,7 +30,7 @@ from tests.parts import (
     tiny_policy,
     token_ids,
 )
-from tests.tiny import tiny_llama_folder
+from tests.helpers.tiny import tiny_llama_folder
 from utils.engine.engine import InferenceEngine
 from utils.models.load import load_causal_lm
 from utils.moments import RunningMoments

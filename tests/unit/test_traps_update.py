@@ -16,7 +16,7 @@ from ppo.loss import value_loss
 from ppo.rollout import generate, response_ids
 from ppo.score import even_batches
 from ppo.update import critic_backward, policy_backward, shares, update
-from tests.parts import (
+from tests.helpers.parts import (
     PROMPTS,
     ppo_config,
     prompts_of,

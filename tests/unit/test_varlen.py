@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModel
 
-import tests.varlen
+import tests.helpers.varlen
 import utils.models.varlen
 from ppo.loss import policy_ratio
 from ppo.models import PolicyModel
-from tests.tiny import tiny_llama, tiny_llama_config
-from tests.varlen import causal_rows
+from tests.helpers.tiny import tiny_llama, tiny_llama_config
+from tests.helpers.varlen import causal_rows
 from utils.models.load import enable_checkpointing, training_mode
 from utils.models.padding_free import has_varlen_kernel, joins_rows, states_of
 from utils.models.varlen import attend, options_of, takes_varlen
@@ -27,7 +27,7 @@ HEADS = [(4, 4), (4, 2), (4, 1)]  # of queries, of keys
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch) -> torch.device:
     if request.param == "cpu":
-        tests.varlen.on_cpu(monkeypatch)
+        tests.helpers.varlen.on_cpu(monkeypatch)
     return torch.device(request.param)
 
 

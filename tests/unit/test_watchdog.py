@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from tests.tiny_run import REPOSITORY
+from tests.helpers.tiny_run import REPOSITORY
 from utils.run.watchdog import HUNG
 
 # Gets something done for 2.5 seconds, twice as long as the watchdog waits, says so, and then nothing more.

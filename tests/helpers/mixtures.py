@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, PreTrainedModel, Qwen3MoeConfig
 
-from tests.tiny import SIZES, VOCAB, tiny_tokenizer_folder
+from tests.helpers.tiny import SIZES, VOCAB, tiny_tokenizer_folder
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 MIXTURES = {

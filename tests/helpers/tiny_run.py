@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from reward.model import load_scalar_model, save_scalar_model
-from tests.tiny import tiny_llama, tiny_llama_folder, tiny_tokenizer_folder
+from tests.helpers.tiny import tiny_llama, tiny_llama_folder, tiny_tokenizer_folder
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 TIMES = ("seconds_", "samples_per_second", "tokens_per_second")
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 

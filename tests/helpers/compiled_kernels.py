@@ -1,6 +1,6 @@
 """Compiles the kernels of ppo/decoding/ragged_attention.py for GPUs that need not be there; prints JSON lines.
 
-python -m tests.compiled_kernels, without TRITON_INTERPRET, which makes no code.
+python -m tests.helpers.compiled_kernels, without TRITON_INTERPRET, which makes no code.
 """
 
 import json

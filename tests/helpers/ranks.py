@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.tiny_run import REPOSITORY, clean_environment
+from tests.helpers.tiny_run import REPOSITORY, clean_environment
 from utils.launcher import free_port
 
 

@@ -13,7 +13,7 @@ from ppo.score import score
 from ppo.types import Experience, PromptBatch, Rollout, Scores
 from reward.model import ScalarHead, ScalarModel, new_head_weight
 from reward.scoring.ensemble import Ensemble, Frozen, Member
-from tests.tiny import tiny_llama
+from tests.helpers.tiny import tiny_llama
 from utils.engine.engine import InferenceEngine
 from utils.moments import RunningMoments
 

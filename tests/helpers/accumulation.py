@@ -1,6 +1,6 @@
 """The gradient that an engine with bf16 weights adds up over many micro-batches, and the exact sum of their gradients.
 
-python -m tests.accumulation FOLDER     # CASES on two ranks; the gradients go to FOLDER/CASE/RANK.safetensors
+python -m tests.helpers.accumulation FOLDER     # CASES on two ranks; the gradients go to FOLDER/CASE/RANK.safetensors
 """
 
 import os
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ppo.config import PPOConfig
 from ppo.models import PolicyModel
 from tests.faults.kill import start, wait
-from tests.parts import ppo_config, tiny_policy
+from tests.helpers.parts import ppo_config, tiny_policy
 from utils.distributed import rank, world_size
 from utils.engine.engine import TrainEngine, init_distributed, shutdown_distributed
 

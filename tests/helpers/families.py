@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1]
 TURNS = [
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "Hello."},
