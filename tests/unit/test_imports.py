@@ -1,4 +1,4 @@
-"""The table of folders, held: who may import whom, which files stay pure, where deepspeed and collectives live."""
+"""Imports: which folder may import which, files that stay pure, the only homes of deepspeed and collectives."""
 
 import ast
 import sys
@@ -16,6 +16,19 @@ MAY_IMPORT = {
     "utils": {"utils"},
 }
 OURS = set(MAY_IMPORT)
+# Rooms inside these folders: what each may import of its own folder, besides itself.
+ROOMS = {
+    "utils": set(),
+    "utils.flags": {"utils"},
+    "utils.models": {"utils"},
+    "utils.engine": {"utils", "utils.flags", "utils.models"},
+    "utils.memory": {"utils", "utils.flags", "utils.models", "utils.engine"},
+    "utils.run": {"utils", "utils.flags", "utils.models", "utils.engine"},
+    "utils.weight_diff": {"utils", "utils.flags", "utils.models"},
+    "data.formats": {"data"},
+    "data.batching": {"data"},
+    "ppo.decoding": set(),
+}
 PURE = {
     "ppo.types", "ppo.kl", "ppo.rewards", "ppo.advantages", "ppo.loss", "ppo.decoding.sampling", "reward.batches",
     "reward.loss", "reward.metrics", "reward.win_rate", "sft.loss", "data.order", "data.batching.collate",
@@ -62,6 +75,30 @@ def test_arrows_between_folders_point_down(file):
     # `from sft import loss` names sft as well: a bare folder is no more than the names taken from it.
     wrong = {module for module in ours if not inside(module, allowed) and module != "sft"}
     assert not wrong
+
+
+def room_of(file: Path) -> str:
+    return ".".join(file.relative_to(REPOSITORY).parts[:-1])
+
+
+def modules_in(file: Path) -> set[str]:
+    """The project's modules that the file imports, by their full names."""
+    known = {module_of(other) for other in FILES}
+    return imports(file) & known - {module_of(file)}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if room_of(file) in ROOMS], ids=module_of)
+def test_rooms_import_only_the_rooms_below_them(file):
+    room, top = room_of(file), file.relative_to(REPOSITORY).parts[0]
+    imported = {name.rpartition(".")[0] for name in modules_in(file) if name.split(".")[0] == top}
+    assert imported <= ROOMS[room] | {room}
+
+
+def test_imports_have_no_circles():
+    graph = {module_of(file): modules_in(file) for file in FILES}
+    while leaves := {name for name, imported in graph.items() if not imported & graph.keys()}:
+        graph = {name: imported for name, imported in graph.items() if name not in leaves}
+    assert not graph
 
 
 @pytest.mark.parametrize("module", sorted(PURE))
