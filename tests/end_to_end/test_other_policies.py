@@ -5,12 +5,9 @@ import torch
 
 import ppo.compare
 import train_ppo
-from ppo.models import load_models
 from tests.architectures.configs import tiny_config
 from tests.architectures.folders import save_folder
-from tests.helpers.parts import ppo_config
 from tests.helpers.tiny_run import read_metrics, run_flags
-from utils.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -54,11 +51,3 @@ def test_a_policy_that_draws_experts_in_training_begins_at_a_ratio_of_1(folder, 
     train_ppo.main(run_flags(inputs, out, train_steps=1, **flags))
     (row,) = read_metrics(out)
     assert row["ratio_mean"] == pytest.approx(1.0, abs=1e-5) and row["approx_kl"] < 1e-8
-
-
-def test_a_policy_that_decodes_with_its_own_attention(single_process, folder, inputs):
-    path, said = folder("falcon"), []
-    flags = {"critic_model_path": str(inputs.reward), "reward_model_path": [str(inputs.reward)]}
-    models = load_models(ppo_config(policy_model_path=path, **flags), load_tokenizer(path), said.append)
-    assert models.policy.module.decoding == "own"
-    assert sum("grouped decoding is left out" in line for line in said) == 1

@@ -1,12 +1,10 @@
 """PPO and its comparison with several reward models, and with one that has another tokenizer than the policy."""
 
 import math
-import re
 
 import pytest
 import torch
 
-from ppo.compare import main as compare
 from reward.model import load_scalar_model, save_scalar_model
 from reward.scoring.ensemble import Encoding, score_dialogues
 from tests.helpers.tiny import tiny_llama_folder, tiny_tokenizer_folder
@@ -57,12 +55,3 @@ def test_a_reward_model_with_another_tokenizer_scores_the_texts(inputs, others, 
     ]
     scores, _ = score_dialogues(model, Encoding(load_tokenizer(str(others[1])), "moss_en", None), texts, 1000)
     assert len(rows) == 6 and [row["score"] for row in rows] == pytest.approx(scores, abs=1e-5)
-
-
-def test_comparison_by_the_lowest_of_two(inputs, others, tmp_path, capsys):
-    models = ["--reward_model_path", str(inputs.reward), str(others[1]), "--reward_ensemble", "min"]
-    sizes = ["--dtype", "fp32", "--maxlen_prompt", "80", "--maxlen_res", "12", "--data_path", str(inputs.prompts)]
-    compare(["--policies", str(inputs.policy), str(inputs.other_policy), *models, *sizes, "--num_samples", "0"])
-    shown = {name: cells for name, *cells in (re.split(" {2,}", line) for line in capsys.readouterr().out.splitlines())}
-    lowest, first, second = (float(shown[f"reward model {n}score"][0].split()[0]) for n in ("", "1 ", "2 "))
-    assert lowest <= min(first, second)

@@ -35,17 +35,6 @@ def run(inputs, tmp_path_factory):
     return out
 
 
-def test_config_says_how_to_repeat_the_run(run, inputs):
-    config = json.loads((run / "config.json").read_text())
-    assert (config["policy_model_path"], config["lr"], config["seed"]) == (str(inputs.policy), 1e-4, 7)
-    assert config["use_reward_norm"] is True  # a default, not given
-    assert config["world_size"] == 1
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
-    assert config["git_commit"] == (head or None)
-    assert config["devices"] and all(isinstance(name, str) for name in config["devices"])
-    assert {"torch", "transformers", "deepspeed"} <= config["versions"].keys()
-
-
 def test_metrics_of_every_step(run):
     rows = read_lines(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
