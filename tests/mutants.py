@@ -254,7 +254,8 @@ MUTANTS = [Mutant(*mutant) for mutant in (
     # Two ranks
     ("gradients averaged over ranks", "self.engine.backward(loss * world_size())", "self.engine.backward(loss)",
      "distributed/test_sft_two_ranks.py"),
-    ("ranks' samples out of order", "gather_rows(rows)[order]", "gather_rows(rows)", "distributed/test_two_ranks.py"),
+    ("ranks' samples out of order", "gather_rows(rows)[order]", "gather_rows(rows)",
+     "distributed/test_reward_models_two_ranks.py"),
     ("one rank stops alone", "return max_ranks(self._asked or late, device)", "return self._asked or late",
      "faults/test_signals.py::test_a_signal_to_one_rank_stops_both_after_the_step"),
 )]
