@@ -91,12 +91,12 @@ def test_score_that_is_not_finite_stops_the_run_before_the_statistics_take_it_in
 
 def test_rollout_metrics_by_hand():
     rollout = rollout_of([[0, 1, 1, 1], [0, 1, 0, 0]], ended=[True, False])
-    logprobs = [[0.0, -1.0, -2.0, -3.0], [0.0, -2.0, 0.0, 0.0]]
+    logprobs = [[0.0, -1.0, -2.0, -3.0], [0.0, -3.0, 0.0, 0.0]]
     metrics = rollout_metrics(rollout, scores_of(rollout, [1.0, 4.0], logprobs, ref_logprobs=-2.5))
     expected = {
         "score_mean": 2.5, "score_std": 1.5, "response_length": 2.0, "eos_fraction": 0.5, "entropy": 2.0,
-        "kl_ref": ((1.5 + 0.5 - 0.5) + 0.5) / 2,  # a response, not a token
-        "perplexity": math.exp(8 / 4), "perplexity_ref": math.exp(2.5),
+        "kl_ref": ((1.5 + 0.5 - 0.5) - 0.5) / 2,  # a response, not a token
+        "perplexity": math.exp(9 / 4), "perplexity_ref": math.exp(2.5),
     }  # fmt: skip
     assert metrics == pytest.approx(expected, rel=1e-5)
 

@@ -154,6 +154,12 @@ def test_pad_falls_back_to_eos_and_is_never_left_open(chat_folder):
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
 
 
+def test_a_pad_that_ends_answers_is_replaced(tiny_model, tmp_path):
+    shutil.copy(tiny_model, tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "</s>"}))
+    assert load_tokenizer(str(tmp_path)).pad_token_id == 0  # unk
+
+
 def test_other_tokenizers_survive_saving(chat_folder, tmp_path):
     tokenizer = load_tokenizer(str(chat_folder), "chat")
     save_tokenizer(tokenizer, tmp_path)

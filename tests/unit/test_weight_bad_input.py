@@ -159,9 +159,10 @@ def test_index_that_names_absent_tensors(folders, refused, layout):
     assert re.search(f"--path_raw: the index names tensors that are not in .*: {names} and 2 more; .*copy", refused())
 
 
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '{"weight_map": 3}', "{}", '{"weight_map": {"lm_head.weight": "../diff/model.safetensors"}}']
-)
+DAMAGED = ["{", "[]", '{"weight_map": 3}', "{}", '{"weight_map": {"lm_head.weight": "../diff/model.safetensors"}}']
+
+
+@pytest.mark.parametrize("content", [*DAMAGED, pytest.param("[" * 200_000, id="too deep for the parser")])
 def test_damaged_index(folders, refused, content):
     (folders / "raw" / "model.safetensors.index.json").write_text(content)
     assert re.search(r"--path_raw: .*index\.json is .*damaged.*copy it again", refused())

@@ -1,0 +1,367 @@
+"""Breaks product code on purpose, one line at a time, and reports whether the tests notice.
+
+    python -m tests.mutants [WORDS ...] [--list]
+
+Each mutant is one line of product code with a mistake, and the tests that must fail because of it. The mistake is made
+in a temporary copy of the files that git tracks. A test counts only if it passes there without the mistake. Exit code
+1: a mutant was not caught; 2: a mutant does not fit the code, or its tests fail without it. Results: tests/MUTANTS.md.
+"""
+
+import argparse
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+# Read when the packages below are imported. A mutant may have the size and the time of the original: no .pyc files.
+os.environ |= {
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "1"}
+sys.dont_write_bytecode = True
+
+ROOT = Path(__file__).resolve().parents[1]
+PRODUCT = ("ppo/", "reward/", "sft/", "data/", "utils/", "train_ppo.py", "merge_")
+PACKAGES = ("pytest", "safetensors.torch", "transformers.models.llama.modeling_llama")
+PACKAGES += ("deepspeed.runtime.zero.muon.muon_optimizer",)  # takes seconds, as in tests/faults/kill.py
+LIMIT = 600  # seconds that one call of pytest may take
+
+
+class Mutant(NamedTuple):
+    """A mistake. `old` occurs once in the product's code, and `new` takes its place.
+
+    name: what is broken; tests: files, or single tests, below tests/ that fail then, separated by spaces.
+    """
+
+    name: str
+    old: str
+    new: str
+    tests: str
+
+
+# fmt: off
+MUTANTS = [Mutant(*mutant) for mutant in (
+    # Rollout: masks, ends, positions, random streams
+    ("mask from ids instead of lengths", "attention_mask = places < lengths[:, None]",
+     "attention_mask = sequences != pad_id", "unit/test_traps.py"),
+    ("only the first stop id ends a response", "(token[:, None] == self.stops).any(1)", "(token == self.stops[0])",
+     "unit/test_decoding.py"),
+    ("end token not part of the response", "return [row[:length] for row, length in zip(values, self.lengths",
+     "return [row[: length - 1] for row, length in zip(values, self.lengths", "unit/test_decoding.py"),
+    ("positions count padding", "self._logits(ids, mask, position_ids(mask))",
+     "self._logits(ids, mask, torch.arange(ids.shape[1]).expand_as(ids))", "unit/test_decoding.py"),
+    ("position_ids not clamped", "(attention_mask.long().cumsum(-1) - 1).clamp(min=0)",
+     "attention_mask.long().cumsum(-1) - 1", "unit/test_tensors.py"),
+    ("random stream by batch instead of place", "uniforms(self.seed, self.places[prompt][:, None], positions)",
+     "uniforms(self.seed, prompt[:, None], positions)", "unit/test_decoding.py"),
+    ("random number repeats at every position",
+     "key = _mix(key ^ _mix((torch.zeros_like(places) + position + 1) * GOLDEN_GAMMA))",
+     "key = _mix(key).expand(torch.broadcast_shapes(places.shape, torch.as_tensor(position).shape))",
+     "unit/test_sampling.py"),
+    ("penalty divides negative logits", "torch.where(logits > 0, logits / penalty, logits * penalty)",
+     "logits / penalty", "unit/test_sampling.py"),
+    ("penalty on the last response of the slot", 'slots["seen"][new] = False', "pass", "unit/test_decoding.py"),
+    ("nucleus without the token that reaches top-p", "ordered.cumsum(-1) - ordered >= topp",
+     "ordered.cumsum(-1) >= topp", "unit/test_sampling.py"),
+    ("cache: a moved slot keeps old keys", "x[target, ..., columns, :] = x[source, ..., columns, :]", "pass",
+     "unit/test_decoding.py"),
+    ("cache: the mask of an old slot stays", "self.mask[self.rows, : self.end - width] = False", "pass",
+     "unit/test_decoding.py"),
+    ("ragged kernel reads from column 0", "start = tl.minimum(tl.load(first + slot), stop - 1)", "start = stop - stop",
+     "unit/test_ragged_attention.py"),
+    # Scores
+    ("log-probs at temperature 1", "return torch.log_softmax(logits.float() / temperature, -1)",
+     "return torch.log_softmax(logits.float(), -1)", "unit/test_traps.py"),
+    ("log-prob gradient without temperature", "gradient[rows] = slope.div_(ctx.temperature)", "gradient[rows] = slope",
+     "unit/test_fast_paths.py"),
+    ("log-probs in bf16", "return torch.log_softmax(logits, -1, dtype=torch.float32)",
+     "return torch.log_softmax(logits, -1).float()", "unit/test_traps.py"),
+    ("entropy without its mean in the gradient", "by_entropy[rows, None] * (every + entropy[rows, None])",
+     "by_entropy[rows, None] * every", "unit/test_fast_paths.py"),
+    ("values not shifted", "return (shift_to_next(models.critic(part.sequences, before(part.response_mask))),)",
+     "return (models.critic(part.sequences, part.response_mask),)", "unit/test_score.py"),
+    ("fewer scoring forwards on a rank with less", "return batches + [[shortest]] * (most - len(batches))",
+     "return batches", "unit/test_traps_update.py"),
+    ("reference not asked", "moved = not same_weights(models.policy.module, reference)", "moved = False",
+     "unit/test_score.py"),
+    ("reward_fn may return too few numbers", "if len(scores) != len(answers):", "if False:", "unit/test_score.py"),
+    ("reward_fn changes our dialogues", "scores = reward_fn(copy.deepcopy(prompts), list(answers))",
+     "scores = reward_fn(prompts, answers)", "unit/test_score.py"),
+    ("reward model reads an open turn",
+     "closed.append([*ids[: None if window is None else window - len(end.ids)], *end.ids])",
+     "closed.append(ids[:window])", "unit/test_reward_models.py"),
+    ("ensemble rule adds the deviation", "return mean - self.std_coef * scores.std(1, correction=0)",
+     "return mean + self.std_coef * scores.std(1, correction=0)", "unit/test_ensemble.py"),
+    ("models of two meanings share an ensemble", "if meaning != meanings[0]:", "if False:", "unit/test_ensemble.py"),
+    # Experience
+    ("KL with the wrong sign", "rewards = (-kl_coef * kl)", "rewards = (kl_coef * kl)", "unit/test_rewards.py"),
+    ("score on the first token", "last = last_index(response_mask)", "last = response_mask.int().argmax(1)",
+     "unit/test_rewards.py"),
+    ("KL clipped with the score", "rewards = token_rewards(shaped, kl, mask, kl_coef)",
+     "rewards = token_rewards(shaped, kl, mask, kl_coef).clamp(-config.reward_clip, config.reward_clip)",
+     "unit/test_traps.py"),
+    ("statistics without this batch", "moments.update(scores.scores)", "pass", "unit/test_experience.py"),
+    ("k3 without its linear term", "return torch.expm1(difference) - difference", "return torch.expm1(difference)",
+     "unit/test_kl.py"),
+    ("GAE without gamma in lambda's decay", "reach, decay = 1, gamma * lam", "reach, decay = 1, lam",
+     "unit/test_advantages.py"),
+    ("GAE reads padding", "(torch.where(inside, x.double().gather(1, order), 0.0) for x in",
+     "(x.double().gather(1, order) for x in", "unit/test_advantages.py"),
+    ("whitening leaves padding", "centred = (x - total / count).masked_fill(~mask, 0.0)", "centred = x - total / count",
+     "unit/test_tensors.py"),
+    ("whitening by this rank's variance", "variance = sum_ranks(centred.square().sum()) / count",
+     "variance = centred.square().sum() / count", "unit/test_tensors.py"),
+    ("running moments of this rank", "float(sum_ranks((x - batch_mean).square().sum()))",
+     "float((x - batch_mean).square().sum())", "unit/test_moments.py"),
+    ("running deviation of the population", "(self._squares / (self.count - 1)) ** 0.5",
+     "(self._squares / self.count) ** 0.5", "unit/test_moments.py"),
+    ("perplexity as a mean of means", "torch.exp(-masked_mean(scores.old_logprobs, mask))",
+     "torch.exp(-(scores.old_logprobs.sum(1) / mask.sum(1).clamp(min=1)).mean())", "unit/test_experience.py"),
+    ("truncated responses gain the penalty", "torch.where(rollout.ended, 0.0, -config.missing_eos_penalty)",
+     "torch.where(rollout.ended, 0.0, config.missing_eos_penalty)", "unit/test_traps_update.py"),
+    ("a NaN score passes", "wrong = (~(scores.abs() <= limit)).nonzero()", "wrong = (scores.abs() > limit).nonzero()",
+     "unit/test_experience.py"),
+    # Update
+    ("value clip around zero", "return old_values + (values - old_values).clamp(-clip, clip)",
+     "return values.clamp(-clip, clip)", "unit/test_loss.py"),
+    ("value clip takes the smaller loss", "squares = torch.maximum(squares,", "squares = torch.minimum(squares,",
+     "unit/test_loss.py"),
+    ("surrogate takes the larger term", "surrogate = torch.minimum(surrogate,", "surrogate = torch.maximum(surrogate,",
+     "unit/test_loss.py"),
+    ("policy loss by its own token count", "return masked_sum(-surrogate, response_mask) / num_tokens",
+     "return masked_sum(-surrogate, response_mask) / response_mask.sum()", "unit/test_traps_update.py"),
+    ("entropy clip from below", "entropy.clamp(max=clip)", "entropy.clamp(min=clip)", "unit/test_loss.py"),
+    ("entropy clip above ln(vocabulary) allowed", "self.entropy_clip > math.log(vocab_size)",
+     "self.entropy_clip > vocab_size", "unit/test_traps_update.py"),
+    ("dropout on in the update", 'module.training = getattr(module, "gradient_checkpointing", False)',
+     "module.training = True",
+     "unit/test_probe.py::test_a_router_that_draws_its_experts_in_training_does_not_in_the_update"),
+    ("dropout of the model's config stays",
+     "config = without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False))",
+     "config = AutoConfig.from_pretrained(folder, trust_remote_code=False)", "unit/test_traps.py"),
+    ("dummy samples count", "masks = {name: getattr(part, name) & bool(weight) for",
+     "masks = {name: getattr(part, name) for", "unit/test_traps_update.py"),
+    ("ptx loss without its weight", "policy.backward(weight * loss / num_tokens)", "policy.backward(loss / num_tokens)",
+     "unit/test_update.py"),
+    ("policy steps without the critic's consent", "return problem is None", "return True", "unit/test_numbers.py"),
+    ("a NaN loss passes", "if not abs(value) <= limit]", "if abs(value) > limit]", "unit/test_update.py"),
+    ("gradients are not clipped", '"gradient_clipping": config.gradient_clip if', '"gradient_clipping": 0.0 if',
+     "unit/test_numbers.py"),
+    ("critic's learning rate warms up like the policy's", "min(1.0, (step + 1) / max(1, alone // 10))",
+     "min(1.0, (step + 1) / max(1, config.warmup_steps))", "unit/test_critic_pretraining.py"),
+    ("value clip while the critic trains alone", "if config.use_critic_loss_clip and clipped else 0.0",
+     "if config.use_critic_loss_clip else 0.0", "unit/test_critic_pretraining.py"),
+    ("best policy whatever its KL", 'metrics["kl_ref"] <= self.max_kl and', "True and", "unit/test_traps_update.py"),
+    ("cosine ends at zero", "return FLOOR + (1 - FLOOR) * 0.5", "return 0.5", "unit/test_schedule.py"),
+    # Reward model and SFT
+    ("margin added", "difference = chosen_scores.float() - rejected_scores.float() - margin",
+     "difference = chosen_scores.float() - rejected_scores.float() + margin", "unit/test_reward_loss.py"),
+    ("label smoothing on the same side", "- label_smoothing * F.logsigmoid(-difference)",
+     "- label_smoothing * F.logsigmoid(difference)", "unit/test_reward_loss.py"),
+    ("ranking loss with the wrong sign", "-(1 - label_smoothing) * F.logsigmoid(difference)",
+     "-(1 - label_smoothing) * F.logsigmoid(-difference)", "unit/test_reward_loss.py"),
+    ("a tie counts as a hit", "return 0.5 * (torch.sign(chosen_scores.float() - rejected_scores.float()) + 1)",
+     "return (chosen_scores >= rejected_scores).float()", "unit/test_reward_loss.py"),
+    ("every pair of a ranked list weighs one", "weights += [1 / len(item.pairs)] * len(item.pairs)",
+     "weights += [1.0] * len(item.pairs)", "unit/test_reward_encode.py"),
+    ("flipped pairs keep their sides", "return Pair(pair.worse, pair.better, -pair.strength, margin)",
+     "return Pair(pair.better, pair.worse, -pair.strength, margin)", "unit/test_preferences.py"),
+    ("score read at the first token", "return values.gather(1, last_index(attention_mask).unsqueeze(1)).squeeze(1)",
+     "return values[:, 0]", "unit/test_reward_model.py"),
+    ("packed dialogues see each other", 'packed = {} if positions is None else {"position_ids": positions}',
+     "packed = {}", "unit/test_sft_rows.py"),
+    ("joined rows see each other", 'options["attention_mask"] = lengths.view(1, 1, 1, -1)',
+     'options["attention_mask"] = lengths.sum().view(1, 1, 1, 1)', "unit/test_rows.py"),
+    ("a shared head is called by need", "count = max(1, -(-(even_tokens or len(targets)) // chunk))",
+     "count = max(1, -(-len(targets) // chunk))", "unit/test_sft_loss.py"),
+    ("dummy items count", "+ [(idle, 0.0)] * missing", "+ [(idle, 1.0)] * missing", "unit/test_shares.py"),
+    ("micro-batches of a supervised step not weighted", "engine.backward(weight * sum(w * sums[name]",
+     "engine.backward(sum(w * sums[name]", "unit/test_step_gradient.py"),
+    # Text and data
+    ("no end token behind a question", 'piece, answer = _human(tokenizer, turn["content"], template) + eos, []',
+     'piece, answer = _human(tokenizer, turn["content"], template), []', "unit/test_template.py"),
+    ("special tokens in a text become tokens",
+     "return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)",
+     "return tokenizer.encode(text, add_special_tokens=False)", "unit/test_template.py"),
+    ("pad left as the end token", "tokenizer.pad_token not in (tokenizer.eos_token, tokenizer.bos_token)", "True",
+     "unit/test_tokenizer.py"),
+    ("template's end of a turn ends no answer", "reasons[turn_end(tokenizer, template).stop].append", "[].append",
+     "unit/test_settle.py"),
+    ("truncation drops the system turn", "return system + spoken[2:] if len(spoken) > 2 else []",
+     "return spoken[2:] if len(spoken) > 2 else []", "unit/test_data.py"),
+    ("truncated prompts are not counted", 'tally.add("truncated (oldest turns dropped)", record.source)', "pass",
+     "unit/test_data.py"),
+    ("bad records are not counted", 'tally.add(f"dropped: {error}", record.source)', "pass", "unit/test_bad_data.py"),
+    ("half a surrogate pair passes", '"\\ud800" <= char <= "\\udfff"', '"\\ud800" <= char < "\\ud800"',
+     "unit/test_data.py"),
+    ("a deep JSON file ends in a traceback", "except (OSError, ValueError, RecursionError) as error:",
+     "except (OSError, ValueError) as error:", "unit/test_weight_bad_input.py"),
+    ("the same order in every epoch", "_permutation(seed, k // num_items, num_items)",
+     "_permutation(seed, 0, num_items)", "unit/test_order.py"),
+    # Runs: resume, checkpoints, signals
+    ("resume forgets the place in the prompts", '"step": self.step, "next_place": self.next_place,',
+     '"step": self.step, "next_place": 0,', "unit/test_run_state.py"),
+    ("resume forgets Python's random state", "random.setstate((version, tuple(numbers), gauss))", "pass",
+     "unit/test_random_state.py"),
+    ("resume restarts Adam's step count", "steps = int(state.step)", "steps = 0", "end_to_end/test_resume.py"),
+    ("a supervised run resumes with the first batches", "for _ in range(done):", "for _ in range(0):",
+     "end_to_end/test_resume.py::test_supervised_stages_resume_too"),
+    ("resume with other flags", "if not config.resume_with_changes:", "if False:",
+     "end_to_end/test_resume.py::test_what_may_not_go_on_is_refused_by_name"),
+    ("a checkpoint is written in place", 'return f"{self.target}.partial"', "return self.target",
+     "unit/test_checkpoint.py"),
+    ("a checkpoint gets its name before it is whole", "os.replace(partial, target)", "shutil.copytree(partial, target)",
+     "unit/test_checkpoint.py"),
+    ("checkpoint hashes are not compared", 'and sha256(file) != entry["sha256"]:', "and False:",
+     "unit/test_checkpoint.py"),
+    ("files are not waited for", "os.fsync(file.fileno())", "pass", "unit/test_checkpoint.py"),
+    ("signals are not heard", "self._asked, self._since = 128 + number, time.monotonic()",
+     "self._since = time.monotonic()", "unit/test_stop.py"),
+    ("the watchdog sleeps", "self._idle += tick", "pass", "unit/test_watchdog.py"),
+    ("a run is overwritten", "if holds_run(path) and not config.overwrite and not _may_go_on(config):", "if False:",
+     "end_to_end/test_bad_input.py::test_an_existing_run_is_kept"),
+    # Weight diffs and hostile files
+    ("hashes of tensors are not compared", "self._expected.get(name) != self.found[name]:", "False:",
+     "unit/test_weight_diff.py"),
+    ("the sum is made in the output's dtype", "buffers = torch.empty(2, CHUNK, device=device)",
+     "buffers = torch.empty(2, CHUNK, device=device, dtype=dtype)", "unit/test_weight_diff.py"),
+    ("pickles may run code", "weights_only=True, mmap=mapped", "weights_only=False, mmap=mapped",
+     "unit/test_weight_bad_input.py"),
+    ("an index names files elsewhere", "isinstance(x, str) and x == Path(x).name for x in",
+     "isinstance(x, str) for x in", "unit/test_weight_bad_input.py"),
+    ("code beside a tokenizer runs", "AutoTokenizer.from_pretrained(path, trust_remote_code=False)",
+     "AutoTokenizer.from_pretrained(path, trust_remote_code=True)", "unit/test_imports.py"),
+    # Plans and flags
+    ("plan without Adam's second moment", "else 12 * sum(-(-n // gpus) for n in numels)",
+     "else 8 * sum(-(-n // gpus) for n in numels)", "unit/test_plan.py"),
+    ("auto slots ignore memory", "fitting = max(1, room // slot)", "fitting = prompts", "unit/test_auto.py"),
+    ("bf16 without ZeRO", 'if self.dtype == "bf16" and self.zero_stage == 0:', "if False:", "unit/test_args.py"),
+    ("lists of words only", '"nargs": "+", "type": get_args(kind)[0]', '"nargs": "+", "type": str',
+     "unit/test_args.py"),
+    ("abbreviated flags", "FlagParser(allow_abbrev=False, description=description",
+     "FlagParser(description=description", "unit/test_args.py"),
+    ("a preset wins over a flag", "if given.get(amount) == 0 and switch not in given:", "if True:",
+     "unit/test_args.py"),
+    # Two ranks
+    ("gradients averaged over ranks", "self.engine.backward(loss * world_size())", "self.engine.backward(loss)",
+     "distributed/test_sft_two_ranks.py"),
+    ("ranks' samples out of order", "gather_rows(rows)[order]", "gather_rows(rows)",
+     "distributed/test_reward_models_two_ranks.py"),
+    ("one rank stops alone", "return max_ranks(self._asked or late, device)", "return self._asked or late",
+     "faults/test_signals.py::test_a_signal_to_one_rank_stops_both_after_the_step"),
+)]
+# fmt: on
+
+
+def tracked_files() -> list[str]:
+    """The files that git tracks and that are still there, relative to the root."""
+    command = ["git", "ls-files", "-z"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    return [name for name in names if name and (ROOT / name).is_file()]
+
+
+def find(mutant: Mutant, texts: dict[str, str]) -> str | None:
+    """Returns the file whose text holds `old`. None, with a line of error, unless it occurs once in all of them."""
+    places = [name for name, text in texts.items() for _ in range(text.count(mutant.old))]
+    if len(places) == 1:
+        return places[0]
+    where = f"occurs {len(places)} times ({', '.join(places)})" if places else "is not in the product code"
+    print(f"error: {mutant.name}: {mutant.old!r} {where}; update tests/mutants.py", file=sys.stderr)
+    return None
+
+
+def import_packages() -> None:
+    """Imports what tests and product code import, but none of our own modules."""
+    for name in PACKAGES:
+        importlib.import_module(name)
+    sys.modules["torch"].set_num_threads(1)  # a process that has threads must not be forked
+
+
+def run_tests(folder: Path, tests: str) -> tuple[int | None, str]:
+    """Runs tests in a copy until one fails. Returns pytest's exit code, None after LIMIT seconds, and its output.
+
+    They run in a fork of this process, which has imported all packages: imports take longer than most of the tests.
+    """
+    words = ["-x", "-q", "--tb=line", "-rfE", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests.split())]
+    log, deadline = folder / "mutants.log", time.monotonic() + LIMIT
+    child = os.fork()
+    if not child:
+        os.setsid()
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        os.chdir(folder)
+        sys.path[:] = [str(folder), *(path for path in sys.path if path not in ("", str(ROOT)))]
+        del sys.modules["tests"]  # of the original
+        code = int(sys.modules["pytest"].main(words))
+        sys.stdout.flush()
+        os._exit(code)
+    while not (done := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.killpg(child, signal.SIGKILL)  # with the ranks that tests start
+            os.waitpid(child, 0)
+            return None, f"no result after {LIMIT} s"
+        time.sleep(0.05)
+    return os.waitstatus_to_exitcode(done[1]), log.read_text("utf-8", "replace")
+
+
+def verdict(code: int | None, output: str) -> str:
+    """What caught the mutant, or why nothing did."""
+    lines = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    failed = [line.split()[1].removeprefix("tests/") for line in lines]
+    if code == 1 and failed:
+        return failed[0].replace("::", " ").split("[")[0]
+    return "NOT caught" + ("" if code == 0 else f" (pytest: {code}; {output.strip().splitlines()[-1]})")
+
+
+def main() -> int:
+    """Runs the mutants whose names contain one of the words, or all of them. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("words", nargs="*", help="run the mutants whose names contain one of these; default: all")
+    parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
+    flags = parser.parse_args()
+    chosen = [m for m in MUTANTS if not flags.words or any(word in m.name for word in flags.words)]
+    files = tracked_files()
+    product = [name for name in files if name.startswith(PRODUCT) and name.endswith(".py")]
+    texts = {name: (ROOT / name).read_text("utf-8") for name in product}
+    places = [find(mutant, texts) for mutant in chosen]
+    if None in places:
+        return 2
+    if flags.list or not chosen:
+        for mutant, place in zip(chosen, places, strict=True):
+            print(f"{mutant.name}\n    {place}: {mutant.old}\n    -> {mutant.new}\n    {mutant.tests}")
+        return 0
+    import_packages()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
+        folder = Path(name)
+        for file in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, folder / file, follow_symlinks=False)
+        tests = " ".join(dict.fromkeys(test for mutant in chosen for test in mutant.tests.split()))
+        code, output = run_tests(folder, tests)
+        if code != 0:
+            print(f"{output}\nerror: these tests fail without any mutant", file=sys.stderr)
+            return 2
+        rows = []
+        for mutant, place in zip(chosen, places, strict=True):
+            began = time.monotonic()
+            (folder / place).write_text(texts[place].replace(mutant.old, mutant.new), "utf-8")
+            rows.append((mutant.name, verdict(*run_tests(folder, mutant.tests)), time.monotonic() - began))
+            (folder / place).write_text(texts[place], "utf-8")
+            print("| {} | {} | {:.0f} |".format(*rows[-1]), flush=True)
+    missed = [name for name, caught, _ in rows if caught.startswith("NOT")]
+    print(f"{len(rows)} mutants, {len(missed)} not caught" + "".join(f"\n  {name}" for name in missed))
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
