@@ -8,6 +8,7 @@ in a temporary copy of the files that git tracks. A test counts only if it passe
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import shutil
@@ -33,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("ppo/", "reward/", "sft/", "data/", "utils/", "train_ppo.py", "merge_")
 PACKAGES = ("pytest", "safetensors.torch", "transformers.models.llama.modeling_llama")
 PACKAGES += ("deepspeed.runtime.zero.muon.muon_optimizer",)  # takes seconds, as in tests/faults/kill.py
-LIMIT = 600  # seconds that one call of pytest may take
+LIMIT = 1800  # seconds that one call of pytest may take: the first one runs all tests that mutants name
 
 
 class Mutant(NamedTuple):
@@ -295,22 +296,27 @@ def run_tests(folder: Path, tests: str) -> tuple[int | None, str]:
     log, deadline = folder / "mutants.log", time.monotonic() + LIMIT
     child = os.fork()
     if not child:
-        os.setsid()
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
-        os.chdir(folder)
-        sys.path[:] = [str(folder), *(path for path in sys.path if path not in ("", str(ROOT)))]
-        del sys.modules["tests"]  # of the original
-        code = int(sys.modules["pytest"].main(words))
-        sys.stdout.flush()
-        os._exit(code)
-    while not (done := os.waitpid(child, os.WNOHANG))[0]:
-        if time.monotonic() > deadline:
-            os.killpg(child, signal.SIGKILL)  # with the ranks that tests start
-            os.waitpid(child, 0)
-            return None, f"no result after {LIMIT} s"
-        time.sleep(0.05)
+        code = 3
+        try:
+            os.setsid()
+            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(handle, 1)
+            os.dup2(handle, 2)
+            os.chdir(folder)
+            sys.path[:] = [str(folder), *(path for path in sys.path if path not in ("", str(ROOT)))]
+            del sys.modules["tests"]  # of the original
+            code = int(sys.modules["pytest"].main(words))
+            sys.stdout.flush()
+        finally:  # whatever happens, this process must not go on as the parent
+            os._exit(code)
+    try:
+        while not (done := os.waitpid(child, os.WNOHANG))[0]:
+            if time.monotonic() > deadline:
+                return None, f"no result after {LIMIT} s"
+            time.sleep(0.05)
+    finally:  # after Ctrl-C, too; with the ranks that tests start
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(done[1]), log.read_text("utf-8", "replace")
 
 
