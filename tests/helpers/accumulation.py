@@ -60,7 +60,8 @@ def add_up(engine: TrainEngine) -> None:
 
 def gradient_of_first_step(engine: TrainEngine, config: PPOConfig) -> dict[str, torch.Tensor]:
     """NAME/START -> this rank's stretch of the gradient: Adam's first moment is 1 - β1 times that after one step."""
-    engine.step(1e-3)
+    engine.measure()
+    engine.apply(1e-3)
     found = {key.removeprefix("exp_avg/"): x for key, x in engine.state_tensors().items() if key.startswith("exp_avg/")}
     return {key: x / (1 - config.adam_beta1) for key, x in found.items()}
 

@@ -126,8 +126,9 @@ def train_step(engine: TrainEngine, stage: Stage, items: list[Item], lr: float) 
         totals += weight * torch.stack([sums[name].detach() for name in counts])
     metrics = _means(stage, totals, counts)
     check_number("loss", metrics["loss"], engine, lambda: not bool(totals.isfinite().all()))
-    norm = engine.step(lr)
+    norm = engine.measure()
     check_number("gradient norm", norm, engine, engine.bad_gradient)
+    engine.apply(lr)
     return metrics | {"lr": lr, "grad_norm": norm}
 
 
