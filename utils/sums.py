@@ -14,5 +14,5 @@ def add(sums: Sums, more: Sums) -> None:
 
 
 def means(sums: Sums) -> dict[str, float]:
-    """Returns name -> sum / count; 0 where nothing was counted. sums: floats, over all ranks."""
-    return {name: total / max(count, 1.0) for name, (total, count) in sums.items()}
+    """Returns name -> sum / count; 0 where nothing was counted."""
+    return {name: float(total) / max(float(count), 1.0) for name, (total, count) in sums.items()}

@@ -43,12 +43,8 @@ class Stage:
     best_by: str  # a metric of the evaluation
     larger_is_better: bool
     save: Callable[[dict[str, torch.Tensor], str], None]  # (whole weights, folder), on rank 0
-    prepare: Callable[[TrainEngine, list[Item]], list[Item]] | None = (
-        None  # replaces a batch before its forwards
-    )
-    evaluate: Callable[[TrainEngine, list[Item]], dict[str, float]] | None = (
-        None  # instead of the means over items
-    )
+    prepare: Callable[[TrainEngine, list[Item]], list[Item]] | None = None  # replaces a batch before its forwards
+    evaluate: Callable[[TrainEngine, list[Item]], dict[str, float]] | None = None  # instead of the means over items
     samples: Callable[[TrainEngine], list[dict]] | None = None  # rows that an evaluation writes to samples.jsonl
     state: dict = field(default_factory=dict)  # JSON that checkpoints keep, changed in place
 
