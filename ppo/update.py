@@ -114,7 +114,7 @@ def step_all(learners: list[Learner], problem: str | None = None) -> tuple[Sums,
         name = learner.engine.name
         norms[f"grad_norm_{name}"] = (learner.engine.measure(), 1.0)
         if problem is None and not math.isfinite(norms[f"grad_norm_{name}"][0]):
-            what = f"not finite, or beyond --explosion_limit (rank {learner.engine.bad_gradients()})"
+            what = f"not finite, or beyond --explosion_limit (rank {ranks_where(learner.engine.bad_gradient())})"
             problem = f"the gradient of the {name} is {what}; {ADVICE}"
     for learner in learners:
         if problem is None:

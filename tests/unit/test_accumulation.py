@@ -20,11 +20,15 @@ def test_many_micro_batches_add_up_without_rounding_in_float32_alone(single_proc
     assert errors["bf16"] > 0.005
 
 
-@pytest.mark.parametrize("flags", ENGINES)
-def test_dropped_gradients_leave_nothing_in_the_float32_sum(single_process, flags):
-    config = config_for(grad_accum_dtype="fp32", **flags)
+@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("flags", [*ENGINES, {"zero_stage": 3, "offload_optimizer": True}])
+def test_dropped_gradients_leave_nothing_behind(single_process, flags, dtype, measured):
+    config = config_for(grad_accum_dtype=dtype, **flags)
     engine = TrainEngine(policy(), config, "policy")
     add_up(engine)
+    if measured:
+        engine.measure()
     engine.drop_gradients()
     add_up(engine)
-    assert error(gradient_of_first_step(engine, config)) < 1e-5
+    assert error(gradient_of_first_step(engine, config)) < {"bf16": 0.05, "fp32": 1e-5}[dtype]

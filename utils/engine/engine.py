@@ -17,12 +17,11 @@ from torch import nn
 
 from utils.deterministic import strictly
 from utils.device import device
-from utils.distributed import any_rank, is_main, rank, ranks_where, world_size
+from utils.distributed import any_rank, is_main, rank, world_size
 from utils.engine.chunked_adamw import use_chunked_step
 from utils.engine.memory import free_memory
 from utils.engine.settings import adds_up_in_place, deepspeed_config
-from utils.engine.sharded_files import SharedState
-from utils.engine.state import load_state, scale_weight, state_tensors
+from utils.engine.state import SharedState, load_state, scale_weight, state_tensors
 from utils.errors import UserError
 from utils.flags.engine import EngineConfig
 from utils.models.export import saved_tensors
@@ -144,10 +143,6 @@ class TrainEngine:
             self._optimizer.averaged_gradients.clear()  # but with an offloaded optimizer it keeps the float32 sum
         self._optimizer.zero_grad()
         self._bad_gradient.zero_()
-
-    def bad_gradients(self) -> str:
-        """Returns the ranks whose own share of the last gradient was not finite (`ranks_where`). Resets. Collective."""
-        return ranks_where(self.bad_gradient())
 
     def bad_gradient(self) -> bool:
         """Whether this rank's share of the last gradient was not finite. Resets."""

@@ -8,14 +8,15 @@ The weights that the forward reads follow from the float32 ones. Buffers are tho
 
 import contextlib
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from utils import distributed
-from utils.engine.sharded_files import SharedState
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,43 @@ def state_tensors(optimizer, zero_stage: int, rank: int, names: dict[nn.Paramete
             part = tensor.detach().flatten()[piece.offset : piece.offset + piece.length]
             tensors[f"{kind}/{piece.name}/{piece.start}"] = part
     return tensors
+
+
+class SharedState:
+    """Files whose tensors are named `KIND/PARAMETER/START`, each a part of a flat parameter, and `step`, a scalar.
+
+    Reads only what is asked for. `moments`: the kinds besides `weight`; before the first step there are none, and
+    `step` is None.
+    """
+
+    def __init__(self, paths: list[str]):
+        self.step: torch.Tensor | None = None
+        self._parts = defaultdict(list)  # (kind, parameter) -> [(start, end, slice of a file)]
+        for path in paths:
+            file = safe_open(path, "pt")
+            for key in file.keys():  # noqa: SIM118 - not a dictionary
+                if key == "step":
+                    self.step = file.get_tensor(key)
+                    continue
+                kind, name, start = key.split("/")
+                part = file.get_slice(key)
+                self._parts[kind, name].append((int(start), int(start) + part.get_shape()[0], part))
+        self.moments = sorted({kind for kind, _ in self._parts} - {"weight"})
+
+    def check_sizes(self, sizes: dict[str, int]) -> None:
+        """Raises KeyError if `sizes`, parameter name -> number of elements, are not those of the files."""
+        weights = {name: found for (kind, name), found in self._parts.items() if kind == "weight"}
+        for name in sizes | weights:
+            held = sum(end - start for start, end, _ in weights.get(name, []))
+            if held != sizes.get(name, 0):
+                raise KeyError(f"{name} has {sizes.get(name, 0)} elements, not {held}")
+
+    def read(self, kind: str, name: str, start: int, into: torch.Tensor) -> None:
+        """Fills the flat tensor `into` with a parameter's elements from `start` on, as far as the files hold them."""
+        for begin, end, part in self._parts[kind, name]:
+            first, last = max(start, begin), min(start + len(into), end)
+            if first < last:
+                into[first - start : last - start] = part[first - begin : last - begin]
 
 
 @torch.no_grad()
