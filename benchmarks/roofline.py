@@ -40,7 +40,6 @@ class Stopwatch:
 
     def __init__(self):
         self.stage = ""
-        self.inside = 0.0  # seconds of watched calls within the one at hand
         self.seconds: dict[str, float] = defaultdict(float)
 
     def time(self, phase: str, function: Callable, *args, **kwargs):
@@ -50,17 +49,11 @@ class Stopwatch:
         return result
 
     def watch(self, owner, method: str, name: str) -> None:
-        """From now on calls of this method are timed, as a phase of the stage at hand, less watched calls within."""
+        """Times calls of this method from now on, as a phase of the current stage."""
         original = getattr(owner, method)
 
         def watched(*args, **kwargs):
-            phase = f"{self.stage} {name}"
-            outside, self.inside, before = self.inside, 0.0, self.seconds[phase]
-            result = self.time(phase, original, *args, **kwargs)
-            taken = self.seconds[phase] - before
-            self.seconds[phase] -= self.inside  # the critic's optimizer step makes the policy's
-            self.inside = outside + taken
-            return result
+            return self.time(f"{self.stage} {name}", original, *args, **kwargs)
 
         setattr(owner, method, watched)
 
@@ -72,7 +65,8 @@ def watch_models(watch: Stopwatch, models: Models) -> None:
     for name, engine in models.engines().items():
         watch.watch(engine.module, "forward", name)
         watch.watch(engine, "backward", f"{name} backward")
-        watch.watch(engine, "step", f"{name} optimizer")
+        watch.watch(engine, "measure", f"{name} optimizer")
+        watch.watch(engine, "apply", f"{name} optimizer")
 
 
 def useful_flops(models: Models, rollout: Rollout) -> dict[str, float]:

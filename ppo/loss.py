@@ -1,19 +1,19 @@
-"""The losses of PPO-max. All divide by `num_tokens`, the response tokens of the whole global minibatch, so that
+"""The losses of PPO-max. Per-token tensors are [batch, length] float32; every loss is a scalar.
 
-a minibatch split over micro-batches and ranks gives the same loss and the same gradient as in one piece.
-Per-token tensors are [batch, length] float32; every loss is a scalar.
+All divide by `num_tokens`, the response tokens of the whole global minibatch, so that splitting a minibatch over
+micro-batches and ranks changes neither the loss nor the gradient.
 """
 
 import torch
 
 
 def masked_sum(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sum over True entries; what stands elsewhere, NaN included, is not read and gets no gradient."""
+    """Returns the sum over True entries. Other entries, NaN included, do not contribute and get no gradient."""
     return torch.where(mask, x, 0.0).sum()
 
 
 def policy_ratio(logprobs: torch.Tensor, old_logprobs: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
-    """ρ = π / π_old per token, 1 outside the response. [batch, length]."""
+    """Returns ρ = π / π_old per token, 1 outside the response. [batch, length]."""
     return torch.exp((logprobs - old_logprobs).masked_fill(~response_mask, 0.0))
 
 
@@ -25,7 +25,7 @@ def policy_loss(
     clip: float,
     num_tokens: float,
 ) -> torch.Tensor:
-    """Σ -min(ρ A, clip(ρ, 1-ε, 1+ε) A) / num_tokens (Part I eq. 15). clip 0: the unclipped surrogate -ρ A."""
+    """Returns Σ -min(ρ A, clip(ρ, 1-ε, 1+ε) A) / num_tokens (Part I eq. 15). clip 0: the unclipped surrogate -ρ A."""
     ratio = policy_ratio(logprobs, old_logprobs, response_mask)
     surrogate = ratio * advantages
     if clip:
@@ -41,8 +41,8 @@ def value_loss(
     clip: float,
     num_tokens: float,
 ) -> torch.Tensor:
-    """Σ ½ max((V - R)², (clip(V, V_old ± c) - R)²) / num_tokens (Part I eq. 16). clip 0: no clipping."""
-    values = torch.where(response_mask, values, 0.0)  # or NaN outside would reach the gradient as 0 x NaN
+    """Returns Σ ½ max((V - R)², (clip(V, V_old ± c) - R)²) / num_tokens (Part I eq. 16). clip 0: no clipping."""
+    values = torch.where(response_mask, values, 0.0)  # a NaN outside would reach the gradient as 0 * NaN
     squares = (values - returns).square()
     if clip:
         squares = torch.maximum(squares, (_near_old(values, old_values, clip) - returns).square())
@@ -50,16 +50,16 @@ def value_loss(
 
 
 def policy_clipped(ratio: torch.Tensor, advantages: torch.Tensor, clip: float) -> torch.Tensor:
-    """True where clipping lowers the surrogate, so that the token's gradient is cut. [batch, length] bool.
+    """Returns True where clipping lowers the surrogate, so that the token has no gradient. [batch, length] bool.
 
-    A ratio beyond 1 ± clip on the side that its advantage argues against is not clipped, and not counted.
+    A ratio below 1 - clip with a positive advantage, or above 1 + clip with a negative one, is not clipped.
     """
     return ratio.clamp(1.0 - clip, 1.0 + clip) * advantages < ratio * advantages
 
 
 def value_clipped(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float) -> torch.Tensor:
-    """True where clipping raises the loss, so that the value's gradient is cut. [batch, length] bool."""
-    moved = (values - old_values).abs() > clip  # else the squares below differ by rounding alone
+    """Returns True where clipping raises the loss, so that the value has no gradient. [batch, length] bool."""
+    moved = (values - old_values).abs() > clip  # otherwise the squares below differ only by rounding
     return moved & ((_near_old(values, old_values, clip) - returns).square() > (values - returns).square())
 
 
@@ -68,8 +68,8 @@ def _near_old(values: torch.Tensor, old_values: torch.Tensor, clip: float) -> to
 
 
 def entropy_bonus(entropy: torch.Tensor, response_mask: torch.Tensor, clip: float, num_tokens: float) -> torch.Tensor:
-    """Σ min(H, clip) / num_tokens: tokens that are already more random than `clip` nats get no push (Part I Figure 16).
+    """Returns Σ min(H, clip) / num_tokens: tokens with an entropy above `clip` nats get no gradient (Part I Figure 16).
 
-    clip 0: no clipping. The caller subtracts it from the loss.
+    clip 0: no clipping. The caller subtracts the bonus from the loss.
     """
     return masked_sum(entropy.clamp(max=clip) if clip else entropy, response_mask) / num_tokens

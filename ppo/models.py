@@ -17,7 +17,8 @@ from ppo.rollout import DECODING
 from reward.scoring.ensemble import Ensemble, Frozen
 from reward.scoring.load import check_same_tokenizer, load_ensemble, load_scalar, reward_readers
 from utils.distributed import world_size
-from utils.engine.engine import DTYPES, InferenceEngine, TrainEngine, device, shard_frozen, splits_frozen
+from utils.engine.engine import DTYPES, InferenceEngine, TrainEngine, device
+from utils.engine.frozen import shard_frozen, splits_frozen
 from utils.models.chunked_logprobs import by_chunks, head_logits, logprobs_and_entropy
 from utils.models.compile import compile_layers
 from utils.models.export import check_names, saved_tensors

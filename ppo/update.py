@@ -1,8 +1,9 @@
-"""The update: epochs over the buffer, minibatches, micro-batches; a step of the policy and one of the critic each."""
+"""The update: epochs over the buffer, minibatches, micro-batches; one optimizer step of every model per minibatch."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,103 +26,108 @@ from utils.engine.engine import TrainEngine
 from utils.errors import UserError
 from utils.models.load import training_mode
 from utils.models.routers import ROUTER_METRICS
+from utils.sums import Sums, add, means
 from utils.tensors import before, shift_to_next, to_device
 
-Learner = tuple[TrainEngine, float, list[float]]  # with its learning rate, and the gradient norms of its steps
-OnBad = Callable[[str, Experience], None]  # what is wrong with a minibatch, on all ranks alike
-# Metrics that are not divided by the policy's response tokens: first word of the key -> whose `_tokens` instead.
-COUNTED_APART = {"value": "critic", "pretrain": "pretrain", "router": "router"}
+OnBad = Callable[[str, Experience], None]  # what is wrong with a minibatch, the same on all ranks
+ADVICE = "no weights were changed. Lower the learning rate, or look in metrics.jsonl for the quantity that diverged"
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model that the update trains. backward(minibatch) -> (this rank's share of the loss, its sums for metrics)."""
+
+    engine: TrainEngine
+    lr: float
+    backward: Callable[[Experience], tuple[torch.Tensor, Sums]]
 
 
 def refuse(problem: str, batch: Experience) -> None:
-    """No bad minibatch is tolerated."""
+    """Raises UserError: no bad minibatch is tolerated."""
     raise UserError(problem)
 
 
 def update(
-    policy: TrainEngine, critic: TrainEngine, experience: Experience, config: PPOConfig, step: int,
+    policy: TrainEngine, critic: TrainEngine | None, experience: Experience, config: PPOConfig, step: int,
     lr: float, critic_lr: float, pretrain: Iterator[PretrainBatch] | None = None, on_bad: OnBad = refuse,
 ) -> dict[str, float]:  # fmt: skip
-    """ppo_epochs passes over the buffer in seeded minibatches of batch_size. lr 0 leaves the policy alone.
+    """Trains for ppo_epochs passes over the buffer in seeded minibatches of batch_size; returns metrics.
 
-    A minibatch whose loss or gradient is not finite, or explodes, makes no step: `on_bad` is told, and may raise.
-
-    `experience` is the whole buffer, the same on every rank; each rank works on its token-balanced share of every
-    minibatch, so the result does not depend on how many there are. Returns metrics, sums over ranks and tokens divided
-    once.
+    lr 0 trains the critic only; critic None trains the policy only. `experience` is the whole buffer, the same on every
+    rank; each rank works on its share of every minibatch, so the result does not depend on the number of ranks.
+    A minibatch whose loss or gradient is not finite or beyond --explosion_limit makes no step; `on_bad` may raise.
     """
-    sums: dict[str, float] = {}
-    norms: dict[str, list[float]] = {"grad_norm_policy": [], "grad_norm_critic": []}
+    learners = []
+    if lr > 0.0:
+
+        def whole_policy_backward(batch: Experience) -> tuple[torch.Tensor, Sums]:
+            return policy_backward(policy, batch, config, next(pretrain) if pretrain else None)
+
+        learners.append(Learner(policy, lr, whole_policy_backward))
+    if critic is not None:
+        learners.append(Learner(critic, critic_lr, lambda batch: critic_backward(critic, batch, config, lr > 0.0)))
+    for learner in learners:
+        training_mode(learner.engine.module)
+    sums: Sums = {}
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    for engine in (policy, critic):
-        training_mode(engine.module)
     for _ in range(config.ppo_epochs):
         for chosen in torch.randperm(len(experience), generator=generator).split(config.batch_size):
             minibatch = experience.rows(to_device(chosen, experience.sequences.device))
-            learners = [(critic, critic_lr, norms["grad_norm_critic"])]
-            problem, more = None, {}
-            if lr > 0.0:
-                more, problem = policy_backward(policy, minibatch, config, next(pretrain) if pretrain else None)
-                learners.append((policy, lr, norms["grad_norm_policy"]))
-            values, bad_values = critic_backward(critic, minibatch, config, lr > 0.0)
-            problem = problem or bad_values
-            if problem:
-                drop(learners)
-            else:
-                problem = try_steps(learners)
+            found, problem = backward_all(learners, minibatch, config.explosion_limit)
+            norms, problem = step_all(learners, problem)
             if problem:
                 on_bad(problem, minibatch)
             else:
-                add(sums, more | values)
-    metrics = {key: sum(values) / len(values) for key, values in norms.items() if values}
-    tokens = {name: max(sums.pop(f"{name}_tokens", 0.0), 1.0) for name in ("policy", *COUNTED_APART.values())}
-    for key, value in sums.items():
-        metrics[key] = value / tokens[COUNTED_APART.get(key.split("_")[0], "policy")]
-    return metrics
+                add(sums, norms | found)
+    return means(sums)
 
 
-def drop(learners: list[Learner]) -> None:
-    """Forgets their gradients. Collective."""
-    for engine, *_ in learners:
-        engine.drop_gradients()
+def backward_all(learners: list[Learner], batch: Experience, limit: float) -> tuple[Sums, str | None]:
+    """Adds the gradients of all losses on a minibatch. Collective.
 
-
-def try_steps(learners: list[Learner]) -> str | None:
-    """One optimizer step of each, or of none: then returns what is wrong. Norms of steps join the lists. Collective.
-
-    The first one's step waits, its norm known, for those of the others.
+    Returns (sums for metrics over all ranks, what is wrong with a loss, the same on all ranks).
     """
-    (engine, lr, norms), *others = learners
-    problem = None
-
-    def others_step() -> bool:
-        nonlocal problem
-        problem = try_steps(others) if others else None
-        return problem is None
-
-    norm = engine.step(lr, others_step)
-    if math.isfinite(norm):
-        norms.append(norm)
-    elif problem is None:
-        drop(others)  # which were not asked
-        ranks = engine.bad_gradients()
-        problem = (
-            f"the gradient of the {engine.name} is not finite, or beyond --explosion_limit (rank {ranks}); no weights "
-            "were changed. Lower the learning rate, or look in metrics.jsonl for the quantity that ran away"
-        )
-    return problem
+    losses, own = [], {}
+    for learner in learners:
+        loss, sums = learner.backward(batch)
+        losses.append(loss)
+        own |= sums
+    scalars = [*losses, *itertools.chain(*own.values())]
+    totals = sum_ranks(torch.stack([x.float() for x in scalars])).tolist()
+    pairs = totals[len(losses) :]
+    sums = dict(zip(own, zip(pairs[::2], pairs[1::2], strict=True), strict=True))
+    for learner, loss, total in zip(learners, losses, totals, strict=False):
+        if not abs(total) <= limit:
+            ranks = ranks_where(not abs(float(loss)) <= limit)  # all ranks know the totals, so all call this, or none
+            what = f"beyond --explosion_limit ({total:g})" if math.isfinite(total) else "not finite"
+            return sums, f"the loss of the {learner.engine.name} is {what} (rank {ranks}); {ADVICE}"
+    return sums, None
 
 
-def add(sums: dict[str, float], more: dict[str, float]) -> None:
-    """Adds numbers by name."""
-    for key, value in more.items():
-        sums[key] = sums.get(key, 0.0) + value
+def step_all(learners: list[Learner], problem: str | None = None) -> tuple[Sums, str | None]:
+    """Makes one optimizer step of every model, or of none if there is a problem or a gradient is bad. Collective.
+
+    Returns (gradient norms for metrics, what is wrong, the same on all ranks).
+    """
+    norms: Sums = {}
+    for learner in learners if problem is None else ():
+        name = learner.engine.name
+        norms[f"grad_norm_{name}"] = (learner.engine.measure(), 1.0)
+        if problem is None and not math.isfinite(norms[f"grad_norm_{name}"][0]):
+            what = f"not finite, or beyond --explosion_limit (rank {ranks_where(learner.engine.bad_gradient())})"
+            problem = f"the gradient of the {name} is {what}; {ADVICE}"
+    for learner in learners:
+        if problem is None:
+            learner.engine.apply(learner.lr)
+        else:
+            learner.engine.drop_gradients()
+    return norms, problem
 
 
 def shares(batch: Experience, max_tokens: int, joined: bool = False) -> Iterator[Experience]:
-    """This rank's micro-batches of a global minibatch, each cut to its longest row; as many on every rank.
+    """Yields this rank's micro-batches of a global minibatch, each cut to its longest row; as many on every rank.
 
-    Where other ranks have one more, it is a sample without response tokens: nothing to learn, no rank left waiting.
+    Where other ranks have one more, it is a sample without response tokens, so that all ranks run the same collectives.
     """
     lengths = batch.attention_mask.sum(1).tolist()
     for rows, weight in rank_plan(lengths, max_tokens, world_size(), rank(), joined):
@@ -133,35 +139,38 @@ def shares(batch: Experience, max_tokens: int, joined: bool = False) -> Iterator
 
 def policy_backward(
     policy: TrainEngine, batch: Experience, config: PPOConfig, pretrain: PretrainBatch | None
-) -> tuple[dict[str, float], str | None]:
-    """Gradient of the policy's whole loss on one minibatch, the pre-training term included, in micro-batches.
+) -> tuple[torch.Tensor, Sums]:
+    """Adds the gradient of the policy's whole loss on one minibatch, the pre-training term included, in micro-batches.
 
-    Each micro-batch's load-balancing loss of routers is weighted by its share of the minibatch's tokens, prompts
-    included; the pre-training batch has none. Returns sums over tokens and ranks, and what is wrong with them.
+    Returns this rank's share of (the loss, sums for metrics). The load-balancing loss of each micro-batch is weighted
+    by its share of the minibatch's tokens, prompts included; the pre-training batch has none.
     """
     num_tokens, routed_tokens = (float(mask.sum()) for mask in (batch.response_mask, batch.attention_mask))
-    sums, coef = {}, policy.module.router_coef
+    total, sums, coef = 0.0, {}, policy.module.router_coef
     for part in shares(batch, config.micro_batch_tokens, policy.module.joins_rows):
-        asked = {"routed": part.attention_mask} if coef else {}
+        routed = {"routed": part.attention_mask} if coef else {}
         logprobs, entropy, *routers = policy(
-            part.sequences, part.response_mask, config.temperature, config.use_entropy_loss, **asked
+            part.sequences, part.response_mask, config.temperature, config.use_entropy_loss, **routed
         )
         loss, more = policy_objective(part, logprobs, entropy, config, num_tokens)
         if coef:
             loss = loss + coef * routers[0][0] / routed_tokens
-            more |= dict(zip(ROUTER_METRICS, routers[0].detach(), strict=True))
-            more["router_tokens"] = part.attention_mask.sum()
+            tokens = part.attention_mask.sum()
+            more |= {name: (x, tokens) for name, x in zip(ROUTER_METRICS, routers[0].detach(), strict=True)}
         policy.backward(loss)
+        total = total + loss.detach()
         add(sums, more)
     if pretrain is not None:
-        add(sums, pretrain_loss(policy, pretrain, config.ppo_pretrain_loss_weight, config.micro_batch_tokens))
-    return totals(sums, "policy", num_tokens, config)
+        loss, more = pretrain_loss(policy, pretrain, config.ppo_pretrain_loss_weight, config.micro_batch_tokens)
+        total = total + loss
+        add(sums, more)
+    return total, sums
 
 
 def policy_objective(
     part: Experience, logprobs: torch.Tensor, entropy: torch.Tensor | None, config: PPOConfig, num_tokens: float
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(scalar loss of these samples, sums over their tokens for the metrics). logprobs, entropy: [batch, length]."""
+) -> tuple[torch.Tensor, Sums]:
+    """Returns (scalar loss, sums for metrics) of these samples. logprobs, entropy: [batch, length]."""
     mask = part.response_mask
     clip = config.pg_clip if config.use_policy_loss_clip else 0.0
     surrogate = policy_loss(logprobs, part.old_logprobs, part.advantages, mask, clip, num_tokens)
@@ -172,56 +181,38 @@ def policy_objective(
     if config.use_entropy_loss:
         loss = loss - config.entropy_loss_weight * entropy_bonus(entropy, mask, config.entropy_clip, num_tokens)
     with torch.no_grad():
-        ratio = policy_ratio(logprobs, part.old_logprobs, mask)
+        ratio, tokens = policy_ratio(logprobs, part.old_logprobs, mask), mask.sum()
+        clipped = policy_clipped(ratio, part.advantages, config.pg_clip).float()
         sums = {
-            "policy_loss": surrogate.detach() * num_tokens,
-            "approx_kl": masked_sum(k3(part.old_logprobs, logprobs), mask),
-            "clip_fraction": masked_sum(policy_clipped(ratio, part.advantages, config.pg_clip).float(), mask),
-            "ratio_mean": masked_sum(ratio, mask),
+            "policy_loss": (surrogate * num_tokens, tokens),
+            "approx_kl": (masked_sum(k3(part.old_logprobs, logprobs), mask), tokens),
+            "clip_fraction": (masked_sum(clipped, mask), tokens),
+            "ratio_mean": (masked_sum(ratio, mask), tokens),
         }
     return loss, sums
 
 
 def critic_backward(
     critic: TrainEngine, batch: Experience, config: PPOConfig, clipped: bool = True
-) -> tuple[dict[str, float], str | None]:
-    """Gradient of the value loss on one minibatch, in micro-batches. Returns what `policy_backward` does.
+) -> tuple[torch.Tensor, Sums]:
+    """Adds the gradient of the value loss on one minibatch, in micro-batches. Returns what `policy_backward` does.
 
-    clipped: False while only the critic trains, as the clip would hold its values where they are; there is no
+    clipped: False while only the critic trains, because clipping would keep its values near the old ones; there is no
     value_clip_fraction then.
     """
     num_tokens = float(batch.response_mask.sum())
     clip = config.value_clip if config.use_critic_loss_clip and clipped else 0.0
-    sums = {}
+    total, sums = 0.0, {}
     for part in shares(batch, config.micro_batch_tokens, critic.module.joins_rows):
-        values = shift_to_next(critic(part.sequences, before(part.response_mask)))
-        loss = value_loss(values, part.old_values, part.returns, part.response_mask, clip, num_tokens)
+        mask = part.response_mask
+        values = shift_to_next(critic(part.sequences, before(mask)))
+        loss = value_loss(values, part.old_values, part.returns, mask, clip, num_tokens)
         critic.backward(config.vf_loss_weight * loss)
         with torch.no_grad():
-            more = {"value_loss": loss.detach() * num_tokens}
+            total, tokens = total + config.vf_loss_weight * loss, mask.sum()
+            more = {"value_loss": (loss * num_tokens, tokens)}
             if clipped:
                 cut = value_clipped(values, part.old_values, part.returns, config.value_clip).float()
-                more["value_clip_fraction"] = masked_sum(cut, part.response_mask)
+                more["value_clip_fraction"] = (masked_sum(cut, mask), tokens)
             add(sums, more)
-    return totals(sums, "critic", num_tokens, config)
-
-
-def totals(
-    sums: dict[str, torch.Tensor], name: str, num_tokens: float, config: PPOConfig
-) -> tuple[dict[str, float], str | None]:
-    """(sums over ranks, as floats; what is wrong with them, the same on every rank). Collective."""
-    own = torch.stack([value.float() for value in sums.values()])
-    total = dict(zip(sums, sum_ranks(own).tolist(), strict=True))
-    limit = config.explosion_limit * max(num_tokens, 1.0)
-    known = total | {f"{name}_tokens": num_tokens}
-    bad = [key for key, value in total.items() if not abs(value) <= limit]
-    if not bad:
-        return known, None
-    # All ranks know the totals, so all come here, or none.
-    ranks = ranks_where(not bool((own.abs() <= limit).all()))
-    value = total[bad[0]] / max(num_tokens, 1.0)
-    what = f"beyond --explosion_limit ({value:g})" if math.isfinite(value) else "not finite"
-    return known, (
-        f"the loss of the {name} is {what}; no weights were changed ({bad[0]}, rank {ranks}). Lower "
-        "the learning rate, or look in metrics.jsonl for the quantity that ran away"
-    )
+    return total, sums

@@ -24,7 +24,8 @@ from reward.metrics import held_out_metrics, mean_best
 from reward.model import ScalarModel, check_scalar_export, load_scalar_model, save_scalar_model, set_dropout
 from utils.deterministic import repeatable
 from utils.distributed import rank, world_size
-from utils.engine.engine import DTYPES, TrainEngine, device, device_room, shutdown_distributed
+from utils.engine.engine import DTYPES, TrainEngine, device, shutdown_distributed
+from utils.engine.memory import device_room
 from utils.errors import UserError
 from utils.flags.parser import entry_point, parse_args
 from utils.memory.recompute import settle_checkpointing

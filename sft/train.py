@@ -22,7 +22,8 @@ from sft.packed_batches import Layout, Row
 from sft.samples import prompt_length, sample_answers
 from utils.deterministic import repeatable
 from utils.distributed import rank, world_size
-from utils.engine.engine import DTYPES, TrainEngine, device, device_room, shutdown_distributed
+from utils.engine.engine import DTYPES, TrainEngine, device, shutdown_distributed
+from utils.engine.memory import device_room
 from utils.errors import UserError
 from utils.flags.checks import check_range
 from utils.flags.parser import entry_point, parse_args

@@ -19,7 +19,9 @@ from ppo.models import CHUNK_ELEMENTS, Models
 from ppo.planning.shapes import Shapes, cache_bytes, models_of
 from ppo.planning.step_time import CARDS, checkpoint, phases, table
 from utils.distributed import world_size
-from utils.engine.engine import DTYPES, ROOM, device_room, splits_frozen
+from utils.engine.engine import DTYPES
+from utils.engine.frozen import splits_frozen
+from utils.engine.memory import ROOM, device_room
 from utils.memory.activation_peak import peak_bytes
 from utils.memory.recompute import layers_kept, num_layers, predicted, recompute_fewest, refuse_eager, training_peak
 from utils.memory.zero_bytes import backward_bytes, gathered_bytes, moment_bytes, optimizer_bytes, weight_bytes

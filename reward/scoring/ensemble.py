@@ -13,7 +13,7 @@ from data.prompts import without_oldest
 from data.template import Turns, encode_dialogue, encode_text
 from reward.model import last_scores
 from utils.engine.engine import device
-from utils.engine.host_copies import host_copies
+from utils.engine.memory import host_copies
 from utils.errors import UserError
 from utils.models.load import model_folder
 from utils.tensors import to_device

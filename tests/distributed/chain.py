@@ -29,7 +29,8 @@ def train(engine: TrainEngine) -> None:
     engine.module.train()
     logprobs, _ = engine(sequences, sequences % 10 > 4, 1.0)
     engine.backward(-logprobs.sum() / 10 / torch.distributed.get_world_size())
-    engine.step(1e-3)
+    engine.measure()
+    engine.apply(1e-3)
 
 
 def group(folder: str, number: int, last: bool, dtype: str, stage: int, offload: bool) -> None:

@@ -20,7 +20,8 @@ from tests.faults.kill import start, wait
 from tests.helpers.parts import ppo_config
 from tests.helpers.tiny import tiny_llama
 from utils.distributed import gather_objects, is_main, rank
-from utils.engine.engine import init_distributed, shard_frozen, shutdown_distributed
+from utils.engine.engine import init_distributed, shutdown_distributed
+from utils.engine.frozen import shard_frozen
 from utils.engine.state import same_weights
 
 # (family, stage of what is trained, offload). LongCat's experts are called one by one, those that a rank's tokens need.

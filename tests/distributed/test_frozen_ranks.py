@@ -10,7 +10,7 @@ import pytest
 from tests.distributed.frozen import CASES, RANKS, SHAPE
 from tests.helpers.tiny import tiny_llama
 from tests.helpers.tiny_run import REPOSITORY, clean_environment
-from utils.engine.engine import PERSISTENT
+from utils.engine.settings import PERSISTENT
 
 
 @pytest.fixture(scope="module")

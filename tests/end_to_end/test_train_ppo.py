@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.template import encode_prompt
 from tests.helpers.tiny_run import HELD_OUT, REPOSITORY, clean_environment, read_lines, read_metrics, run_flags
 from train_ppo import main
-from utils.engine.engine import device_room
+from utils.engine.memory import device_room
 from utils.tokenizer import load_tokenizer
 
 METRICS = {

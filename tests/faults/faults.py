@@ -40,35 +40,35 @@ def bad_minibatch(function: str, loss: str, objective: Callable[[Callable], Call
         return backward(*args)
 
     def begin(rank: int) -> None:
-        ppo.update.try_steps = compared(ppo.update.try_steps)
+        ppo.update.step_all = compared(ppo.update.step_all)
         if rank == VICTIM:
             setattr(ppo.update, function, counted)
 
     return begin
 
 
-def compared(try_steps: Callable) -> Callable:
+def compared(step_all: Callable) -> Callable:
     """Fails when a step that was not made has changed weights."""
 
-    def steps(learners):
-        before = [engine.full_state_dict() for engine, *_ in learners]
-        problem = try_steps(learners)
+    def steps(learners, problem):
+        before = [learner.engine.full_state_dict() for learner in learners]
+        norms, problem = step_all(learners, problem)
         if problem:
-            for old, (engine, *_) in zip(before, learners, strict=True):
-                for name, tensor in engine.full_state_dict().items():
+            for old, learner in zip(before, learners, strict=True):
+                for name, tensor in learner.engine.full_state_dict().items():
                     assert torch.equal(tensor, old[name]), name
             print("weights compared: the same", flush=True)
-        return problem
+        return norms, problem
 
     return steps
 
 
 def nan_loss(good: Callable) -> Callable:
-    """The loss and what is reported of it is NaN."""
+    """The loss is NaN."""
 
     def objective(*args):
         loss, sums = good(*args)
-        return loss * NAN, sums | {"policy_loss": sums["policy_loss"] * NAN}
+        return loss * NAN, sums
 
     return objective
 

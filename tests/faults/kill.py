@@ -38,7 +38,7 @@ from utils.launcher import free_port
 PHASES = {
     "rollout": (ppo.decoding.scheduler._Decoder, "look", 30),
     "scoring": (ppo.score, "_by_batch", 6),
-    "update": (TrainEngine, "step", 6),
+    "update": (TrainEngine, "apply", 6),
     "saving": (os, "fsync", 8),  # of files by a thread, of the folder that then gets its name by the main thread
 }
 PATIENCE = 300  # seconds for a run to come to its end, or to its kill

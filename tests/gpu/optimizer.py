@@ -75,7 +75,7 @@ def allocated_gib() -> float:
 def step(engine: TrainEngine) -> tuple[float, float]:
     """One step: (seconds, GiB at most)."""
     engine.backward(engine())
-    (_, seconds), peak = peak_of(timed, engine.step, LR)
+    (_, seconds), peak = peak_of(timed, lambda: (engine.measure(), engine.apply(LR)))
     return seconds, peak
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from tests.gpu.report import Report
 from tests.gpu.tiny_runs import distance, flags_of, run, start, wait_for
 from tests.helpers.tiny_run import build_inputs
-from utils.engine.build_lock import unblocked_builds
 from utils.engine.engine import deepspeed
 
 TOLERANCE = 1e-4
@@ -47,8 +46,7 @@ def check(toy: bool, report: Report) -> None:
 def build_cpu_adam() -> float:
     """Builds it, unless that has been done; returns the seconds."""
     begun = time.monotonic()
-    with unblocked_builds():
-        deepspeed.ops.op_builder.CPUAdamBuilder().load(verbose=False)
+    deepspeed.ops.op_builder.CPUAdamBuilder().load(verbose=False)
     return round(time.monotonic() - begun, 1)
 
 

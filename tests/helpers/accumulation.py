@@ -58,9 +58,20 @@ def add_up(engine: TrainEngine) -> None:
         engine.backward(loss_of(engine, i % KINDS))
 
 
+def add_up_after_drops(engine: TrainEngine) -> None:
+    """The same, after two sums that were dropped: one measured, one not."""
+    add_up(engine)
+    engine.measure()
+    engine.drop_gradients()
+    add_up(engine)
+    engine.drop_gradients()
+    add_up(engine)
+
+
 def gradient_of_first_step(engine: TrainEngine, config: PPOConfig) -> dict[str, torch.Tensor]:
     """NAME/START -> this rank's stretch of the gradient: Adam's first moment is 1 - β1 times that after one step."""
-    engine.step(1e-3)
+    engine.measure()
+    engine.apply(1e-3)
     found = {key.removeprefix("exp_avg/"): x for key, x in engine.state_tensors().items() if key.startswith("exp_avg/")}
     return {key: x / (1 - config.adam_beta1) for key, x in found.items()}
 
@@ -81,7 +92,7 @@ def one_rank(folder: Path, case: str) -> None:
     init_distributed(60)
     config = config_for(*CASES[case])
     engine = TrainEngine(policy(), config, "policy")
-    add_up(engine)
+    add_up_after_drops(engine)
     found = gradient_of_first_step(engine, config)
     save_file({key: x.clone() for key, x in found.items()}, folder / case / f"{rank()}.safetensors")
     shutdown_distributed()

@@ -1,9 +1,9 @@
 """Parts of a PPO run in memory: flags, hand-made rollouts and scores, a tiny policy behind a light engine."""
 
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
+from torch import nn
 
 from ppo.config import PPOConfig
 from ppo.experience import make_experience
@@ -57,18 +57,22 @@ class GradientEngine(InferenceEngine):
 
     explosion_limit = 1e9
 
+    def __init__(self, module: nn.Module, name: str = "policy"):
+        super().__init__(module)
+        self.name = name
+
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
-    def step(self, lr: float, provided: Callable[[], bool] = lambda: True) -> float:
-        norm = float(sum(p.grad.square().sum() for p in self.module.parameters() if p.grad is not None) ** 0.5)
-        assert provided()
+    def measure(self) -> float:
+        return float(sum(p.grad.square().sum() for p in self.module.parameters() if p.grad is not None) ** 0.5)
+
+    def apply(self, lr: float) -> None:
         with torch.no_grad():
             for p in self.module.parameters():
                 if p.grad is not None:
                     p -= lr * p.grad
         self.module.zero_grad()
-        return norm
 
     def drop_gradients(self) -> None:
         self.module.zero_grad()
@@ -101,7 +105,7 @@ def tiny_models() -> Models:
     reference, reward = (
         Frozen(model.requires_grad_(False), offload=False) for model in (tiny_policy(seed=5), tiny_scalar_model())
     )
-    critic = GradientEngine(tiny_scalar_model(seed=2))
+    critic = GradientEngine(tiny_scalar_model(seed=2), "critic")
     return Models(GradientEngine(tiny_policy()), critic, reference, Ensemble([Member(reward, window=None)]))
 
 

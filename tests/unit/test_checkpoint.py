@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from utils.engine.host_memory import fits_on_host, free_host_memory, group_room
+from utils.engine.memory import fits_on_host, free_host_memory, group_room
 from utils.errors import UserError
 from utils.run.checkpoint import CheckpointWriter
 from utils.run.restore import newest

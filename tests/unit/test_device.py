@@ -1,5 +1,6 @@
 """The device of a process: DS_ACCELERATOR=cpu keeps everything on the CPU, whatever GPUs there are."""
 
+import re
 import subprocess
 import sys
 
@@ -49,7 +50,7 @@ def test_more_processes_than_gpus_are_a_mistake_of_the_user():
         "from utils.engine.engine import init_distributed as join\ntry: join()\nexcept Exception as e: print(repr(e))"
     )
     result = run_there(code, LOCAL_RANK="2", RANK="2", WORLD_SIZE="3", DS_ACCELERATOR="cuda")
-    assert "UserError('local rank 2 has no GPU, there are 2: start as many" in result.stdout, result.stderr
+    assert re.search(r"UserError.*local rank 2 has no GPU.* 2.*NUM_GPUS", result.stdout), result.stderr
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
@@ -64,7 +65,8 @@ def test_deepspeed_does_not_wait_for_the_device_in_forwards_and_steps(single_pro
     for _ in range(4):
         logprobs, _ = engine(ids, torch.tensor([[False, True, True, True]]))
         engine.backward(logprobs.sum())
-        engine.step(1e-3)
+        engine.measure()
+        engine.apply(1e-3)
     assert not waits
 
 

@@ -31,9 +31,8 @@ CUTS = [(1, 1), (40, 1), (64, 2), (1, 3), (10_000, 3)]  # (tokens of a forward, 
 class Keeper(GradientEngine):
     """Keeps the gradient instead of making the step."""
 
-    def step(self, lr: float) -> float:
+    def apply(self, lr: float) -> None:
         self.kept = self.gradients()
-        return float(self.kept.norm())
 
 
 def random_ids(lengths: list[int]) -> list[list[int]]:

@@ -1,46 +1,44 @@
-"""What an engine has to keep to go on exactly: float32 weights and optimizer state, as this rank holds them.
+"""The state of an engine that an exact resume needs: float32 weights and Adam's moments, as this rank holds them.
 
-DeepSpeed's own `load_checkpoint` unpickles whatever the file holds; here it is plain tensors, in safetensors, under the
-parameters' names: `weight/NAME/START` is the stretch of that parameter, flat, that begins at element START, and
-`exp_avg/…`, `exp_avg_sq/…` are Adam's moments of it; `step` counts Adam's steps, once one has been made. So any number
-of ranks, in any ZeRO stage, can take it over. The weights that the forward reads follow from the float32 ones, so they
-are not stored; nor are buffers, which are as the folder has them (`e_score_correction_bias` of a router is moved
-in pre-training alone, by no code of transformers). Knows the names under which DeepSpeed's ZeRO optimizers hold them
-(tests/end_to_end/test_resume.py and tests/distributed/test_other_ranks.py run every stage).
+DeepSpeed's `load_checkpoint` unpickles files. Here the state is plain tensors for safetensors: `weight/NAME/START` is
+the part of the flat parameter NAME that begins at element START, `exp_avg/…` and `exp_avg_sq/…` are Adam's moments of
+it, and `step` is the number of Adam's steps, if there are any. Any number of ranks in any ZeRO stage can load it.
+The weights that the forward reads follow from the float32 ones. Buffers are those of the model's folder.
 """
 
 import contextlib
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from utils import distributed
-from utils.engine.sharded_files import SharedState
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The stretch `start` … `start + length` of a parameter, and where it lies in a tensor that the optimizer steps."""
+    """The elements `start` … `start + length` of a flat parameter, at `offset` in a tensor that the optimizer steps."""
 
     name: str
     start: int
     length: int
-    master: int  # which tensor, in the order of _masters()
+    master: int  # index of that tensor in _masters()
     offset: int
 
 
 def _masters(optimizer, zero_stage: int) -> list[torch.Tensor]:
-    """The tensors that the inner optimizer steps: the parameters themselves, or this rank's flat float32 shares."""
+    """Returns what the inner optimizer steps: the parameters (stage 0), or this rank's flat float32 partitions."""
     if zero_stage == 0:
         return [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return optimizer.fp32_partitioned_groups_flat if zero_stage == 3 else optimizer.single_partition_of_fp32_groups
 
 
 def pieces(optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, str]) -> Iterator[Piece]:
-    """What this rank holds. Stages 1 and 2 cut one long row of all parameters, stage 3 each parameter, into shares."""
+    """Yields what this rank holds. Stages 1 and 2 partition one flat tensor, stage 3 each parameter."""
     if zero_stage == 0:
         for i, parameter in enumerate(_masters(optimizer, 0)):
             yield Piece(names[parameter], 0, parameter.numel(), i, 0)
@@ -57,7 +55,7 @@ def pieces(optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, str]
         groups = zip(optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_padding, strict=True)
         for i, (group, padding) in enumerate(groups):
             share = len(_masters(optimizer, zero_stage)[i])
-            place = -rank * share  # of the parameter's beginning, in this rank's share
+            place = -rank * share  # where the parameter begins, relative to this rank's partition
             for parameter, behind in zip(group, padding, strict=True):
                 first, end = max(place, 0), min(place + parameter.numel(), share)
                 if first < end:
@@ -66,7 +64,7 @@ def pieces(optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, str]
 
 
 def state_tensors(optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, str]) -> dict[str, torch.Tensor]:
-    """Name -> flat tensor, not copied; `step` is a scalar."""
+    """Returns name -> flat tensor, not copied; `step` is a scalar."""
     inner = optimizer.optimizer if zero_stage else optimizer
     masters = _masters(optimizer, zero_stage)
     tensors = {}
@@ -75,16 +73,53 @@ def state_tensors(optimizer, zero_stage: int, rank: int, names: dict[nn.Paramete
         if "step" in held:
             tensors["step"] = torch.as_tensor(held.pop("step"))
         for kind, tensor in held.items():
-            stretch = tensor.detach().flatten()[piece.offset : piece.offset + piece.length]
-            tensors[f"{kind}/{piece.name}/{piece.start}"] = stretch
+            part = tensor.detach().flatten()[piece.offset : piece.offset + piece.length]
+            tensors[f"{kind}/{piece.name}/{piece.start}"] = part
     return tensors
+
+
+class SharedState:
+    """Files whose tensors are named `KIND/PARAMETER/START`, each a part of a flat parameter, and `step`, a scalar.
+
+    Reads only what is asked for. `moments`: the kinds besides `weight`; before the first step there are none, and
+    `step` is None.
+    """
+
+    def __init__(self, paths: list[str]):
+        self.step: torch.Tensor | None = None
+        self._parts = defaultdict(list)  # (kind, parameter) -> [(start, end, slice of a file)]
+        for path in paths:
+            file = safe_open(path, "pt")
+            for key in file.keys():  # noqa: SIM118 - not a dictionary
+                if key == "step":
+                    self.step = file.get_tensor(key)
+                    continue
+                kind, name, start = key.split("/")
+                part = file.get_slice(key)
+                self._parts[kind, name].append((int(start), int(start) + part.get_shape()[0], part))
+        self.moments = sorted({kind for kind, _ in self._parts} - {"weight"})
+
+    def check_sizes(self, sizes: dict[str, int]) -> None:
+        """Raises KeyError if `sizes`, parameter name -> number of elements, are not those of the files."""
+        weights = {name: found for (kind, name), found in self._parts.items() if kind == "weight"}
+        for name in sizes | weights:
+            held = sum(end - start for start, end, _ in weights.get(name, []))
+            if held != sizes.get(name, 0):
+                raise KeyError(f"{name} has {sizes.get(name, 0)} elements, not {held}")
+
+    def read(self, kind: str, name: str, start: int, into: torch.Tensor) -> None:
+        """Fills the flat tensor `into` with a parameter's elements from `start` on, as far as the files hold them."""
+        for begin, end, part in self._parts[kind, name]:
+            first, last = max(start, begin), min(start + len(into), end)
+            if first < last:
+                into[first - start : last - start] = part[first - begin : last - begin]
 
 
 @torch.no_grad()
 def load_state(optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, str], state: SharedState) -> None:
-    """Takes over what `state_tensors` gave, on however many ranks. Collective: the forward's weights are gathered anew.
+    """Restores what `state_tensors` returned, on any number of ranks. Collective.
 
-    Raises KeyError where the state is of another model.
+    Raises KeyError if the state is of another model.
     """
     state.check_sizes({name: getattr(p, "ds_numel", p.numel()) for p, name in names.items()})
     inner = optimizer.optimizer if zero_stage else optimizer
@@ -94,7 +129,7 @@ def load_state(optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, 
             inner.state.pop(master, None)
             if state.moments:
                 inner.state[master] = {kind: torch.zeros_like(master) for kind in state.moments}
-                # DeepSpeed's CPU Adam counts in a plain int, PyTorch's in a tensor of its own beside each weight.
+                # DeepSpeed's CPU Adam counts steps in an int, PyTorch's in a tensor per weight.
                 tensor = isinstance(inner, torch.optim.AdamW)
                 steps = int(state.step)
                 inner.state[master]["step"] = torch.tensor(float(steps), device=master.device) if tensor else steps
@@ -118,34 +153,34 @@ def scale_weight(
 
 @contextlib.contextmanager
 def _rewriting(optimizer, zero_stage: int) -> Iterator[None]:
-    """Inside, the float32 weights may be written; afterwards the weights that the forward reads follow from them."""
+    """Context in which the float32 weights may change; afterwards the forward's weights are copied from them."""
     if zero_stage == 3:
-        optimizer.checkpoint_event_prologue()  # no rank holds whole weights from here to the epilogue
+        optimizer.checkpoint_event_prologue()  # frees gathered weights until the epilogue
     yield
     if zero_stage == 3:
         for i in range(len(_masters(optimizer, zero_stage))):
             optimizer._reassign_or_swap_out_partitioned_parameters(i)
-        optimizer.checkpoint_event_epilogue()  # gathers the small ones that every rank keeps whole
+        optimizer.checkpoint_event_epilogue()  # gathers the small parameters that every rank keeps whole
     elif zero_stage:
         optimizer.update_lp_params()
 
 
 def num_bytes(tensors: dict[str, torch.Tensor]) -> int:
-    """Bytes that these take on disk, but for a header."""
+    """Returns the bytes that these take on disk, without the header."""
     return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
 def same_weights(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two models of one make hold the same weights, bit for bit.
+    """Whether two models of the same architecture have the same weights, bit for bit.
 
-    Either may be split over the ranks: then this rank compares what it holds of that one. Reads both once at most.
+    Either may be split over ranks; this rank then compares the part that it holds.
     """
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     return all(torch.equal(a, b.to(a.device)) for a, b in itertools.starmap(_held_of_both, pairs))
 
 
 def _held_of_both(first: nn.Parameter, second: nn.Parameter) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both tensors; where either is split (ZeRO-3), those of their elements that this rank holds of it, flat."""
+    """Returns both tensors; if one is split by ZeRO-3, the elements of both that this rank holds of it, flat."""
     share = next((p.ds_tensor.ds_numel for p in (first, second) if hasattr(p, "ds_tensor")), None)
     if share is None:
         return first, second

@@ -3,7 +3,8 @@
 numels: elements of each parameter tensor; element: bytes of one, 2 for bf16; gpus: ranks that share the work.
 """
 
-from utils.engine.engine import BUCKET, DTYPES, PERSISTENT
+from utils.engine.engine import DTYPES
+from utils.engine.settings import BUCKET, PERSISTENT
 from utils.flags.engine import EngineConfig
 
 LIVE = 1_000_000_000  # parameters that ZeRO-3 holds whole at once: DeepSpeed's stage3_max_live_parameters

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from utils.distributed import gather_objects, is_main, rank
 from utils.engine.engine import TrainEngine
-from utils.engine.host_memory import fits_on_host
+from utils.engine.memory import fits_on_host
 from utils.engine.state import num_bytes
 from utils.files import remove, sync
 from utils.run.random_state import random_state

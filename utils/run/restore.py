@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from glob import escape, glob
 
 from utils.distributed import barrier, gather_objects, rank, world_size
-from utils.engine.sharded_files import SharedState
+from utils.engine.state import SharedState
 from utils.errors import UserError
 from utils.run.checkpoint import MANIFEST, Engines, Say, all_checkpoints, first_problem, sha256
 from utils.run.random_state import set_random_state

@@ -1,4 +1,4 @@
-"""The loop of the supervised stages: step, evaluate, keep the best. What is learnt comes in as a `Stage`."""
+"""The training loop of the supervised stages: step, evaluate, save the best. A `Stage` says what is learnt."""
 
 import math
 import os
@@ -18,35 +18,35 @@ from utils.run.logger import RunLogger
 from utils.run.restore import Checkpoint
 from utils.schedule import lr_factor
 
-Item = object  # whatever the stage's data is made of: a dataclass that JSON can hold
+Item = object  # one example of the stage's data: a dataclass that can be written as JSON
 
 
 class BadStep(UserError):
-    """Why no step was made."""
+    """A batch whose loss or gradient is not finite or too large; no step was made."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage learns, as sums over items and the numbers that they are divided by.
+    """What a stage learns: sums over items, and the counts that divide them.
 
-    `sums(engine, items)` gives float32 scalars by name, `counts(items)` their denominators by the same names, known
-    to every rank from the data alone. The loss is the sum of `loss_weights[name] * sum / count` over the whole global
-    batch, so that micro-batches and ranks do not change it.
+    `sums(engine, items)` returns float32 scalars by name; `counts(items)` returns their denominators by the same names,
+    which every rank computes from the data. The loss is the sum of `loss_weights[name] * sum / count` over the whole
+    global batch, so micro-batches and ranks do not change it.
     """
 
     batches: Iterator[list[Item]]
-    length: Callable[[Item], int]  # tokens that an item takes in a forward pass
-    plan: Callable[[list[int]], list[tuple[list[int], float]]]  # lengths -> this rank's (indices, weight) a forward
+    length: Callable[[Item], int]  # tokens of an item in a forward pass
+    plan: Callable[[list[int]], list[tuple[list[int], float]]]  # lengths -> this rank's (indices, weight) per forward
     sums: Callable[[TrainEngine, list[Item]], dict[str, torch.Tensor]]
     counts: Callable[[list[Item]], dict[str, float]]
     loss_weights: dict[str, float]
     best_by: str  # a metric of the evaluation
     larger_is_better: bool
     save: Callable[[dict[str, torch.Tensor], str], None]  # (whole weights, folder), on rank 0
-    prepare: Callable[[TrainEngine, list[Item]], list[Item]] | None = None  # sees a step's batch before its forwards
-    evaluate: Callable[[TrainEngine, list[Item]], dict[str, float]] | None = None  # for what is no mean over items
-    samples: Callable[[TrainEngine], list[dict]] | None = None  # texts that an evaluation writes to samples.jsonl
-    state: dict = field(default_factory=dict)  # numbers of its own that a resumed run needs: JSON, changed in place
+    prepare: Callable[[TrainEngine, list[Item]], list[Item]] | None = None  # replaces a batch before its forwards
+    evaluate: Callable[[TrainEngine, list[Item]], dict[str, float]] | None = None  # instead of the means over items
+    samples: Callable[[TrainEngine], list[dict]] | None = None  # rows that an evaluation writes to samples.jsonl
+    state: dict = field(default_factory=dict)  # JSON that checkpoints keep, changed in place
 
 
 def fit(
@@ -55,9 +55,9 @@ def fit(
 ) -> int:  # fmt: skip
     """Trains for --train_steps; evaluates every --save_per_step and at the end; writes best/ and final/. Collective.
 
-    start: where an earlier part of the run got to. Returns the code to exit with: not 0 where a signal stopped it.
-    Raises UserError on all ranks, before the weights change, when loss or gradient is not finite or explodes; the batch
-    is kept in bad_batches/.
+    start: the checkpoint to resume from. Returns the exit code, not 0 if a signal stopped the run.
+    Raises UserError on all ranks, before the weights change, if the loss or the gradient norm is not finite or beyond
+    --explosion_limit; the batch is saved in bad_batches/.
     """
     keeper = Keeper(config, {"model": engine}, config.train_steps)
     keeper.begin(start, config.seed)
@@ -65,7 +65,7 @@ def fit(
     if start:
         done, best = start.step, start.state["best"]
         stage.state.update(start.state["stage"])
-        for _ in range(done):  # the order of the data is a function of the seed alone
+        for _ in range(done):  # the order of the data depends only on the seed
             next(stage.batches)
     with keeper:
         _loop(engine, stage, valid, config, log, keeper, done, best)
@@ -79,7 +79,7 @@ def _loop(
     engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig, log: RunLogger, keeper: Keeper, done: int,
     best: float | None,
 ) -> None:  # fmt: skip
-    """The steps after the first `done`; best: the evaluation that best/ is from."""
+    """Makes the steps after the first `done`. best: the evaluation of best/, negated if smaller is better."""
     for step in range(done, config.train_steps):
         started = time.perf_counter()
         lr = config.lr * lr_factor(step, config.warmup_steps, config.train_steps, config.lr_schedule)
@@ -115,7 +115,7 @@ def _loop(
 
 
 def train_step(engine: TrainEngine, stage: Stage, items: list[Item], lr: float) -> dict[str, float]:
-    """One optimizer step on the global batch `items`; returns its metrics, equal on all ranks. Raises BadStep."""
+    """Makes one optimizer step on the global batch `items`; returns metrics, equal on all ranks. Raises BadStep."""
     engine.module.train()
     items = stage.prepare(engine, items) if stage.prepare else items
     counts = stage.counts(items)
@@ -126,14 +126,15 @@ def train_step(engine: TrainEngine, stage: Stage, items: list[Item], lr: float) 
         totals += weight * torch.stack([sums[name].detach() for name in counts])
     metrics = _means(stage, totals, counts)
     check_number("loss", metrics["loss"], engine, lambda: not bool(totals.isfinite().all()))
-    norm = engine.step(lr)
+    norm = engine.measure()
     check_number("gradient norm", norm, engine, engine.bad_gradient)
+    engine.apply(lr)
     return metrics | {"lr": lr, "grad_norm": norm}
 
 
 @torch.no_grad()
 def evaluate(engine: TrainEngine, stage: Stage, items: list[Item]) -> dict[str, float]:
-    """The same metrics over held-out items, without learning. Collective."""
+    """Returns the metrics of `train_step` over held-out items. Collective."""
     engine.module.eval()
     counts = stage.counts(items)
     totals = torch.zeros(len(counts), device=device())
@@ -147,27 +148,27 @@ def _means(stage: Stage, totals: torch.Tensor, counts: dict[str, float]) -> dict
     sums = sum_ranks(totals).tolist()
     means = {name: total / count for (name, count), total in zip(counts.items(), sums, strict=True)}
     loss = {"loss": sum(w * means[name] for name, w in stage.loss_weights.items())}
-    if len(stage.loss_weights) == 1:  # its only term would say the same again
+    if len(stage.loss_weights) == 1:  # the only term equals the loss
         means = {name: mean for name, mean in means.items() if name not in stage.loss_weights}
     return loss | means
 
 
 def check_number(name: str, value: float, engine: TrainEngine, is_own: Callable[[], bool]) -> None:
-    """Raises BadStep for a number that is not finite or beyond --explosion_limit. Collective where it is.
+    """Raises BadStep if a number, the same on all ranks, is not finite or beyond --explosion_limit.
 
-    It is a sum over ranks, so all of them raise together. is_own: whether this rank's share of it is not finite.
+    is_own: whether this rank's share of it is not finite.
     """
     if abs(value) <= engine.explosion_limit:
         return
     beyond = ", beyond --explosion_limit" if math.isfinite(value) else ""
     raise BadStep(
         f"the {name} is {value:g}{beyond} (rank {ranks_where(is_own())}); no step was made. Lower --lr, raise "
-        "--warmup_steps, or give --dtype fp32"
+        "--warmup_steps, or use --dtype fp32"
     )
 
 
 def keep_batch(folder: str, step: int, items: list[Item]) -> str:
-    """Writes a global batch, dataclasses, to bad_batches/ on rank 0, the others wait; says where, for an error."""
+    """Writes a global batch to bad_batches/ on rank 0; returns step and path for an error message. Collective."""
     path, refusal = os.path.join(folder, "bad_batches", f"step_{step}.json"), None
     if is_main():
         try:
@@ -179,7 +180,7 @@ def keep_batch(folder: str, step: int, items: list[Item]) -> str:
 
 
 def export(engine: TrainEngine, stage: Stage, folder: str) -> None:
-    """Writes the weights as they are now. Collective; rank 0 writes, the others wait."""
+    """Writes the current weights to a folder on rank 0. Collective."""
     state = engine.full_state_dict()
     if is_main():
         stage.save(state, folder)
@@ -187,5 +188,5 @@ def export(engine: TrainEngine, stage: Stage, folder: str) -> None:
 
 
 def numbers(metrics: dict[str, float]) -> str:
-    """`loss 0.693  lr 1e-05 …` for a line of text."""
+    """Returns metrics as one line of text, `loss 0.693  lr 1e-05 …`."""
     return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
