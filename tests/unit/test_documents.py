@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from ppo.compare import CompareConfig
+from ppo.compare_flags import CompareConfig
 from ppo.config import PPOConfig
 from reward.config import RewardConfig
 from reward.evaluate import EvaluateConfig
-from reward.score import ScoreConfig
+from reward.scoring.score_flags import ScoreConfig
 from reward.strength import StrengthConfig
 from sft.train import SFTConfig
-from utils.args import build_parser
+from utils.flags.parser import build_parser
 
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "benchmarks/README.md", "experiments/RESULTS.md")
