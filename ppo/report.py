@@ -10,11 +10,10 @@ import io
 import json
 from pathlib import Path
 
-from reward.plots import check_plots
-from utils.args import FlagParser, entry_point
+from reward.evaluation.plots import check_plots
 from utils.errors import UserError
-from utils.files import read_json
-from utils.run_folder import atomic_file, check_output_file
+from utils.files import atomic_file, check_output_file, read_json
+from utils.flags.parser import FlagParser, entry_point
 
 NUM_SAMPLES = 12
 PANELS = {
