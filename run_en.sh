@@ -23,6 +23,7 @@ demo() { # "$@" goes to train_ppo.py
   reward=$cache/reward-seed$seed
   begin_demo "$output"
 
+  echo "1 of 4: model, prompts and preferences"
   TQDM_DISABLE=1 python -m data.demo.english --out "$cache"
 
   local reward_args=(
@@ -38,6 +39,7 @@ demo() { # "$@" goes to train_ppo.py
     --context_truncate 128  # tokens; the longest pair has about 80
     --micro_batch_tokens 1024
   )
+  echo "2 of 4: the reward model learns which of two replies is the friendlier one (accuracy rises from 0.5)"
   run_once "$reward/final" "$output/reward.log" -m reward.train "${reward_args[@]}"
 
   local ppo_args=(
@@ -70,6 +72,7 @@ demo() { # "$@" goes to train_ppo.py
   if [[ -d $output/final ]]; then
     ppo_args+=(--overwrite) # a finished run is made anew; one that was stopped goes on from its checkpoint
   fi
+  echo "3 of 4: PPO; first the critic learns alone, then the score of the answers rises"
   launch "$output/ppo.log" train_ppo.py "${ppo_args[@]}" "$@"
 
   local compare_args=(
@@ -84,6 +87,7 @@ demo() { # "$@" goes to train_ppo.py
     --maxlen_res 24
     --output "$output/comparison.json"
   )
+  echo "4 of 4: 200 held-out prompts, answered before and after training"
   launch "$output/compare.log" -m ppo.compare "${compare_args[@]}"
   end_demo "$output"
 }
