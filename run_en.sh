@@ -59,6 +59,7 @@ demo() { # "$@" goes to train_ppo.py
     --critic_pretrain_steps 3
     --kl_penalty_weight 0.1
     --reward_clip 2
+    --missing_eos_penalty 1 # or the answers grow until they are cut off
     --num_rollouts 32
     --batch_size 16
     --rollout_batch_size 32

@@ -30,8 +30,7 @@ th, td {{ border: 1px solid #ccc; padding: 0.3em 0.6em; text-align: left; vertic
 </style></head><body>
 <h1>{title}</h1>
 <img alt="Curves of score, KL, response length and value loss by step" src="data:image/png;base64,{picture}">
-{sections}
-</body></html>
+{sections}</body></html>
 """
 
 
@@ -65,9 +64,9 @@ def read_run(folder: Path) -> dict:
     metrics = read_lines(folder / "metrics.jsonl")
     if not any(name in row for row in metrics for name in PANELS):
         raise UserError(f"{folder}/metrics.jsonl has no step of a PPO run yet: wait until the first step has been made")
-    config, file = read_json(folder / "config.json", "RUN"), folder / "comparison.json"
+    config, samples = read_json(folder / "config.json", "RUN"), read_lines(folder / "samples.jsonl")
+    file = folder / "comparison.json"
     comparison = read_json(file, "RUN") if file.is_file() else None
-    samples = read_lines(folder / "samples.jsonl")
     return {"config": config, "metrics": metrics, "samples": samples, "comparison": comparison}
 
 
@@ -97,28 +96,27 @@ def draw(runs: dict[str, dict]) -> bytes:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.axes[0].legend(fontsize="small")
     figure.supxlabel("step (left of the dotted line only the critic trains)", fontsize="medium")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer := io.BytesIO(), format="png")
     return buffer.getvalue()
 
 
 def section(name: str, run: dict) -> str:
     """Returns the HTML of one run: comparison, samples, flags."""
-    parts, comparison = [f"<h2>{html.escape(name)}</h2>"], run["comparison"]
-    if comparison:
+    table, keys, rows = "", ("step", "prompt", "answer", "score"), run["samples"][-NUM_SAMPLES:]
+    if comparison := run["comparison"]:
         columns = ("before", "after", "difference")
-        texts = [
-            [key, *("{:.3f} [{:.3f}, {:.3f}]".format(*cells[column]) if column in cells else "" for column in columns)]
-            for key, cells in comparison["table"].items()
-        ]
-        parts.append(f"<h3>{len(comparison['answers'])} held-out prompts, 95 % intervals</h3>")
-        parts.append(html_table(["", *columns], texts))
+        cells = {key: [row.get(column) for column in columns] for key, row in comparison["table"].items()}
+        texts = [[key, *("{:.3f} [{:.3f}, {:.3f}]".format(*x) if x else "" for x in xs)] for key, xs in cells.items()]
+        table = f"<h3>{len(comparison['answers'])} held-out prompts, 95 % intervals</h3>\n"
+        table += html_table(["", *columns], texts)
         keys, rows = ("prompt", "answer", "answer_after"), comparison["answers"][:NUM_SAMPLES]
-    else:
-        keys, rows = ("step", "prompt", "answer", "score"), run["samples"][-NUM_SAMPLES:]
-    parts += ["<h3>Samples, not picked</h3>", html_table(keys, [[row[key] for key in keys] for row in rows])]
+    samples = html_table(keys, [[row[key] for key in keys] for row in rows])
     flags = html.escape(json.dumps(run["config"], indent=2, ensure_ascii=False))
-    return "\n".join([*parts, f"<details><summary>Flags and versions</summary><pre>{flags}</pre></details>"])
+    return f"""<h2>{html.escape(name)}</h2>
+{table}
+<h3>Samples, not picked</h3>
+{samples}
+<details><summary>Flags and versions</summary><pre>{flags}</pre></details>"""
 
 
 def html_table(header, rows: list[list]) -> str:
