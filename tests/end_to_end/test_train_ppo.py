@@ -214,4 +214,4 @@ def test_out_of_time_after_the_last_step_is_a_finished_run(inputs, tmp_path, cap
     assert (out / "final" / "model.safetensors").exists()
     printed = capfd.readouterr().out
     assert "stopped by" not in printed
-    assert re.search(r"step 1/1: score 0\.\d+, KL 0\.00, length \d+\.\d, ended \d+%, 0 s left ▁", printed)
+    assert re.search(r"step 1/1: score -?\d+\.\d\d, KL 0\.00, length \d+\.\d, ended \d+%, 0 s left ▁", printed)
