@@ -23,6 +23,7 @@ demo() { # "$@" goes to train_ppo.py
   reward=$cache/reward-seed$seed
   begin_demo "$output"
 
+  echo "1 of 4: model, prompts and preferences"
   TQDM_DISABLE=1 python -m data.demo.english --out "$cache"
 
   local reward_args=(
@@ -32,12 +33,13 @@ demo() { # "$@" goes to train_ppo.py
     --seed "$seed"
     --dtype "$DTYPE"
     --lr 1e-4               # 5e-6 in the paper, for 7 billion parameters
-    --train_steps 40        # 1000 in the paper
+    --train_steps 36        # 1000 in the paper
     --warmup_steps 4        # the first tenth
     --batch_size 24         # pairs
     --context_truncate 128  # tokens; the longest pair has about 80
     --micro_batch_tokens 1024
   )
+  echo "2 of 4: the reward model learns which of two replies is the friendlier one (accuracy rises from 0.5)"
   run_once "$reward/final" "$output/reward.log" -m reward.train "${reward_args[@]}"
 
   local ppo_args=(
@@ -51,25 +53,28 @@ demo() { # "$@" goes to train_ppo.py
     --zero_stage 2
     --lr 6e-5
     --critic_lr 2e-4
-    --train_steps 14
+    --train_steps 12
     --warmup_steps 2
     --lr_schedule cosine
-    --critic_pretrain_steps 4
-    --kl_penalty_weight 0.05
+    --critic_pretrain_steps 3
+    --kl_penalty_weight 0.1
     --reward_clip 2
+    --missing_eos_penalty 1 # or the answers grow until they are cut off
     --num_rollouts 32
     --batch_size 16
     --rollout_batch_size 32
     --micro_batch_tokens 512
-    --maxlen_prompt 72 # of which 48 for the prompt
-    --maxlen_res 24
-    --save_per_step 18 # steps between evaluations: one, at the end
+    --maxlen_prompt 100 # of which 52 for the prompt
+    --maxlen_res 48     # most answers end before
+    --temperature 0.8   # as in evaluations; at 1 more answers of this small model are cut off
+    --save_per_step 15 # steps between evaluations: one, at the end
     --num_eval_prompts 32
     --seed "$seed"
   )
   if [[ -d $output/final ]]; then
     ppo_args+=(--overwrite) # a finished run is made anew; one that was stopped goes on from its checkpoint
   fi
+  echo "3 of 4: PPO; first the critic learns alone, then the score of the answers rises"
   launch "$output/ppo.log" train_ppo.py "${ppo_args[@]}" "$@"
 
   local compare_args=(
@@ -80,10 +85,11 @@ demo() { # "$@" goes to train_ppo.py
     --dtype "$DTYPE"
     --num_prompts 200
     --micro_batch_tokens 2048
-    --maxlen_prompt 72
-    --maxlen_res 24
+    --maxlen_prompt 100
+    --maxlen_res 48
     --output "$output/comparison.json"
   )
+  echo "4 of 4: 200 held-out prompts, answered before and after training"
   launch "$output/compare.log" -m ppo.compare "${compare_args[@]}"
   end_demo "$output"
 }

@@ -24,6 +24,7 @@ demo() { # "$@" goes to train_ppo.py
   reward=$cache/reward-seed$seed
   begin_demo "$output"
 
+  echo "1 of 5: tokenizer, untrained model, dialogues, prompts and preferences"
   python -m data.demo.chinese --out "$cache"
 
   local sft_args=(
@@ -40,6 +41,7 @@ demo() { # "$@" goes to train_ppo.py
     --context_truncate 128 # tokens; the longest review has about 90
     --micro_batch_tokens 2048
   )
+  echo "2 of 5: the model learns to go on with reviews (the loss falls)"
   run_once "$sft/final" "$output/sft.log" -m sft.train "${sft_args[@]}"
 
   local reward_args=(
@@ -56,6 +58,7 @@ demo() { # "$@" goes to train_ppo.py
     --context_truncate 128
     --micro_batch_tokens 2048
   )
+  echo "3 of 5: the reward model learns what satisfied customers write (accuracy rises from 0.5)"
   run_once "$reward/final" "$output/reward.log" -m reward.train "${reward_args[@]}"
 
   local ppo_args=(
@@ -85,6 +88,7 @@ demo() { # "$@" goes to train_ppo.py
   if [[ -d $output/final ]]; then
     ppo_args+=(--overwrite) # a finished run is made anew; one that was stopped goes on from its checkpoint
   fi
+  echo "4 of 5: PPO; first the critic learns alone, then the score of the answers rises"
   launch "$output/ppo.log" train_ppo.py "${ppo_args[@]}" "$@"
 
   local compare_args=(
@@ -99,6 +103,7 @@ demo() { # "$@" goes to train_ppo.py
     --maxlen_res 40
     --output "$output/comparison.json"
   )
+  echo "5 of 5: 200 held-out prompts, answered before and after training"
   launch "$output/compare.log" -m ppo.compare "${compare_args[@]}"
   end_demo "$output"
 }

@@ -22,8 +22,8 @@ from utils.models.load import check_window, load_causal_lm
 def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     """(before, after, KL of each plain sample of AFTER to BEFORE). Both: {"rows": texts, "columns": numbers a prompt}.
 
-    Columns: the reward model's score and the function's, length, 1 where the response reached --maxlen_res before its
-    end, nll of the response under its own policy and under BEFORE. Holds two policies and the reward model.
+    Columns: the reward model's score and the function's, length, 1 where the response ended before --maxlen_res cut it
+    off, nll of the response under its own policy and under BEFORE. Holds two policies and the reward model.
     """
     named = [("--policies", path) for path in config.policies]
     tokenizer, template = settle(config, config.tokenizer_name_or_path or config.policies[0], named, print)
@@ -67,7 +67,7 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
                     f"reward model {i} score": c.tolist() for i, c in enumerate(scores.member_scores.T, start=1)
                 }
         columns["length"] = rollout.response_mask.sum(1).tolist()
-        columns["cut at --maxlen_res"] = (~rollout.ended).float().tolist()
+        columns["ended by itself"] = rollout.ended.float().tolist()
         columns["nll"] = (-scores.old_logprobs.sum(1)).tolist()
         columns["nll under before"] = (-scores.ref_logprobs.sum(1)).tolist()
         rows = [{"prompt": p.turns[-1]["content"], "answer": a} for p, a in zip(prompts, answers, strict=True)]

@@ -131,7 +131,8 @@ run_once() { # $1: folder that the stage ends with; $2: log file; then as for la
 }
 
 end_demo() { # $1: output folder
-  echo "Everything is in $1; curves and samples: tensorboard --logdir $1/tensorboard"
+  python -m ppo.report "$1"
+  echo "Everything is in $1; all metrics: tensorboard --logdir $1/tensorboard"
 }
 
 flag_value() { # $1: flag; $2: default; then a command line. Prints the flag's last value there

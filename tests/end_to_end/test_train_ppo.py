@@ -1,7 +1,9 @@
 """A whole tiny run: what it writes, that it repeats, how it starts and how it is stopped."""
 
+import html
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.template import encode_prompt
+from ppo import report
 from tests.helpers.tiny_run import HELD_OUT, REPOSITORY, clean_environment, read_lines, read_metrics, run_flags
 from train_ppo import main
 from utils.engine.memory import device_room
@@ -33,6 +36,14 @@ def run(inputs, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "new"
     main(run_flags(inputs, out))
     return out
+
+
+def test_the_report_of_a_run(run):
+    report.main([str(run)])
+    page = (run / "report.html").read_text("utf-8")
+    rows = read_lines(run / "samples.jsonl")
+    assert all(f"<td>{html.escape(row['answer'])}</td><td>{row['score']}</td>" in page for row in rows[-12:])
+    assert (run / "curves.png").stat().st_size > 10_000
 
 
 def test_metrics_of_every_step(run):
@@ -190,4 +201,6 @@ def test_out_of_time_after_the_last_step_is_a_finished_run(inputs, tmp_path, cap
     out = tmp_path / "run"
     main(run_flags(inputs, out, train_steps=1, max_hours=1e-9))
     assert (out / "final" / "model.safetensors").exists()
-    assert "stopped by" not in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "stopped by" not in printed
+    assert re.search(r"step 1/1: score -?\d+\.\d\d, KL 0\.00, length \d+\.\d, ended \d+%, 0 s left ▁", printed)

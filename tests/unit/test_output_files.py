@@ -8,7 +8,7 @@ import pytest
 
 from utils.errors import UserError
 from utils.files import check_output_file, write_result
-from utils.run.logger import RunLogger
+from utils.run.logger import RunLogger, sparkline
 
 
 def test_a_link_stays_one(tmp_path):
@@ -49,3 +49,9 @@ def test_what_fails_leaves_nothing(tmp_path):
 def test_a_logdir_that_cannot_be_made_is_named(tmp_path):
     with pytest.raises(UserError, match="--logdir /proc/x cannot be written"):
         RunLogger(str(tmp_path), "/proc/x", "none", {}, 1)
+
+
+def test_a_curve_of_one_line():
+    assert sparkline([2.0, 0.0, 7.0]) == "▃▁█"
+    assert sparkline([5.0]) == "▁"
+    assert sparkline([0.0] * 15 + [1.0], width=8) == "▁▁▁▁▁▁▁█"  # every second value, the last one included

@@ -130,7 +130,7 @@ def entry_point(main):
     def run(argv: list[str] | None = None):
         os.umask(os.umask(0o777) | 0o002)  # nothing that is written may be changed by everyone
         if isinstance(sys.stdout, io.TextIOWrapper):  # what is said is read at once behind a pipe too, and after a kill
-            sys.stdout.reconfigure(line_buffering=True)
+            sys.stdout.reconfigure(line_buffering=True, errors="replace")  # "?" for what a terminal cannot show
         where = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         try:
             return main(argv)

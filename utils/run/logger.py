@@ -15,7 +15,14 @@ from utils.distributed import is_main
 from utils.errors import UserError
 from utils.run.folder import cut_lines
 
-PROGRESS = {"score_mean": "score", "kl_ref": "kl", "response_length": "length", "loss": "loss", "accuracy": "accuracy"}
+LEVELS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: list[float], width: int = 20) -> str:
+    """A curve in one line of text, the lowest value as ▁, the highest as █; at most `width` values, evenly spaced."""
+    every = -(-len(values) // width)
+    shown, low, high = values[(len(values) - 1) % every :: every], min(values), max(values)
+    return "".join(LEVELS[int((len(LEVELS) - 1) * (value - low) / ((high - low) or 1) + 0.5)] for value in shown)
 
 
 class Stopwatch:
@@ -52,6 +59,7 @@ class RunLogger:
     def __init__(self, folder: str, logdir: str | None, report_to: str, config: dict, total_steps: int, step: int = 0):
         self.folder = folder
         self.trackers = []
+        self.curve: dict[int, float] = {}  # step -> score, or loss: what `_show` draws
         if not is_main():
             return
         self.logdir = logdir or os.path.join(folder, "tensorboard")
@@ -71,9 +79,24 @@ class RunLogger:
                 self.board.add_scalar(key, value, step)
         for tracker in self.trackers:
             tracker.log(values, step=step)
-        shown = {PROGRESS[key]: f"{value:.3g}" for key, value in values.items() if key in PROGRESS}
-        if shown:
-            self.bar.set_postfix(shown, refresh=False)
+        self._show(step, values)
+
+    def _show(self, step: int, values: dict[str, float]) -> None:
+        """A line per step of PPO; loss and accuracy of other stages in the progress bar. Both with a small curve."""
+        name = "score_mean" if "score_mean" in values else "loss"
+        if not math.isfinite(values.get(name, math.nan)):
+            return
+        self.curve[step] = values[name]
+        curve = sparkline([self.curve[at] for at in sorted(self.curve) if at <= step])
+        if name == "loss":
+            shown = {key: f"{values[key]:.3g}" for key in ("loss", "accuracy") if key in values}
+            self.bar.set_postfix(shown | {"curve": curve}, refresh=False)
+        else:
+            left = self.bar.format_dict["elapsed"] / max(1, step - self.bar.initial) * (self.bar.total - step)
+            self.say(
+                f"step {step}/{self.bar.total}: score {values[name]:.2f}, KL {values['kl_ref']:.2f}, length "
+                f"{values['response_length']:.1f}, ended {values['eos_fraction']:.0%}, {left:.0f} s left {curve}"
+            )
 
     def advance(self) -> None:
         """One step of the progress bar is done."""

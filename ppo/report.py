@@ -1,0 +1,130 @@
+"""Report of PPO runs, finished or in progress: `python -m ppo.report RUN [RUN ...] [--output report.html]`.
+
+Reads the files that a run writes to its folder, and comparison.json of `ppo.compare` where there is one. Writes one
+HTML page without links to other files, and the picture in it as curves.png beside it.
+"""
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+
+from reward.evaluation.plots import check_plots
+from utils.errors import UserError
+from utils.files import atomic_file, check_output_file, read_json
+from utils.flags.parser import FlagParser, entry_point
+
+NUM_SAMPLES = 12
+PANELS = {
+    "score_mean": "score of the reward model",
+    "kl_ref": "KL to the reference, nats per response",
+    "response_length": "response length, tokens",
+    "value_loss": "value loss",
+}
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font-family: sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }}
+img {{ max-width: 100%; }} table {{ border-collapse: collapse; }}
+th, td {{ border: 1px solid #ccc; padding: 0.3em 0.6em; text-align: left; vertical-align: top; }}
+</style></head><body>
+<h1>{title}</h1>
+<img alt="Curves of score, KL, response length and value loss by step" src="data:image/png;base64,{picture}">
+{sections}</body></html>
+"""
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    """Writes the page and the picture, and prints where they are."""
+    parser = FlagParser(allow_abbrev=False, description="Write an HTML page with curves, table and samples of PPO runs")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run (its --model_save_path)")
+    parser.add_argument("--output", type=Path, help="page to write; default: report.html in the first RUN")
+    arguments = parser.parse_args(argv)
+    runs = {str(folder): read_run(folder) for folder in arguments.runs}
+    output = arguments.output or arguments.runs[0] / "report.html"
+    check_plots()
+    check_output_file(str(output), "--output")
+    picture = draw(runs)
+    sections = "\n".join(section(name, run) for name, run in runs.items())
+    values = {"title": html.escape(", ".join(runs)), "picture": base64.b64encode(picture).decode()}
+    with atomic_file(str(output), "--output") as file:
+        file.write(PAGE.format(sections=sections, **values))
+        output.with_name("curves.png").write_bytes(picture)
+    print(f"written: {output} (open it in a browser), {output.with_name('curves.png')}")
+
+
+def read_run(folder: Path) -> dict:
+    """Returns {"config", "metrics", "samples", "comparison"} of a run. Raises UserError where there is nothing to show.
+
+    metrics, samples: one dictionary per line; comparison: None where the run has none.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not the folder of a run (no config.json there): give its --model_save_path")
+    metrics = read_lines(folder / "metrics.jsonl")
+    if not any(name in row for row in metrics for name in PANELS):
+        raise UserError(f"{folder}/metrics.jsonl has no step of a PPO run yet: wait until the first step has been made")
+    config, samples = read_json(folder / "config.json", "RUN"), read_lines(folder / "samples.jsonl")
+    file = folder / "comparison.json"
+    comparison = read_json(file, "RUN") if file.is_file() else None
+    return {"config": config, "metrics": metrics, "samples": samples, "comparison": comparison}
+
+
+def read_lines(file: Path) -> list[dict]:
+    """Returns the objects of a .jsonl file, without a last line that is still being written; [] without a file."""
+    text = file.read_text("utf-8") if file.is_file() else ""
+    try:
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): give the folder of another run") from None
+
+
+def draw(runs: dict[str, dict]) -> bytes:
+    """Returns a PNG picture: one panel per metric, one line per run, dots for evaluations on held-out prompts."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    for axes, (metric, label) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS.items(), strict=True):
+        for number, (name, run) in enumerate(runs.items()):
+            for key, style in ((metric, "-"), (f"eval_{metric}", "o")):
+                points = [(row["step"], row[key]) for row in run["metrics"] if row.get(key) is not None]
+                legend = name if style == "-" else "held-out prompts"
+                axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=legend) if points else None
+            axes.axvline(run["config"].get("critic_pretrain_steps", 0), color="grey", linestyle=":", linewidth=0.8)
+        axes.set_title(label, fontsize="medium")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.axes[0].legend(fontsize="small")
+    figure.supxlabel("step (left of the dotted line only the critic trains)", fontsize="medium")
+    figure.savefig(buffer := io.BytesIO(), format="png")
+    return buffer.getvalue()
+
+
+def section(name: str, run: dict) -> str:
+    """Returns the HTML of one run: comparison, samples, flags."""
+    table, keys, rows = "", ("step", "prompt", "answer", "score"), run["samples"][-NUM_SAMPLES:]
+    if comparison := run["comparison"]:
+        columns = ("before", "after", "difference")
+        cells = {key: [row.get(column) for column in columns] for key, row in comparison["table"].items()}
+        texts = [[key, *("{:.3f} [{:.3f}, {:.3f}]".format(*x) if x else "" for x in xs)] for key, xs in cells.items()]
+        table = f"<h3>{len(comparison['answers'])} held-out prompts, 95 % intervals</h3>\n"
+        table += html_table(["", *columns], texts)
+        keys, rows = ("prompt", "answer", "answer_after"), comparison["answers"][:NUM_SAMPLES]
+    samples = html_table(keys, [[row[key] for key in keys] for row in rows])
+    flags = html.escape(json.dumps(run["config"], indent=2, ensure_ascii=False))
+    return f"""<h2>{html.escape(name)}</h2>
+{table}
+<h3>Samples, not picked</h3>
+{samples}
+<details><summary>Flags and versions</summary><pre>{flags}</pre></details>"""
+
+
+def html_table(header, rows: list[list]) -> str:
+    """Returns an HTML table of escaped texts."""
+    lines = [(header, "th"), *((row, "td") for row in rows)]
+    cells = ("".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) for row, tag in lines)
+    return "<table>\n" + "\n".join(f"<tr>{row}</tr>" for row in cells) + "\n</table>"
+
+
+if __name__ == "__main__":
+    main()
