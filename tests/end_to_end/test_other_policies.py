@@ -61,4 +61,4 @@ def test_a_policy_that_decodes_with_its_own_attention(single_process, folder, in
     flags = {"critic_model_path": str(inputs.reward), "reward_model_path": [str(inputs.reward)]}
     models = load_models(ppo_config(policy_model_path=path, **flags), load_tokenizer(path), said.append)
     assert models.policy.module.decoding == "own"
-    assert sum("grouped decoding is left out" in line for line in said) == 1
+    assert sum("grouped decoding is not used" in line for line in said) == 1

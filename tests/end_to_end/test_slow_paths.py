@@ -7,12 +7,11 @@ whole sequence again for each token; the reference is always asked; the optimize
 import pytest
 import torch
 
-import ppo.rollout
 import ppo.score
 import utils.engine.engine
 from ppo.decoding.sampling import uniforms
 from ppo.models import PolicyModel
-from ppo.rollout import assemble
+from ppo.rollout import PolicySampler, assemble
 from reward.model import ScalarModel
 from tests.helpers.tiny_run import read_lines, read_metrics, run_flags
 from train_ppo import main
@@ -43,8 +42,9 @@ def plain_scalars(self, input_ids, attention_mask):
 
 
 @torch.no_grad()
-def plain_generate(policy, prompts, sampling, seed, tokenizer, config, measure=False):
+def plain_sample(self, prompts, sampling, seed):
     """Token by token, the whole sequence each time."""
+    policy, tokenizer, config = self.policy, self.tokenizer, self.config
     policy.module.eval()
     responses = []
     for ids, place in zip(prompts.ids, prompts.places, strict=True):
@@ -72,7 +72,7 @@ def runs(inputs, tmp_path_factory):
             if name == "plain":
                 patch.setattr(PolicyModel, "forward", plain_policy)
                 patch.setattr(ScalarModel, "forward", plain_scalars)
-                patch.setattr(ppo.rollout, "generate", plain_generate)
+                patch.setattr(PolicySampler, "__call__", plain_sample)
                 patch.setattr(ppo.score, "same_weights", lambda *_: False)
                 patch.setattr(utils.engine.engine, "use_chunked_step", plain_step)
             tokens = {"fast": 200, "plain": 1}[name]

@@ -13,7 +13,7 @@ from ppo.decoding.sampling import Sampling, uniforms
 from ppo.evaluate import BestRule
 from ppo.experience import make_experience, rollout_metrics
 from ppo.loss import value_loss
-from ppo.rollout import generate, response_ids
+from ppo.rollout import PolicySampler, response_ids
 from ppo.score import even_batches
 from ppo.update import critic_backward, policy_backward, shares, update
 from tests.helpers.parts import (
@@ -58,7 +58,7 @@ def test_trap_10_micro_batches_and_ranks_give_the_same_gradient(monkeypatch):
 
 def test_trap_11_truncated_responses_are_counted_and_may_cost():
     policy, config = InferenceEngine(tiny_policy()), ppo_config(missing_eos_penalty=2.0, use_reward_clip=False)
-    rollout = generate(policy, prompts_of(*PROMPTS), Sampling(), 0, token_ids(eos=-1), config)
+    rollout = PolicySampler(policy, token_ids(eos=-1), config)(prompts_of(*PROMPTS), Sampling(), 0)
     assert rollout.response_mask.sum(1).tolist() == [config.maxlen_res] * 4
     scores = scores_of(rollout, [1.0, 1.0, 1.0, 1.0])
     assert rollout_metrics(rollout, scores)["eos_fraction"] == 0.0
@@ -101,10 +101,11 @@ def test_trap_15_random_streams_differ_and_never_restart():
     assert len(numbers.unique()) == 3 * 4 * 16
     policy, config, same = InferenceEngine(tiny_policy()), ppo_config(maxlen_res=16), [[1, 7]] * 4
     later = prompts_of(*same, first_place=4)
-    steps = [generate(policy, batch, Sampling(), 42, token_ids(eos=-1), config) for batch in (prompts_of(*same), later)]
+    sampler = PolicySampler(policy, token_ids(eos=-1), config)
+    steps = [sampler(batch, Sampling(), 42) for batch in (prompts_of(*same), later)]
     answers = [tuple(ids) for rollout in steps for ids in response_ids(rollout)]
     assert len(set(answers)) == 8
-    alone = generate(policy, prompts_of([1, 7], first_place=6), Sampling(), 42, token_ids(eos=-1), config)
+    alone = sampler(prompts_of([1, 7], first_place=6), Sampling(), 42)
     assert tuple(response_ids(alone)[0]) == answers[6]  # neither batch nor rank moves a stream
 
 
