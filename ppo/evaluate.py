@@ -3,13 +3,14 @@
 from data.prompts import Prompt
 from ppo.config import PPOConfig
 from ppo.decoding.sampling import EVALUATION
-from ppo.experience import check_scores, rollout_metrics
+from ppo.experience import rollout_metrics, score_problem
 from ppo.models import Models
 from ppo.ranks import gather_batches, own_share
 from ppo.rollout import Sampler, response_texts
 from ppo.score import score
 from ppo.user_reward import RewardFunction
 from utils.distributed import world_size
+from utils.errors import UserError
 
 EVALUATION_SEED = 1 << 40  # added to the seed, so that evaluations have other random streams than training
 
@@ -24,15 +25,15 @@ def evaluate(
     so they can be compared prompt by prompt. If the prompts do not divide by the ranks, some are sampled twice and
     counted once.
     """
-    padded = prompts + prompts[: -len(prompts) % world_size()]
-    padded += [prompts[0]] * (-len(padded) % world_size())
+    padded = prompts + [prompts[0]] * (-len(prompts) % world_size())
     share = own_share(padded, list(range(len(padded))))
     rollout = sampler(share, EVALUATION, config.seed + EVALUATION_SEED)
     scores = score(rollout, share, models, reward_fn, tokenizer, EVALUATION.temperature, config, with_values=False)
     count = slice(len(prompts))
     own = scores.scores
     rollout, scores = (batch.rows(count) for batch in gather_batches(share, rollout, scores))
-    check_scores(scores.scores, config.explosion_limit, own)
+    if problem := score_problem(scores.scores, config.explosion_limit, own):
+        raise UserError(problem)
     lengths = rollout.response_mask.sum(1)
     columns = {
         "score": scores.scores,

@@ -10,7 +10,6 @@ from ppo.kl import KL_ESTIMATORS, k1
 from ppo.rewards import shape_scores, token_rewards
 from ppo.types import Experience, Rollout, Scores
 from utils.distributed import ranks_where
-from utils.errors import UserError
 from utils.moments import RunningMoments
 from utils.tensors import masked_mean, whiten
 
@@ -20,7 +19,6 @@ def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, c
 
     Updates `moments` with these scores first, so all are normalised with the same statistics, which include them.
     """
-    check_scores(scores.scores, config.explosion_limit)
     moments.update(scores.scores)
     missing_eos = torch.where(rollout.ended, 0.0, -config.missing_eos_penalty)
     clip = config.reward_clip if config.use_reward_clip else 0.0
@@ -70,12 +68,6 @@ def score_problem(scores: torch.Tensor, limit: float, own: torch.Tensor | None =
     if own is not None:
         what += f" (rank {ranks_where(not bool((own.abs() <= limit).all()))})"
     return f"the score of response {place} of this step is {what}; check the reward model or --reward_fn"
-
-
-def check_scores(scores: torch.Tensor, limit: float, own: torch.Tensor | None = None) -> None:
-    """Raises UserError with the `score_problem`, if there is one."""
-    if problem := score_problem(scores, limit, own):
-        raise UserError(problem)
 
 
 def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:

@@ -83,14 +83,13 @@ def decoding_options(config: PPOConfig, model: nn.Module, split: bool = False) -
 
     split: its weights stay split over ranks (ZeRO-3), so all ranks have to call the same modules.
     """
-    on_gpu = next(model.parameters()).device.type == "cuda"
     llama_step = model.decoding in ("triton", "llama_step") and not split and can_run_llama_step(model.decoder.config)
     triton = model.decoding == "triton" and llama_step and can_run_triton(model.decoder)
     return DecodingOptions(
         max_slots=model.slots if config.rollout_batch_size == "auto" else config.rollout_batch_size,
         prefill_tokens=config.micro_batch_tokens,
         cache_tokens=config.rollout_cache_tokens,
-        steps_per_check=4 if on_gpu else 1,
+        steps_per_check=4 if device().type == "cuda" else 1,
         llama_step=llama_step,
         triton=triton,
         cuda_graphs=triton and is_capturable(model.decoder),

@@ -30,38 +30,30 @@ def score(
     critic. Every rank does the same number of forwards. Memory: the activations of one micro-batch. The policy does no
     forward if the sampler measured the rollout, and the reference none while its weights equal the policy's.
     """
-    models.policy.module.eval()
-    lengths = rollout.attention_mask.sum(1).tolist()
-
-    def by_batch(module: nn.Module, function: Callable[[Rollout], tuple[torch.Tensor, ...]]):
-        batches = even_batches(lengths, config.micro_batch_tokens, module.joins_rows)
-        return _by_batch(rollout, lengths, batches, function)
-
-    def of_policy(part: Rollout) -> tuple[torch.Tensor, ...]:
-        return models.policy(part.sequences, part.response_mask, temperature)
-
+    policy, critic = models.policy, models.critic
+    policy.module.eval()
     if isinstance(rollout, MeasuredRollout):
         logprobs, entropy = rollout.old_logprobs, rollout.entropy
     else:
-        logprobs, entropy = by_batch(models.policy.module, of_policy)
+        logprobs, entropy = _by_batch(
+            policy.module, rollout, config, lambda part: policy(part.sequences, part.response_mask, temperature)
+        )
     with models.reference.resident() as reference:
-
-        def of_reference(part: Rollout) -> tuple[torch.Tensor]:
-            return reference(part.sequences, part.response_mask, temperature, with_entropy=False)[:1]
-
         # Compared each time, since a resume or a rollback may have changed the policy too.
-        moved = not same_weights(models.policy.module, reference)
+        moved = not same_weights(policy.module, reference)
         ref_logprobs = logprobs
         if any_rank(moved, logprobs.device):
-            (ref_logprobs,) = by_batch(reference, of_reference)
-
-    def token_values(part: Rollout) -> tuple[torch.Tensor]:
-        return (shift_to_next(models.critic(part.sequences, before(part.response_mask))),)
-
+            (ref_logprobs,) = _by_batch(
+                reference, rollout, config,
+                lambda part: reference(part.sequences, part.response_mask, temperature, with_entropy=False)[:1],
+            )  # fmt: skip
     values = None
-    if with_values and models.critic is not None:
-        models.critic.module.eval()
-        (values,) = by_batch(models.critic.module, token_values)
+    if with_values and critic is not None:
+        critic.module.eval()
+        (values,) = _by_batch(
+            critic.module, rollout, config,
+            lambda part: (shift_to_next(critic(part.sequences, before(part.response_mask))),),
+        )  # fmt: skip
     members, truncated = reward_scores(rollout, prompts, models.reward, tokenizer, config.micro_batch_tokens)
     scores = torch.zeros(len(rollout), device=rollout.sequences.device)
     if models.reward is not None:
@@ -124,12 +116,12 @@ def even_batches(lengths: list[int], max_tokens: int, joined: bool = False) -> l
 
 
 def _by_batch(
-    rollout: Rollout, lengths: list[int], batches: list[list[int]],
-    function: Callable[[Rollout], tuple[torch.Tensor, ...]],
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """Applies a function to micro-batches of a rollout, each cut to its longest row, and joins the results."""
+    module: nn.Module, rollout: Rollout, config: PPOConfig, function: Callable[[Rollout], tuple[torch.Tensor, ...]]
+) -> tuple[torch.Tensor, ...]:
+    """Applies a function to micro-batches of a rollout, cut to their longest rows; returns [batch, length] results."""
+    lengths = rollout.attention_mask.sum(1).tolist()
     results = None
-    for rows in batches:
+    for rows in even_batches(lengths, config.micro_batch_tokens, module.joins_rows):
         longest = max(lengths[i] for i in rows)
         index = to_device(torch.tensor(rows), rollout.sequences.device)
         part = rollout.rows(index).map(lambda x, longest=longest: x[:, :longest] if x.dim() > 1 else x)
