@@ -4,7 +4,6 @@ from data.choose_template import first_prompt, settle
 from data.prompts import load_prompts
 from ppo.config import PPOConfig
 from ppo.decoding.sampling import Sampling
-from ppo.evaluate import BestRule
 from ppo.models import load_models
 from ppo.planning.plan import fit_to_memory
 from ppo.pretrain import load_pretrain
@@ -40,7 +39,7 @@ def build(config: PPOConfig) -> Run:
     pretrain = load_pretrain(config, tokenizer, template, say) if config.use_ppo_pretrain_loss else None
     models = load_models(config, tokenizer, say)
     fit_to_memory(config, models, say)
-    state = RunState(BestRule(config.best_max_kl), pretrain=pretrain)
+    state = RunState(pretrain=pretrain)
     keeper = Keeper(config, models.engines(), config.total_steps)
     keeper.begin(begin, config.seed)
     if begin:
@@ -48,7 +47,9 @@ def build(config: PPOConfig) -> Run:
         if state.critic_center is not None:
             models.critic.module.score_center = state.critic_center
     logger = open_log(config, begin, config.total_steps)
-    logger.say(str(state.best))
+    logger.say(
+        f"best/ = highest eval_score_mean with eval_kl_ref of at most {config.best_max_kl:g} nats (--best_max_kl)"
+    )
     sampling = Sampling(config.temperature, config.topp, config.repetition_penalty)
     if not sampling.from_model:
         logger.say("warning: with --topp or --repetition_penalty, ratio and KL are those of the model without them")

@@ -49,22 +49,9 @@ def evaluate(
     return rollout_metrics(rollout, scores), rows
 
 
-class BestRule:
-    """Decides which policy is saved as best/: highest mean score with a mean KL to the reference of at most max_kl.
+def is_best(metrics: dict[str, float], best_score: float, max_kl: float) -> bool:
+    """Returns whether an evaluation has the best mean score so far, and a mean KL to the reference of at most max_kl.
 
     A high score with a large KL is a sign of reward hacking (Part I §5.2).
     """
-
-    def __init__(self, max_kl: float):
-        self.max_kl = max_kl
-        self.best_score = float("-inf")
-
-    def __str__(self) -> str:
-        return f"best/ = highest eval_score_mean with eval_kl_ref of at most {self.max_kl:g} nats (--best_max_kl)"
-
-    def improves(self, metrics: dict[str, float]) -> bool:
-        """Returns whether these evaluation metrics are the best so far, and stores them if so."""
-        better = metrics["kl_ref"] <= self.max_kl and metrics["score_mean"] > self.best_score
-        if better:
-            self.best_score = metrics["score_mean"]
-        return better
+    return metrics["kl_ref"] <= max_kl and metrics["score_mean"] > best_score

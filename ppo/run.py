@@ -9,7 +9,7 @@ from data.prompts import Prompt
 from ppo.alarms import MAX_ROLLBACKS, alarms
 from ppo.config import PPOConfig
 from ppo.decoding.sampling import Sampling
-from ppo.evaluate import BestRule, evaluate
+from ppo.evaluate import evaluate, is_best
 from ppo.experience import score_problem, value_scale, with_values
 from ppo.models import Models
 from ppo.pretrain import PretrainStream
@@ -31,8 +31,8 @@ from utils.schedule import lr_factor
 class RunState:
     """What changes during a run, besides the engines. Checkpoints contain it."""
 
-    best: BestRule
     step: int = 0
+    best_score: float = float("-inf")  # mean score of the evaluation that best/ comes from
     next_place: int = 0  # place of the next prompt in the run, on which order and random streams depend
     moments: RunningMoments = field(default_factory=RunningMoments)
     pretrain: PretrainStream | None = None  # batches of the pre-training loss
@@ -45,7 +45,7 @@ class RunState:
         place = self.pretrain.place if self.pretrain else 0
         return {
             "step": self.step, "next_place": self.next_place, "moments": self.moments.state_dict(),
-            "best_score": self.best.best_score, "pretrain_place": place, "left_out": self.left_out,
+            "best_score": self.best_score, "pretrain_place": place, "left_out": self.left_out,
             "rollbacks": self.rollbacks, "critic_center": self.critic_center,
         }  # fmt: skip
 
@@ -53,7 +53,7 @@ class RunState:
         """Restores what `state_dict` returned."""
         self.step, self.next_place, self.left_out = state["step"], state["next_place"], state["left_out"]
         self.moments.load_state_dict(state["moments"])
-        self.best.best_score = state["best_score"]
+        self.best_score = state["best_score"]
         self.rollbacks = state["rollbacks"]
         self.critic_center = state.get("critic_center")
         if self.pretrain:
@@ -199,7 +199,7 @@ class Run:
         self.logger.say(f"warning: {text}")
         if not start:
             return False
-        kept = {"next_place": state.next_place, "best_score": state.best.best_score, "rollbacks": state.rollbacks + 1}
+        kept = {"next_place": state.next_place, "best_score": state.best_score, "rollbacks": state.rollbacks + 1}
         self.keeper.begin(start, config.seed)
         state.load_state_dict(start.state | kept)
         self.logger.rewind(state.step)
@@ -215,13 +215,14 @@ class Run:
             self.eval_prompts, self.sampler, self.models, self.reward_fn, self.tokenizer, self.config
         )
         self.keeper.feed("evaluation")
-        better = may_be_best and self.state.best.improves(metrics)
+        better = may_be_best and is_best(metrics, self.state.best_score, self.config.best_max_kl)
         self.logger.say(
             f"step {self.state.step}: held-out score {metrics['score_mean']:.3f}, KL {metrics['kl_ref']:.2f}, "
             f"length {metrics['response_length']:.1f}" + (" (best so far)" if better else "")
         )
         self.logger.samples(self.state.step, [{"held_out": True, **row} for row in rows[: self.config.num_samples]])
         if better:
+            self.state.best_score = metrics["score_mean"]
             self.export("best")
         return {f"eval_{key}": value for key, value in metrics.items()}
 

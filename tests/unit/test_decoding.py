@@ -76,15 +76,7 @@ def decode(policy: PolicyModel, sampling: Sampling, seed: int, options: Decoding
         DecodingOptions(8, 10, llama_step=True),
         DecodingOptions(8, 10, steps_per_check=3, llama_step=True),
     ],
-    ids=[
-        "fewer slots than prompts",
-        "one slot",
-        "more slots",
-        "few checks",
-        "a small cache",
-        "step",
-        "step, few checks",
-    ],
+    ids=str,
 )
 def test_equals_a_plain_decode(options, sampling):
     policy = tiny_policy(max_position_embeddings=256)

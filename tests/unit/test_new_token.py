@@ -2,15 +2,8 @@
 
 import pytest
 import torch
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForCausalLM,
-    MistralConfig,
-    Qwen3Config,
-)
+from transformers import AttentionInterface, AutoModelForCausalLM, MistralConfig, Qwen3Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from ppo.decoding.attention import grouped
 from ppo.decoding.kv_cache import SlotCache
@@ -107,4 +100,3 @@ def test_the_sampler_uses_it():
     assert len(forwards) == 1 and policy.lm.config._attn_implementation == "sdpa"
     policy(torch.ones(1, 3, dtype=torch.int64), torch.tensor([[False, True, True]]))  # joined rows
     assert AttentionInterface()["sdpa"] is sdpa_attention_forward
-    assert AttentionMaskInterface()["sdpa"] is sdpa_mask

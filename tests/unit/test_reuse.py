@@ -30,7 +30,7 @@ def both_ways(models, rollout: MeasuredRollout, temperature: float):
 @pytest.mark.parametrize(
     "options",
     [DecodingOptions(2, 64), DecodingOptions(8, 64, steps_per_check=3), DecodingOptions(2, 64, llama_step=True)],
-    ids=["two slots", "few checks", "step"],
+    ids=str,
 )
 def test_sampler_and_scoring_agree(options, temperature):
     models, sampling = tiny_models(), Sampling(temperature)
