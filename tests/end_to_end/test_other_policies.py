@@ -60,5 +60,5 @@ def test_a_policy_that_decodes_with_its_own_attention(single_process, folder, in
     path, said = folder("falcon"), []
     flags = {"critic_model_path": str(inputs.reward), "reward_model_path": [str(inputs.reward)]}
     models = load_models(ppo_config(policy_model_path=path, **flags), load_tokenizer(path), said.append)
-    assert models.policy.module.decoding == "own"
+    assert models.policy.module.decoding == "transformers"
     assert sum("grouped decoding is not used" in line for line in said) == 1
