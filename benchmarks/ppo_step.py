@@ -29,7 +29,7 @@ from ppo.decoding.sampling import Sampling
 from ppo.experience import make_experience
 from ppo.models import Models, PolicyModel
 from ppo.ranks import gather_batches
-from ppo.rollout import generate
+from ppo.rollout import PolicySampler
 from ppo.score import score
 from ppo.types import PromptBatch, Rollout
 from ppo.update import update
@@ -109,8 +109,8 @@ def timed_step(
         update(models.policy, models.critic, experience, config, step, config.lr, config.critic_lr)
         return whole
 
-    reuse = config.reuse_sampler_logprobs
-    rollout, sampling = timing.timed(generate, models.policy, prompts, Sampling(), step, IDS, config, reuse)
+    sampler = PolicySampler(models.policy, IDS, config, config.reuse_sampler_logprobs)
+    rollout, sampling = timing.timed(sampler, prompts, Sampling(), step)
     scores, scoring = timing.timed(score, rollout, prompts, models, None, IDS, 1.0, config)
     rollout, learning = timing.timed(learn)
     return rollout, dict(zip(STAGES, (sampling, scoring, learning), strict=True))

@@ -25,9 +25,9 @@ from benchmarks.timing import timed
 from data.batching.collate import pad
 from ppo.decoding.attention import grouped
 from ppo.decoding.sampling import Sampling
-from ppo.decoding.scheduler import decode_all
+from ppo.decoding.scheduler import Decoder
 from ppo.models import PolicyModel
-from ppo.rollout import room_of
+from ppo.rollout import decoding_options
 from utils.engine.engine import DTYPES, device
 
 NO_EOS = SimpleNamespace(eos_token_id=-1, pad_token_id=0)
@@ -63,10 +63,10 @@ def work(kind: str, count: int, vocabulary: int) -> tuple[list[list[int]], list[
 def ours(lm, prompts: list[list[int]], limits: list[int], batch: int, seed: int) -> int:
     """Tokens made."""
     config = SimpleNamespace(rollout_batch_size=batch, micro_batch_tokens=8192, rollout_cache_tokens=0)
-    places = list(range(len(prompts)))
-    room = room_of(config, lm.get_decoder(), device())
+    places, model = list(range(len(prompts))), PolicyModel(lm)
+    options = decoding_options(config, model)
     with grouped(lm.config):
-        rows = decode_all(PolicyModel(lm), prompts, places, limits, Sampling(), seed, NO_EOS, room, device())
+        rows = Decoder(model, prompts, places, limits, Sampling(), seed, NO_EOS, options, device()).run()
     return sum(map(len, rows))
 
 

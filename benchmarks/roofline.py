@@ -27,7 +27,7 @@ from benchmarks.timing import timed
 from ppo.decoding.sampling import Sampling
 from ppo.experience import make_experience
 from ppo.models import Models
-from ppo.rollout import generate
+from ppo.rollout import PolicySampler
 from ppo.score import score
 from ppo.types import Rollout
 from ppo.update import update
@@ -91,8 +91,8 @@ def run_step(watch: Stopwatch, models: Models, step: int, config) -> Rollout:
     watch.seconds.clear()
     watch.stage = "sampling"
     one_token = replace(config, maxlen_res=1)
-    watch.time("rollout prefill", generate, models.policy, prompts, sampling, step, IDS, one_token)
-    rollout = watch.time("rollout decode", generate, models.policy, prompts, sampling, step, IDS, config)
+    watch.time("rollout prefill", PolicySampler(models.policy, IDS, one_token), prompts, sampling, step)
+    rollout = watch.time("rollout decode", PolicySampler(models.policy, IDS, config), prompts, sampling, step)
     watch.seconds["rollout decode"] -= watch.seconds["rollout prefill"]
     watch.stage = "score"
     scores = watch.time("score", score, rollout, prompts, models, None, IDS, 1.0, config)

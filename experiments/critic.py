@@ -19,10 +19,8 @@ from experiments.world import WORLD, build_world
 from ppo.advantages import gae
 from ppo.build import build
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
-from ppo.decoding.sampling import Sampling
 from ppo.experience import make_experience
 from ppo.ranks import gather_batches
-from ppo.rollout import generate
 from ppo.run import Run
 from ppo.score import score
 from train_ppo import loop
@@ -36,13 +34,12 @@ FRESH_PLACE = 1 << 20  # place in the run of the first fresh prompt: beyond thos
 def explained_variance(run: Run) -> float:
     """Of the critic as it is, over BUFFERS buffers. The run's state is left as it was."""
     config, state, values, returns = run.config, copy.deepcopy(run.state), [], []
-    sampling = Sampling(config.temperature)
     state.next_place = FRESH_PLACE
     fresh = replace(run, state=state)
     for _ in range(BUFFERS):
         prompts = fresh.next_prompts()
-        rollout = generate(run.models.policy, prompts, sampling, config.seed, run.tokenizer, config)
-        scores = score(rollout, prompts, run.models, run.reward_fn, run.tokenizer, sampling.temperature, config)
+        rollout = run.sampler(prompts, run.sampling, config.seed)
+        scores = score(rollout, prompts, run.models, run.reward_fn, run.tokenizer, config.temperature, config)
         experience = make_experience(*gather_batches(prompts, rollout, scores), state.moments, config)
         mask = experience.response_mask
         to_come = gae(experience.rewards, experience.old_values, mask, config.gamma, lam=1.0)[1]

@@ -6,13 +6,13 @@ import torch
 def gae(
     rewards: torch.Tensor, values: torch.Tensor, response_mask: torch.Tensor, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages and returns over the response tokens (Schulman et al. 2016; Part I eq. 9).
+    """Returns (advantages, returns) of the response tokens (Schulman et al. 2016; Part I eq. 9). All [batch, length].
 
-    δ_t = R_t + γ V_next - V_t, A_t = δ_t + γ λ A_next, where next is the next *response* token: what lies in a gap or
-    in the padding is never read, and after the last token V and A are 0. All [batch, length]; returns = A + V.
-    Computed in float64, in about log2(longest response) passes: after pass k, A_t is the sum over the next 2^k tokens.
+    δ_t = R_t + γ V_next - V_t, A_t = δ_t + γ λ A_next, returns = A + V. next is the next *response* token, so gaps and
+    padding are not read; V and A are 0 after the last token. Computed in float64 in about log2(longest response)
+    passes: after pass k, A_t is the sum over the next 2^k tokens.
     """
-    width = max(1, int(response_mask.sum(1).max()))  # of the longest response
+    width = max(1, int(response_mask.sum(1).max()))
     order = (~response_mask).byte().argsort(dim=1, stable=True)[:, :width]  # response tokens first, in order
     inside = response_mask.gather(1, order)
     rewards, values = (torch.where(inside, x.double().gather(1, order), 0.0) for x in (rewards, values))

@@ -1,12 +1,12 @@
-"""The paper's monitors (Part I §5.2), watched: what tells of a policy that collapses, and what is done then."""
+"""Alarms for a policy that collapses: the metrics that Part I §5.2 monitors."""
 
 from ppo.config import PPOConfig
 
-MAX_ROLLBACKS = 3  # a run that collapses again and again wants other hyper-parameters
+MAX_ROLLBACKS = 3  # after that the run stops: it needs other hyper-parameters
 
 
 def alarms(metrics: dict[str, float], config: PPOConfig) -> list[str]:
-    """A sentence for each metric of this step that is past its threshold; a threshold of 0 never is."""
+    """Returns a sentence per metric of this step that is beyond its threshold. A threshold of 0 is off."""
     checks = [
         ("kl_ref", "alarm_kl", metrics["kl_ref"] > config.alarm_kl),
         ("perplexity", "alarm_perplexity", metrics["perplexity"] < config.alarm_perplexity),
@@ -16,6 +16,6 @@ def alarms(metrics: dict[str, float], config: PPOConfig) -> list[str]:
     ]
     return [
         f"{name} {metrics[name]:.4g} is past --{flag} {getattr(config, flag):g}"
-        for name, flag, past in checks
-        if past and getattr(config, flag)
+        for name, flag, beyond in checks
+        if beyond and getattr(config, flag)
     ]

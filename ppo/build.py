@@ -1,15 +1,15 @@
-"""From flags to everything the loop needs, checked before anything is written."""
+"""Builds a `Run` from the flags; every check is done before anything is written."""
 
 from data.choose_template import first_prompt, settle
 from data.prompts import load_prompts
 from ppo.config import PPOConfig
 from ppo.decoding.sampling import Sampling
-from ppo.evaluate import BestRule
 from ppo.models import load_models
 from ppo.planning.plan import fit_to_memory
 from ppo.pretrain import load_pretrain
+from ppo.rollout import PolicySampler
 from ppo.run import Run, RunState
-from ppo.score import load_reward_fn
+from ppo.user_reward import load_reward_fn
 from utils.distributed import world_size
 from utils.errors import UserError
 from utils.models.load import model_folder
@@ -18,7 +18,7 @@ from utils.run.start import open_log, start_run
 
 
 def build(config: PPOConfig) -> Run:
-    """Checks everything that can be checked cheaply first, loads data and models, then makes the run's folder."""
+    """Does the quick checks first, loads data and models, then creates the run's folder."""
     say, begin = start_run(config)
     model_folder(config.policy_model_path, "--policy_model_path")
     model_folder(config.critic_model_path, "--critic_model_path")
@@ -32,14 +32,14 @@ def build(config: PPOConfig) -> Run:
     train, valid = load_prompts(config.data_path, tokenizer, template, room, config.num_eval_prompts, config.seed, say)
     if len(train) < config.num_rollouts:
         raise UserError(
-            f"--num_rollouts {config.num_rollouts} asks for more prompts than the {len(train)} that "
-            f"--data_path {config.data_path} has: lower it, or bring more prompts"
+            f"--num_rollouts {config.num_rollouts} is more than the {len(train)} prompts of --data_path "
+            f"{config.data_path}: lower it, or add prompts"
         )
     say(first_prompt(tokenizer, train[0].ids))
     pretrain = load_pretrain(config, tokenizer, template, say) if config.use_ppo_pretrain_loss else None
     models = load_models(config, tokenizer, say)
     fit_to_memory(config, models, say)
-    state = RunState(BestRule(config.best_max_kl), pretrain=pretrain)
+    state = RunState(pretrain=pretrain)
     keeper = Keeper(config, models.engines(), config.total_steps)
     keeper.begin(begin, config.seed)
     if begin:
@@ -47,7 +47,14 @@ def build(config: PPOConfig) -> Run:
         if state.critic_center is not None:
             models.critic.module.score_center = state.critic_center
     logger = open_log(config, begin, config.total_steps)
-    logger.say(str(state.best))
-    if caveat := Sampling(config.temperature, config.topp, config.repetition_penalty).caveat:
-        logger.say(caveat)
-    return Run(config, tokenizer, train, valid[: config.num_eval_prompts], models, reward_fn, logger, state, keeper)
+    logger.say(
+        f"best/ = highest eval_score_mean with eval_kl_ref of at most {config.best_max_kl:g} nats (--best_max_kl)"
+    )
+    sampling = Sampling(config.temperature, config.topp, config.repetition_penalty)
+    if not sampling.from_model:
+        logger.say("warning: with --topp or --repetition_penalty, ratio and KL are those of the model without them")
+    sampler = PolicySampler(models.policy, tokenizer, config, measure=config.reuse_sampler_logprobs)
+    return Run(
+        config, tokenizer, train, valid[: config.num_eval_prompts], models, sampler, sampling, reward_fn, logger, state,
+        keeper,
+    )  # fmt: skip

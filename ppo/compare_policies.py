@@ -1,29 +1,27 @@
-"""Answers of policies to held-out prompts, and what the judges say of each."""
-
-import math
+"""Samples answers of two policies to held-out prompts and scores them."""
 
 from data.choose_template import first_prompt, settle
 from data.prompts import load_prompts
-from data.template import decode_answer
 from ppo.compare_flags import CompareConfig
 from ppo.decoding.sampling import EVALUATION, Sampling
 from ppo.decoding_check import choose_decoding
 from ppo.models import Models, PolicyModel
-from ppo.rollout import generate, response_ids
-from ppo.score import call_reward_fn, load_reward_fn, score
+from ppo.rollout import PolicySampler, response_texts
+from ppo.score import score
 from ppo.types import PromptBatch
+from ppo.user_reward import call_reward_fn, load_reward_fn
 from reward.scoring.ensemble import Frozen
 from reward.scoring.load import load_ensemble, reward_readers
 from utils.engine.engine import DTYPES, InferenceEngine, device
-from utils.errors import UserError
 from utils.models.load import check_window, load_causal_lm
 
 
 def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
-    """(before, after, KL of each plain sample of AFTER to BEFORE). Both: {"rows": texts, "columns": numbers a prompt}.
+    """Returns (before, after, KL of each plain sample of AFTER to BEFORE).
 
-    Columns: the reward model's score and the function's, length, 1 where the response ended before --maxlen_res cut it
-    off, nll of the response under its own policy and under BEFORE. Holds two policies and the reward model.
+    before, after: {"rows": texts, "columns": {name: one number per prompt}}. Columns: scores of reward models and
+    function, length, 1 where the response ended before --maxlen_res, its negative log-likelihood under its
+    own policy and under BEFORE. Memory: two policies and the reward models.
     """
     named = [("--policies", path) for path in config.policies]
     tokenizer, template = settle(config, config.tokenizer_name_or_path or config.policies[0], named, print)
@@ -32,7 +30,7 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     if valid:
         print("compared on the held-out data")
     else:
-        print("compared on the whole data, as there is no *valid* file: none of it should have been trained on")
+        print("compared on all prompts, since there is no *valid* file: make sure that none was trained on")
     prompts = (valid or train)[: config.num_prompts]
     print(first_prompt(tokenizer, prompts[0].ids))
     batch = PromptBatch([p.ids for p in prompts], [p.turns for p in prompts], list(range(len(prompts))))
@@ -53,19 +51,16 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
 
     def judge(policy: PolicyModel, sampling: Sampling) -> dict:
         models = Models(InferenceEngine(policy), None, Frozen(first, False), reward)
-        rollout = generate(models.policy, batch, sampling, config.seed, tokenizer, config)
+        rollout = PolicySampler(models.policy, tokenizer, config)(batch, sampling, config.seed)
         scores = score(rollout, batch, models, None, tokenizer, 1.0, config)
-        answers = [decode_answer(tokenizer, ids) for ids in response_ids(rollout)]
-        columns = {}
+        answers, columns = response_texts(rollout, tokenizer), {}
         if reward_fn:
-            columns["reward_fn score"] = call_reward_fn(reward_fn, batch.turns, answers)
-            check_finite(columns["reward_fn score"])
+            columns["reward_fn score"] = call_reward_fn(reward_fn, batch.turns, answers, finite=True)
         if reward:
             columns["reward model score"] = scores.scores.tolist()
             if len(reward.members) > 1:
-                columns |= {
-                    f"reward model {i} score": c.tolist() for i, c in enumerate(scores.member_scores.T, start=1)
-                }
+                members = enumerate(scores.member_scores.T.tolist(), start=1)
+                columns |= {f"reward model {i} score": column for i, column in members}
         columns["length"] = rollout.response_mask.sum(1).tolist()
         columns["ended by itself"] = rollout.ended.float().tolist()
         columns["nll"] = (-scores.old_logprobs.sum(1)).tolist()
@@ -76,10 +71,3 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     plain = judge(second, Sampling())["columns"]
     kl = [b - a for a, b in zip(plain["nll"], plain["nll under before"], strict=True)]
     return judge(first, EVALUATION), judge(second, EVALUATION), kl
-
-
-def check_finite(scores: list[float]) -> None:
-    """Raises UserError for a score of --reward_fn that no mean can be taken with."""
-    for place, number in enumerate(scores):
-        if not math.isfinite(number):
-            raise UserError(f"--reward_fn gave {number:g} for answer {place}: let it give finite numbers")

@@ -1,40 +1,39 @@
-"""Judging a policy on held-out prompts: sample as the paper does, score, and keep the texts."""
-
-from dataclasses import replace
+"""Evaluation of a policy on held-out prompts: metrics, texts, and the rule for best/."""
 
 from data.prompts import Prompt
-from data.template import decode_answer
 from ppo.config import PPOConfig
-from ppo.decoding.sampling import Sampling
-from ppo.experience import check_scores, rollout_metrics
+from ppo.decoding.sampling import EVALUATION
+from ppo.experience import rollout_metrics, score_problem
 from ppo.models import Models
 from ppo.ranks import gather_batches, own_share
-from ppo.rollout import generate, response_ids
-from ppo.score import RewardFunction, score
+from ppo.rollout import Sampler, response_texts
+from ppo.score import score
+from ppo.user_reward import RewardFunction
 from utils.distributed import world_size
+from utils.errors import UserError
 
-EVALUATION_SEED = 1 << 40  # keeps the random streams of evaluations away from those of training
+EVALUATION_SEED = 1 << 40  # added to the seed, so that evaluations have other random streams than training
 
 
 def evaluate(
-    prompts: list[Prompt], models: Models, reward_fn: RewardFunction | None, tokenizer, config: PPOConfig,
-    sampling: Sampling,
+    prompts: list[Prompt], sampler: Sampler, models: Models, reward_fn: RewardFunction | None, tokenizer,
+    config: PPOConfig,
 ) -> tuple[dict[str, float], list[dict]]:  # fmt: skip
-    """(metrics over all prompts, a row a prompt: prompt, answer, score, kl, length, nll). The same on every rank.
+    """Returns (metrics, one row per prompt: prompt, answer, score, kl, length, nll), the same on every rank.
 
-    Each prompt has one random stream for the whole run, so evaluations can be compared prompt by prompt. Where ranks
-    do not divide the prompts, some are sampled twice and counted once.
+    Answers are sampled as in the paper (`EVALUATION`). A prompt has the same random stream in all evaluations of a run,
+    so they can be compared prompt by prompt. If the prompts do not divide by the ranks, some are sampled twice and
+    counted once.
     """
-    padded = prompts + prompts[: -len(prompts) % world_size()]
-    padded += [prompts[0]] * (-len(padded) % world_size())
+    padded = prompts + [prompts[0]] * (-len(prompts) % world_size())
     share = own_share(padded, list(range(len(padded))))
-    rollout = generate(models.policy, share, sampling, config.seed + EVALUATION_SEED, tokenizer, config)
-    judges = replace(models, critic=None)  # nobody asks for values here
-    scores = score(rollout, share, judges, reward_fn, tokenizer, sampling.temperature, config)
+    rollout = sampler(share, EVALUATION, config.seed + EVALUATION_SEED)
+    scores = score(rollout, share, models, reward_fn, tokenizer, EVALUATION.temperature, config, with_values=False)
     count = slice(len(prompts))
     own = scores.scores
     rollout, scores = (batch.rows(count) for batch in gather_batches(share, rollout, scores))
-    check_scores(scores.scores, config.explosion_limit, own)
+    if problem := score_problem(scores.scores, config.explosion_limit, own):
+        raise UserError(problem)
     lengths = rollout.response_mask.sum(1)
     columns = {
         "score": scores.scores,
@@ -42,34 +41,17 @@ def evaluate(
         "length": lengths,
         "nll": -scores.old_logprobs.sum(1) / lengths.clamp(min=1),
     }
-    numbers = {name: column.tolist() for name, column in columns.items()}
+    numbers = zip(*(column.tolist() for column in columns.values()), strict=True)
     rows = [
-        {
-            "prompt": prompt.turns[-1]["content"],
-            "answer": decode_answer(tokenizer, ids),
-            **{name: column[i] for name, column in numbers.items()},
-        }
-        for i, (prompt, ids) in enumerate(zip(prompts, response_ids(rollout), strict=True))
+        {"prompt": prompt.turns[-1]["content"], "answer": answer, **dict(zip(columns, row, strict=True))}
+        for prompt, answer, row in zip(prompts, response_texts(rollout, tokenizer), numbers, strict=True)
     ]
     return rollout_metrics(rollout, scores), rows
 
 
-class BestRule:
-    """Which evaluation's policy is kept as best/: the highest mean score whose KL to the reference stays in bounds.
+def is_best(metrics: dict[str, float], best_score: float, max_kl: float) -> bool:
+    """Returns whether an evaluation has the best mean score so far, and a mean KL to the reference of at most max_kl.
 
-    The score alone is what the paper shows to mislead, so one that was bought with too much KL does not count.
+    A high score with a large KL is a sign of reward hacking (Part I §5.2).
     """
-
-    def __init__(self, max_kl: float):
-        self.max_kl = max_kl
-        self.best_score = float("-inf")
-
-    def __str__(self) -> str:
-        return f"best/ = highest eval_score_mean with eval_kl_ref of at most {self.max_kl:g} nats (--best_max_kl)"
-
-    def improves(self, metrics: dict[str, float]) -> bool:
-        """True when these evaluation metrics are the best so far; remembers them."""
-        better = metrics["kl_ref"] <= self.max_kl and metrics["score_mean"] > self.best_score
-        if better:
-            self.best_score = metrics["score_mean"]
-        return better
+    return metrics["kl_ref"] <= max_kl and metrics["score_mean"] > best_score

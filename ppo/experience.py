@@ -1,4 +1,4 @@
-"""From scores to what the update learns from: shaped scores, token rewards, advantages. And the rollout's metrics."""
+"""From scores to experience: shaped scores, token rewards, advantages; metrics of the buffer."""
 
 from dataclasses import replace
 
@@ -10,17 +10,15 @@ from ppo.kl import KL_ESTIMATORS, k1
 from ppo.rewards import shape_scores, token_rewards
 from ppo.types import Experience, Rollout, Scores
 from utils.distributed import ranks_where
-from utils.errors import UserError
 from utils.moments import RunningMoments
 from utils.tensors import masked_mean, whiten
 
 
 def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, config: PPOConfig) -> Experience:
-    """The whole buffer (all ranks' samples, in the same order everywhere) -> Experience [samples, length].
+    """Returns the experience of the whole buffer: all ranks' samples, in the same order on every rank.
 
-    `moments` takes in these scores first: the buffer is normalised with one set of statistics, itself included.
+    Updates `moments` with these scores first, so all are normalised with the same statistics, which include them.
     """
-    check_scores(scores.scores, config.explosion_limit)
     moments.update(scores.scores)
     missing_eos = torch.where(rollout.ended, 0.0, -config.missing_eos_penalty)
     clip = config.reward_clip if config.use_reward_clip else 0.0
@@ -30,15 +28,11 @@ def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, c
     kl_coef = config.kl_penalty_weight if config.kl_in == "reward" else 0.0
     rewards = token_rewards(shaped, kl, mask, kl_coef)
     columns = (rollout.sequences, rollout.attention_mask, mask, scores.old_logprobs, scores.ref_logprobs)
-    values = scores.old_values
-    return with_values(Experience(*columns, values, rewards, advantages=values, returns=values), values, config)
+    return with_values(Experience(*columns, None, rewards, rewards, None), scores.old_values, config)
 
 
-def with_values(experience: Experience, old_values: torch.Tensor, config: PPOConfig) -> Experience:
-    """The experience with these values of the critic, and the advantages and returns that follow from them.
-
-    old_values: [samples, length].
-    """
+def with_values(experience: Experience, old_values: torch.Tensor | None, config: PPOConfig) -> Experience:
+    """Returns the experience with these values [samples, length] and the advantages and returns computed from them."""
     mask = experience.response_mask
     advantages, returns = gae(experience.rewards, old_values, mask, config.gamma, config.lam)
     if config.use_advantage_norm:
@@ -49,10 +43,9 @@ def with_values(experience: Experience, old_values: torch.Tensor, config: PPOCon
 
 
 def value_scale(experience: Experience, config: PPOConfig) -> tuple[float, float]:
-    """(scale, shift) that give the values the returns' mean, and --critic_init_scale of the returns' deviation.
+    """Returns (scale, shift) after which values have the returns' mean and --critic_init_scale times their deviation.
 
-    Returns here are sums of the rewards to come (λ = 1), which do not depend on the values. A scale of 1 where either
-    deviation is 0.
+    Returns are sums of future rewards (λ = 1), which do not depend on the values. The scale is 1 if a deviation is 0.
     """
     mask = experience.response_mask
     returns = gae(experience.rewards, experience.old_values, mask, config.gamma, lam=1.0)[1][mask]
@@ -63,9 +56,9 @@ def value_scale(experience: Experience, config: PPOConfig) -> tuple[float, float
 
 
 def score_problem(scores: torch.Tensor, limit: float, own: torch.Tensor | None = None) -> str | None:
-    """What is wrong with the first response whose score is not finite or beyond ± limit. scores: [batch], all ranks'.
+    """Describes the first score that is not finite or beyond ± limit; None if all are fine. scores [batch]: all ranks.
 
-    own: this rank's part of them: then the ranks of bad ones are named, which all ranks have to ask for together.
+    own: this rank's part of them, for a text that names the ranks with bad scores; collective if there are any.
     """
     wrong = (~(scores.abs() <= limit)).nonzero()
     if not len(wrong):
@@ -74,17 +67,11 @@ def score_problem(scores: torch.Tensor, limit: float, own: torch.Tensor | None =
     what = "not finite" if not torch.isfinite(scores[place]) else f"{float(scores[place]):g}, beyond --explosion_limit"
     if own is not None:
         what += f" (rank {ranks_where(not bool((own.abs() <= limit).all()))})"
-    return f"the score of response {place} of this step is {what}; look at what the reward model or --reward_fn does"
-
-
-def check_scores(scores: torch.Tensor, limit: float, own: torch.Tensor | None = None) -> None:
-    """Raises UserError with the `score_problem`, if there is one."""
-    if problem := score_problem(scores, limit, own):
-        raise UserError(problem)
+    return f"the score of response {place} of this step is {what}; check the reward model or --reward_fn"
 
 
 def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:
-    """Of all samples: score, KL in nats a response, length in tokens, perplexities, entropy in nats a token."""
+    """Metrics over all samples. Units: KL nats per response, length tokens, entropy nats per token."""
     mask = rollout.response_mask
     deviation = scores.scores.std(correction=0)
     values = {
@@ -106,9 +93,9 @@ def as_floats(values: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def member_metrics(scores: Scores) -> dict[str, torch.Tensor]:
-    """Of several reward models, the mean of each and how far apart they are; of those that encode anew, what they cut.
+    """Metrics of several reward models: mean of each, disagreement; share of dialogues that were truncated for one.
 
-    Nothing for a single reward model that reads the policy's ids.
+    Empty for a single reward model that reads the policy's ids.
     """
     values, members = {}, scores.member_scores
     if members.shape[1] > 1:
@@ -120,27 +107,23 @@ def member_metrics(scores: Scores) -> dict[str, torch.Tensor]:
 
 
 def negative_kl_warning(rollout: Rollout, scores: Scores) -> str | None:
-    """A sentence when the mean KL of this buffer is below 0 by more than three standard errors: it cannot be, so
+    """Returns a warning if this buffer's mean KL is below 0 by more than three standard errors, else None.
 
-    sampling and scoring disagree (or the sampler's top-p and penalty, which scoring ignores, are strong).
+    Then sampling and scoring disagree, or top-p and penalty, which scoring ignores, are strong.
     """
     kl = k1(scores.old_logprobs, scores.ref_logprobs).sum(1)
     if len(kl) < 32 or float(kl.mean() + 3 * kl.std() / len(kl) ** 0.5) >= 0:
         return None
-    return f"warning: mean KL {float(kl.mean()):.2f} is below 0: what is sampled is not what is scored"
+    return f"warning: mean KL {float(kl.mean()):.2f} is below 0: sampling and scoring use different distributions"
 
 
 def experience_metrics(experience: Experience) -> dict[str, float]:
-    """Of all response tokens of the buffer."""
+    """Metrics over all response tokens of the buffer; those of values and returns with a critic only."""
     mask = experience.response_mask
-    errors = (experience.returns - experience.old_values)[mask]
-    returns = experience.returns[mask]
     advantages = experience.advantages[mask]
-    values = {
-        "advantage_mean": advantages.mean(),
-        "advantage_std": advantages.std(correction=0),
-        "return_mean": returns.mean(),
-        "value_mean": experience.old_values[mask].mean(),
-        "explained_variance": 1.0 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8),
-    }
-    return as_floats(values)
+    metrics = {"advantage_mean": advantages.mean(), "advantage_std": advantages.std(correction=0)}
+    if experience.returns is not None:
+        returns, values = experience.returns[mask], experience.old_values[mask]
+        unexplained = (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+        metrics |= {"return_mean": returns.mean(), "value_mean": values.mean(), "explained_variance": 1.0 - unexplained}
+    return as_floats(metrics)

@@ -1,20 +1,20 @@
-"""Estimators of KL(policy ‖ reference) from samples of the policy, a number a token (Schulman 2020)."""
+"""Estimators of KL(policy ‖ reference) from samples of the policy, one number per token (Schulman 2020)."""
 
 import torch
 
 
 def k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """log π - log π_ref: unbiased, may be negative. Part I eq. 19 uses this one. Any shape -> the same shape."""
+    """log π - log π_ref: unbiased, may be negative; used in Part I eq. 19. Any shape -> same shape."""
     return logprobs - ref_logprobs
 
 
 def k2(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """½ (log π - log π_ref)²: biased, never negative; its gradient is the KL's own. Any shape -> the same shape."""
+    """½ (log π - log π_ref)²: biased, never negative; its gradient is that of the KL. Any shape -> same shape."""
     return 0.5 * (logprobs - ref_logprobs).square()
 
 
 def k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """exp(d) - 1 - d with d = log π_ref - log π: unbiased, never negative. Any shape -> the same shape."""
+    """exp(d) - 1 - d with d = log π_ref - log π: unbiased, never negative. Any shape -> same shape."""
     difference = ref_logprobs - logprobs
     return torch.expm1(difference) - difference
 

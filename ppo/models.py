@@ -1,4 +1,4 @@
-"""The four models: policy and critic under engines, reference and reward model (or several) frozen."""
+"""The models of a run: policy and critic in training engines, reference and reward models frozen."""
 
 import copy
 from collections.abc import Callable
@@ -28,37 +28,36 @@ from utils.models.routers import recorded_router_logits, router_coef, router_sum
 from utils.tensors import at_tokens, before, places_of
 from utils.tokenizer import template_of
 
-CHUNK_ELEMENTS = 1 << 24  # logits held at once: 32 MB in bf16, whatever batch and vocabulary
+CHUNK_ELEMENTS = 1 << 24  # logits held at once: 32 MB in bf16, for any batch and vocabulary
 
 
 class PolicyModel(nn.Module):
-    """A causal LM that gives log-probabilities of chosen tokens, or next-token logits while decoding.
+    """A causal LM that computes log-probabilities of given tokens, or next-token logits while decoding.
 
-    Logits are made at the asked tokens only, in chunks, in the weights' dtype; what is taken from them is float32. With
-    several chunks they are made again in the backward pass, so that [tokens, vocabulary] is never held.
+    Logits are computed in chunks, at the given tokens only, in the weights' dtype; results are float32. With several
+    chunks the backward pass computes them again, so [tokens, vocabulary] is never held.
     """
 
     def __init__(self, lm: nn.Module, even_tokens: int = 0, router_coef: float = 0.0):
-        """even_tokens: where the head's weights are split over ranks (ZeRO-3) every rank has to call it equally often,
+        """even_tokens: under ZeRO-3 every rank has to call the head equally often: the most tokens of any forward.
 
-        however many tokens it has; then the most tokens of any forward. 0: as few calls as the tokens need.
-        router_coef: weight of the load-balancing loss, which the update adds. 0: none.
+        0: as few calls as the tokens need. router_coef: weight of the load-balancing loss in the update; 0: none.
         """
         super().__init__()
         self.lm = lm
         self.even_tokens = even_tokens
         self.router_coef = router_coef
         self.decoding = DECODING[0]
-        self.slots = AUTO_SLOTS  # slots under --rollout_batch_size auto
+        self.slots = AUTO_SLOTS  # for --rollout_batch_size auto
 
     def forward(
         self, sequences=None, token_mask=None, temperature: float = 1.0, with_entropy: bool = True, decode=None,
         routed=None,
     ):  # fmt: skip
-        """sequences, token_mask: [batch, length], right-padded -> (logprobs, entropy or None), same shape, float32.
+        """Returns (logprobs, entropy or None) at token_mask, float32. All [batch, length], right-padded.
 
-        decode: arguments of `next_logits` instead -> what that returns. routed: bool [batch, length], the tokens that
-        router statistics count; then a third result, `router_sums` of them.
+        decode: call `next_logits` with these arguments instead. routed: bool [batch, length], the tokens that router
+        statistics count; adds a third result, their `router_sums`.
         """
         if decode is not None:
             return self.next_logits(**decode)
@@ -77,13 +76,13 @@ class PolicyModel(nn.Module):
         result = at_tokens(torch.cat(logprobs), token_mask), entropy
         return result if routed is None else (*result, router_sums(layers, routed, config.num_experts_per_tok))
 
-    def next_logits(self, straight: bool = False, **decode) -> torch.Tensor:
-        """Logits behind the last of the ids: [batch, vocabulary]. decode: arguments of the LM's own forward.
+    def next_logits(self, llama_step: bool = False, **decode) -> torch.Tensor:
+        """Logits after the last of the ids: [batch, vocabulary]. decode: arguments of the LM's own forward.
 
-        straight: they are one new token a slot, which may go through the layers alone (ppo/decoding/llama_step.py).
+        llama_step: the ids are one new token per slot, and go through ppo/decoding/llama_step.py.
         """
-        if not straight:
-            # Where config.json asks for router logits, the LM's own loss of them expects a mask without the cache.
+        if not llama_step:
+            # With router logits on, the LM's own forward would compute their loss and expect a mask without the cache.
             return self.lm(**decode, **self._without_routers).logits[:, -1]
         names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
         return self.logits(new_token_states(self.decoder, *(decode[name] for name in names)))
@@ -99,17 +98,17 @@ class PolicyModel(nn.Module):
 
     @property
     def joins_rows(self) -> bool:
-        """Whether padding is left out, so that any sequences may share a forward."""
+        """Whether forwards leave the padding out, so that rows of any lengths share a forward."""
         return joins_rows(self.decoder)
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """What the LM's own forward does after its decoder. [n, hidden] -> [n, vocabulary]."""
+        """Applies the LM's head as its own forward does. [n, hidden] -> [n, vocabulary]."""
         return head_logits(self.lm.get_output_embeddings(), self.lm.config.get_text_config(), rows)
 
 
 @dataclass
 class Models:
-    """What the loop works with. `reward` is None when --reward_fn alone scores, `critic` where no values are needed."""
+    """The models of a run. `critic` is None without one, `reward` None where only --reward_fn scores."""
 
     policy: TrainEngine | InferenceEngine
     critic: TrainEngine | None
@@ -117,16 +116,17 @@ class Models:
     reward: Ensemble | None
 
     def engines(self) -> dict[str, TrainEngine]:
-        """What learns, by name."""
-        return {"policy": self.policy, "critic": self.critic}
+        """The engines that train, by name: policy, and critic if there is one."""
+        engines = {"policy": self.policy, "critic": self.critic}
+        return {name: engine for name, engine in engines.items() if engine is not None}
 
 
 def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print) -> Models:
-    """Loads each model once, in config.dtype, straight onto its device, and puts it under its engine.
+    """Loads each model once, in config.dtype, onto its device, and creates its engine.
 
-    Host memory holds at most one model's weights a rank at a time (none, with GPUs: files are mapped). Reference and
-    policy come from one read, and so do critic and reward model when they are the same. The tokenizers of all are
-    compared before the first weights are read.
+    Host memory holds at most one model's weights per rank at a time (none on GPUs: files are memory-mapped). Policy and
+    reference come from one read, as do critic and reward model if they are the same. Tokenizers are compared before any
+    weights are read.
     """
     critic_path, critic_flag = config.critic_model_path, "--critic_model_path"
     check_same_tokenizer(critic_path, critic_flag, tokenizer, template_of(tokenizer))
@@ -157,12 +157,12 @@ def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print
     critic = TrainEngine(critic_model, config, "critic")
     if config.compile:
         judges = [member.model.model for member in reward.members] if reward else []
-        # Not split models: their layers gather and release weights within a forward.
+        # Not models that are split over ranks: their layers gather and release weights within a forward.
         for model in (lm, critic_model, *(() if split else (reference.model, *judges))):
             compile_layers(model)
     return Models(policy, critic, reference, reward)
 
 
 def _freeze(model: nn.Module, config: PPOConfig) -> Frozen:
-    whole = not splits_frozen(config.zero_stage, world_size())  # else the engine moves its shards
+    whole = not splits_frozen(config.zero_stage, world_size())  # otherwise the engine moves its shards
     return Frozen(shard_frozen(model, config, config.offload_frozen), config.offload_frozen and whole)

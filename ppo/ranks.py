@@ -10,9 +10,9 @@ from utils.engine.engine import device
 
 
 def own_share(prompts: list[Prompt], places: list[int]) -> PromptBatch:
-    """This rank's share of prompts that divide by the number of ranks: as many as any other's, of about as many tokens.
+    """Returns this rank's share of the prompts, whose number is a multiple of the number of ranks.
 
-    In scoring, ranks wait for the one that has the most to read.
+    All shares have the same number of prompts, and about the same number of tokens, as ranks wait for the slowest.
     """
     own = balance([len(prompt.ids) for prompt in prompts], world_size(), len(prompts) // world_size())[rank()]
     chosen = [prompts[i] for i in own]
@@ -20,7 +20,7 @@ def own_share(prompts: list[Prompt], places: list[int]) -> PromptBatch:
 
 
 def gather_batches(prompts: PromptBatch, *batches):
-    """Each batch with the rows of all ranks, on every rank, in the order of places. prompts: this rank's rows'."""
+    """Returns each batch with the rows of all ranks, on every rank, in the order of `places`. prompts: this rank's."""
     if world_size() == 1:
         return batches
     order = gather_rows(torch.tensor(prompts.places, device=device())).argsort()

@@ -1,4 +1,4 @@
-"""From the reward model's score to a reward a token."""
+"""Converts scores of responses to rewards per token."""
 
 import torch
 
@@ -9,10 +9,10 @@ from utils.tensors import last_index
 def shape_scores(
     scores: torch.Tensor, moments: RunningMoments, center: bool, scale: bool, clip: float, missing_eos: torch.Tensor
 ) -> torch.Tensor:
-    """clip((score - mean) / std, -clip, clip) by running statistics (Part I eq. 18). scores [batch] -> [batch].
+    """Returns clip((score - mean) / std, -clip, clip) with running statistics (Part I eq. 18). [batch] -> [batch].
 
-    center: subtract the mean (and divide). scale: divide by the deviation only. clip 0: none. `moments` already holds
-    this batch. missing_eos [batch]: added after the clipping, in deviations (0, or minus the penalty of a truncated
+    center: subtract the mean and divide; scale: divide only; clip 0: no clipping. moments: already updated with these
+    scores. missing_eos [batch]: added after clipping, in standard deviations (0, or minus the penalty of a truncated
     response).
     """
     if center:
@@ -25,10 +25,10 @@ def shape_scores(
 
 
 def token_rewards(scores: torch.Tensor, kl: torch.Tensor, response_mask: torch.Tensor, kl_coef: float) -> torch.Tensor:
-    """R_t = -kl_coef · kl_t, and the score on the last response token besides (Part I eq. 19).
+    """Returns R_t = -kl_coef · kl_t, plus the score at the last response token (Part I eq. 19).
 
-    scores [batch], already shaped and clipped; kl, response_mask [batch, length] -> [batch, length], 0 outside the
-    response. A row with an empty response has no token to carry its score: its rewards are all 0.
+    scores [batch], shaped and clipped; kl, response_mask [batch, length] -> [batch, length], 0 outside the response.
+    The rewards of an empty response are all 0.
     """
     rewards = (-kl_coef * kl).masked_fill(~response_mask, 0.0)
     last = last_index(response_mask)

@@ -1,86 +1,105 @@
-"""Prompts in, sampled responses out."""
+"""Samples responses to prompts: the `Sampler` protocol and the sampler that decodes with the policy's engine."""
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from data.template import decode_answer
 from ppo.config import PPOConfig
-from ppo.decoding.attention import alone_from, grouped
+from ppo.decoding.attention import grouped
 from ppo.decoding.cuda_graphs import is_capturable
-from ppo.decoding.kv_cache import AUTO_SLOTS
-from ppo.decoding.llama_step import goes_ragged, goes_straight
+from ppo.decoding.llama_step import can_run_llama_step, can_run_triton
 from ppo.decoding.sampling import Sampling
-from ppo.decoding.scheduler import Room, decode_all, decode_measured
+from ppo.decoding.scheduler import Decoder, DecodingOptions
 from ppo.types import MeasuredRollout, PromptBatch, Rollout
-from utils.engine.engine import TrainEngine, device
+from utils.engine.engine import InferenceEngine, TrainEngine, device
 from utils.models.compile import eager
 from utils.tensors import at_tokens, to_device
 from utils.tokenizer import stop_ids
 
-# Ways to decode new tokens, the fastest first (modules in ppo/decoding/). ragged: as straight, with the kernels of
-# ragged_attention.py and CUDA graphs, on a GPU. straight: through the layers by llama_step.py (LLaMA's kind; other
-# models and split weights fall back to grouped). grouped: the model's forward with the attention of attention.py. own:
-# the model's forward, unchanged.
-DECODING = ("ragged", "straight", "grouped", "own")
+# How new tokens are decoded, fastest first. triton: as llama_step, with the kernels of ragged_attention.py and CUDA
+# graphs, on a GPU. llama_step: through the layers by llama_step.py; grouped is used instead for other architectures and
+# split weights. grouped: the model's forward with the attention of attention.py. transformers: the model's forward.
+DECODING = ("triton", "llama_step", "grouped", "transformers")
 
 
-@torch.no_grad()
-def generate(
-    policy: TrainEngine, prompts: PromptBatch, sampling: Sampling, seed: int, tokenizer, config: PPOConfig,
-    measure: bool = False, watch: Callable | None = None,
-) -> Rollout:  # fmt: skip
-    """Samples one response a prompt, rollout_batch_size at once; where one ends, the next prompt begins.
+class Sampler(Protocol):
+    """Samples one response per prompt of this rank. Every rank calls it at the same time.
 
-    Under ZeRO-3 the weights are gathered once when they fit (--gather_for_generation); else all ranks step
-    together until the last response of all is done. Time grows with the tokens of all responses together; memory with
-    the key-value cache: rollout_batch_size x 9/8 (longest prompt + maxlen_res) tokens, or --rollout_cache_tokens.
-    measure: a `MeasuredRollout`, so that `score` need not ask the policy again. watch: as in `decode_all`.
+    Copying the policy's newest weights to where they are sampled from is part of the call. A sampler that also computes
+    the policy's log-probabilities of its tokens returns a `MeasuredRollout`, and `score` takes them from there.
     """
-    policy.module.eval()
-    together = policy.zero_stage == 3 and (
-        config.gather_for_generation == "never"
-        or (config.gather_for_generation == "auto" and not policy.fits_gathered())
+
+    def __call__(self, prompts: PromptBatch, sampling: Sampling, seed: int) -> Rollout:
+        """Random numbers depend on (seed, place of the prompt, position of the token) only."""
+        ...
+
+
+@dataclass(frozen=True)
+class PolicySampler:
+    """Samples with the policy's own engine; config.rollout_batch_size sequences at once, continuously refilled.
+
+    Under ZeRO-3 the weights are gathered once if they fit (--gather_for_generation); otherwise all ranks step together
+    until the last response has ended. Memory: the key-value cache of rollout_batch_size x 9/8 (longest prompt +
+    maxlen_res) tokens, or --rollout_cache_tokens. measure: return a `MeasuredRollout` where tokens are drawn from the
+    policy's own distribution. watch: as for `Decoder`.
+    """
+
+    policy: TrainEngine | InferenceEngine
+    tokenizer: object
+    config: PPOConfig
+    measure: bool = False
+    watch: Callable[[torch.Tensor], None] | None = None
+
+    @torch.no_grad()
+    def __call__(self, prompts: PromptBatch, sampling: Sampling, seed: int) -> Rollout:
+        policy, config = self.policy, self.config
+        model = policy.module.eval()
+        lockstep = policy.zero_stage == 3 and (
+            config.gather_for_generation == "never"
+            or (config.gather_for_generation == "auto" and not policy.fits_gathered())
+        )
+        limits, measure = [config.maxlen_res] * len(prompts.ids), self.measure and sampling.from_model
+        options = decoding_options(config, model, lockstep)
+        attention = contextlib.nullcontext() if model.decoding == "transformers" else grouped(model.lm.config)
+        weights = contextlib.nullcontext(policy) if lockstep else policy.gathered()
+        with weights as whole, attention, eager(model):
+            decoder = Decoder(
+                whole, prompts.ids, prompts.places, limits, sampling, seed, self.tokenizer, options, device(), measure,
+                self.watch,
+            )  # fmt: skip
+            responses = decoder.run(lockstep)
+        rollout = assemble(prompts.ids, responses, stop_ids(self.tokenizer), self.tokenizer.pad_token_id)
+        return with_measured(rollout, *decoder.measurements()) if measure else rollout
+
+
+def decoding_options(config: PPOConfig, model: nn.Module, split: bool = False) -> DecodingOptions:
+    """Returns the options for a `PolicyModel`, from the flags and what the model and its device support.
+
+    split: its weights stay split over ranks (ZeRO-3), so all ranks have to call the same modules.
+    """
+    llama_step = model.decoding in ("triton", "llama_step") and not split and can_run_llama_step(model.decoder.config)
+    triton = model.decoding == "triton" and llama_step and can_run_triton(model.decoder)
+    return DecodingOptions(
+        max_slots=model.slots if config.rollout_batch_size == "auto" else config.rollout_batch_size,
+        prefill_tokens=config.micro_batch_tokens,
+        cache_tokens=config.rollout_cache_tokens,
+        steps_per_check=4 if device().type == "cuda" else 1,
+        llama_step=llama_step,
+        triton=triton,
+        cuda_graphs=triton and is_capturable(model.decoder),
     )
-    limits, place = [config.maxlen_res] * len(prompts.ids), device()
-    decoding = policy.module.decoding
-    room = room_of(config, policy.module.decoder, place, together, decoding, policy.module.slots)
-    attention = contextlib.nullcontext() if decoding == "own" else grouped(policy.module.lm.config)
-    weights = contextlib.nullcontext(policy) if together else policy.gathered()
-    with weights as decode, attention, eager(policy.module):
-        work = (decode, prompts.ids, prompts.places, limits, sampling, seed, tokenizer, room, place)
-        if measure:
-            responses, *measured = decode_measured(*work, together=together)
-        else:
-            responses = decode_all(*work, together, watch)
-    rollout = assemble(prompts.ids, responses, stop_ids(tokenizer), tokenizer.pad_token_id)
-    return with_measured(rollout, *measured) if measure else rollout
-
-
-def room_of(
-    config: PPOConfig, decoder: torch.nn.Module, place: torch.device, split: bool = False, decoding: str = DECODING[0],
-    slots: int = AUTO_SLOTS,
-) -> Room:  # fmt: skip
-    """The `Room` that the flags give. On a GPU, decoding asks only every few tokens which responses have ended.
-
-    split: the weights stay split (ZeRO-3), and all ranks have to call the same modules. decoding: of DECODING.
-    slots: how many under --rollout_batch_size auto.
-    """
-    looks = 4 if place.type == "cuda" else 1
-    straight = decoding in ("ragged", "straight") and not split and goes_straight(decoder.config)
-    ragged = decoding == "ragged" and straight and goes_ragged(decoder)
-    alone = None if decoding == "own" else alone_from(decoder)
-    tokens, cache_tokens = config.micro_batch_tokens, config.rollout_cache_tokens
-    slots = slots if config.rollout_batch_size == "auto" else config.rollout_batch_size
-    graphs = ragged and is_capturable(decoder)
-    return Room(slots, tokens, cache_tokens, alone, looks, straight, ragged, graphs)
 
 
 def assemble(
     prompts: list[list[int]], responses: list[torch.Tensor], stops: int | tuple[int, ...], pad_id: int
 ) -> Rollout:
-    """Prompts and responses side by side, right-padded, with masks from their lengths. An empty response is fine.
+    """Joins each prompt and its response, which may be empty, in a right-padded rollout with masks from their lengths.
 
     stops: the id, or ids, that end a response.
     """
@@ -99,12 +118,17 @@ def assemble(
 
 
 def with_measured(rollout: Rollout, logprobs: list[torch.Tensor], entropy: list[torch.Tensor]) -> MeasuredRollout:
-    """The rollout with these numbers of each response's tokens."""
+    """Adds the log-probabilities and entropies of each response's tokens to the rollout."""
     columns = (at_tokens(torch.cat(x), rollout.response_mask) for x in (logprobs, entropy))
     return MeasuredRollout(**vars(rollout), **dict(zip(("old_logprobs", "entropy"), columns, strict=True)))
 
 
 def response_ids(rollout: Rollout) -> list[list[int]]:
-    """The response tokens of each row, the end token included."""
+    """Returns the response tokens of each row, the end token included."""
     sequences, masks = rollout.sequences.cpu(), rollout.response_mask.cpu()
     return [row[mask].tolist() for row, mask in zip(sequences, masks, strict=True)]
+
+
+def response_texts(rollout: Rollout, tokenizer) -> list[str]:
+    """Returns the responses as text, without end tokens."""
+    return [decode_answer(tokenizer, ids) for ids in response_ids(rollout)]

@@ -1,4 +1,4 @@
-"""A run: what it is made of, what of it changes, and what happens between two steps of the loop."""
+"""A PPO run: its parts, its state, and what happens between two steps of the loop."""
 
 from dataclasses import dataclass, field
 
@@ -6,18 +6,17 @@ import torch
 
 from data.order import order
 from data.prompts import Prompt
-from data.template import decode_answer
 from ppo.alarms import MAX_ROLLBACKS, alarms
 from ppo.config import PPOConfig
-from ppo.decoding.sampling import EVALUATION
-from ppo.evaluate import BestRule, evaluate
+from ppo.decoding.sampling import Sampling
+from ppo.evaluate import evaluate, is_best
 from ppo.experience import score_problem, value_scale, with_values
 from ppo.models import Models
 from ppo.pretrain import PretrainStream
 from ppo.ranks import own_share
-from ppo.rollout import response_ids
-from ppo.score import RewardFunction
+from ppo.rollout import Sampler, response_texts
 from ppo.types import Batch, Experience, PromptBatch, Rollout, Scores
+from ppo.user_reward import RewardFunction
 from utils.distributed import barrier, is_main
 from utils.errors import UserError
 from utils.models.export import save_causal_lm
@@ -30,31 +29,31 @@ from utils.schedule import lr_factor
 
 @dataclass
 class RunState:
-    """What changes during a run, besides the engines: what a checkpoint keeps."""
+    """What changes during a run, besides the engines. Checkpoints contain it."""
 
-    best: BestRule
     step: int = 0
-    next_place: int = 0  # place of the next prompt in the run: order and random streams follow from it
+    best_score: float = float("-inf")  # mean score of the evaluation that best/ comes from
+    next_place: int = 0  # place of the next prompt in the run, on which order and random streams depend
     moments: RunningMoments = field(default_factory=RunningMoments)
-    pretrain: PretrainStream | None = None  # ptx batches, at their place
+    pretrain: PretrainStream | None = None  # batches of the pre-training loss
     rollbacks: int = 0
-    left_out: int = 0  # bad batches, of the --skip_bad_batches that are tolerated
-    critic_center: float | None = None  # what the critic subtracts from its head's output, once `fit_critic` has set it
+    left_out: int = 0  # bad batches so far, at most --skip_bad_batches
+    critic_center: float | None = None  # subtracted from the critic head's output, once `fit_critic` has set it
 
     def state_dict(self) -> dict:
-        """All of it, as JSON."""
+        """Returns the state as JSON."""
         place = self.pretrain.place if self.pretrain else 0
         return {
             "step": self.step, "next_place": self.next_place, "moments": self.moments.state_dict(),
-            "best_score": self.best.best_score, "pretrain_place": place, "left_out": self.left_out,
+            "best_score": self.best_score, "pretrain_place": place, "left_out": self.left_out,
             "rollbacks": self.rollbacks, "critic_center": self.critic_center,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on from what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self.step, self.next_place, self.left_out = state["step"], state["next_place"], state["left_out"]
         self.moments.load_state_dict(state["moments"])
-        self.best.best_score = state["best_score"]
+        self.best_score = state["best_score"]
         self.rollbacks = state["rollbacks"]
         self.critic_center = state.get("critic_center")
         if self.pretrain:
@@ -63,13 +62,15 @@ class RunState:
 
 @dataclass
 class Run:
-    """What a run is made of; after `build` only `state` and the engines change."""
+    """The parts of a run. After `build`, only `state` and the engines change."""
 
     config: PPOConfig
     tokenizer: object
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
     models: Models
+    sampler: Sampler
+    sampling: Sampling
     reward_fn: RewardFunction | None
     logger: RunLogger
     state: RunState
@@ -77,44 +78,46 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are made."""
+        """Whether all steps are done."""
         return self.state.step >= self.config.total_steps
 
     def _prompts(self, start: int) -> list[Prompt]:
-        """Those of the buffer that begins at place `start`."""
+        """Returns the prompts of the buffer that starts at place `start`."""
         config = self.config
         return [self.prompts[i] for i in order(start, config.num_rollouts, len(self.prompts), config.seed)]
 
     def next_prompts(self) -> PromptBatch:
-        """This rank's share of the next num_rollouts prompts, each with its place in the run."""
+        """Returns this rank's share of the next num_rollouts prompts, each with its place in the run."""
         start = self.state.next_place
         self.state.next_place += self.config.num_rollouts
         return own_share(self._prompts(start), list(range(start, self.state.next_place)))
 
-    def learning_rates(self, step: int) -> tuple[float, float]:
-        """(policy's, critic's) learning rate at a step counted from 0.
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """Returns {"policy": learning rate, "critic": learning rate} of a step, counted from 0.
 
-        While only the critic trains, the policy's is 0 and the critic's is --critic_lr, after a warm-up over the first
-        tenth of those steps. It then stays there while the policy warms up, and decays with it.
+        While only the critic trains, the policy's is 0, and the critic's reaches --critic_lr after a warm-up over a
+        tenth of these steps. It keeps that value while the policy warms up, and then decays with the policy's.
         """
         config, alone = self.config, self.config.critic_pretrain_steps
         if step < alone:
-            return 0.0, config.critic_lr * min(1.0, (step + 1) / max(1, alone // 10))
+            return {"policy": 0.0, "critic": config.critic_lr * min(1.0, (step + 1) / max(1, alone // 10))}
 
         def factor(at: int) -> float:
             return lr_factor(at, config.warmup_steps, config.train_steps, config.lr_schedule)
 
         at = step - alone
-        return config.lr * factor(at), config.critic_lr * factor(max(at, config.warmup_steps - 1) if alone else at)
+        critic_at = max(at, config.warmup_steps - 1) if alone else at
+        return {"policy": config.lr * factor(at), "critic": config.critic_lr * factor(critic_at)}
 
     def fit_critic(self, experience: Experience) -> Experience:
-        """The experience, at the first step of a critic pre-training with the critic brought to the returns' scale.
+        """Rescales the critic's values to the returns at the first step of critic pre-training; returns new experience.
 
-        A reward model's raw scores are larger than returns of normalised scores, and a few optimizer steps do not make
-        up for that. The head's weight is scaled and `score_center` shifted (`value_scale`). Collective.
+        Raw scores of the reward model that a critic starts from are larger than returns of normalised scores, and a few
+        optimizer steps do not change that. Scales the head's weight and shifts `score_center` (`value_scale`).
+        Collective.
         """
         config, state, critic = self.config, self.state, self.models.critic
-        wanted = config.critic_pretrain_steps and config.critic_init_scale and state.step == 0
+        wanted = critic and config.critic_pretrain_steps and config.critic_init_scale and state.step == 0
         if not wanted or state.critic_center is not None:
             return experience
         scale, shift = value_scale(experience, config)
@@ -125,9 +128,9 @@ class Run:
         return with_values(experience, values, config)
 
     def refuses(self, rollout: Rollout, scores: Scores, own: torch.Tensor) -> bool:
-        """Whether the whole buffer is left out for a bad score; the step is then made with the next prompts.
+        """Returns whether the buffer is left out because of a bad score. own: this rank's scores.
 
-        own: this rank's scores.
+        The step is then done with the next prompts.
         """
         problem = score_problem(scores.scores, self.config.explosion_limit, own)
         if problem:
@@ -135,14 +138,14 @@ class Run:
         return problem is not None
 
     def leave_out(self, problem: str, *batches: Batch) -> None:
-        """Saves and counts a bad batch, the same on all ranks. Raises UserError when --skip_bad_batches are used up."""
+        """Saves and counts a bad batch, the same on all ranks. UserError if there are more than --skip_bad_batches."""
         config, state = self.config, self.state
         state.left_out += 1
         path = f"{config.model_save_path}/bad_batches/step_{state.step + 1}_{state.left_out}.safetensors"
         where = f"step {state.step + 1}, batch in {path}"
         if is_main() and (refusal := save_batches(path, batches)):
             where = f"step {state.step + 1}, batch not saved: {refusal}"
-        barrier()  # a launcher ends the others when one has ended: not while the batch is being written
+        barrier()  # a launcher kills all ranks when one ends, which must not happen while rank 0 writes the batch
         text = f"{problem} [{where}]"
         if state.left_out > config.skip_bad_batches:
             self.keeper.settle()
@@ -150,7 +153,7 @@ class Run:
         self.logger.say(f"warning: {text}; left out, {state.left_out} of --skip_bad_batches {config.skip_bad_batches}")
 
     def export(self, name: str) -> None:
-        """Writes the policy to the run's folder `name`. Collective; rank 0 writes, the others wait."""
+        """Writes the policy to the run's folder `name`. Collective; rank 0 writes."""
         state = self.models.policy.full_state_dict()
         if is_main():
             lm, folder = self.models.policy.module.lm, f"{self.config.model_save_path}/{name}"
@@ -160,9 +163,10 @@ class Run:
         self.keeper.feed(f"export of {name}/")
 
     def after_step(self, rollout: Rollout, scores: Scores, metrics: dict[str, float]) -> None:
-        """Writes the step's metrics and some texts; evaluates and keeps the best where that is due. Collective.
+        """Writes metrics and samples; evaluates, exports best/ and writes a checkpoint at steps that ask for it.
 
-        Last, it writes the checkpoint that is due, and hears of a wish to stop; or a collapse takes the run back.
+        Checks for signals to stop. After a collapse, returns to the last checkpoint (--on_collapse rollback).
+        Collective.
         """
         config, step = self.config, self.state.step
         signs = alarms(metrics, config)
@@ -177,10 +181,10 @@ class Run:
             self.keeper.after_step(self.state.state_dict(), self.logger.say)
 
     def _collapses(self, signs: list[str]) -> bool:
-        """Whether --on_collapse rollback took the run back to its last checkpoint. Collective; says every alarm.
+        """Prints alarms; returns whether --on_collapse rollback restored the last checkpoint. Collective.
 
-        Prompts and random streams go on from where they are: the same ones would lead to the same end. So does best/,
-        which may hold a policy from between checkpoint and collapse.
+        Prompts and random streams are not reset, since the same ones would lead to the same collapse. Neither is best/,
+        which may hold a policy from after the checkpoint.
         """
         config, state = self.config, self.state
         if not signs:
@@ -195,37 +199,38 @@ class Run:
         self.logger.say(f"warning: {text}")
         if not start:
             return False
-        kept = {"next_place": state.next_place, "best_score": state.best.best_score, "rollbacks": state.rollbacks + 1}
+        kept = {"next_place": state.next_place, "best_score": state.best_score, "rollbacks": state.rollbacks + 1}
         self.keeper.begin(start, config.seed)
         state.load_state_dict(start.state | kept)
         self.logger.rewind(state.step)
-        self.logger.say(f"back at step {state.step}, rollback {state.rollbacks} of {MAX_ROLLBACKS}; the prompts go on")
+        self.logger.say(f"back at step {state.step}, rollback {state.rollbacks} of {MAX_ROLLBACKS}, with new prompts")
         return True
 
     def evaluate(self, may_be_best: bool) -> dict[str, float]:
-        """Metrics on held-out prompts, keys `eval_...`; exports best/ when the rule says so. Collective.
+        """Returns metrics on held-out prompts, keys `eval_...`; exports best/ if they are the best. Collective.
 
-        may_be_best: False where the step looks like a collapse, whatever the score.
+        may_be_best: False for a step that looks like a collapse.
         """
         metrics, rows = evaluate(
-            self.eval_prompts, self.models, self.reward_fn, self.tokenizer, self.config, EVALUATION
+            self.eval_prompts, self.sampler, self.models, self.reward_fn, self.tokenizer, self.config
         )
         self.keeper.feed("evaluation")
-        better = may_be_best and self.state.best.improves(metrics)
+        better = may_be_best and is_best(metrics, self.state.best_score, self.config.best_max_kl)
         self.logger.say(
             f"step {self.state.step}: held-out score {metrics['score_mean']:.3f}, KL {metrics['kl_ref']:.2f}, "
             f"length {metrics['response_length']:.1f}" + (" (best so far)" if better else "")
         )
         self.logger.samples(self.state.step, [{"held_out": True, **row} for row in rows[: self.config.num_samples]])
         if better:
+            self.state.best_score = metrics["score_mean"]
             self.export("best")
         return {f"eval_{key}": value for key, value in metrics.items()}
 
     def _texts(self, rollout: Rollout, scores: Scores) -> list[dict]:
-        """The buffer's first samples, the same on any number of ranks."""
+        """Returns the buffer's first samples, which are the same on any number of ranks."""
         prompts = self._prompts(self.state.next_place - self.config.num_rollouts)
         first = slice(self.config.num_samples)
-        answers = [decode_answer(self.tokenizer, ids) for ids in response_ids(rollout.rows(first))]
+        answers = response_texts(rollout.rows(first), self.tokenizer)
         return [
             {"prompt": prompt.turns[-1]["content"], "answer": answer, "score": score}
             for prompt, answer, score in zip(prompts[first], answers, scores.scores[first].tolist(), strict=True)

@@ -1,6 +1,6 @@
-"""What flows between the stages: prompts -> rollout -> scores -> experience -> update.
+"""The data that the stages exchange: prompts -> rollout -> scores -> experience -> update.
 
-Every per-token tensor is [batch, length]; index t is about token t of `sequences`; 0 where its mask is False.
+Per-token tensors are [batch, length]; index t refers to token t of `sequences`; values are 0 where the mask is False.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -13,10 +13,7 @@ from utils.tensors import to_device
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts of one buffer, this rank's share.
-
-    `places` are their places in the run: they pick the random streams, and the order of joined rows.
-    """
+    """This rank's prompts of one buffer. places: of each in the run; they set random streams and the order of rows."""
 
     ids: list[list[int]]
     turns: list[list[dict]]
@@ -24,28 +21,32 @@ class PromptBatch:
 
 
 class Batch:
-    """Tensors whose first dimension is the sample."""
+    """Tensors whose first dimension is the sample; an optional one may be None."""
 
     def rows(self, index) -> Self:
         """The samples at `index`: a slice, a tensor, or a list, which is copied to the device once for all tensors."""
-        columns = [getattr(self, f.name) for f in fields(self)]
         if isinstance(index, list):
-            index = to_device(torch.tensor(index, dtype=torch.int64), columns[0].device)
-        return type(self)(*(column[index] for column in columns))
+            index = to_device(torch.tensor(index, dtype=torch.int64), self._first.device)
+        return self.map(lambda column: column[index])
 
     def map(self, function) -> Self:
         """Applies a function to every tensor."""
-        return replace(self, **{f.name: function(getattr(self, f.name)) for f in fields(self)})
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: function(x) for name, x in columns.items() if x is not None})
 
     def __len__(self) -> int:
-        return len(getattr(self, fields(self)[0].name))
+        return len(self._first)
+
+    @property
+    def _first(self) -> torch.Tensor:
+        return getattr(self, fields(self)[0].name)
 
 
 @dataclass(frozen=True)
 class Rollout(Batch):
     """Prompts with sampled responses. sequences [batch, length] int64, right-padded; masks bool, made from lengths.
 
-    `response_mask` is True on response tokens, the end token included. `ended` [batch] bool: one was sampled.
+    `response_mask` is True on response tokens, the end token included. `ended` [batch] bool: it has an end token.
     """
 
     sequences: torch.Tensor
@@ -56,7 +57,7 @@ class Rollout(Batch):
 
 @dataclass(frozen=True)
 class MeasuredRollout(Rollout):
-    """With what the sampler saw of each response token: the fields of the same names in `Scores`."""
+    """A rollout with the sampler's own log-probabilities and entropies, as the fields of these names in `Scores`."""
 
     old_logprobs: torch.Tensor
     entropy: torch.Tensor
@@ -64,17 +65,17 @@ class MeasuredRollout(Rollout):
 
 @dataclass(frozen=True)
 class Scores(Batch):
-    """What the four models say of a rollout: float32, [batch, length] but for the scores.
+    """What the models compute for a rollout, float32; [batch, length] unless stated.
 
-    `entropy` is the sampling policy's, in nats, before each response token. `scores` [batch] is what the policy learns
-    from, `member_scores` [batch, reward models] what each reward model says by itself. `truncated` bool [batch, those
-    of them that encode answers anew]: the dialogue was too long for that model's window.
+    entropy: of the sampling policy before each response token, nats. scores [batch]: what the policy learns from.
+    member_scores [batch, reward models]: of each reward model. truncated bool [batch, reward models that encode answers
+    again]: the dialogue was too long for that model's window. old_values: None without a critic.
     """
 
     old_logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
     entropy: torch.Tensor
-    old_values: torch.Tensor
+    old_values: torch.Tensor | None
     scores: torch.Tensor
     member_scores: torch.Tensor
     truncated: torch.Tensor
@@ -82,14 +83,17 @@ class Scores(Batch):
 
 @dataclass(frozen=True)
 class Experience(Batch):
-    """What the update reads: [batch, length]. `returns` come from the advantages before any normalisation."""
+    """What the update reads: [batch, length]. old_values and returns are None without a critic.
+
+    Returns are computed from the advantages before these are normalised.
+    """
 
     sequences: torch.Tensor
     attention_mask: torch.Tensor
     response_mask: torch.Tensor
     old_logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
-    old_values: torch.Tensor
+    old_values: torch.Tensor | None
     rewards: torch.Tensor
     advantages: torch.Tensor
-    returns: torch.Tensor
+    returns: torch.Tensor | None

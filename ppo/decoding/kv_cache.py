@@ -1,7 +1,7 @@
-"""A preallocated key-value cache whose rows, the slots, are handed from one response to the next.
+"""A preallocated key-value cache with one slot per sequence; a new response reuses the slot of one that has ended.
 
-All slots write the same column at each step, so that their tokens end in the same place: to a model the cache looks
-like a left-padded batch, and what works with one (sliding windows, ALiBi, learned positions) works here.
+All slots write the same column at each step, so their tokens end at the same column: to a model the cache looks like a
+left-padded batch. So sliding windows, ALiBi and learned positions work.
 """
 
 import weakref
@@ -14,39 +14,37 @@ from utils.tensors import to_device
 
 
 def columns_for(tokens: int) -> int:
-    """Columns of a cache for sequences of so many tokens: an eighth more, so that columns seldom have to move."""
+    """Returns the number of columns for sequences of this many tokens: an eighth more, so that columns rarely move."""
     return tokens + max(16, tokens // 8)
 
 
 def slots_for(wanted: int, columns: int, cache_tokens: int) -> int:
-    """How many of the wanted slots a cache of so many tokens (0: any number) has room for; at least 1."""
+    """Returns how many of the wanted slots fit in a cache of this many tokens (0: no limit); at least 1."""
     return max(1, min(wanted, cache_tokens // columns)) if cache_tokens else wanted
 
 
-AUTO_SLOTS = 32  # under --rollout_batch_size auto where free memory is not known, such as on a CPU
+AUTO_SLOTS = 32  # for --rollout_batch_size auto where free memory is not known, such as on a CPU
 
 
-def slots_in(room: int, slot: int, prompts: int) -> int:
-    """How many slots of `slot` bytes fit `room` bytes: at least 1, at most one per prompt.
+def slots_in(free: int, slot: int, prompts: int) -> int:
+    """Returns how many slots of `slot` bytes fit in `free` bytes: at least 1, at most one per prompt.
 
-    From 4 on a multiple of 4, so that small differences in free memory from run to run give the same number.
+    From 4 on a multiple of 4, so that small differences in free memory between runs give the same number.
     """
-    fitting = max(1, room // slot)
+    fitting = max(1, free // slot)
     return min(prompts, fitting if fitting < 4 else fitting // 4 * 4)
 
 
 class SlotCache(Cache):
-    """Keys and values of the last tokens of `num_slots` sequences, allocated at the first forward and never copied.
+    """Keys and values of `num_slots` sequences, allocated at the first forward.
 
-    The first `live` slots are in use. Slot i holds the `lengths[i]` columns before column `end`, and `mask` [num_slots,
-    num_columns] is True from its first one on. Before a forward, `append` makes room for new prompts or `advance` for
-    one token more in every live slot: the forward's keys and values go there.
-
-    After `advance`, two tensors on the device tell kernels the column of the newest tokens, `newest`, and the `first`
-    column of each slot, which lies behind `newest` where the slot is not in use.
+    The first `live` slots are in use. Slot i holds the `lengths[i]` columns before column `end`; `mask` [num_slots,
+    num_columns] is True from its first column on. Before each forward, call `append` for new prompts or `advance` for
+    one more token per live slot. For kernels, `newest` is the column of the newest tokens after `advance`, and `first`
+    [num_slots] the first column of each slot, greater than `newest` where the slot is not in use.
     """
 
-    is_compileable = True  # transformers then makes every mask without asking the device whether it is needed
+    is_compileable = True  # transformers then makes every mask without a copy from the device to check if it is needed
 
     def __init__(self, num_slots: int, num_columns: int, device: torch.device):
         super().__init__(layers=[])
@@ -60,20 +58,20 @@ class SlotCache(Cache):
         self.rows, self.written, self.read, self.sources = slice(0), slice(0), None, None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        """What a model's attention calls: keeps these, returns those that they may attend to."""
+        """Stores a forward's keys and values, and returns those that its tokens attend to. Called by each layer."""
         while len(self.layers) <= layer_idx:
             self.layers.append(_SlotLayer(self))
         return self.layers[layer_idx].update(key_states, value_states)
 
     @property
     def live(self) -> int:
-        """Slots in use."""
+        """Number of slots in use."""
         return len(self.lengths)
 
     def append(self, mask: torch.Tensor, lengths: list[int], sources: torch.Tensor | None) -> None:
-        """New slots behind the live ones for left-padded prompts. mask: [prompts, width], lengths: tokens of each.
+        """Adds slots for left-padded prompts. mask: [prompts, width]; lengths: tokens of each prompt.
 
-        sources: [prompts], which row of the forward each comes from, where the forward has fewer: equal prompts.
+        sources: [prompts], the row of the forward for each prompt, where equal prompts share a row; None: one row each.
         """
         width = mask.shape[1]
         if self.end < width or not self.live:
@@ -87,7 +85,7 @@ class SlotCache(Cache):
         self.first_is_old = True
 
     def advance(self) -> torch.Tensor:
-        """One column more. Returns the mask [live, columns from the longest slot's first token on]."""
+        """Adds a column. Returns the mask, [live, columns from the longest slot's first token on]."""
         longest = max(self.lengths)
         if self.end == self.num_columns:
             self._move_columns(longest)
@@ -104,7 +102,7 @@ class SlotCache(Cache):
         return self.mask[self.rows, self.read]
 
     def keep(self, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Gives all other slots up; the last of the kept ones take their places. Returns (from, to) if any moved."""
+        """Frees all other slots, and moves the last of those kept to free places. Returns (from, to) if any moved."""
         kept = set(slots)
         holes = [i for i in range(len(slots)) if i not in kept]
         movers = [i for i in slots if i >= len(slots)]
@@ -122,7 +120,7 @@ class SlotCache(Cache):
         return moved
 
     def _move_columns(self, end: int) -> None:
-        """Moves what the live slots hold so that it ends before column `end`."""
+        """Moves the columns of the live slots so that they end before column `end`."""
         longest, old = max(self.lengths, default=0), self.end
         assert longest <= end < self.num_columns
         for x in self._tensors() if self.live else ():
@@ -145,10 +143,10 @@ class _SlotLayer(CacheLayerMixin):
 
     def __init__(self, cache: SlotCache):
         super().__init__()
-        self.cache = weakref.proxy(cache)  # no cycle: the memory is free as soon as decoding ends
+        self.cache = weakref.proxy(cache)  # no reference cycle, so the memory is freed as soon as decoding ends
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Zeros, as masked columns are multiplied by 0 and must be finite."""
+        """Allocates zeros: masked columns are multiplied by 0 and have to be finite."""
         slots, columns = self.cache.num_slots, self.cache.num_columns
         self.keys, self.values = (
             x.new_zeros(slots, x.shape[1], columns, x.shape[3]) for x in (key_states, value_states)
@@ -156,7 +154,7 @@ class _SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Writes [rows, heads, new columns, head size]; returns what the forward's tokens may attend to."""
+        """Writes [rows, heads, new columns, head size]; returns the keys and values that the tokens attend to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         cache = self.cache
@@ -168,14 +166,14 @@ class _SlotLayer(CacheLayerMixin):
         return self.keys[cache.rows, :, cache.read], self.values[cache.rows, :, cache.read]
 
     def get_seq_length(self) -> int:
-        """Columns before the forward's own."""
+        """Number of columns before those of this forward."""
         read = self.cache.read
         return 0 if read is None else read.stop - read.start - 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(columns that are attended to, the first one's place)."""
+        """Returns (number of columns attended to, index of the first)."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """Columns."""
+        """Number of columns."""
         return self.cache.num_columns

@@ -1,9 +1,8 @@
-"""One new token a slot through a decoder of LLaMA's kind: the products, and little else.
+"""Forward of one new token per slot through a decoder of LLaMA's kind: matrix products and little else.
 
-In decoding, the small operations around the matrix products decide the time. transformers runs about fifty per layer,
-each a kernel launch on a GPU, besides masks and wrappers. Here a layer runs about twenty (sixteen with the kernels of
-ragged_attention.py), with the same numbers but for rounding. Other architectures, windows and attention kernels,
-and weights that ZeRO-3 leaves split, go through the model's own forward.
+In decoding, the small operations around the matrix products take most of the time. A layer of transformers runs about
+fifty, each a kernel launch on a GPU, besides masks and wrappers. A layer here runs about twenty, or sixteen with the
+kernels of ragged_attention.py. Results differ by rounding only.
 """
 
 import importlib.util
@@ -13,33 +12,33 @@ import torch
 from torch import nn
 from torch.nn.functional import rms_norm
 
-from ppo.decoding.attention import by_groups, by_slots, is_replaced
+from ppo.decoding.attention import attend_groups, can_group
 from ppo.decoding.kv_cache import SlotCache
 from utils.models.padding_free import is_like_llama
 
 
-def goes_straight(config) -> bool:
-    """Whether `new_token_states` knows decoders with this config. Their weights have to be whole besides."""
-    return is_replaced(config) and is_like_llama(config)
+def can_run_llama_step(config) -> bool:
+    """Returns whether `new_token_states` supports decoders with this config, if ZeRO-3 does not split their weights."""
+    return can_group(config) and is_like_llama(config)
 
 
-def goes_ragged(decoder: nn.Module) -> bool:
-    """Whether the kernels of ragged_attention.py can run this decoder: on a GPU from Ampere on, with Triton."""
-    place = next(decoder.parameters()).device
-    if place.type != "cuda" or not goes_straight(decoder.config) or importlib.util.find_spec("triton") is None:
+def can_run_triton(decoder: nn.Module) -> bool:
+    """Returns whether the kernels of ragged_attention.py support this decoder: on a GPU from Ampere on, with Triton."""
+    device = next(decoder.parameters()).device
+    if device.type != "cuda" or not can_run_llama_step(decoder.config) or importlib.util.find_spec("triton") is None:
         return False
     from ppo.decoding.ragged_attention import SIZES
 
-    return torch.cuda.get_device_capability(place) >= (8, 0) and decoder.layers[0].self_attn.head_dim in SIZES
+    return torch.cuda.get_device_capability(device) >= (8, 0) and decoder.layers[0].self_attn.head_dim in SIZES
 
 
 def new_token_states(
     decoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: SlotCache
 ) -> torch.Tensor:
-    """The decoder's states of one new token a slot, which joins the cache: [slots, hidden].
+    """Returns the decoder's last states of one new token per slot, [slots, hidden], and adds the token to the cache.
 
-    ids, positions: [slots, 1]. mask: bool [slots, columns], or int64 [1, 1, 1, slots], the columns of each slot. None:
-    the kernels of ppo/decoding/ragged_attention.py attend to the columns from `cache.first` to `cache.newest`.
+    ids, positions: [slots, 1]. mask: bool [slots, columns], or None: the kernels of ragged_attention.py then attend to
+    the columns from `cache.first` to `cache.newest`.
     """
     hidden = decoder.embed_tokens(ids.squeeze(1))
     angles = decoder.rotary_emb(hidden, positions)
@@ -60,28 +59,25 @@ def new_token_states(
 
 
 def _by_pytorch(cache: SlotCache, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor) -> Callable:
-    """Returns a function that gives a layer's attention: [slots, heads, size].
+    """Returns a function that computes a layer's attention, [slots, heads, size], with PyTorch's kernel.
 
-    It takes the layer's attention module, and query, key and value, [slots, heads, size] each, before rotation.
+    Its arguments: the layer's attention module, and query, key and value, [slots, heads, size], before rotation.
     """
     sin = sin[..., : sin.shape[-1] // 2]
-    if mask.dtype == torch.int64:
-        attend, seen = by_slots, mask.flatten().tolist()
-    else:  # sdpa would make numbers of it in every layer
-        mask = torch.zeros_like(mask, dtype=cos.dtype).masked_fill_(~mask, -torch.inf)
-        attend, seen = by_groups, mask[:, None, None]
+    # PyTorch's kernel would convert a bool mask to this in every layer.
+    mask = torch.zeros_like(mask, dtype=cos.dtype).masked_fill_(~mask, -torch.inf)[:, None, None]
 
     def attended(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         heads = query.shape[1], key.shape[1]
         query, key = _rotated(torch.cat((query, key), 1), cos, sin).split(heads, 1)
         keys, values = cache.update(key[:, :, None], value[:, :, None], attention.layer_idx)
-        return attend(query, keys, values, seen, attention.scaling)
+        return attend_groups(query, keys, values, mask, attention.scaling)
 
     return attended
 
 
 def _by_kernels(cache: SlotCache, cos: torch.Tensor, sin: torch.Tensor) -> Callable:
-    """As `_by_pytorch`, with the kernels of ppo/decoding/ragged_attention.py."""
+    """Returns what `_by_pytorch` returns, with the kernels of ragged_attention.py."""
     from ppo.decoding.ragged_attention import append_rotated, attend
 
     def attended(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -97,10 +93,13 @@ def _normed(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (Su et al. 2021, eq. 34). x: [slots, heads, size]; cos: [slots, 1, size]; sin: half of it."""
+    """Applies rotary positions (Su et al. 2021, eq. 34).
+
+    x: [slots, heads, size]; cos: [slots, 1, size]; sin: [slots, 1, size / 2].
+    """
     first, second = x.chunk(2, -1)
-    turned = x * cos
-    low, high = turned.chunk(2, -1)
+    rotated = x * cos
+    low, high = rotated.chunk(2, -1)
     low.addcmul_(second, sin, value=-1)
     high.addcmul_(first, sin)
-    return turned
+    return rotated

@@ -1,16 +1,16 @@
-"""Triton kernels for the attention of one new token per slot, on a GPU: each slot reads its own columns and no others.
+"""Triton kernels for the attention of one new token per slot, on a GPU, where each slot reads only its own columns.
 
-PyTorch's kernels need a mask instead: every slot then reads the columns of the longest, and flash kernels take no mask.
-The columns of each slot are read from device memory, so that a CUDA graph of these kernels stays valid from token to
-token. Importing this module needs Triton.
+With PyTorch's kernels and a mask, every slot reads as many columns as the longest; flash kernels do not support masks.
+Column numbers are read from device memory, so that a CUDA graph of these kernels stays valid for the next token.
+Importing this module needs Triton.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-SIZES = (16, 32, 64, 128, 256)  # of heads: Triton's blocks are powers of two
-PROGRAMS = 8  # per multiprocessor: enough that slots of unequal length leave none idle for long
+SIZES = (16, 32, 64, 128, 256)  # head sizes that are supported: Triton's blocks are powers of two
+PROGRAMS = 8  # per multiprocessor, so that slots of different lengths keep all of them busy
 MAX_SPLITS = 64
 LOG2_E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-1e30)  # in place of log(0), as the difference of two infinities is NaN
@@ -24,7 +24,7 @@ def append_rotated(
 
     key, value: [slots, key-value heads, size]; cos, sin: [slots, 1, size], their halves equal (Su et al. 2021, eq. 34);
     keys, values: the cache, [at least that many slots, key-value heads, columns, size]; end: int32 on the device.
-    Calculates in float32 and rounds once.
+    Computed in float32 and rounded once.
     """
     query, key, value, cos, sin = (x.contiguous() for x in (query, key, value, cos, sin))
     assert keys.is_contiguous() and values.is_contiguous()
@@ -39,11 +39,11 @@ def attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: torch.Tensor, end: torch.Tensor,
     scaling: float, splits: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Attention of one token per slot over the columns from `first` to `end` of its own: [slots, heads, size].
+    """Returns the attention of one token per slot over its columns from `first` to `end`: [slots, heads, size].
 
     query: [slots, heads, size]; keys, values: as in `append_rotated`; first: int32 [slots] and end: int32, on the
-    device. A slot whose first column lies behind `end` reads column `end`. splits: parts of each slot's columns, which
-    are read side by side; None: as many as keep the device busy. The same inputs give the same bits.
+    device. A slot whose first column is greater than `end` reads column `end`. splits: parts of each slot's columns,
+    which are read in parallel; None: as many as keep the device busy. Deterministic.
     """
     query = query.contiguous()
     assert keys.is_contiguous() and values.is_contiguous()
@@ -69,12 +69,12 @@ def attend(
 
 
 def _block(size: int, element: int, group: int) -> int:
-    """Columns that a program reads at once. More would take registers or shared memory from other programs."""
+    """Returns the columns that a program reads at once, limited by registers and shared memory."""
     return max(16, min(128, (16384 if group > 1 and element == 2 else 8192) // (size * element)))
 
 
 def _splits(programs: int, columns: int, block: int, device: torch.device) -> int:
-    """How many programs share a slot's columns, none with less than two blocks of a full slot."""
+    """Returns how many programs share a slot's columns; each has at least two blocks of a full slot."""
     cuda = device.type == "cuda"  # Triton's interpreter, on a CPU, runs one program at a time
     wanted = PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
     return max(1, min(MAX_SPLITS, -(-wanted // programs), columns // (2 * block)))
@@ -84,7 +84,7 @@ def _splits(programs: int, columns: int, block: int, device: torch.device) -> in
 def _append_rotated(
     query, key, value, cos, sin, keys, values, end, rotated, columns, heads, shared, SIZE: tl.constexpr
 ):  # fmt: skip
-    """One head of one slot: a query head, or a key head with its value."""
+    """Rotates one query head of one slot, or stores one rotated key head and its value."""
     slot, head = tl.program_id(0), tl.program_id(1)
     low = tl.arange(0, SIZE // 2)
     high = low + SIZE // 2
@@ -107,7 +107,7 @@ def _append_rotated(
 
 @triton.jit
 def _part(first, end, slot, split, splits, BLOCK: tl.constexpr):
-    """(first column of a part of the slot's, the one behind its last): whole blocks, none in the last parts if few."""
+    """Returns (first column, last column + 1) of a part of a slot's columns: whole blocks; last parts may be empty."""
     stop = tl.load(end) + 1
     start = tl.minimum(tl.load(first + slot), stop - 1)
     part = tl.cdiv(tl.cdiv(stop - start, splits), BLOCK) * BLOCK
@@ -120,10 +120,10 @@ def _attend_alone(
     query, keys, values, first, end, parts, weights, scaling, columns, GROUP: tl.constexpr, PADDED: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A query head with keys of its own, over one part of a slot's columns, by an online softmax in float32.
+    """Attends with one query head that has its own keys to one part of a slot's columns (online softmax, float32).
 
-    Writes the part's output and the base-2 logarithm of its sum of exponentials; nothing where the part is empty. Each
-    row of a block has a maximum and sums of its own, so that threads exchange nothing until the end.
+    Writes the part's output and the base-2 logarithm of its sum of exponentials; nothing for an empty part. Each row of
+    a block has its own maximum and sums, so that threads exchange data only at the end.
     """
     slot, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, splits = slot * tl.num_programs(1) + head, tl.num_programs(2)
@@ -157,7 +157,7 @@ def _attend_group(
     query, keys, values, first, end, parts, weights, scaling, columns, GROUP: tl.constexpr, PADDED: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As `_attend_alone`, for query heads that share keys: rows of one product, PADDED to what tensor cores take."""
+    """Does what `_attend_alone` does for query heads that share keys: rows of one product, PADDED for tensor cores."""
     slot, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, splits = slot * tl.num_programs(1) + head, tl.num_programs(2)
     start, stop = _part(first, end, slot, split, splits, BLOCK)
@@ -190,7 +190,7 @@ def _attend_group(
 def _combine(
     parts, weights, first, end, output, splits, SPLITS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One head of one slot: the parts' outputs, each weighted by its share of the sum of exponentials."""
+    """Combines the parts' outputs of one head of one slot, weighted by their shares of the sum of exponentials."""
     slot, heads = tl.program_id(0), tl.num_programs(1)
     row = slot * heads + tl.program_id(1)
     split, sizes = tl.arange(0, SPLITS), tl.arange(0, SIZE)

@@ -1,4 +1,4 @@
-"""Continuous decoding: where a response ends the next prompt takes its slot, so that none waits for the longest."""
+"""Continuous batching: when a response ends, the next prompt takes its cache slot, so no slot waits for the longest."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,79 +17,54 @@ from utils.tokenizer import stop_ids
 
 
 @dataclass(frozen=True)
-class Room:
-    """What decoding may take of a device: speed and memory, nothing else."""
+class DecodingOptions:
+    """Sizes and kernels of decoding. They change speed and memory; they change results by rounding only."""
 
     max_slots: int
-    """Sequences at once"""
+    """Sequences decoded at once"""
     prefill_tokens: int
-    """Tokens of a forward over prompts, padding included; a longer prompt stands alone"""
+    """Tokens of a forward over prompts, padding included; a longer prompt has a forward of its own"""
     cache_tokens: int = 0
-    """Tokens of the key-value cache: fewer slots where it is less than they would take, but one; 0: no bound"""
-    alone_from: int | None = None
-    """Columns from which on attention gets the length of every slot in place of a mask: attention.py. None:
-    never"""
-    steps_per_look: int = 1
-    """Forwards between two looks at which responses have ended: on a GPU each look waits for it"""
-    straight: bool = False
-    """New tokens go through the layers without the model's own forward: ppo/decoding/llama_step.py"""
-    ragged: bool = False
-    """New tokens attend to their slot's own columns by the kernels of ragged_attention.py; needs `straight`"""
-    graphs: bool = False
-    """Decoding steps run as CUDA graphs (ppo/decoding/cuda_graphs.py); needs `ragged`"""
+    """Tokens of the key-value cache: reduces the number of slots, to at least 1; 0: no limit"""
+    steps_per_check: int = 1
+    """Forwards between two checks which responses have ended; each check waits for the device"""
+    llama_step: bool = False
+    """New tokens bypass the model's own forward: ppo/decoding/llama_step.py"""
+    triton: bool = False
+    """Attention by the kernels of ppo/decoding/ragged_attention.py; needs `llama_step`"""
+    cuda_graphs: bool = False
+    """Decoding steps run as CUDA graphs: ppo/decoding/cuda_graphs.py; needs `triton`"""
 
 
-@torch.no_grad()
-def decode_all(
-    decode: Callable, prompts: list[list[int]], places: list[int], limits: list[int], sampling: Sampling, seed: int,
-    tokenizer, room: Room, device: torch.device, together: bool = False, watch: Callable | None = None,
-) -> list[torch.Tensor]:  # fmt: skip
-    """One response a prompt, its end included, of at most limits[i] tokens. decode: the policy, called with `decode=`.
+class Decoder:
+    """Samples one response per prompt, of at most limits[i] tokens, its end token included.
 
-    together: every rank does the same number of forwards, until the last response of all ranks has ended. watch: is
-    called after each forward with the logits [slots, vocabulary] of its tokens, which are valid until the next.
-    """
-    decoder = _Decoder(decode, prompts, places, limits, sampling, seed, tokenizer, room, device)
-    decoder.watch = watch
-    decoder.run(together)
-    return decoder.of_responses(decoder.tokens)
-
-
-@torch.no_grad()
-def decode_measured(*args, together: bool = False) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """(what `decode_all` returns of the same arguments, log-probabilities of the tokens, entropies before them).
-
-    float32, at the sampling temperature, without top-p and penalty: what scoring calculates, from the decoder's logits.
-    """
-    decoder = _Decoder(*args)
-    decoder.measured = torch.empty(2, *decoder.tokens.shape, device=decoder.device)
-    decoder.run(together)
-    tokens, logprobs, entropy = map(decoder.of_responses, (decoder.tokens, *decoder.measured))
-    return tokens, logprobs, entropy
-
-
-class _Decoder:
-    """Prompts that wait, longest first, and slots that decode. `slots` holds a row a slot of what the device knows:
-
-    prompt: index in `prompts`; start: its tokens; count: response tokens so far; last: the newest of them; ended;
-    draws: a random number for each response token; seen: the vocabulary, True for tokens of the response (with a
-    penalty).
+    policy: called with `decode=`, the arguments of `PolicyModel.next_logits`. measure: keep log-probabilities and
+    entropies of the tokens. watch: called after each forward with its logits [slots, vocabulary], which are valid until
+    the next forward. `slots` holds one row per slot on the device: prompt: index in `prompts`; start: tokens of the
+    prompt; count: response tokens so far; last: the newest of them; ended; draws: a random number per response token;
+    seen (with a repetition penalty): [vocabulary], True for tokens of the response.
     """
 
-    def __init__(self, decode, prompts, places, limits, sampling, seed, tokenizer, room: Room, device: torch.device):
-        self.decode, self.prompts, self.sampling, self.seed, self.room = decode, prompts, sampling, seed, room
-        self.pad, self.device = tokenizer.pad_token_id, device
+    def __init__(
+        self, policy: Callable, prompts: list[list[int]], places: list[int], limits: list[int], sampling: Sampling,
+        seed: int, tokenizer, options: DecodingOptions, device: torch.device, measure: bool = False,
+        watch: Callable[[torch.Tensor], None] | None = None,
+    ):  # fmt: skip
+        self.policy, self.prompts, self.sampling, self.seed, self.options = policy, prompts, sampling, seed, options
+        self.pad, self.device, self.watch = tokenizer.pad_token_id, device, watch
         self.stops = torch.tensor(stop_ids(tokenizer), device=device)
-        # Padding is small among neighbours in length, and equal prompts are neighbours.
+        # Sorted, so that a forward over prompts has little padding, and equal prompts are neighbours.
         self.waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
         longest = max((len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)), default=0)
-        columns = columns_for(longest + room.steps_per_look)
-        num_slots = slots_for(min(room.max_slots, len(prompts)), columns, room.cache_tokens)
+        columns = columns_for(longest + options.steps_per_check)
+        num_slots = slots_for(min(options.max_slots, len(prompts)), columns, options.cache_tokens)
         self.cache = SlotCache(num_slots, columns, device)
-        self.fill_from = max(1, num_slots // 8)  # a forward over a single prompt costs as much as one over a few
+        self.prefill_from = max(1, num_slots // 8)  # a forward over one prompt takes about as long as one over a few
         self.places, self.limits = (torch.tensor(x, device=device) for x in (places, limits))
         most = max(limits, default=0) + 1
         self.tokens = torch.empty(len(prompts), most, dtype=torch.int64, device=device)
+        self.measured = torch.empty(2, *self.tokens.shape, device=device) if measure else None
         self.lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
         self.slots = {
             name: torch.zeros(num_slots, dtype=torch.int64, device=device)
@@ -97,40 +72,51 @@ class _Decoder:
         }
         self.slots["ended"] = torch.zeros(num_slots, dtype=torch.bool, device=device)
         self.slots["draws"] = torch.zeros(num_slots, most, dtype=torch.float64, device=device)
-        self._idle(slice(None))
-        self.graphs = StepGraphs() if room.graphs else None
-        self.measured: torch.Tensor | None = None  # [log-probability and entropy, prompts, most], where asked for
-        self.watch: Callable | None = None
+        self._mark_unused(slice(None))
+        self.graphs = StepGraphs() if options.cuda_graphs else None
+
+    @torch.no_grad()
+    def run(self, lockstep: bool = False) -> list[torch.Tensor]:
+        """Returns the tokens of each response.
+
+        lockstep: every rank does the same number of forwards, until the last response of all ranks has ended.
+        """
+        while any_rank(self.busy, self.device) if lockstep else self.busy:
+            for _ in range(self.options.steps_per_check):
+                self.forward()
+            self._free_ended()
+        return self._of_responses(self.tokens)
+
+    def measurements(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Returns (log-probabilities, entropies) of the tokens of each response, in float32.
+
+        They are at the sampling temperature, without top-p and penalty, as scoring computes them.
+        """
+        logprobs, entropy = map(self._of_responses, self.measured)
+        return logprobs, entropy
 
     @property
     def busy(self) -> bool:
-        """Something is left to do."""
+        """Whether a prompt waits or a slot is in use."""
         return bool(self.waiting or self.cache.live)
 
-    def run(self, together: bool) -> None:
-        """Until the last response, of all ranks if `together`, has ended."""
-        while any_rank(self.busy, self.device) if together else self.busy:
-            for _ in range(self.room.steps_per_look):
-                self.forward()
-            self.look()
+    def forward(self) -> None:
+        """Does one forward: over new prompts, over the slots in use, or, if neither is left, over a dummy token."""
+        free = self.cache.num_slots - self.cache.live
+        if self.waiting and free >= min(self.prefill_from, len(self.waiting)):
+            self._prefill(free)
+        elif self.cache.live:
+            self._next_tokens()
+        else:
+            dummy = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+            self.policy(decode={"input_ids": dummy, "use_cache": False, "logits_to_keep": 1})
 
-    def of_responses(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """Rows of prompts, each cut to its response."""
+    def _of_responses(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Cuts each prompt's row to the length of its response."""
         return [row[:length] for row, length in zip(values, self.lengths.tolist(), strict=True)]
 
-    def forward(self) -> None:
-        """One forward of the model: over new prompts, over the live slots, or, with nothing left, over nothing."""
-        free = self.cache.num_slots - self.cache.live
-        if self.waiting and free >= min(self.fill_from, len(self.waiting)):
-            self._fill(free)
-        elif self.cache.live:
-            self._advance()
-        else:
-            nothing = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-            self.decode(decode={"input_ids": nothing, "use_cache": False, "logits_to_keep": 1})
-
-    def look(self) -> None:
-        """Asks the device which responses have ended, and frees their slots."""
+    def _free_ended(self) -> None:
+        """Frees the slots of responses that have ended. Waits for the device."""
         live = self.cache.live
         ended = self.slots["ended"][:live].tolist()
         if any(ended):
@@ -139,26 +125,26 @@ class _Decoder:
                 source, target = moved
                 for x in self.slots.values():
                     x[target] = x[source]
-            self._idle(slice(self.cache.live, live))
+            self._mark_unused(slice(self.cache.live, live))
 
-    def _idle(self, rows: slice) -> None:
-        """Marks slots as not in use. As rows of a graph they draw tokens too, which go behind the longest response."""
+    def _mark_unused(self, rows: slice) -> None:
+        """Marks slots as not in use. A graph draws tokens for them too, into the last column, which is not read."""
         self.slots["count"][rows], self.slots["ended"][rows] = self.tokens.shape[1] - 1, True
 
     def _next_prompts(self, free: int) -> tuple[list[int], list[list[int]], list[int]]:
-        """(indices, the different prompts among them, which of these each is)."""
+        """Returns (indices, the different prompts among them, for each index which of these it is)."""
         different, sources = [], []
         for i in self.waiting[:free]:
             if not different or self.prompts[i] != different[-1]:
-                if different and (len(different) + 1) * len(different[0]) > self.room.prefill_tokens:
+                if different and (len(different) + 1) * len(different[0]) > self.options.prefill_tokens:
                     break
                 different.append(self.prompts[i])
             sources.append(len(different) - 1)
         indices, self.waiting = self.waiting[: len(sources)], self.waiting[len(sources) :]
         return indices, different, sources
 
-    def _fill(self, free: int) -> None:
-        """New prompts into free slots: one forward, and their first response tokens."""
+    def _prefill(self, free: int) -> None:
+        """Puts new prompts into free slots with one forward, and draws their first response tokens."""
         indices, different, sources = self._next_prompts(free)
         ids, mask = (to_device(x, self.device) for x in pad(different, self.pad, side="left"))
         source, prompt = (to_device(torch.tensor(x), self.device) for x in (sources, indices))
@@ -172,7 +158,7 @@ class _Decoder:
         self._show(logits)
 
     def _start(self, new: slice, prompt: torch.Tensor, mask: torch.Tensor, vocabulary: int) -> None:
-        """Sets the state of new slots before their first token: no token of the response has been seen."""
+        """Sets the state of new slots before their first response token."""
         slots = self.slots
         slots["prompt"][new], slots["start"][new] = prompt, mask.sum(1)
         slots["count"][new], slots["ended"][new] = 0, False
@@ -184,22 +170,20 @@ class _Decoder:
                 slots["seen"] = torch.zeros(shape, dtype=torch.bool, device=self.device)
             slots["seen"][new] = False
 
-    def _advance(self) -> None:
-        """The next token of every live slot."""
+    def _next_tokens(self) -> None:
+        """Draws the next token of every slot in use."""
         mask, live = self.cache.advance(), self.cache.live
-        if self.room.ragged:
-            rows = bucket_of(live, self.cache.num_slots)
-            step = partial(self._step, slice(0, rows), None)
-            self._show((self.graphs.run(rows, step) if self.graphs else step())[:live])
+        if not self.options.triton:
+            self._show(self._step_rows(slice(0, live), mask))
             return
-        if self.room.alone_from is not None and mask.shape[1] >= self.room.alone_from:
-            mask = torch.tensor(self.cache.lengths).view(1, 1, 1, -1)  # transformers hands on what has four dimensions
-        self._show(self._step(slice(0, live), mask))
+        rows = bucket_of(live, self.cache.num_slots)
+        step = partial(self._step_rows, slice(0, rows), None)
+        self._show((self.graphs.run(rows, step) if self.graphs else step())[:live])
 
-    def _step(self, rows: slice, mask: torch.Tensor | None) -> torch.Tensor:
+    def _step_rows(self, rows: slice, mask: torch.Tensor | None) -> torch.Tensor:
         """Draws a token for each of these slots; returns the logits. mask None: kernels read it from the device."""
         positions = self.slots["start"][rows] + self.slots["count"][rows] - 1
-        logits = self._logits(self.slots["last"][rows, None], mask, positions[:, None], self.room.straight)
+        logits = self._logits(self.slots["last"][rows, None], mask, positions[:, None], self.options.llama_step)
         self._draw(rows, logits)
         return logits
 
@@ -208,18 +192,18 @@ class _Decoder:
             self.watch(logits)
 
     def _logits(
-        self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, straight: bool = False
+        self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, llama_step: bool = False
     ) -> torch.Tensor:
-        """Returns the logits of the last position: [batch, vocabulary]."""
-        return self.decode(
+        """Returns the logits after the last position: [batch, vocabulary]."""
+        return self.policy(
             decode={
                 "input_ids": ids, "attention_mask": mask, "position_ids": positions,
-                "past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1, "straight": straight,
+                "past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1, "llama_step": llama_step,
             }
         )  # fmt: skip
 
     def _draw(self, rows: slice, logits: torch.Tensor) -> None:
-        """Draws one token per slot. A slot that has ended draws too until the next `look`; its tokens are not kept."""
+        """Draws one token per slot. A slot that has ended draws too until it is freed; its tokens are not kept."""
         slots = {name: x[rows] for name, x in self.slots.items()}
         uniform = slots["draws"].gather(1, slots["count"][:, None]).squeeze(1)
         token = sample(logits, uniform, self.sampling, slots.get("seen"))

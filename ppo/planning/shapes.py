@@ -1,4 +1,4 @@
-"""Models as `--plan` and automatic sizes see them: shapes on the meta device, of which config.json alone is read."""
+"""Shapes of the models for `--plan` and automatic sizes: models on the meta device, built from config.json alone."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -9,16 +9,19 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Pretrained
 
 from ppo.config import PPOConfig
 from ppo.decoding.cuda_graphs import is_capturable
+from ppo.decoding.kv_cache import columns_for
 from ppo.planning.step_time import Work
 from utils.engine.engine import DTYPES
 from utils.errors import UserError
 from utils.memory.activation_peak import ATTENTION
 from utils.models.padding_free import decoder_of, is_like_llama
 
+LOGIT = 48  # bytes per logit, at most, while a token is drawn: copies and sorted indices of top-p sampling
+
 
 @dataclass(frozen=True, eq=False)
 class Shapes:
-    """One model: elements of its parameters, its decoder on the meta device, whether it has a language-model head."""
+    """Elements of a model's parameters, its decoder on the meta device, whether it has a language-model head."""
 
     numels: list[int]
     decoder: nn.Module
@@ -30,7 +33,7 @@ class Shapes:
 
     @property
     def work(self) -> Work:
-        """The sizes that predict its time."""
+        """The sizes that its time depends on."""
         text = self.decoder.config.get_text_config()
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         inside = sum(p.numel() for p in self.decoder.parameters()) - self.decoder.get_input_embeddings().weight.numel()
@@ -47,7 +50,7 @@ class Shapes:
 
 @cache
 def shapes(path: str, flag: str, dtype: torch.dtype, head: str) -> Shapes:
-    """The shapes of the model in a folder (or hub id), of which config.json alone is read. head: "lm" or "scalar"."""
+    """Returns the shapes of the model in a folder or hub id, of which only config.json is read. head: lm or scalar."""
     try:
         settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
         kind = AutoModelForCausalLM if head == "lm" else AutoModel
@@ -61,17 +64,26 @@ def shapes(path: str, flag: str, dtype: torch.dtype, head: str) -> Shapes:
     return Shapes([*numels, settings.get_text_config().hidden_size], model, False)
 
 
-def models_of(config: PPOConfig) -> tuple[Shapes, Shapes, list[Shapes]]:
-    """Policy (and reference), critic, reward models."""
+def models_of(config: PPOConfig) -> tuple[dict[str, Shapes], list[Shapes]]:
+    """Returns ({name: model that is trained}, reward models). The reference has the policy's shapes."""
     dtype = DTYPES[config.dtype]
     policy = shapes(config.policy_model_path, "--policy_model_path", dtype, "lm")
     critic = shapes(config.critic_model_path, "--critic_model_path", dtype, "scalar")
-    return policy, critic, [shapes(path, config.reward_flag, dtype, "scalar") for path in config.reward_paths]
+    rewards = [shapes(path, config.reward_flag, dtype, "scalar") for path in config.reward_paths]
+    return {"policy": policy, "critic": critic}, rewards
 
 
 def cache_bytes(config: PretrainedConfig, element: int) -> int:
-    """Keys and values of one token in all layers."""
+    """Returns the bytes of one token's keys and values in all layers."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * text.num_hidden_layers * heads * size * element
+
+
+def slot_bytes(config: PPOConfig, model: PretrainedConfig) -> int:
+    """Returns the bytes of one slot: keys and values, a copy of those of one layer, logits and random numbers."""
+    text, element = model.get_text_config(), DTYPES[config.dtype].itemsize
+    layers = text.num_hidden_layers
+    cache = cache_bytes(model, element) * columns_for(config.maxlen_prompt) * (layers + 1) // layers
+    return cache + LOGIT * text.vocab_size + 8 * config.maxlen_res

@@ -1,23 +1,22 @@
-"""Predicts the seconds of each phase of a buffer on a card from bytes, FLOPs and kernel launches. Imports no torch.
+"""Predicts the seconds of each phase of a buffer on a GPU from bytes, FLOPs and kernel launches.
 
-Assumes prompts and responses as long as the flags allow, a single node, and in a mixture of experts that every token
-passes all of them. Evaluation, a --reward_fn and the host's work between forwards are not counted.
+Assumes prompts and responses as long as the flags allow, a single node, and that a token passes all experts of a
+mixture. Evaluation, --reward_fn and the host's work between forwards are not counted.
 """
 
 from dataclasses import dataclass, replace
 
 from ppo.config import PPOConfig
 
-LAUNCHES = 23  # kernels of a decoder layer in a forward
-CPU_ADAM = 1e9  # parameters that one process's CPU Adam steps per second; not measured yet
-DISK = 2e9  # bytes per second that a node writes; not measured yet
-# That an optimizer step moves per parameter: weight and two moments, read and written; gradients; bf16 weight.
-STEP_BYTES = 30
+LAUNCHES = 23  # kernels per decoder layer in a forward
+CPU_ADAM = 1e9  # parameters per second in a step of CPU Adam, per process; not measured yet
+DISK = 2e9  # bytes per second written by a node; not measured yet
+STEP_BYTES = 30  # per parameter in an optimizer step: weight and two moments read and written, gradient, bf16 weight
 
 
 @dataclass(frozen=True)
 class Card:
-    """Rates of a card's data sheet (dense, without sparsity), and estimates of the share of each that is reached.
+    """Rates of a GPU's data sheet (without sparsity), and estimates of the share of each rate that is reached.
 
     No share has been measured yet.
     """
@@ -27,9 +26,9 @@ class Card:
     fp32: float  # FLOP/s, without TF32
     bandwidth: float  # bytes/s of its memory
     host: float  # bytes/s to or from the host, PCIe
-    link: float  # bytes/s that a card sends to others of its node: NVLink, or PCIe where it has none
-    product_share: float = 0.8  # of the matrix rate, by one product of 8192 x 8192
-    forward_share: float = 0.7  # of that product's rate, by a whole forward
+    link: float  # bytes/s to other GPUs of the node: NVLink, or PCIe
+    product_share: float = 0.8  # of the matrix rate, in a product of 8192 x 8192
+    forward_share: float = 0.7  # of that product's rate, in a whole forward
     backward_share: float = 0.7
     bandwidth_share: float = 0.85
     host_share: float = 0.8  # from pinned memory
@@ -37,7 +36,7 @@ class Card:
     launch: float = 11e-6  # seconds of the host per kernel
 
     def rate(self, dtype: str, backward: bool = False) -> float:
-        """FLOP/s that a pass reaches."""
+        """Returns the FLOP/s that a pass reaches."""
         share = self.backward_share if backward else self.forward_share
         return (self.bf16 if dtype == "bf16" else self.fp32) * self.product_share * share
 
@@ -52,24 +51,24 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Work:
-    """The sizes of a model on which its time depends."""
+    """The sizes of a model that its time depends on."""
 
     numel: int  # parameters
-    body: int  # parameters that every token passes: without embedding and head
+    body: int  # parameters without embedding and head
     width: int  # layers x heads x head size
     head: int  # hidden size x vocabulary, 0 for a scalar head
     layers: int
     token: int  # bytes of a token's keys and values
-    captured: bool  # a decoding step is one CUDA graph
+    captured: bool  # whether a decoding step is one CUDA graph
 
     def flops(self, rows: float, length: int, headed: int) -> float:
-        """FLOPs of a forward of `rows` rows of `length` tokens, `headed` of which pass the head."""
+        """Returns the FLOPs of a forward of `rows` rows of `length` tokens, `headed` of which pass the head."""
         return 2 * rows * (self.body * length + self.width * length**2 + self.head * headed)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Predicted seconds, seconds at least by the data sheet's rates, and what the prediction is bound by."""
+    """Predicted seconds, a lower bound by the data sheet's rates, and what limits the prediction."""
 
     name: str
     seconds: float
@@ -78,22 +77,23 @@ class Phase:
 
 
 def phases(
-    config: PPOConfig, gpus: int, policy: Work, critic: Work, rewards: list[Work], slots: int, recomputed: float
+    config: PPOConfig, gpus: int, trained: dict[str, Work], rewards: list[Work], slots: int, recomputed: float
 ) -> list[Phase]:
-    """The phases of one buffer on config.plan_gpu. recomputed: share of the layers that the update runs twice."""
+    """Returns the phases of one buffer on config.plan_gpu. recomputed: share of layers that the update runs twice."""
     card, element = CARDS[config.plan_gpu], 2 if config.dtype == "bf16" else 4
     run = _Run(config, card, gpus, element)
-    return [*run.rollout(policy, slots), run.score(policy, critic, rewards), run.update(policy, critic, recomputed)]
+    update = run.update(list(trained.values()), recomputed)
+    return [*run.rollout(trained["policy"], slots), run.score(trained, rewards), update]
 
 
-def checkpoint(config: PPOConfig, gpus: int, policy: Work, critic: Work) -> Phase:
-    """Writing a checkpoint. Its floor is the copy to host memory: a run waits for no more if a thread writes it."""
-    size, card = 12 * (policy.numel + critic.numel), CARDS[config.plan_gpu]
+def checkpoint(config: PPOConfig, gpus: int, trained: dict[str, Work]) -> Phase:
+    """Predicts writing a checkpoint. Its lower bound is the copy to host memory: a thread may do the rest."""
+    size, card = 12 * sum(work.numel for work in trained.values()), CARDS[config.plan_gpu]
     return Phase("checkpoint", size / DISK, size / gpus / card.host, "disk")
 
 
 def slowest(**seconds: float) -> tuple[float, str]:
-    """The longest of what runs at the same time: its seconds and its name."""
+    """Returns seconds and name of the longest of operations that run at the same time."""
     name = max(seconds, key=seconds.__getitem__)
     return seconds[name], name.replace("_", " ")
 
@@ -115,19 +115,19 @@ class _Run:
         return flops / (self.card.bf16 if self.config.dtype == "bf16" else self.card.fp32)
 
     def between(self, size: float) -> float:
-        """Seconds to gather so many bytes from all ranks, or to reduce them to shares."""
+        """Seconds to gather these bytes from all ranks, or to reduce them to shares."""
         return size * (self.gpus - 1) / self.gpus / (self.card.link * self.card.link_share)
 
     def forwards(self, rows: float) -> int:
-        """Micro-batches of full rows."""
+        """Number of micro-batches of rows of full length."""
         return -int(-rows // max(1, self.config.micro_batch_tokens // self.config.maxlen_prompt))
 
     def launches(self, model: Work, forwards: float) -> float:
-        """Seconds that the host needs to launch the kernels of forwards."""
+        """Seconds of the host to launch the kernels of forwards."""
         return forwards * model.layers * LAUNCHES * self.card.launch
 
     def rollout(self, policy: Work, slots: int) -> list[Phase]:
-        """Prompts, then new tokens: a response takes a step per token, and a slot takes one response after another."""
+        """Predicts prompts and new tokens: one step per token of a response, one response after another per slot."""
         config, card, rows, response = self.config, self.card, self.rows, self.config.maxlen_res
         prompt = config.maxlen_prompt - response
         flops = policy.flops(rows, prompt, 1)
@@ -149,10 +149,11 @@ class _Run:
         prompts = Phase("prompts", prefill[0], self.sheet(flops), prefill[1])
         return [prompts, Phase("new tokens", decoding[0], floor, decoding[1])]
 
-    def score(self, policy: Work, critic: Work, rewards: list[Work]) -> Phase:
-        """A forward of each model. Frozen ones are split over ranks from ZeRO-1 on, and gathered layer by layer."""
+    def score(self, models: dict[str, Work], rewards: list[Work]) -> Phase:
+        """Predicts a forward of each model. From ZeRO-1 on, frozen models are split, and gathered layer by layer."""
         config, forwards = self.config, self.forwards(self.rows)
-        trained, frozen = [critic] if config.reuse_sampler_logprobs else [policy, critic], [policy, *rewards]
+        trained = [work for name, work in models.items() if name != "policy" or not config.reuse_sampler_logprobs]
+        frozen = [models["policy"], *rewards]
         flops = sum(m.flops(self.rows, config.maxlen_prompt, config.maxlen_res) for m in trained + frozen)
         split = self.gpus > 1 and config.zero_stage > 0
         gathered = (frozen if split else []) + (trained if config.zero_stage == 3 else [])
@@ -165,9 +166,9 @@ class _Run:
         copies = copied * (forwards / self.gpus if split else 1) / (self.card.host * self.card.host_share)
         return Phase("scoring", seconds + copies, self.sheet(flops), bound if seconds > copies else "copies from host")
 
-    def update(self, policy: Work, critic: Work, recomputed: float) -> Phase:
-        """Forwards, recomputed layers, backwards of twice the FLOPs, gradients over ranks, and optimizer steps."""
-        config, card, models = self.config, self.card, (policy, critic)
+    def update(self, models: list[Work], recomputed: float) -> Phase:
+        """Predicts forwards, recomputed layers, backwards (twice the FLOPs), gradients over ranks, optimizer steps."""
+        config, card = self.config, self.card
         numel, steps = sum(m.numel for m in models), config.ppo_epochs * config.num_rollouts // config.batch_size
         forwards = steps * self.forwards(config.batch_size / self.gpus)
         flops = config.ppo_epochs * sum(
@@ -193,12 +194,10 @@ class _Run:
 
 
 def table(config: PPOConfig, found: list[Phase], saved: Phase) -> str:
-    """The phases of a buffer and a checkpoint as text."""
-    rows = [*found, Phase("a buffer", sum(p.seconds for p in found), sum(p.floor for p in found), "")]
+    """Returns the phases of a buffer and a checkpoint as text."""
+    rows = [*found, Phase("buffer", sum(p.seconds for p in found), sum(p.floor for p in found), "")]
     if every := config.checkpoint_per_step:
         rows.append(replace(saved, bound=f"{saved.bound}, every {every} buffers"))
-    title = (
-        f"Seconds of a buffer on {config.plan_gpu} (texts of full length; shares of the data sheet not measured yet)"
-    )
+    title = f"Seconds of a buffer on {config.plan_gpu} (texts of full length; rates estimated, not measured)"
     lines = [f"{p.name:14}{p.seconds:10.2f}{p.floor:10.2f}   {p.bound}".rstrip() for p in rows]
     return "\n".join([title, f"{'':14}{'seconds':>10}{'floor':>10}   bound by", *lines])

@@ -1,8 +1,9 @@
-"""Loading what scores: one or several reward models, each with the encoding that it was trained on."""
+"""Loads critics and reward models; a reward model with the tokenizer and template that it was trained on."""
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -14,7 +15,6 @@ from reward.scoring.flags import RewardFlags
 from utils.engine.engine import DTYPES, device
 from utils.errors import UserError
 from utils.models.load import check_window, model_folder, resize_embeddings, window_of
-from utils.tokenizer import FLAG as TOKENIZER_FLAG
 from utils.tokenizer import has_tokenizer, load_tokenizer, template_of
 
 PROBE = [
@@ -27,16 +27,16 @@ PROBE = [
 
 @dataclass(frozen=True)
 class Reader:
-    """A reward model still on the disk, and how it reads: None, the policy's ids; else (tokenizer, template)."""
+    """A reward model on disk, and its own (tokenizer, template); None if it reads the policy's ids."""
 
     path: str
     own: tuple | None
 
 
 def reward_readers(config: RewardFlags, tokenizer, say: Callable[[str], None]) -> list[Reader]:
-    """The reward models of a run, their tokenizers and templates held against the policy's; no weights are read.
+    """Compares tokenizers and templates of a run's reward models with the policy's; reads no weights.
 
-    Raises UserError for folders, tokenizers or templates that are not there, and for labels of different meanings.
+    Raises UserError for missing folders, tokenizers or templates, and for labels of different meanings.
     """
     template = template_of(tokenizer)
     check_labels(config.reward_paths, config.reward_flag)
@@ -44,27 +44,30 @@ def reward_readers(config: RewardFlags, tokenizer, say: Callable[[str], None]) -
     for path, tokenizer_path, reward_template in config.reward_sources():
         own = _own_encoding(path, config.reward_flag, tokenizer_path, reward_template, tokenizer, template)
         if own:
-            say(f"{path} has another tokenizer or template ({own[1]}) than the policy: it reads answers encoded anew")
+            say(f"{path} has another tokenizer or template ({own[1]}) than the policy: it encodes the answers again")
         readers.append(Reader(path, own))
     return readers
 
 
 def _own_encoding(path: str, flag: str, source: str | None, name: str | None, tokenizer, template: str) -> tuple | None:
-    """(tokenizer, template) of a reward model, or None when they give the same ids as the policy's."""
+    """Returns (tokenizer, template) of a reward model, or None if they give the same ids as the policy's."""
     folder = model_folder(path, flag)
     source = source or (str(folder) if has_tokenizer(folder) else None)
     if source is None:
         if name not in (None, template):
             raise UserError(f"--reward_template {name}: {path} has no tokenizer; give --reward_tokenizer_name_or_path")
         return None
-    arguments = template_arguments(tokenizer)
-    theirs = _load_tokenizer(source, None, arguments)
+    load = partial(
+        load_tokenizer, source, arguments=template_arguments(tokenizer), flag="--reward_tokenizer_name_or_path",
+        template_flag="--reward_template",
+    )  # fmt: skip
+    theirs = load()
     borrowed = name is None and template == "chat" and not theirs.chat_template
     if borrowed:
         theirs.chat_template = tokenizer.chat_template
     else:
         name = name or template_of(theirs) or template
-        theirs = _load_tokenizer(source, name, arguments)
+        theirs = load(name)
     if _same_ids(tokenizer, template, theirs, name or template):
         return None
     if borrowed:
@@ -75,16 +78,8 @@ def _own_encoding(path: str, flag: str, source: str | None, name: str | None, to
     return theirs, name
 
 
-def _load_tokenizer(path: str, template: str | None, arguments: dict):
-    try:
-        return load_tokenizer(path, template, arguments)
-    except UserError as error:  # which flag it came from is known here alone
-        message = str(error).replace(TOKENIZER_FLAG, "--reward_tokenizer_name_or_path")
-        raise UserError(message.replace("--template", "--reward_template")) from error
-
-
 def _same_ids(tokenizer, template: str, theirs, their_template: str) -> bool:
-    """Whether ids of the policy mean the same to a reward model: each token, and how a dialogue is put together."""
+    """Returns whether a reward model can read the policy's ids: same ids of all tokens and of a dialogue."""
     if not tokenizer.get_vocab().items() <= theirs.get_vocab().items():
         return False
     return encode_dialogue(tokenizer, PROBE, template) == encode_dialogue(theirs, PROBE, their_template)
@@ -94,10 +89,10 @@ def load_ensemble(
     config: RewardFlags, readers: list[Reader], tokenizer, rows: int, freeze: Callable[[nn.Module], Frozen],
     say: Callable[[str], None], critic: tuple[str, ScalarModel] | None = None,
 ) -> Ensemble | None:  # fmt: skip
-    """The reward models, loaded one after the other and frozen; None when there are none.
+    """Loads and freezes the reward models one after the other; returns None if there are none.
 
-    rows: the policy's embeddings. critic: (path, model) of a critic already loaded, which is copied where it is asked
-    for again. `freeze` takes a model out of training, and off the device where it has to wait in host memory.
+    rows: number of the policy's embeddings. critic: (path, model) of the critic, which is copied if it is also a reward
+    model. freeze: freezes a model, and moves it to host memory if it is offloaded.
     """
     members = []
     for reader in readers:
@@ -115,10 +110,10 @@ def load_ensemble(
 def load_scalar(
     config: RewardFlags, path: str, tokenizer, rows: int, say: Callable[[str], None], flag: str | None = None
 ) -> ScalarModel:
-    """A critic, or a reward model that reads the policy's ids, with an embedding for each that could be sampled.
+    """Loads a critic, or a reward model that reads the policy's ids, with at least `rows` embeddings.
 
-    rows: the policy's embeddings (some vocabularies are padded). Raises UserError when its window is too short, and
-    when it has to score but has no head that was trained for it.
+    rows: number of the policy's embeddings (some vocabularies are padded). Raises UserError if its window is too short,
+    or if it is a reward model without a trained head.
     """
     flag = flag or config.reward_flag
     model = _load(config, path, flag, tokenizer, say, trained=path in config.reward_paths)
@@ -136,13 +131,14 @@ def _load(config: RewardFlags, path: str, flag: str, tokenizer, say: Callable[[s
 
 
 def check_same_tokenizer(path: str, flag: str, tokenizer, template: str) -> None:
-    """Raises UserError when a critic's folder has a tokenizer that gives other ids: it reads the policy's."""
+    """Raises UserError if a critic's own tokenizer has other ids than the policy's, which the critic reads."""
     folder = model_folder(path, flag)
     if not has_tokenizer(folder):
         return
-    theirs = load_tokenizer(str(folder), template if template == "moss_zh" else None)  # only its tags change ids
+    template = template if template == "moss_zh" else None  # only its tags change ids
+    theirs = load_tokenizer(str(folder), template, flag=flag)
     if not tokenizer.get_vocab().items() <= theirs.get_vocab().items():
         raise UserError(
-            f"{flag} {path} was trained with another tokenizer than the policy's, whose tokens the critic reads: give "
-            "one of its vocabulary, and this one as --reward_model_path, which may differ"
+            f"{flag} {path} was trained with another tokenizer than the policy's, whose ids the critic reads; "
+            "give a critic with the policy's vocabulary, and this model as --reward_model_path, which may differ"
         )

@@ -13,7 +13,7 @@ from transformers import AutoModel, PreTrainedModel
 from data.dialogues import EncodedDialogue
 from ppo.decoding.sampling import Sampling
 from ppo.models import load_models
-from ppo.rollout import generate
+from ppo.rollout import PolicySampler
 from reward.config import RewardConfig
 from reward.model import load_scalar_model, save_scalar_model
 from reward.train import load as load_reward
@@ -152,7 +152,7 @@ def decoding(case: Case, policy, config) -> None:
     for temperature in (1.0, 0.7):
         eos = NO_ID
         for _ in range(2):  # at first no response ends before the cap; then those that meet the commonest token
-            rollout = generate(policy, prompts, Sampling(temperature), 0, token_ids(eos, 0), config, measure=True)
+            rollout = PolicySampler(policy, token_ids(eos, 0), config, measure=True)(prompts, Sampling(temperature), 0)
             how = f"decoding at temperature {temperature:g}, " + ("none ends" if eos == NO_ID else "some end")
             for i, prompt in enumerate(prompts.ids):
                 response = rollout.response_mask[i]

@@ -14,7 +14,7 @@ of 6 tokens), and variants of some. Each stage loads the folder as its command d
 transformers' own forwards of one sequence at a time, without padding, mask and cache.
 
 - ppo: log-probs, entropy and gradient of padded rows, log-probs of what was decoded, exported tensors and logits. In
-  brackets how it decodes: `straight` and `grouped` are this toolkit's faster ways, `own` is the model's forward.
+  brackets how it decodes: `llama_step` and `grouped` are faster ways, `transformers` is the model's forward.
 - sft: the answers' loss, of packed dialogues too unless it says "not packed".
 - reward: every scalar, and the scores of the saved classifier, loaded by transformers. With LM loss: that loss.
 

@@ -44,7 +44,7 @@ def stops_before_a_step(inputs, out, capfd, monkeypatch, **changes) -> str:
     [
         ("too_few", "--reward_fn returned 1 numbers for 8 answers"),
         ("words", "--reward_fn must return a list of numbers"),
-        ("fails", r"--reward_fn failed: .*reward_file.py:\d+: KeyError: 'no such word'; mend"),
+        ("fails", r"--reward_fn failed: .*reward_file.py:\d+: KeyError: 'no such word'; fix"),
         ("nan_for_rain", "score of response.*not finite"),
     ],
 )

@@ -86,7 +86,7 @@ def test_a_rollback_is_the_last_checkpoint_with_the_prompts_that_come_next(input
     main(run_flags(inputs, out, **FLAGS, reward_fn=f"{functions}:third", on_collapse="rollback"))
     text = capfd.readouterr().out
     assert "warning: step 3 looks like a collapse: score_std 0" in text
-    assert "back at step 2, rollback 1 of 3; the prompts go on" in text
+    assert "back at step 2, rollback 1 of 3, with new prompts" in text
     assert [row["step"] for row in read_metrics(out)] == [1, 2, 3, 4, 5]
     assert sorted({row["step"] for row in read_lines(out / "samples.jsonl")}) == [1, 2, 3, 4, 5]
     assert json.loads((out / "checkpoints" / "step_4" / "state.json").read_text())["rollbacks"] == 1

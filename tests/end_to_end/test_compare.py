@@ -56,5 +56,5 @@ def test_the_table_has_the_share_of_responses_that_ended_by_themselves(inputs, t
 def test_without_a_valid_file_nothing_is_called_held_out(inputs, tmp_path, capsys):
     train = inputs.prompts / "train.json"
     result = compare(inputs, inputs.policy, inputs.policy, tmp_path / "table.json", "--data_path", str(train))
-    assert "compared on the whole data, as there is no *valid* file" in capsys.readouterr().out
+    assert "compared on all prompts, since there is no *valid* file" in capsys.readouterr().out
     assert len(result["answers"]) == len(json.loads(train.read_text("utf-8")))

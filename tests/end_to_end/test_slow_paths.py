@@ -7,12 +7,12 @@ whole sequence again for each token; the reference is always asked; the optimize
 import pytest
 import torch
 
-import ppo.rollout
+import ppo.build
 import ppo.score
 import utils.engine.engine
 from ppo.decoding.sampling import uniforms
 from ppo.models import PolicyModel
-from ppo.rollout import assemble
+from ppo.rollout import PolicySampler, assemble
 from reward.model import ScalarModel
 from tests.helpers.tiny_run import read_lines, read_metrics, run_flags
 from train_ppo import main
@@ -42,20 +42,21 @@ def plain_scalars(self, input_ids, attention_mask):
     return (self.head(hidden).squeeze(-1) - self.score_center) * attention_mask
 
 
-@torch.no_grad()
-def plain_generate(policy, prompts, sampling, seed, tokenizer, config, measure=False):
+class PlainSampler(PolicySampler):
     """Token by token, the whole sequence each time."""
-    policy.module.eval()
-    responses = []
-    for ids, place in zip(prompts.ids, prompts.places, strict=True):
-        response = []
-        while len(response) < config.maxlen_res and response[-1:] != [tokenizer.eos_token_id]:
-            logits = policy.module.lm(input_ids=torch.tensor([ids + response])).logits[0, -1]
-            ends = torch.softmax(logits.double() / sampling.temperature, -1).cumsum(0)
-            uniform = uniforms(seed, torch.tensor([place]), len(response))
-            response.append(int(torch.searchsorted(ends, uniform * ends[-1], right=True)))
-        responses.append(torch.tensor(response))
-    return assemble(prompts.ids, responses, tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+    @torch.no_grad()
+    def __call__(self, prompts, sampling, seed):
+        policy, tokenizer, responses = self.policy.module.eval(), self.tokenizer, []
+        for ids, place in zip(prompts.ids, prompts.places, strict=True):
+            response = []
+            while len(response) < self.config.maxlen_res and response[-1:] != [tokenizer.eos_token_id]:
+                logits = policy.lm(input_ids=torch.tensor([ids + response])).logits[0, -1]
+                ends = torch.softmax(logits.double() / sampling.temperature, -1).cumsum(0)
+                uniform = uniforms(seed, torch.tensor([place]), len(response))
+                response.append(int(torch.searchsorted(ends, uniform * ends[-1], right=True)))
+            responses.append(torch.tensor(response))
+        return assemble(prompts.ids, responses, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def plain_step(optimizer) -> None:
@@ -72,7 +73,7 @@ def runs(inputs, tmp_path_factory):
             if name == "plain":
                 patch.setattr(PolicyModel, "forward", plain_policy)
                 patch.setattr(ScalarModel, "forward", plain_scalars)
-                patch.setattr(ppo.rollout, "generate", plain_generate)
+                patch.setattr(ppo.build, "PolicySampler", PlainSampler)
                 patch.setattr(ppo.score, "same_weights", lambda *_: False)
                 patch.setattr(utils.engine.engine, "use_chunked_step", plain_step)
             tokens = {"fast": 200, "plain": 1}[name]

@@ -12,7 +12,6 @@ import torch
 
 import ppo.decoding.scheduler
 import ppo.models
-import ppo.rollout
 import ppo.score
 import ppo.update
 import utils.run.checkpoint
@@ -111,13 +110,13 @@ def nan_score(rank: int) -> None:
 
 def empty_responses(rank: int) -> None:
     """All responses of the victim have no token, not even EOS."""
-    decode, sample = ppo.rollout.decode_all, ppo.decoding.scheduler.sample
+    run, sample = ppo.decoding.scheduler.Decoder.run, ppo.decoding.scheduler.sample
 
     def empty(*args):
-        return [row[:0] for row in decode(*args)]
+        return [row[:0] for row in run(*args)]
 
     def install() -> None:
-        ppo.rollout.decode_all = empty
+        ppo.decoding.scheduler.Decoder.run = empty
         ppo.decoding.scheduler.sample = lambda logits, *args: torch.full_like(sample(logits, *args), 2)  # EOS at once
 
     if rank == VICTIM:

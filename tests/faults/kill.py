@@ -36,7 +36,7 @@ from utils.launcher import free_port
 
 # Phase -> what to count calls of, and at which of them, at most, the kill comes (within about two steps).
 PHASES = {
-    "rollout": (ppo.decoding.scheduler._Decoder, "look", 30),
+    "rollout": (ppo.decoding.scheduler.Decoder, "_free_ended", 30),
     "scoring": (ppo.score, "_by_batch", 6),
     "update": (TrainEngine, "apply", 6),
     "saving": (os, "fsync", 8),  # of files by a thread, of the folder that then gets its name by the main thread

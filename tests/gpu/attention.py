@@ -6,7 +6,7 @@ import torch
 import triton
 
 from benchmarks.timing import busy_seconds, copy_rate, measure
-from ppo.decoding.attention import by_groups
+from ppo.decoding.attention import attend_groups
 from ppo.decoding.ragged_attention import attend
 from utils.engine.engine import device
 
@@ -51,7 +51,7 @@ def compare(slots, heads, shared, columns, size, kind: str, rate: float, toy: bo
     hidden = torch.arange(columns, device=device()) < first[:, None]
     mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
     scaling = size**-0.5
-    ways = {"masked": lambda: by_groups(query, keys, values, mask, scaling)[:, 0]}
+    ways = {"masked": lambda: attend_groups(query, keys, values, mask, scaling)[:, 0]}
     if kernel_runs():
         ways["ragged"] = lambda: attend(query, keys, values, first, end, scaling)
     truth = exact(query, keys, values, first.tolist(), scaling)

@@ -11,9 +11,9 @@ from benchmarks.random_inputs import MODELS, random_ids, random_lm
 from benchmarks.timing import Timing, copy_rate, kernels, measure
 from ppo.decoding.attention import grouped
 from ppo.decoding.cuda_graphs import StepGraphs
-from ppo.decoding.llama_step import goes_ragged
+from ppo.decoding.llama_step import can_run_triton
 from ppo.decoding.sampling import Sampling
-from ppo.decoding.scheduler import Room, _Decoder
+from ppo.decoding.scheduler import Decoder, DecodingOptions
 from ppo.models import PolicyModel
 from tests.gpu.attention import kernel_runs
 from utils.engine.engine import device
@@ -27,10 +27,10 @@ SHAPES = {  # model -> slots and longest prompt
     "7B": [(16, 512), (16, 1536), (32, 512), (32, 1536), (64, 512), (64, 1536)],
     "8B": [(16, 1536), (64, 1536)],  # where heads share keys
 }
-WAYS = {  # name -> (flags of Room, steps that are timed)
-    "graphs": ({"straight": True, "ragged": True, "graphs": True}, 64),
-    "ragged": ({"straight": True, "ragged": True}, 32),
-    "straight": ({"straight": True}, 16),
+WAYS = {  # name -> (flags of DecodingOptions, steps that are timed)
+    "graphs": ({"llama_step": True, "triton": True, "cuda_graphs": True}, 64),
+    "ragged": ({"llama_step": True, "triton": True}, 32),
+    "straight": ({"llama_step": True}, 16),
     "own": ({}, 8),
 }
 
@@ -77,7 +77,7 @@ def measure_ways(
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
             report.expect(out_of_memory, f"{setting}: {way} fails: {type(error).__name__}")
             continue
-        plain = bool(flags.get("graphs") and StepGraphs.failed)
+        plain = bool(flags.get("cuda_graphs") and StepGraphs.failed)
         report.expect(not plain, f"{setting}: graphs cannot be made; the figures of {way} are those of plain calls")
         live = sum(start.lengths) + shape[0] * (steps // 2 + 3)
         figures[way] = more | {
@@ -98,8 +98,8 @@ def measure_ways(
 def time_way(start: "Start", flags: dict[str, bool], steps: int) -> tuple[torch.Tensor, Timing]:
     """(logits of the first step, the steps' times)."""
     decoder, logits = start.decoder, []
-    decoder.room = replace(start.room, **flags)
-    decoder.graphs = StepGraphs() if flags.get("graphs") else None
+    decoder.options = replace(start.options, **flags)
+    decoder.graphs = StepGraphs() if flags.get("cuda_graphs") else None
     decoder.watch = lambda x: logits.append(x.clone())
     for _ in range(3):  # the second step captures a graph, the third is one
         start.again()
@@ -113,10 +113,10 @@ def ways_of(model: PolicyModel) -> dict[str, tuple[dict[str, bool], int]]:
     if device().type == "cpu":
         ragged = {"ragged"} if kernel_runs() else set()
         return {name: (flags, 1) for name, (flags, _) in WAYS.items() if name in {"straight", "own"} | ragged}
-    return {name: way for name, way in WAYS.items() if goes_ragged(model.decoder) or not way[0].get("ragged")}
+    return {name: way for name, way in WAYS.items() if can_run_triton(model.decoder) or not way[0].get("triton")}
 
 
-def profiled(decoder: _Decoder) -> dict:
+def profiled(decoder: Decoder) -> dict:
     """One step: milliseconds that the device works, number of kernels, launches by the host, the longest kernels."""
     found, launches = kernels(decoder.forward)
     busy = sum(kernel.seconds for kernel in found)
@@ -125,13 +125,13 @@ def profiled(decoder: _Decoder) -> dict:
     return {"busy_ms": 1e3 * busy, "largest": largest} | counts
 
 
-def filled(model: PolicyModel, slots: int, prompt: int, kind: str) -> _Decoder:
+def filled(model: PolicyModel, slots: int, prompt: int, kind: str) -> Decoder:
     """A decoder whose slots all hold a prompt and a first token, with room for LIMIT more in each."""
     least = prompt if kind == "equal" else prompt // 8
     lengths = torch.linspace(least, prompt, slots).int().tolist()
     prompts = random_ids(lengths, torch.Generator().manual_seed(0))
-    room = Room(slots, prefill_tokens=8192)
-    decoder = _Decoder(model, prompts, list(range(slots)), [LIMIT] * slots, Sampling(), 0, NO_EOS, room, device())
+    options = DecodingOptions(slots, prefill_tokens=8192)
+    decoder = Decoder(model, prompts, list(range(slots)), [LIMIT] * slots, Sampling(), 0, NO_EOS, options, device())
     while decoder.waiting:
         decoder.forward()
     return decoder
@@ -140,8 +140,8 @@ def filled(model: PolicyModel, slots: int, prompt: int, kind: str) -> _Decoder:
 class Start:
     """A decoder's state besides keys and values, whose later columns are written again: enough to start again from."""
 
-    def __init__(self, decoder: _Decoder):
-        self.decoder, self.room = decoder, decoder.room
+    def __init__(self, decoder: Decoder):
+        self.decoder, self.options = decoder, decoder.options
         self.slots = {name: x.clone() for name, x in decoder.slots.items()}
         self.end, self.lengths = decoder.cache.end, list(decoder.cache.lengths)
 

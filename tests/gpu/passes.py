@@ -96,7 +96,7 @@ def planned_gib(name: str, shrink: int) -> dict[str, float]:
             policy_model_path=folder, critic_model_path=folder, data_path="-", gradient_checkpoint=True,
             maxlen_prompt=TOKENS // ROWS // shrink, maxlen_res=RESPONSE // shrink, micro_batch_tokens=TOKENS // shrink,
         )  # fmt: skip
-        rows, _ = plan(config, 1)
+        rows = plan(config, 1).rows
     planned = {}
     for pass_, phase, copies in (("score", "score", 1), ("update", "backward", 2)):  # weights; gradients of their size
         column = PHASES.index(phase)

@@ -12,7 +12,7 @@ import torch
 
 from ppo.build import build
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
-from ppo.decoding.scheduler import _Decoder
+from ppo.decoding.scheduler import Decoder
 from tests.gpu.report import Report
 from tests.gpu.tiny_runs import flags_of
 from tests.helpers.tiny_run import REPOSITORY, build_inputs
@@ -23,7 +23,7 @@ from utils.flags.parser import parse_args
 WARNING = "called a synchronizing CUDA operation"  # of torch.cuda.set_sync_debug_mode
 # Of decoding: a forward over prompts, one over new tokens, a look at what has ended. Where a forward is captured as a
 # graph, its waits are counted by themselves.
-PARTS = ("_fill", "_advance", "look")
+PARTS = ("_prefill", "_next_tokens", "_free_ended")
 OWN = ("ppo", "reward", "sft", "utils", "data", "train_ppo.py")
 
 
@@ -65,7 +65,7 @@ def own_place(frame: traceback.FrameSummary) -> str:
 def watched() -> Iterator[Waits]:
     """Inside, waits are noted, in copies and `.item()` as in `torch.cuda.synchronize`, and calls of PARTS counted."""
     waits, synchronize = Waits(), torch.cuda.synchronize
-    originals = {name: getattr(_Decoder, name) for name in PARTS}
+    originals = {name: getattr(Decoder, name) for name in PARTS}
 
     def note_warning(message, *_) -> None:
         if WARNING in str(message):
@@ -89,7 +89,7 @@ def watched() -> Iterator[Waits]:
         warnings.simplefilter("always")
         warnings.showwarning, torch.cuda.synchronize = note_warning, note_synchronize
         for name in PARTS:
-            setattr(_Decoder, name, counted(name))
+            setattr(Decoder, name, counted(name))
         if device().type == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
         try:
@@ -99,7 +99,7 @@ def watched() -> Iterator[Waits]:
                 torch.cuda.set_sync_debug_mode("default")
             torch.cuda.synchronize = synchronize
             for name, original in originals.items():
-                setattr(_Decoder, name, original)
+                setattr(Decoder, name, original)
 
 
 def check(toy: bool, report: Report) -> None:
@@ -131,6 +131,7 @@ def check(toy: bool, report: Report) -> None:
     report(waits_per_line={phase: dict(counter.most_common()) for phase, counter in waits.lines.items()})
     per_call = {part: waits.parts[part] / max(1, waits.calls[part]) for part in PARTS}
     report(waits_while_capturing=waits.parts["_capture"], other_warnings=dict(waits.others))
-    report(waits_per_token=per_call["_advance"], waits_per_look=per_call["look"], waits_per_fill=per_call["_fill"])
-    report.expect(waits.calls["_advance"] > 0, "no token was decoded in the step that was watched")
-    report.expect(waits.parts["_advance"] == 0, f"{per_call['_advance']:.2f} waits per forward of new tokens, aim 0")
+    per_token, per_look, per_fill = (per_call[part] for part in ("_next_tokens", "_free_ended", "_prefill"))
+    report(waits_per_token=per_token, waits_per_look=per_look, waits_per_fill=per_fill)
+    report.expect(waits.calls["_next_tokens"] > 0, "no token was decoded in the step that was watched")
+    report.expect(per_token == 0, f"{per_token:.2f} waits per forward of new tokens, aim 0")

@@ -127,7 +127,7 @@ FORBIDDEN = re.compile(
     r"(exec|eval|compile|__import__)|.*\b(system|popen|exec_module|spawn\w*)|(pickle|marshal|dill|joblib)\.\w+|subprocess\.\w+"
 )
 ALLOWED = {
-    ("ppo/score.py", "exec_module"),  # --reward_fn
+    ("ppo/user_reward.py", "exec_module"),  # --reward_fn
     ("utils/run/folder.py", "run"),  # git's commit, without a shell
     ("utils/launcher.py", "Popen"),  # the command of the recipe that starts it, once per GPU, without a shell
     ("data/demo/english.py", "from_pretrained"),  # a file of a package that utils/setup.sh pins

@@ -9,9 +9,9 @@ from transformers import AutoModel
 
 from ppo.config import PPOConfig
 from ppo.decoding.kv_cache import AUTO_SLOTS, slots_in
-from ppo.planning.plan import LOGIT, Sizes, choose_sizes, fit_to_memory, plan, planned_sizes, prefill_peak, say_sizes
-from ppo.planning.shapes import models_of
-from ppo.rollout import room_of
+from ppo.planning.plan import Sizes, apply_sizes, choose_sizes, fit_to_memory, plan, prefill_peak
+from ppo.planning.shapes import LOGIT, models_of
+from ppo.rollout import decoding_options
 from sft.model import AnswerModel
 from tests.architectures.configs import tiny_config
 from tests.helpers.parts import ppo_config, rollout_by_hand, tiny_models, tiny_policy
@@ -72,7 +72,7 @@ def test_slots_of_7b_are_those_worked_out_by_hand(paths_7b):
     """A token's keys and values are 32 x 2 x 4096 numbers in bf16; a slot of 2,048 tokens has 2,048 + 256 columns."""
     config = ppo_config(**paths_7b, rollout_batch_size="auto", num_rollouts=1024, maxlen_prompt=2048, maxlen_res=512)
     slot = 2304 * 32 * 2 * 4096 * 2 * 33 // 32 + LOGIT * 32000 + 8 * 512
-    prefill = prefill_peak(config, models_of(config)[0], 1024)
+    prefill = prefill_peak(config, models_of(config)[0]["policy"], 1024)
     rows = {"in every phase": [7] * 4, "in the rollout": [5, 0, 0, 0]}
     assert choose_sizes(config, 8, rows, prefill + 24 * slot + 5).slots == 24
     assert choose_sizes(config, 8, rows, prefill + 24 * slot + 4).slots == 20
@@ -88,20 +88,21 @@ def test_a_plan_with_auto_fits_its_card_and_no_larger_size_would(paths_7b, tmp_p
     sizes = {"num_rollouts": 1024, "batch_size": 32, "maxlen_prompt": 2048, "maxlen_res": 512, "offload_frozen": True}
     auto = {"rollout_batch_size": "auto", "gradient_checkpoint": "auto", "plan_gpu": "4090"}
     config = ppo_config(**paths_7b, **sizes, **auto, micro_batch_tokens=16384)
-    chosen = planned_sizes(config, 8)
-    assert 8 < chosen.slots < 128 and 0 < chosen.kept[0] < 6
+    chosen = plan(config, 8).sizes
+    assert 8 < chosen.slots < 128 and 0 < chosen.kept["policy"] < 6
 
     def fits(**changes) -> list[bool]:
-        rows, _ = plan(replace(config, **changes), 8)
-        return [sum(row[phase] for row in rows.values()) <= 0.9 * 24 * 2**30 for phase in (0, 2)]
+        totals = plan(replace(config, **changes), 8).totals
+        return [totals[phase] <= 0.9 * 24 * 2**30 for phase in (0, 2)]
 
     assert fits() == [True, True]
     assert fits(rollout_batch_size=chosen.slots + 16, gradient_checkpoint=False) == [False, False]
-    peak = training_peak(models_of(config)[0].decoder, 16384, 3)
+    peak = training_peak(models_of(config)[0]["policy"].decoder, 16384, 3)
     rows = {"in the backward pass": [0, 0, 9, 0]}
-    assert [choose_sizes(config, 8, rows, peak + more).kept for more in (9, 8)] == [(3, 3), (2, 2)]
-    larger = planned_sizes(replace(config, plan_gpu_memory=30), 8)
-    assert larger.slots > chosen.slots and larger.kept[0] > chosen.kept[0]
+    kept = [choose_sizes(config, 8, rows, peak + more).kept for more in (9, 8)]
+    assert kept == [{"policy": layers, "critic": layers} for layers in (3, 2)]
+    larger = plan(replace(config, plan_gpu_memory=30), 8).sizes
+    assert larger.slots > chosen.slots and larger.kept["policy"] > chosen.kept["policy"]
 
 
 @pytest.mark.parametrize("joined", [True, False])
@@ -175,10 +176,10 @@ def test_a_supervised_stage_leaves_room_for_optimizer_and_gradients(single_proce
 def test_sizes_reach_the_models_and_are_said():
     models, said = tiny_models(), []
     config = ppo_config(rollout_batch_size="auto", gradient_checkpoint="auto")
-    assert room_of(config, models.policy.module.decoder, torch.device("cpu")).max_slots == AUTO_SLOTS
+    assert decoding_options(config, models.policy.module).max_slots == AUTO_SLOTS
     fit_to_memory(config, models, said.append)  # on a CPU
     assert not said and models.policy.module.slots == AUTO_SLOTS
-    say_sizes(config, models, Sizes(24, (1, 2)), said.append)
+    apply_sizes(config, models, Sizes(24, {"policy": 1, "critic": 2}), said.append)
     assert models.policy.module.slots == 24
     assert said == [
         "--rollout_batch_size auto: 24 sequences are decoded at once on each GPU",

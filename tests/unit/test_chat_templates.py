@@ -15,7 +15,7 @@ from data.preferences import Pair, Preference
 from data.template import encode_dialogue, encode_prompt
 from ppo.decoding.sampling import Sampling
 from ppo.models import PolicyModel
-from ppo.rollout import assemble, generate, response_ids
+from ppo.rollout import PolicySampler, assemble, response_ids
 from ppo.score import closed_ids
 from reward.encode import encode_preference
 from reward.forward import best_answers
@@ -161,7 +161,7 @@ def trained(family: Family, tokenizer, steps: int = 60) -> PolicyModel:
 def answers(policy: PolicyModel, tokenizer, prompt: list[int]) -> tuple[str, bool]:
     """(the response, greedy but for 1 in e^100, special tokens and all; whether it ended by itself)."""
     config = ppo_config(maxlen_res=40, maxlen_prompt=256)
-    rollout = generate(InferenceEngine(policy), prompts_of(prompt), Sampling(0.01), 0, tokenizer, config)
+    rollout = PolicySampler(InferenceEngine(policy), tokenizer, config)(prompts_of(prompt), Sampling(0.01), 0)
     return tokenizer.decode(response_ids(rollout)[0]), bool(rollout.ended[0])
 
 

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import tests.helpers.varlen
 from ppo.decoding.sampling import Sampling
-from ppo.rollout import generate
+from ppo.rollout import PolicySampler
 from tests.helpers.parts import PROMPTS, GradientEngine, ppo_config, prompts_of, rollout_by_hand, tiny_policy, token_ids
 from utils.models.compile import compile_layers, layers_of
 from utils.models.load import enable_checkpointing
@@ -51,9 +51,10 @@ def test_layers_share_their_graphs_whatever_the_lengths(counter, monkeypatch, ch
 
 def test_decoding_compiles_nothing(counter):
     policy = tiny_policy()
-    expected = generate(GradientEngine(policy), prompts_of(*PROMPTS), Sampling(), 1, token_ids(), ppo_config())
+    sampler = PolicySampler(GradientEngine(policy), token_ids(), ppo_config())
+    expected = sampler(prompts_of(*PROMPTS), Sampling(), 1)
     compile_layers(policy)
-    found = generate(GradientEngine(policy), prompts_of(*PROMPTS), Sampling(), 1, token_ids(), ppo_config())
+    found = sampler(prompts_of(*PROMPTS), Sampling(), 1)
     assert torch.equal(found.sequences, expected.sequences)
     assert counter.frame_count == 0
     policy(found.sequences, found.response_mask)

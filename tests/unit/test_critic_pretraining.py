@@ -17,7 +17,7 @@ from utils.engine.engine import TrainEngine, init_distributed
 def rates(**flags) -> list[tuple[float, float]]:
     """(policy's, critic's) share of the peak learning rate at the first 12 steps."""
     run = SimpleNamespace(config=ppo_config(lr=1.0, critic_lr=1.0, train_steps=100, **flags))
-    return [Run.learning_rates(run, step) for step in range(12)]
+    return [tuple(Run.learning_rates(run, step).values()) for step in range(12)]
 
 
 def test_the_critic_trains_alone_at_its_full_learning_rate():
@@ -35,7 +35,7 @@ def test_without_pretraining_the_critic_warms_up_with_the_policy():
 
 def test_after_the_warmup_both_decay_alike():
     config = ppo_config(lr=1.0, critic_lr=1.0, train_steps=100, critic_pretrain_steps=8, warmup_steps=4)
-    policy, critic = Run.learning_rates(SimpleNamespace(config=config), 8 + 50)
+    policy, critic = Run.learning_rates(SimpleNamespace(config=config), 8 + 50).values()
     assert policy == critic == pytest.approx((4 / 51) ** 0.5)  # inverse_sqrt
 
 

@@ -10,10 +10,10 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from ppo.decoding import attention as grouped_attention
-from ppo.decoding.attention import alone_from, grouped
+from ppo.decoding.attention import grouped
 from ppo.decoding.kv_cache import SlotCache, _SlotLayer
 from ppo.decoding.sampling import EVALUATION, Sampling, uniforms
-from ppo.decoding.scheduler import Room, decode_all
+from ppo.decoding.scheduler import Decoder, DecodingOptions
 from ppo.models import PolicyModel
 from tests.helpers.parts import EOS, VOCAB_SIZE, tiny_policy, token_ids
 
@@ -58,51 +58,40 @@ def plain_decode(policy: PolicyModel, sampling: Sampling, seed: int, eos: int = 
     return responses
 
 
-def decode(policy: PolicyModel, sampling: Sampling, seed: int, room: Room, prompts=PROMPTS) -> list[list[int]]:
+def decode(policy: PolicyModel, sampling: Sampling, seed: int, options: DecodingOptions) -> list[list[int]]:
     with grouped(policy.lm.config):
-        tokens = decode_all(policy, prompts, PLACES, LIMITS, sampling, seed, token_ids(), room, CPU)
+        tokens = Decoder(policy, PROMPTS, PLACES, LIMITS, sampling, seed, token_ids(), options, CPU).run()
     return [row.tolist() for row in tokens]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 @pytest.mark.parametrize(
-    "room",
+    "options",
     [
-        Room(4, 64),
-        Room(1, 1000),
-        Room(64, 1000),
-        Room(8, 10, steps_per_look=3),
-        Room(16, 100, cache_tokens=200),
-        Room(4, 64, alone_from=0),
-        Room(8, 10, straight=True),
-        Room(8, 10, alone_from=0, steps_per_look=3, straight=True),
-        Room(8, 10, alone_from=24, straight=True),
+        DecodingOptions(4, 64),
+        DecodingOptions(1, 1000),
+        DecodingOptions(64, 1000),
+        DecodingOptions(8, 10, steps_per_check=3),
+        DecodingOptions(16, 100, cache_tokens=200),
+        DecodingOptions(8, 10, llama_step=True),
+        DecodingOptions(8, 10, steps_per_check=3, llama_step=True),
     ],
-    ids=[
-        "fewer slots than prompts",
-        "one slot",
-        "more slots",
-        "a look every three steps",
-        "a small cache",
-        "each slot alone",
-        "straight",
-        "straight, each slot alone, a look every three steps",
-        "straight, each slot alone once there is much to read",
-    ],
+    ids=str,
 )
-def test_equals_a_plain_decode(room, sampling):
+def test_equals_a_plain_decode(options, sampling):
     policy = tiny_policy(max_position_embeddings=256)
     expected = plain_decode(policy, sampling, seed=7)
-    assert decode(policy, sampling, 7, room) == expected
+    assert decode(policy, sampling, 7, options) == expected
     ends = [row[-1] == EOS for row in expected]
     assert sampling == GREEDY or (any(ends) and not all(ends))  # both kinds of end have been seen
 
 
 def test_any_stop_id_ends_a_response():
-    policy, room, tokenizer, stops = tiny_policy(max_position_embeddings=256), Room(4, 64), token_ids(), (EOS, 5, 11)
-    whole = decode_all(policy, PROMPTS, PLACES, LIMITS, Sampling(), 7, token_ids(eos=-1), room, CPU)
+    policy, tokenizer, stops = tiny_policy(max_position_embeddings=256), token_ids(), (EOS, 5, 11)
+    work, options = (policy, PROMPTS, PLACES, LIMITS, Sampling(), 7), DecodingOptions(4, 64)
+    whole = Decoder(*work, token_ids(eos=-1), options, CPU).run()
     tokenizer.stop_ids = stops
-    found = decode_all(policy, PROMPTS, PLACES, LIMITS, Sampling(), 7, tokenizer, room, CPU)
+    found = Decoder(*work, tokenizer, options, CPU).run()
     for row, expected in zip(found, whole):
         ends = [t for t, token in enumerate(expected.tolist()) if token in stops]
         assert row.tolist() == expected[: ends[0] + 1 if ends else None].tolist()
@@ -112,9 +101,9 @@ def test_any_stop_id_ends_a_response():
 def test_flash_attention_is_left_out_of_decoding():
     """On a cache with gaps it copies all of it for each token. What comes instead runs anywhere."""
     policy = tiny_policy(max_position_embeddings=256)
-    expected = decode(policy, Sampling(), 7, Room(4, 64))
+    expected = decode(policy, Sampling(), 7, DecodingOptions(4, 64))
     policy.lm.config._attn_implementation = "flash_attention_2"
-    assert decode(policy, Sampling(), 7, Room(4, 64)) == expected
+    assert decode(policy, Sampling(), 7, DecodingOptions(4, 64)) == expected
     assert policy.lm.config._attn_implementation == "flash_attention_2"
 
 
@@ -130,7 +119,7 @@ def test_the_cache_is_gone_when_decoding_ends(monkeypatch):
     monkeypatch.setattr(_SlotLayer, "lazy_initialization", remember)
     gc.disable()
     try:
-        decode(policy, Sampling(), 7, Room(4, 64))
+        decode(policy, Sampling(), 7, DecodingOptions(4, 64))
         assert layers and not any(layer() is not None for layer in layers)
     finally:
         gc.enable()
@@ -156,7 +145,7 @@ def test_other_positions_and_attention(build):
     for parameter in policy.parameters():
         parameter.data.mul_(4.0)  # far from uniform, so that a wrong position shows
     before = policy.lm.config._attn_implementation
-    assert decode(policy, Sampling(), 3, Room(4, 64)) == plain_decode(policy, Sampling(), 3)
+    assert decode(policy, Sampling(), 3, DecodingOptions(4, 64)) == plain_decode(policy, Sampling(), 3)
     assert policy.lm.config._attn_implementation == before
 
 
@@ -173,9 +162,9 @@ def counted():
 
 
 def decode_limited(policy: PolicyModel, prompts, places, limits, slots: int) -> list[list[int]]:
-    room = Room(slots, 1000, straight=True)
+    options = DecodingOptions(slots, 1000, llama_step=True)
     with grouped(policy.lm.config):
-        tokens = decode_all(policy, prompts, places, limits, Sampling(), 1, token_ids(eos=-1), room, CPU)
+        tokens = Decoder(policy, prompts, places, limits, Sampling(), 1, token_ids(eos=-1), options, CPU).run()
     return [row.tolist() for row in tokens]
 
 
@@ -204,12 +193,12 @@ def test_the_cache_stays_within_its_tokens(monkeypatch):
     )
     policy = tiny_policy(max_position_embeddings=256)
     for budget in (200, 400, 10**6):
-        decode(policy, Sampling(), 0, Room(16, 1000, cache_tokens=budget))
+        decode(policy, Sampling(), 0, DecodingOptions(16, 1000, cache_tokens=budget))
     assert 100 < sizes[0] <= 200 < sizes[1] <= 400 < sizes[2] == sizes[2] // 13 * 13
 
 
-@pytest.mark.parametrize("straight", [False, True], ids=["the model's own forward", "straight"])
-def test_shared_heads_are_read_once_a_token(monkeypatch, straight):
+@pytest.mark.parametrize("llama_step", [False, True])
+def test_shared_heads_are_read_once_a_token(monkeypatch, llama_step):
     """While decoding, attention gets the two key-value heads of the cache, not one for each of the four heads."""
     seen, sdpa = [], grouped_attention.scaled_dot_product_attention
 
@@ -218,33 +207,8 @@ def test_shared_heads_are_read_once_a_token(monkeypatch, straight):
         return sdpa(query, key, value, *args, **kwargs)
 
     monkeypatch.setattr(grouped_attention, "scaled_dot_product_attention", spy)
-    decode(tiny_policy(max_position_embeddings=256), Sampling(), 0, Room(4, 64, straight=straight))
+    decode(tiny_policy(max_position_embeddings=256), Sampling(), 0, DecodingOptions(4, 64, llama_step=llama_step))
     assert set(seen) == {((2, 2), 2)}
-
-
-def test_a_slot_alone_reads_its_own_columns(monkeypatch):
-    """No more keys than prompt and response so far have tokens, whatever other slots hold, from 32 columns on."""
-    read, sdpa = [], grouped_attention.scaled_dot_product_attention
-
-    def spy(query, key, value, *args, **kwargs):
-        if len(query) == 1:
-            read.append(key.shape[2])
-        return sdpa(query, key, value, *args, **kwargs)
-
-    monkeypatch.setattr(grouped_attention, "scaled_dot_product_attention", spy)
-    policy, room = tiny_policy(max_position_embeddings=256), Room(2, 64, alone_from=32)
-    with grouped(policy.lm.config):
-        decode_all(policy, [[1] * 30, [1]], [0, 1], [4, 4], Sampling(), 1, token_ids(eos=-1), room, CPU)
-    assert read == [length for step in (2, 3) for _ in range(2) for length in (30 + step, 1 + step)]
-
-
-def test_where_slots_are_alone():
-    """With all heads their own, on a CPU, in bf16 always; shared heads have their own product, windows their mask."""
-    own = tiny_policy(num_key_value_heads=4)
-    decoder = own.lm.get_decoder()
-    assert alone_from(decoder) == 1000  # a key has 32 numbers
-    assert alone_from(decoder.to(torch.bfloat16)) == 0
-    assert alone_from(tiny_policy().lm.get_decoder()) is alone_from(mistral().get_decoder()) is None
 
 
 def test_a_longer_prompt_beside_shorter_ones():

@@ -1,13 +1,13 @@
 """From scores to experience: the order of the tricks, each switch, and the metrics, by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ppo.experience import experience_metrics, make_experience, negative_kl_warning, rollout_metrics
 from tests.helpers.parts import ppo_config, rollout_of, scores_of
-from utils.errors import UserError
 from utils.moments import RunningMoments
 
 PLAIN = {"use_reward_scaling": False, "use_reward_norm": False, "use_reward_clip": False, "use_advantage_norm": False}
@@ -82,11 +82,11 @@ def test_advantages_are_whitened_over_the_whole_buffer():
     assert (metrics["return_mean"], metrics["value_mean"], metrics["explained_variance"]) == (1.0, 0.0, 0.0)
 
 
-def test_score_that_is_not_finite_stops_the_run_before_the_statistics_take_it_in():
-    moments = RunningMoments()
-    with pytest.raises(UserError, match="score of response 1 of this step is not finite"):
-        rewards([1.0, float("nan")], moments)
-    assert moments.count == 0
+def test_without_a_critic_its_metrics_are_absent():
+    experience = make_experience(ROLLOUT, scores_of(ROLLOUT, [3.0, -1.0]), RunningMoments(), ppo_config())
+    whole = experience_metrics(experience)
+    found = experience_metrics(replace(experience, old_values=None, returns=None))
+    assert found == {name: whole[name] for name in ("advantage_mean", "advantage_std")} and len(whole) == 5
 
 
 def test_rollout_metrics_by_hand():

@@ -2,14 +2,17 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
+from transformers import AttentionInterface, AutoModelForCausalLM, MistralConfig, Qwen3Config
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ppo.decoding.attention import grouped
 from ppo.decoding.kv_cache import SlotCache
+from ppo.decoding.sampling import Sampling
 from ppo.models import PolicyModel
-from ppo.rollout import room_of
-from tests.helpers.parts import ppo_config
+from ppo.rollout import PolicySampler, decoding_options
+from tests.helpers.parts import PROMPTS, ppo_config, prompts_of, tiny_policy, token_ids
 from tests.helpers.tiny import LLAMA_KIND, SIZES, tiny_llama_config
+from utils.engine.engine import InferenceEngine
 from utils.models.padding_free import FULL_ATTENTION
 from utils.tensors import position_ids
 
@@ -34,8 +37,8 @@ def lm_of(config, attention: str = "sdpa"):
 
 
 @torch.no_grad()
-def logits_of(lm, room: dict, dtype: torch.dtype) -> torch.Tensor:
-    """[steps, slots, vocabulary] of three steps behind prompts of LENGTHS. room: straight, alone."""
+def logits_of(lm, llama_step: bool, dtype: torch.dtype) -> torch.Tensor:
+    """[steps, slots, vocabulary] of three steps behind prompts of LENGTHS."""
     policy, ids = PolicyModel(lm.to(dtype)), torch.randint(3, 400, (3, 12), generator=torch.Generator().manual_seed(1))
     width, cache, steps = max(LENGTHS), SlotCache(len(LENGTHS), 40, torch.device("cpu")), []
     mask = torch.arange(width) >= width - torch.tensor(LENGTHS)[:, None]
@@ -46,10 +49,9 @@ def logits_of(lm, room: dict, dtype: torch.dtype) -> torch.Tensor:
         policy(decode=prompts | options)
         for step in range(3):
             seen = cache.advance()
-            seen = torch.tensor(cache.lengths).view(1, 1, 1, -1) if room["alone"] else seen
             positions = torch.tensor(LENGTHS)[:, None] + step
             given = {"input_ids": ids[:, width + step, None], "attention_mask": seen, "position_ids": positions}
-            steps.append(policy(decode=given | options | {"straight": room["straight"]}))
+            steps.append(policy(decode=given | options | {"llama_step": llama_step}))
     return torch.stack(steps)
 
 
@@ -57,36 +59,44 @@ def test_every_architecture_in_the_list_is_tested():
     assert {config.model_type for config in CONFIGS.values()} == set(FULL_ATTENTION)
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["a mask", "each slot alone"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_equals_the_models_own_forward(name, alone):
+def test_equals_the_models_own_forward(name):
     lm, forwards = lm_of(CONFIGS[name]), []
     lm.get_decoder().register_forward_pre_hook(lambda *_: forwards.append(1))
-    found = logits_of(lm, {"straight": True, "alone": alone}, torch.float32)
+    found = logits_of(lm, True, torch.float32)
     assert len(forwards) == 1  # over the prompts
-    own = logits_of(lm, {"straight": False, "alone": alone}, torch.float32)
+    own = logits_of(lm, False, torch.float32)
     assert len(forwards) == 1 + 4
     torch.testing.assert_close(found, own, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_in_bf16_it_is_as_near_to_float32_as_the_models_own_forward(name):
-    own_way = {"straight": False, "alone": False}
-    exact = logits_of(lm_of(CONFIGS[name]).bfloat16(), own_way, torch.float32)
-    own = logits_of(lm_of(CONFIGS[name]), own_way, torch.bfloat16)
-    found = logits_of(lm_of(CONFIGS[name]), own_way | {"straight": True}, torch.bfloat16)
+    exact = logits_of(lm_of(CONFIGS[name]).bfloat16(), False, torch.float32)
+    own, found = (logits_of(lm_of(CONFIGS[name]), way, torch.bfloat16) for way in (False, True))
     assert found.dtype == torch.bfloat16
     assert (found.float() - exact).norm() < 1.2 * (own.float() - exact).norm()
 
 
 def test_where_it_is_used():
     """In what it knows, unless the weights stay split: then every rank calls the same modules."""
-    config, place = ppo_config(), torch.device("cpu")
-    llama = lm_of(CONFIGS["llama"]).get_decoder()
-    assert room_of(config, llama, place).straight
-    assert not room_of(config, llama, place, split=True).straight
+
+    def used(lm, split: bool = False) -> bool:
+        return decoding_options(ppo_config(), PolicyModel(lm), split).llama_step
+
+    llama = lm_of(CONFIGS["llama"])
+    assert used(llama) and not used(llama, split=True)
     llama.config._attn_implementation = "flash_attention_2"  # for prompts and training; not a kernel is called here
-    assert room_of(config, llama, place).straight
-    assert not room_of(config, lm_of(CONFIGS["llama"], "eager").get_decoder(), place).straight
-    windowed = lm_of(MistralConfig(**SIZES | {"sliding_window": 6}))
-    assert not room_of(config, windowed.get_decoder(), place).straight
+    assert used(llama)
+    assert not used(lm_of(CONFIGS["llama"], "eager"))
+    assert not used(lm_of(MistralConfig(**SIZES | {"sliding_window": 6})))
+
+
+def test_the_sampler_uses_it():
+    """The model's own forward runs over prompts alone; after that transformers' attention is as it was."""
+    policy, forwards = tiny_policy(), []
+    policy.decoder.register_forward_pre_hook(lambda *_: forwards.append(1))
+    PolicySampler(InferenceEngine(policy), token_ids(eos=-1), ppo_config())(prompts_of(*PROMPTS), Sampling(), 0)
+    assert len(forwards) == 1 and policy.lm.config._attn_implementation == "sdpa"
+    policy(torch.ones(1, 3, dtype=torch.int64), torch.tensor([[False, True, True]]))  # joined rows
+    assert AttentionInterface()["sdpa"] is sdpa_attention_forward

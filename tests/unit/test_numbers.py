@@ -14,7 +14,7 @@ def test_scores_beyond_the_limit_are_named_with_their_rank(monkeypatch):
     fine, bad = torch.tensor([0.0, 1.0]), torch.tensor([-6.0, 2.0])
     assert score_problem(torch.tensor([0.0, 1.0, -2.0, 3.0]), 5.0, fine) is None
     assert score_problem(torch.tensor([0.0, 1.0, math.nan, 3.0]), 5.0, fine).startswith(
-        "the score of response 2 of this step is not finite (rank 1); look"
+        "the score of response 2 of this step is not finite (rank 1); "
     )
     assert "response 0 of this step is -6, beyond --explosion_limit (rank 0, 1)" in score_problem(
         torch.tensor([-6.0, 1.0, 2.0, 3.0]), 5.0, bad

@@ -87,11 +87,16 @@ def test_weights_gradients_and_optimizer_are_what_an_engine_holds(single_process
     assert weights == weight_bytes(numels, zero_stage, 1, element)
 
 
+def rows_and_host(flags: dict, gpus: int, **changes) -> tuple[dict, dict]:
+    found = plan(ppo_config(**flags | changes), gpus)
+    return found.rows, found.host
+
+
 def test_sizes_of_7b_are_those_worked_out_by_hand(folder_7b):
     paths = {"policy_model_path": str(folder_7b), "critic_model_path": str(folder_7b)}
     sizes = {"rollout_batch_size": 16, "num_rollouts": 128, "batch_size": 32, "maxlen_prompt": 2048, "maxlen_res": 512}
     flags = paths | sizes | {"dtype": "bf16", "gradient_checkpoint": True}
-    rows, host = plan(ppo_config(**flags, zero_stage=2), gpus=8)
+    rows, host = rows_and_host(flags, 8, zero_stage=2)
     assert rows["weights of the policy"] == [2 * POLICY_7B] * 4
     assert rows["weights of the critic"] == [2 * CRITIC_7B] * 4
     assert rows["weights of the reference"] == [2 * POLICY_7B // 8 + 2 * NORMS_7B] * 4
@@ -100,19 +105,19 @@ def test_sizes_of_7b_are_those_worked_out_by_hand(folder_7b):
     assert rows["optimizer of policy and critic"] == [12 * (POLICY_7B + CRITIC_7B) // 8] * 4
     assert rows["gradients of policy and critic"] == [0, 0] + [2 * (POLICY_7B + CRITIC_7B) // 8] * 2
     assert rows["key-value cache"] == [16 * (2048 + 256) * 32 * 2 * 4096 * 2, 0, 0, 0]
-    assert host == {"final/ being written (first process alone)": 2 * POLICY_7B}
+    assert host == {"final/ being written (first process only)": 2 * POLICY_7B}
 
-    rows, _ = plan(ppo_config(**flags, zero_stage=2, grad_accum_dtype="fp32"), gpus=8)
+    rows, _ = rows_and_host(flags, 8, zero_stage=2, grad_accum_dtype="fp32")
     assert rows["gradients of policy and critic"] == [0, 0] + [4 * (POLICY_7B + CRITIC_7B) // 8] * 2
 
     whole = 2 * (POLICY_7B + CRITIC_7B)
     for gpus, waiting in [(8, whole // 8 + 2 * (2 * NORMS_7B + 4096)), (1, whole)]:
-        rows, host = plan(ppo_config(**flags, zero_stage=1, offload_frozen=True), gpus)
+        rows, host = rows_and_host(flags, gpus, zero_stage=1, offload_frozen=True)
         assert "weights of the reference" not in rows
-        assert rows.get("a frozen model at a time") == ([0, 2 * POLICY_7B, 0, 0] if gpus == 1 else None)
+        assert rows.get("one frozen model at a time") == ([0, 2 * POLICY_7B, 0, 0] if gpus == 1 else None)
         assert host["reference and reward models"] == waiting
 
-    rows, host = plan(ppo_config(**flags, zero_stage=3, offload_optimizer=True, offload_frozen=True), gpus=8)
+    rows, host = rows_and_host(flags, 8, zero_stage=3, offload_optimizer=True, offload_frozen=True)
     assert rows["weights of the policy"] == [2 * POLICY_7B // 8 + 2 * NORMS_7B] * 4
     assert rows["optimizer of policy and critic"] == [0] * 4
     assert rows["weights gathered from all GPUs"] == [2 * POLICY_7B, 2 * 10**9, 2 * 10**9, 0]
@@ -125,7 +130,7 @@ def test_activations_of_a_checkpointed_layer_are_its_input(folder_7b):
     paths = {"policy_model_path": str(folder_7b), "critic_model_path": str(folder_7b)}
     found = {}
     for checkpointing in (False, True):
-        rows, _ = plan(ppo_config(**sizes, **paths, gradient_checkpoint=checkpointing), gpus=1)
+        rows, _ = rows_and_host(sizes | paths, 1, gradient_checkpoint=checkpointing)
         found[checkpointing] = rows["activations"][2]
     inputs = 8192 * 32 * 4096 * 2
     one_layer = found[False] / 32
@@ -176,9 +181,10 @@ def test_seconds_of_7b_are_those_worked_out_by_hand(folder_7b):
         card: str, gpus: int = 8, slots: int = 16, recomputed: float = 1.0, captured: bool = True, **changes
     ) -> dict:
         config = ppo_config(**flags | {"plan_gpu": card} | changes)
-        policy, critic, rewards = models_of(config)
-        assert policy.work.captured
-        works = (replace(policy.work, captured=captured), critic.work, [model.work for model in rewards])
+        models, rewards = models_of(config)
+        trained = {name: replace(model.work, captured=captured) for name, model in models.items()}
+        assert models["policy"].work.captured
+        works = (trained, [model.work for model in rewards])
         return {phase.name: phase for phase in phases(config, gpus, *works, slots, recomputed)}
 
     h100 = found("h100")

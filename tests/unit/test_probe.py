@@ -11,10 +11,10 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import tests.helpers.varlen
 import utils.models.padding_free
-from ppo.decoding.attention import is_replaced
+from ppo.decoding.attention import can_group
 from ppo.decoding_check import choose_decoding
 from ppo.models import PolicyModel
-from ppo.rollout import room_of
+from ppo.rollout import DECODING, decoding_options
 from sft.model import packing_failure
 from tests.architectures.configs import tiny_config
 from tests.architectures.folders import randomise
@@ -24,7 +24,7 @@ from utils.models.check import Probe, check_forward, distance
 from utils.models.load import enable_checkpointing, training_mode, without_dropout
 from utils.models.padding_free import decoder_of
 
-FASTEST = {"llama": "straight", "qwen3": "straight", "gpt_oss": "own"} | dict.fromkeys(
+FASTEST = {"llama": "llama_step", "qwen3": "llama_step", "gpt_oss": "transformers"} | dict.fromkeys(
     ("gpt2", "mixtral", "gemma3_text", "deepseek_v3"), "grouped"
 )
 WITHOUT_KEYS = ("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma")  # states are lost from token to token
@@ -65,8 +65,8 @@ def test_falcon_decodes_with_its_own_attention(dtype):
     """It asks for the name of its attention's implementation, and takes ours for none."""
     policy, said = PolicyModel(lm_of("falcon", dtype)), []
     choose_decoding(policy, ppo_config(), "--policies M", said.append)
-    assert policy.decoding == "own"
-    assert len(said) == 1 and said[0].startswith("--policies M: grouped decoding is left out: with FalconForCausalLM")
+    assert policy.decoding == "transformers"
+    assert len(said) == 1 and said[0].startswith("--policies M: grouped decoding is not used: it fails with Falcon")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -145,8 +145,8 @@ def test_rows_that_may_not_be_joined_are_padded(monkeypatch):
     assert len(said) == 1 and said[0].startswith("M: rows of GraniteForCausalLM are padded, not joined")
     assert not PolicyModel(lm).joins_rows and not PolicyModel(copy.deepcopy(lm)).joins_rows
     said.clear()
-    assert decoding_of(lm, said) == "grouped"  # not straight through layers that differ
-    assert len(said) == 1 and "straight decoding is left out" in said[0]
+    assert decoding_of(lm, said) == "grouped"  # not by our own step, whose layers differ
+    assert len(said) == 1 and "llama_step decoding is not used" in said[0]
 
 
 def test_rows_are_padded_where_the_kernel_for_joined_ones_does_not_run(monkeypatch):
@@ -164,10 +164,11 @@ def test_rows_are_padded_where_the_kernel_for_joined_ones_does_not_run(monkeypat
 
 
 def test_the_way_of_decoding_is_taken():
-    decoder, cpu = lm_of("llama", num_key_value_heads=4).model, torch.device("cpu")
-    rooms = {way: room_of(ppo_config(), decoder, cpu, decoding=way) for way in ("straight", "grouped", "own")}
-    assert [way for way, room in rooms.items() if room.straight] == ["straight"]
-    assert [way for way, room in rooms.items() if room.alone_from is None] == ["own"]
+    policy, used = PolicyModel(lm_of("llama")), []
+    for way in DECODING:
+        policy.decoding = way
+        used.append(decoding_options(ppo_config(), policy).llama_step)
+    assert used == [True, True, False, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -201,8 +202,8 @@ def test_a_router_that_draws_its_experts_in_training_does_not_in_the_update(chec
 def test_a_cap_of_attention_needs_a_kernel_that_has_it():
     """Scores of Gemma 2 are capped in eager attention; ours takes the place of none."""
     capped, plain = (lm_of("gemma2", kernel=kernel) for kernel in ("eager", "sdpa"))
-    assert not is_replaced(capped.config) and not is_replaced(plain.config)
-    assert decoding_of(capped) == "own"
+    assert not can_group(capped.config) and not can_group(plain.config)
+    assert decoding_of(capped) == "transformers"
     ids = Probe(capped, "M").rows[0][None]
     with torch.no_grad():
         assert distance(list(capped(ids).logits), list(plain(ids).logits)) > 1e-3

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ppo.decoding.sampling import Sampling
-from ppo.decoding.scheduler import Room, decode_all, decode_measured
-from ppo.rollout import assemble, generate, with_measured
+from ppo.decoding.sampling import EVALUATION, Sampling
+from ppo.decoding.scheduler import Decoder, DecodingOptions
+from ppo.rollout import PolicySampler, assemble, with_measured
 from ppo.score import score
 from ppo.types import MeasuredRollout, PromptBatch, Rollout
 from tests.helpers.parts import EOS, PAD, ppo_config, tiny_models, token_ids
@@ -28,15 +28,16 @@ def both_ways(models, rollout: MeasuredRollout, temperature: float):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(
-    "room",
-    [Room(2, 64), Room(8, 64, steps_per_look=3), Room(2, 64, straight=True)],
-    ids=["two slots", "looks seldom", "straight"],
+    "options",
+    [DecodingOptions(2, 64), DecodingOptions(8, 64, steps_per_check=3), DecodingOptions(2, 64, llama_step=True)],
+    ids=str,
 )
-def test_sampler_and_scoring_agree(room, temperature):
+def test_sampler_and_scoring_agree(options, temperature):
     models, sampling = tiny_models(), Sampling(temperature)
-    work = (models.policy, PROMPTS, BATCH.places, LIMITS, sampling, 7, token_ids(), room, torch.device("cpu"))
-    tokens, logprobs, entropy = decode_measured(*work)
-    assert [row.tolist() for row in tokens] == [row.tolist() for row in decode_all(*work)]
+    work = (models.policy, PROMPTS, BATCH.places, LIMITS, sampling, 7, token_ids(), options, torch.device("cpu"))
+    decoder = Decoder(*work, measure=True)
+    tokens, (logprobs, entropy) = decoder.run(), decoder.measurements()
+    assert [row.tolist() for row in tokens] == [row.tolist() for row in Decoder(*work).run()]
     lengths = [len(row) for row in tokens]
     assert min(lengths) == 1 and max(lengths) > 4
     tokens[3], logprobs[3], entropy[3] = tokens[3][:0], logprobs[3][:0], entropy[3][:0]
@@ -49,8 +50,10 @@ def test_sampler_and_scoring_agree(room, temperature):
 
 def test_the_policy_makes_no_scoring_forward():
     models, config = tiny_models(), ppo_config()
-    rollout = generate(models.policy, BATCH, Sampling(), 7, token_ids(), config, measure=True)
-    plain = generate(models.policy, BATCH, Sampling(), 7, token_ids(), config)
+    sampler = PolicySampler(models.policy, token_ids(), config, measure=True)
+    rollout = sampler(BATCH, Sampling(), 7)
+    assert type(sampler(BATCH, EVALUATION, 7)) is Rollout  # whose log-probabilities the policy has to compute
+    plain = PolicySampler(models.policy, token_ids(), config)(BATCH, Sampling(), 7)
     assert type(plain) is Rollout and torch.equal(plain.sequences, rollout.sequences)
     forwards = []
     models.policy.module.register_forward_hook(lambda *_: forwards.append(1))

@@ -13,7 +13,7 @@ from data.batching.micro_batch_plan import rank_plan
 from data.dialogues import EncodedDialogue
 from ppo.decoding.sampling import Sampling
 from ppo.models import PolicyModel
-from ppo.rollout import generate
+from ppo.rollout import PolicySampler
 from ppo.update import policy_backward, shares, update
 from sft.model import AnswerModel
 from sft.packed_batches import Layout
@@ -205,7 +205,7 @@ def test_a_config_that_asks_for_router_logits_decodes_the_same():
     """The LM's own forward then makes a loss of them, for which a mask that covers the cache has the wrong shape."""
     plain, asking = (PolicyModel(tiny_mixture(vocab=VOCAB_SIZE, output_router_logits=on)) for on in (False, True))
     found = [
-        generate(GradientEngine(policy), prompts_of(*PROMPTS), Sampling(), 1, token_ids(), ppo_config()).sequences
+        PolicySampler(GradientEngine(policy), token_ids(), ppo_config())(prompts_of(*PROMPTS), Sampling(), 1).sequences
         for policy in (plain, copy.deepcopy(asking))
     ]
     assert torch.equal(*found)

@@ -98,7 +98,7 @@ def test_short_rows_of_bf16_are_attended_in_float32():
     lengths, heads, size = [40, 7], 2, 16
     states = torch.randn(3, 1, heads, sum(lengths), size, generator=generator).bfloat16()
     mask = torch.tensor(lengths).view(1, 1, 1, -1)
-    attend = AttentionInterface()["sdpa"]
+    attend = AttentionInterface()[utils.models.padding_free.SDPA_JOINED]
     found, _ = attend(nn.Module(), *states, mask, is_causal=True)
     assert found.dtype == torch.bfloat16
     for row, part in zip(found[0].split(lengths), states.double().split(lengths, dim=3), strict=True):

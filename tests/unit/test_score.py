@@ -1,11 +1,10 @@
-"""Scoring: which number comes from which position, micro-batches, and functions that score."""
+"""Scoring: which number comes from which position, and micro-batches."""
 
 import pytest
 import torch
 
-from ppo.score import call_reward_fn, load_reward_fn, score
+from ppo.score import score
 from tests.helpers.parts import EOS, PROMPTS, RESPONSES, ppo_config, prompts_of, rollout_by_hand, tiny_models, token_ids
-from utils.errors import UserError
 
 ROLLOUT = rollout_by_hand()
 
@@ -68,24 +67,6 @@ def test_reward_function_is_added_to_the_reward_model_or_stands_alone():
     assert score(ROLLOUT, prompts, models, lengths, Letters(), 1.0, config).scores.tolist() == [2.0, 0.0, 0.0, 8.0]
 
 
-@pytest.mark.parametrize(
-    ("returned", "message"),
-    [([1.0], "returned 1 numbers for 2 answers"), (["a", "b"], "list of numbers"), (None, "list of numbers")],
-)
-def test_reward_function_that_returns_something_else(returned, message):
-    with pytest.raises(UserError, match=f"--reward_fn.*{message}"):
-        call_reward_fn(lambda prompts, answers: returned, [[], []], ["x", "y"])
-
-
-@pytest.mark.parametrize("spec", ["nowhere.py:f", "f", "FILE:absent"])
-def test_reward_function_that_is_not_there(spec, tmp_path):
-    file = tmp_path / "scores.py"
-    file.write_text("def present(prompts, answers):\n    return [1.0] * len(answers)\n", encoding="utf-8")
-    assert load_reward_fn(f"{file}:present")([], ["x"]) == [1.0]
-    with pytest.raises(UserError, match="--reward_fn"):
-        load_reward_fn(spec.replace("FILE", str(file)))
-
-
 def test_reference_is_asked_as_soon_as_the_policy_has_moved():
     models, prompts, config = tiny_models(), prompts_of(*PROMPTS), ppo_config()
     models.reference.model.load_state_dict(models.policy.module.state_dict())
@@ -104,14 +85,13 @@ def test_reference_is_asked_as_soon_as_the_policy_has_moved():
     assert torch.equal(moved.ref_logprobs, same.ref_logprobs)
 
 
-def test_a_reward_function_may_change_what_it_is_given():
-    """The run's own prompts stay: they are shown, encoded for other reward models, and come again."""
-    turns, answers = [[{"role": "user", "content": "a"}]], ["b"]
-
-    def appends(dialogues, texts):
-        dialogues[0][0]["content"] = "changed"
-        dialogues[0].append({"role": "assistant", "content": texts.pop()})
-        return [1.0]
-
-    assert call_reward_fn(appends, turns, answers) == [1.0]
-    assert (turns, answers) == ([[{"role": "user", "content": "a"}]], ["b"])
+def test_without_a_critic_there_are_no_values():
+    models, prompts, config = tiny_models(), prompts_of(*PROMPTS), ppo_config()
+    whole = score(ROLLOUT, prompts, models, None, token_ids(), 1.0, config)
+    assert list(models.engines()) == ["policy", "critic"]
+    models.critic = None
+    assert list(models.engines()) == ["policy"]
+    found = score(ROLLOUT, prompts, models, None, token_ids(), 1.0, config)
+    assert found.old_values is None
+    row = found.rows([1]).map(lambda x: x + 0)
+    assert row.old_values is None and torch.equal(row.old_logprobs, whole.old_logprobs[1:2])

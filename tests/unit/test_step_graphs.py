@@ -19,13 +19,15 @@ import ppo.rollout
 from ppo.decoding.cuda_graphs import StepGraphs, bucket_of
 from ppo.decoding.kv_cache import SlotCache
 from ppo.decoding.sampling import EVALUATION, Sampling
-from ppo.decoding.scheduler import Room, _Decoder, decode_all
+from ppo.decoding.scheduler import Decoder, DecodingOptions
 from ppo.decoding_check import choose_decoding
 from ppo.models import PolicyModel
 from tests.helpers.parts import ppo_config, tiny_policy, token_ids
 from tests.unit.test_decoding import LIMITS, PLACES, PROMPTS, decode, plain_decode
 
-ROOM = Room(5, 64, steps_per_look=2, straight=True, ragged=True, graphs=True)  # 3 live slots are a bucket of 4
+OPTIONS = DecodingOptions(
+    5, 64, steps_per_check=2, llama_step=True, triton=True, cuda_graphs=True
+)  # 3 live slots are a bucket of 4
 
 
 class Operations(TorchDispatchMode):
@@ -93,7 +95,7 @@ def policy_of() -> PolicyModel:
 
 def test_graphs_equal_a_plain_decode(recorded):
     policy = policy_of()
-    assert decode(policy, EVALUATION, 7, ROOM) == plain_decode(policy, EVALUATION, seed=7)
+    assert decode(policy, EVALUATION, 7, OPTIONS) == plain_decode(policy, EVALUATION, seed=7)
     assert set(recorded) >= {1, 4, 5} and len(recorded) == len(set(recorded))
 
 
@@ -105,14 +107,14 @@ def test_a_graph_that_cannot_be_made_is_left_out(monkeypatch):
     # Two responses end; the last two take their slots, whose old ones fill up the bucket.
     work = policy_of(), [[1], [3], [4], [5], [6]], PLACES[:5], [2, 2, 7, 8, 9], Sampling(), 7, token_ids(eos=-1)
     with pytest.warns(UserWarning, match="without CUDA graphs, more slowly: "):
-        found = decode_all(*work, ROOM, torch.device("cpu"))
-    expected = decode_all(*work, Room(5, 64, straight=True), torch.device("cpu"))
+        found = Decoder(*work, OPTIONS, torch.device("cpu")).run()
+    expected = Decoder(*work, DecodingOptions(5, 64, llama_step=True), torch.device("cpu")).run()
     assert [row.tolist() for row in found] == [row.tolist() for row in expected]
     assert len(tried) == 1
 
 
 def test_slots_not_in_use_draw_behind_every_response():
-    decoder = _Decoder(policy_of(), PROMPTS, PLACES, LIMITS, Sampling(), 7, token_ids(), ROOM, torch.device("cpu"))
+    decoder = Decoder(policy_of(), PROMPTS, PLACES, LIMITS, Sampling(), 7, token_ids(), OPTIONS, torch.device("cpu"))
     assert decoder.slots["ended"].all()
     assert (decoder.slots["count"] == max(LIMITS)).all() and decoder.tokens.shape[1] == max(LIMITS) + 1
 
@@ -150,14 +152,14 @@ def test_the_device_knows_what_each_slot_holds():
 @pytest.fixture
 def on_any_device(monkeypatch):
     for module in (ppo.decoding_check, ppo.rollout):
-        monkeypatch.setattr(module, "goes_ragged", lambda decoder: True)
+        monkeypatch.setattr(module, "can_run_triton", lambda decoder: True)
 
 
 def test_the_probe_tries_kernels_and_graphs(recorded, on_any_device):
     heads = {"head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
     policy, said = tiny_policy(max_position_embeddings=256, **heads).to(torch.bfloat16), []
     choose_decoding(policy, ppo_config(), "M", said.append)
-    assert policy.decoding == "ragged" and said == [] and set(recorded) == {4}
+    assert policy.decoding == "triton" and said == [] and set(recorded) == {4}
 
 
 def test_the_probe_leaves_out_kernels_that_fail(recorded, on_any_device, monkeypatch):
@@ -172,21 +174,21 @@ def test_the_probe_leaves_out_kernels_that_fail(recorded, on_any_device, monkeyp
     choose_decoding(policy, ppo_config(), "M", said.append)
     monkeypatch.setattr(ppo.decoding.ragged_attention, "attend", lambda query, *_: query)
     choose_decoding(policy, ppo_config(), "M", said.append)
-    assert policy.decoding == "straight" and len(said) == 2
-    assert "ragged decoding is left out" in said[0] and "CompilationError: no C compiler" in said[0]
-    assert "ragged decoding is left out" in said[1] and "standard deviations" in said[1]
+    assert policy.decoding == "llama_step" and len(said) == 2
+    assert "triton decoding is not used" in said[0] and "CompilationError: no C compiler" in said[0]
+    assert "triton decoding is not used" in said[1] and "standard deviations" in said[1]
 
 
 def test_no_graphs_where_deterministic_algorithms_are_asked_for(on_any_device):
     """Nor are there any that fail: what they leave behind would be in the way of random numbers."""
     policy = policy_of()
-    rooms = [ppo.rollout.room_of(ppo_config(), policy.decoder, torch.device("cpu"))]
+    options = [ppo.rollout.decoding_options(ppo_config(), policy)]
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        rooms.append(ppo.rollout.room_of(ppo_config(), policy.decoder, torch.device("cpu")))
+        options.append(ppo.rollout.decoding_options(ppo_config(), policy))
     finally:
         torch.use_deterministic_algorithms(False)
-    assert [(room.ragged, room.graphs) for room in rooms] == [(True, True), (True, False)]
+    assert [(each.triton, each.cuda_graphs) for each in options] == [(True, True), (True, False)]
 
 
 @pytest.mark.gpu
@@ -210,10 +212,10 @@ def test_on_a_gpu(sampling, graphs):
     expected = plain_decode(policy, sampling, seed=7)
     policy, captured = policy.to(place), []
     capture = StepGraphs._capture
-    room = replace(ROOM, graphs=graphs)
+    options = replace(OPTIONS, cuda_graphs=graphs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepGraphs, "_capture", lambda self, *args: captured.append(1) or capture(self, *args))
-        found = decode_all(policy, PROMPTS, PLACES, LIMITS, sampling, 7, token_ids(), room, place)
+        found = Decoder(policy, PROMPTS, PLACES, LIMITS, sampling, 7, token_ids(), options, place).run()
     assert [row.tolist() for row in found] == expected
     assert bool(captured) == graphs and not StepGraphs.failed
 
@@ -223,13 +225,13 @@ def test_on_a_gpu(sampling, graphs):
 def test_the_probe_chooses_kernels_on_a_gpu(dtype):
     policy, said = policy_of().to("cuda", dtype), []
     choose_decoding(policy, ppo_config(), "M", said.append)
-    assert policy.decoding == "ragged" and said == []
+    assert policy.decoding == "triton" and said == []
 
 
 @pytest.mark.gpu
 def test_no_step_waits_for_the_gpu():
     policy, place = policy_of().to("cuda"), torch.device("cuda")
-    decoder = _Decoder(policy, PROMPTS, PLACES, [40] * 13, Sampling(), 7, token_ids(eos=-1), ROOM, place)
+    decoder = Decoder(policy, PROMPTS, PLACES, [40] * 13, Sampling(), 7, token_ids(eos=-1), OPTIONS, place)
     with torch.no_grad():
         while decoder.cache.live < 5:
             decoder.forward()  # over prompts
@@ -237,9 +239,9 @@ def test_no_step_waits_for_the_gpu():
             for steps in (1, 20):  # the first compiles the kernels, and capturing waits
                 torch.cuda.set_sync_debug_mode("error")
                 for _ in range(steps):
-                    decoder._advance()
+                    decoder._next_tokens()
                 torch.cuda.set_sync_debug_mode("default")
-                decoder._advance()
+                decoder._next_tokens()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -251,7 +253,7 @@ def test_graphs_are_gone_when_decoding_ends(monkeypatch):
     policy, place = policy_of().to("cuda"), torch.device("cuda")
     gc.disable()
     try:
-        decode_all(policy, PROMPTS, PLACES, LIMITS, Sampling(), 7, token_ids(), ROOM, place)
+        Decoder(policy, PROMPTS, PLACES, LIMITS, Sampling(), 7, token_ids(), OPTIONS, place).run()
         assert [graphs() for graphs in seen] == [None]
     finally:
         gc.enable()

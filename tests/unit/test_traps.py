@@ -13,7 +13,7 @@ from ppo.decoding.sampling import EVALUATION, Sampling
 from ppo.experience import make_experience, negative_kl_warning
 from ppo.models import PolicyModel
 from ppo.rewards import token_rewards
-from ppo.rollout import generate, response_ids
+from ppo.rollout import PolicySampler, response_ids
 from ppo.score import score
 from ppo.update import policy_backward, update
 from tests.helpers.parts import (
@@ -42,7 +42,7 @@ def test_trap_01_special_ids_inside_a_response_do_not_shorten_it():
     prompts, config = prompts_of(*PROMPTS * 8), ppo_config(maxlen_res=12, rollout_batch_size=32)
     policy = InferenceEngine(tiny_policy())
     for tokenizer in (token_ids(eos=2, pad=2), token_ids(eos=2, pad=0), token_ids(eos=2, pad=7)):
-        rollout = generate(policy, prompts, Sampling(), 0, tokenizer, config)
+        rollout = PolicySampler(policy, tokenizer, config)(prompts, Sampling(), 0)
         responses = response_ids(rollout)
         assert all(ids.index(2) == len(ids) - 1 if 2 in ids else len(ids) == 12 for ids in responses)
         assert any(0 in ids[:-1] for ids in responses) and any(7 in ids[:-1] for ids in responses)
@@ -59,7 +59,7 @@ def test_trap_02_left_padding_changes_no_logits(positions):
     seen = []
     policy.register_forward_hook(lambda module, inputs, output: seen.append(output))
     engine, prompts = InferenceEngine(policy), prompts_of(*PROMPTS)
-    rollout = generate(engine, prompts, Sampling(), 0, token_ids(eos=-1), ppo_config())
+    rollout = PolicySampler(engine, token_ids(eos=-1), ppo_config())(prompts, Sampling(), 0)
     by_length = sorted(range(4), key=lambda i: -len(PROMPTS[i]))
     for row, i in enumerate(by_length):
         whole = rollout.sequences[i][rollout.attention_mask[i]]
@@ -114,7 +114,8 @@ def test_trap_05_float32_from_bf16_logits_and_no_logits_for_prompts(monkeypatch)
     whole = policy.lm(rollout.sequences).logits[:, :-1][mask[:, 1:]].float()
     torch.testing.assert_close(logits.float(), whole, atol=2e-2, rtol=2e-2)  # another shape: some CPUs round otherwise
     made.clear()
-    generate(InferenceEngine(policy), prompts_of(*PROMPTS), Sampling(), 0, token_ids(eos=-1), ppo_config(maxlen_res=3))
+    sampler = PolicySampler(InferenceEngine(policy), token_ids(eos=-1), ppo_config(maxlen_res=3))
+    sampler(prompts_of(*PROMPTS), Sampling(), 0)
     assert [output[..., 0].numel() for output in made] == [4, 4, 4]
 
 
@@ -132,7 +133,6 @@ def test_trap_06_what_is_sampled_is_what_is_trained_on():
     assert sums["approx_kl"][0] == pytest.approx(0.0, abs=1e-9)
     defaults = ppo_config()
     assert Sampling(defaults.temperature, defaults.topp, defaults.repetition_penalty) == Sampling(1.0, 1.0, 1.0)
-    assert "ratio" in Sampling(topp=0.9).caveat and Sampling(temperature=0.5).caveat is None
     assert Sampling(temperature=0.8, topp=0.9, repetition_penalty=1.1) == EVALUATION
 
 

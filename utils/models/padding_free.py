@@ -10,8 +10,9 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils.generic import is_flash_attention_requested
 
 from utils.models.varlen import attend, takes_varlen
@@ -23,6 +24,7 @@ FULL_ATTENTION = (
     "qwen2",
     "qwen3",
 )  # nothing but attention mixes tokens; layers as `_last_layer` and ppo/decoding/llama_step.py have
+SDPA_JOINED = "sdpa-joined"  # not an identifier, so that --attn_implementation does not offer it
 FLOAT_TOKENS = 512  # rows up to here are attended in float32 on a CPU: half the time backwards, the same forwards
 
 
@@ -34,7 +36,7 @@ def decoder_of(lm: PreTrainedModel) -> PreTrainedModel:
 
 def joins_rows(decoder: nn.Module) -> bool:
     """Whether `states_of` leaves out the padding of this decoder's rows."""
-    on_cpu = next(decoder.parameters()).device.type == "cpu" and decoder.config._attn_implementation == "sdpa"
+    on_cpu = next(decoder.parameters()).device.type == "cpu" and uses_sdpa(decoder.config)
     return has_varlen_kernel(decoder) or (on_cpu and _may_join(decoder))
 
 
@@ -48,7 +50,12 @@ def has_varlen_kernel(decoder: nn.Module) -> bool:
     if is_flash_attention_requested(decoder.config):
         return True
     weight, size = next(decoder.parameters()), decoder.layers[0].self_attn.head_dim
-    return decoder.config._attn_implementation == "sdpa" and takes_varlen(weight.device, weight.dtype, size)
+    return uses_sdpa(decoder.config) and takes_varlen(weight.device, weight.dtype, size)
+
+
+def uses_sdpa(config) -> bool:
+    """Returns whether attention is PyTorch's own kernel: transformers' sdpa, or `_attention_by_rows` in its place."""
+    return config._attn_implementation in ("sdpa", SDPA_JOINED)
 
 
 def _may_join(decoder: nn.Module) -> bool:
@@ -73,6 +80,8 @@ def states_of(decoder: nn.Module, sequences: torch.Tensor, read: torch.Tensor) -
     # Right padding needs no attention mask: causality hides it, and attention kernels are fastest so.
     if not joins_rows(decoder):
         return decoder(input_ids=sequences, use_cache=False).last_hidden_state[read]
+    if uses_sdpa(decoder.config):  # and keeps it: layers that are checkpointed call it in the backward pass too
+        decoder.config._attn_implementation = SDPA_JOINED
     device, width = sequences.device, sequences.shape[1]
     read = read.cpu()  # the only wait for a GPU in this forward, before its first layer
     lengths = last_index(read) + 1
@@ -145,4 +154,5 @@ def _attention(query, key, value, dropout: float, scaling: float | None) -> torc
     return output.to(dtype).transpose(1, 2)
 
 
-AttentionInterface.register("sdpa", _attention_by_rows)
+AttentionInterface.register(SDPA_JOINED, _attention_by_rows)
+AttentionMaskInterface.register(SDPA_JOINED, sdpa_mask)
