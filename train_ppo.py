@@ -7,7 +7,7 @@ import contextlib
 import sys
 
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
-from utils.args import entry_point, parse_args
+from utils.flags.parser import entry_point, parse_args
 
 
 @entry_point
@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line in, a run's folder out. A wrong flag is answered before torch and deepspeed are loaded."""
     config = parse_args(PPOConfig, argv, PRESETS, AMOUNTS)
     if config.plan:
-        from ppo.plan import print_plan
+        from ppo.planning.plan import print_plan
 
         print_plan(config)
     else:
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(config: PPOConfig) -> None:
     """The whole job: build, the loop, the final model. Every rank runs it, with the same number of steps."""
     from ppo.build import build
-    from utils.engine import shutdown_distributed
+    from utils.engine.engine import shutdown_distributed
 
     run = build(config)
     # The logger is closed when a run fails too, so that the reason gets a line of its own.
@@ -43,13 +43,13 @@ def train(config: PPOConfig) -> None:
 
 def loop(run) -> None:
     """PPO over a `ppo.run.Run`, from the step that its state is at to the last one, or to where it is stopped."""
-    from ppo.evaluate import gather_batches
+    from ppo.decoding.sampling import Sampling
     from ppo.experience import experience_metrics, make_experience, negative_kl_warning, rollout_metrics
+    from ppo.ranks import gather_batches
     from ppo.rollout import generate
-    from ppo.sampling import Sampling
     from ppo.score import score
     from ppo.update import update
-    from utils.logger import Stopwatch
+    from utils.run.logger import Stopwatch
 
     config, state, models = run.config, run.state, run.models
     sampling = Sampling(config.temperature, config.topp, config.repetition_penalty)

@@ -23,21 +23,21 @@ from torch import nn
 from benchmarks import timing
 from benchmarks.environment import add_dtype
 from benchmarks.random_inputs import SIZES, Sizes, random_lm, random_prompts
-from data.collate import micro_batches
+from data.batching.collate import micro_batches
 from ppo.config import PPOConfig
-from ppo.evaluate import gather_batches
+from ppo.decoding.sampling import Sampling
 from ppo.experience import make_experience
 from ppo.models import Models, PolicyModel
+from ppo.ranks import gather_batches
 from ppo.rollout import generate
-from ppo.sampling import Sampling
 from ppo.score import score
 from ppo.types import PromptBatch, Rollout
 from ppo.update import update
-from reward.ensemble import Ensemble, Frozen, Member
 from reward.model import ScalarHead, ScalarModel
-from utils.compiled import compile_layers
-from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
-from utils.models import enable_checkpointing
+from reward.scoring.ensemble import Ensemble, Frozen, Member
+from utils.engine.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
+from utils.models.compile import compile_layers
+from utils.models.load import enable_checkpointing
 from utils.moments import RunningMoments
 
 SAMPLES, RESPONSE = 8, 64

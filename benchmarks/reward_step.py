@@ -36,8 +36,8 @@ def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.
     from reward.config import RewardConfig
     from reward.model import load_scalar_model
     from reward.train import stage_of
-    from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
-    from utils.fit import train_step
+    from utils.engine.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
+    from utils.run.supervised_loop import train_step
 
     config = RewardConfig(
         hf_model_name_or_path=folder, data_path="-", batch_size=options.batch_size, lr=1e-5,

@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
 from benchmarks.environment import add_dtype
 from benchmarks.random_inputs import SIZES, random_ids, random_lm
 from benchmarks.timing import timed
-from data.collate import pad
-from ppo.decoding import decode_all
-from ppo.grouped_attention import grouped
+from data.batching.collate import pad
+from ppo.decoding.attention import grouped
+from ppo.decoding.sampling import Sampling
+from ppo.decoding.scheduler import decode_all
 from ppo.models import PolicyModel
 from ppo.rollout import room_of
-from ppo.sampling import Sampling
-from utils.engine import DTYPES, device
+from utils.engine.engine import DTYPES, device
 
 NO_EOS = SimpleNamespace(eos_token_id=-1, pad_token_id=0)
 

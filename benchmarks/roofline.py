@@ -24,14 +24,14 @@ from ppo_step import (
 )  # fmt: skip
 
 from benchmarks.timing import timed
+from ppo.decoding.sampling import Sampling
 from ppo.experience import make_experience
 from ppo.models import Models
 from ppo.rollout import generate
-from ppo.sampling import Sampling
 from ppo.score import score
 from ppo.types import Rollout
 from ppo.update import update
-from utils.engine import init_distributed, shutdown_distributed
+from utils.engine.engine import init_distributed, shutdown_distributed
 from utils.moments import RunningMoments
 
 

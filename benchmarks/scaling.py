@@ -41,9 +41,9 @@ def run_point(point: dict, steps: int) -> None:
     from benchmarks.timing import peak
     from data.prompts import Prompt
     from ppo.config import PPOConfig
-    from ppo.evaluate import own_share
+    from ppo.ranks import own_share
     from utils.distributed import gather_objects, is_main
-    from utils.engine import init_distributed, shutdown_distributed
+    from utils.engine.engine import init_distributed, shutdown_distributed
     from utils.moments import RunningMoments
 
     config = PPOConfig(

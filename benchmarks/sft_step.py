@@ -35,11 +35,11 @@ def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.
     """A step of our own for every message."""
     from data.dialogues import EncodedDialogue
     from sft.model import AnswerModel
-    from sft.rows import Layout
+    from sft.packed_batches import Layout
     from sft.train import SFTConfig, stage_of
-    from utils.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
-    from utils.fit import train_step
-    from utils.models import load_causal_lm
+    from utils.engine.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
+    from utils.models.load import load_causal_lm
+    from utils.run.supervised_loop import train_step
 
     config = SFTConfig(
         hf_model_name_or_path=folder, data_path=["-"], batch_size=options.batch_size,

@@ -29,7 +29,7 @@ from benchmarks.ppo_step import RESPONSE, SAMPLES, STAGES, build, prompt_batch, 
 from benchmarks.random_inputs import MODELS
 from benchmarks.timing import peak
 from ppo.config import PPOConfig
-from utils.engine import device, init_distributed, shutdown_distributed
+from utils.engine.engine import device, init_distributed, shutdown_distributed
 from utils.moments import RunningMoments
 
 REPOSITORY = Path(__file__).parents[1]

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from data.formats.dialogue_forms import turns_of
+from data.formats.records import FLAG, BadRecord, Record, Tally, load_items
+from data.formats.truncate import encode_fitting
 from data.order import mixture, order
 from data.prompts import without_oldest
-from data.records import FLAG, BadRecord, Record, Tally, load_items
 from data.template import Turns, encode_answers, last_answer
-from data.turns import turns_of
-from data.window import encode_fitting
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class EncodedDialogue:
 def load_dialogues(
     path: str, num_valid: int, seed: int, say: Callable[[str], None] = print, flag: str = FLAG
 ) -> tuple[list[Dialogue], list[Dialogue]]:
-    """(train, valid) dialogues of `path`, which `flag` gave, in any form of data/turns.py.
+    """(train, valid) dialogues of `path`, which `flag` gave, in any form of data/formats/dialogue_forms.py.
 
     A last question without an answer is cut off; a record with no answer at all, or malformed, is dropped. Both are
     counted and said. Raises UserError when the data cannot be read or nothing is left.

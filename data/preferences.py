@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.columns import STRENGTH, number_of, strength_of
-from data.json_text import has_half_pair
-from data.ranked import is_ranked, ranked_pairs
-from data.records import FLAG, BadRecord, Record, Tally, load_items
+from data.formats.dialogue_forms import check_turns, from_hh, history_of, is_hh, turns_of
+from data.formats.json_lines import has_half_pair
+from data.formats.ranked_answers import is_ranked, ranked_pairs
+from data.formats.records import FLAG, BadRecord, Record, Tally, load_items
+from data.formats.score_columns import STRENGTH, number_of, strength_of
 from data.template import Turns
-from data.turns import check_turns, from_hh, history_of, is_hh, turns_of
 from utils.errors import UserError
 
 MARGIN_COLUMNS = (STRENGTH, "margin")  # where a pair's margin is looked for, unless a column is named

@@ -6,9 +6,9 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from data.records import BadRecord, Record, Tally, load_items
+from data.formats.dialogue_forms import turns_of
+from data.formats.records import BadRecord, Record, Tally, load_items
 from data.template import Turns, encode_prompt
-from data.turns import turns_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def load_prompts(
     seed: int,
     say: Callable[[str], None] = print,
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """(train, valid) prompts of `path` in any form of data/turns.py, each at most `max_tokens` long.
+    """(train, valid) prompts of `path` in any form of data/formats/dialogue_forms.py, each at most `max_tokens` long.
 
     A dialogue that ends in the assistant's answer loses it. One that is too long loses its oldest exchanges, and is
     dropped when the last question alone does not fit. All of that is counted and said. Raises UserError when the data

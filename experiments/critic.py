@@ -19,14 +19,14 @@ from experiments.world import WORLD, build_world
 from ppo.advantages import gae
 from ppo.build import build
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
-from ppo.evaluate import gather_batches
+from ppo.decoding.sampling import Sampling
 from ppo.experience import make_experience
+from ppo.ranks import gather_batches
 from ppo.rollout import generate
 from ppo.run import Run
-from ppo.sampling import Sampling
 from ppo.score import score
 from train_ppo import loop
-from utils.args import entry_point, parse_args
+from utils.flags.parser import entry_point, parse_args
 
 BUFFERS = 40
 FRESH_PLACE = 1 << 20  # place in the run of the first fresh prompt: beyond those of the pre-training

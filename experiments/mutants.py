@@ -16,8 +16,8 @@ from experiments.report import Table, verdicts
 from experiments.run import Job, execute, folder_name, side_by_side, stop_in_order
 from experiments.settings import CODE, REPOSITORY
 from experiments.world import WORLD, build_world
-from utils.args import entry_point
 from utils.errors import UserError
+from utils.flags.parser import entry_point
 
 # name -> (file, what stands there, the mistake)
 MUTANTS = {

@@ -29,8 +29,8 @@ from experiments.curves import Run, load_runs, read_run, save_run
 from experiments.settings import ENVIRONMENT, REPOSITORY, command, load_flags, run_hash
 from experiments.stages import answer_nll, answer_tokens
 from experiments.world import COMMON, WORLD, build_world
-from utils.args import entry_point
 from utils.errors import UserError
+from utils.flags.parser import entry_point
 from utils.tokenizer import load_tokenizer
 
 SHOW_EVERY = 30  # seconds

@@ -1,34 +1,25 @@
 """From flags to everything the loop needs, checked before anything is written."""
 
-from dataclasses import asdict
-
+from data.choose_template import first_prompt, settle
 from data.prompts import load_prompts
-from data.settle import first_prompt, settle
 from ppo.config import PPOConfig
+from ppo.decoding.sampling import Sampling
 from ppo.evaluate import BestRule
 from ppo.models import load_models
-from ppo.plan import fit_to_memory
+from ppo.planning.plan import fit_to_memory
 from ppo.pretrain import load_pretrain
 from ppo.run import Run, RunState
-from ppo.sampling import Sampling
 from ppo.score import load_reward_fn
-from utils.distributed import is_main, world_size
-from utils.engine import device, init_distributed
+from utils.distributed import world_size
 from utils.errors import UserError
-from utils.fast_dtype import warn_of_slow_dtype
-from utils.keeper import Keeper
-from utils.logger import RunLogger, check_outputs
-from utils.models import model_folder
-from utils.resume import begin_folder, find_checkpoint
+from utils.models.load import model_folder
+from utils.run.lifecycle import Keeper
+from utils.run.start import open_log, start_run
 
 
 def build(config: PPOConfig) -> Run:
     """Checks everything that can be checked cheaply first, loads data and models, then makes the run's folder."""
-    init_distributed(config.hang_timeout)
-    say = print if is_main() else _silent
-    warn_of_slow_dtype(config.dtype, device(), say)
-    check_outputs(config)
-    begin = find_checkpoint(config, say)
+    say, begin = start_run(config)
     model_folder(config.policy_model_path, "--policy_model_path")
     model_folder(config.critic_model_path, "--critic_model_path")
     for path in config.reward_model_path:
@@ -55,15 +46,8 @@ def build(config: PPOConfig) -> Run:
         state.load_state_dict(begin.state)
         if state.critic_center is not None:
             models.critic.module.score_center = state.critic_center
-    step = begin_folder(config, begin)
-    logger = RunLogger(
-        config.model_save_path, config.logdir, config.report_to, asdict(config), config.total_steps, step
-    )
+    logger = open_log(config, begin, config.total_steps)
     logger.say(str(state.best))
     if caveat := Sampling(config.temperature, config.topp, config.repetition_penalty).caveat:
         logger.say(caveat)
     return Run(config, tokenizer, train, valid[: config.num_eval_prompts], models, reward_fn, logger, state, keeper)
-
-
-def _silent(text: str) -> None:
-    """Other ranks than the first say nothing."""

@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ppo.reward_flags import RewardFlags
-from utils.args import SEEDS, check_range, check_warmup
+from reward.scoring.flags import RewardFlags
 from utils.errors import UserError
-from utils.router_flags import RouterFlags
-from utils.run_flags import RunFlags
+from utils.flags.checks import SEEDS, check_range, check_warmup
+from utils.flags.router import RouterFlags
+from utils.flags.run import RunFlags
 
 # The defaults below are PPO-max (Part I §5.4), but for its pre-training loss, which needs data. Explicit flags win over
 # a preset, a preset over the defaults.

@@ -10,20 +10,20 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ppo.config import PPOConfig
-from ppo.new_token import new_token_states
-from ppo.probe import choose_decoding
-from ppo.reward_models import check_same_tokenizer, load_ensemble, load_scalar, reward_readers
+from ppo.decoding.kv_cache import AUTO_SLOTS
+from ppo.decoding.llama_step import new_token_states
+from ppo.decoding_check import choose_decoding
 from ppo.rollout import DECODING
-from ppo.slots import AUTO_SLOTS
-from reward.ensemble import Ensemble, Frozen
-from utils.compiled import compile_layers
+from reward.scoring.ensemble import Ensemble, Frozen
+from reward.scoring.load import check_same_tokenizer, load_ensemble, load_scalar, reward_readers
 from utils.distributed import world_size
-from utils.engine import DTYPES, InferenceEngine, TrainEngine, device, shard_frozen, splits_frozen
-from utils.export import check_names, saved_tensors
-from utils.models import check_window, enable_checkpointing, load_causal_lm
-from utils.nll import by_chunks, head_logits, logprobs_and_entropy
-from utils.routers import recorded_router_logits, router_coef, router_sums
-from utils.rows import decoder_of, joins_rows, states_of
+from utils.engine.engine import DTYPES, InferenceEngine, TrainEngine, device, shard_frozen, splits_frozen
+from utils.models.chunked_logprobs import by_chunks, head_logits, logprobs_and_entropy
+from utils.models.compile import compile_layers
+from utils.models.export import check_names, saved_tensors
+from utils.models.load import check_window, enable_checkpointing, load_causal_lm
+from utils.models.padding_free import decoder_of, joins_rows, states_of
+from utils.models.routers import recorded_router_logits, router_coef, router_sums
 from utils.tensors import at_tokens, before, places_of
 from utils.tokenizer import template_of
 
@@ -79,7 +79,7 @@ class PolicyModel(nn.Module):
     def next_logits(self, straight: bool = False, **decode) -> torch.Tensor:
         """Logits behind the last of the ids: [batch, vocabulary]. decode: arguments of the LM's own forward.
 
-        straight: they are one new token a slot, which may go through the layers alone (ppo/new_token.py).
+        straight: they are one new token a slot, which may go through the layers alone (ppo/decoding/llama_step.py).
         """
         if not straight:
             # Where config.json asks for router logits, the LM's own loss of them expects a mask without the cache.

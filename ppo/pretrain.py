@@ -5,13 +5,13 @@ from typing import Self
 
 import torch
 
-from data.collate import pad
+from data.batching.collate import pad
+from data.batching.micro_batch_plan import rank_plan
 from data.dialogues import EncodedDialogue, batches, encode_dialogues, load_dialogues
-from data.shares import rank_plan
 from ppo.config import PPOConfig
 from ppo.loss import masked_sum
 from utils.distributed import rank, world_size
-from utils.engine import TrainEngine, device
+from utils.engine.engine import TrainEngine, device
 from utils.errors import UserError
 from utils.tensors import to_device
 

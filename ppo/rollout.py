@@ -7,22 +7,22 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ppo.config import PPOConfig
-from ppo.decoding import Room, decode_all, decode_measured
-from ppo.grouped_attention import alone_from, grouped
-from ppo.new_token import goes_ragged, goes_straight
-from ppo.sampling import Sampling
-from ppo.slots import AUTO_SLOTS
-from ppo.step_graphs import is_capturable
+from ppo.decoding.attention import alone_from, grouped
+from ppo.decoding.cuda_graphs import is_capturable
+from ppo.decoding.kv_cache import AUTO_SLOTS
+from ppo.decoding.llama_step import goes_ragged, goes_straight
+from ppo.decoding.sampling import Sampling
+from ppo.decoding.scheduler import Room, decode_all, decode_measured
 from ppo.types import MeasuredRollout, PromptBatch, Rollout
-from utils.compiled import eager
-from utils.engine import TrainEngine, device
+from utils.engine.engine import TrainEngine, device
+from utils.models.compile import eager
 from utils.tensors import at_tokens, to_device
 from utils.tokenizer import stop_ids
 
-# Ways to decode new tokens, the fastest first. ragged: as straight, with the kernels of ppo/ragged_attention.py and
-# CUDA graphs, on a GPU. straight: through the layers by ppo/new_token.py (LLaMA's kind; other models and split weights
-# fall back to grouped). grouped: the model's forward with the attention of ppo/grouped_attention.py. own: the model's
-# forward, unchanged.
+# Ways to decode new tokens, the fastest first (modules in ppo/decoding/). ragged: as straight, with the kernels of
+# ragged_attention.py and CUDA graphs, on a GPU. straight: through the layers by llama_step.py (LLaMA's kind; other
+# models and split weights fall back to grouped). grouped: the model's forward with the attention of attention.py. own:
+# the model's forward, unchanged.
 DECODING = ("ragged", "straight", "grouped", "own")
 
 

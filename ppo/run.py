@@ -9,21 +9,22 @@ from data.prompts import Prompt
 from data.template import decode_answer
 from ppo.alarms import MAX_ROLLBACKS, alarms
 from ppo.config import PPOConfig
-from ppo.evaluate import BestRule, evaluate, own_share
+from ppo.decoding.sampling import EVALUATION
+from ppo.evaluate import BestRule, evaluate
 from ppo.experience import score_problem, value_scale, with_values
 from ppo.models import Models
 from ppo.pretrain import PretrainStream
+from ppo.ranks import own_share
 from ppo.rollout import response_ids
-from ppo.sampling import EVALUATION
 from ppo.score import RewardFunction
 from ppo.types import Batch, Experience, PromptBatch, Rollout, Scores
-from utils.checkpoint import save_batches
 from utils.distributed import barrier, is_main
 from utils.errors import UserError
-from utils.export import save_causal_lm
-from utils.keeper import Keeper
-from utils.logger import RunLogger
+from utils.models.export import save_causal_lm
 from utils.moments import RunningMoments
+from utils.run.checkpoint import save_batches
+from utils.run.lifecycle import Keeper
+from utils.run.logger import RunLogger
 from utils.schedule import lr_factor
 
 

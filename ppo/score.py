@@ -10,16 +10,16 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from data.batching.collate import micro_batches
 from data.chat import TurnEnd, turn_end
-from data.collate import micro_batches
 from data.template import Turns, decode_answer
 from ppo.config import PPOConfig
 from ppo.models import Models
 from ppo.rollout import response_ids
 from ppo.types import MeasuredRollout, PromptBatch, Rollout, Scores
-from reward.ensemble import Ensemble, score_ids
+from reward.scoring.ensemble import Ensemble, score_ids
 from utils.distributed import any_rank, gather_objects, world_size
-from utils.engine_state import same_weights
+from utils.engine.state import same_weights
 from utils.errors import UserError
 from utils.tensors import before, shift_to_next, to_device
 from utils.tokenizer import template_of

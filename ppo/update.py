@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from data.shares import rank_plan
+from data.batching.micro_batch_plan import rank_plan
 from ppo.config import PPOConfig
 from ppo.kl import KL_ESTIMATORS, k3
 from ppo.loss import (
@@ -21,10 +21,10 @@ from ppo.loss import (
 from ppo.pretrain import PretrainBatch, pretrain_loss
 from ppo.types import Experience
 from utils.distributed import rank, ranks_where, sum_ranks, world_size
-from utils.engine import TrainEngine
+from utils.engine.engine import TrainEngine
 from utils.errors import UserError
-from utils.models import training_mode
-from utils.routers import ROUTER_METRICS
+from utils.models.load import training_mode
+from utils.models.routers import ROUTER_METRICS
 from utils.tensors import before, shift_to_next, to_device
 
 Learner = tuple[TrainEngine, float, list[float]]  # with its learning rate, and the gradient norms of its steps

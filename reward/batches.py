@@ -12,7 +12,7 @@ MIN_PAIRS, MAX_PAIRS = 4, 128
 
 @dataclass(frozen=True)
 class Pull:
-    """What a step's contrastive loss asks of one item; see `reward.contrast`.
+    """What a step's contrastive loss asks of one item; see `reward.contrastive`.
 
     losses: [pairs]; gradient: [pairs, 2, hidden], of the summed loss by the two views of each pair's features; seed: of
     the dropout that made the views (any on ranks that do not forward the item).

@@ -5,9 +5,9 @@ from typing import Literal
 
 from reward.batches import MAX_PAIRS, MIN_PAIRS
 from reward.metrics import LARGER_IS_BETTER
-from utils.args import check_range
 from utils.errors import UserError
-from utils.fit_config import FitConfig
+from utils.flags.checks import check_range
+from utils.flags.supervised import FitConfig
 
 RELEASED_METRICS = {"rm_loss": "loss", "rm_acc": "accuracy"}  # names in MOSS-RLHF's scripts
 

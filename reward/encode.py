@@ -7,11 +7,11 @@ from itertools import count
 from transformers import PreTrainedTokenizerBase
 
 from data.dialogues import load_dialogues
+from data.formats.truncate import encode_fitting
 from data.order import order
 from data.preferences import MARGIN_COLUMNS, Preference, check_margins, flip_negative, load_preferences
 from data.prompts import without_oldest
 from data.template import encode_dialogue, last_answer
-from data.window import encode_fitting
 from reward.batches import Comparison
 from reward.config import RewardConfig
 from utils.errors import UserError

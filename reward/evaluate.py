@@ -9,12 +9,12 @@ import os
 from dataclasses import dataclass, field
 
 from data.preferences import Preference, load_preferences
-from reward.panel import PanelConfig, score_preferences
-from reward.plots import check_plots, draw_calibration, draw_differences, draw_lengths
-from reward.report import evaluation_report, render
-from utils.args import entry_point, parse_args
+from reward.evaluation.plots import check_plots, draw_calibration, draw_differences, draw_lengths
+from reward.evaluation.report import evaluation_report, render
+from reward.evaluation.score_preferences import PanelConfig, score_preferences
 from utils.errors import UserError
-from utils.run_folder import check_writable, write_result
+from utils.files import check_writable, write_result
+from utils.flags.parser import entry_point, parse_args
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 
 from reward.batches import Comparison, PairIndex, pair_index, ranges_of
 from reward.loss import ranking_hits, ranking_losses
-from reward.outcomes import share_interval
+from reward.win_rate import share_interval
 
 LARGER_IS_BETTER = {
     "accuracy": True,

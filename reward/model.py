@@ -25,14 +25,14 @@ from transformers import (
 )
 
 from utils.errors import UserError
-from utils.export import check_names, saved_tensors, set_ids, write_model
-from utils.models import FLAG, fit_vocabulary, from_folder, model_folder
-from utils.nll import head_logits, sum_nll
-from utils.probe import check_forward
-from utils.rows import has_varlen_kernel, joins_rows, states_of
+from utils.models.check import check_forward
+from utils.models.chunked_logprobs import head_logits, sum_nll
+from utils.models.export import check_names, saved_tensors, set_ids, write_model
+from utils.models.load import FLAG, fit_vocabulary, from_folder, model_folder
+from utils.models.padding_free import has_varlen_kernel, joins_rows, states_of
+from utils.models.weight_files import read_tensor, tensor_files
 from utils.tensors import at_tokens, before, last_index
 from utils.tokenizer import stop_ids
-from utils.weight_files import read_tensor, tensor_files
 
 HEAD_NAMES = ("score.weight", "reward_head.weight")  # sequence classification, MOSS
 
@@ -125,7 +125,7 @@ def load_scalar_model(
 
     A new head is drawn from N(0, 1/sqrt(hidden + 1)) with `seed`, and said; with `trained`, a folder without a head is
     refused. With a tokenizer its vocabulary is checked. `flag` is what error messages call the path. Raises UserError
-    for more than one label, and as `utils.models.load_causal_lm` does.
+    for more than one label, and as `utils.models.load.load_causal_lm` does.
     """
     folder = model_folder(path, flag)
     files = tensor_files(folder, flag)

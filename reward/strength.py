@@ -12,17 +12,17 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.columns import CHOSEN_SCORES, DEVIATION, REJECTED_SCORES, STRENGTH
-from data.json_text import json_line
+from data.formats.json_lines import json_line
+from data.formats.ranked_answers import is_ranked
+from data.formats.records import BadRecord, Record, Tally, read_records
+from data.formats.score_columns import CHOSEN_SCORES, DEVIATION, REJECTED_SCORES, STRENGTH
 from data.preferences import Preference, preference_of
-from data.ranked import is_ranked
-from data.records import BadRecord, Record, Tally, read_records
+from reward.evaluation.plots import check_plots, draw_strengths
+from reward.evaluation.score_preferences import PanelConfig, score_preferences
 from reward.metrics import Scored
-from reward.panel import PanelConfig, score_preferences
-from reward.plots import check_plots, draw_strengths
-from utils.args import entry_point, parse_args
 from utils.errors import UserError
-from utils.run_folder import atomic_folder, check_writable
+from utils.files import atomic_folder, check_writable
+from utils.flags.parser import entry_point, parse_args
 
 ROWS, WIDTH = 12, 40  # of the histogram in text
 

@@ -7,34 +7,31 @@ what Part II adds to it by flags: margin, smoothing, flipped labels, a contrasti
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from data.settle import first_prompt, settle
-from data.shares import rank_plan
-from reward.answers import Plan, held_out, read_answers
+from data.batching.micro_batch_plan import rank_plan
+from data.choose_template import first_prompt, settle
 from reward.batches import MIN_PAIRS, Comparison, dynamic_batches, pair_index
 from reward.config import RewardConfig
-from reward.contrast import contrast_sum, with_pulls
+from reward.contrastive import contrast_sum, with_pulls
 from reward.encode import load_center_answers, load_comparisons
+from reward.forward import Plan, held_out, read_answers
 from reward.loss import ranking_hits, ranking_losses
 from reward.metrics import held_out_metrics, mean_best
 from reward.model import ScalarModel, check_scalar_export, load_scalar_model, save_scalar_model, set_dropout
-from utils.args import entry_point, parse_args
-from utils.compiled import compile_layers
 from utils.deterministic import repeatable
-from utils.distributed import is_main, rank, world_size
-from utils.engine import DTYPES, TrainEngine, device, device_room, init_distributed, shutdown_distributed
+from utils.distributed import rank, world_size
+from utils.engine.engine import DTYPES, TrainEngine, device, device_room, shutdown_distributed
 from utils.errors import UserError
-from utils.fast_dtype import warn_of_slow_dtype
-from utils.fit import Stage, fit
-from utils.logger import RunLogger, check_outputs
-from utils.models import FLAG, check_window, enable_checkpointing
-from utils.recompute import settle_checkpointing
-from utils.resume import begin_folder, find_checkpoint
+from utils.flags.parser import entry_point, parse_args
+from utils.memory.recompute import settle_checkpointing
+from utils.models.compile import compile_layers
+from utils.models.load import FLAG, check_window, enable_checkpointing
+from utils.run.start import open_log, start_run
+from utils.run.supervised_loop import Stage, fit
 
 
 def comparison_sums(engine: Callable, items: list[Comparison], config: RewardConfig) -> dict[str, torch.Tensor]:
@@ -95,7 +92,7 @@ class HeldOut:
 def stage_of(
     config: RewardConfig, model: ScalarModel, tokenizer, train: list[Comparison], answers: list[Comparison] | None
 ) -> Stage:
-    """The reward model's part in `utils.fit`. answers: as in `HeldOut`."""
+    """The reward model's part in `utils.run.supervised_loop`. answers: as in `HeldOut`."""
     least = max(MIN_PAIRS, world_size())
     indices = dynamic_batches([item.tokens for item in train], config.batch_size, config.seed, least)
     views = 2 if config.simcse_coef else 1
@@ -146,13 +143,9 @@ def load(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Callable
 
 def train(config: RewardConfig) -> None:
     """One run, from flags to final/. Nothing is written before model and data are loaded and found to be usable."""
-    check_outputs(config)
-    init_distributed(config.hang_timeout)
+    say, start = start_run(config)
     if config.batch_size < world_size():
         raise UserError(f"--batch_size {config.batch_size} is less than the {world_size()} ranks: give at least that")
-    say = partial(print, flush=True) if is_main() else lambda text: None
-    warn_of_slow_dtype(config.dtype, device(), say)
-    start = find_checkpoint(config, say)
     models = [(FLAG, config.hf_model_name_or_path)]
     tokenizer, _ = settle(config, config.tokenizer_name_or_path, models, say)
     if config.delimiter not in (None, tokenizer.eos_token):
@@ -163,8 +156,7 @@ def train(config: RewardConfig) -> None:
         raise UserError("--center_scores needs an evaluation: give a *valid* file, or a --num_valid above 0")
     answers = load_center_answers(config, tokenizer, say) if config.center_data_path else None
     model = load(config, tokenizer, say)
-    step = begin_folder(config, start)
-    log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps, step)
+    log = open_log(config, start, config.train_steps)
     try:
         engine = TrainEngine(model, config, "reward model")
         stage = stage_of(config, model, tokenizer, items, answers)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from utils.nll import sum_nll
+from utils.models.chunked_logprobs import sum_nll
 
 
 def answer_loss(

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from data.packing import restarting_positions
+from data.batching.packing import restarting_positions
 from sft.loss import answer_loss
-from utils.nll import head_logits, nll_and_hits
-from utils.probe import SMALL, Probe, distance
-from utils.routers import recorded_router_logits, router_sums
-from utils.rows import decoder_of, has_varlen_kernel, states_of
+from utils.models.check import SMALL, Probe, distance
+from utils.models.chunked_logprobs import head_logits, nll_and_hits
+from utils.models.padding_free import decoder_of, has_varlen_kernel, states_of
+from utils.models.routers import recorded_router_logits, router_sums
 from utils.tensors import before
 
 SEAM = 3  # tokens behind the place where two packed dialogues meet
@@ -21,7 +21,7 @@ class AnswerModel(nn.Module):
     """A causal LM whose forward is the summed loss on answer tokens; no other logits are made."""
 
     def __init__(self, lm: PreTrainedModel, even_tokens: int = 0):
-        """even_tokens: as in `utils.nll.sum_nll`."""
+        """even_tokens: as in `utils.models.chunked_logprobs.sum_nll`."""
         super().__init__()
         self.lm = lm
         self.even_tokens = even_tokens

@@ -5,12 +5,12 @@ from contextlib import nullcontext
 import torch
 from transformers import GenerationConfig
 
-from data.collate import pad
+from data.batching.collate import pad
 from data.dialogues import EncodedDialogue
 from data.template import decode_answer, last_answer
-from utils.compiled import eager
-from utils.engine import TrainEngine, device
-from utils.models import quiet_transformers
+from utils.engine.engine import TrainEngine, device
+from utils.models.compile import eager
+from utils.models.load import quiet_transformers
 from utils.tokenizer import stop_ids
 
 

@@ -6,39 +6,38 @@ Next-token loss on the assistant's tokens alone, up to the end of each turn.
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
+from data.batching.micro_batch_plan import rank_plan
+from data.choose_template import first_prompt, settle
 from data.dialogues import EncodedDialogue, batches, encode_dialogues, load_dialogues
 from data.order import BLOCK
-from data.settle import first_prompt, settle
-from data.shares import rank_plan
 from sft.model import AnswerModel, packing_failure
-from sft.rows import Layout, Row
+from sft.packed_batches import Layout, Row
 from sft.samples import prompt_length, sample_answers
-from utils.args import check_range, entry_point, parse_args
-from utils.compiled import compile_layers
 from utils.deterministic import repeatable
-from utils.distributed import is_main, rank, world_size
-from utils.engine import DTYPES, TrainEngine, device, device_room, init_distributed, shutdown_distributed
+from utils.distributed import rank, world_size
+from utils.engine.engine import DTYPES, TrainEngine, device, device_room, shutdown_distributed
 from utils.errors import UserError
-from utils.export import check_names, save_causal_lm, saved_tensors
-from utils.fast_dtype import warn_of_slow_dtype
-from utils.fit import Stage, evaluate, fit
-from utils.fit_config import FitConfig
-from utils.logger import RunLogger, check_outputs
-from utils.models import FLAG, check_window, enable_checkpointing, load_causal_lm
-from utils.recompute import settle_checkpointing
-from utils.resume import begin_folder, find_checkpoint
-from utils.router_flags import RouterFlags
-from utils.routers import ROUTER_METRICS, router_coef
-from utils.rows import decoder_of, has_varlen_kernel
+from utils.flags.checks import check_range
+from utils.flags.parser import entry_point, parse_args
+from utils.flags.router import RouterFlags
+from utils.flags.supervised import FitConfig
+from utils.flags.text import StopFlags
+from utils.memory.recompute import settle_checkpointing
+from utils.models.compile import compile_layers
+from utils.models.export import check_names, save_causal_lm, saved_tensors
+from utils.models.load import FLAG, check_window, enable_checkpointing, load_causal_lm
+from utils.models.padding_free import decoder_of, has_varlen_kernel
+from utils.models.routers import ROUTER_METRICS, router_coef
+from utils.run.start import open_log, start_run
+from utils.run.supervised_loop import Stage, evaluate, fit
 from utils.tensors import to_device
-from utils.text_flags import StopFlags
 from utils.tokenizer import template_of
 
 
@@ -149,7 +148,7 @@ def stage_of(
     config: SFTConfig, lm: PreTrainedModel, tokenizer, layout: Layout, sets: list[list[EncodedDialogue]],
     shown: list[EncodedDialogue], balance: float = 0.0,
 ) -> Stage:  # fmt: skip
-    """SFT's part in `utils.fit`. shown: the dialogues whose last answer is sampled at each evaluation.
+    """SFT's part in `utils.run.supervised_loop`. shown: the dialogues whose last answer is sampled at each evaluation.
 
     balance: weight of the routers' load-balancing loss, 0: none. Each forward's loss is weighted by its share of the
     global batch's tokens.
@@ -200,20 +199,15 @@ def load(config: SFTConfig, tokenizer, say: Callable[[str], None]) -> tuple[PreT
 
 def train(config: SFTConfig) -> None:
     """One run, from flags to final/. Nothing is written before model and data are loaded and found to be usable."""
-    check_outputs(config)
-    init_distributed(config.hang_timeout)
+    say, start = start_run(config)
     if config.batch_size < world_size():
         raise UserError(f"--batch_size {config.batch_size} is less than the {world_size()} ranks: give at least that")
-    say = partial(print, flush=True) if is_main() else lambda text: None
-    warn_of_slow_dtype(config.dtype, device(), say)
-    start = find_checkpoint(config, say)
     tokenizer, _ = settle(config, config.tokenizer_name_or_path, [(FLAG, config.hf_model_name_or_path)], say)
     sets, valid = load_encoded(config, tokenizer, say)
     say(first_prompt(tokenizer, sets[0][0].ids[: prompt_length(sets[0][0])]))
     lm, layout = load(config, tokenizer, say)
     balance = router_coef(lm, config.router_aux_loss_coef, f"{FLAG} {config.hf_model_name_or_path}", say)
-    step = begin_folder(config, start)
-    log = RunLogger(config.model_save_path, config.logdir, config.report_to, asdict(config), config.train_steps, step)
+    log = open_log(config, start, config.train_steps)
     try:
         engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")
         tokens = max(config.micro_batch_tokens, config.context_truncate)

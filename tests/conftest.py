@@ -17,8 +17,8 @@ torch.set_num_threads(1)  # for tiny tensors a second thread costs more than it 
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
-    """Models, data and reward functions of tiny PPO runs (tests/tiny_run.py)."""
-    from tests.tiny_run import build_inputs
+    """Models, data and reward functions of tiny PPO runs (tests/helpers/tiny_run.py)."""
+    from tests.helpers.tiny_run import build_inputs
 
     return build_inputs(tmp_path_factory.mktemp("inputs"))
 
@@ -26,7 +26,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture
 def single_process():
     """A process group of one. Afterwards the environment is as it was: later tests start commands of their own."""
-    from utils.engine import init_distributed, shutdown_distributed
+    from utils.engine.engine import init_distributed, shutdown_distributed
 
     before = dict(os.environ)
     init_distributed()

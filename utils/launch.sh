@@ -57,7 +57,7 @@ launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS 
       launcher+=(--module)
     fi
   elif ((NUM_GPUS > 1)); then # rank i takes entry i of CUDA_VISIBLE_DEVICES, which all ranks inherit
-    launcher=(python -m utils.ranks "$NUM_GPUS")
+    launcher=(python -m utils.launcher "$NUM_GPUS")
   fi
   # The run is a job of its own, to which this script passes Ctrl-C and SIGTERM once, then waits until it has saved and
   # ended. tee ignores both signals, so that the run's last lines are still shown and kept

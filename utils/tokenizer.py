@@ -9,7 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.errors import UserError
 from utils.hub import download, is_hub_id
-from utils.spm import SentencePieceTokenizer, is_llama_format, load_sentencepiece, read_proto, to_tokenizer_json
+from utils.llama_sentencepiece import (
+    SentencePieceTokenizer,
+    is_llama_format,
+    load_sentencepiece,
+    read_proto,
+    to_tokenizer_json,
+)
 
 FLAG = "--tokenizer_name_or_path"
 MOSS_ZH_TAGS = ("<|Human|>", "<|MOSS|>")
@@ -78,7 +84,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that end an answer, each of them: those that a stage has settled (data/settle.py), else EOS alone."""
+    """Returns the ids each of which ends an answer: those that data/choose_template.py found, else EOS alone."""
     return getattr(tokenizer, "stop_ids", (tokenizer.eos_token_id,))
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.demo.files import build_once, counts, output_folder, package_file, write_json, write_jsonl
-from utils.args import entry_point
+from utils.flags.parser import entry_point
 
 SEED = 20230711
 REVIEW_LENGTH = (12, 80)  # characters

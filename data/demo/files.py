@@ -36,7 +36,7 @@ def build_once(folder: Path, build: Callable[[Path], str]) -> None:
     if folder.exists():
         print(f"{folder}: ready, kept from an earlier run")
         return
-    from utils.run_folder import atomic_folder  # brings in torch, which a finished folder need not wait for
+    from utils.files import atomic_folder
 
     with atomic_folder(str(folder)) as partial:
         summary = build(Path(partial))

@@ -11,20 +11,20 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, PreTrainedModel
 
 from data.dialogues import EncodedDialogue
+from ppo.decoding.sampling import Sampling
 from ppo.models import load_models
 from ppo.rollout import generate
-from ppo.sampling import Sampling
 from reward.config import RewardConfig
 from reward.model import load_scalar_model, save_scalar_model
 from reward.train import load as load_reward
 from sft.model import AnswerModel
-from sft.rows import Layout
+from sft.packed_batches import Layout
 from sft.train import SFTConfig
 from sft.train import load as load_sft
 from tests.architectures import plain
-from tests.parts import ppo_config, prompts_of, token_ids
-from utils.export import save_causal_lm
-from utils.models import load_causal_lm, training_mode
+from tests.helpers.parts import ppo_config, prompts_of, token_ids
+from utils.models.export import save_causal_lm
+from utils.models.load import load_causal_lm, training_mode
 from utils.tokenizer import load_tokenizer
 
 PROMPT_LENGTHS = (23, 9, 16, 1, 9, 12, 3)

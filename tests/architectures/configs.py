@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.tiny import VOCAB
+from tests.helpers.tiny import VOCAB
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 # What people use most, one of each kind.

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tests.architectures.configs import HIDDEN
-from tests.tiny import tiny_tokenizer_folder
+from tests.helpers.tiny import tiny_tokenizer_folder
 
 NOISE = 0.2  # added to norms, biases and other vectors, which are constant at initialisation
 ENTROPY = 3.0  # nats, of 6 at most

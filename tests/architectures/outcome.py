@@ -12,10 +12,10 @@ import torch
 from tests.architectures.checks import STAGES, Case, Wrong
 from tests.architectures.configs import tiny_config
 from tests.architectures.folders import save_folder
-from tests.tiny import tiny_llama_folder
-from utils.engine import init_distributed
+from tests.helpers.tiny import tiny_llama_folder
+from utils.engine.engine import init_distributed
 from utils.errors import UserError
-from utils.models import quiet_transformers
+from utils.models.load import quiet_transformers
 
 KINDS = ("equal", "refused", "wrong", "not built")  # from good to bad, but for the last
 

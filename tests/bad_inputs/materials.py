@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from reward.model import load_scalar_model, save_scalar_model
-from tests.live_code import bring_own_code, bring_own_tokenizer, live_pickle
-from tests.tiny import SAMPLES, tiny_llama_folder, tiny_tokenizer_folder
-from tests.tiny_run import SIZES, build_inputs, write_json
-from tests.weights import random_weights, save_folder
+from tests.helpers.live_code import bring_own_code, bring_own_tokenizer, live_pickle
+from tests.helpers.tiny import SAMPLES, tiny_llama_folder, tiny_tokenizer_folder
+from tests.helpers.tiny_run import SIZES, build_inputs, write_json
+from tests.helpers.weights import random_weights, save_folder
 from utils.tokenizer import load_tokenizer
 
 DIALOGUES = [[f"Question {i}?", f"Answer {i}."] for i in range(8)]
@@ -148,7 +148,7 @@ def unpublished_sums(_: Materials, folder: Path) -> Path:
 
 half = partial(random_weights, dtype=torch.float16)
 BUILDERS: dict[str, Callable[[Materials, Path], Path]] = {
-    # Sound ones, besides those of tests/tiny_run.py.
+    # Sound ones, besides those of tests/helpers/tiny_run.py.
     "judge": lambda _, folder: scalar(folder, 400, 5),
     "other_judge": lambda _, folder: scalar(folder, 370, 6),
     "pairs": lambda _, __: SAMPLES / "en" / "preferences" / "train.jsonl",

@@ -18,8 +18,8 @@ import yaml
 
 from tests.bad_inputs.commands import COMMANDS
 from tests.bad_inputs.materials import BUILDERS, Materials
-from tests.tiny_run import REPOSITORY, as_argv, clean_environment
-from utils.engine import init_distributed
+from tests.helpers.tiny_run import REPOSITORY, as_argv, clean_environment
+from utils.engine.engine import init_distributed
 
 TABLES = sorted(Path(__file__).parent.glob("*.yaml"))
 CASES = {

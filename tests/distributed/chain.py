@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 from tests.faults.kill import start, wait
-from tests.parts import ppo_config, tiny_policy
-from utils.checkpoint import CheckpointWriter
+from tests.helpers.parts import ppo_config, tiny_policy
 from utils.distributed import is_main
-from utils.engine import DTYPES, TrainEngine, init_distributed, shutdown_distributed
-from utils.restore import named, restore
+from utils.engine.engine import DTYPES, TrainEngine, init_distributed, shutdown_distributed
+from utils.run.checkpoint import CheckpointWriter
+from utils.run.restore import named, restore
 
 
 def train(engine: TrainEngine) -> None:

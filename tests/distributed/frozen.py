@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 from ppo.models import PolicyModel
 from tests.architectures.configs import tiny_config
 from tests.faults.kill import start, wait
-from tests.parts import ppo_config
-from tests.tiny import tiny_llama
+from tests.helpers.parts import ppo_config
+from tests.helpers.tiny import tiny_llama
 from utils.distributed import gather_objects, is_main, rank
-from utils.engine import init_distributed, shard_frozen, shutdown_distributed
-from utils.engine_state import same_weights
+from utils.engine.engine import init_distributed, shard_frozen, shutdown_distributed
+from utils.engine.state import same_weights
 
 # (family, stage of what is trained, offload). LongCat's experts are called one by one, those that a rank's tokens need.
 CASES = {"ZeRO-1": ("llama", 1, False), "ZeRO-2, offloaded": ("llama", 2, True), "experts": ("longcat_flash", 2, False)}

@@ -5,13 +5,13 @@ import sys
 
 from safetensors.torch import load_file
 
-from tests.accumulation import CASES, error
-from tests.tiny_run import REPOSITORY, clean_environment
+from tests.helpers.accumulation import CASES, error
+from tests.helpers.tiny_run import REPOSITORY, clean_environment
 
 
 def test_two_ranks_add_up_in_float32(tmp_path):
     result = subprocess.run(
-        [sys.executable, "-m", "tests.accumulation", str(tmp_path)],
+        [sys.executable, "-m", "tests.helpers.accumulation", str(tmp_path)],
         cwd=REPOSITORY, env=clean_environment() | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True,
         timeout=300,
     )  # fmt: skip

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.frozen import CASES, RANKS, SHAPE
-from tests.tiny import tiny_llama
-from tests.tiny_run import REPOSITORY, clean_environment
-from utils.engine import PERSISTENT
+from tests.helpers.tiny import tiny_llama
+from tests.helpers.tiny_run import REPOSITORY, clean_environment
+from utils.engine.engine import PERSISTENT
 
 
 @pytest.fixture(scope="module")

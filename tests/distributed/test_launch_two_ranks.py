@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flags
+from tests.helpers.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flags
 
 SCRIPT = 'set -euo pipefail; source utils/launch.sh; NUM_GPUS=2 launch "$@"'
 

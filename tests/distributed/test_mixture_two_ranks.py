@@ -4,10 +4,10 @@ import pytest
 
 from sft.train import main as sft_main
 from tests.faults.scenarios import finished, run_forked
-from tests.mixtures import mixture_folder
-from tests.tiny_run import as_argv, read_metrics, run_flags
+from tests.helpers.mixtures import mixture_folder
+from tests.helpers.tiny_run import as_argv, read_metrics, run_flags
 from train_ppo import main
-from utils.routers import ROUTER_METRICS
+from utils.models.routers import ROUTER_METRICS
 
 SETTINGS = {"router_aux_loss_coef": 1, "micro_batch_tokens": 1, "lr": 1e-3}
 

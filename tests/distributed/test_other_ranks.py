@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.ranks import launch
-from tests.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flags
+from tests.helpers.ranks import launch
+from tests.helpers.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flags
 from train_ppo import main
 
 CHAINS = {

@@ -7,8 +7,8 @@ import torch
 
 from reward.model import load_scalar_model, save_scalar_model
 from tests.faults.scenarios import finished, run_forked
-from tests.tiny import tiny_llama_folder, tiny_tokenizer_folder
-from tests.tiny_run import SIZES, read_metrics, run_flags
+from tests.helpers.tiny import tiny_llama_folder, tiny_tokenizer_folder
+from tests.helpers.tiny_run import SIZES, read_metrics, run_flags
 from train_ppo import main
 from utils.tokenizer import load_tokenizer
 

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 from reward.train import main
 from tests.faults.scenarios import finished, run_forked
-from tests.tiny import SAMPLES, tiny_llama_folder
-from tests.tiny_run import read_lines
+from tests.helpers.tiny import SAMPLES, tiny_llama_folder
+from tests.helpers.tiny_run import read_lines
 
 
 def flags(base: Path, out: Path, **changes) -> list[str]:

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.faults.scenarios import finished, run_cases
-from tests.ranks import launch
-from tests.tiny_run import read_lines, read_metrics, run_flags
+from tests.helpers.ranks import launch
+from tests.helpers.tiny_run import read_lines, read_metrics, run_flags
 from train_ppo import main
 
 START = time.time()

@@ -7,13 +7,13 @@ from functools import partial
 import pytest
 from tqdm import tqdm
 
-from tests.tiny_run import read_metrics, run_flags, write_json
+from tests.helpers.tiny_run import read_metrics, run_flags, write_json
 from train_ppo import main
 
 
 def error_of(argv: list[str], capfd, monkeypatch) -> str:
     """Runs train_ppo.py, which has to end with exit code 2, and gives its error output without the progress bar."""
-    monkeypatch.setattr("utils.logger.tqdm", partial(tqdm, disable=True))
+    monkeypatch.setattr("utils.run.logger.tqdm", partial(tqdm, disable=True))
     capfd.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main(argv)

@@ -12,8 +12,8 @@ import reward.score
 import reward.train
 import sft.train
 import train_ppo
-from tests.families import FAMILIES, family_config, family_tokenizer
-from tests.tiny_run import HELD_OUT, PROMPTS, as_argv, read_lines, run_flags, write_json
+from tests.helpers.families import FAMILIES, family_config, family_tokenizer
+from tests.helpers.tiny_run import HELD_OUT, PROMPTS, as_argv, read_lines, run_flags, write_json
 
 FAMILY = FAMILIES["ChatML, a base model's EOS"]
 SETTINGS = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny_run import read_lines, read_metrics, run_flags
+from tests.helpers.tiny_run import read_lines, read_metrics, run_flags
 from train_ppo import main
 
 FLAGS = {"train_steps": 5, "checkpoint_per_step": 2, "num_eval_prompts": 0, "alarm_score_std": 1e-6}

@@ -6,7 +6,7 @@ from statistics import mean
 import pytest
 
 from ppo.compare import main
-from tests.tiny_run import HELD_OUT, Inputs
+from tests.helpers.tiny_run import HELD_OUT, Inputs
 
 
 def compare(inputs: Inputs, before, after, output, *more) -> dict:

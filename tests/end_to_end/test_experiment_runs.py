@@ -9,7 +9,7 @@ import pytest
 
 from experiments import curves, report, run, settings
 from experiments.criteria import Claim, Criterion, Figure, end, of
-from tests.tiny_run import read_lines
+from tests.helpers.tiny_run import read_lines
 from utils.errors import UserError
 
 BASE = """

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import ppo.score
-from tests.tiny_run import read_metrics, run_flags
+from tests.helpers.tiny_run import read_metrics, run_flags
 from train_ppo import main
-from utils.engine_state import same_weights
+from utils.engine.state import same_weights
 
 
 @pytest.fixture(scope="module")

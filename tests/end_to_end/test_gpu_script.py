@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tests.gpu.__main__ as runner
-from tests.tiny_run import REPOSITORY, clean_environment, read_lines
+from tests.helpers.tiny_run import REPOSITORY, clean_environment, read_lines
 
 FIGURES = {  # what each check must have found out, at the least
     "machine": {"bf16_tflops", "device_copy_tb_per_second", "pinned_to_host_gb_per_second"},

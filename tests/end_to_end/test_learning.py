@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_run import PROMPTS, read_metrics, run_flags, write_json
+from tests.helpers.tiny_run import PROMPTS, read_metrics, run_flags, write_json
 from train_ppo import main
 
 WINDOWS, STEPS = 4, 10

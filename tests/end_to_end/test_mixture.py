@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sft.train import main as sft_main
-from tests.mixtures import mixture_folder
-from tests.tiny_run import as_argv, read_metrics, run_flags
+from tests.helpers.mixtures import mixture_folder
+from tests.helpers.tiny_run import as_argv, read_metrics, run_flags
 from train_ppo import main
-from utils.routers import ROUTER_METRICS
+from utils.models.routers import ROUTER_METRICS
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import train_ppo
 from ppo.models import load_models
 from tests.architectures.configs import tiny_config
 from tests.architectures.folders import save_folder
-from tests.parts import ppo_config
-from tests.tiny_run import read_metrics, run_flags
+from tests.helpers.parts import ppo_config
+from tests.helpers.tiny_run import read_metrics, run_flags
 from utils.tokenizer import load_tokenizer
 
 

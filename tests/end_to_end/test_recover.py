@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.template import encode_dialogue, encode_prompt
 from merge_weight_en import RELEASE as ENGLISH
 from reward.model import last_scores, load_scalar_model, new_head_weight
-from tests.tiny import tiny_llama, tiny_tokenizer_folder
-from tests.tiny_run import REPOSITORY, SIZES, clean_environment, read_metrics, run_flags
-from tests.weights import load_folder, published_diff, save_folder
+from tests.helpers.tiny import tiny_llama, tiny_tokenizer_folder
+from tests.helpers.tiny_run import REPOSITORY, SIZES, clean_environment, read_metrics, run_flags
+from tests.helpers.weights import load_folder, published_diff, save_folder
 from train_ppo import main
 from utils.tokenizer import load_tokenizer
 from utils.weight_diff.commands import run

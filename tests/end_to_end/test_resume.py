@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import SAMPLES, tiny_llama_folder
-from tests.tiny_run import SIZES, read_lines, read_metrics, run_flags
+from tests.helpers.tiny import SAMPLES, tiny_llama_folder
+from tests.helpers.tiny_run import SIZES, read_lines, read_metrics, run_flags
 from tests.unit.test_checkpoint import DAMAGE
 from train_ppo import main
 

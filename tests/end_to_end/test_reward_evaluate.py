@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from transformers import AutoModelForSequenceClassification
 
+from data.formats.records import read_file
 from data.preferences import Pair, Preference
-from data.records import read_file
 from data.template import encode_dialogue
 from reward import evaluate, strength
+from reward.evaluation.score_preferences import PanelConfig, score_preferences
 from reward.model import load_scalar_model, save_scalar_model
-from reward.panel import PanelConfig, score_preferences
 from reward.train import main as train
-from tests.tiny import SAMPLES, tiny_llama_folder, tiny_tokenizer_folder
-from tests.tiny_run import REPOSITORY, SIZES, clean_environment, read_lines
+from tests.helpers.tiny import SAMPLES, tiny_llama_folder, tiny_tokenizer_folder
+from tests.helpers.tiny_run import REPOSITORY, SIZES, clean_environment, read_lines
 from utils.errors import UserError
 from utils.tokenizer import load_tokenizer
 

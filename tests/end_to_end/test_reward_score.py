@@ -13,8 +13,8 @@ import torch
 from data.template import encode_dialogue, encode_text
 from reward.model import load_scalar_model, save_scalar_model
 from reward.score import main
-from tests.tiny import tiny_llama_folder, tiny_tokenizer_folder
-from tests.tiny_run import REPOSITORY, SIZES, clean_environment, read_lines
+from tests.helpers.tiny import tiny_llama_folder, tiny_tokenizer_folder
+from tests.helpers.tiny_run import REPOSITORY, SIZES, clean_environment, read_lines
 from utils.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from data.preferences import load_preferences
 from data.template import encode_dialogue
 from reward.config import RewardConfig
 from reward.train import load, main
-from tests.tiny import SAMPLES, tiny_llama_folder
-from tests.tiny_run import read_lines
+from tests.helpers.tiny import SAMPLES, tiny_llama_folder
+from tests.helpers.tiny_run import read_lines
 from utils.tokenizer import load_tokenizer
 
 DATA = SAMPLES / "en" / "preferences"

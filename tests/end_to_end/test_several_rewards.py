@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from ppo.compare import main as compare
-from reward.ensemble import Encoding, score_dialogues
 from reward.model import load_scalar_model, save_scalar_model
-from tests.tiny import tiny_llama_folder, tiny_tokenizer_folder
-from tests.tiny_run import SIZES, read_lines, read_metrics, run_flags
+from reward.scoring.ensemble import Encoding, score_dialogues
+from tests.helpers.tiny import tiny_llama_folder, tiny_tokenizer_folder
+from tests.helpers.tiny_run import SIZES, read_lines, read_metrics, run_flags
 from train_ppo import main
 from utils.tokenizer import load_tokenizer
 

@@ -13,8 +13,8 @@ from data.dialogues import Dialogue, encode, load_dialogues
 from data.order import mixture
 from data.template import decode_answer, encode_dialogue, encode_prompt
 from sft.train import SFTConfig, load_encoded, main, spread
-from tests.tiny import SAMPLES, tiny_llama, tiny_llama_folder
-from tests.tiny_run import read_lines, write_json
+from tests.helpers.tiny import SAMPLES, tiny_llama, tiny_llama_folder
+from tests.helpers.tiny_run import read_lines, write_json
 from utils.tokenizer import load_tokenizer
 
 DATA = SAMPLES / "en" / "dialogues"

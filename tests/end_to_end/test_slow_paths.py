@@ -9,12 +9,12 @@ import torch
 
 import ppo.rollout
 import ppo.score
-import utils.engine
+import utils.engine.engine
+from ppo.decoding.sampling import uniforms
 from ppo.models import PolicyModel
 from ppo.rollout import assemble
-from ppo.sampling import uniforms
 from reward.model import ScalarModel
-from tests.tiny_run import read_lines, read_metrics, run_flags
+from tests.helpers.tiny_run import read_lines, read_metrics, run_flags
 from train_ppo import main
 
 FLAGS = {
@@ -74,7 +74,7 @@ def runs(inputs, tmp_path_factory):
                 patch.setattr(ScalarModel, "forward", plain_scalars)
                 patch.setattr(ppo.rollout, "generate", plain_generate)
                 patch.setattr(ppo.score, "same_weights", lambda *_: False)
-                patch.setattr(utils.engine, "use_chunked_step", plain_step)
+                patch.setattr(utils.engine.engine, "use_chunked_step", plain_step)
             tokens = {"fast": 200, "plain": 1}[name]
             flags = FLAGS | {"zero_stage": 2, "num_samples": 8, "micro_batch_tokens": tokens}
             main(run_flags(inputs, folder / name, **flags))

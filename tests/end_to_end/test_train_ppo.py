@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.template import encode_prompt
-from tests.tiny_run import HELD_OUT, REPOSITORY, clean_environment, read_lines, read_metrics, run_flags
+from tests.helpers.tiny_run import HELD_OUT, REPOSITORY, clean_environment, read_lines, read_metrics, run_flags
 from train_ppo import main
-from utils.engine import device_room
+from utils.engine.engine import device_room
 from utils.tokenizer import load_tokenizer
 
 METRICS = {

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ppo.run
-from tests.tiny_run import HELD_OUT, read_lines, read_metrics, run_flags, write_json
+from tests.helpers.tiny_run import HELD_OUT, read_lines, read_metrics, run_flags, write_json
 from train_ppo import main
 
 CHAT_TEMPLATE = (

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 
-import ppo.decoding
+import ppo.decoding.scheduler
 import ppo.models
 import ppo.rollout
 import ppo.score
 import ppo.update
-import utils.checkpoint
+import utils.run.checkpoint
 from tests.faults.kill import PHASES, at_call, once_loaded
-from utils.checkpoint import CheckpointWriter
-from utils.engine import TrainEngine
-from utils.stop import GRACE
+from utils.engine.engine import TrainEngine
+from utils.run.checkpoint import CheckpointWriter
+from utils.run.stop_signal import GRACE
 
 VICTIM = 1  # the rank that faults happen to
 NAN = float("nan")
@@ -111,14 +111,14 @@ def nan_score(rank: int) -> None:
 
 def empty_responses(rank: int) -> None:
     """All responses of the victim have no token, not even EOS."""
-    decode, sample = ppo.rollout.decode_all, ppo.decoding.sample
+    decode, sample = ppo.rollout.decode_all, ppo.decoding.scheduler.sample
 
     def empty(*args):
         return [row[:0] for row in decode(*args)]
 
     def install() -> None:
         ppo.rollout.decode_all = empty
-        ppo.decoding.sample = lambda logits, *args: torch.full_like(sample(logits, *args), 2)  # EOS at once
+        ppo.decoding.scheduler.sample = lambda logits, *args: torch.full_like(sample(logits, *args), 2)  # EOS at once
 
     if rank == VICTIM:
         once_loaded(install)
@@ -137,7 +137,7 @@ def fill(disk: Path, leave: int) -> None:
 
 def disk_fills_in_a_save(rank: int) -> None:
     """Between two files of the checkpoint of step 2 something else takes the room; before that of step 4 it goes."""
-    write, save = utils.checkpoint.write_file, CheckpointWriter.save
+    write, save = utils.run.checkpoint.write_file, CheckpointWriter.save
 
     def fills(path: str, pieces) -> dict:
         if "step_2" in path and "critic" in path:
@@ -149,7 +149,7 @@ def disk_fills_in_a_save(rank: int) -> None:
             (Path(writer._folder).parents[1] / "filler").unlink()
         save(writer, state, *args, **kwargs)
 
-    utils.checkpoint.write_file, CheckpointWriter.save = fills, clears
+    utils.run.checkpoint.write_file, CheckpointWriter.save = fills, clears
 
 
 def disk_is_full(rank: int) -> None:

@@ -27,16 +27,16 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import ppo.build
-import ppo.decoding
+import ppo.decoding.scheduler
 import ppo.score
-from tests.tiny_run import Inputs, build_inputs, read_lines, read_metrics, run_flags
+from tests.helpers.tiny_run import Inputs, build_inputs, read_lines, read_metrics, run_flags
 from train_ppo import main as train_ppo
-from utils.engine import TrainEngine
-from utils.ranks import free_port
+from utils.engine.engine import TrainEngine
+from utils.launcher import free_port
 
 # Phase -> what to count calls of, and at which of them, at most, the kill comes (within about two steps).
 PHASES = {
-    "rollout": (ppo.decoding._Decoder, "look", 30),
+    "rollout": (ppo.decoding.scheduler._Decoder, "look", 30),
     "scoring": (ppo.score, "_by_batch", 6),
     "update": (TrainEngine, "step", 6),
     "saving": (os, "fsync", 8),  # of files by a thread, of the folder that then gets its name by the main thread

@@ -21,7 +21,7 @@ import torch
 
 from tests.faults.faults import FAULTS
 from tests.faults.kill import nothing, start, wait
-from tests.tiny_run import REPOSITORY, Inputs, clean_environment, run_flags
+from tests.helpers.tiny_run import REPOSITORY, Inputs, clean_environment, run_flags
 
 DEFAULTS = {"module": "train_ppo", "ranks": 2, "fault": None, "patience": 60}
 SMALL = {"train_steps": 3, "checkpoint_per_step": 1, "keep_checkpoints": 3, "num_eval_prompts": 0}

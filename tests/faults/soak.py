@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from tests.tiny_run import REPOSITORY, build_inputs, clean_environment, run_flags
+from tests.helpers.tiny_run import REPOSITORY, build_inputs, clean_environment, run_flags
 
 if __name__ == "__main__":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

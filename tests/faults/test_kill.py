@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from tests.tiny_run import REPOSITORY, clean_environment
+from tests.helpers.tiny_run import REPOSITORY, clean_environment
 
 
 def test_runs_that_are_killed_end_as_if_they_had_not_been():

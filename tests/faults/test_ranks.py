@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from tests.faults.kill import PHASES, check_equal
 from tests.faults.scenarios import Result, run_cases, run_forked
-from tests.tiny import SAMPLES, tiny_llama_folder
-from tests.tiny_run import SIZES, read_metrics
+from tests.helpers.tiny import SAMPLES, tiny_llama_folder
+from tests.helpers.tiny_run import SIZES, read_metrics
 
 TIMEOUT = 8  # seconds; many times what a step of this size takes
 

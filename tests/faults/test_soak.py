@@ -3,7 +3,7 @@
 import pytest
 
 from tests.faults.soak import FLAGS, Sample, problems, table, watch
-from tests.tiny_run import run_flags
+from tests.helpers.tiny_run import run_flags
 
 
 def samples(**grow: float) -> list[Sample]:

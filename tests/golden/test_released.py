@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ppo.advantages import gae
+from ppo.decoding.sampling import keep_nucleus
 from ppo.kl import k3
 from ppo.loss import masked_sum, policy_clipped, policy_loss, policy_ratio, value_clipped, value_loss
-from ppo.sampling import keep_nucleus
 from utils.moments import RunningMoments
 from utils.tensors import masked_mean, token_logprobs, whiten
 

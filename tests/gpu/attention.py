@@ -6,9 +6,9 @@ import torch
 import triton
 
 from benchmarks.timing import busy_seconds, copy_rate, measure
-from ppo.grouped_attention import by_groups
-from ppo.ragged_attention import attend
-from utils.engine import device
+from ppo.decoding.attention import by_groups
+from ppo.decoding.ragged_attention import attend
+from utils.engine.engine import device
 
 HEADS = {"mha": (32, 32), "gqa": (32, 8)}  # query heads, key-value heads
 LENGTHS = ("equal", "ragged")

@@ -9,15 +9,15 @@ import torch
 
 from benchmarks.random_inputs import MODELS, random_ids, random_lm
 from benchmarks.timing import Timing, copy_rate, kernels, measure
-from ppo.decoding import Room, _Decoder
-from ppo.grouped_attention import grouped
+from ppo.decoding.attention import grouped
+from ppo.decoding.cuda_graphs import StepGraphs
+from ppo.decoding.llama_step import goes_ragged
+from ppo.decoding.sampling import Sampling
+from ppo.decoding.scheduler import Room, _Decoder
 from ppo.models import PolicyModel
-from ppo.new_token import goes_ragged
-from ppo.sampling import Sampling
-from ppo.step_graphs import StepGraphs
 from tests.gpu.attention import kernel_runs
-from utils.engine import device
-from utils.probe import distance
+from utils.engine.engine import device
+from utils.models.check import distance
 
 AIM = 0.6  # of the bytes' bound, 16 slots of 7B
 LIMIT = 96  # tokens of a response, of which each way makes fewer

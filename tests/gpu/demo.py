@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tests.gpu.report import Report
 from tests.gpu.tiny_runs import run
-from tests.tiny_run import REPOSITORY, build_inputs, read_lines
-from utils.stop import OUT_OF_TIME
+from tests.helpers.tiny_run import REPOSITORY, build_inputs, read_lines
+from utils.run.stop_signal import OUT_OF_TIME
 
 END = 15  # seconds that are left for the checkpoint at the end
 TOY = {"train_steps": 1, "critic_pretrain_steps": 1, "warmup_steps": 1, "num_rollouts": 8, "batch_size": 4}

@@ -7,8 +7,8 @@ from torch import nn
 
 from benchmarks.random_inputs import MODELS, random_lm
 from benchmarks.timing import timed
-from reward.ensemble import Frozen
-from utils.engine import device
+from reward.scoring.ensemble import Frozen
+from utils.engine.engine import device
 
 ROUNDS = 2
 LEAST = 30  # seconds that are left for the new way, however slow the old one is

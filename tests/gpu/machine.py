@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.timing import GIB, copy_rate, matrix_rate, measure
 from tests.gpu.report import Report
-from utils.engine import device
+from utils.engine.engine import device
 
 SIZE, TOY_SIZE = 4 * 10**9, 10**6  # bytes of the copies between host and device
 STATE = "name,memory.total,driver_version,pstate,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"

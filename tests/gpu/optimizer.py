@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from benchmarks.timing import GIB, peak_of, timed
-from utils.args import EngineConfig
-from utils.checkpoint import MANIFEST, CheckpointWriter, sha256
-from utils.engine import TrainEngine, device, init_distributed, shutdown_distributed
+from utils.engine.engine import TrainEngine, device, init_distributed, shutdown_distributed
+from utils.flags.engine import EngineConfig
+from utils.run.checkpoint import MANIFEST, CheckpointWriter, sha256
 
 STEPS, LR = 4, 1e-3
 TOLERANCE = 1e-2  # of LR: what the weights of both may differ by, as only the gradient's norm is rounded otherwise
@@ -45,7 +45,7 @@ def check(toy: bool, report) -> None:
         gc.collect()  # an engine and its optimizer refer to each other
         before = allocated_gib()
         engine = TrainEngine(Weights(rows, columns), EngineConfig(), "model")
-        if kind == "plain":  # what utils/chunked_step.py puts in the place of DeepSpeed's methods
+        if kind == "plain":  # what utils/engine/chunked_adamw.py puts in the place of DeepSpeed's methods
             vars(engine.engine.optimizer).pop("step")
             vars(engine.engine.optimizer).pop("get_grad_norm_direct")
         steps = [step(engine) for _ in range(STEPS)][1:]  # the first one makes the moments

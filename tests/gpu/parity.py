@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tests.gpu.report import Report
 from tests.gpu.tiny_runs import distance, flags_of, run, start, wait_for
-from tests.tiny_run import build_inputs
-from utils.builds import unblocked_builds
-from utils.engine import deepspeed
+from tests.helpers.tiny_run import build_inputs
+from utils.engine.build_lock import unblocked_builds
+from utils.engine.engine import deepspeed
 
 TOLERANCE = 1e-4
 SETTINGS = {

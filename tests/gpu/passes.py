@@ -10,10 +10,10 @@ from benchmarks.random_inputs import MODELS, config_of, random_lm
 from benchmarks.timing import GIB, matrix_rate, measure, peak_of
 from ppo.config import PPOConfig
 from ppo.models import PolicyModel
-from ppo.plan import PHASES, plan
+from ppo.planning.plan import PHASES, plan
 from ppo.types import Rollout
-from utils.engine import device
-from utils.models import enable_checkpointing, training_mode
+from utils.engine.engine import device
+from utils.models.load import enable_checkpointing, training_mode
 
 ROWS, TOKENS, RESPONSE = 8, 8192, 256
 AIMS = {"score": 0.5, "update": 0.45}  # of the measured matrix rate

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.gpu.report import Failed, Report
 from tests.gpu.tiny_runs import flags_of, run, start
-from tests.tiny_run import Inputs, build_inputs, read_metrics
-from utils.engine import device
+from tests.helpers.tiny_run import Inputs, build_inputs, read_metrics
+from utils.engine.engine import device
 
 # One optimizer step per buffer: all of its ratios are those before the first step.
 BF16 = {"dtype": "bf16", "critic_pretrain_steps": 0, "train_steps": 3, "batch_size": 8, "checkpoint_per_step": 1}

@@ -12,13 +12,13 @@ import torch
 
 from ppo.build import build
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
-from ppo.decoding import _Decoder
+from ppo.decoding.scheduler import _Decoder
 from tests.gpu.report import Report
 from tests.gpu.tiny_runs import flags_of
-from tests.tiny_run import REPOSITORY, build_inputs
+from tests.helpers.tiny_run import REPOSITORY, build_inputs
 from train_ppo import loop
-from utils.args import parse_args
-from utils.engine import device, shutdown_distributed
+from utils.engine.engine import device, shutdown_distributed
+from utils.flags.parser import parse_args
 
 WARNING = "called a synchronizing CUDA operation"  # of torch.cuda.set_sync_debug_mode
 # Of decoding: a forward over prompts, one over new tokens, a look at what has ended. Where a forward is captured as a

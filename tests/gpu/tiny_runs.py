@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flags
+from tests.helpers.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flags
 from train_ppo import main
 
 # All losses; the critic alone in the first of three steps.

@@ -15,11 +15,11 @@ from ppo.build import build
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from tests.gpu.report import Report
 from tests.gpu.tiny_runs import distance, flags_of, start, wait_for
-from tests.tiny_run import build_inputs, clean_environment
+from tests.helpers.tiny_run import build_inputs, clean_environment
 from train_ppo import loop
-from utils.args import parse_args
-from utils.engine import deepspeed, device, init_distributed, shutdown_distributed
-from utils.ranks import free_port
+from utils.engine.engine import deepspeed, device, init_distributed, shutdown_distributed
+from utils.flags.parser import parse_args
+from utils.launcher import free_port
 
 TOLERANCE = 1e-4
 SETTINGS = {"zero_2": {"zero_stage": 2}, "zero_3": {"zero_stage": 3}}

@@ -13,11 +13,11 @@ from data.template import encode_prompt
 from tests.bad_inputs.commands import COMMANDS
 from tests.bad_inputs.materials import Materials, altered
 from tests.bad_inputs.test_corpus import command_line
-from tests.live_code import assert_live, bring_own_code, bring_own_tokenizer, live_pickle
-from tests.tiny_run import REPOSITORY
-from utils.engine import init_distributed
+from tests.helpers.live_code import assert_live, bring_own_code, bring_own_tokenizer, live_pickle
+from tests.helpers.tiny_run import REPOSITORY
+from utils.engine.engine import init_distributed
 from utils.errors import UserError
-from utils.models import load_causal_lm
+from utils.models.load import load_causal_lm
 from utils.tokenizer import load_tokenizer
 
 # Every flag that names weights: (command, words in front, flag, sound folder, values around it).
@@ -128,8 +128,8 @@ FORBIDDEN = re.compile(
 )
 ALLOWED = {
     ("ppo/score.py", "exec_module"),  # --reward_fn
-    ("utils/run_folder.py", "run"),  # git's commit, without a shell
-    ("utils/ranks.py", "Popen"),  # the command of the recipe that starts it, once per GPU, without a shell
+    ("utils/run/folder.py", "run"),  # git's commit, without a shell
+    ("utils/launcher.py", "Popen"),  # the command of the recipe that starts it, once per GPU, without a shell
     ("data/demo/english.py", "from_pretrained"),  # a file of a package that utils/setup.sh pins
 }
 FOLDERS = ("ppo", "reward", "sft", "data", "utils")

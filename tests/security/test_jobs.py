@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from tests.helpers.tiny_run import REPOSITORY, clean_environment
 from tests.security.tiny_jobs import ATTEMPT
-from tests.tiny_run import REPOSITORY, clean_environment
 
 NAMES = ["compare", "evaluate", "made", "ppo", "reward", "score", "sft", "strength"]
 

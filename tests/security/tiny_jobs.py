@@ -37,7 +37,7 @@ import merge_weight_en  # noqa: E402
 from tests.bad_inputs.commands import COMMANDS  # noqa: E402
 from tests.bad_inputs.materials import Materials  # noqa: E402
 from tests.bad_inputs.test_corpus import command_line  # noqa: E402
-from tests.tiny_run import write_json  # noqa: E402
+from tests.helpers.tiny_run import write_json  # noqa: E402
 from utils.weight_diff.commands import run as merge  # noqa: E402
 
 HOSTILE = [

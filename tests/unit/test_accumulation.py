@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.accumulation import add_up, config_for, error, gradient_of_first_step, policy
-from utils.engine import TrainEngine
+from tests.helpers.accumulation import add_up, config_for, error, gradient_of_first_step, policy
+from utils.engine.engine import TrainEngine
 
 ENGINES = [{"zero_stage": 2}, {"zero_stage": 3}, {"zero_stage": 2, "offload_optimizer": True}]
 

@@ -7,8 +7,8 @@ import pytest
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from reward.config import RewardConfig
 from sft.train import SFTConfig
-from utils.args import build_parser, changed_flags, entry_point, field_help, parse_args
 from utils.errors import UserError
+from utils.flags.parser import build_parser, changed_flags, entry_point, field_help, parse_args
 
 RELEASED_FLAGS = """
     --tokenizer_name_or_path X --policy_model_path X --critic_model_path X --model_save_path X --data_path X --seed 42

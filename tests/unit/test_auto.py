@@ -8,22 +8,30 @@ import torch
 from transformers import AutoModel
 
 from ppo.config import PPOConfig
-from ppo.plan import LOGIT, Sizes, choose_sizes, fit_to_memory, plan, planned_sizes, prefill_peak, say_sizes
+from ppo.decoding.kv_cache import AUTO_SLOTS, slots_in
+from ppo.planning.plan import LOGIT, Sizes, choose_sizes, fit_to_memory, plan, planned_sizes, prefill_peak, say_sizes
+from ppo.planning.shapes import models_of
 from ppo.rollout import room_of
-from ppo.shapes import models_of
-from ppo.slots import AUTO_SLOTS, slots_in
 from sft.model import AnswerModel
 from tests.architectures.configs import tiny_config
-from tests.parts import ppo_config, rollout_by_hand, tiny_models, tiny_policy
-from tests.tiny import tiny_llama, tiny_llama_config
-from utils.args import EngineConfig, parse_args
-from utils.compiled import layers_of
-from utils.engine import TrainEngine
+from tests.helpers.parts import ppo_config, rollout_by_hand, tiny_models, tiny_policy
+from tests.helpers.tiny import tiny_llama, tiny_llama_config
+from utils.engine.engine import TrainEngine
 from utils.errors import UserError
-from utils.models import enable_checkpointing, training_mode
-from utils.nll import CHUNK, logits_bytes
-from utils.peak import ATTENTION, LiveBytes
-from utils.recompute import layers_kept, on_meta, predicted, recompute_fewest, settle_checkpointing, training_peak
+from utils.flags.engine import EngineConfig
+from utils.flags.parser import parse_args
+from utils.memory.activation_peak import ATTENTION, LiveBytes
+from utils.memory.recompute import (
+    layers_kept,
+    on_meta,
+    predicted,
+    recompute_fewest,
+    settle_checkpointing,
+    training_peak,
+)
+from utils.models.chunked_logprobs import CHUNK, logits_bytes
+from utils.models.compile import layers_of
+from utils.models.load import enable_checkpointing, training_mode
 
 LLAMA_7B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,

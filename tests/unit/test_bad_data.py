@@ -6,10 +6,10 @@ from datetime import datetime
 import pytest
 
 from data.dialogues import load_dialogues
-from data.json_text import json_line
+from data.formats.json_lines import json_line
+from data.formats.records import read_records
 from data.preferences import load_preferences
 from data.prompts import load_prompts
-from data.records import read_records
 from utils.errors import UserError
 from utils.tokenizer import load_tokenizer
 

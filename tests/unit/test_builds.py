@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from utils.builds import unblocked_builds
+from utils.engine.build_lock import unblocked_builds
 
 HOLDER = """
-from utils.builds import unblocked_builds
+from utils.engine.build_lock import unblocked_builds
 with unblocked_builds():
     print("holding", flush=True)
     input()

@@ -1,4 +1,4 @@
-"""Chat templates of the families in tests/families.py: prompt, mask, history, stop ids, what a reward model reads."""
+"""Chat templates of the families in helpers/families.py: prompt, mask, history, stop ids, reward models."""
 
 import json
 from dataclasses import dataclass
@@ -7,28 +7,28 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from data.batching.collate import pad
 from data.chat import turn_end
-from data.collate import pad
+from data.choose_template import settle
 from data.dialogues import Dialogue, encode_dialogues
 from data.preferences import Pair, Preference
-from data.settle import settle
 from data.template import encode_dialogue, encode_prompt
+from ppo.decoding.sampling import Sampling
 from ppo.models import PolicyModel
 from ppo.rollout import assemble, generate, response_ids
-from ppo.sampling import Sampling
 from ppo.score import closed_ids
-from reward.answers import best_answers
 from reward.encode import encode_preference
-from reward.ensemble import Encoding
+from reward.forward import best_answers
+from reward.scoring.ensemble import Encoding
 from sft.model import AnswerModel
-from sft.rows import Layout
+from sft.packed_batches import Layout
 from sft.samples import sample_answers
-from tests.families import FAMILIES, TURNS, Family, family_config, family_tokenizer
-from tests.parts import ppo_config, prompts_of
-from tests.tiny_run import write_json
-from utils.engine import InferenceEngine
+from tests.helpers.families import FAMILIES, TURNS, Family, family_config, family_tokenizer
+from tests.helpers.parts import ppo_config, prompts_of
+from tests.helpers.tiny_run import write_json
+from utils.engine.engine import InferenceEngine
 from utils.errors import UserError
-from utils.text_flags import StopFlags, TextFlags
+from utils.flags.text import StopFlags, TextFlags
 
 SYSTEM = [{"role": "system", "content": "Be brief."}, TURNS[0]]
 

@@ -17,11 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from utils.checkpoint import CheckpointWriter
+from utils.engine.host_memory import fits_on_host, free_host_memory, group_room
 from utils.errors import UserError
-from utils.host_memory import fits_on_host, free_host_memory, group_room
-from utils.restore import newest
-from utils.state_file import PIECE, file_pieces, write_file
+from utils.run.checkpoint import CheckpointWriter
+from utils.run.restore import newest
+from utils.run.state_file import PIECE, file_pieces, write_file
 
 
 def flip_a_byte(checkpoint: Path) -> None:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import utils.chunked_step as chunked
-from tests.parts import ppo_config, tiny_scalar_model
-from utils.engine import TrainEngine
+import utils.engine.chunked_adamw as chunked
+from tests.helpers.parts import ppo_config, tiny_scalar_model
+from utils.engine.engine import TrainEngine
 
 CHUNK = chunked.NORM_CHUNK
 SHAPES = [(20 * CHUNK + 5,), (), (7, 11), (0,), (2, CHUNK), (1,), (40,)]  # over chunks, within one, and nothing

@@ -6,7 +6,7 @@ from itertools import chain, pairwise
 import pytest
 import torch
 
-from data.collate import balance, micro_batches, pad
+from data.batching.collate import balance, micro_batches, pad
 
 
 def test_pad_right_and_left():

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import tests.varlen
+import tests.helpers.varlen
+from ppo.decoding.sampling import Sampling
 from ppo.rollout import generate
-from ppo.sampling import Sampling
-from tests.parts import PROMPTS, GradientEngine, ppo_config, prompts_of, rollout_by_hand, tiny_policy, token_ids
-from utils.compiled import compile_layers, layers_of
-from utils.models import enable_checkpointing
+from tests.helpers.parts import PROMPTS, GradientEngine, ppo_config, prompts_of, rollout_by_hand, tiny_policy, token_ids
+from utils.models.compile import compile_layers, layers_of
+from utils.models.load import enable_checkpointing
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def gradient(policy, rows: slice) -> torch.Tensor:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_layers_share_their_graphs_whatever_the_lengths(counter, monkeypatch, checkpointing, kernel):
     if kernel == "varlen":
-        tests.varlen.on_cpu(monkeypatch)
+        tests.helpers.varlen.on_cpu(monkeypatch)
     two, six = tiny_policy(num_hidden_layers=2), tiny_policy(num_hidden_layers=6)
     for policy in (two, six):
         plain = copy.deepcopy(policy)

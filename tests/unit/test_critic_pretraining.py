@@ -10,8 +10,8 @@ from ppo.experience import value_scale, with_values
 from ppo.run import Run
 from ppo.types import Experience
 from ppo.update import critic_backward
-from tests.parts import GradientEngine, ppo_config, rollout_by_hand, scored, tiny_models, tiny_scalar_model
-from utils.engine import TrainEngine, init_distributed
+from tests.helpers.parts import GradientEngine, ppo_config, rollout_by_hand, scored, tiny_models, tiny_scalar_model
+from utils.engine.engine import TrainEngine, init_distributed
 
 
 def rates(**flags) -> list[tuple[float, float]]:

@@ -6,11 +6,11 @@ import pytest
 from conftest import SAMPLES
 
 from data.dialogues import load_dialogues
+from data.formats.dialogue_forms import check_turns, turns_of
+from data.formats.records import BadRecord, read_records
 from data.preferences import load_preferences
 from data.prompts import load_prompts
-from data.records import BadRecord, read_records
 from data.template import encode_dialogue, encode_prompt
-from data.turns import check_turns, turns_of
 from utils.tokenizer import load_tokenizer
 
 HI = [{"role": "user", "content": "Hi"}]

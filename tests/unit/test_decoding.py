@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from ppo import grouped_attention
-from ppo.decoding import Room, decode_all
-from ppo.grouped_attention import alone_from, grouped
+from ppo.decoding import attention as grouped_attention
+from ppo.decoding.attention import alone_from, grouped
+from ppo.decoding.kv_cache import SlotCache, _SlotLayer
+from ppo.decoding.sampling import EVALUATION, Sampling, uniforms
+from ppo.decoding.scheduler import Room, decode_all
 from ppo.models import PolicyModel
-from ppo.sampling import EVALUATION, Sampling, uniforms
-from ppo.slots import SlotCache, _SlotLayer
-from tests.parts import EOS, VOCAB_SIZE, tiny_policy, token_ids
+from tests.helpers.parts import EOS, VOCAB_SIZE, tiny_policy, token_ids
 
 GENERATOR = torch.Generator().manual_seed(0)
 LENGTHS = [3, 30, 1, 7, 7, 19, 12, 2, 26, 5, 9, 14, 40]

@@ -5,12 +5,12 @@ import os
 import pytest
 import torch
 
-from tests.parts import ppo_config
-from tests.tiny import tiny_llama
-from tests.tiny_run import read_metrics, run_flags
+from tests.helpers.parts import ppo_config
+from tests.helpers.tiny import tiny_llama
+from tests.helpers.tiny_run import read_metrics, run_flags
 from train_ppo import main
 from utils.deterministic import repeatable
-from utils.engine import TrainEngine
+from utils.engine.engine import TrainEngine
 from utils.errors import UserError
 
 REWARD = """

@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
-from tests.parts import ppo_config, tiny_policy
-from tests.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flags
+from tests.helpers.parts import ppo_config, tiny_policy
+from tests.helpers.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flags
 from train_ppo import main
 from utils.device import device, on_gpu
-from utils.engine import TrainEngine
-from utils.logger import Stopwatch
+from utils.engine.engine import TrainEngine
+from utils.run.logger import Stopwatch
 from utils.tensors import to_device
 
 # Reports two GPUs as a machine with GPUs does, and raises an error where CUDA is started.
@@ -45,7 +45,9 @@ def test_each_process_has_the_gpu_that_its_launcher_names():
 
 
 def test_more_processes_than_gpus_are_a_mistake_of_the_user():
-    code = "from utils.engine import init_distributed as join\ntry: join()\nexcept Exception as e: print(repr(e))"
+    code = (
+        "from utils.engine.engine import init_distributed as join\ntry: join()\nexcept Exception as e: print(repr(e))"
+    )
     result = run_there(code, LOCAL_RANK="2", RANK="2", WORLD_SIZE="3", DS_ACCELERATOR="cuda")
     assert "UserError('local rank 2 has no GPU, there are 2: start as many" in result.stdout, result.stderr
 

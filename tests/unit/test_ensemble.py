@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from data.template import encode_dialogue
-from reward.ensemble import Encoding, Ensemble, Frozen, check_labels, score_dialogues
-from tests.parts import ppo_config, tiny_scalar_model
-from tests.tiny import VOCAB, tiny_tokenizer_folder
-from utils.engine import device, shard_frozen
+from reward.scoring.ensemble import Encoding, Ensemble, Frozen, check_labels, score_dialogues
+from tests.helpers.parts import ppo_config, tiny_scalar_model
+from tests.helpers.tiny import VOCAB, tiny_tokenizer_folder
+from utils.engine.engine import device, shard_frozen
+from utils.engine.host_copies import host_copies
 from utils.errors import UserError
-from utils.host_copies import host_copies
 from utils.tokenizer import load_tokenizer
 
 
@@ -124,7 +124,7 @@ def test_shards_wait_in_page_locked_memory(single_process):
 
 
 def test_copies_share_buffers_and_keep_dtype_and_shape(monkeypatch):
-    monkeypatch.setattr("utils.host_copies.BUFFER", 1024)
+    monkeypatch.setattr("utils.engine.host_copies.BUFFER", 1024)
     tensors = [torch.randn(50), torch.randn(3, 7).bfloat16(), torch.randn(1000), torch.tensor(3.0), torch.randn(0, 4)]
     tensors += [torch.randn(8, 2).t(), torch.arange(5)]
     copies = host_copies(tensors)

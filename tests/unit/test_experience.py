@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ppo.experience import experience_metrics, make_experience, negative_kl_warning, rollout_metrics
-from tests.parts import ppo_config, rollout_of, scores_of
+from tests.helpers.parts import ppo_config, rollout_of, scores_of
 from utils.errors import UserError
 from utils.moments import RunningMoments
 

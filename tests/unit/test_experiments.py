@@ -14,8 +14,8 @@ from experiments.mutants import MUTANTS, copy_code, verdicts_on
 from experiments.report import alarm_of, fall_of
 from experiments.settings import FOLDER, REPOSITORY, command, load_flags, run_hash
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
-from utils.args import parse_args
 from utils.errors import UserError
+from utils.flags.parser import parse_args
 
 
 def run_of(setting="a", seed=1, **values) -> Run:

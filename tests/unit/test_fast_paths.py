@@ -14,16 +14,25 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppo.models
-import tests.varlen
-import utils.nll
-import utils.rows
+import tests.helpers.varlen
+import utils.models.chunked_logprobs
+import utils.models.padding_free
 from ppo.config import PPOConfig
 from ppo.models import PolicyModel
 from ppo.score import score
 from ppo.types import Experience, Rollout
 from ppo.update import update
-from tests.parts import PROMPTS, ppo_config, prompts_of, rollout_by_hand, scored, tiny_models, tiny_policy, token_ids
-from utils.nll import logprobs_and_entropy, sum_nll
+from tests.helpers.parts import (
+    PROMPTS,
+    ppo_config,
+    prompts_of,
+    rollout_by_hand,
+    scored,
+    tiny_models,
+    tiny_policy,
+    token_ids,
+)
+from utils.models.chunked_logprobs import logprobs_and_entropy, sum_nll
 
 ENTROPY = {"use_entropy_loss": True, "entropy_loss_weight": 0.1}
 
@@ -32,16 +41,16 @@ ENTROPY = {"use_entropy_loss": True, "entropy_loss_weight": 0.1}
 def small_pieces(monkeypatch):
     """Logits of three tokens a chunk, two of them in float32 at once."""
     monkeypatch.setattr(ppo.models, "CHUNK_ELEMENTS", 3 * 24)
-    monkeypatch.setitem(utils.nll.FLOATS, "cpu", 2 * 24)
+    monkeypatch.setitem(utils.models.chunked_logprobs.FLOATS, "cpu", 2 * 24)
 
 
 @pytest.fixture(params=["padded", "joined", "varlen"])
 def layout(request, monkeypatch):
     """Rows with their padding; end to end, an attention call each; end to end, in one call that knows their ends."""
     if request.param == "padded":
-        monkeypatch.setattr(utils.rows, "FULL_ATTENTION", ())
+        monkeypatch.setattr(utils.models.padding_free, "FULL_ATTENTION", ())
     if request.param == "varlen":
-        tests.varlen.on_cpu(monkeypatch)
+        tests.helpers.varlen.on_cpu(monkeypatch)
     return request.param
 
 
@@ -131,7 +140,7 @@ def test_update_equals_one_sequence_at_a_time_with_all_logits(small_pieces, layo
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (-2.0, 0.5)])
 def test_gradients_of_logprobs_and_entropy(monkeypatch, temperature, weights):
-    monkeypatch.setitem(utils.nll.FLOATS, "cpu", 2 * 24)
+    monkeypatch.setitem(utils.models.chunked_logprobs.FLOATS, "cpu", 2 * 24)
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(7, 24, generator=generator, dtype=torch.float64)).requires_grad_()
     targets = torch.randint(24, (7,), generator=generator)
@@ -193,7 +202,7 @@ def held(vocab: int, batch: int, loss: str) -> Held:
 @pytest.mark.parametrize("loss", ["policy", "nll"])
 def test_logits_of_twice_the_batch_and_vocabulary_take_no_more_memory(monkeypatch, loss):
     monkeypatch.setattr(ppo.models, "CHUNK_ELEMENTS", 1 << 17)
-    monkeypatch.setitem(utils.nll.FLOATS, "cpu", 1 << 14)
+    monkeypatch.setitem(utils.models.chunked_logprobs.FLOATS, "cpu", 1 << 14)
     once, twice = held(2000, 16, loss), held(4000, 32, loss)
     more_logits = 2 * 32 * (32 * 4000 - 16 * 2000)  # bytes of bf16, were all held
     weights = 2 * 4000 * 32  # of the head, whose gradient is there twice while it adds up

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.dialogues import encode, load_dialogues
-from data.json_text import parse_json_lines, parse_json_list
+from data.formats.dialogue_forms import turns_of
+from data.formats.json_lines import parse_json_lines, parse_json_list
+from data.formats.records import BadRecord, Record, Tally
+from data.formats.stream import stream_records, text_or_answered
 from data.preferences import load_preferences
 from data.prompts import load_prompts
-from data.records import BadRecord, Record, Tally
-from data.stream import stream_records, text_or_answered
-from data.turns import turns_of
 from reward.encode import encode_preference
-from tests.fuzzing import dialogue_records, ends, fuzz, preference_records, values
+from tests.helpers.fuzzing import dialogue_records, ends, fuzz, preference_records, values
 from utils.errors import UserError
 from utils.tokenizer import load_tokenizer
 

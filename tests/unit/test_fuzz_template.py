@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from data.chat import turn_end
 from data.template import decode_answer, encode_dialogue, encode_prompt, encode_text, last_answer
-from reward.ensemble import Encoding
-from tests.fuzzing import ends, search, texts, whole
+from reward.scoring.ensemble import Encoding
+from tests.helpers.fuzzing import ends, search, texts, whole
 from utils.tokenizer import MOSS_ZH_TAGS, load_tokenizer
 
 KINDS = ["llama moss_en", "llama moss_zh", "tiny moss_en", "tiny moss_zh", "chat moss_en", "chat moss_zh", "chat chat"]
@@ -16,7 +16,7 @@ SPACE_MARK = "▁"  # SentencePiece's own name for a space: it comes back as one
 
 
 def usable(text: str) -> bool:
-    """As data/turns.py lets texts through."""
+    """As data/formats/dialogue_forms.py lets texts through."""
     return text.strip() != "" and not any("\ud800" <= char <= "\udfff" for char in text)
 
 

@@ -2,13 +2,13 @@
 
 import pytest
 
-import reward.judges
-from reward.ensemble import Encoding, Frozen, Member
-from reward.judges import load_judges, score_chunk
+import reward.scoring.score_records
 from reward.model import save_scalar_model
-from reward.score import ScoreConfig
-from tests.parts import tiny_scalar_model
-from tests.tiny import VOCAB, tiny_tokenizer_folder
+from reward.scoring.ensemble import Encoding, Frozen, Member
+from reward.scoring.score_flags import ScoreConfig
+from reward.scoring.score_records import load_judges, score_chunk
+from tests.helpers.parts import tiny_scalar_model
+from tests.helpers.tiny import VOCAB, tiny_tokenizer_folder
 from utils.tokenizer import load_tokenizer
 
 TEXTS = ["one", "two three", "four", "five and six", "a text that is longer than eight tokens"]
@@ -32,14 +32,14 @@ def test_ranks_share_a_chunk(members, monkeypatch, count):
     assert [len(scores) for scores, _ in expected] == [2] * count
     assert [cut for _, cut in expected] == [False, False, False, False, True][:count]
     shares = []
-    monkeypatch.setattr(reward.judges, "world_size", lambda: 2)
+    monkeypatch.setattr(reward.scoring.score_records, "world_size", lambda: 2)
     both = [[None] * count] * 2
-    monkeypatch.setattr(reward.judges, "gather_objects", lambda rows: shares.append(rows) or both)
+    monkeypatch.setattr(reward.scoring.score_records, "gather_objects", lambda rows: shares.append(rows) or both)
     for rank in (0, 1):
-        monkeypatch.setattr(reward.judges, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(reward.scoring.score_records, "rank", lambda rank=rank: rank)
         score_chunk(members, texts, 100)
     assert [len(share) for share in shares] == [(count + 1) // 2, count // 2]
-    monkeypatch.setattr(reward.judges, "gather_objects", lambda rows: shares)
+    monkeypatch.setattr(reward.scoring.score_records, "gather_objects", lambda rows: shares)
     found = score_chunk(members, texts, 100)
     assert found == [(pytest.approx(scores, abs=1e-5), cut) for scores, cut in expected]
 

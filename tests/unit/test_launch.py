@@ -1,4 +1,4 @@
-"""utils/launch.sh runs on the GPUs that the user was given; utils/ranks.py passes signals on and exit codes back."""
+"""utils/launch.sh runs on the GPUs that the user was given; utils/launcher.py passes signals on and exit codes back."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_run import REPOSITORY, clean_environment
+from tests.helpers.tiny_run import REPOSITORY, clean_environment
 
 EIGHT = "\n".join(f"GPU {i}: NVIDIA A100-SXM4-80GB (UUID: GPU-{i}d5c)" for i in range(8))
 SLICED = "GPU 0: NVIDIA H100 (UUID: GPU-5e)\n  MIG 3g.40gb     Device  0: (UUID: MIG-a1)\n"
@@ -49,6 +49,7 @@ def launched(tmp_path):
     return run
 
 
+LAUNCHER = "python -m utils.launcher"
 ONE = "python -m sft.train --lr 1"
 
 
@@ -56,10 +57,10 @@ ONE = "python -m sft.train --lr 1"
     ("listing", "settings", "command", "devices"),
     [
         (None, {}, ONE, "cpu "),
-        (EIGHT, {}, f"python -m utils.ranks 8 {ONE[7:]}", " "),
-        (EIGHT, {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, f"python -m utils.ranks 4 {ONE[7:]}", " 4,5,6,7"),
-        (EIGHT, {"CUDA_VISIBLE_DEVICES": "4,5,6,7", "NUM_GPUS": "2"}, f"python -m utils.ranks 2 {ONE[7:]}", " 4,5,6,7"),
-        (EIGHT, {"CUDA_VISIBLE_DEVICES": "GPU-3d5c,GPU-08"}, f"python -m utils.ranks 2 {ONE[7:]}", " GPU-3d5c,GPU-08"),
+        (EIGHT, {}, f"{LAUNCHER} 8 {ONE[7:]}", " "),
+        (EIGHT, {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, f"{LAUNCHER} 4 {ONE[7:]}", " 4,5,6,7"),
+        (EIGHT, {"CUDA_VISIBLE_DEVICES": "4,5,6,7", "NUM_GPUS": "2"}, f"{LAUNCHER} 2 {ONE[7:]}", " 4,5,6,7"),
+        (EIGHT, {"CUDA_VISIBLE_DEVICES": "GPU-3d5c,GPU-08"}, f"{LAUNCHER} 2 {ONE[7:]}", " GPU-3d5c,GPU-08"),
         (SLICED, {"CUDA_VISIBLE_DEVICES": "MIG-a1"}, ONE, " MIG-a1"),
         (EIGHT, {"CUDA_VISIBLE_DEVICES": "6"}, ONE, " 6"),
         (EIGHT, {"CUDA_VISIBLE_DEVICES": "0,8,1"}, ONE, " 0,8,1"),  # CUDA stops at what is not there
@@ -82,7 +83,7 @@ def start_ranks(file: Path, code: str, *, patience: float = 30.0, **environment:
     file.write_text(
         f"import os, pathlib, signal, sys, time\nrank, here = os.environ['RANK'], {str(file.parent)!r}\n{code}"
     )
-    start = f"import sys, utils.ranks as r; r.PATIENCE = {patience}; sys.exit(r.main(['2', {str(file)!r}]))"
+    start = f"import sys, utils.launcher as r; r.PATIENCE = {patience}; sys.exit(r.main(['2', {str(file)!r}]))"
     return subprocess.Popen(
         [sys.executable, "-c", start], cwd=REPOSITORY, env=clean_environment() | environment,
         stdout=subprocess.PIPE, text=True,

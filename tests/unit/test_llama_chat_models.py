@@ -7,8 +7,8 @@ from transformers import AutoTokenizer
 
 from data.chat import turn_end
 from data.template import encode_dialogue, encode_prompt
-from tests.families import FOLDER
-from tests.tiny import tiny_tokenizer_folder
+from tests.helpers.families import FOLDER
+from tests.helpers.tiny import tiny_tokenizer_folder
 from utils.errors import UserError
 from utils.tokenizer import load_tokenizer, save_tokenizer, template_of
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 
-from ppo.grouped_attention import grouped
+from ppo.decoding.attention import grouped
+from ppo.decoding.kv_cache import SlotCache
 from ppo.models import PolicyModel
 from ppo.rollout import room_of
-from ppo.slots import SlotCache
-from tests.parts import ppo_config
-from tests.tiny import LLAMA_KIND, SIZES, tiny_llama_config
-from utils.rows import FULL_ATTENTION
+from tests.helpers.parts import ppo_config
+from tests.helpers.tiny import LLAMA_KIND, SIZES, tiny_llama_config
+from utils.models.padding_free import FULL_ATTENTION
 from utils.tensors import position_ids
 
 CONFIGS = LLAMA_KIND | {

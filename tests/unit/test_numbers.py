@@ -10,8 +10,8 @@ from torch import nn
 from ppo.alarms import alarms
 from ppo.experience import score_problem
 from ppo.update import update
-from tests.parts import ppo_config, rollout_by_hand, scored, tiny_models, tiny_policy, tiny_scalar_model
-from utils.engine import TrainEngine
+from tests.helpers.parts import ppo_config, rollout_by_hand, scored, tiny_models, tiny_policy, tiny_scalar_model
+from utils.engine.engine import TrainEngine
 
 
 def weights(engine: TrainEngine) -> torch.Tensor:

@@ -12,11 +12,11 @@ from ppo.models import PolicyModel
 from reward.model import check_scalar_export, load_scalar_model, save_scalar_model
 from tests.architectures.configs import LONG_ROPE, ROPE, tiny_config
 from tests.architectures.folders import save_folder
-from tests.parts import ppo_config
-from utils.engine import TrainEngine
+from tests.helpers.parts import ppo_config
+from utils.engine.engine import TrainEngine
 from utils.errors import UserError
-from utils.export import check_names, save_causal_lm, saved_tensors
-from utils.models import check_window, enable_checkpointing, load_causal_lm, window_of, without_dropout
+from utils.models.export import check_names, save_causal_lm, saved_tensors
+from utils.models.load import check_window, enable_checkpointing, load_causal_lm, window_of, without_dropout
 from utils.tokenizer import load_tokenizer
 
 CPU, IDS = torch.device("cpu"), torch.tensor([[5, 9, 7, 3, 8, 4, 6, 11]])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from reward.outcomes import outcome_counts, render, share_interval
+from reward.win_rate import outcome_counts, render, share_interval
 
 
 def test_outcomes_by_hand():

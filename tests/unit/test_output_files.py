@@ -7,8 +7,8 @@ import threading
 import pytest
 
 from utils.errors import UserError
-from utils.logger import RunLogger
-from utils.run_folder import check_output_file, write_result
+from utils.files import check_output_file, write_result
+from utils.run.logger import RunLogger
 
 
 def test_a_link_stays_one(tmp_path):

@@ -1,11 +1,11 @@
-"""data/packing.py: nothing is lost, rows fit and are nearly full, positions begin anew."""
+"""data/batching/packing.py: nothing is lost, rows fit and are nearly full, positions begin anew."""
 
 import random
 
 import pytest
 import torch
 
-from data.packing import pack, restarting_positions
+from data.batching.packing import pack, restarting_positions
 from utils.tensors import position_ids
 
 

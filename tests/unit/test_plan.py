@@ -10,18 +10,18 @@ from transformers import AutoModel
 
 from ppo.experience import make_experience
 from ppo.models import PolicyModel
-from ppo.plan import TOKEN, plan
-from ppo.plan_time import phases
+from ppo.planning.plan import TOKEN, plan
+from ppo.planning.shapes import models_of
+from ppo.planning.step_time import phases
 from ppo.score import score
-from ppo.shapes import models_of
-from tests.parts import PROMPTS, ppo_config, prompts_of, rollout_by_hand, tiny_models, token_ids
-from tests.tiny import tiny_llama, tiny_llama_config
+from tests.helpers.parts import PROMPTS, ppo_config, prompts_of, rollout_by_hand, tiny_models, token_ids
+from tests.helpers.tiny import tiny_llama, tiny_llama_config
 from train_ppo import main
-from utils.engine import DTYPES, TrainEngine
-from utils.footprint import gradient_bytes, optimizer_bytes, weight_bytes
-from utils.models import enable_checkpointing
+from utils.engine.engine import DTYPES, TrainEngine
+from utils.memory.activation_peak import ATTENTION, LiveBytes, peak_bytes
+from utils.memory.zero_bytes import gradient_bytes, optimizer_bytes, weight_bytes
+from utils.models.load import enable_checkpointing
 from utils.moments import RunningMoments
-from utils.peak import ATTENTION, LiveBytes, peak_bytes
 
 LLAMA_7B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,

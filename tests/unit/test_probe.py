@@ -9,20 +9,20 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-import tests.varlen
-import utils.rows
-from ppo.grouped_attention import is_replaced
+import tests.helpers.varlen
+import utils.models.padding_free
+from ppo.decoding.attention import is_replaced
+from ppo.decoding_check import choose_decoding
 from ppo.models import PolicyModel
-from ppo.probe import choose_decoding
 from ppo.rollout import room_of
 from sft.model import packing_failure
 from tests.architectures.configs import tiny_config
 from tests.architectures.folders import randomise
-from tests.parts import ppo_config
+from tests.helpers.parts import ppo_config
 from utils.errors import UserError
-from utils.models import enable_checkpointing, training_mode, without_dropout
-from utils.probe import Probe, check_forward, distance
-from utils.rows import decoder_of
+from utils.models.check import Probe, check_forward, distance
+from utils.models.load import enable_checkpointing, training_mode, without_dropout
+from utils.models.padding_free import decoder_of
 
 FASTEST = {"llama": "straight", "qwen3": "straight", "gpt_oss": "own"} | dict.fromkeys(
     ("gpt2", "mixtral", "gemma3_text", "deepseek_v3"), "grouped"
@@ -139,7 +139,7 @@ def test_rows_that_may_not_be_joined_are_padded(monkeypatch):
     lm, said = lm_of("granite", residual_multiplier=0.5), []
     check_forward(copy.deepcopy(lm), "M", said.append)
     assert said == []
-    monkeypatch.setattr(utils.rows, "FULL_ATTENTION", ("granite",))
+    monkeypatch.setattr(utils.models.padding_free, "FULL_ATTENTION", ("granite",))
     assert PolicyModel(lm).joins_rows
     check_forward(lm, "M", said.append)
     assert len(said) == 1 and said[0].startswith("M: rows of GraniteForCausalLM are padded, not joined")
@@ -153,11 +153,11 @@ def test_rows_are_padded_where_the_kernel_for_joined_ones_does_not_run(monkeypat
     def attend(*_):
         raise RuntimeError("no kernel image")
 
-    tests.varlen.on_cpu(monkeypatch)
+    tests.helpers.varlen.on_cpu(monkeypatch)
     lm, said = lm_of("llama"), []
     check_forward(lm, "M", said.append)
     assert said == [] and PolicyModel(lm).joins_rows
-    monkeypatch.setattr(utils.rows, "attend", attend)
+    monkeypatch.setattr(utils.models.padding_free, "attend", attend)
     check_forward(lm, "M", said.append)
     assert len(said) == 1 and "padded, not joined" in said[0] and "no kernel image" in said[0]
     assert not PolicyModel(lm).joins_rows

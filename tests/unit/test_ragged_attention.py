@@ -11,7 +11,7 @@ import torch
 # The interpreter of Triton 3.6 does not run with NumPy 2.4.
 pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.7")
 
-from ppo.ragged_attention import append_rotated, attend
+from ppo.decoding.ragged_attention import append_rotated, attend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COLUMNS, END = 140, 130
@@ -104,7 +104,7 @@ def test_new_keys_and_values_join_the_cache(heads, shared, size, dtype):
 def test_kernels_compile_for_gpus(tmp_path):
     """Without one: Triton brings its compiler. The interpreter takes what no GPU would."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.compiled_kernels"]
+    command = [sys.executable, "-m", "tests.helpers.compiled_kernels"]
     lines = subprocess.run(
         command, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, check=True, stdout=subprocess.PIPE, text=True
     ).stdout

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.random_state import random_state, seed_streams, set_random_state
+from utils.run.random_state import random_state, seed_streams, set_random_state
 
 
 def draws() -> tuple[float, ...]:

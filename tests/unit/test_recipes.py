@@ -9,7 +9,7 @@ import pytest
 
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from sft.train import SFTConfig
-from utils.args import parse_args
+from utils.flags.parser import parse_args
 
 REPOSITORY = Path(__file__).parents[2]
 

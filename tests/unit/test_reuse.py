@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from ppo.decoding import Room, decode_all, decode_measured
+from ppo.decoding.sampling import Sampling
+from ppo.decoding.scheduler import Room, decode_all, decode_measured
 from ppo.rollout import assemble, generate, with_measured
-from ppo.sampling import Sampling
 from ppo.score import score
 from ppo.types import MeasuredRollout, PromptBatch, Rollout
-from tests.parts import EOS, PAD, ppo_config, tiny_models, token_ids
+from tests.helpers.parts import EOS, PAD, ppo_config, tiny_models, token_ids
 
 A, B, C = [1, 7, 8], [1, 3, 4, 5, 6, 7, 8, 9], [1, 9]
 PROMPTS = [A, B, A, C, B, A, C]

@@ -9,7 +9,7 @@ from data.preferences import Pair, Preference
 from reward.batches import Comparison, pair_index
 from reward.config import RewardConfig
 from reward.encode import encode_all, encode_preference, load_comparisons
-from tests.tiny import tiny_tokenizer_folder
+from tests.helpers.tiny import tiny_tokenizer_folder
 from utils.tokenizer import load_tokenizer
 
 TURNS = [("user", "first " * 20), ("assistant", "second " * 20), ("user", "Third?")]

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from reward.batches import Comparison
+from reward.evaluation.plots import draw_calibration, draw_differences, draw_lengths
+from reward.evaluation.report import evaluation_report, model_report, render
 from reward.metrics import (
     LARGER_IS_BETTER,
     Scored,
@@ -19,8 +21,6 @@ from reward.metrics import (
     length_preference,
     mean_best,
 )
-from reward.plots import draw_calibration, draw_differences, draw_lengths
-from reward.report import evaluation_report, model_report, render
 
 
 def item(lengths: tuple[int, ...] = (3, 3), pairs=((0, 1),), subset: str = "all") -> Comparison:

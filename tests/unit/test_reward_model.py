@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
-import utils.rows
+import utils.models.padding_free
 from reward.model import last_scores, load_scalar_model, save_scalar_model, set_dropout, with_own_pad
-from tests.tiny import VOCAB, tiny_llama, tiny_llama_config, tiny_llama_folder, tiny_tokenizer_folder
+from tests.helpers.tiny import VOCAB, tiny_llama, tiny_llama_config, tiny_llama_folder, tiny_tokenizer_folder
 from utils.errors import UserError
-from utils.models import load_causal_lm
+from utils.models.load import load_causal_lm
 from utils.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -176,7 +176,9 @@ def test_values_are_zero_at_padding_and_do_not_depend_on_it(plain):
 
 
 def test_bf16_weights_stay_bf16_and_scores_are_float32(plain, monkeypatch):
-    monkeypatch.setattr(utils.rows, "FLOAT_TOKENS", 0)  # transformers' own attention: the head is looked at
+    monkeypatch.setattr(
+        utils.models.padding_free, "FLOAT_TOKENS", 0
+    )  # transformers' own attention: the head is looked at
     model = load_scalar_model(str(plain), torch.bfloat16, CPU, say=str)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     ids = right_padded()[0][:1, :5]

@@ -8,14 +8,14 @@ from transformers import PreTrainedTokenizerFast
 import ppo.score
 from data.chat import TurnEnd
 from data.template import encode_dialogue
-from ppo.reward_models import check_same_tokenizer, load_ensemble, reward_readers
 from ppo.rollout import assemble
 from ppo.score import closed_ids, reward_scores
 from ppo.types import PromptBatch
-from reward.ensemble import Encoding, Ensemble, Frozen, Member
 from reward.model import load_scalar_model, save_scalar_model
-from tests.parts import PROMPTS, RESPONSES, ppo_config, rollout_by_hand, tiny_scalar_model
-from tests.tiny import VOCAB, tiny_llama_folder, tiny_tokenizer_folder
+from reward.scoring.ensemble import Encoding, Ensemble, Frozen, Member
+from reward.scoring.load import check_same_tokenizer, load_ensemble, reward_readers
+from tests.helpers.parts import PROMPTS, RESPONSES, ppo_config, rollout_by_hand, tiny_scalar_model
+from tests.helpers.tiny import VOCAB, tiny_llama_folder, tiny_tokenizer_folder
 from utils.errors import UserError
 from utils.tokenizer import load_tokenizer, save_tokenizer
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.collate import pad
-from data.shares import rank_plan
-from reward.answers import best_answers, held_out, read_answers
+from data.batching.collate import pad
+from data.batching.micro_batch_plan import rank_plan
 from reward.batches import Comparison
 from reward.config import RewardConfig
-from reward.contrast import contrast_sum, pair_features, with_pulls
+from reward.contrastive import contrast_sum, pair_features, with_pulls
+from reward.forward import best_answers, held_out, read_answers
 from reward.loss import simcse_losses
 from reward.model import last_scores, set_dropout
 from reward.train import comparison_counts, comparison_sums
-from tests.parts import VOCAB_SIZE, tiny_scalar_model
-from utils.engine import InferenceEngine
+from tests.helpers.parts import VOCAB_SIZE, tiny_scalar_model
+from utils.engine.engine import InferenceEngine
 
 ENGINE = InferenceEngine(tiny_scalar_model())
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from data.batching.micro_batch_plan import rank_plan
 from data.dialogues import EncodedDialogue
-from data.shares import rank_plan
+from ppo.decoding.sampling import Sampling
 from ppo.models import PolicyModel
 from ppo.rollout import generate
-from ppo.sampling import Sampling
 from ppo.update import policy_backward, shares, update
 from sft.model import AnswerModel
-from sft.rows import Layout
+from sft.packed_batches import Layout
 from sft.train import SFTConfig, judge, stage_of
-from tests.mixtures import MIXTURES, router_weights, tiny_mixture
-from tests.parts import (
+from tests.helpers.mixtures import MIXTURES, router_weights, tiny_mixture
+from tests.helpers.parts import (
     PROMPTS,
     VOCAB_SIZE,
     GradientEngine,
@@ -30,11 +30,11 @@ from tests.parts import (
     tiny_models,
     token_ids,
 )
-from tests.tiny import tiny_llama
+from tests.helpers.tiny import tiny_llama
 from utils.errors import UserError
-from utils.fit import train_step
-from utils.models import enable_checkpointing
-from utils.routers import ROUTER_METRICS, router_coef, router_sums
+from utils.models.load import enable_checkpointing
+from utils.models.routers import ROUTER_METRICS, router_coef, router_sums
+from utils.run.supervised_loop import train_step
 
 COEF = 0.3
 

@@ -6,10 +6,10 @@ from torch import nn
 from transformers import AttentionInterface, AutoModel, GPT2Config, MistralConfig, Qwen2Config
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
-import tests.varlen
-import utils.rows
-from tests.tiny import LLAMA_KIND, SIZES
-from utils.rows import joins_rows, states_of
+import tests.helpers.varlen
+import utils.models.padding_free
+from tests.helpers.tiny import LLAMA_KIND, SIZES
+from utils.models.padding_free import joins_rows, states_of
 
 LENGTHS = [9, 1, 30, 4]
 APART = {
@@ -33,14 +33,14 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_every_architecture_in_the_list_is_tested():
-    assert set(LLAMA_KIND) == set(utils.rows.FULL_ATTENTION)
+    assert set(LLAMA_KIND) == set(utils.models.padding_free.FULL_ATTENTION)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
 @pytest.mark.parametrize("name", LLAMA_KIND)
 def test_joined_rows_have_the_states_and_gradients_of_each_alone(monkeypatch, name, kernel):
     if kernel == "varlen":
-        tests.varlen.on_cpu(monkeypatch)
+        tests.helpers.varlen.on_cpu(monkeypatch)
     decoder, (ids, real) = decoder_of(LLAMA_KIND[name]), rows()
     decoder.gradient_checkpointing_enable({"use_reentrant": False})
     decoder.train()
@@ -63,7 +63,7 @@ def test_flash_attention_is_told_where_rows_end():
     """What transformers would make of the positions, without asking the device in every layer."""
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     (starts, _), (longest, _) = prepare_fa_kwargs_from_position_ids(positions)
-    found = utils.rows.row_ends(torch.tensor(LENGTHS), torch.device("cpu"))
+    found = utils.models.padding_free.row_ends(torch.tensor(LENGTHS), torch.device("cpu"))
     for name in ("q", "k"):
         ends = found[f"cu_seq_lens_{name}"]
         assert torch.equal(ends, starts) and ends.dtype == starts.dtype

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ppo.sampling import EVALUATION, Sampling, keep_nucleus, penalise_repetition, sample, uniforms
+from ppo.decoding.sampling import EVALUATION, Sampling, keep_nucleus, penalise_repetition, sample, uniforms
 
 PLAIN = Sampling()
 MANY = torch.arange(40_000)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ppo.score import call_reward_fn, load_reward_fn, score
-from tests.parts import EOS, PROMPTS, RESPONSES, ppo_config, prompts_of, rollout_by_hand, tiny_models, token_ids
+from tests.helpers.parts import EOS, PROMPTS, RESPONSES, ppo_config, prompts_of, rollout_by_hand, tiny_models, token_ids
 from utils.errors import UserError
 
 ROLLOUT = rollout_by_hand()

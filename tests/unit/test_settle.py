@@ -5,15 +5,15 @@ import json
 import pytest
 
 from data.chat import TurnEnd, turn_end
-from data.settle import first_prompt, settle
+from data.choose_template import first_prompt, settle
 from data.template import encode_dialogue, encode_prompt
 from ppo.config import PPOConfig
 from reward.config import RewardConfig
-from tests.families import FAMILIES, TURNS, family_tokenizer
-from tests.tiny import tiny_llama, tiny_llama_folder
-from tests.tiny_run import write_json
-from utils.args import parse_args
+from tests.helpers.families import FAMILIES, TURNS, family_tokenizer
+from tests.helpers.tiny import tiny_llama, tiny_llama_folder
+from tests.helpers.tiny_run import write_json
 from utils.errors import UserError
+from utils.flags.parser import parse_args
 from utils.tokenizer import load_tokenizer, save_tokenizer, template_of
 
 PATHS = {"policy_model_path": "P", "critic_model_path": "C", "data_path": "D"}

@@ -1,4 +1,4 @@
-"""sft/loss.py and utils/nll.py: by hand, and against a plain cross entropy over all logits."""
+"""sft/loss.py and utils/models/chunked_logprobs.py: by hand, and against a plain cross entropy over all logits."""
 
 import math
 from functools import partial
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sft.loss import answer_loss
-from utils.nll import head_logits, nll_and_hits, sum_nll
+from utils.models.chunked_logprobs import head_logits, nll_and_hits, sum_nll
 
 
 def case(batch: int = 3, length: int = 7, width: int = 8, vocab: int = 11):

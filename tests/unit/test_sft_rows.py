@@ -7,12 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig
 from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
 
-import tests.varlen
+import tests.helpers.varlen
 from data.dialogues import EncodedDialogue
 from sft.model import AnswerModel, packing_failure
-from sft.rows import Layout, Row
+from sft.packed_batches import Layout, Row
 from sft.train import SFTConfig, load
-from tests.tiny import tiny_llama, tiny_llama_config, tiny_llama_folder
+from tests.helpers.tiny import tiny_llama, tiny_llama_config, tiny_llama_folder
 
 LENGTHS = [23, 5, 12, 3, 9, 2, 17, 8, 4, 30]
 PACKED, PLAIN = Layout(True, False, 64), Layout(False, False, 64)
@@ -113,7 +113,7 @@ def test_packed_and_unpacked_have_the_same_loss_and_gradient(name):
 def test_dialogues_in_joined_rows_have_the_same_loss_and_gradient(monkeypatch):
     model, loss = tiny_model("sdpa"), partial(loss_and_gradient, layout=PLAIN)
     alone, gradient = loss(model, rows_at_once=1)
-    tests.varlen.on_cpu(monkeypatch)
+    tests.helpers.varlen.on_cpu(monkeypatch)
     seen = []
     model.lm.model.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     joined, joined_gradient = loss(model, rows_at_once=10)
@@ -127,7 +127,7 @@ def test_where_rows_are_joined_dialogues_are_not_packed(tmp_path, monkeypatch):
     path = str(tiny_llama_folder(tmp_path, tokenizer=False))
     config = SFTConfig(hf_model_name_or_path=path, data_path=["D"], dtype="fp32", context_truncate=64)
     assert load(config, None, print)[1] == Layout(True, False, config.micro_batch_tokens, False)
-    tests.varlen.on_cpu(monkeypatch)
+    tests.helpers.varlen.on_cpu(monkeypatch)
     assert load(config, None, print)[1] == Layout(False, False, config.micro_batch_tokens, True)
 
 

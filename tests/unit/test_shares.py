@@ -1,10 +1,10 @@
-"""data/shares.py and reward/batches.py: who does what, and how many pairs make a step."""
+"""data/batching/micro_batch_plan.py and reward/batches.py: who does what, and how many pairs make a step."""
 
 from itertools import islice
 
 import pytest
 
-from data.shares import rank_plan
+from data.batching.micro_batch_plan import rank_plan
 from reward.batches import dynamic_batches
 
 LENGTHS = [5, 9, 2, 7, 7, 3, 8]

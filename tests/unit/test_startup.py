@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.tiny_run import REPOSITORY, clean_environment
+from tests.helpers.tiny_run import REPOSITORY, clean_environment
 
 PROBE = """
 import json, runpy, sys

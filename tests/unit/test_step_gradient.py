@@ -7,20 +7,20 @@ from functools import partial
 import pytest
 import torch
 
-import tests.varlen
+import tests.helpers.varlen
+from data.batching.micro_batch_plan import rank_plan
 from data.dialogues import EncodedDialogue
-from data.shares import rank_plan
 from reward.batches import Comparison
 from reward.config import RewardConfig
 from reward.model import ScalarHead, ScalarModel, new_head_weight
 from reward.train import stage_of as reward_stage
 from sft.model import AnswerModel
-from sft.rows import Layout
+from sft.packed_batches import Layout
 from sft.train import SFTConfig
 from sft.train import stage_of as sft_stage
-from tests.parts import GradientEngine
-from tests.tiny import tiny_llama
-from utils.fit import Stage, train_step
+from tests.helpers.parts import GradientEngine
+from tests.helpers.tiny import tiny_llama
+from utils.run.supervised_loop import Stage, train_step
 
 VOCAB = 60
 LENGTHS = [23, 5, 12, 3, 9, 2, 17, 8, 4, 30, 6, 11]
@@ -73,7 +73,7 @@ def test_a_step_of_sft(monkeypatch, how):
     plain = Layout(False, flat=False, max_tokens=64)
     expected = over_ranks(engine, replace(stage, sums=partial(stage.sums, layout=plain)), plain.rows(items, 1), 9999, 1)
     if how == "joined":
-        tests.varlen.on_cpu(monkeypatch)
+        tests.helpers.varlen.on_cpu(monkeypatch)
         assert [sum(LENGTHS[i] for i in part) for part, _ in stage.plan(LENGTHS)] == [
             30 + 23,
             17 + 12 + 11 + 9 + 8 + 6,
@@ -96,7 +96,7 @@ def test_a_step_of_the_reward_model(monkeypatch, joined):
     engine, stage = Keeper(model), reward_stage(config, model, None, items, None)
     expected = over_ranks(engine, stage, items, 10_000, 1)
     if joined:
-        tests.varlen.on_cpu(monkeypatch)
+        tests.helpers.varlen.on_cpu(monkeypatch)
         stage = reward_stage(config, model, None, items, None)
         assert stage.length(ranked) == ranked.tokens
         assert stage.plan([3000, 3000, 2000]) == [([0, 1, 2], 1.0)]

@@ -13,16 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.7")
 
-import ppo.probe
-import ppo.ragged_attention
+import ppo.decoding.ragged_attention
+import ppo.decoding_check
 import ppo.rollout
-from ppo.decoding import Room, _Decoder, decode_all
+from ppo.decoding.cuda_graphs import StepGraphs, bucket_of
+from ppo.decoding.kv_cache import SlotCache
+from ppo.decoding.sampling import EVALUATION, Sampling
+from ppo.decoding.scheduler import Room, _Decoder, decode_all
+from ppo.decoding_check import choose_decoding
 from ppo.models import PolicyModel
-from ppo.probe import choose_decoding
-from ppo.sampling import EVALUATION, Sampling
-from ppo.slots import SlotCache
-from ppo.step_graphs import StepGraphs, bucket_of
-from tests.parts import ppo_config, tiny_policy, token_ids
+from tests.helpers.parts import ppo_config, tiny_policy, token_ids
 from tests.unit.test_decoding import LIMITS, PLACES, PROMPTS, decode, plain_decode
 
 ROOM = Room(5, 64, steps_per_look=2, straight=True, ragged=True, graphs=True)  # 3 live slots are a bucket of 4
@@ -79,7 +79,7 @@ def recorded(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(StepGraphs, "_capture", capture)
     for name in ("append_rotated", "attend"):
-        monkeypatch.setattr(ppo.ragged_attention, name, kernel(getattr(ppo.ragged_attention, name)))
+        monkeypatch.setattr(ppo.decoding.ragged_attention, name, kernel(getattr(ppo.decoding.ragged_attention, name)))
     return rows
 
 
@@ -149,7 +149,7 @@ def test_the_device_knows_what_each_slot_holds():
 
 @pytest.fixture
 def on_any_device(monkeypatch):
-    for module in (ppo.probe, ppo.rollout):
+    for module in (ppo.decoding_check, ppo.rollout):
         monkeypatch.setattr(module, "goes_ragged", lambda decoder: True)
 
 
@@ -168,9 +168,9 @@ def test_the_probe_leaves_out_kernels_that_fail(recorded, on_any_device, monkeyp
         raise CompilationError("no C compiler")
 
     policy, said = policy_of(), []
-    monkeypatch.setattr(ppo.ragged_attention, "attend", fail)
+    monkeypatch.setattr(ppo.decoding.ragged_attention, "attend", fail)
     choose_decoding(policy, ppo_config(), "M", said.append)
-    monkeypatch.setattr(ppo.ragged_attention, "attend", lambda query, *_: query)
+    monkeypatch.setattr(ppo.decoding.ragged_attention, "attend", lambda query, *_: query)
     choose_decoding(policy, ppo_config(), "M", said.append)
     assert policy.decoding == "straight" and len(said) == 2
     assert "ragged decoding is left out" in said[0] and "CompilationError: no C compiler" in said[0]

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from utils.stop import OUT_OF_TIME, Stop
+from utils.run.stop_signal import OUT_OF_TIME, Stop
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from data.records import BadRecord, Record
-from data.stream import stream_records, text_or_answered
+from data.formats.records import BadRecord, Record
+from data.formats.stream import stream_records, text_or_answered
 from utils.errors import UserError
 
 

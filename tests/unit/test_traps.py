@@ -7,16 +7,16 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import utils.rows
+import utils.models.padding_free
 from ppo.advantages import gae
+from ppo.decoding.sampling import EVALUATION, Sampling
 from ppo.experience import make_experience, negative_kl_warning
 from ppo.models import PolicyModel
 from ppo.rewards import token_rewards
 from ppo.rollout import generate, response_ids
-from ppo.sampling import EVALUATION, Sampling
 from ppo.score import score
 from ppo.update import policy_backward, update
-from tests.parts import (
+from tests.helpers.parts import (
     PROMPTS,
     RESPONSES,
     GradientEngine,
@@ -30,9 +30,9 @@ from tests.parts import (
     tiny_policy,
     token_ids,
 )
-from tests.tiny import tiny_llama_folder
-from utils.engine import InferenceEngine
-from utils.models import load_causal_lm
+from tests.helpers.tiny import tiny_llama_folder
+from utils.engine.engine import InferenceEngine
+from utils.models.load import load_causal_lm
 from utils.moments import RunningMoments
 from utils.tensors import whiten
 
@@ -97,7 +97,9 @@ def test_trap_04_ratio_is_one_before_the_first_step(padding, tmp_path):
 
 
 def test_trap_05_float32_from_bf16_logits_and_no_logits_for_prompts(monkeypatch):
-    monkeypatch.setattr(utils.rows, "FLOAT_TOKENS", 0)  # transformers' own attention: what follows it is looked at
+    monkeypatch.setattr(
+        utils.models.padding_free, "FLOAT_TOKENS", 0
+    )  # transformers' own attention: what follows it is looked at
     rollout, policy = rollout_by_hand(), tiny_policy(vocab=300).bfloat16()
     made = []
     policy.lm.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output))

@@ -8,15 +8,15 @@ import torch
 
 import ppo.score
 import ppo.update
-from data.shares import rank_plan
+from data.batching.micro_batch_plan import rank_plan
+from ppo.decoding.sampling import Sampling, uniforms
 from ppo.evaluate import BestRule
 from ppo.experience import make_experience, rollout_metrics
 from ppo.loss import value_loss
 from ppo.rollout import generate, response_ids
-from ppo.sampling import Sampling, uniforms
 from ppo.score import even_batches
 from ppo.update import critic_backward, policy_backward, shares, update
-from tests.parts import (
+from tests.helpers.parts import (
     PROMPTS,
     ppo_config,
     prompts_of,
@@ -29,7 +29,7 @@ from tests.parts import (
     tiny_scalar_model,
     token_ids,
 )
-from utils.engine import InferenceEngine, TrainEngine
+from utils.engine.engine import InferenceEngine, TrainEngine
 from utils.errors import UserError
 from utils.moments import RunningMoments
 

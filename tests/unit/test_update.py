@@ -9,7 +9,7 @@ import torch
 from data.dialogues import EncodedDialogue
 from ppo.types import Experience
 from ppo.update import critic_backward, policy_backward, policy_objective, update
-from tests.parts import GradientEngine, ppo_config, rollout_by_hand, scored, tiny_models
+from tests.helpers.parts import GradientEngine, ppo_config, rollout_by_hand, scored, tiny_models
 from utils.errors import UserError
 
 MASK = torch.tensor([[False, True, True, False]])

@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import AutoModel
 
-import tests.varlen
-import utils.varlen
+import tests.helpers.varlen
+import utils.models.varlen
 from ppo.loss import policy_ratio
 from ppo.models import PolicyModel
-from tests.tiny import tiny_llama, tiny_llama_config
-from tests.varlen import causal_rows
-from utils.models import enable_checkpointing, training_mode
-from utils.rows import has_varlen_kernel, joins_rows, states_of
-from utils.varlen import attend, options_of, takes_varlen
+from tests.helpers.tiny import tiny_llama, tiny_llama_config
+from tests.helpers.varlen import causal_rows
+from utils.models.load import enable_checkpointing, training_mode
+from utils.models.padding_free import has_varlen_kernel, joins_rows, states_of
+from utils.models.varlen import attend, options_of, takes_varlen
 
 LENGTHS = [37, 1, 130, 4, 64]
 HEADS = [(4, 4), (4, 2), (4, 1)]  # of queries, of keys
@@ -27,7 +27,7 @@ HEADS = [(4, 4), (4, 2), (4, 1)]  # of queries, of keys
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch) -> torch.device:
     if request.param == "cpu":
-        tests.varlen.on_cpu(monkeypatch)
+        tests.helpers.varlen.on_cpu(monkeypatch)
     return torch.device(request.param)
 
 
@@ -45,8 +45,8 @@ def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False
 @pytest.fixture(params=["installed", "2.11"])
 def version(request, monkeypatch) -> None:
     if request.param == "2.11":
-        monkeypatch.setattr(utils.varlen, "varlen_attn", of_2_11)
-        monkeypatch.setattr(utils.varlen, "OPTIONS", options_of(of_2_11))
+        monkeypatch.setattr(utils.models.varlen, "varlen_attn", of_2_11)
+        monkeypatch.setattr(utils.models.varlen, "OPTIONS", options_of(of_2_11))
 
 
 def states(heads: tuple[int, int], size: int, device: torch.device) -> list[torch.Tensor]:
@@ -97,7 +97,7 @@ def test_what_the_kernel_does_not_take_is_padded(monkeypatch):
     assert not takes_varlen(gpu, bf16, 128)
     capability[0] = 9
     for missing in (of_2_10, None):
-        monkeypatch.setattr(utils.varlen, "OPTIONS", options_of(missing))
+        monkeypatch.setattr(utils.models.varlen, "OPTIONS", options_of(missing))
         assert not takes_varlen(gpu, bf16, 128)
 
 

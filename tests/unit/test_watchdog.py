@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 
-from tests.tiny_run import REPOSITORY
-from utils.watchdog import HUNG
+from tests.helpers.tiny_run import REPOSITORY
+from utils.run.watchdog import HUNG
 
 # Gets something done for 2.5 seconds, twice as long as the watchdog waits, says so, and then nothing more.
 SCRIPT = """
 import sys, time
-from utils.watchdog import Watchdog
+from utils.run.watchdog import Watchdog
 
 def stands_still():
     time.sleep(60)

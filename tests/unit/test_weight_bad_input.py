@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from merge_weight_en import RELEASE as ENGLISH
 from merge_weight_zh import RELEASE as CHINESE
-from tests.weights import CONFIG, LAYOUTS, constant_weights, load_folder, random_weights, save_folder
+from tests.helpers.weights import CONFIG, LAYOUTS, constant_weights, load_folder, random_weights, save_folder
 from utils.weight_diff import output_folder
 from utils.weight_diff.commands import run
 

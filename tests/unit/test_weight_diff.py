@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.weights import (
+from tests.helpers.weights import (
     HIDDEN,
     LAYOUTS,
     RELEASE,

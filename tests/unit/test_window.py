@@ -1,9 +1,9 @@
-"""data/window.py: what does not fit is cut or dropped, and both are said with their number and places."""
+"""data/formats/truncate.py: what does not fit is cut or dropped, and both are said with their number and places."""
 
 from types import SimpleNamespace
 
-from data.records import Tally
-from data.window import encode_fitting
+from data.formats.records import Tally
+from data.formats.truncate import encode_fitting
 
 
 def item(place: str, *turns: int) -> SimpleNamespace:

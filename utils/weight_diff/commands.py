@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from utils.args import FlagParser, entry_point
+from utils.flags.parser import FlagParser, entry_point
 from utils.weight_diff.published import DTYPES, Output, Release
 
 _COMMANDS = {

@@ -22,9 +22,9 @@ from utils import tokenizer as tokenizers
 from utils.errors import UserError
 from utils.files import first_names, read_json
 from utils.hub import download_model, is_hub_id
+from utils.models.weight_files import open_weights, tensor_files, tensor_of
 from utils.weight_diff.manifest import Manifest, TensorHasher, read_manifest
 from utils.weight_diff.published import DTYPES
-from utils.weight_files import open_weights, tensor_files, tensor_of
 
 PATCH_ENDINGS = (".patch_index", ".patch_value")  # of the names of a patch's two tensors (utils/weight_diff/recover.py)
 _REWARD_HEAD, _EMBEDDING, _LM_HEAD = "reward_head.weight", "model.embed_tokens.weight", "lm_head.weight"

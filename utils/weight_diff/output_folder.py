@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import sync
-from utils.run_folder import check_writable
+from utils.files import check_writable, sync
 
 _MARK = ".being-written"  # locked while its folder is; what a killed run leaves behind is not
 

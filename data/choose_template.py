@@ -1,0 +1,137 @@
+"""The tokenizer, the template and the end of an answer of a stage: decided from flags and folders, and said."""
+
+import inspect
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+from transformers import PreTrainedTokenizerBase
+
+from data.chat import render, template_arguments, turn_end
+from utils.errors import UserError
+from utils.files import read_json
+from utils.flags.text import StopFlags, TextFlags
+from utils.models.load import model_folder
+from utils.tokenizer import has_tokenizer, load_tokenizer, set_template, template_of
+
+Models = Iterable[tuple[str, str]]  # (flag, path)
+SHOWN = 800  # characters of a prompt
+PROBE = [
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "Two."},
+    {"role": "user", "content": "Three?"},
+]
+
+
+def settle(
+    config: TextFlags, source: str, models: Models, say: Callable[[str], None], others: Models = ()
+) -> tuple[PreTrainedTokenizerBase, str]:
+    """(the tokenizer of `source`, its template's name), and says which template, why, and what ends an answer.
+
+    models: those that generate or are trained; the stop ids of their generation_config.json count too. others: models
+    that read the same ids. Raises UserError when one of them was trained with another template, unless --template is
+    explicit.
+    """
+    models = list(models)
+    for flag, path in [*models, *others]:
+        model_folder(path, flag)
+    tokenizer = load_tokenizer(source, arguments=config.template_arguments)
+    _check_arguments(tokenizer, config)
+    template, why = choose_template(config, tokenizer)
+    set_template(tokenizer, template, source)
+    say(f"{source}: template {template}, {why} (--template {config.template})")
+    if config.template == "auto":
+        for flag, path in [*models, *others]:
+            _check_trained_alike(flag, path, source, tokenizer, template, why)
+    reasons = stop_reasons(tokenizer, template, config.stop_token if isinstance(config, StopFlags) else [], models)
+    tokenizer.stop_ids = tuple(sorted(reasons))
+    words = (f"{tokenizer.convert_ids_to_tokens(i)!r} ({i}: {', '.join(reasons[i])})" for i in tokenizer.stop_ids)
+    say(f"an answer ends in {' or '.join(words)}")
+    return tokenizer, template
+
+
+def choose_template(config: TextFlags, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """(name of the template, why): the one place where this is decided. `chat` is never one of our own."""
+    own = template_of(tokenizer)
+    if config.template in ("auto", "chat") and own:
+        return own, "the tokenizer's own chat template"
+    if config.template == "auto":
+        return f"moss_{config.lang}", f"by --lang {config.lang}, as the tokenizer has no chat template"
+    return config.template, "as asked for"
+
+
+def stop_reasons(
+    tokenizer: PreTrainedTokenizerBase, template: str, stop_tokens: list[str], models: Models
+) -> dict[int, list[str]]:
+    """Id -> why it ends an answer. stop_tokens: of --stop_token, in place of all others.
+
+    In the moss templates it is EOS alone. Raises UserError for a string that is not one token.
+    """
+    reasons = defaultdict(list)
+    if stop_tokens:
+        for text in stop_tokens:
+            reasons[_token_id(tokenizer, text)].append("--stop_token")
+        return reasons
+    if template == "chat":
+        reasons[turn_end(tokenizer, template).stop].append("the template's end of a turn")
+    reasons[tokenizer.eos_token_id].append("EOS")
+    for flag, path in models if template == "chat" else ():
+        file = model_folder(path, flag) / "generation_config.json"
+        ids = read_json(file, flag).get("eos_token_id") if file.is_file() else None
+        for i in ids if isinstance(ids, list) else [ids]:
+            if isinstance(i, int) and 0 <= i < len(tokenizer) and str(file) not in reasons[i]:
+                reasons[i].append(str(file))
+    return reasons
+
+
+def first_prompt(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """A line that shows a prompt as the model sees it: decoded ids, special tokens and line ends visible."""
+    text = tokenizer.decode(ids)
+    if len(text) > SHOWN:
+        text = f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
+    return f"first prompt as the model sees it: {json.dumps(text, ensure_ascii=False)}"
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    known = tokenizer.get_vocab().get(text)
+    ids = tokenizer.encode(text, add_special_tokens=False) if known is None else [known]
+    if len(ids) != 1:
+        raise UserError(
+            f"--stop_token {text!r} is not one token of the tokenizer, but {len(ids)}; give a token as its vocabulary "
+            f"has it, such as {tokenizer.eos_token}"
+        )
+    return ids[0]
+
+
+def _check_arguments(tokenizer: PreTrainedTokenizerBase, config: TextFlags) -> None:
+    """Raises UserError for arguments that are not the template's but those of the function that renders it."""
+    taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"tools", "documents"}
+    wrong = sorted(taken & config.template_arguments.keys())
+    if wrong:
+        raise UserError(f"--chat_template_kwargs: {wrong[0]!r} is not an argument of a chat template; leave it out")
+
+
+def _check_trained_alike(
+    flag: str, path: str, source: str, tokenizer: PreTrainedTokenizerBase, template: str, why: str
+) -> None:
+    """Raises UserError when the tokenizer beside a model says that it was trained with another template."""
+    folder = model_folder(path, flag)
+    if not has_tokenizer(folder) or os.path.realpath(folder) == os.path.realpath(source) or path == source:
+        return
+    try:
+        theirs = load_tokenizer(str(folder), arguments=template_arguments(tokenizer))
+    except UserError:  # it cannot be used, which may be why another one was given
+        return
+    other = template_of(theirs)
+    if other is None or (other == template and (other != "chat" or _rendered(theirs) == _rendered(tokenizer))):
+        return
+    name = "another chat template" if other == template else f"the template {other}"
+    raise UserError(
+        f"{flag} {path} was trained with {name}, and this run uses {template}, {why}; give a model and a tokenizer "
+        f"that agree, or say which template holds with --template {' or '.join(sorted({template, other}))}"
+    )
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [render(tokenizer, PROBE, open_answer=True), render(tokenizer, PROBE[:2], open_answer=False)]

@@ -1,0 +1,85 @@
+"""Answers of policies to held-out prompts, and what the judges say of each."""
+
+import math
+
+from data.choose_template import first_prompt, settle
+from data.prompts import load_prompts
+from data.template import decode_answer
+from ppo.compare_flags import CompareConfig
+from ppo.decoding.sampling import EVALUATION, Sampling
+from ppo.decoding_check import choose_decoding
+from ppo.models import Models, PolicyModel
+from ppo.rollout import generate, response_ids
+from ppo.score import call_reward_fn, load_reward_fn, score
+from ppo.types import PromptBatch
+from reward.scoring.ensemble import Frozen
+from reward.scoring.load import load_ensemble, reward_readers
+from utils.engine.engine import DTYPES, InferenceEngine, device
+from utils.errors import UserError
+from utils.models.load import check_window, load_causal_lm
+
+
+def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
+    """(before, after, KL of each plain sample of AFTER to BEFORE). Both: {"rows": texts, "columns": numbers a prompt}.
+
+    Columns: the reward model's score and the function's, length, 1 where the response reached --maxlen_res before its
+    end, nll of the response under its own policy and under BEFORE. Holds two policies and the reward model.
+    """
+    named = [("--policies", path) for path in config.policies]
+    tokenizer, template = settle(config, config.tokenizer_name_or_path or config.policies[0], named, print)
+    room = config.maxlen_prompt - config.maxlen_res
+    train, valid = load_prompts(config.data_path, tokenizer, template, room, 0, config.seed)
+    if valid:
+        print("compared on the held-out data")
+    else:
+        print("compared on the whole data, as there is no *valid* file: none of it should have been trained on")
+    prompts = (valid or train)[: config.num_prompts]
+    print(first_prompt(tokenizer, prompts[0].ids))
+    batch = PromptBatch([p.ids for p in prompts], [p.turns for p in prompts], list(range(len(prompts))))
+    reward_fn = load_reward_fn(config.reward_fn) if config.reward_fn else None
+    readers = reward_readers(config, tokenizer, print)
+    dtype, place = DTYPES[config.dtype], device()
+
+    def load_policy(path: str) -> PolicyModel:
+        lm = load_causal_lm(path, dtype, place, config.attn_implementation, tokenizer, flag="--policies")
+        check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
+        policy = PolicyModel(lm).requires_grad_(False)
+        choose_decoding(policy, config, f"--policies {path}", print)
+        return policy
+
+    first, second = (load_policy(path) for path in config.policies)
+    rows = first.lm.get_input_embeddings().weight.shape[0]
+    reward = load_ensemble(config, readers, tokenizer, rows, lambda model: Frozen(model, config.offload_frozen), print)
+
+    def judge(policy: PolicyModel, sampling: Sampling) -> dict:
+        models = Models(InferenceEngine(policy), None, Frozen(first, False), reward)
+        rollout = generate(models.policy, batch, sampling, config.seed, tokenizer, config)
+        scores = score(rollout, batch, models, None, tokenizer, 1.0, config)
+        answers = [decode_answer(tokenizer, ids) for ids in response_ids(rollout)]
+        columns = {}
+        if reward_fn:
+            columns["reward_fn score"] = call_reward_fn(reward_fn, batch.turns, answers)
+            check_finite(columns["reward_fn score"])
+        if reward:
+            columns["reward model score"] = scores.scores.tolist()
+            if len(reward.members) > 1:
+                columns |= {
+                    f"reward model {i} score": c.tolist() for i, c in enumerate(scores.member_scores.T, start=1)
+                }
+        columns["length"] = rollout.response_mask.sum(1).tolist()
+        columns["cut at --maxlen_res"] = (~rollout.ended).float().tolist()
+        columns["nll"] = (-scores.old_logprobs.sum(1)).tolist()
+        columns["nll under before"] = (-scores.ref_logprobs.sum(1)).tolist()
+        rows = [{"prompt": p.turns[-1]["content"], "answer": a} for p, a in zip(prompts, answers, strict=True)]
+        return {"rows": rows, "columns": columns}
+
+    plain = judge(second, Sampling())["columns"]
+    kl = [b - a for a, b in zip(plain["nll"], plain["nll under before"], strict=True)]
+    return judge(first, EVALUATION), judge(second, EVALUATION), kl
+
+
+def check_finite(scores: list[float]) -> None:
+    """Raises UserError for a score of --reward_fn that no mean can be taken with."""
+    for place, number in enumerate(scores):
+        if not math.isfinite(number):
+            raise UserError(f"--reward_fn gave {number:g} for answer {place}: let it give finite numbers")

@@ -1,0 +1,27 @@
+"""Splits prompts over ranks, and gathers batches from them."""
+
+import torch
+
+from data.batching.collate import balance
+from data.prompts import Prompt
+from ppo.types import PromptBatch
+from utils.distributed import gather_rows, rank, world_size
+from utils.engine.engine import device
+
+
+def own_share(prompts: list[Prompt], places: list[int]) -> PromptBatch:
+    """This rank's share of prompts that divide by the number of ranks: as many as any other's, of about as many tokens.
+
+    In scoring, ranks wait for the one that has the most to read.
+    """
+    own = balance([len(prompt.ids) for prompt in prompts], world_size(), len(prompts) // world_size())[rank()]
+    chosen = [prompts[i] for i in own]
+    return PromptBatch([p.ids for p in chosen], [p.turns for p in chosen], [places[i] for i in own])
+
+
+def gather_batches(prompts: PromptBatch, *batches):
+    """Each batch with the rows of all ranks, on every rank, in the order of places. prompts: this rank's rows'."""
+    if world_size() == 1:
+        return batches
+    order = gather_rows(torch.tensor(prompts.places, device=device())).argsort()
+    return tuple(batch.map(lambda rows: gather_rows(rows)[order]) for batch in batches)

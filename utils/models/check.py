@@ -1,0 +1,186 @@
+"""Whether models, as they are run here, give what their own plain forward gives: asked when a model is loaded.
+
+The truth is the model's own forward of one row at a time, in the run's dtype: no padding, no mask, no cache. A model
+that mixes tokens, or changes its logits after the head, in a way that is not known here differs from it, or does not
+run at all. A few dozen tokens do not reach a window of thousands: that is what `python -m tests.architectures` is for.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from utils.distributed import any_rank
+from utils.errors import UserError
+from utils.models.chunked_logprobs import head_logits
+from utils.models.padding_free import decoder_of, joins_rows, states_of
+
+LENGTHS = (29, 17, 6)  # tokens of the rows
+LEAST_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.01}
+MARGIN = 4  # correct paths (dense and mixture models, 2 to 32 layers, bf16) were off by 0.06 to 1.08 sensitivities
+DOUBT = 0.3  # share of the tolerance from which on float32 decides
+SMALL = 0.2  # share of the tolerance for numbers that the same layers have made
+# Errors that a model may raise when it is called in a way that it does not support.
+FAILURES = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError
+)  # fmt: skip
+
+
+class Probe:
+    """A few rows, and what the model itself makes of each: logits of a causal LM, or states of a decoder alone.
+
+    `true` holds [length, n] of each row. `tolerance` is MARGIN times the model's sensitivity: how far it is off when
+    its embeddings are off by the dtype's epsilon. For rounding grows with depth, and by leaps where it changes which
+    experts a router picks. Raises UserError, which calls the model `what`, where it does not run.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, what: str, with_head: bool = True):
+        self.model, self.with_head = model, with_head
+        self.decoder = decoder_of(model) if with_head else model
+        self.what, self.kind = what, type(model).__name__
+        self.rows = probe_rows(model)
+        if failure := self.deviation(self._run_alone):
+            raise UserError(f"{what}: {self.kind} does not run on text alone ({failure}); give another model")
+
+    def _run_alone(self) -> float:
+        dtype = next(self.model.parameters()).dtype
+        self.epsilon, self.tolerance = torch.finfo(dtype).eps, LEAST_TOLERANCE[dtype]
+        self.true = [self.alone(row) for row in self.rows]
+        hook = self.model.get_input_embeddings().register_forward_hook(self._round)
+        try:
+            sensitivity = distance([self.alone(self.rows[0])], self.true[:1])
+            self.tolerance = max(self.tolerance, MARGIN * sensitivity)
+        finally:
+            hook.remove()
+        return 0.0
+
+    def _round(self, module: nn.Module, args: tuple, embedded: torch.Tensor) -> torch.Tensor:
+        noise = torch.rand(embedded.shape, generator=torch.Generator().manual_seed(0)).to(embedded.device)
+        return (embedded.float() * (1 + self.epsilon * (2 * noise - 1))).to(embedded.dtype)
+
+    def alone(self, row: torch.Tensor) -> torch.Tensor:
+        """What the model's own forward makes of ids [length]: [length, n]."""
+        output = self.model(input_ids=row[None], use_cache=False)
+        return (output.logits if self.with_head else output.last_hidden_state)[0]
+
+    def of_states(self, states: torch.Tensor) -> torch.Tensor:
+        """What is made here of states [n, hidden] of the decoder."""
+        if not self.with_head:
+            return states
+        return head_logits(self.model.get_output_embeddings(), self.model.config.get_text_config(), states)
+
+    def head(self) -> float:
+        """How far the head is off, behind the states of a row alone."""
+        states = self.decoder(input_ids=self.rows[0][None], use_cache=False).last_hidden_state[0]
+        return distance([self.of_states(states)], self.true[:1])
+
+    def beginning(self) -> float:
+        """How far the beginning of a row alone is off from what it is with more behind it."""
+        half = len(self.rows[0]) // 2
+        return distance([self.alone(self.rows[0][:half])], [self.true[0][:half]])
+
+    def together(self) -> float:
+        """How far rows are off that share a forward, as in scoring and training."""
+        read = pad_sequence([torch.ones_like(row) for row in self.rows], batch_first=True).bool()
+        states = states_of(self.decoder, pad_sequence(self.rows, batch_first=True), read)
+        return distance(self.of_states(states).split(LENGTHS), self.true)
+
+    @torch.no_grad()
+    def deviation(self, run: Callable[[], float], share: float = 1.0) -> str | None:
+        """None where `run` is off by at most this share of the tolerance on all ranks; else the reason. Collective."""
+        failure = None
+        try:
+            far = run()
+            if not far <= share * self.tolerance or (far > DOUBT * share * self.tolerance and self._is_off(run, share)):
+                failure = f"off by {far:.2g} standard deviations"
+        except torch.OutOfMemoryError:
+            raise
+        except FAILURES as error:
+            failure = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        # Near the tolerance ranks may differ, and have to go the same way.
+        if any_rank(failure is not None, self.rows[0].device):
+            return failure or "off on another rank"
+        return None
+
+    def _is_off(self, run: Callable[[], float], share: float) -> bool:
+        """Whether `run` is off in float32, which tells an error from rounding. False where that cannot be tried."""
+        kept = self.true, self.epsilon, self.tolerance
+        try:
+            with in_float32(self.model):
+                self._run_alone()
+                return not run() <= share * self.tolerance
+        except (torch.OutOfMemoryError, *FAILURES):  # flash attention, say, takes no float32
+            return False
+        finally:
+            self.true, self.epsilon, self.tolerance = kept
+
+
+@contextlib.contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Inside, the parameters are float32 copies, which take 4 bytes each; afterwards they are what they were."""
+    kept = [(parameter, parameter.data) for parameter in model.parameters()]
+    try:
+        for parameter, data in kept:
+            parameter.data = data.float()
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+def probe_rows(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Rows of LENGTHS ids, the same at every call, on the model's device.
+
+    Ids with a meaning of their own are left out: padding, whose embedding may be zeros, and places of images.
+    """
+    table = model.get_input_embeddings().weight
+    parts = (model.config, model.config.get_text_config())
+    taken = {x for part in parts for name, x in vars(part).items() if "token" in name and isinstance(x, int)}
+    free = torch.tensor([i for i in range(min(len(table), 50_000)) if i not in taken])
+    generator = torch.Generator().manual_seed(0)
+    return [free[torch.randint(len(free), (length,), generator=generator)].to(table.device) for length in LENGTHS]
+
+
+def distance(found: list[torch.Tensor], true: list[torch.Tensor]) -> float:
+    """How far numbers [positions, n] of some rows are from the true ones, in deviations of these over n.
+
+    Both without their mean over n, which a softmax does not see. Of a row the mean over its positions counts: where
+    rounding changes a router's choice at one of them, that is no mistake. Of several rows the worst counts.
+    """
+
+    def centred(x: torch.Tensor) -> torch.Tensor:
+        return x.float() - x.float().mean(-1, keepdim=True)
+
+    pairs = [(centred(a), centred(b)) for a, b in zip(found, true, strict=True)]
+    rows = [(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in pairs]
+    return max(float(row.nan_to_num(torch.inf, torch.inf).mean()) for row in rows)
+
+
+def check_forward(
+    model: PreTrainedModel, what: str, say: Callable[[str], None] = print, with_head: bool = True
+) -> None:
+    """Raises UserError where scores, losses and gradients here would not be those of the model's own forward.
+
+    Rows that may not be joined end to end are padded from then on, which is said. with_head: a causal LM, else a
+    decoder that gives states. Every rank does the same.
+    """
+    probe = Probe(model, what, with_head)
+    if far := with_head and probe.deviation(probe.head, SMALL):
+        raise UserError(
+            f"{what}: {probe.kind} changes its logits after the head in a way that "
+            f"utils/models/chunked_logprobs.py does not know ({far}); "
+            "add it to head_logits, or give another model"
+        )
+    if far := probe.deviation(probe.beginning):
+        raise UserError(f"{what}: {probe.kind} looks at the tokens that follow ({far}); give a causal model")
+    far = probe.deviation(probe.together)
+    if far and joins_rows(probe.decoder):
+        probe.decoder.keeps_padding = True
+        say(f"{what}: rows of {probe.kind} are padded, not joined: those come out differently ({far})")
+        far = probe.deviation(probe.together)
+    if far:
+        raise UserError(f"{what}: in a padded batch, {probe.kind} gives other numbers than alone ({far}); give another")

@@ -1,0 +1,97 @@
+"""Mixture-of-experts routers: their load-balancing loss, and how evenly they load the experts.
+
+The logits come from transformers, whose decoders record them for `output_router_logits=True`. Nothing here knows a
+model by name.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from utils.errors import UserError
+from utils.models.padding_free import decoder_of
+
+ASK = {"output_router_logits": True}
+ROUTER_METRICS = ("router_aux_loss", "router_max_load", "router_entropy")
+
+
+def router_coef(lm: PreTrainedModel, asked: float | None, what: str, say: Callable[[str], None] = print) -> float:
+    """The weight of the load-balancing loss: `asked`, or the config's own if None. 0 for a model without routers.
+
+    what: the flag and path of the model, for errors. UserError where a weight is asked for and the decoder gives no
+    router logits, or its config does not say how many experts a token takes (`num_experts_per_tok`).
+    """
+    config = lm.config.get_text_config()
+    coef = (getattr(config, "router_aux_loss_coef", None) or 0.0) if asked is None else asked
+    if not coef:
+        return 0.0
+    if getattr(config, "num_experts_per_tok", None) and _gives_router_logits(decoder_of(lm)):
+        say(f"{what}: load-balancing loss of its routers with weight {coef:g} (--router_aux_loss_coef)")
+        return coef
+    if asked is None:
+        return 0.0
+    raise UserError(
+        f"--router_aux_loss_coef {asked:g}: {what}, a {type(lm).__name__}, gives no router logits with a "
+        "num_experts_per_tok in its config, so there is no load to balance; leave the flag out"
+    )
+
+
+@torch.no_grad()
+def _gives_router_logits(decoder: nn.Module) -> bool:
+    """Whether a forward records them, one row per token."""
+    if "router_logits" not in getattr(decoder, "can_record_outputs", {}):
+        return False
+    ids = torch.tensor([[1, 2, 3]], device=next(decoder.parameters()).device)
+    with recorded_router_logits(decoder) as layers:
+        decoder(input_ids=ids, use_cache=False)
+    return bool(layers) and all(x.shape[:-1].numel() == ids.numel() for x in layers)
+
+
+@contextlib.contextmanager
+def recorded_router_logits(decoder: nn.Module, wanted: bool = True) -> Iterator[list[torch.Tensor]]:
+    """Inside, forwards of the decoder fill the list: one tensor per layer with experts, [..., experts].
+
+    Unless wanted, nothing is recorded and the list stays empty.
+    """
+    layers: list[torch.Tensor] = []
+    if not wanted:
+        yield layers
+        return
+    handles = [
+        decoder.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | ASK), with_kwargs=True),
+        decoder.register_forward_hook(lambda _, args, output: layers.extend(output.router_logits)),
+    ]
+    try:
+        yield layers
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def router_sums(layers: Sequence[torch.Tensor], counted: torch.Tensor, top_k: int) -> torch.Tensor:
+    """ROUTER_METRICS of one forward, each times the number of counted tokens: float32 [3]. The loss has a gradient.
+
+    layers: router logits, a row per position; counted: bool, one per position, False at padding. Loss: Switch
+    Transformer (arXiv 2101.03961), eq. 4 to 6 without α, for top_k choices and all layers pooled, as in transformers:
+    top_k when even. It is a product of two means over the forward's tokens, so micro-batches weighted by their tokens
+    add up to a mean of their losses, not to the loss of the whole batch. Load: the busiest expert's share of a layer's
+    choices (by softmax; a router with a bias may choose otherwise) times the number of experts, 1 when even. Entropy:
+    nats per token. Both are means over layers.
+    """
+    places = counted.flatten().nonzero().squeeze(-1)
+    num_tokens = max(1, len(places))
+    loads, probabilities, entropies = [], [], []
+    for logits in layers:
+        probability = logits.flatten(0, -2)[places].float().softmax(-1)
+        chosen = torch.zeros_like(probability).scatter(1, probability.topk(top_k).indices, 1.0)
+        loads.append(chosen.sum(0) / num_tokens)
+        probabilities.append(probability.sum(0) / num_tokens)
+        entropies.append(torch.special.entr(probability.detach()).sum() / num_tokens)
+    load, probability = torch.stack(loads), torch.stack(probabilities)  # [layers, experts] each
+    experts = load.shape[-1]
+    loss = experts * (load.mean(0) * probability.mean(0)).sum()
+    largest = experts / top_k * load.amax(-1).mean()
+    return len(places) * torch.stack([loss, largest, torch.stack(entropies).mean()])

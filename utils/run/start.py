@@ -1,0 +1,36 @@
+"""The start that all trainers share: ranks join, the output folder is checked, the run's folder and log are opened."""
+
+import dataclasses
+from functools import partial
+
+from utils.distributed import is_main
+from utils.engine.engine import device, init_distributed
+from utils.fast_dtype import warn_of_slow_dtype
+from utils.flags.run import RunFlags
+from utils.run.checkpoint import Say
+from utils.run.logger import RunLogger
+from utils.run.restore import Checkpoint
+from utils.run.resume import begin_folder, check_outputs, find_checkpoint
+
+
+def start_run(config: RunFlags) -> tuple[Say, Checkpoint | None]:
+    """Joins the ranks and checks --model_save_path and --resume. Writes nothing.
+
+    Returns a function that prints on rank 0, and the checkpoint to resume from (None: the run starts at step 0).
+    """
+    init_distributed(config.hang_timeout)
+    say = partial(print, flush=True) if is_main() else _silent
+    warn_of_slow_dtype(config.dtype, device(), say)
+    check_outputs(config)
+    return say, find_checkpoint(config, say)
+
+
+def open_log(config: RunFlags, checkpoint: Checkpoint | None, num_steps: int) -> RunLogger:
+    """Makes the run's folder ready at the checkpoint's step and opens its log."""
+    step = begin_folder(config, checkpoint)
+    folder = config.model_save_path
+    return RunLogger(folder, config.logdir, config.report_to, dataclasses.asdict(config), num_steps, step)
+
+
+def _silent(text: str) -> None:
+    """Other ranks than the first print nothing."""

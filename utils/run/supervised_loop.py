@@ -1,0 +1,191 @@
+"""The loop of the supervised stages: step, evaluate, keep the best. What is learnt comes in as a `Stage`."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from utils.distributed import barrier, is_main, ranks_where, sum_ranks
+from utils.engine.engine import TrainEngine, device
+from utils.errors import UserError
+from utils.files import write_json
+from utils.flags.supervised import FitConfig
+from utils.run.lifecycle import Keeper
+from utils.run.logger import RunLogger
+from utils.run.restore import Checkpoint
+from utils.schedule import lr_factor
+
+Item = object  # whatever the stage's data is made of: a dataclass that JSON can hold
+
+
+class BadStep(UserError):
+    """Why no step was made."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage learns, as sums over items and the numbers that they are divided by.
+
+    `sums(engine, items)` gives float32 scalars by name, `counts(items)` their denominators by the same names, known
+    to every rank from the data alone. The loss is the sum of `loss_weights[name] * sum / count` over the whole global
+    batch, so that micro-batches and ranks do not change it.
+    """
+
+    batches: Iterator[list[Item]]
+    length: Callable[[Item], int]  # tokens that an item takes in a forward pass
+    plan: Callable[[list[int]], list[tuple[list[int], float]]]  # lengths -> this rank's (indices, weight) a forward
+    sums: Callable[[TrainEngine, list[Item]], dict[str, torch.Tensor]]
+    counts: Callable[[list[Item]], dict[str, float]]
+    loss_weights: dict[str, float]
+    best_by: str  # a metric of the evaluation
+    larger_is_better: bool
+    save: Callable[[dict[str, torch.Tensor], str], None]  # (whole weights, folder), on rank 0
+    prepare: Callable[[TrainEngine, list[Item]], list[Item]] | None = None  # sees a step's batch before its forwards
+    evaluate: Callable[[TrainEngine, list[Item]], dict[str, float]] | None = None  # for what is no mean over items
+    samples: Callable[[TrainEngine], list[dict]] | None = None  # texts that an evaluation writes to samples.jsonl
+    state: dict = field(default_factory=dict)  # numbers of its own that a resumed run needs: JSON, changed in place
+
+
+def fit(
+    engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig, log: RunLogger,
+    start: Checkpoint | None = None,
+) -> int:  # fmt: skip
+    """Trains for --train_steps; evaluates every --save_per_step and at the end; writes best/ and final/. Collective.
+
+    start: where an earlier part of the run got to. Returns the code to exit with: not 0 where a signal stopped it.
+    Raises UserError on all ranks, before the weights change, when loss or gradient is not finite or explodes; the batch
+    is kept in bad_batches/.
+    """
+    keeper = Keeper(config, {"model": engine}, config.train_steps)
+    keeper.begin(start, config.seed)
+    done, best = 0, None
+    if start:
+        done, best = start.step, start.state["best"]
+        stage.state.update(start.state["stage"])
+        for _ in range(done):  # the order of the data is a function of the seed alone
+            next(stage.batches)
+    with keeper:
+        _loop(engine, stage, valid, config, log, keeper, done, best)
+        if not keeper.code:
+            export(engine, stage, os.path.join(config.model_save_path, "final"))
+            log.say(f"done: {config.model_save_path}/final")
+    return keeper.code
+
+
+def _loop(
+    engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig, log: RunLogger, keeper: Keeper, done: int,
+    best: float | None,
+) -> None:  # fmt: skip
+    """The steps after the first `done`; best: the evaluation that best/ is from."""
+    for step in range(done, config.train_steps):
+        started = time.perf_counter()
+        lr = config.lr * lr_factor(step, config.warmup_steps, config.train_steps, config.lr_schedule)
+        items = next(stage.batches)
+        try:
+            metrics = train_step(engine, stage, items, lr)
+        except BadStep as error:
+            keeper.settle()
+            raise UserError(f"{error} [{keep_batch(config.model_save_path, step + 1, items)}]") from None
+        tokens = sum(map(stage.length, items))
+        metrics["tokens_per_second"] = tokens / (time.perf_counter() - started)
+        done = step + 1
+        if done % config.print_interval == 0:
+            log.say(f"step {done}/{config.train_steps}: {numbers(metrics)}")
+        if valid and (done % config.save_per_step == 0 or done == config.train_steps):
+            keeper.feed("training step")
+            evaluation = stage.evaluate(engine, valid) if stage.evaluate else evaluate(engine, stage, valid)
+            held_out = {f"eval_{name}": value for name, value in evaluation.items()}
+            metrics |= held_out
+            log.say(f"step {done}: {numbers(held_out)}")
+            if stage.samples:
+                log.samples(done, stage.samples(engine))
+            value = evaluation[stage.best_by] * (1 if stage.larger_is_better else -1)
+            if best is None or value > best:
+                best = value
+                export(engine, stage, os.path.join(config.model_save_path, "best"))
+                log.say(f"step {done}: best eval_{stage.best_by} so far, saved to {config.model_save_path}/best")
+        log.metrics(done, metrics)
+        log.advance()
+        keeper.after_step({"step": done, "best": best, "stage": stage.state}, log.say)
+        if keeper.code:
+            break
+
+
+def train_step(engine: TrainEngine, stage: Stage, items: list[Item], lr: float) -> dict[str, float]:
+    """One optimizer step on the global batch `items`; returns its metrics, equal on all ranks. Raises BadStep."""
+    engine.module.train()
+    items = stage.prepare(engine, items) if stage.prepare else items
+    counts = stage.counts(items)
+    totals = torch.zeros(len(counts), device=device())
+    for part, weight in stage.plan([stage.length(item) for item in items]):
+        sums = stage.sums(engine, [items[i] for i in part])
+        engine.backward(weight * sum(w * sums[name] / counts[name] for name, w in stage.loss_weights.items()))
+        totals += weight * torch.stack([sums[name].detach() for name in counts])
+    metrics = _means(stage, totals, counts)
+    check_number("loss", metrics["loss"], engine, lambda: not bool(totals.isfinite().all()))
+    norm = engine.step(lr)
+    check_number("gradient norm", norm, engine, engine.bad_gradient)
+    return metrics | {"lr": lr, "grad_norm": norm}
+
+
+@torch.no_grad()
+def evaluate(engine: TrainEngine, stage: Stage, items: list[Item]) -> dict[str, float]:
+    """The same metrics over held-out items, without learning. Collective."""
+    engine.module.eval()
+    counts = stage.counts(items)
+    totals = torch.zeros(len(counts), device=device())
+    for part, weight in stage.plan([stage.length(item) for item in items]):
+        sums = stage.sums(engine, [items[i] for i in part])
+        totals += weight * torch.stack([sums[name] for name in counts])
+    return _means(stage, totals, counts)
+
+
+def _means(stage: Stage, totals: torch.Tensor, counts: dict[str, float]) -> dict[str, float]:
+    sums = sum_ranks(totals).tolist()
+    means = {name: total / count for (name, count), total in zip(counts.items(), sums, strict=True)}
+    loss = {"loss": sum(w * means[name] for name, w in stage.loss_weights.items())}
+    if len(stage.loss_weights) == 1:  # its only term would say the same again
+        means = {name: mean for name, mean in means.items() if name not in stage.loss_weights}
+    return loss | means
+
+
+def check_number(name: str, value: float, engine: TrainEngine, is_own: Callable[[], bool]) -> None:
+    """Raises BadStep for a number that is not finite or beyond --explosion_limit. Collective where it is.
+
+    It is a sum over ranks, so all of them raise together. is_own: whether this rank's share of it is not finite.
+    """
+    if abs(value) <= engine.explosion_limit:
+        return
+    beyond = ", beyond --explosion_limit" if math.isfinite(value) else ""
+    raise BadStep(
+        f"the {name} is {value:g}{beyond} (rank {ranks_where(is_own())}); no step was made. Lower --lr, raise "
+        "--warmup_steps, or give --dtype fp32"
+    )
+
+
+def keep_batch(folder: str, step: int, items: list[Item]) -> str:
+    """Writes a global batch, dataclasses, to bad_batches/ on rank 0, the others wait; says where, for an error."""
+    path, refusal = os.path.join(folder, "bad_batches", f"step_{step}.json"), None
+    if is_main():
+        try:
+            write_json(path, [asdict(item) for item in items])
+        except OSError as error:
+            refusal = error.strerror
+    barrier()
+    return f"step {step}, batch not saved: {refusal}" if refusal else f"step {step}, batch in {path}"
+
+
+def export(engine: TrainEngine, stage: Stage, folder: str) -> None:
+    """Writes the weights as they are now. Collective; rank 0 writes, the others wait."""
+    state = engine.full_state_dict()
+    if is_main():
+        stage.save(state, folder)
+    barrier()
+
+
+def numbers(metrics: dict[str, float]) -> str:
+    """`loss 0.693  lr 1e-05 …` for a line of text."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
