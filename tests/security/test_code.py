@@ -164,5 +164,5 @@ def test_the_one_place_that_runs_a_users_code_says_so(capsys):
             COMMANDS[command].main(["--help"])
         text = " ".join(capsys.readouterr().out.split()).lower()
         assert "runs that file" in text[text.index("--reward_fn") :]
-    readme = " ".join((REPOSITORY / "README.md").read_text("utf-8").split())
-    assert "`--reward_fn` is the one place" in readme
+    page = " ".join((REPOSITORY / "docs/reliability.md").read_text("utf-8").split())
+    assert "`--reward_fn` is the only place" in page
