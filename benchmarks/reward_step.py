@@ -35,7 +35,7 @@ def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.
     from reward.batches import Comparison
     from reward.config import RewardConfig
     from reward.model import load_scalar_model
-    from reward.train import stage_of
+    from reward.train import build_stage
     from utils.engine.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
     from utils.run.supervised_loop import train_step
 
@@ -47,7 +47,7 @@ def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.
     model = load_scalar_model(folder, DTYPES[config.dtype], device(), say=str)
     pairs = zip(dialogues[::2], dialogues[1::2], strict=True)
     items = [Comparison(list(pair), 1, [(0, 1)], [0.0], "all", "") for pair in pairs]
-    engine, stage = TrainEngine(model, config, "reward model"), stage_of(config, model, None, items, None)
+    engine, stage = TrainEngine(model, config, "reward model"), build_stage(config, model, None, items, None)
     our_steps(connection, lambda batch: train_step(engine, stage, batch, config.lr), items, options.batch_size)
     shutdown_distributed()
 

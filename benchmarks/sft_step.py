@@ -36,7 +36,7 @@ def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.
     from data.dialogues import EncodedDialogue
     from sft.model import AnswerModel
     from sft.packed_batches import Layout
-    from sft.train import SFTConfig, stage_of
+    from sft.train import SFTConfig, build_stage
     from utils.engine.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
     from utils.models.load import load_causal_lm
     from utils.run.supervised_loop import train_step
@@ -49,7 +49,7 @@ def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.
     lm = load_causal_lm(folder, DTYPES[config.dtype], device(), say=str)
     items = [EncodedDialogue(ids, [t >= len(ids) // 3 for t in range(len(ids))]) for ids in dialogues]
     layout = Layout(config.packing, flat=False, max_tokens=config.micro_batch_tokens)
-    stage = stage_of(config, lm, None, layout, [items], [])
+    stage = build_stage(config, lm, None, layout, [items], [])
     engine = TrainEngine(AnswerModel(lm), config, "model")
 
     def step(batch: list[EncodedDialogue]) -> None:

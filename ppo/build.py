@@ -1,6 +1,6 @@
 """From flags to everything the loop needs, checked before anything is written."""
 
-from data.choose_template import first_prompt, settle
+from data.choose_template import first_prompt, prepare_tokenizer
 from data.prompts import load_prompts
 from ppo.config import PPOConfig
 from ppo.decoding.sampling import Sampling
@@ -26,7 +26,7 @@ def build(config: PPOConfig) -> Run:
         model_folder(path, "--reward_model_path")
     reward_fn = load_reward_fn(config.reward_fn) if config.reward_fn else None
     policy, critic = ((f"--{name}", getattr(config, name)) for name in ("policy_model_path", "critic_model_path"))
-    tokenizer, template = settle(config, config.tokenizer_name_or_path or policy[1], [policy], say, [critic])
+    tokenizer, template = prepare_tokenizer(config, config.tokenizer_name_or_path or policy[1], [policy], say, [critic])
     config.check_world(world_size(), len(tokenizer))
     room = config.maxlen_prompt - config.maxlen_res
     train, valid = load_prompts(config.data_path, tokenizer, template, room, config.num_eval_prompts, config.seed, say)

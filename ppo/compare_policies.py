@@ -2,7 +2,7 @@
 
 import math
 
-from data.choose_template import first_prompt, settle
+from data.choose_template import first_prompt, prepare_tokenizer
 from data.prompts import load_prompts
 from data.template import decode_answer
 from ppo.compare_flags import CompareConfig
@@ -26,7 +26,7 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     end, nll of the response under its own policy and under BEFORE. Holds two policies and the reward model.
     """
     named = [("--policies", path) for path in config.policies]
-    tokenizer, template = settle(config, config.tokenizer_name_or_path or config.policies[0], named, print)
+    tokenizer, template = prepare_tokenizer(config, config.tokenizer_name_or_path or config.policies[0], named, print)
     room = config.maxlen_prompt - config.maxlen_res
     train, valid = load_prompts(config.data_path, tokenizer, template, room, 0, config.seed)
     if valid:

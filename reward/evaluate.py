@@ -1,8 +1,8 @@
-"""How good are reward models?   python -m reward.evaluate --model A [B …] --data_path PREFERENCES [--output FOLDER]
+"""Evaluate reward models:   python -m reward.evaluate --model A [B …] --data_path PREFERENCES [--output FOLDER]
 
-On held-out preferences (a folder's *valid* files, else all of a file): accuracy overall and by subset, calibration,
-distribution of score differences, length bias and, of several models, their agreement. A table on the terminal; in
---output evaluation.json and plots.
+Reports accuracy overall and per subset, calibration, the distribution of score differences, length bias and, for
+several models, their agreement, on held-out preferences (the *valid* files of a folder, otherwise all data). Prints a
+table and writes evaluation.json and plots to --output.
 """
 
 import os
@@ -27,26 +27,26 @@ class EvaluateConfig(PanelConfig):
     """Only these; a record's subset is its `subset`, else its file's name without train or valid"""
 
 
-def held_out_preferences(config: EvaluateConfig) -> list[Preference]:
-    """The valid part of --data_path, or all of it where there is none. UserError for a subset without a record."""
+def load_evaluation_set(config: EvaluateConfig) -> list[Preference]:
+    """Returns the valid set of --data_path, or all data without one. Raises UserError for an unknown subset."""
     train, valid = load_preferences(config.data_path, 0, 0)
     preferences = valid or train
-    print(f"evaluated on the {'held-out' if valid else 'whole'} data: {len(preferences)} preferences")
-    there = sorted({preference.subset for preference in preferences})
+    print(f"evaluated on {'the held-out' if valid else 'all'} data: {len(preferences)} preferences")
+    existing = sorted({preference.subset for preference in preferences})
     for subset in config.subsets:
-        if subset not in there:
-            raise UserError(f"--subsets {subset}: no preference of --data_path is in it; there are {', '.join(there)}")
+        if subset not in existing:
+            raise UserError(f"--subsets {subset}: not a subset of --data_path; use {', '.join(existing)}")
     return [p for p in preferences if not config.subsets or p.subset in config.subsets]
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of `python -m reward.evaluate`; one process."""
+    """Entry point of `python -m reward.evaluate`; runs in one process."""
     config = parse_args(EvaluateConfig, argv)
     if config.output:
         check_writable(config.output, "--output")
         check_plots()
-    scored = score_preferences(held_out_preferences(config), config, print)
+    scored = score_preferences(load_evaluation_set(config), config, print)
     models = dict(zip(config.model, scored, strict=True))
     report = evaluation_report(models, config.data_path)
     print(render(report))

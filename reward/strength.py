@@ -1,9 +1,9 @@
-"""Measures preference strength:   python -m reward.strength --model A B C … --data_path PREFERENCES --output FOLDER
+"""Measure preference strength:   python -m reward.strength --model A B C … --data_path PREFERENCES --output FOLDER
 
-Several reward models, trained on the same preferences from different seeds, score both answers of every pair (Part II
-§2). Written back to each record: mean and standard deviation of the score difference and all scores, in the columns
-that `reward.train --flip_negative` and `--use_margin` read. Files keep their names (as .jsonl), so that the output is
-the next --data_path; a plot and a histogram in text go with them.
+Several reward models, trained on the same preferences with different seeds, score both answers of each pair (Part II
+§2). Adds to each record the mean and standard deviation of the score difference and all scores, in the columns that
+`reward.train --flip_negative` and `--use_margin` read. The output has the files of the input (as .jsonl) and can be the
+next --data_path. Also writes a plot and prints a histogram.
 """
 
 import os
@@ -16,15 +16,15 @@ from data.formats.json_lines import json_line
 from data.formats.ranked_answers import is_ranked
 from data.formats.records import BadRecord, Record, Tally, read_records
 from data.formats.score_columns import CHOSEN_SCORES, DEVIATION, REJECTED_SCORES, STRENGTH
-from data.preferences import Preference, preference_of
+from data.preferences import Preference, parse_preference
 from reward.evaluation.plots import check_plots, draw_strengths
 from reward.evaluation.score_preferences import PanelConfig, score_preferences
-from reward.metrics import Scored
+from reward.metrics import ScoredItems
 from utils.errors import UserError
 from utils.files import atomic_folder, check_writable
 from utils.flags.parser import entry_point, parse_args
 
-ROWS, WIDTH = 12, 40  # of the histogram in text
+ROWS, WIDTH = 12, 40  # size of the text histogram
 
 
 @dataclass
@@ -43,27 +43,26 @@ class StrengthConfig(PanelConfig):
 
 
 def pairs_of(records: list[Record]) -> dict[int, Preference]:
-    """Place of a record -> its pair. What cannot be scored is counted and said: it is written as it stands."""
+    """Returns record index -> preference; reports the records that cannot be scored and stay unchanged."""
     pairs, tally = {}, Tally("preferences")
     for place, record in enumerate(records):
         try:
-            preference = preference_of(record, tally)
+            preference = parse_preference(record, tally)
         except BadRecord as error:
-            tally.add(f"left as they are: {error}", record.source)
+            tally.add(f"not changed: {error}", record.source)
             continue
         if is_ranked(record.value):
-            tally.add("left as they are: ranked answers have no columns of strength", record.source)
+            tally.add("not changed: ranked answers have no strength columns", record.source)
         else:
             pairs[place] = preference
-    for line in tally.lines():
-        print(line)
+    tally.report(print)
     if not pairs:
-        raise UserError(f"--data_path: no pair to score ({'; '.join(tally.lines())}); mend them")
+        raise UserError(f"--data_path: no pair to score ({'; '.join(tally.lines())}); fix the records")
     return pairs
 
 
-def strength_columns(models: list[Scored]) -> dict[int, dict]:
-    """Place of a pair -> its new columns. The deviation is the population's, as in Part II."""
+def strength_columns(models: list[ScoredItems]) -> dict[int, dict]:
+    """Returns index of a pair -> its new columns. The deviation is the population's, as in Part II."""
     columns = {}
     for k, item in enumerate(models[0].items):
         chosen, rejected = ([float(scored.scores[2 * k + side]) for scored in models] for side in (0, 1))
@@ -78,23 +77,23 @@ def strength_columns(models: list[Scored]) -> dict[int, dict]:
 
 
 def annotated(value: dict, columns: dict) -> dict:
-    """A record with its new columns in the place of old ones, whichever way those were spelt."""
+    """Returns the record with its new columns, without old ones (spelled with spaces or underscores)."""
     return {key: x for key, x in value.items() if key.replace("_", " ") not in columns} | columns
 
 
 def file_name(record: Record, split: str) -> str:
-    """The name under which a record is written: its file's, as .jsonl; the split's for a data set of the hub."""
+    """Returns the output file of a record: its input file's name as .jsonl, or for hub data sets the split's name."""
     source = Path(record.source.rpartition(":")[0])
     return f"{source.stem if source.exists() else split}.jsonl"
 
 
 def summary(means: list[float], deviations: list[float]) -> str:
-    """The distribution of mean strengths in words and as a histogram in text."""
+    """Returns statistics and a text histogram of the mean strengths."""
     negative = sum(mean < 0 for mean in means)
     lines = [
         f"mean preference difference of {len(means)} pairs: mean {statistics.fmean(means):.3f}, "
-        f"deviation {statistics.pstdev(means):.3f}; below 0: {negative} ({negative / len(means):.1%})",
-        f"deviation over the models: mean {statistics.fmean(deviations):.3f}",
+        f"std {statistics.pstdev(means):.3f}; below 0: {negative} ({negative / len(means):.1%})",
+        f"std over the models: mean {statistics.fmean(deviations):.3f}",
     ]
     low, high = min(means), max(means)
     width = (high - low) / ROWS or 1.0
@@ -109,7 +108,7 @@ def summary(means: list[float], deviations: list[float]) -> str:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of `python -m reward.strength`; one process."""
+    """Entry point of `python -m reward.strength`; runs in one process."""
     config = parse_args(StrengthConfig, argv)
     check_plots()
     splits = dict(zip(("train", "valid"), read_records(config.data_path), strict=True))

@@ -1,7 +1,7 @@
-"""Trains a reward model on compared answers:   python -m reward.train --hf_model_name_or_path … --data_path …
+"""Train a reward model on preferences:   python -m reward.train --hf_model_name_or_path … --data_path …
 
-Loss: -E[log sigmoid(chosen - rejected)] + beta x cross entropy of the chosen answer (Part I eq. 2, signs mended), and
-what Part II adds to it by flags: margin, smoothing, flipped labels, a contrastive term.
+Loss: -E[log sigmoid(chosen - rejected)] + beta * cross entropy of the chosen answer (Part I eq. 2 with corrected signs),
+with the options of Part II as flags: margin, label smoothing, flipped labels, contrastive loss.
 """
 
 import random
@@ -13,14 +13,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from data.batching.micro_batch_plan import rank_plan
-from data.choose_template import first_prompt, settle
+from data.choose_template import first_prompt, prepare_tokenizer
 from reward.batches import MIN_PAIRS, Comparison, dynamic_batches, pair_index
 from reward.config import RewardConfig
-from reward.contrastive import contrast_sum, with_pulls
+from reward.contrastive import cache_gradients, contrastive_loss_sum
 from reward.encode import load_center_answers, load_comparisons
-from reward.forward import Plan, held_out, read_answers
+from reward.forward import Plan, forward_answers, score_comparisons
 from reward.loss import ranking_hits, ranking_losses
-from reward.metrics import held_out_metrics, mean_best
+from reward.metrics import evaluation_metrics, mean_best_score
 from reward.model import ScalarModel, check_scalar_export, load_scalar_model, save_scalar_model, set_dropout
 from utils.deterministic import repeatable
 from utils.distributed import rank, world_size
@@ -35,10 +35,11 @@ from utils.run.supervised_loop import Stage, fit
 
 
 def comparison_sums(engine: Callable, items: list[Comparison], config: RewardConfig) -> dict[str, torch.Tensor]:
-    """Sums over prompts of loss, right rankings and score difference; over the best answers' tokens of their NLL; over
-    pairs of the contrastive loss. engine: a ScalarModel, or the engine around it."""
-    with_lm, pull = config.reward_lm_loss_factor > 0, items[0].pull
-    reading = read_answers(engine, items, with_lm, pull and pull.seed)
+    """Returns sums of loss, accuracy and score difference over prompts, of the NLL over the best answers' tokens, and
+    of the contrastive loss over pairs. engine: a ScalarModel, or the engine around it.
+    """
+    with_lm, cached_gradient = config.reward_lm_loss_factor > 0, items[0].cached_gradient
+    reading = forward_answers(engine, items, with_lm, cached_gradient and cached_gradient.seed)
     index = pair_index(items).to(reading.scores.device)
     better, worse, weights = reading.scores[index.better], reading.scores[index.worse], index.weights
     sums = {
@@ -48,13 +49,13 @@ def comparison_sums(engine: Callable, items: list[Comparison], config: RewardCon
     }
     if with_lm:
         sums["lm_loss"] = reading.nll
-    if pull:
-        sums["simcse_loss"] = contrast_sum(reading.states, items)
+    if cached_gradient:
+        sums["simcse_loss"] = contrastive_loss_sum(reading.states, items)
     return sums
 
 
 def comparison_counts(items: list[Comparison], config: RewardConfig) -> dict[str, float]:
-    """What the sums of `comparison_sums` are divided by: prompts; tokens of best answers; pairs."""
+    """Returns the denominators of `comparison_sums`: numbers of prompts, tokens of the best answers, and pairs."""
     counts = dict.fromkeys(("ranking_loss", "accuracy", "score_difference"), len(items))
     if config.reward_lm_loss_factor:
         counts["lm_loss"] = sum(item.answer_lengths[item.best] for item in items)
@@ -63,50 +64,53 @@ def comparison_counts(items: list[Comparison], config: RewardConfig) -> dict[str
     return counts
 
 
-class HeldOut:
-    """The evaluation of a run, which also finds the score that the next saved model takes for 0."""
+class Evaluation:
+    """Evaluates held-out comparisons, and computes the score center of the next saved model."""
 
     def __init__(self, config: RewardConfig, plan: Plan, answers: list[Comparison] | None):
-        """answers: those whose mean score is to be 0; None: the best of the held-out comparisons."""
+        """answers: answers whose mean score becomes 0; None: the best answers of the held-out comparisons."""
         self.config = config
         self.plan = plan
         self.answers = answers
-        self.state = {"center": 0.0}  # of the scores as the last evaluation saw them
+        self.state = {"center": 0.0}  # mean score in the last evaluation
 
     def __call__(self, engine: TrainEngine, items: list[Comparison]) -> dict[str, float]:
-        """Metrics of held-out comparisons. Collective."""
+        """Returns the metrics of held-out comparisons. Collective."""
         factor = self.config.reward_lm_loss_factor
-        scored, nll = held_out(engine, items, self.plan, factor > 0)
-        metrics = held_out_metrics(scored)
+        scored, nll = score_comparisons(engine, items, self.plan, factor > 0)
+        metrics = evaluation_metrics(scored)
         if factor:
             lm_loss = nll / sum(item.answer_lengths[item.best] for item in items)
             ranking_loss = metrics["loss"]
             metrics |= {"loss": ranking_loss + factor * lm_loss, "ranking_loss": ranking_loss, "lm_loss": lm_loss}
         if self.config.center_scores:
-            others = held_out(engine, self.answers, self.plan)[0].scores if self.answers else None
-            self.state["center"] = mean_best(scored) if others is None else float(others.mean())
+            others = score_comparisons(engine, self.answers, self.plan)[0].scores if self.answers else None
+            self.state["center"] = mean_best_score(scored) if others is None else float(others.mean())
             metrics["score_center"] = self.state["center"]
         return metrics
 
 
-def stage_of(
+def build_stage(
     config: RewardConfig, model: ScalarModel, tokenizer, train: list[Comparison], answers: list[Comparison] | None
 ) -> Stage:
-    """The reward model's part in `utils.run.supervised_loop`. answers: as in `HeldOut`."""
-    least = max(MIN_PAIRS, world_size())
-    indices = dynamic_batches([item.tokens for item in train], config.batch_size, config.seed, least)
+    """Returns the reward model's data, loss and evaluation for `utils.run.supervised_loop`.
+
+    answers: as in `Evaluation`.
+    """
+    min_size = max(MIN_PAIRS, world_size())
+    indices = dynamic_batches([item.tokens for item in train], config.batch_size, config.seed, min_size)
     views = 2 if config.simcse_coef else 1
     joined = model.trains_joined and views == 1
 
     def length(item: Comparison) -> int:
-        return views * (item.tokens if joined else item.padded)
+        return views * (item.tokens if joined else item.padded_tokens)
 
     def plan(lengths: list[int]) -> list[tuple[list[int], float]]:
         return rank_plan(lengths, config.micro_batch_tokens, world_size(), rank(), joined)
 
-    evaluation = HeldOut(config, plan, answers)
-    # Seeds come from the global stream: it differs from rank to rank, and a checkpoint keeps it.
-    pulls = partial(with_pulls, plan=plan, length=length, temperature=config.simcse_temperature, seeds=random)
+    evaluation = Evaluation(config, plan, answers)
+    # Seeds come from the global random state, which differs between ranks and is part of checkpoints.
+    prepare = partial(cache_gradients, plan=plan, length=length, temperature=config.simcse_temperature, seeds=random)
     weights = {"lm_loss": config.reward_lm_loss_factor, "simcse_loss": config.simcse_coef}
     return Stage(
         batches=([train[i] for i in batch] for batch in indices),
@@ -118,14 +122,14 @@ def stage_of(
         best_by=config.validation_metric,
         larger_is_better=config.larger_is_better,
         save=lambda state, folder: save_scalar_model(model, folder, state, tokenizer, evaluation.state["center"]),
-        prepare=pulls if config.simcse_coef else None,
+        prepare=prepare if config.simcse_coef else None,
         evaluate=evaluation,
         state=evaluation.state,
     )
 
 
 def load(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> ScalarModel:
-    """The model to train, with what the flags want of it."""
+    """Returns the model to train, configured by the flags."""
     path, dtype, attention = config.hf_model_name_or_path, DTYPES[config.dtype], config.attn_implementation
     with_lm = config.reward_lm_loss_factor > 0
     model = load_scalar_model(path, dtype, device(), attention, tokenizer, with_lm, config.seed, say)
@@ -142,24 +146,24 @@ def load(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Callable
 
 
 def train(config: RewardConfig) -> None:
-    """One run, from flags to final/. Nothing is written before model and data are loaded and found to be usable."""
+    """Runs the training. Nothing is written before model and data are loaded and checked."""
     say, start = start_run(config)
     if config.batch_size < world_size():
-        raise UserError(f"--batch_size {config.batch_size} is less than the {world_size()} ranks: give at least that")
+        raise UserError(f"--batch_size {config.batch_size} is less than the {world_size()} ranks; raise it")
     models = [(FLAG, config.hf_model_name_or_path)]
-    tokenizer, _ = settle(config, config.tokenizer_name_or_path, models, say)
+    tokenizer, _ = prepare_tokenizer(config, config.tokenizer_name_or_path, models, say)
     if config.delimiter not in (None, tokenizer.eos_token):
-        raise UserError(f"--delimiter {config.delimiter!r}: utterances end in {tokenizer.eos_token!r}; leave it out")
+        raise UserError(f"--delimiter {config.delimiter!r}: utterances end in {tokenizer.eos_token!r}; remove the flag")
     items, held_out_items = load_comparisons(config, tokenizer, say)
     say(first_prompt(tokenizer, items[0].answers[0][: items[0].prompt_length]))
     if config.center_scores and not held_out_items:
-        raise UserError("--center_scores needs an evaluation: give a *valid* file, or a --num_valid above 0")
+        raise UserError("--center_scores needs an evaluation; add a *valid* file, or use --num_valid above 0")
     answers = load_center_answers(config, tokenizer, say) if config.center_data_path else None
     model = load(config, tokenizer, say)
     log = open_log(config, start, config.train_steps)
     try:
         engine = TrainEngine(model, config, "reward model")
-        stage = stage_of(config, model, tokenizer, items, answers)
+        stage = build_stage(config, model, tokenizer, items, answers)
         tokens = max(config.micro_batch_tokens, *map(stage.length, items))
         settle_checkpointing(engine, model.backbone, config, tokens, device_room(), log.say)
         code = fit(engine, stage, held_out_items, config, log, start)

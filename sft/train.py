@@ -1,6 +1,6 @@
-"""Teaches a language model to answer as the assistant does:   python -m sft.train --data_path … (see --help)
+"""Fine-tune a language model on dialogues:   python -m sft.train --data_path … (see --help)
 
-Next-token loss on the assistant's tokens alone, up to the end of each turn.
+The loss is the next-token loss on the assistant's tokens, up to the end of each turn.
 """
 
 import math
@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
 from data.batching.micro_batch_plan import rank_plan
-from data.choose_template import first_prompt, settle
+from data.choose_template import first_prompt, prepare_tokenizer
 from data.dialogues import EncodedDialogue, batches, encode_dialogues, load_dialogues
 from data.order import BLOCK
 from sft.model import AnswerModel, packing_failure
-from sft.packed_batches import Layout, Row
+from sft.packed_batches import Layout, PackedRow
 from sft.samples import prompt_length, sample_answers
 from utils.deterministic import repeatable
 from utils.distributed import rank, world_size
@@ -88,7 +88,10 @@ class SFTConfig(StopFlags, RouterFlags, FitConfig):
 def load_encoded(
     config: SFTConfig, tokenizer, say: Callable[[str], None]
 ) -> tuple[list[list[EncodedDialogue]], list[EncodedDialogue]]:
-    """(a training set for each --data_path, all held-out dialogues). UserError when too few are left for a batch."""
+    """Returns (one training set per --data_path, all held-out dialogues).
+
+    Raises UserError if too few dialogues are left for a batch.
+    """
     template = template_of(tokenizer)
     sets, valid = [], []
     for path in config.data_path:
@@ -110,17 +113,17 @@ def load_encoded(
     return sets, valid
 
 
-def spread(items: list, count: int) -> list:
-    """At most `count` of the items, from all over the list: held-out dialogues stand there set by set."""
+def evenly_spaced(items: list, count: int) -> list:
+    """Returns at most `count` items at equal distances, because the held-out dialogues are ordered by set."""
     return items[:: max(1, len(items) // count)][:count] if count else []
 
 
 def answer_sums(
-    engine: Callable, rows: list[Row], layout: Layout, with_hits: bool = False, with_routers: bool = False
+    engine: Callable, rows: list[PackedRow], layout: Layout, with_hits: bool = False, with_routers: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The summed NLL of the answers' tokens; with hits also how many of them were the model's likeliest.
+    """Returns the summed NLL of the answer tokens, and with hits the number of tokens that are the most likely ones.
 
-    engine: an AnswerModel, or the engine around it. with_routers: ROUTER_METRICS too, over all tokens of the rows.
+    engine: an AnswerModel, or the engine around it. with_routers: add sums of ROUTER_METRICS over all tokens.
     """
     inputs = [None if x is None else to_device(x, device()) for x in layout.collate(rows)]
     routed = to_device(layout.real(rows), device()) if with_routers else None
@@ -128,32 +131,32 @@ def answer_sums(
     return dict(zip(answer_counts(rows, with_hits, with_routers), sums.view(-1), strict=True))
 
 
-def answer_counts(rows: list[Row], with_hits: bool = False, with_routers: bool = False) -> dict[str, float]:
-    """What these are divided by: the answers' tokens, and all tokens for what concerns routers."""
+def answer_counts(rows: list[PackedRow], with_hits: bool = False, with_routers: bool = False) -> dict[str, float]:
+    """Returns the denominators of `answer_sums`: the number of answer tokens, and of all tokens for router metrics."""
     names = ("lm_loss", "token_accuracy") if with_hits else ("lm_loss",)
     counts = dict.fromkeys(names, sum(row.answer_tokens for row in rows))
     return counts | (dict.fromkeys(ROUTER_METRICS, sum(row.tokens for row in rows)) if with_routers else {})
 
 
-def judge(engine: TrainEngine, rows: list[Row], stage: Stage) -> dict[str, float]:
-    """Loss, perplexity and token accuracy over held-out answers, without routers. Collective."""
+def evaluate_answers(engine: TrainEngine, rows: list[PackedRow], stage: Stage) -> dict[str, float]:
+    """Returns loss, perplexity and token accuracy of held-out answers, without router losses. Collective."""
     options = {"with_hits": True, "with_routers": False}
     hits = {"sums": partial(stage.sums, **options), "counts": partial(stage.counts, **options)}
     metrics = evaluate(engine, replace(stage, **hits, loss_weights={"lm_loss": 1.0}), rows)
-    perplexity = torch.tensor(metrics["loss"], dtype=torch.float64).exp().item()  # math.exp raises where it is infinite
+    perplexity = torch.tensor(metrics["loss"], dtype=torch.float64).exp().item()  # math.exp raises on overflow
     return metrics | {"perplexity": perplexity}
 
 
-def stage_of(
+def build_stage(
     config: SFTConfig, lm: PreTrainedModel, tokenizer, layout: Layout, sets: list[list[EncodedDialogue]],
     shown: list[EncodedDialogue], balance: float = 0.0,
 ) -> Stage:  # fmt: skip
-    """SFT's part in `utils.run.supervised_loop`. shown: the dialogues whose last answer is sampled at each evaluation.
+    """Returns SFT's data, loss and evaluation for `utils.run.supervised_loop`.
 
-    balance: weight of the routers' load-balancing loss, 0: none. Each forward's loss is weighted by its share of the
-    global batch's tokens.
+    shown: dialogues whose last prompt is answered in each evaluation. balance: weight of the routers' load-balancing
+    loss, which is weighted per forward pass by its share of the global batch's tokens; 0: none.
     """
-    generation = lm.generation_config  # the model's own: while samples are drawn it has another
+    generation = lm.generation_config  # the model's own, which `sample_answers` replaces while it generates
 
     def save(state: dict[str, torch.Tensor], folder: str) -> None:
         state = {name.removeprefix("lm."): x for name, x in state.items()}
@@ -175,11 +178,11 @@ def stage_of(
         save=save,
         samples=samples if shown else None,
     )
-    return replace(stage, evaluate=partial(judge, stage=stage))
+    return replace(stage, evaluate=partial(evaluate_answers, stage=stage))
 
 
 def load(config: SFTConfig, tokenizer, say: Callable[[str], None]) -> tuple[PreTrainedModel, Layout]:
-    """(the model to train, with what the flags want of it; how its dialogues are laid out)."""
+    """Returns (the model to train, configured by the flags; the layout of its batches)."""
     path, dtype = config.hf_model_name_or_path, DTYPES[config.dtype]
     lm = load_causal_lm(path, dtype, device(), config.attn_implementation, tokenizer, say)
     check_window(lm, config.context_truncate, "--context_truncate")
@@ -188,7 +191,7 @@ def load(config: SFTConfig, tokenizer, say: Callable[[str], None]) -> tuple[PreT
     packing = config.packing and not joined
     failure = packing_failure(lm, f"{FLAG} {path}") if packing else None
     if failure:
-        say(f"--packing is off: packed dialogues would see each other in {type(lm).__name__} ({failure})")
+        say(f"--packing is off: packed dialogues would affect each other in {type(lm).__name__} ({failure})")
     if config.gradient_checkpoint is True:
         enable_checkpointing(lm)
     if config.compile:
@@ -198,11 +201,11 @@ def load(config: SFTConfig, tokenizer, say: Callable[[str], None]) -> tuple[PreT
 
 
 def train(config: SFTConfig) -> None:
-    """One run, from flags to final/. Nothing is written before model and data are loaded and found to be usable."""
+    """Runs the training. Nothing is written before model and data are loaded and checked."""
     say, start = start_run(config)
     if config.batch_size < world_size():
-        raise UserError(f"--batch_size {config.batch_size} is less than the {world_size()} ranks: give at least that")
-    tokenizer, _ = settle(config, config.tokenizer_name_or_path, [(FLAG, config.hf_model_name_or_path)], say)
+        raise UserError(f"--batch_size {config.batch_size} is less than the {world_size()} ranks; raise it")
+    tokenizer, _ = prepare_tokenizer(config, config.tokenizer_name_or_path, [(FLAG, config.hf_model_name_or_path)], say)
     sets, valid = load_encoded(config, tokenizer, say)
     say(first_prompt(tokenizer, sets[0][0].ids[: prompt_length(sets[0][0])]))
     lm, layout = load(config, tokenizer, say)
@@ -212,7 +215,7 @@ def train(config: SFTConfig) -> None:
         engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")
         tokens = max(config.micro_batch_tokens, config.context_truncate)
         settle_checkpointing(engine, lm, config, tokens, device_room(), log.say)
-        stage = stage_of(config, lm, tokenizer, layout, sets, spread(valid, config.num_samples), balance)
+        stage = build_stage(config, lm, tokenizer, layout, sets, evenly_spaced(valid, config.num_samples), balance)
         code = fit(engine, stage, layout.rows(valid, world_size()), config, log, start)
     finally:
         log.close()

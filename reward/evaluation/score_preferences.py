@@ -1,4 +1,4 @@
-"""Trained reward models on one set of preferences, one after the other: what evaluation and strength share."""
+"""Score preferences with one or several trained reward models; used by reward.evaluate and reward.strength."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from data.batching.micro_batch_plan import rank_plan
-from data.choose_template import first_prompt, settle
+from data.choose_template import first_prompt, prepare_tokenizer
 from data.preferences import Preference
 from reward.encode import encode_all
-from reward.forward import held_out
-from reward.metrics import Scored
+from reward.forward import score_comparisons
+from reward.metrics import ScoredItems
 from reward.model import load_scalar_model
 from reward.scoring.ensemble import check_labels
 from utils.engine.engine import DTYPES, InferenceEngine, device
@@ -53,26 +53,29 @@ class PanelConfig(ForwardConfig):
             check_range(self, context_truncate=(1, None))
 
 
-def score_preferences(preferences: list[Preference], config: PanelConfig, say: Callable[[str], None]) -> list[Scored]:
-    """What each model says of the preferences that fit all of their windows; `place` is that in the list.
+def score_preferences(
+    preferences: list[Preference], config: PanelConfig, say: Callable[[str], None]
+) -> list[ScoredItems]:
+    """Returns each model's scores of the preferences that fit the windows of all models.
 
-    Each reads with its own tokenizer and template. One model is in memory at a time. Raises UserError for what is no
-    reward model, for labels of different meanings, for scores that are not finite, and when no preference fits.
+    Each model uses its own tokenizer and template; one model is in memory at a time. `place` of an item is its index in
+    `preferences`. Raises UserError for folders that are not reward models, for labels of different meanings, for
+    scores that are not finite, and if no preference fits.
     """
     check_labels(config.model, FLAG)
     models = [_scored(path, preferences, config, say) for path in config.model]
     common = set.intersection(*({item.place for item in scored.items} for scored in models))
     if not common:
         raise UserError(
-            f"--data_path {config.data_path}: no preference fits the windows of all models; give shorter ones"
+            f"--data_path {config.data_path}: no preference fits the windows of all models; use shorter ones"
         )
     return [scored.where(lambda item: item.place in common) for scored in models]
 
 
-def _scored(path: str, preferences: list[Preference], config: PanelConfig, say: Callable[[str], None]) -> Scored:
+def _scored(path: str, preferences: list[Preference], config: PanelConfig, say: Callable[[str], None]) -> ScoredItems:
     dtype, attention = DTYPES[config.dtype], config.attn_implementation
     source = config.tokenizer_name_or_path or str(model_folder(path, FLAG))
-    tokenizer, template = settle(config, source, [(FLAG, path)], say)
+    tokenizer, template = prepare_tokenizer(config, source, [(FLAG, path)], say)
     model = load_scalar_model(path, dtype, device(), attention, tokenizer, say=say, flag=FLAG, trained=True)
     window = config.context_truncate or window_of(model)
     if window:
@@ -80,7 +83,7 @@ def _scored(path: str, preferences: list[Preference], config: PanelConfig, say: 
     items = encode_all(preferences, tokenizer, template, window or sys.maxsize, say)
     if not items:
         raise UserError(
-            f"--data_path {config.data_path}: no preference fits the {window} tokens of {path}; give shorter ones, or "
+            f"--data_path {config.data_path}: no preference fits the {window} tokens of {path}; use shorter ones, or "
             "raise --context_truncate"
         )
     say(first_prompt(tokenizer, items[0].answers[0][: items[0].prompt_length]))
@@ -89,7 +92,7 @@ def _scored(path: str, preferences: list[Preference], config: PanelConfig, say: 
         parts = rank_plan(lengths, config.micro_batch_tokens, num_ranks=1, rank=0, joined=model.trains_joined)
         return tqdm(parts, desc=path, unit="batch")
 
-    scored, _ = held_out(InferenceEngine(model), items, plan)
+    scored, _ = score_comparisons(InferenceEngine(model), items, plan)
     if not bool(scored.scores.isfinite().all()):
-        raise UserError(f"{FLAG}: {path} gives scores that are not finite; try --dtype fp32, or another model")
+        raise UserError(f"{FLAG}: {path} returns scores that are not finite; use --dtype fp32, or another model")
     return scored

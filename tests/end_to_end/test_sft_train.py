@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from data.dialogues import Dialogue, encode, load_dialogues
 from data.order import mixture
 from data.template import decode_answer, encode_dialogue, encode_prompt
-from sft.train import SFTConfig, load_encoded, main, spread
+from sft.train import SFTConfig, evenly_spaced, load_encoded, main
 from tests.helpers.tiny import SAMPLES, tiny_llama, tiny_llama_folder
 from tests.helpers.tiny_run import read_lines, write_json
 from utils.tokenizer import load_tokenizer
@@ -123,9 +123,9 @@ def test_dialogues_are_held_out_of_every_set(base, tmp_path):
 
 
 def test_prompts_to_answer_come_from_all_over_the_held_out_ones():
-    assert spread(list(range(10)), 3) == [0, 3, 6]
-    assert spread([1, 2], 4) == [1, 2]
-    assert spread([1, 2], 0) == spread([], 4) == []
+    assert evenly_spaced(list(range(10)), 3) == [0, 3, 6]
+    assert evenly_spaced([1, 2], 4) == [1, 2]
+    assert evenly_spaced([1, 2], 0) == evenly_spaced([], 4) == []
 
 
 def test_the_saved_chat_template_prompts_as_the_training_did(run):

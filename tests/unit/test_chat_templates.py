@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from data.batching.collate import pad
 from data.chat import turn_end
-from data.choose_template import settle
+from data.choose_template import prepare_tokenizer
 from data.dialogues import Dialogue, encode_dialogues
 from data.preferences import Pair, Preference
 from data.template import encode_dialogue, encode_prompt
@@ -18,7 +18,7 @@ from ppo.models import PolicyModel
 from ppo.rollout import assemble, generate, response_ids
 from ppo.score import closed_ids
 from reward.encode import encode_preference
-from reward.forward import best_answers
+from reward.forward import best_answer_mask
 from reward.scoring.ensemble import Encoding
 from sft.model import AnswerModel
 from sft.packed_batches import Layout
@@ -56,7 +56,7 @@ def settled(family: Family, folder):
     if family.ends:
         ids = tokenizer.convert_tokens_to_ids(family.ends)
         write_json(folder / "model" / "generation_config.json", {"eos_token_id": ids if len(ids) > 1 else ids[0]})
-    found, template = settle(flags, str(folder / "tokenizer"), [("--m", str(folder / "model"))], str)
+    found, template = prepare_tokenizer(flags, str(folder / "tokenizer"), [("--m", str(folder / "model"))], str)
     assert template == "chat"
     return found
 
@@ -123,7 +123,7 @@ def test_what_a_reward_model_reads(family, tokenizer):
     prompt = encode_prompt(tokenizer, TURNS[:-1], "chat")
     answer = ids[len(prompt) : len(ids) - len(end.ids)]
     others = [i for i in tokenizer.stop_ids if i != end.stop]
-    responses = [[*answer, *end.ids[: end.learnt]], answer, *([*answer, i] for i in others)]
+    responses = [[*answer, *end.ids[: end.num_generated]], answer, *([*answer, i] for i in others)]
     rollout = assemble([prompt] * len(responses), [torch.tensor(row) for row in responses], tokenizer.stop_ids, 0)
     assert rollout.ended.tolist() == [True, False, *[True] * len(others)]
     assert [tokenizer.decode(row) for row in closed_ids(rollout, end)] == [whole] * len(responses)
@@ -134,7 +134,7 @@ def test_what_the_loss_of_a_reward_model_counts(family, tokenizer):
     preference = Preference(TURNS[:-1], ["No.", TURNS[-1]["content"]], [Pair(1, 0, None, None)], "", "")
     item, _ = encode_preference(preference, tokenizer, "chat", 256)
     ids, mask = pad(item.answers, 0)
-    counted = best_answers([item], mask)
+    counted = best_answer_mask([item], mask)
     assert tokenizer.decode(ids[1][counted[1]]) == family.answer
     assert not counted[0].any()
     assert item.answer_lengths[1] == int(counted.sum())

@@ -6,7 +6,7 @@ import pytest
 from conftest import SAMPLES
 
 from data.dialogues import load_dialogues
-from data.formats.dialogue_forms import check_turns, turns_of
+from data.formats.dialogue_forms import check_turns, parse_turns
 from data.formats.records import BadRecord, read_records
 from data.preferences import load_preferences
 from data.prompts import load_prompts
@@ -92,7 +92,7 @@ def test_dialogue_forms(tmp_path, record):
 
 
 def test_alpaca_input_stands_below_the_instruction():
-    turns = turns_of({"instruction": "Add.", "input": "1 2", "output": "3"})
+    turns = parse_turns({"instruction": "Add.", "input": "1 2", "output": "3"})
     assert [turn["content"] for turn in turns] == ["Add.\n\n1 2", "3"]
 
 

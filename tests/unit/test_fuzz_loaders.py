@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.dialogues import encode, load_dialogues
-from data.formats.dialogue_forms import turns_of
+from data.formats.dialogue_forms import parse_turns
 from data.formats.json_lines import parse_json_lines, parse_json_list
 from data.formats.records import BadRecord, Record, Tally
-from data.formats.stream import stream_records, text_or_answered
+from data.formats.stream import dialogue_or_text, stream_records
 from data.preferences import load_preferences
 from data.prompts import load_prompts
 from reward.encode import encode_preference
@@ -137,7 +137,7 @@ def test_fuzz_stream(folder, records, ascii_only, form):
     assert [record.source for record in found] == [f"{file}:{k}" for k in range(1, len(records) + 1)]
     for record in found:
         try:
-            turns = text_or_answered(record.value)
+            turns = dialogue_or_text(record.value)
         except BadRecord as error:
             assert "\n" not in str(error)
             continue
@@ -151,11 +151,11 @@ def test_fuzz_turns(value, empty_answer):
     """What comes out can be encoded, and goes in again as it is."""
     with ends():
         try:
-            turns = turns_of(value, empty_answer)
+            turns = parse_turns(value, empty_answer)
         except BadRecord as error:
             assert "\n" not in str(error)
             return
-    assert turns_of({"messages": turns}, empty_answer) == turns
+    assert parse_turns({"messages": turns}, empty_answer) == turns
     spoken = turns[turns[0]["role"] == "system" :]
     assert [turn["role"] for turn in spoken] == [("user", "assistant")[k % 2] for k in range(len(spoken))]
     for turn in turns:

@@ -6,7 +6,7 @@ import reward.scoring.score_records
 from reward.model import save_scalar_model
 from reward.scoring.ensemble import Encoding, Frozen, Member
 from reward.scoring.score_flags import ScoreConfig
-from reward.scoring.score_records import load_judges, score_chunk
+from reward.scoring.score_records import load_reward_models, score_chunk
 from tests.helpers.parts import tiny_scalar_model
 from tests.helpers.tiny import VOCAB, tiny_tokenizer_folder
 from utils.tokenizer import load_tokenizer
@@ -50,6 +50,6 @@ def test_each_reads_with_its_own_tokenizer_and_template(tmp_path):
         tokenizer = load_tokenizer(str(tiny_tokenizer_folder(tmp_path / f"{vocab}_tokenizer", vocab)), template)
         paths.append(str(tmp_path / template))
         save_scalar_model(tiny_scalar_model(len(tokenizer)), paths[-1], tokenizer=tokenizer)
-    judges = load_judges(ScoreConfig(model=paths, input="-", dtype="fp32"), str)
+    judges = load_reward_models(ScoreConfig(model=paths, input="-", dtype="fp32"), str)
     found = [(len(j.encoding.tokenizer), j.encoding.template, j.encoding.window, j.window) for j in judges]
     assert found == [(VOCAB, "moss_en", 512, 512), (372, "moss_zh", 512, 512)]

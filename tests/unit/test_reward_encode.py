@@ -54,7 +54,7 @@ def test_a_long_answer_cuts_the_history_of_all_its_rivals_alike(tokenizer):
     assert len(prompts) == 1
     assert len(item.answers) == 3
     assert item.tokens == sum(len(ids) for ids in item.answers)
-    assert item.padded == 3 * len(item.answers[2])
+    assert item.padded_tokens == 3 * len(item.answers[2])
 
 
 def test_what_does_not_fit_and_subsets_that_are_gone_are_named(tokenizer):

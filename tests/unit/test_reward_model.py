@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 import utils.models.padding_free
-from reward.model import last_scores, load_scalar_model, save_scalar_model, set_dropout, with_own_pad
+from reward.model import last_scores, load_scalar_model, save_scalar_model, set_dropout, with_distinct_pad
 from tests.helpers.tiny import VOCAB, tiny_llama, tiny_llama_config, tiny_llama_folder, tiny_tokenizer_folder
 from utils.errors import UserError
 from utils.models.load import load_causal_lm
@@ -106,9 +106,9 @@ def test_saved_folder_gives_the_same_scores_in_transformers(plain, tmp_path):
 def test_a_tokenizer_that_pads_with_an_id_that_ends_answers_is_saved_with_another_pad(plain):
     tokenizer = load_tokenizer(str(plain))
     tokenizer.stop_ids, tokenizer.pad_token = (0, 2), tokenizer.convert_ids_to_tokens(0)
-    assert with_own_pad(tokenizer).pad_token_id == 1
+    assert with_distinct_pad(tokenizer).pad_token_id == 1
     tokenizer.stop_ids = (2,)
-    assert with_own_pad(tokenizer) is tokenizer
+    assert with_distinct_pad(tokenizer) is tokenizer
 
 
 def test_a_tokenizer_that_pads_with_its_eos_is_saved_with_another_pad(plain, tmp_path):

@@ -13,8 +13,8 @@ from data.batching.collate import pad
 from data.batching.micro_batch_plan import rank_plan
 from reward.batches import Comparison
 from reward.config import RewardConfig
-from reward.contrastive import contrast_sum, pair_features, with_pulls
-from reward.forward import best_answers, held_out, read_answers
+from reward.contrastive import cache_gradients, contrastive_loss_sum, pair_features
+from reward.forward import best_answer_mask, forward_answers, score_comparisons
 from reward.loss import simcse_losses
 from reward.model import last_scores, set_dropout
 from reward.train import comparison_counts, comparison_sums
@@ -72,7 +72,7 @@ def test_the_language_model_loss_is_on_the_best_answers_tokens():
     _, mask = pad([answer for item in items for answer in item.answers], 0)
     learnt = torch.zeros(7, 5)
     learnt[0, 2:5] = learnt[4, 2:4] = learnt[6, 2:4] = 1  # the first of the pair, the last of the list, the second
-    assert torch.equal(best_answers(items, mask), learnt.bool())
+    assert torch.equal(best_answer_mask(items, mask), learnt.bool())
     assert comparison_counts(items, config(reward_lm_loss_factor=1.0))["lm_loss"] == 3 + 2 + 2
 
 
@@ -84,7 +84,7 @@ def with_lm_head() -> InferenceEngine:
 
 def test_the_second_views_tokens_are_not_learnt_again():
     engine, items = with_lm_head(), comparisons()
-    once, twice = (read_answers(engine, items, True, seed).nll for seed in (None, 1))
+    once, twice = (forward_answers(engine, items, True, seed).nll for seed in (None, 1))
     torch.testing.assert_close(twice, once)
 
 
@@ -92,7 +92,7 @@ def test_the_second_views_tokens_are_not_learnt_again():
 def test_held_out_scores_do_not_depend_on_the_batches(max_tokens):
     items = comparisons()
     plan = partial(rank_plan, max_tokens=max_tokens, num_ranks=1, rank=0)
-    scored, nll = held_out(ENGINE, items, plan)
+    scored, nll = score_comparisons(ENGINE, items, plan)
     expected = torch.stack([score(ids) for item in items for ids in item.answers])
     torch.testing.assert_close(scored.scores, expected)
     assert nll == 0.0
@@ -101,17 +101,17 @@ def test_held_out_scores_do_not_depend_on_the_batches(max_tokens):
 def test_a_forward_without_weight_leaves_no_trace():
     """A rank repeats an item to keep another company, which gives the score itself."""
     items, model = comparisons(), with_lm_head()
-    alone, nll = held_out(model, items, lambda _: [([1, 2], 1.0)], with_lm=True)
-    kept, nll_kept = held_out(model, items, lambda _: [([1, 2], 1.0), ([0], 0.0)], with_lm=True)
+    alone, nll = score_comparisons(model, items, lambda _: [([1, 2], 1.0)], with_lm=True)
+    kept, nll_kept = score_comparisons(model, items, lambda _: [([1, 2], 1.0), ([0], 0.0)], with_lm=True)
     assert torch.equal(kept.scores, alone.scores) and nll_kept == nll > 0
     assert kept.scores[:2].tolist() == [0, 0] and kept.scores[2:].all()
     engine = trained_part(0.3)
     pulled = (
-        with_pulls(engine, items, lambda _, parts=parts: parts, length, 1.0, random.Random(0))
+        cache_gradients(engine, items, lambda _, parts=parts: parts, length, 1.0, random.Random(0))
         for parts in ([([1, 2], 1.0)], [([1, 2], 1.0), ([0], 0.0)])
     )
     for one, other in zip(*pulled, strict=True):
-        assert torch.equal(one.pull.losses, other.pull.losses)
+        assert torch.equal(one.cached_gradient.losses, other.cached_gradient.losses)
 
 
 def trained_part(dropout: float) -> InferenceEngine:
@@ -126,7 +126,7 @@ def gradients(engine: InferenceEngine) -> torch.Tensor:
 
 
 def length(item: Comparison) -> int:
-    return 2 * item.padded
+    return 2 * item.padded_tokens
 
 
 @pytest.mark.parametrize(("dropout", "max_tokens"), [(0.3, 10_000), (1e-9, 10_000), (1e-9, 20)])
@@ -136,13 +136,13 @@ def test_the_contrastive_gradient_is_that_of_one_graph_over_all_pairs(dropout, m
     plan = partial(rank_plan, max_tokens=max_tokens, num_ranks=1, rank=0)
     seed = random.Random("s").getrandbits(32)
     members = [items[i] for i in (plan([length(item) for item in items])[0][0] if max_tokens > 20 else range(3))]
-    features = pair_features(read_answers(engine, members, dropout_seed=seed).states, members)
+    features = pair_features(forward_answers(engine, members, dropout_seed=seed).states, members)
     expected = simcse_losses(features[:, 0], features[:, 1], 0.5).sum()
     expected.backward()
     whole = gradients(engine)
     engine.module.zero_grad()
 
-    pulled = with_pulls(engine, items, plan, length, 0.5, random.Random("s"))
+    pulled = cache_gradients(engine, items, plan, length, 0.5, random.Random("s"))
     parts = plan([length(item) for item in items])
     assert len(parts) == (1 if max_tokens > 20 else 3)
     total = 0.0
@@ -158,7 +158,7 @@ def test_the_contrastive_gradient_is_that_of_one_graph_over_all_pairs(dropout, m
 def test_the_two_views_differ_by_dropout_and_repeat_with_their_seed():
     state = torch.get_rng_state()
     engine, items = trained_part(0.3), comparisons()
-    first, again, other = (read_answers(engine, items, dropout_seed=seed).states for seed in (1, 1, 2))
+    first, again, other = (forward_answers(engine, items, dropout_seed=seed).states for seed in (1, 1, 2))
     assert first.shape == (2, 7, 32)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -168,17 +168,20 @@ def test_the_two_views_differ_by_dropout_and_repeat_with_their_seed():
 
 def test_scores_of_a_step_are_the_first_views():
     engine, items = trained_part(1e-9), comparisons()
-    reading = read_answers(engine, items, dropout_seed=3)
-    torch.testing.assert_close(reading.scores, read_answers(ENGINE, items).scores)
+    reading = forward_answers(engine, items, dropout_seed=3)
+    torch.testing.assert_close(reading.scores, forward_answers(ENGINE, items).scores)
 
 
 def test_an_item_keeps_its_place_in_the_sum():
-    """A pull of all ones: the gradient by the features is 1, and the value is that of the losses alone."""
-    items = with_pulls(ENGINE, comparisons(), lambda lengths: [([0, 1, 2], 1.0)], length, 1.0, random.Random(0))
+    """A cached_gradient of all ones: the gradient by the features is 1, and the value is that of the losses alone."""
+    items = cache_gradients(ENGINE, comparisons(), lambda lengths: [([0, 1, 2], 1.0)], length, 1.0, random.Random(0))
     states = torch.randn(2, 7, 32, requires_grad=True)
-    ones = [replace(i, pull=replace(i.pull, gradient=torch.ones_like(i.pull.gradient))) for i in items[1:2]]
-    value = contrast_sum(states[:, 2:5], ones)
+    ones = [
+        replace(i, cached_gradient=replace(i.cached_gradient, gradient=torch.ones_like(i.cached_gradient.gradient)))
+        for i in items[1:2]
+    ]
+    value = contrastive_loss_sum(states[:, 2:5], ones)
     value.backward()
-    torch.testing.assert_close(value, items[1].pull.losses.sum())
+    torch.testing.assert_close(value, items[1].cached_gradient.losses.sum())
     # Answer 2 of the list is better twice; answer 0 once better, once worse; answer 1 worse twice.
     assert states.grad[:, 2:5].amax(dim=(0, 2)).tolist() == [0, -2, 2]

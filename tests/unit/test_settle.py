@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data.chat import TurnEnd, turn_end
-from data.choose_template import first_prompt, settle
+from data.choose_template import first_prompt, prepare_tokenizer
 from data.template import encode_dialogue, encode_prompt
 from ppo.config import PPOConfig
 from reward.config import RewardConfig
@@ -40,7 +40,7 @@ def of(folders, source: str, *others: str, **flags):
     said, config = [], PPOConfig(**PATHS, **flags)
     critics = [("--critic_model_path", str(folders / name)) for name in others]
     path = str(folders / source)
-    tokenizer, template = settle(config, path, [("--policy_model_path", path)], said.append, critics)
+    tokenizer, template = prepare_tokenizer(config, path, [("--policy_model_path", path)], said.append, critics)
     assert template_of(tokenizer) == template
     return template, tokenizer, said
 

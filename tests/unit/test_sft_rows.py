@@ -10,7 +10,7 @@ from transformers.modeling_flash_attention_utils import _is_packed_sequence, pre
 import tests.helpers.varlen
 from data.dialogues import EncodedDialogue
 from sft.model import AnswerModel, packing_failure
-from sft.packed_batches import Layout, Row
+from sft.packed_batches import Layout, PackedRow
 from sft.train import SFTConfig, load
 from tests.helpers.tiny import tiny_llama, tiny_llama_config, tiny_llama_folder
 
@@ -30,11 +30,11 @@ def dialogues(vocab: int = 400) -> list[EncodedDialogue]:
     return result
 
 
-def sizes_of(rows: list[Row]) -> list[list[int]]:
+def sizes_of(rows: list[PackedRow]) -> list[list[int]]:
     return [[len(dialogue.ids) for dialogue in row.dialogues] for row in rows]
 
 
-def all_sizes(rows: list[Row]) -> list[int]:
+def all_sizes(rows: list[PackedRow]) -> list[int]:
     return [size for row in sizes_of(rows) for size in row]
 
 

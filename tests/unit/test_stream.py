@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from data.formats.records import BadRecord, Record
-from data.formats.stream import stream_records, text_or_answered
+from data.formats.stream import dialogue_or_text, stream_records
 from utils.errors import UserError
 
 
@@ -88,7 +88,7 @@ def test_a_file_that_is_not_there_is_named_before_anything_is_read(tmp_path):
     ids=json.dumps,
 )
 def test_dialogues_and_texts(value, expected):
-    assert text_or_answered(value) == expected
+    assert dialogue_or_text(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -106,4 +106,4 @@ def test_dialogues_and_texts(value, expected):
 )
 def test_what_cannot_be_scored(value, reason):
     with pytest.raises(BadRecord, match=reason):
-        text_or_answered(value)
+        dialogue_or_text(value)
