@@ -1,6 +1,6 @@
 """Train a reward model on preferences:   python -m reward.train --hf_model_name_or_path … --data_path …
 
-Loss: -E[log sigmoid(chosen - rejected)] + beta * cross entropy of the chosen answer (Part I eq. 2 with corrected signs),
+Loss: -E[log sigmoid(chosen - rejected)] + beta * cross entropy of the chosen answer (Part I eq. 2, signs corrected),
 with the options of Part II as flags: margin, label smoothing, flipped labels, contrastive loss.
 """
 
