@@ -1,14 +1,7 @@
-"""Steps of reward training against the Trainer of transformers:   python benchmarks/reward_step.py [--rounds 3]
+"""Compare steps of reward training with the Trainer of transformers:   python benchmarks/reward_step.py [--rounds 3]
 
-The same 58M LLaMA (hidden 512, 8 layers, 8 heads, intermediate 1376, vocabulary 32,000) from the same random weights,
-the same pairs of random ids in the same order, as many a step, gradients clipped at 1; one process, nothing recomputed.
-Ours: bf16 weights with float32 ones and float32 AdamW moments beside them, under DeepSpeed (ZeRO-2).
-Trainer: AutoModelForSequenceClassification with the pairwise loss in `compute_loss`; weights, gradients and moments in
-bf16, the fastest that it has; with --autocast float32 ones, cast to bf16 for the products, as precise as ours. No
-DeepSpeed. Batches of --peer_batch_size pairs, padded to the longest answer, gradients added up to a step.
-Lengths of prompt and answer: log-uniform from 32 to 512, each side of a pair its own, and all 256. Sides alternate step
-by step; the first one warms up. Prints useful tokens a second (padding not counted), medians over rounds, and each
-process's peak memory. Run it with the MALLOC_ variables of utils/launch.sh.
+See supervised.py. Each side of a pair has its own length. The Trainer uses AutoModelForSequenceClassification with the
+pairwise loss in `compute_loss`.
 """
 
 import argparse
@@ -26,12 +19,12 @@ from benchmarks.supervised import compare, our_steps, padded, parser_of
 
 
 def save_start(folder: str) -> None:
-    """The weights that both sides begin with, in the form that both read."""
+    """Saves the initial weights of both sides."""
     random_classifier(SIZES, torch.bfloat16, torch.device("cpu")).save_pretrained(folder)
 
 
 def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.Namespace) -> None:
-    """A step of our own for every message. dialogues: two a pair, the chosen one first."""
+    """Our side of `alternate.measure`. dialogues: two per pair, the chosen one first."""
     from reward.batches import Comparison
     from reward.config import RewardConfig
     from reward.model import load_scalar_model
@@ -53,12 +46,12 @@ def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.
 
 
 def collate(batch: list[dict]) -> dict:
-    """Padded dialogues, the chosen ones first."""
+    """Returns padded dialogues, the chosen ones first."""
     return padded(pair[side] for side in ("chosen", "rejected") for pair in batch)
 
 
 def trainers(connection, folder: str, dialogues: list[list[int]], options: argparse.Namespace) -> None:
-    """The same of transformers' Trainer."""
+    """The Trainer's side of `alternate.measure`."""
     from benchmarks.trainer_side import PairTrainer, trainer_steps
 
     load = partial(AutoModelForSequenceClassification.from_pretrained, folder)
