@@ -1,4 +1,4 @@
-"""Data files to records, dialogues and prompts: formats, bad files and records, truncation, validation sets, streams."""
+"""Data files to records, dialogues and prompts: formats, bad data, truncation, validation sets, streams."""
 
 import io
 import itertools

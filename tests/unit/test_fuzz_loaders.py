@@ -1,4 +1,4 @@
-"""Loaders on arbitrary data: each record is kept or counted, each file is read or refused in one line with its place."""
+"""Loaders on arbitrary data: each record is kept or counted, each file is read or refused with its place."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Which template a command uses and why, what it refuses, and which ids end an answer."""
+"""Which template and stop ids a command uses, the reason for it, and what it refuses."""
 
 import json
 
@@ -8,12 +8,10 @@ from data.chat import TurnEnd, turn_end
 from data.choose_template import first_prompt, prepare_tokenizer
 from data.template import encode_dialogue, encode_prompt
 from ppo.config import PPOConfig
-from reward.config import RewardConfig
 from tests.helpers.families import FAMILIES, TURNS, family_tokenizer
 from tests.helpers.tiny import tiny_llama, tiny_llama_folder
 from tests.helpers.tiny_run import write_json
 from utils.errors import UserError
-from utils.flags.parser import parse_args
 from utils.tokenizer import load_tokenizer, save_tokenizer, template_of
 
 PATHS = {"policy_model_path": "P", "critic_model_path": "C", "data_path": "D"}
@@ -36,7 +34,7 @@ def folders(tmp_path_factory):
 
 
 def of(folders, source: str, *others: str, **flags):
-    """(template, tokenizer, what was said) of a run with the tokenizer of `source` and the critics `others`."""
+    """(template, tokenizer, printed lines) of a run with the tokenizer of `source` and the critics `others`."""
     said, config = [], PPOConfig(**PATHS, **flags)
     critics = [("--critic_model_path", str(folders / name)) for name in others]
     path = str(folders / source)
@@ -48,22 +46,21 @@ def of(folders, source: str, *others: str, **flags):
 @pytest.mark.parametrize(
     ("source", "flags", "template", "why"),
     [
-        ("chat", {}, "chat", "the tokenizer's own chat template (--template auto)"),
-        ("chat", {"lang": "zh"}, "chat", "the tokenizer's own chat template (--template auto)"),
-        ("chat", {"template": "moss_en"}, "moss_en", "as asked for (--template moss_en)"),
-        ("plain", {}, "moss_en", "by --lang en, as the tokenizer has no chat template (--template auto)"),
-        ("plain", {"lang": "zh"}, "moss_zh", "by --lang zh, as the tokenizer has no chat template (--template auto)"),
-        ("en", {"lang": "zh"}, "moss_en", "the tokenizer's own chat template (--template auto)"),
-        ("zh", {}, "moss_zh", "the tokenizer's own chat template (--template auto)"),
-        ("zh", {"template": "chat"}, "moss_zh", "the tokenizer's own chat template (--template chat)"),
+        ("chat", {"lang": "zh"}, "chat", "own chat template (--template auto)"),
+        ("chat", {"template": "moss_en"}, "moss_en", "requested (--template moss_en)"),
+        ("plain", {}, "moss_en", "--lang en"),
+        ("plain", {"lang": "zh"}, "moss_zh", "--lang zh"),
+        ("en", {"lang": "zh"}, "moss_en", "own chat template (--template auto)"),
+        ("zh", {"template": "chat"}, "moss_zh", "own chat template (--template chat)"),
     ],
 )
-def test_the_template_and_why(folders, source, flags, template, why):
+def test_template_and_reason(folders, source, flags, template, why):
     found, _, said = of(folders, source, **flags)
-    assert (found, said[0]) == (template, f"{folders / source}: template {template}, {why}")
+    assert found == template
+    assert said[0].startswith(f"{folders / source}: template {template}, ") and why in said[0]
 
 
-def test_a_template_asked_for_replaces_the_tokenizers_own(folders):
+def test_a_requested_template_replaces_the_tokenizers_own(folders):
     tokenizer = of(folders, "chat", template="moss_zh")[1]
     assert tokenizer.convert_tokens_to_ids("<|MOSS|>") >= 309
     assert tokenizer.decode(encode_prompt(tokenizer, TURNS[:1], "moss_zh")) == "<|Human|>Hi<|endoftext|><|MOSS|>"
@@ -72,93 +69,80 @@ def test_a_template_asked_for_replaces_the_tokenizers_own(folders):
 @pytest.mark.parametrize(
     ("source", "other", "message"),
     [
-        ("plain", "zh", "C was trained with the template moss_zh, and this run uses moss_en, by --lang en, as the"),
-        ("en", "zh", "C was trained with the template moss_zh, .* with --template moss_en or moss_zh$"),
-        ("plain", "chat", "C was trained with the template chat, and this run uses moss_en"),
+        ("en", "zh", "C was trained with the template moss_zh, and this run uses .*--template moss_en or moss_zh$"),
+        ("plain", "chat", "C was trained with the template chat, and this run uses moss_en, by --lang en"),
         ("chat", "other", "C was trained with another chat template, and this run uses chat, .* --template chat$"),
     ],
 )
 def test_another_template_stops_a_run_unless_the_flag_is_explicit(folders, source, other, message):
-    message = message.replace("C ", f"--critic_model_path {folders / other} ")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message.replace("C ", f"--critic_model_path {folders / other} ")):
         of(folders, source, other)
     template = "chat" if source == "chat" else "moss_en"
     assert of(folders, source, other, template=template)[0] == template
-    assert of(folders, source, source)[0] == of(folders, source, "plain")[0] == template  # `plain` says nothing
+    assert of(folders, source, source)[0] == of(folders, source, "plain")[0] == template  # `plain` has none
 
 
-def test_what_ends_an_answer_is_said_with_its_reasons(folders):
+def test_stop_ids_and_their_reasons(folders):
     file = folders / "chat" / "generation_config.json"
-    ids = load_tokenizer(str(folders / "chat")).convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|im_start|>"])
-    write_json(file, {"eos_token_id": [ids[0], ids[2], 99999]})  # the last is none of the tokenizer's
+    eos, end, start = load_tokenizer(str(folders / "chat")).convert_tokens_to_ids(
+        ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
+    )
+    write_json(file, {"eos_token_id": [eos, start, 99999]})  # the last is not in the vocabulary
     _, tokenizer, said = of(folders, "chat")
-    assert tokenizer.stop_ids == (ids[0], ids[2], ids[1])
-    eos, start, end = (f"'{token}' ({i}: " for token, i in zip(("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-                       (ids[0], ids[2], ids[1])))  # fmt: skip
-    expected = f"{eos}EOS, {file}) or {start}{file}) or {end}the template's end of a turn)"
-    assert said[1] == f"an answer ends in {expected}"
-    assert of(folders, "chat", template="moss_en")[1].stop_ids == (ids[0],)  # EOS alone
+    assert tokenizer.stop_ids == (eos, start, end)
+    assert f"({eos}: EOS, {file})" in said[1] and f"({start}: {file})" in said[1] and f"({end}: the template" in said[1]
+    assert of(folders, "chat", template="moss_en")[1].stop_ids == (eos,)
     file.unlink()
-    assert of(folders, "chat")[1].stop_ids == (ids[0], ids[1])
+    assert of(folders, "chat")[1].stop_ids == (eos, end)
     write_json(folders / "plain" / "generation_config.json", {"eos_token_id": [2, 5]})
-    _, tokenizer, said = of(folders, "plain")
-    assert (tokenizer.stop_ids, said[1]) == ((2,), "an answer ends in '</s>' (2: EOS)")
+    assert of(folders, "plain")[1].stop_ids == (2,)
 
 
-def test_stop_token_replaces_them(folders):
-    flags = {"stop_token": ["<|im_start|>", "Ċ"]}  # a token of the vocabulary, as byte-level tokenizers write it
-    _, tokenizer, said = of(folders, "chat", **flags)
+def test_stop_token_replaces_all_others(folders):
+    tokenizer = of(folders, "chat", stop_token=["<|im_start|>", "Ċ"])[1]  # as the vocabulary spells it
     assert sorted(tokenizer.convert_ids_to_tokens(tokenizer.stop_ids)) == ["<|im_start|>", "Ċ"]
-    assert said[1].count("--stop_token") == 2
-    assert of(folders, "chat", stop_token=["\n"])[1].stop_ids == tokenizer.stop_ids[:1]  # and as text
+    assert of(folders, "chat", stop_token=["\n"])[1].stop_ids == tokenizer.stop_ids[:1]  # as text
     for text in ("<|eot_id|>", ""):
-        with pytest.raises(UserError, match=rf"^--stop_token '{text.replace('|', chr(92) + '|')}' is not one token"):
+        with pytest.raises(UserError, match=r"^--stop_token '.*' is not one token"):
             of(folders, "chat", stop_token=[text])
-    argv = [word for name, path in PATHS.items() for word in (f"--{name}", path)]
-    assert parse_args(PPOConfig, [*argv, "--stop_token", "<|a|>", "</s>"]).stop_token == ["<|a|>", "</s>"]
 
 
-@pytest.mark.parametrize("text", ["{'a': 1}", "", "[1]", "1", "null", "{"])
-def test_arguments_of_the_template_are_a_json_object(text):
-    with pytest.raises(UserError, match=r"^--chat_template_kwargs .*: not a JSON object"):
+@pytest.mark.parametrize("text", ["{'a': 1}", "", "[1]", "null"])
+def test_template_arguments_are_a_json_object(text):
+    with pytest.raises(UserError, match=r"^--chat_template_kwargs .*JSON object"):
         PPOConfig(**PATHS, chat_template_kwargs=text)
-    with pytest.raises(UserError, match=r"^--chat_template_kwargs .*: not a JSON object"):
-        RewardConfig(hf_model_name_or_path="M", data_path="D", chat_template_kwargs=text)
 
 
-def test_arguments_reach_the_template_and_no_other_function(folders):
-    text = json.dumps({"enable_thinking": False})
-    tokenizer = of(folders, "chat", chat_template_kwargs=text)[1]
+def test_arguments_reach_the_template_only(folders):
+    tokenizer = of(folders, "chat", chat_template_kwargs=json.dumps({"enable_thinking": False}))[1]
     tokenizer.chat_template = "{% if enable_thinking is defined %}{{ 'set ' ~ enable_thinking }}{% endif %}"
     assert tokenizer.decode(encode_prompt(tokenizer, TURNS[:1], "chat")) == "set False"
     with pytest.raises(UserError, match=r"^--chat_template_kwargs: 'tokenize' is not an argument of a chat template"):
         of(folders, "chat", chat_template_kwargs='{"tokenize": true}')
 
 
-def test_a_prompt_is_shown_with_its_special_tokens(folders):
+def test_the_first_prompt_is_shown_with_special_tokens(folders):
     tokenizer = of(folders, "chat")[1]
     prompt = encode_prompt(tokenizer, TURNS[:1], "chat")
-    shown = r'first prompt as the model sees it: "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"'
-    assert first_prompt(tokenizer, prompt) == shown
+    assert first_prompt(tokenizer, prompt).endswith(r'"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"')
     assert len(first_prompt(tokenizer, prompt * 100)) < 1000
 
 
 def test_a_template_that_changes_answers(folders):
-    """Answers are learnt as they are given, and end as the template ends them."""
+    """Answers are trained on as they are given, and end as the template ends them."""
     tokenizer = of(folders, "chat")[1]
     tokenizer.chat_template = tokenizer.chat_template.replace("message.content", "message.content | upper")
     ids, mask = encode_dialogue(tokenizer, TURNS[:2], "chat")
     assert tokenizer.decode(ids) == "<|im_start|>user\nHI<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
-    assert tokenizer.decode([i for i, learnt in zip(ids, mask) if learnt]) == "Hello.<|im_end|>"
+    assert tokenizer.decode([i for i, inside in zip(ids, mask) if inside]) == "Hello.<|im_end|>"
 
 
 def test_the_end_of_a_turn_follows_the_tokenizer(folders):
     tokenizer = of(folders, "chat")[1]
-    end, newline = tokenizer.convert_tokens_to_ids(["<|im_end|>", "Ċ"])
+    end, newline, start = tokenizer.convert_tokens_to_ids(["<|im_end|>", "Ċ", "<|im_start|>"])
     assert turn_end(tokenizer, "chat") == TurnEnd((end, newline), end)
     assert turn_end(tokenizer, "moss_en") == turn_end(tokenizer, None) == TurnEnd((309,), 309)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content + '<|im_start|>' }}{% endfor %}"
-    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert turn_end(tokenizer, "chat") == TurnEnd((start,), start)
 
 
