@@ -125,7 +125,7 @@ def test_answers_that_prompts_lose_and_questions_that_dialogues_lose(tmp_path, t
     assert said[0] == f"prompts: 2 ended in the assistant's answer, which was cut off; first at {file}:2, then :3"
     said.clear()
     train, _ = load_dialogues(file, 0, 0, said.append)
-    assert [(dialogue.turns, dialogue.source) for dialogue in train][0] == (turns("a", "b"), f"{file}:1")
+    assert train[0] == Dialogue(turns("a", "b"), f"{file}:1")
     assert said[0].startswith("dialogues: 1 ended in a question") and said[0].endswith("x.jsonl:1")
 
 
@@ -345,7 +345,7 @@ def test_streams_that_cannot_be_read(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         list(stream_records(str(tmp_path / name), "--input"))
-    with pytest.raises(UserError, match="--input: .* does not exist"):
+    with pytest.raises(UserError, match=r"--input: .* does not exist"):
         stream_records(str(tmp_path / "nowhere.jsonl"), "--input")  # before anything is read
 
 

@@ -1,4 +1,4 @@
-"""A step of the reward model: ranked answers, and the contrastive term whatever the micro-batches."""
+"""A training step of the reward model: ranked answers, and the contrastive loss over micro-batches."""
 
 import copy
 import random
@@ -44,7 +44,14 @@ def score(ids: list[int]) -> torch.Tensor:
 
 def test_the_loss_of_a_ranked_list_is_the_mean_over_its_pairs():
     items = comparisons()[:2]
-    sums = comparison_sums(ENGINE, items, config(label_smoothing=0.2))
+    rows = []
+
+    def engine(ids, *args, **kwargs):
+        rows.append(len(ids))
+        return ENGINE(ids, *args, **kwargs)
+
+    sums = comparison_sums(engine, items, config(label_smoothing=0.2))
+    assert rows == [2 + 3]  # each answer once
     a, b, (r, s, t) = score(items[0].answers[0]), score(items[0].answers[1]), map(score, items[1].answers)
 
     def loss(difference: torch.Tensor) -> torch.Tensor:
@@ -56,23 +63,14 @@ def test_the_loss_of_a_ranked_list_is_the_mean_over_its_pairs():
     assert comparison_counts(items, config())["ranking_loss"] == 2
 
 
-def test_every_answer_goes_through_the_model_once():
-    rows = []
-
-    def engine(ids, *args, **kwargs):
-        rows.append(len(ids))
-        return ENGINE(ids, *args, **kwargs)
-
-    comparison_sums(engine, comparisons(), config())
-    assert rows == [2 + 3 + 2]
-
-
 def test_the_language_model_loss_is_on_the_best_answers_tokens():
     items = comparisons()
     _, mask = pad([answer for item in items for answer in item.answers], 0)
-    learnt = torch.zeros(7, 5)
-    learnt[0, 2:5] = learnt[4, 2:4] = learnt[6, 2:4] = 1  # the first of the pair, the last of the list, the second
-    assert torch.equal(best_answer_mask(items, mask), learnt.bool())
+    expected = torch.zeros(7, 5)
+    expected[0, 2:5] = expected[4, 2:4] = expected[6, 2:4] = (
+        1  # first of the pair, last of the list, second
+    )
+    assert torch.equal(best_answer_mask(items, mask), expected.bool())
     assert comparison_counts(items, config(reward_lm_loss_factor=1.0))["lm_loss"] == 3 + 2 + 2
 
 
@@ -82,7 +80,7 @@ def with_lm_head() -> InferenceEngine:
     return InferenceEngine(model)
 
 
-def test_the_second_views_tokens_are_not_learnt_again():
+def test_the_second_view_has_no_language_model_loss():
     engine, items = with_lm_head(), comparisons()
     once, twice = (forward_answers(engine, items, True, seed).nll for seed in (None, 1))
     torch.testing.assert_close(twice, once)
@@ -98,19 +96,18 @@ def test_held_out_scores_do_not_depend_on_the_batches(max_tokens):
     assert nll == 0.0
 
 
-def test_a_forward_without_weight_leaves_no_trace():
-    """A rank repeats an item to keep another company, which gives the score itself."""
+def test_a_dummy_forward_pass_changes_nothing():
     items, model = comparisons(), with_lm_head()
     alone, nll = score_comparisons(model, items, lambda _: [([1, 2], 1.0)], with_lm=True)
     kept, nll_kept = score_comparisons(model, items, lambda _: [([1, 2], 1.0), ([0], 0.0)], with_lm=True)
     assert torch.equal(kept.scores, alone.scores) and nll_kept == nll > 0
     assert kept.scores[:2].tolist() == [0, 0] and kept.scores[2:].all()
     engine = trained_part(0.3)
-    pulled = (
+    cached = (
         cache_gradients(engine, items, lambda _, parts=parts: parts, length, 1.0, random.Random(0))
         for parts in ([([1, 2], 1.0)], [([1, 2], 1.0), ([0], 0.0)])
     )
-    for one, other in zip(*pulled, strict=True):
+    for one, other in zip(*cached, strict=True):
         assert torch.equal(one.cached_gradient.losses, other.cached_gradient.losses)
 
 
@@ -142,12 +139,12 @@ def test_the_contrastive_gradient_is_that_of_one_graph_over_all_pairs(dropout, m
     whole = gradients(engine)
     engine.module.zero_grad()
 
-    pulled = cache_gradients(engine, items, plan, length, 0.5, random.Random("s"))
+    cached = cache_gradients(engine, items, plan, length, 0.5, random.Random("s"))
     parts = plan([length(item) for item in items])
     assert len(parts) == (1 if max_tokens > 20 else 3)
     total = 0.0
     for part, _ in parts:
-        sums = comparison_sums(engine, [pulled[i] for i in part], config(simcse_coef=1.0))
+        sums = comparison_sums(engine, [cached[i] for i in part], config(simcse_coef=1.0))
         sums["simcse_loss"].backward()
         total += sums["simcse_loss"].item()
     assert total == pytest.approx(expected.item(), rel=1e-5)
@@ -163,17 +160,13 @@ def test_the_two_views_differ_by_dropout_and_repeat_with_their_seed():
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert (first[0] - first[1]).abs().max() > 1e-3
+    scores = forward_answers(trained_part(1e-9), items, dropout_seed=3).scores
+    torch.testing.assert_close(scores, forward_answers(ENGINE, items).scores)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_scores_of_a_step_are_the_first_views():
-    engine, items = trained_part(1e-9), comparisons()
-    reading = forward_answers(engine, items, dropout_seed=3)
-    torch.testing.assert_close(reading.scores, forward_answers(ENGINE, items).scores)
-
-
 def test_an_item_keeps_its_place_in_the_sum():
-    """A cached_gradient of all ones: the gradient by the features is 1, and the value is that of the losses alone."""
+    """With a cached gradient of ones, the gradient of each feature is 1 and the value is the sum of the losses."""
     items = cache_gradients(ENGINE, comparisons(), lambda lengths: [([0, 1, 2], 1.0)], length, 1.0, random.Random(0))
     states = torch.randn(2, 7, 32, requires_grad=True)
     ones = [

@@ -1,4 +1,4 @@
-"""Packed and unpacked rows: the same dialogues, the same loss and gradient, no look at a neighbour."""
+"""sft/: packed and unpacked rows have the same dialogues, loss and gradient; packed dialogues are independent."""
 
 from functools import partial
 
@@ -65,14 +65,8 @@ def test_flash_attention_gets_one_row_without_padding():
     sizes = all_sizes(rows)
     assert starts.diff().tolist() == sizes
     assert longest == max(sizes)
-
-
-def test_rows_of_one_dialogue_need_no_positions():
-    equal = [EncodedDialogue([1, 2, 3], [False, True, True])] * 4
-    rows = PACKED.rows(equal, num_ranks=1)
-    assert sizes_of(rows) == [[3]] * 4
-    assert PACKED.collate(rows)[2] is None
     assert PLAIN.collate(PLAIN.rows(dialogues(), 1))[2] is None
+    assert PACKED.collate(PACKED.rows(dialogues()[:1] * 3, 1))[2] is None  # one dialogue per row
 
 
 def tiny_model(name: str) -> AnswerModel:
@@ -117,7 +111,7 @@ def test_dialogues_in_joined_rows_have_the_same_loss_and_gradient(monkeypatch):
     seen = []
     model.lm.model.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     joined, joined_gradient = loss(model, rows_at_once=10)
-    # The last token of a dialogue is learnt, not run.
+    # The last token of a dialogue is a target, not an input.
     assert seen == [(1, sum(LENGTHS) - len(LENGTHS))]
     assert joined == pytest.approx(alone, rel=1e-5)
     assert (joined_gradient - gradient).norm() < 1e-5 * gradient.norm()
@@ -132,7 +126,7 @@ def test_where_rows_are_joined_dialogues_are_not_packed(tmp_path, monkeypatch):
 
 
 def test_packed_dialogues_that_see_each_other_have_another_loss():
-    """What the test above would not notice if attention were so weak that a leak did not matter."""
+    """Shows that the test above can detect a leak in this model."""
     model = tiny_model("sdpa")
     rows = PACKED.rows(dialogues(), num_ranks=1)
     ids, answers, positions = PACKED.collate(rows)
