@@ -55,15 +55,10 @@ def _dialogue_of(record: Record, tally: Tally) -> Dialogue:
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, template: str, max_tokens: int
-) -> tuple[EncodedDialogue | None, int]:
-    """Returns (encoding, number of turns removed): the oldest turns go until it fits; None if the last do not fit."""
-    return _encode(tokenizer, dialogue, template, max_tokens)[:2]
-
-
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, template: str, max_tokens: int
 ) -> tuple[EncodedDialogue | None, int, list[Dialogue]]:
-    """Returns `encode`'s results, and for each earlier answer that the template rewrites the dialogue up to it."""
+    """Returns (encoding, number of turns removed, for each earlier answer that the template rewrites the dialogue up
+    to it). The oldest turns go until the dialogue fits; the encoding is None if the last ones do not fit.
+    """
     turns = dialogue.turns
     while turns:
         ids, mask, rewritten = encode_dialogue_parts(tokenizer, turns, template)
@@ -91,7 +86,7 @@ def encode_dialogues(
     parts: list[Dialogue] = []
 
     def fit(dialogue: Dialogue) -> tuple[EncodedDialogue | None, int]:
-        encoded, removed, rewritten = _encode(tokenizer, dialogue, template, max_tokens)
+        encoded, removed, rewritten = encode(tokenizer, dialogue, template, max_tokens)
         parts.extend(rewritten)
         return encoded, removed
 

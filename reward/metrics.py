@@ -118,9 +118,7 @@ def calibration_error(bins: list[Bin]) -> float:
 
 def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
     """Returns Pearson's correlation coefficient, or 0 if x or y is constant."""
-    x, y = (z.double() - z.double().mean() for z in (x, y))
-    scale = float(x.norm() * y.norm())
-    return float(x @ y) / scale if scale > 0 else 0.0
+    return float(torch.corrcoef(torch.stack([x, y]).double())[0, 1].nan_to_num())
 
 
 def mean_best_score(scored: ScoredItems) -> float:

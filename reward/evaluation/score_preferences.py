@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from data.batching.micro_batch_plan import rank_plan
-from data.choose_template import first_prompt, prepare_tokenizer
+from data.choose_template import first_prompt
 from data.preferences import Preference
 from reward.encode import encode_all
 from reward.forward import score_comparisons
 from reward.metrics import ScoredItems
-from reward.model import load_scalar_model
 from reward.scoring.ensemble import check_labels
-from utils.engine.engine import DTYPES, InferenceEngine, device
+from reward.scoring.score_records import load_reward_model
+from utils.engine.engine import InferenceEngine
 from utils.errors import UserError
 from utils.flags.checks import check_range
 from utils.flags.engine import ForwardConfig
-from utils.models.load import check_window, model_folder, window_of
+from utils.models.load import check_window, window_of
 
 FLAG = "--model"
 
@@ -73,10 +73,7 @@ def score_preferences(
 
 
 def _scored(path: str, preferences: list[Preference], config: PanelConfig, say: Callable[[str], None]) -> ScoredItems:
-    dtype, attention = DTYPES[config.dtype], config.attn_implementation
-    source = config.tokenizer_name_or_path or str(model_folder(path, FLAG))
-    tokenizer, template = prepare_tokenizer(config, source, [(FLAG, path)], say)
-    model = load_scalar_model(path, dtype, device(), attention, tokenizer, say=say, flag=FLAG, trained=True)
+    model, tokenizer, template = load_reward_model(path, config, say)
     window = config.context_truncate or window_of(model)
     if window:
         check_window(model, window, "--context_truncate")

@@ -7,13 +7,14 @@ from statistics import fmean, pstdev
 from typing import Any, TypeVar
 
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from data.choose_template import first_prompt, prepare_tokenizer
 from data.formats.records import BadRecord, Record, Tally
 from data.formats.score_columns import is_finite
 from data.formats.stream import dialogue_or_text
 from data.template import Turns, encode_prompt
-from reward.model import load_scalar_model
+from reward.model import ScalarModel, load_scalar_model
 from reward.scoring.ensemble import Encoding, Frozen, Member, check_labels, score_dialogues
 from reward.scoring.score_flags import ScoreConfig
 from reward.win_rate import count_outcomes, render, wilson_interval
@@ -26,17 +27,26 @@ Item = TypeVar("Item")
 TRUNCATED = "longer than a model's window (oldest turns dropped)"
 
 
+def load_reward_model(
+    path: str, config, say: Callable[[str], None]
+) -> tuple[ScalarModel, PreTrainedTokenizerBase, str]:
+    """Returns (model, tokenizer, template name) of a --model path, with its own tokenizer unless flags give another.
+
+    config: the flags of reward.score, reward.evaluate or reward.strength.
+    """
+    flag, dtype, attention = "--model", DTYPES[config.dtype], config.attn_implementation
+    source = config.tokenizer_name_or_path or str(model_folder(path, flag))
+    tokenizer, template = prepare_tokenizer(config, source, [(flag, path)], say)
+    model = load_scalar_model(path, dtype, device(), attention, tokenizer, say=say, flag=flag, trained=True)
+    return model.requires_grad_(False), tokenizer, template
+
+
 def load_reward_models(config: ScoreConfig, say: Callable[[str], None]) -> list[Member]:
-    """Returns the reward models, each with its own tokenizer and template unless flags give others."""
+    """Returns the reward models of --model."""
     check_labels(config.model, "--model")
     members = []
     for path in config.model:
-        source = config.tokenizer_name_or_path or str(model_folder(path, "--model"))
-        tokenizer, template = prepare_tokenizer(config, source, [("--model", path)], say)
-        dtype, attention = DTYPES[config.dtype], config.attn_implementation
-        model = load_scalar_model(
-            path, dtype, device(), attention, tokenizer, say=say, flag="--model", trained=True
-        ).requires_grad_(False)
+        model, tokenizer, template = load_reward_model(path, config, say)
         window = window_of(model)
         say(f"{path}: window {window or 'unlimited'}")
         members.append(Member(Frozen(model, config.offload_frozen), window, Encoding(tokenizer, template, window)))

@@ -85,7 +85,7 @@ def test_fuzz_dialogues(folder, tokenizer, records, ascii_only, num_valid):
     for dialogue in check_loader(load, "dialogues", records, ascii_only, num_valid, folder):
         assert dialogue.turns[-1]["role"] == "assistant"
         with ends():
-            encoded, cut = encode(tokenizer, dialogue, "moss_en", WINDOW)
+            encoded, cut, _ = encode(tokenizer, dialogue, "moss_en", WINDOW)
         if encoded:
             assert len(encoded.ids) == len(encoded.answer_mask) <= WINDOW
             assert 0 <= cut < len(dialogue.turns)
