@@ -35,7 +35,7 @@ def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.
     from reward.batches import Comparison
     from reward.config import RewardConfig
     from reward.model import load_scalar_model
-    from reward.train import stage_of
+    from reward.stage import stage_of
     from utils.engine.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
     from utils.run.supervised_loop import train_step
 

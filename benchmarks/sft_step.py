@@ -34,9 +34,10 @@ def save_start(folder: str) -> None:
 def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.Namespace) -> None:
     """A step of our own for every message."""
     from data.dialogues import EncodedDialogue
+    from sft.config import SFTConfig
     from sft.model import AnswerModel
     from sft.packed_batches import Layout
-    from sft.train import SFTConfig, stage_of
+    from sft.stage import stage_of
     from utils.engine.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
     from utils.models.load import load_causal_lm
     from utils.run.supervised_loop import train_step

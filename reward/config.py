@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from reward.batches import MAX_PAIRS, MIN_PAIRS
-from reward.metrics import LARGER_IS_BETTER
 from utils.errors import UserError
 from utils.flags.checks import check_range
 from utils.flags.supervised import FitConfig
@@ -60,14 +58,14 @@ class RewardConfig(FitConfig):
     @property
     def larger_is_better(self) -> bool:
         """Whether --validation_metric is to be large."""
+        from reward.metrics import LARGER_IS_BETTER
+
         return LARGER_IS_BETTER[self.validation_metric]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.validation_metric = RELEASED_METRICS.get(self.validation_metric, self.validation_metric)
         check_range(self, reward_lm_loss_factor=(0, None), simcse_coef=(0, None))
-        if not MIN_PAIRS <= self.batch_size <= MAX_PAIRS:
-            raise UserError(f"--batch_size {self.batch_size}: give {MIN_PAIRS} to {MAX_PAIRS} pairs, over all ranks")
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"--label_smoothing {self.label_smoothing:g}: give a share from 0 to less than 0.5")
         if not 0 < self.simcse_dropout < 1:
@@ -77,3 +75,7 @@ class RewardConfig(FitConfig):
         for name, switch in (("margin_column", "use_margin"), ("center_data_path", "center_scores")):
             if getattr(self, name) and not getattr(self, switch):
                 raise UserError(f"--{name} does nothing without --{switch}: add it, or leave --{name} out")
+        from reward.batches import MAX_PAIRS, MIN_PAIRS  # last, as this imports torch
+
+        if not MIN_PAIRS <= self.batch_size <= MAX_PAIRS:
+            raise UserError(f"--batch_size {self.batch_size}: give {MIN_PAIRS} to {MAX_PAIRS} pairs, over all ranks")

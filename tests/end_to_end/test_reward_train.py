@@ -14,7 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from data.preferences import load_preferences
 from data.template import encode_dialogue
 from reward.config import RewardConfig
-from reward.train import load, main
+from reward.stage import load
+from reward.train import main
 from tests.helpers.tiny import SAMPLES, tiny_llama_folder
 from tests.helpers.tiny_run import read_lines
 from utils.tokenizer import load_tokenizer

@@ -6,7 +6,7 @@ import pytest
 
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from reward.config import RewardConfig
-from sft.train import SFTConfig
+from sft.config import SFTConfig
 from utils.errors import UserError
 from utils.flags.parser import build_parser, changed_flags, entry_point, field_help, parse_args
 

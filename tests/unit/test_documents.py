@@ -11,7 +11,7 @@ from reward.config import RewardConfig
 from reward.evaluate import EvaluateConfig
 from reward.scoring.score_flags import ScoreConfig
 from reward.strength import StrengthConfig
-from sft.train import SFTConfig
+from sft.config import SFTConfig
 from utils.flags.parser import build_parser
 
 REPOSITORY = Path(__file__).parents[2]

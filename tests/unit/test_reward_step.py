@@ -17,7 +17,7 @@ from reward.contrastive import contrast_sum, pair_features, with_pulls
 from reward.forward import best_answers, held_out, read_answers
 from reward.loss import simcse_losses
 from reward.model import last_scores, set_dropout
-from reward.train import comparison_counts, comparison_sums
+from reward.stage import comparison_counts, comparison_sums
 from tests.helpers.parts import VOCAB_SIZE, tiny_scalar_model
 from utils.engine.engine import InferenceEngine
 
