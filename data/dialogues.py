@@ -32,14 +32,14 @@ class EncodedDialogue:
 
 
 def load_dialogues(
-    path: str, num_valid: int, seed: int, say: Callable[[str], None] = print, flag: str = FLAG
+    path: str, num_valid: int, seed: int, say: Callable[[str], None] = print, flag: str = FLAG, lower: bool = False
 ) -> tuple[list[Dialogue], list[Dialogue]]:
     """(train, valid) dialogues of `path`, which `flag` gave, in any form of data/formats/dialogue_forms.py.
 
     A last question without an answer is cut off; a record with no answer at all, or malformed, is dropped. Both are
     counted and said. Raises UserError when the data cannot be read or nothing is left.
     """
-    return load_items(path, "dialogues", _dialogue_of, num_valid, seed, say, flag)
+    return load_items(path, "dialogues", _dialogue_of, num_valid, seed, say, flag, lower)
 
 
 def _dialogue_of(record: Record, tally: Tally) -> Dialogue:

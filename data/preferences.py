@@ -52,6 +52,7 @@ def load_preferences(
     seed: int,
     say: Callable[[str], None] = print,
     margin_columns: tuple[str, ...] = (),
+    lower: bool = False,
 ) -> tuple[list[Preference], list[Preference]]:
     """(train, valid) preferences of `path`, in four forms:
 
@@ -62,7 +63,8 @@ def load_preferences(
     of these for a margin. Pairs whose histories differ, whose answers are equal or empty, and malformed records are
     dropped, counted and said. Raises UserError when the data cannot be read or nothing is left.
     """
-    return load_items(path, "preferences", partial(preference_of, margin_columns=margin_columns), num_valid, seed, say)
+    parse = partial(preference_of, margin_columns=margin_columns)
+    return load_items(path, "preferences", parse, num_valid, seed, say, lower=lower)
 
 
 def preference_of(record: Record, tally: Tally, margin_columns: tuple[str, ...] = ()) -> Preference:

@@ -28,6 +28,7 @@ def load_prompts(
     num_valid: int,
     seed: int,
     say: Callable[[str], None] = print,
+    lower: bool = False,
 ) -> tuple[list[Prompt], list[Prompt]]:
     """(train, valid) prompts of `path` in any form of data/formats/dialogue_forms.py, each at most `max_tokens` long.
 
@@ -36,7 +37,7 @@ def load_prompts(
     cannot be read or nothing is left.
     """
     parse = partial(_prompt_of, tokenizer=tokenizer, template=template, max_tokens=max_tokens)
-    return load_items(path, "prompts", parse, num_valid, seed, say)
+    return load_items(path, "prompts", parse, num_valid, seed, say, lower=lower)
 
 
 def _prompt_of(

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from ppo.flags import (
     AlarmFlags,
     DataFlags,
-    DecodingMemoryFlags,
+    DecodingFlags,
+    GatherFlags,
     LengthFlags,
     LossFlags,
     PlanFlags,
@@ -16,7 +17,7 @@ from ppo.flags import (
 )
 from reward.scoring.flags import RewardFlags
 from utils.errors import UserError
-from utils.flags.checks import SEEDS, check_range, fit_warmup, replace_default
+from utils.flags.checks import check_range, fit_warmup, replace_default
 from utils.flags.fields import Common
 from utils.flags.router import RouterFlags
 from utils.flags.run import RunFlags
@@ -44,14 +45,11 @@ AMOUNTS = {
     "use_ppo_pretrain_loss": "ppo_pretrain_loss_weight",
 }
 
-COUNTS = ["train_steps", "num_rollouts", "batch_size", "ppo_epochs", "rollout_batch_size", "micro_batch_tokens"]
-COUNTS += ["save_per_step", "maxlen_prompt", "maxlen_res", "ppo_pretrain_batch_size"]
-
 
 @dataclass
 class PPOConfig(
     DataFlags, TrainingFlags, TrickFlags, LossFlags, LengthFlags, SamplingFlags, AlarmFlags, RewardFlags, RouterFlags,
-    RunFlags, DecodingMemoryFlags, PlanFlags,
+    RunFlags, DecodingFlags, GatherFlags, PlanFlags,
 ):  # fmt: skip
     """Align a language model with PPO-max."""
 
@@ -66,14 +64,29 @@ class PPOConfig(
         super().__post_init__()
         if self.alarm_kl is None:  # experiments/RESULTS.md: the quality of short answers falls long before 100 nats
             self.alarm_kl = min(100.0, float(self.maxlen_res))
-        self._check_sizes()
         self._check_numbers()
+        fit_warmup(self)
+        self._fit_batches()
+
+    def _fit_batches(self) -> None:
+        """Makes default sizes fit each other. Raises UserError for explicit ones that do not."""
+        reason = f"--num_rollouts {self.num_rollouts} is not a multiple of --batch_size {self.batch_size}"
+        if self.num_rollouts % self.batch_size:
+            replace_default(self, "batch_size", math.gcd(self.num_rollouts, self.batch_size), reason)
+        if self.num_rollouts % self.batch_size:
+            buffer = max(1, self.num_rollouts // self.batch_size) * self.batch_size
+            replace_default(self, "num_rollouts", buffer, reason)
+        if self.num_rollouts % self.batch_size:
+            raise UserError(f"{reason}: a buffer is split into whole batches; pass a multiple")
 
     def fit_prompts(self, num_prompts: int, world_size: int) -> None:
-        """Lowers a default --num_rollouts to the number of prompts. Raises UserError for an explicit one."""
+        """Lowers default sizes to the number of prompts. Raises UserError for an explicit --num_rollouts."""
+        reason = f"there are {num_prompts} prompts"
+        if world_size <= num_prompts < min(self.num_rollouts, math.lcm(self.batch_size, world_size)):
+            replace_default(self, "batch_size", num_prompts // world_size * world_size, reason)
         least = math.lcm(self.batch_size, world_size)
         if self.num_rollouts > num_prompts >= least:
-            replace_default(self, "num_rollouts", num_prompts // least * least, f"there are {num_prompts} prompts")
+            replace_default(self, "num_rollouts", num_prompts // least * least, reason)
         if self.num_rollouts > num_prompts:
             raise UserError(
                 f"--num_rollouts {self.num_rollouts} needs more prompts than the {num_prompts} of --data_path "
@@ -100,31 +113,21 @@ class PPOConfig(
         """The flag that names them."""
         return "--reward_model_path" if self.reward_model_path else "--critic_model_path"
 
-    def _check_sizes(self) -> None:
-        for name in COUNTS:
-            if getattr(self, name) != "auto" and getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: pass at least 1")
-        fit_warmup(self)
-        if self.num_rollouts % self.batch_size:
-            raise UserError(
-                f"--num_rollouts {self.num_rollouts} is not a multiple of --batch_size {self.batch_size}: "
-                "a buffer is split into whole batches; pass a multiple"
-            )
-
     def _check_numbers(self) -> None:
         for name in ("lr", "critic_lr"):
             if not getattr(self, name):
                 raise UserError(f"--{name} 0 trains nothing: pass a positive number")
         check_range(
-            self, lr=(0, None), critic_lr=(0, None), gamma=(0, 1), lam=(0, 1), temperature=(0.01, None), topp=(1e-6, 1),
+            self, train_steps=(1, None), num_rollouts=(1, None), batch_size=(1, None), ppo_epochs=(1, None),
+            save_per_step=(1, None), ppo_pretrain_batch_size=(1, None), warmup_steps=(0, None), lr=(0, None),
+            critic_lr=(0, None), gamma=(0, 1), lam=(0, 1), temperature=(0.01, None), topp=(1e-6, 1),
             repetition_penalty=(0.01, None), kl_penalty_weight=(0, None), reward_clip=(0, None), pg_clip=(0, None),
             value_clip=(0, None), advantage_clip=(0, None), entropy_clip=(0, None), entropy_loss_weight=(0, None),
             ppo_pretrain_loss_weight=(0, None), vf_loss_weight=(0, None), missing_eos_penalty=(0, None),
             critic_pretrain_steps=(0, None), critic_init_scale=(0, None), num_eval_prompts=(0, None),
-            num_samples=(0, None), best_max_kl=(0, None),
-            skip_bad_batches=(0, None), alarm_kl=(0, None), alarm_perplexity=(0, None), alarm_eos=(0, 1),
-            alarm_length=(0, None), alarm_score_std=(0, None), seed=SEEDS, plan_gpus=(0, None),
-            plan_gpu_memory=(0, None), rollout_cache_tokens=(0, None),
+            num_samples=(0, None), best_max_kl=(0, None), skip_bad_batches=(0, None), alarm_kl=(0, None), alarm_perplexity=(0, None),
+            alarm_eos=(0, 1), alarm_length=(0, None), alarm_score_std=(0, None), plan_gpus=(0, None),
+            plan_gpu_memory=(0, None),
         )  # fmt: skip
         if self.on_collapse == "rollback" and not self.checkpoint_per_step:
             raise UserError("--on_collapse rollback needs checkpoints: pass --checkpoint_per_step above 0")

@@ -117,8 +117,8 @@ class SamplingFlags:
 
 
 @dataclass
-class DecodingMemoryFlags:
-    """Memory and speed: decoding."""
+class DecodingFlags:
+    """Memory and speed: decoding and forward passes."""
 
     rollout_batch_size: Common[Literal["auto"] | int] = "auto"
     """Sequences decoded at once on each GPU. Changes speed and memory only. auto: as many as fit into the memory left
@@ -128,8 +128,20 @@ class DecodingMemoryFlags:
     no limit"""
     micro_batch_tokens: Common[int] = 8192
     """Tokens per forward pass on each GPU, padding included. Changes speed and memory only"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, micro_batch_tokens=(1, None), rollout_cache_tokens=(0, None))
+        if self.rollout_batch_size != "auto":
+            check_range(self, rollout_batch_size=(1, None))
+
+
+@dataclass
+class GatherFlags:
+    """Memory and speed: the policy's weights while it decodes."""
+
     gather_for_generation: Literal["auto", "always", "never"] = "auto"
-    """Gather the policy's weights once per rollout under --zero_stage 3. auto: if they fit"""
+    """Gather the policy's weights once per rollout under --zero_stage 3. auto: if they fit into memory"""
 
 
 @dataclass

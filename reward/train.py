@@ -19,7 +19,7 @@ def train(config: RewardConfig) -> None:
     from utils.distributed import world_size
     from utils.engine.engine import TrainEngine, device_room, shutdown_distributed
     from utils.memory.recompute import settle_checkpointing
-    from utils.models.load import FLAG
+    from utils.models.load import FLAG, window_at
     from utils.run.start import open_log, start_run
     from utils.run.supervised_loop import fit
 
@@ -30,6 +30,7 @@ def train(config: RewardConfig) -> None:
     tokenizer, _ = settle(config, config.tokenizer_name_or_path, models, say)
     if config.delimiter not in (None, tokenizer.eos_token):
         raise UserError(f"--delimiter {config.delimiter!r}: utterances end in {tokenizer.eos_token!r}; leave it out")
+    config.fit_window(window_at(config.hf_model_name_or_path))
     items, held_out_items = load_comparisons(config, tokenizer, say)
     say(first_prompt(tokenizer, items[0].answers[0][: items[0].prompt_length]))
     if config.center_scores and not held_out_items:

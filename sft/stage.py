@@ -17,6 +17,7 @@ from sft.samples import sample_answers
 from utils.distributed import rank, world_size
 from utils.engine.engine import DTYPES, TrainEngine, device
 from utils.errors import UserError
+from utils.flags.checks import is_default
 from utils.models.compile import compile_layers
 from utils.models.export import check_names, save_causal_lm, saved_tensors
 from utils.models.load import FLAG, check_window, enable_checkpointing, load_causal_lm
@@ -34,7 +35,7 @@ def load_encoded(
     template = template_of(tokenizer)
     sets, valid = [], []
     for path in config.data_path:
-        splits = load_dialogues(path, config.num_valid, config.seed, say)
+        splits = load_dialogues(path, config.num_valid, config.seed, say, lower=is_default(config, "num_valid"))
         own, held_out = (encode_dialogues(tokenizer, split, template, config.context_truncate, say) for split in splits)
         if not own:
             raise UserError(
@@ -44,6 +45,7 @@ def load_encoded(
         sets.append(own)
         valid += held_out
     total = sum(map(len, sets))
+    config.fit_batch(total, world_size())
     if total < config.batch_size:
         raise UserError(
             f"--data_path {' '.join(config.data_path)}: {total} dialogues to train on are fewer than --batch_size "

@@ -19,7 +19,7 @@ def train(config: SFTConfig) -> None:
     from utils.distributed import world_size
     from utils.engine.engine import TrainEngine, device_room, shutdown_distributed
     from utils.memory.recompute import settle_checkpointing
-    from utils.models.load import FLAG
+    from utils.models.load import FLAG, window_at
     from utils.models.routers import router_coef
     from utils.run.start import open_log, start_run
     from utils.run.supervised_loop import fit
@@ -28,6 +28,7 @@ def train(config: SFTConfig) -> None:
     if config.batch_size < world_size():
         raise UserError(f"--batch_size {config.batch_size} is less than the {world_size()} ranks: give at least that")
     tokenizer, _ = settle(config, config.tokenizer_name_or_path, [(FLAG, config.hf_model_name_or_path)], say)
+    config.fit_window(window_at(config.hf_model_name_or_path))
     sets, valid = load_encoded(config, tokenizer, say)
     say(first_prompt(tokenizer, sets[0][0].ids[: prompt_length(sets[0][0])]))
     lm, layout = load(config, tokenizer, say)

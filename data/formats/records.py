@@ -66,13 +66,14 @@ class Tally:
 
 def load_items(
     path: str, what: str, parse: Callable[[Record, Tally], Item], num_valid: int, seed: int, say: Callable[[str], None],
-    flag: str = FLAG,
+    flag: str = FLAG, lower: bool = False,
 ) -> tuple[list[Item], list[Item]]:  # fmt: skip
     """Read `path`, which `flag` gave, `parse` every record, and split into (train, valid).
 
     The valid set is the folder's *valid* files or the hub's validation split; failing that, `num_valid` items off
-    the seeded order. A record for which `parse` raises BadRecord is dropped; all such, and all that `parse` adds to
-    the tally, are said. Raises UserError when nothing is left to train on.
+    the seeded order (lower: a tenth of all, if it is more than half). A record for which `parse` raises BadRecord is
+    dropped; all such, and all that `parse` adds to the tally, are said. Raises UserError when nothing is left to train
+    on.
     """
     train_records, valid_records = read_records(path, flag)
     tally = Tally(what)
@@ -86,6 +87,8 @@ def load_items(
     if valid_records is not None and not valid:
         raise UserError(f"{flag} {path}: no usable {what} left for validation ({'; '.join(tally.lines())}); mend them")
     if valid_records is None and num_valid > 0:
+        if lower and num_valid > len(train) // 2:
+            num_valid = max(1, len(train) // 10)
         if num_valid >= len(train):
             raise UserError(
                 f"{flag} {path}: {len(train)} usable {what} are too few to hold out {num_valid} for validation; "

@@ -2,63 +2,45 @@
 
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
 from data.batching.micro_batch_plan import rank_plan
 from data.choose_template import first_prompt, settle
-from data.preferences import Preference
+from data.preferences import Preference, load_preferences
 from reward.encode import encode_all
+from reward.evaluation.flags import EvaluateConfig, PanelFlags
 from reward.forward import held_out
 from reward.metrics import Scored
 from reward.model import load_scalar_model
 from reward.scoring.ensemble import check_labels
 from utils.engine.engine import DTYPES, InferenceEngine, device
 from utils.errors import UserError
-from utils.flags.checks import check_range
-from utils.flags.engine import ForwardConfig
+from utils.fast_dtype import settle_dtype
 from utils.models.load import check_window, model_folder, window_of
 
 FLAG = "--model"
 
 
-@dataclass
-class PanelConfig(ForwardConfig):
-    """Reward models and preferences; one process."""
-
-    model: list[str] = field(default_factory=list)
-    """Reward models, folders or hub ids"""
-    data_path: str = ""
-    """Preferences: a folder of *train.json(l) and *valid.json(l), a file or a hub id"""
-    output: str = ""
-    """Folder for the results"""
-    tokenizer_name_or_path: str | None = None
-    """Tokenizer of all models; default: the one in each model's folder"""
-    context_truncate: int | None = None
-    """Longest dialogue, tokens; the oldest turns of longer ones go first. Default: each model's window"""
-    micro_batch_tokens: int = 8192
-    """Tokens of a forward pass, padding included: speed and memory only"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("model", "data_path"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing: give it a path")
-        twice = next((path for path in self.model if self.model.count(path) > 1), None)
-        if twice:
-            raise UserError(f"{FLAG} names {twice} twice: give each reward model once")
-        check_range(self, micro_batch_tokens=(1, None))
-        if self.context_truncate is not None:
-            check_range(self, context_truncate=(1, None))
+def held_out_preferences(config: EvaluateConfig) -> list[Preference]:
+    """The valid part of --data_path, or all of it if there is none. UserError for a subset without a record."""
+    train, valid = load_preferences(config.data_path, 0, 0)
+    preferences = valid or train
+    print(f"evaluated on the {'held-out' if valid else 'whole'} data: {len(preferences)} preferences")
+    there = sorted({preference.subset for preference in preferences})
+    for subset in config.subsets:
+        if subset not in there:
+            raise UserError(f"--subsets {subset}: no preference of --data_path is in it; there are {', '.join(there)}")
+    return [p for p in preferences if not config.subsets or p.subset in config.subsets]
 
 
-def score_preferences(preferences: list[Preference], config: PanelConfig, say: Callable[[str], None]) -> list[Scored]:
+def score_preferences(preferences: list[Preference], config: PanelFlags, say: Callable[[str], None]) -> list[Scored]:
     """What each model says of the preferences that fit all of their windows; `place` is that in the list.
 
     Each reads with its own tokenizer and template. One model is in memory at a time. Raises UserError for what is no
     reward model, for labels of different meanings, for scores that are not finite, and when no preference fits.
     """
+    settle_dtype(config)
     check_labels(config.model, FLAG)
     models = [_scored(path, preferences, config, say) for path in config.model]
     common = set.intersection(*({item.place for item in scored.items} for scored in models))
@@ -69,7 +51,7 @@ def score_preferences(preferences: list[Preference], config: PanelConfig, say: C
     return [scored.where(lambda item: item.place in common) for scored in models]
 
 
-def _scored(path: str, preferences: list[Preference], config: PanelConfig, say: Callable[[str], None]) -> Scored:
+def _scored(path: str, preferences: list[Preference], config: PanelFlags, say: Callable[[str], None]) -> Scored:
     dtype, attention = DTYPES[config.dtype], config.attn_implementation
     source = config.tokenizer_name_or_path or str(model_folder(path, FLAG))
     tokenizer, template = settle(config, source, [(FLAG, path)], say)

@@ -20,6 +20,7 @@ from reward.win_rate import outcome_counts, render, share_interval
 from utils.distributed import gather_objects, is_main, rank, world_size
 from utils.engine.engine import DTYPES, device
 from utils.errors import UserError
+from utils.fast_dtype import settle_dtype
 from utils.models.load import model_folder, window_of
 
 Item = TypeVar("Item")
@@ -27,6 +28,7 @@ Item = TypeVar("Item")
 
 def load_judges(config: ScoreConfig, say: Callable[[str], None]) -> list[Member]:
     """The reward models, each with its tokenizer and the template that this was saved with, unless flags say others."""
+    settle_dtype(config)
     check_labels(config.model, "--model")
     members = []
     for path in config.model:

@@ -8,9 +8,8 @@ import pytest
 from ppo.compare_flags import CompareConfig
 from ppo.config import PPOConfig
 from reward.config import RewardConfig
-from reward.evaluate import EvaluateConfig
+from reward.evaluation.flags import EvaluateConfig, StrengthConfig
 from reward.scoring.score_flags import ScoreConfig
-from reward.strength import StrengthConfig
 from sft.config import SFTConfig
 from utils.flags.parser import build_parser
 

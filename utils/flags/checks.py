@@ -49,10 +49,13 @@ def choose(config, name: str, value, reason: str) -> None:
         print(f"--{name} {old}: {value} is used, as {reason}", flush=True)
 
 
-def replace_default(config, name: str, value, reason: str) -> bool:
-    """`choose`, unless the user gave the flag. Returns whether it was done."""
-    default = next(default_of(field) for field in dataclasses.fields(config) if field.name == name)
-    may = name not in config.given and getattr(config, name) == default
-    if may:
+def replace_default(config, name: str, value, reason: str) -> None:
+    """`choose`, unless the user gave the flag."""
+    if is_default(config, name):
         choose(config, name, value, reason)
-    return may
+
+
+def is_default(config, name: str) -> bool:
+    """Whether the user left the flag at its default."""
+    default = next(default_of(field) for field in dataclasses.fields(config) if field.name == name)
+    return name not in config.given and getattr(config, name) == default

@@ -74,8 +74,8 @@ def overview(config_type: type, every: bool) -> str:
         count, shown = count + len(fields), shown + len(listed)
         lines += ["", heading] if listed else []
         for field in listed:
-            first_sentence = re.split(r"(?<=\.) (?=[A-Z])", texts[field.name])[0]
-            lines += [f"  {_title(config_type, field)}", _wrapped(first_sentence, 6)]
+            first, *_ = re.split(r"(?<!\.)\.(?: (?=[A-Z])|$)", texts[field.name])  # an ellipsis ends no sentence
+            lines += [f"  {_title(config_type, field)}", _wrapped(first, 6)]
     lines += ["", "General"]
     lines += [f"  --{name} {takes}".rstrip() + f"\n{_wrapped(text, 6)}" for name, (takes, text) in OTHERS.items()]
     if shown < count:

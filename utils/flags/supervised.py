@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from utils.errors import UserError
-from utils.flags.checks import check_range, fit_warmup
+from utils.flags.checks import check_range, fit_warmup, replace_default
 from utils.flags.fields import Common
 from utils.flags.run import RunFlags
 
@@ -56,6 +56,16 @@ class FitConfig(FitDataFlags, FitScheduleFlags, RunFlags):
     def even_tokens(self) -> int:
         """For `utils.models.chunked_logprobs.sum_nll`: under ZeRO-3 the most tokens of any forward pass, else 0."""
         return max(self.micro_batch_tokens, 2 * self.context_truncate) if self.zero_stage == 3 else 0
+
+    def fit_window(self, window: int | None) -> None:
+        """Lowers a default --context_truncate to the positions that the model was trained on."""
+        if window and window < self.context_truncate:
+            replace_default(self, "context_truncate", window, "that is the model's window")
+
+    def fit_batch(self, num_records: int, least: int) -> None:
+        """Lowers a default --batch_size to the number of records, if that is at least `least`."""
+        if least <= num_records < self.batch_size:
+            replace_default(self, "batch_size", num_records, f"there are {num_records} records")
 
     def __post_init__(self) -> None:
         super().__post_init__()

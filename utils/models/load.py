@@ -199,7 +199,17 @@ def training_mode(model: nn.Module) -> None:
 
 def window_of(model: nn.Module) -> int | None:
     """The positions that a model was trained on, if its config says so; with LongRoPE those before it changes."""
-    config = model.config.get_text_config()
+    return _window(model.config.get_text_config())
+
+
+def window_at(path: str, flag: str = FLAG) -> int | None:
+    """`window_of` the model in a folder or hub id, of which only config.json is read."""
+    folder = model_folder(path, flag)
+    with _loading(folder, flag):
+        return _window(AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config())
+
+
+def _window(config: PretrainedConfig) -> int | None:
     windows = (getattr(config, "max_position_embeddings", None), switching_position(config))
     return min(filter(None, windows), default=None)
 
