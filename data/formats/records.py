@@ -88,6 +88,7 @@ def load_items(
         raise UserError(f"{flag} {path}: no usable {what} left for validation ({'; '.join(tally.lines())}); mend them")
     if valid_records is None and num_valid > 0:
         if lower and num_valid > len(train) // 2:
+            say(f"{what}: the default of {num_valid} held-out records is lowered, as there are {len(train)}")
             num_valid = max(1, len(train) // 10)
         if num_valid >= len(train):
             raise UserError(

@@ -13,11 +13,13 @@ RECORD = ("argv", "versions", "git_commit", "devices", "world_size", "resumed_fr
 STARTS = ("overwrite", "resume", "resume_with_changes")
 
 
-def read_config_file(path: str, parse: Callable[[list[str]], dict], known: set[str]) -> dict[str, Any]:
-    """Flag -> value. null stands for the default.
+def read_config_file(
+    path: str, parse: Callable[[list[str]], dict], known: set[str]
+) -> tuple[dict[str, Any], set[str]]:
+    """(flag -> value, the flags that a user chose). In the config.json of a run nobody knows which were chosen: none.
 
-    parse: a command line -> values by flag; known: names of flags. Raises UserError, with file and line, for a file
-    that is no mapping, for keys that are no flags and for values that a flag does not take.
+    parse: a command line -> values by flag; known: names of flags. null stands for the default. Raises UserError, with
+    file and line, for keys that are no flags and for values that a flag does not take.
     """
     values, text = _load(path)
     is_record = "argv" in values and "versions" in values
@@ -33,7 +35,7 @@ def read_config_file(path: str, parse: Callable[[list[str]], dict], known: set[s
             found = re.search(rf"^[\s{{]*[\"']?{re.escape(str(key))}[\"']?\s*:", text, re.MULTILINE)
             line = text.count("\n", 0, found.start(0) + len(found[0])) + 1 if found else 1
             raise UserError(f"--config {path}:{line}: {error}") from None
-    return given
+    return given, set() if is_record else set(given)
 
 
 def _load(path: str) -> tuple[dict, str]:

@@ -57,7 +57,7 @@ def parse_args(
 
     presets: name -> {field: value}. amounts: switch -> its amount, {"use_x": "x"}: an explicit amount of 0 switches
     off a `use_x` that only the preset had set; an explicit `--use_x` with amount 0 is left for the config to refuse.
-    The config's attribute `given` names the flags whose values were given, here or in the file.
+    The config's attribute `given` names the flags whose values the user chose, here or in the file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     for place, word in enumerate(argv):
@@ -67,15 +67,17 @@ def parse_args(
     parser = build_parser(config_type)
     given = vars(parser.parse_args(argv))
     given.pop("local_rank", None)
+    chosen = set(given)
     if path := given.pop("config", None):
         names = {field.name for field in dataclasses.fields(config_type)}
-        given = read_config_file(path, lambda words: vars(parser.parse_args(words)), names) | given
+        values, of_file = read_config_file(path, lambda words: vars(parser.parse_args(words)), names)
+        given, chosen = values | given, chosen | of_file
     values = {}
     if presets:
         values |= presets[given.get("preset", config_type.preset)]
         values |= {switch: False for switch, amount in (amounts or {}).items() if given.get(amount) == 0}
     config = config_type.__new__(config_type)
-    config.given = frozenset(given)  # before __init__, whose checks ask for it
+    config.given = frozenset(chosen)  # before __init__, whose checks ask for it
     config.__init__(**values | given)
     return config
 
