@@ -24,7 +24,9 @@ def check_required(config) -> None:
     missing = [f"--{name}" for name in config.required if not getattr(config, name)]
     if missing:
         listed = " and ".join(filter(None, [", ".join(missing[:-1]), missing[-1]]))
-        raise UserError(f"{listed} {'are' if missing[1:] else 'is'} missing: pass {'them' if missing[1:] else 'it'}")
+        raise UserError(
+            f"{listed} {'are' if missing[1:] else 'is'} missing; pass a value{' for each' * bool(missing[1:])}"
+        )
 
 
 def fit_warmup(config) -> None:

@@ -13,9 +13,7 @@ RECORD = ("argv", "versions", "git_commit", "devices", "world_size", "resumed_fr
 STARTS = ("overwrite", "resume", "resume_with_changes")
 
 
-def read_config_file(
-    path: str, parse: Callable[[list[str]], dict], known: set[str]
-) -> tuple[dict[str, Any], set[str]]:
+def read_config_file(path: str, parse: Callable[[list[str]], dict], known: set[str]) -> tuple[dict[str, Any], set[str]]:
     """(flag -> value, the flags that a user chose). In the config.json of a run nobody knows which were chosen: none.
 
     parse: a command line -> values by flag; known: names of flags. null stands for the default. Raises UserError, with

@@ -26,7 +26,7 @@ class TextFlags:
     """Arguments of the chat template, as a JSON object: '{"enable_thinking": false}'"""
 
     def __post_init__(self) -> None:
-        """Checks values. Every subclass calls the next class's."""
+        """Checks values. The last in the chain of `super()`: classes with checks of their own stand before this one."""
         check_required(self)
         _ = self.template_arguments
 

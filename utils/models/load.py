@@ -99,7 +99,7 @@ def _loading(folder: Path, flag: str, kernel: str | None = None) -> Iterator[Non
     try:
         with quiet_transformers():
             yield
-    except (*DAMAGED, TypeError) as error:
+    except (*DAMAGED, TypeError, AttributeError) as error:
         if kernel and isinstance(error, ImportError):
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"--attn_implementation {kernel}: {reason} Install that, or leave the flag out") from error
