@@ -41,7 +41,7 @@ def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.
 
     config = RewardConfig(
         hf_model_name_or_path=folder, data_path="-", batch_size=options.batch_size, lr=1e-5,
-        micro_batch_tokens=options.micro_batch_tokens,
+        micro_batch_tokens=options.micro_batch_tokens, dtype="bf16",
     )  # fmt: skip
     init_distributed()
     model = load_scalar_model(folder, DTYPES[config.dtype], device(), say=str)

@@ -44,7 +44,7 @@ def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.
 
     config = SFTConfig(
         hf_model_name_or_path=folder, data_path=["-"], batch_size=options.batch_size,
-        micro_batch_tokens=options.micro_batch_tokens, packing=options.packing,
+        micro_batch_tokens=options.micro_batch_tokens, packing=options.packing, dtype="bf16",
     )  # fmt: skip
     init_distributed()
     lm = load_causal_lm(folder, DTYPES[config.dtype], device(), say=str)

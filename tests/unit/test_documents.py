@@ -16,7 +16,7 @@ from utils.flags.parser import build_parser
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "benchmarks/README.md", "experiments/RESULTS.md")
 CONFIGS = (PPOConfig, CompareConfig, RewardConfig, EvaluateConfig, ScoreConfig, StrengthConfig, SFTConfig)
-OTHERS = {"--demo", "--use_x"}  # of the recipes; one for all switches
+OTHERS = {"--demo", "--use_x", "--help"}  # of the recipes; one for all switches; of every command
 
 
 def text_of(document: str) -> str:
