@@ -28,13 +28,13 @@ def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.
     from reward.batches import Comparison
     from reward.config import RewardConfig
     from reward.model import load_scalar_model
-    from reward.train import build_stage
+    from reward.stage import build_stage
     from utils.engine.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
     from utils.run.supervised_loop import train_step
 
     config = RewardConfig(
         hf_model_name_or_path=folder, data_path="-", batch_size=options.batch_size, lr=1e-5,
-        micro_batch_tokens=options.micro_batch_tokens,
+        micro_batch_tokens=options.micro_batch_tokens, dtype="bf16",
     )  # fmt: skip
     init_distributed()
     model = load_scalar_model(folder, DTYPES[config.dtype], device(), say=str)

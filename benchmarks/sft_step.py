@@ -25,16 +25,17 @@ def save_start(folder: str) -> None:
 def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.Namespace) -> None:
     """Our side of `alternate.measure`."""
     from data.dialogues import EncodedDialogue
+    from sft.config import SFTConfig
     from sft.model import AnswerModel
     from sft.packed_batches import Layout
-    from sft.train import SFTConfig, build_stage
+    from sft.stage import build_stage
     from utils.engine.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
     from utils.models.load import load_causal_lm
     from utils.run.supervised_loop import train_step
 
     config = SFTConfig(
         hf_model_name_or_path=folder, data_path=["-"], batch_size=options.batch_size,
-        micro_batch_tokens=options.micro_batch_tokens, packing=options.packing,
+        micro_batch_tokens=options.micro_batch_tokens, packing=options.packing, dtype="bf16",
     )  # fmt: skip
     init_distributed()
     lm = load_causal_lm(folder, DTYPES[config.dtype], device(), say=str)

@@ -32,7 +32,7 @@ class EncodedDialogue:
 
 
 def load_dialogues(
-    path: str, num_valid: int, seed: int, say: Callable[[str], None] = print, flag: str = FLAG
+    path: str, num_valid: int, seed: int, say: Callable[[str], None] = print, flag: str = FLAG, lower: bool = False
 ) -> tuple[list[Dialogue], list[Dialogue]]:
     """Returns (train, valid) dialogues from data in any format of data/formats/dialogue_forms.py.
 
@@ -40,7 +40,7 @@ def load_dialogues(
     are reported with `say`. Raises UserError if the data cannot be read or no dialogue is left. flag: the flag that
     gave the path.
     """
-    return load_items(path, "dialogues", _dialogue_of, num_valid, seed, say, flag)
+    return load_items(path, "dialogues", _dialogue_of, num_valid, seed, say, flag, lower)
 
 
 def _dialogue_of(record: Record, tally: Tally) -> Dialogue:

@@ -52,6 +52,7 @@ def load_preferences(
     seed: int,
     say: Callable[[str], None] = print,
     margin_columns: tuple[str, ...] = (),
+    lower: bool = False,
 ) -> tuple[list[Preference], list[Preference]]:
     """Returns (train, valid) preferences; drops malformed records and reports their counts with `say`.
 
@@ -60,9 +61,8 @@ def load_preferences(
     difference", score lists. margin_columns: columns with a margin, the first that a record has; (): no margins. The
     margin of ranked answers is their score difference. Raises UserError if the data is unreadable or nothing is left.
     """
-    return load_items(
-        path, "preferences", partial(parse_preference, margin_columns=margin_columns), num_valid, seed, say
-    )
+    parse = partial(parse_preference, margin_columns=margin_columns)
+    return load_items(path, "preferences", parse, num_valid, seed, say, lower=lower)
 
 
 def parse_preference(record: Record, tally: Tally, margin_columns: tuple[str, ...] = ()) -> Preference:

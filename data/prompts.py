@@ -28,6 +28,7 @@ def load_prompts(
     num_valid: int,
     seed: int,
     say: Callable[[str], None] = print,
+    lower: bool = False,
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Returns (train, valid) prompts of at most `max_tokens` tokens from data in any format of dialogue_forms.py.
 
@@ -36,7 +37,7 @@ def load_prompts(
     cannot be read or no prompt is left.
     """
     parse = partial(_prompt_of, tokenizer=tokenizer, template=template, max_tokens=max_tokens)
-    return load_items(path, "prompts", parse, num_valid, seed, say)
+    return load_items(path, "prompts", parse, num_valid, seed, say, lower=lower)
 
 
 def _prompt_of(

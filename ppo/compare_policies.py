@@ -16,7 +16,8 @@ from reward.scoring.ensemble import Frozen
 from reward.scoring.load import load_ensemble, reward_readers
 from utils.engine.engine import DTYPES, InferenceEngine, device
 from utils.errors import UserError
-from utils.models.load import check_window, load_causal_lm
+from utils.fast_dtype import settle_dtype
+from utils.models.load import check_window, load_causal_lm, window_at
 
 
 def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
@@ -25,8 +26,11 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     Columns: the reward model's score and the function's, length, 1 where the response reached --maxlen_res before its
     end, nll of the response under its own policy and under BEFORE. Holds two policies and the reward model.
     """
+    settle_dtype(config)
     named = [("--policies", path) for path in config.policies]
     tokenizer, template = prepare_tokenizer(config, config.tokenizer_name_or_path or config.policies[0], named, print)
+    for flag, path in named:
+        config.fit_window(window_at(path, flag))
     room = config.maxlen_prompt - config.maxlen_res
     train, valid = load_prompts(config.data_path, tokenizer, template, room, 0, config.seed)
     if valid:

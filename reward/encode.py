@@ -12,9 +12,11 @@ from data.order import order
 from data.preferences import MARGIN_COLUMNS, Preference, check_margins, flip_negative, load_preferences
 from data.prompts import drop_oldest_exchange
 from data.template import encode_dialogue, last_answer
-from reward.batches import Comparison
+from reward.batches import MIN_PAIRS, Comparison
 from reward.config import RewardConfig
+from utils.distributed import world_size
 from utils.errors import UserError
+from utils.flags.checks import is_default
 from utils.tokenizer import template_of
 
 CENTER_ANSWERS = 1000  # maximum number of answers of --center_data_path, scored in each evaluation
@@ -82,12 +84,14 @@ def load_comparisons(
     template, columns = template_of(tokenizer), ()
     if config.use_margin:
         columns = (config.margin_column,) if config.margin_column else MARGIN_COLUMNS
-    train, valid = load_preferences(config.data_path, config.num_valid, config.seed, say, columns)
+    lower = is_default(config, "num_valid")
+    train, valid = load_preferences(config.data_path, config.num_valid, config.seed, say, columns, lower)
     if config.flip_negative:
         train = flip_negative(train, say)
     if config.use_margin:
         check_margins(train, columns, say)
     splits = [encode_all(split, tokenizer, template, config.context_truncate, say) for split in (train, valid)]
+    config.fit_batch(len(splits[0]), max(MIN_PAIRS, world_size()))
     if len(splits[0]) < config.batch_size:
         raise UserError(
             f"--data_path {config.data_path}: {len(splits[0])} pairs to train on are fewer than --batch_size "

@@ -6,43 +6,20 @@ table and writes evaluation.json and plots to --output.
 """
 
 import os
-from dataclasses import dataclass, field
 
-from data.preferences import Preference, load_preferences
-from reward.evaluation.plots import check_plots, draw_calibration, draw_differences, draw_lengths
-from reward.evaluation.report import evaluation_report, render
-from reward.evaluation.score_preferences import PanelConfig, score_preferences
-from utils.errors import UserError
-from utils.files import check_writable, write_result
+from reward.evaluation.flags import EvaluateConfig
 from utils.flags.parser import entry_point, parse_args
-
-
-@dataclass
-class EvaluateConfig(PanelConfig):
-    """Evaluate reward models on preferences."""
-
-    output: str = ""
-    """Folder for evaluation.json and plots; default: the table alone"""
-    subsets: list[str] = field(default_factory=list)
-    """Only these; a record's subset is its `subset`, else its file's name without train or valid"""
-
-
-def load_evaluation_set(config: EvaluateConfig) -> list[Preference]:
-    """Returns the valid set of --data_path, or all data without one. Raises UserError for an unknown subset."""
-    train, valid = load_preferences(config.data_path, 0, 0)
-    preferences = valid or train
-    print(f"evaluated on {'the held-out' if valid else 'all'} data: {len(preferences)} preferences")
-    existing = sorted({preference.subset for preference in preferences})
-    for subset in config.subsets:
-        if subset not in existing:
-            raise UserError(f"--subsets {subset}: not a subset of --data_path; use {', '.join(existing)}")
-    return [p for p in preferences if not config.subsets or p.subset in config.subsets]
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m reward.evaluate`; runs in one process."""
     config = parse_args(EvaluateConfig, argv)
+    from reward.evaluation.plots import check_plots, draw_calibration, draw_differences, draw_lengths
+    from reward.evaluation.report import evaluation_report, render
+    from reward.evaluation.score_preferences import load_evaluation_set, score_preferences
+    from utils.files import check_writable, write_result
+
     if config.output:
         check_writable(config.output, "--output")
         check_plots()

@@ -71,13 +71,14 @@ class Tally:
 
 def load_items(
     path: str, what: str, parse: Callable[[Record, Tally], Item], num_valid: int, seed: int, say: Callable[[str], None],
-    flag: str = FLAG,
+    flag: str = FLAG, lower: bool = False,
 ) -> tuple[list[Item], list[Item]]:  # fmt: skip
     """Reads the data at `path`, parses each record and returns (train, valid) items.
 
     valid: items of the folder's *valid* files or of the hub's validation split; without them, `num_valid` items chosen
-    by the seed. Records for which `parse` raises BadRecord are dropped. All counts are reported with `say`. Raises
-    UserError if the data cannot be read or no item is left. flag: the flag that gave the path.
+    by the seed (lower: a tenth of all items if it is more than half). Records for which `parse` raises BadRecord are
+    dropped. All counts are reported with `say`. Raises UserError if the data cannot be read or no item is left. flag:
+    the flag that gave the path.
     """
     train_records, valid_records = read_records(path, flag)
     tally = Tally(what)
@@ -89,6 +90,9 @@ def load_items(
             reasons = "; ".join(tally.lines()) or "it has no records"
             raise UserError(f"{flag} {path}: no usable {what} left{purpose} ({reasons}); fix them, or use other data")
     if valid_records is None and num_valid > 0:
+        if lower and num_valid > len(train) // 2:
+            say(f"{what}: the default of {num_valid} held-out records is lowered, as there are {len(train)}")
+            num_valid = max(1, len(train) // 10)
         if num_valid >= len(train):
             raise UserError(
                 f"{flag} {path}: {len(train)} usable {what} are too few to hold out {num_valid} for validation; "

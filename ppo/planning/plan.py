@@ -20,6 +20,7 @@ from ppo.planning.shapes import Shapes, cache_bytes, models_of
 from ppo.planning.step_time import CARDS, checkpoint, phases, table
 from utils.distributed import world_size
 from utils.engine.engine import DTYPES, ROOM, device_room, splits_frozen
+from utils.flags.checks import choose
 from utils.memory.activation_peak import peak_bytes
 from utils.memory.recompute import layers_kept, num_layers, predicted, recompute_fewest, refuse_eager, training_peak
 from utils.memory.zero_bytes import backward_bytes, gathered_bytes, moment_bytes, optimizer_bytes, weight_bytes
@@ -197,6 +198,8 @@ def print_plan(config: PPOConfig) -> None:
     """Prints tables of memory and time, and whether the run fits its card. The first process alone prints."""
     if int(os.environ.get("RANK", "0")):
         return
+    if config.dtype == "auto":
+        choose(config, "dtype", "bf16", f"the plan is for {config.plan_gpu} GPUs")
     gpus = config.plan_gpus or int(os.environ.get("WORLD_SIZE", "1"))
     rows, host = plan(config, gpus)
     sizes, (policy, critic, rewards) = planned_sizes(config, gpus), models_of(config)

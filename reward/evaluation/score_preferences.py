@@ -2,59 +2,40 @@
 
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
 from data.batching.micro_batch_plan import rank_plan
 from data.choose_template import first_prompt
-from data.preferences import Preference
+from data.preferences import Preference, load_preferences
 from reward.encode import encode_all
+from reward.evaluation.flags import EvaluateConfig, EvaluationFlags
 from reward.forward import score_comparisons
 from reward.metrics import ScoredItems
 from reward.scoring.ensemble import check_labels
 from reward.scoring.score_records import load_reward_model
 from utils.engine.engine import InferenceEngine
 from utils.errors import UserError
-from utils.flags.checks import check_range
-from utils.flags.engine import ForwardConfig
+from utils.fast_dtype import settle_dtype
 from utils.models.load import check_window, window_of
 
 FLAG = "--model"
 
 
-@dataclass
-class PanelConfig(ForwardConfig):
-    """Reward models and preferences; one process."""
-
-    model: list[str] = field(default_factory=list)
-    """Reward models, folders or hub ids"""
-    data_path: str = ""
-    """Preferences: a folder of *train.json(l) and *valid.json(l), a file or a hub id"""
-    output: str = ""
-    """Folder for the results"""
-    tokenizer_name_or_path: str | None = None
-    """Tokenizer of all models; default: the one in each model's folder"""
-    context_truncate: int | None = None
-    """Longest dialogue, tokens; the oldest turns of longer ones go first. Default: each model's window"""
-    micro_batch_tokens: int = 8192
-    """Tokens of a forward pass, padding included: speed and memory only"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("model", "data_path"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing: give it a path")
-        twice = next((path for path in self.model if self.model.count(path) > 1), None)
-        if twice:
-            raise UserError(f"{FLAG} names {twice} twice: give each reward model once")
-        check_range(self, micro_batch_tokens=(1, None))
-        if self.context_truncate is not None:
-            check_range(self, context_truncate=(1, None))
+def load_evaluation_set(config: EvaluateConfig) -> list[Preference]:
+    """Returns the valid set of --data_path, or all data without one. Raises UserError for an unknown subset."""
+    train, valid = load_preferences(config.data_path, 0, 0)
+    preferences = valid or train
+    print(f"evaluated on {'the held-out' if valid else 'all'} data: {len(preferences)} preferences")
+    existing = sorted({preference.subset for preference in preferences})
+    for subset in config.subsets:
+        if subset not in existing:
+            raise UserError(f"--subsets {subset}: not a subset of --data_path; use {', '.join(existing)}")
+    return [p for p in preferences if not config.subsets or p.subset in config.subsets]
 
 
 def score_preferences(
-    preferences: list[Preference], config: PanelConfig, say: Callable[[str], None]
+    preferences: list[Preference], config: EvaluationFlags, say: Callable[[str], None]
 ) -> list[ScoredItems]:
     """Returns each model's scores of the preferences that fit the windows of all models.
 
@@ -62,6 +43,7 @@ def score_preferences(
     `preferences`. Raises UserError for folders that are not reward models, for labels of different meanings, for
     scores that are not finite, and if no preference fits.
     """
+    settle_dtype(config)
     check_labels(config.model, FLAG)
     models = [_scored(path, preferences, config, say) for path in config.model]
     common = set.intersection(*({item.place for item in scored.items} for scored in models))
@@ -72,7 +54,9 @@ def score_preferences(
     return [scored.where(lambda item: item.place in common) for scored in models]
 
 
-def _scored(path: str, preferences: list[Preference], config: PanelConfig, say: Callable[[str], None]) -> ScoredItems:
+def _scored(
+    path: str, preferences: list[Preference], config: EvaluationFlags, say: Callable[[str], None]
+) -> ScoredItems:
     model, tokenizer, template = load_reward_model(path, config, say)
     window = config.context_truncate or window_of(model)
     if window:

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from data.formats.records import read_file
 from data.template import encode_dialogue
 from reward import evaluate, strength
+from reward.evaluation.annotate import summary
 from reward.model import load_scalar_model, save_scalar_model
 from reward.train import main as train
 from tests.helpers.tiny import SAMPLES, tiny_llama_folder
@@ -116,7 +117,7 @@ def test_strength_of_what_fits_every_model(models, tmp_path, capsys):
 
 def test_the_histogram_in_text():
     """-0.3 to 3.3 in twelve rows of 0.3: two means in the first, one in the fourth, fifth and last."""
-    first, second, *rows = strength.summary([-0.3, -0.1, 0.7, 1.0, 3.3], [0.0, 1.0, 2.0, 3.0, 4.0]).splitlines()
+    first, second, *rows = summary([-0.3, -0.1, 0.7, 1.0, 3.3], [0.0, 1.0, 2.0, 3.0, 4.0]).splitlines()
     assert "of 5 pairs: mean 0.920" in first and first.endswith("below 0: 2 (40.0%)")
     assert second.endswith("mean 2.000")
     counts = [row.split()[3:] for row in rows]

@@ -13,7 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from data.preferences import load_preferences
 from data.template import encode_dialogue
 from reward.config import RewardConfig
-from reward.train import load, main
+from reward.stage import load
+from reward.train import main
 from tests.helpers.tiny import SAMPLES, tiny_llama_folder
 from tests.helpers.tiny_run import read_lines
 from utils.tokenizer import load_tokenizer
@@ -145,7 +146,7 @@ def mean_score_elsewhere(folder: Path, dialogues: list[list[str]]) -> float:
 def test_dropout_is_there_for_the_contrastive_term_alone(base):
     paths = {"hf_model_name_or_path": str(base), "data_path": "D", "model_save_path": "O", "context_truncate": 256}
     for coef, share in ((0.0, 0.0), (0.5, 0.2)):
-        config = RewardConfig(**paths, simcse_coef=coef, simcse_dropout=0.2)
+        config = RewardConfig(**paths, dtype="bf16", simcse_coef=coef, simcse_dropout=0.2)
         modules = load(config, load_tokenizer(str(base)), str).modules()
         assert {m.attention_dropout for m in modules if hasattr(m, "attention_dropout")} == {share}
 

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from data.dialogues import load_dialogues
 from data.order import mixture
 from data.template import decode_answer, encode_dialogue, encode_prompt
-from sft.train import SFTConfig, evenly_spaced, load_encoded, main
+from sft.config import SFTConfig
+from sft.stage import evenly_spaced, load_encoded
+from sft.train import main
 from tests.helpers.tiny import SAMPLES, tiny_llama, tiny_llama_folder
 from tests.helpers.tiny_run import read_lines, write_json
 from utils.tokenizer import load_tokenizer

@@ -8,16 +8,15 @@ import pytest
 from ppo.compare_flags import CompareConfig
 from ppo.config import PPOConfig
 from reward.config import RewardConfig
-from reward.evaluate import EvaluateConfig
+from reward.evaluation.flags import EvaluateConfig, StrengthConfig
 from reward.scoring.score_flags import ScoreConfig
-from reward.strength import StrengthConfig
-from sft.train import SFTConfig
+from sft.config import SFTConfig
 from utils.flags.parser import build_parser
 
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "benchmarks/README.md", "experiments/RESULTS.md")
 CONFIGS = (PPOConfig, CompareConfig, RewardConfig, EvaluateConfig, ScoreConfig, StrengthConfig, SFTConfig)
-OTHERS = {"--demo", "--use_x"}  # of the recipes; one for all switches
+OTHERS = {"--demo", "--use_x", "--help"}  # of the recipes; one for all switches; of every command
 
 
 def text_of(document: str) -> str:

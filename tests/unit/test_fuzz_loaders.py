@@ -207,4 +207,3 @@ def test_fuzz_knows_a_lost_record(folder):
     check_loader(lambda path, n, say: load_dialogues(path, n, 0, say), "dialogues", records, True, 0, folder)
     with pytest.raises(AssertionError):
         check_loader(loses_one, "dialogues", records, True, 0, folder)
-

@@ -158,4 +158,3 @@ def test_bad_preferences_are_counted(tmp_path, record, reason):
     line = next(line for line in said if reason in line)
     assert line.startswith("preferences: 1 dropped: ")
     assert line.endswith("x.jsonl:2")
-

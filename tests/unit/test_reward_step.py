@@ -17,7 +17,7 @@ from reward.contrastive import cache_gradients, contrastive_loss_sum, pair_featu
 from reward.forward import best_answer_mask, forward_answers, score_comparisons
 from reward.loss import simcse_losses
 from reward.model import last_scores, set_dropout
-from reward.train import comparison_counts, comparison_sums
+from reward.stage import comparison_counts, comparison_sums
 from tests.helpers.parts import VOCAB_SIZE, tiny_scalar_model
 from utils.engine.engine import InferenceEngine
 
@@ -67,9 +67,7 @@ def test_the_language_model_loss_is_on_the_best_answers_tokens():
     items = comparisons()
     _, mask = pad([answer for item in items for answer in item.answers], 0)
     expected = torch.zeros(7, 5)
-    expected[0, 2:5] = expected[4, 2:4] = expected[6, 2:4] = (
-        1  # first of the pair, last of the list, second
-    )
+    expected[0, 2:5] = expected[4, 2:4] = expected[6, 2:4] = 1  # first of the pair, last of the list, second
     assert torch.equal(best_answer_mask(items, mask), expected.bool())
     assert comparison_counts(items, config(reward_lm_loss_factor=1.0))["lm_loss"] == 3 + 2 + 2
 

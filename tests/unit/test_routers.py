@@ -15,9 +15,10 @@ from ppo.decoding.sampling import Sampling
 from ppo.models import PolicyModel
 from ppo.rollout import generate
 from ppo.update import policy_backward, shares, update
+from sft.config import SFTConfig
 from sft.model import AnswerModel
 from sft.packed_batches import Layout
-from sft.train import SFTConfig, build_stage, evaluate_answers
+from sft.stage import build_stage, evaluate_answers
 from tests.helpers.mixtures import MIXTURES, router_weights, tiny_mixture
 from tests.helpers.parts import (
     PROMPTS,

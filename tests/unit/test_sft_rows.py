@@ -9,9 +9,10 @@ from transformers.modeling_flash_attention_utils import _is_packed_sequence, pre
 
 import tests.helpers.varlen
 from data.dialogues import EncodedDialogue
+from sft.config import SFTConfig
 from sft.model import AnswerModel, packing_failure
 from sft.packed_batches import Layout, PackedRow
-from sft.train import SFTConfig, load
+from sft.stage import load
 from tests.helpers.tiny import tiny_llama, tiny_llama_config, tiny_llama_folder
 
 LENGTHS = [23, 5, 12, 3, 9, 2, 17, 8, 4, 30]

@@ -1,4 +1,4 @@
-"""The flag of stages that train mixture-of-experts models. No torch: a wrong flag is answered at once."""
+"""The flag of stages that train mixture-of-experts models. No torch."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from utils.flags.engine import ForwardConfig
 
 @dataclass
 class RouterFlags(ForwardConfig):
-    """How the routers of a mixture of experts are trained."""
+    """Losses: what is added to the main loss."""
 
     router_aux_loss_coef: float | None = None
-    """Mixture-of-experts models: weight of the routers' load-balancing loss; default: the router_aux_loss_coef of the
-    model's config.json. 0: without this loss and the metrics of routers"""
+    """Weight of the load-balancing loss of a mixture-of-experts model's routers; 0: no such loss and no metrics of
+    routers. Default: router_aux_loss_coef of the model's config.json"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
