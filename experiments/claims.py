@@ -15,8 +15,8 @@ from experiments.criteria import (
     end,
     end_size,
     gained,
-    holds,
     of,
+    stable,
     tax,
 )
 from experiments.curves import Run
@@ -49,13 +49,13 @@ FIGURES = {
     "6": Figure("Score and advantage shaping",
                 dict.fromkeys(("reward_scaling", "reward_clip_0.3", "reward_clip_0.8", "advantage_clip_0.12"), 3), [
         Claim("Score scaling alone collapses", collapses("reward_scaling")),
-        Claim("Scores clipped at 0.3 are stable", holds("reward_clip_0.3")),
-        Claim("Advantages clipped at 0.12 are stable", holds("advantage_clip_0.12")),
+        Claim("Scores clipped at 0.3 are stable", stable("reward_clip_0.3")),
+        Claim("Advantages clipped at 0.12 are stable", stable("advantage_clip_0.12")),
         Claim("Scores clipped at 0.8 collapse", collapses("reward_clip_0.8")),
     ]),
     "7": Figure("KL penalty and importance sampling",
                 dict.fromkeys(("kl_only", "importance_only", "kl_and_importance"), 3), [
-        Claim("The KL penalty is stable", holds("kl_only")),
+        Claim("The KL penalty is stable", stable("kl_only")),
         claim("Importance sampling alone drifts", "importance_only: KL at the end",
               "importance_only", end("kl_ref"), above=FAR),
         Claim("Both together are the most stable, with the lowest score", [
@@ -85,7 +85,7 @@ FIGURES = {
         ]),
     ]),
     "9": Figure("PPO-max over 5,000 steps", {"ppo_max": 5}, [
-        Claim("It stays near the reference and is not worse than at the start", holds("ppo_max")),
+        Claim("It stays near the reference and is not worse than at the start", stable("ppo_max")),
         Claim("The proxy score and the gold score rise", [
             Criterion("score, end - start, in standard deviations", of("ppo_max", gained), above=0.5),
             Criterion("gold, end - start", of("ppo_max", change("gold")), above=0.0),
@@ -108,14 +108,14 @@ FIGURES = {
             for metric, name in (("score_mean", "score"), ("kl_ref", "KL"))
             for weaker, stronger in (("ppo_max_short", "kl_0.1"), ("kl_0.1", "kl_0.2"))
         ]),
-        Claim("All of them are stable", [*holds("ppo_max_short"), *holds("kl_0.1"), *holds("kl_0.2")]),
+        Claim("All of them are stable", [*stable("ppo_max_short"), *stable("kl_0.1"), *stable("kl_0.2")]),
     ]),
     "16": Figure("An entropy bonus", {"entropy_bonus": 3, "entropy_bonus_clipped": 3}, [
         Claim("Without a limit it collapses: the entropy grows and the gold score falls", [
             Criterion("entropy, end - start, nats per token", of("entropy_bonus", change("entropy")), above=1.0),
             Criterion("gold, end - start", of("entropy_bonus", change("gold")), below=0.0),
         ]),
-        Claim("With a limit it is stable", holds("entropy_bonus_clipped")),
+        Claim("With a limit it is stable", stable("entropy_bonus_clipped")),
     ]),
     "17": Figure("Surrogate clipping alone", {"vanilla": 3, "importance_only": 3}, [
         Claim("It does not prevent collapse", collapses("vanilla")),
@@ -134,7 +134,7 @@ FIGURES = {
         Claim("lambda 1 drifts further than 0.95", [
             difference("KL at the end, 1 - 0.95", "lambda_1", "ppo_max_short", end("kl_ref"), above=0.0),
         ]),
-        Claim("0.9 and 0.95 are stable", [*holds("lambda_0.9"), *holds("ppo_max_short")]),
+        Claim("0.9 and 0.95 are stable", [*stable("lambda_0.9"), *stable("ppo_max_short")]),
     ]),
     "missing_eos": Figure("a penalty for truncated responses", {"missing_eos_0": 3, "missing_eos_1": 3}, [
         Claim("With a penalty of one standard deviation, more responses end by themselves", [

@@ -30,7 +30,7 @@ class Criterion:
         """The bound as text."""
         return f"> {self.above:g}" if self.above is not None else f"< {self.below:g}"
 
-    def judge(self, runs: Runs) -> tuple[str, float, float]:
+    def evaluate(self, runs: Runs) -> tuple[str, float, float]:
         """Returns (verdict, mean, half the width of the interval)."""
         mean, half = over_seeds(self.measure(runs))
         sign, bound = (1, self.above) if self.above is not None else (-1, self.below)
@@ -47,9 +47,9 @@ class Claim:
     text: str
     criteria: list[Criterion]
 
-    def judge(self, runs: Runs) -> str:
+    def evaluate(self, runs: Runs) -> str:
         """Returns confirmed, refuted or undecided."""
-        verdicts = [criterion.judge(runs)[0] for criterion in self.criteria]
+        verdicts = [criterion.evaluate(runs)[0] for criterion in self.criteria]
         return next((v for v in ("refuted", "undecided") if v in verdicts), "confirmed")
 
 
@@ -100,7 +100,7 @@ def collapses(setting: str) -> list[Criterion]:
     ]
 
 
-def holds(setting: str) -> list[Criterion]:
+def stable(setting: str) -> list[Criterion]:
     """Returns the criteria of stability: near the reference, and not worse than at the start."""
     return [
         Criterion(f"{setting}: KL at the end, nats per response", of(setting, end("kl_ref")), below=FAR),

@@ -100,9 +100,9 @@ def verdicts(claims: list[Claim], runs: dict[str, list[Run]]) -> Table:
     """Returns a table of claims and their criteria with verdicts."""
     rows = [["claim or criterion", "bound", "measured (95 % over seeds)", "verdict"]]
     for claim in claims:
-        rows.append([claim.text, "", "", claim.judge(runs)])
+        rows.append([claim.text, "", "", claim.evaluate(runs)])
         for criterion in claim.criteria:
-            verdict, mean, half = criterion.judge(runs)
+            verdict, mean, half = criterion.evaluate(runs)
             rows.append([f"– {criterion.text}", criterion.bound, number(mean, half), verdict])
     return Table(rows)
 

@@ -112,8 +112,8 @@ def answer_nll(folder: Path, dialogues: list[EncodedDialogue], dtype: torch.dtyp
     """Returns the summed NLL of each dialogue's answer tokens, [dialogues], by the loss of transformers."""
     model, sums = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), []
     for dialogue in dialogues:
-        ids, learnt = torch.tensor([dialogue.ids]), torch.tensor([dialogue.answer_mask])
-        sums.append(model(ids, labels=ids.masked_fill(~learnt, -100)).loss * learnt.sum())
+        ids, answers = torch.tensor([dialogue.ids]), torch.tensor([dialogue.answer_mask])
+        sums.append(model(ids, labels=ids.masked_fill(~answers, -100)).loss * answers.sum())
     return torch.stack(sums).float()
 
 
@@ -152,9 +152,9 @@ def show(lang: str, seeds: list[int], cache: Path, output: Path) -> None:
     after, accuracies = [], []
     for seed, (folder, report) in zip(seeds, results, strict=True):
         after.append(perplexity(answer_nll(folder, valid), tokens))
-        (judged,) = report["models"].values()
-        accuracies.append(judged["accuracy"])
-        share = cell((judged["accuracy"], *judged["accuracy_interval"]), 3)
+        (model,) = report["models"].values()
+        accuracies.append(model["accuracy"])
+        share = cell((model["accuracy"], *model["accuracy_interval"]), 3)
         print(f"| seed {seed} | {cell(after[-1], 1)} | {share} |", flush=True)
     means = (over_seeds([value for value, _, _ in after]), over_seeds(accuracies))
     ranges = [(mean, mean - half, mean + half) for mean, half in means]

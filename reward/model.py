@@ -66,12 +66,12 @@ class ScalarModel(nn.Module):
         nll_mask: torch.Tensor | None = None,
         with_states: bool = False,
     ):
-        """Returns scalars float32 [batch, length], 0 where attention_mask is False; all inputs [batch, length].
+        """Returns scalars float32 [batch, length], 0 where attention_mask is False; inputs [batch, length].
 
         nll_mask (bool, within attention_mask, False at first positions; needs lm_head): return also the summed NLL of
         these tokens. with_states: return also the float32 states [batch, hidden] of each row's last real token.
-        Inputs are right-padded, so that causal attention alone hides the padding; the backbone gets no mask, which is
-        fastest. attention_mask can therefore exclude real tokens whose scalars are not needed.
+        Inputs are right-padded and the backbone gets no mask: causal attention hides the padding. attention_mask can
+        therefore exclude real tokens whose scalars are not needed.
         """
         read = attention_mask.bool()
         answers = None if nll_mask is None else before(nll_mask)[read].nonzero().squeeze(1)
@@ -200,9 +200,7 @@ def set_dropout(model: ScalarModel, share: float) -> None:
         places += 1
     if not places:
         kind = model.config.model_type
-        raise UserError(
-            f"--simcse_coef: a {kind} model has no dropout, which the two views of an answer need; use --simcse_coef 0"
-        )
+        raise UserError(f"--simcse_coef: a {kind} model has no dropout to make two views with; use --simcse_coef 0")
 
 
 def save_scalar_model(

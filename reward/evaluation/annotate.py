@@ -3,6 +3,8 @@
 import statistics
 from pathlib import Path
 
+import torch
+
 from data.formats.ranked_answers import is_ranked
 from data.formats.records import BadRecord, Record, Tally
 from data.formats.score_columns import CHOSEN_SCORES, DEVIATION, REJECTED_SCORES, STRENGTH
@@ -67,10 +69,8 @@ def summary(means: list[float], deviations: list[float]) -> str:
         f"std over the models: mean {statistics.fmean(deviations):.3f}",
     ]
     low, high = min(means), max(means)
-    width = (high - low) / ROWS or 1.0
-    counts = [0] * ROWS
-    for mean in means:
-        counts[min(int((mean - low) / width), ROWS - 1)] += 1
+    width = (high - low) / ROWS
+    counts = torch.histc(torch.tensor(means, dtype=torch.float64), ROWS, low, high).int().tolist()
     for k, count in enumerate(counts):
         bar = "#" * round(WIDTH * count / max(counts))
         lines.append(f"{low + k * width:9.3f} to {low + (k + 1) * width:8.3f}  {count:7} {bar}")

@@ -151,7 +151,8 @@ def test_dialogues_lose_their_oldest_exchanges(tokenizer):
     assert said[0].endswith("to --maxlen_prompt; first at x:1")
     assert said[1].endswith("exceeds --maxlen_prompt; first at x:2")
     assert encode(tokenizer, dialogues[0], "moss_en", 30)[1] == 2
-    assert encode(tokenizer, dialogues[0], "moss_en", 5) == (None, 0, [])
+    assert encode(tokenizer, dialogues[2], "moss_en", len(expected[0]))[0].ids == expected[0]
+    assert encode(tokenizer, dialogues[2], "moss_en", len(expected[0]) - 1) == (None, 0, [])
 
 
 def test_the_first_places_per_reason_are_named():

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import curves
 from experiments.claims import FIGURES
-from experiments.criteria import Claim, Criterion, between, collapses, holds, of
+from experiments.criteria import Claim, Criterion, between, collapses, of, stable
 from experiments.curves import Run, gold_means, load_runs, read_run, save_run
 from experiments.gold import excess, gold, repetition
 from experiments.mutants import MUTANTS, copy_code, verdicts_on
@@ -71,23 +71,23 @@ def test_verdicts():
     wide = {"a": [run_of(seed=s, kl_ref=value) for s, value in enumerate((1.0, 2.0, 3.0))]}
     narrow = {"a": [run_of(seed=s, kl_ref=value) for s, value in enumerate((1.9, 2.0, 2.1))]}
     measure = of("a", lambda run: run.end("kl_ref"))
-    assert Criterion("", measure, above=1.0).judge(wide) == ("undecided", 2.0, pytest.approx(2.484, abs=1e-3))
-    assert Criterion("", measure, above=1.0).judge(narrow)[0] == "confirmed"
-    assert Criterion("", measure, above=2.5).judge(narrow)[0] == "refuted"
-    assert Criterion("", measure, below=1.0).judge(narrow)[0] == "refuted"
-    assert Criterion("", measure, below=3.0).judge(narrow)[0] == "confirmed"
-    assert Criterion("", measure, below=3.0).judge({"a": narrow["a"][:1]})[0] == "undecided"
+    assert Criterion("", measure, above=1.0).evaluate(wide) == ("undecided", 2.0, pytest.approx(2.484, abs=1e-3))
+    assert Criterion("", measure, above=1.0).evaluate(narrow)[0] == "confirmed"
+    assert Criterion("", measure, above=2.5).evaluate(narrow)[0] == "refuted"
+    assert Criterion("", measure, below=1.0).evaluate(narrow)[0] == "refuted"
+    assert Criterion("", measure, below=3.0).evaluate(narrow)[0] == "confirmed"
+    assert Criterion("", measure, below=3.0).evaluate({"a": narrow["a"][:1]})[0] == "undecided"
     sound, unsure, wrong = (Criterion("", measure, above=bound) for bound in (1.0, 2.0, 2.5))
-    assert Claim("", [sound, sound]).judge(narrow) == "confirmed"
-    assert Claim("", [sound, unsure]).judge(narrow) == "undecided"
-    assert Claim("", [unsure, wrong, sound]).judge(narrow) == "refuted"
+    assert Claim("", [sound, sound]).evaluate(narrow) == "confirmed"
+    assert Claim("", [sound, unsure]).evaluate(narrow) == "undecided"
+    assert Claim("", [unsure, wrong, sound]).evaluate(narrow) == "refuted"
 
 
 def test_collapse_and_hold():
     sunk = {"a": [run_of(seed=s, kl_ref=90.0 + s, gold=[0.2] * 10 + [-0.5 + s / 100] * 10) for s in range(3)]}
     calm = {"a": [run_of(seed=s, kl_ref=5.0 + s / 10, gold=[0.2] * 10 + [0.3 + s / 100] * 10) for s in range(3)]}
-    assert Claim("", collapses("a")).judge(sunk) == Claim("", holds("a")).judge(calm) == "confirmed"
-    assert Claim("", collapses("a")).judge(calm) == Claim("", holds("a")).judge(sunk) == "refuted"
+    assert Claim("", collapses("a")).evaluate(sunk) == Claim("", stable("a")).evaluate(calm) == "confirmed"
+    assert Claim("", collapses("a")).evaluate(calm) == Claim("", stable("a")).evaluate(sunk) == "refuted"
 
 
 def test_pairs_are_compared_at_the_same_step():
