@@ -37,11 +37,7 @@ def model_report(scored: ScoredItems) -> dict:
 
 def subset_report(scored: ScoredItems) -> dict:
     """Returns the number of prompts, the accuracy and its 95 % interval."""
-    return {
-        "prompts": len(scored.items),
-        "accuracy": accuracy(scored),
-        "accuracy_interval": accuracy_interval(scored),
-    }
+    return {"prompts": len(scored.items), "accuracy": accuracy(scored), "accuracy_interval": accuracy_interval(scored)}
 
 
 def evaluation_report(scored: dict[str, ScoredItems], data_path: str) -> dict:

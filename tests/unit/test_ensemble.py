@@ -70,11 +70,7 @@ SCORES = torch.tensor([[1.0, 3.0, 8.0], [-2.0, -2.0, -2.0]])
 
 @pytest.mark.parametrize(
     ("rule", "expected"),
-    [
-        ("mean", [4.0, -2.0]),
-        ("min", [1.0, -2.0]),
-        ("mean_minus_std", [4.0 - 0.5 * math.sqrt((9 + 1 + 16) / 3), -2.0]),
-    ],
+    [("mean", [4.0, -2.0]), ("min", [1.0, -2.0]), ("mean_minus_std", [4.0 - 0.5 * math.sqrt((9 + 1 + 16) / 3), -2.0])],
 )
 def test_rules_by_hand(rule, expected):
     ensemble = Ensemble([], rule, std_coef=0.5)
