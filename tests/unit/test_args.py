@@ -220,6 +220,9 @@ def test_defaults_give_way_to_few_prompts_and_short_windows():
     config.fit_prompts(11, world_size=2)
     config.fit_window(300)
     assert (config.num_rollouts, config.maxlen_prompt) == (8, 2048)  # the model refuses 2048 when it is loaded
+    config = parsed("--batch_size", "5")
+    config.fit_prompts(11, world_size=1)
+    assert (config.num_rollouts, config.replaced_defaults) == (10, {"num_rollouts": 128})
     with pytest.raises(UserError, match="--num_rollouts 128 needs more prompts than the 11"):
         parsed("--num_rollouts", "128").fit_prompts(11, world_size=1)
 
