@@ -29,7 +29,7 @@ def pairs_of(records: list[Record]) -> dict[int, Preference]:
     for line in tally.lines():
         print(line)
     if not pairs:
-        raise UserError(f"--data_path: no pair to score ({'; '.join(tally.lines())}); mend them")
+        raise UserError(f"--data_path: no pair to score ({'; '.join(tally.lines())}); correct them")
     return pairs
 
 
