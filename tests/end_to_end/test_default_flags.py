@@ -36,7 +36,7 @@ def test_ppo_then_its_config_json_and_its_resume(inputs, tmp_path, capfd):
     with pytest.raises(SystemExit):
         train_ppo.main(argv)
     said = capfd.readouterr().err
-    assert said.index("--train_steps, add --resume_with_changes") < said.index("--overwrite")
+    assert said.index("--resume_with_changes") < said.index("--overwrite")
     for again in (argv, ["--config", str(run / "config.json")]):
         shutil.rmtree(run / "final")
         train_ppo.main(again)

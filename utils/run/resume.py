@@ -45,8 +45,8 @@ def check_folder(config: RunFlags, inputs: list[str | None]) -> None:
     if holds_run(path) and not config.overwrite and not _may_go_on(config):
         if _is_finished(path) and _has_checkpoints(path) and config.resume == "auto":
             raise UserError(
-                f"--model_save_path {path} already holds a run, which is finished: to go on to a larger "
-                "--train_steps, add --resume_with_changes; to keep it, choose another folder; to replace it, --overwrite"
+                f"--model_save_path {path} already holds a run, which is finished: to go on to a larger --train_steps, "
+                "add --resume_with_changes; to keep it, choose another folder; to replace it, add --overwrite"
             )
         raise UserError(f"--model_save_path {path} already holds a run: choose another folder, or add --overwrite")
     check_writable(path, "--model_save_path")
