@@ -15,7 +15,7 @@ from sft.config import SFTConfig
 from utils.errors import UserError
 from utils.flags.fields import default_of
 from utils.flags.help import explain, field_help, overview
-from utils.flags.other_names import OURS
+from utils.flags.other_names import OURS, explain_unknown
 from utils.flags.parser import build_parser, changed_flags, entry_point, parse_args
 from utils.run.folder import run_description
 
@@ -126,6 +126,7 @@ def test_answers_are_flags_and_other_names_are_none():
         for group, others in OURS.items():
             if set(group.split()) & names(config_type):
                 assert not set(others) & names(config_type)
+    assert explain_unknown(["--kl_coef=1"], names(SFTConfig)) == "--kl_coef is unknown (see --help)"
 
 
 def test_all_missing_flags_are_named_at_once():

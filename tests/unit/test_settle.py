@@ -8,12 +8,10 @@ from data.chat import TurnEnd, turn_end
 from data.choose_template import first_prompt, settle
 from data.template import encode_dialogue, encode_prompt
 from ppo.config import PPOConfig
-from reward.config import RewardConfig
 from tests.helpers.families import FAMILIES, TURNS, family_tokenizer
 from tests.helpers.tiny import tiny_llama, tiny_llama_folder
 from tests.helpers.tiny_run import write_json
 from utils.errors import UserError
-from utils.flags.parser import parse_args
 from utils.tokenizer import load_tokenizer, save_tokenizer, template_of
 
 PATHS = {"policy_model_path": "P", "critic_model_path": "C", "data_path": "D"}
@@ -114,16 +112,12 @@ def test_stop_token_replaces_them(folders):
     for text in ("<|eot_id|>", ""):
         with pytest.raises(UserError, match=rf"^--stop_token '{text.replace('|', chr(92) + '|')}' is not one token"):
             of(folders, "chat", stop_token=[text])
-    argv = [word for name, path in PATHS.items() for word in (f"--{name}", path)]
-    assert parse_args(PPOConfig, [*argv, "--stop_token", "<|a|>", "</s>"]).stop_token == ["<|a|>", "</s>"]
 
 
-@pytest.mark.parametrize("text", ["{'a': 1}", "", "[1]", "1", "null", "{"])
+@pytest.mark.parametrize("text", ["{'a': 1}", "[1]", "null"])
 def test_arguments_of_the_template_are_a_json_object(text):
     with pytest.raises(UserError, match=r"^--chat_template_kwargs .*: not a JSON object"):
         PPOConfig(**PATHS, chat_template_kwargs=text)
-    with pytest.raises(UserError, match=r"^--chat_template_kwargs .*: not a JSON object"):
-        RewardConfig(hf_model_name_or_path="M", data_path="D", chat_template_kwargs=text)
 
 
 def test_arguments_reach_the_template_and_no_other_function(folders):
