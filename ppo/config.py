@@ -3,23 +3,12 @@
 import math
 from dataclasses import dataclass, field
 
-from ppo.flags import (
-    AlarmFlags,
-    DataFlags,
-    DecodingFlags,
-    GatherFlags,
-    LengthFlags,
-    LossFlags,
-    PlanFlags,
-    SamplingFlags,
-    TrainingFlags,
-    TrickFlags,
-)
+from ppo import flags
 from reward.scoring.flags import RewardFlags
 from utils.errors import UserError
 from utils.flags.checks import check_range, fit_warmup, replace_default
+from utils.flags.engine import RouterFlags
 from utils.flags.fields import Common
-from utils.flags.router import RouterFlags
 from utils.flags.run import RunFlags
 
 # Flags win over a preset, a preset wins over the defaults, which are PPO-max.
@@ -48,8 +37,8 @@ AMOUNTS = {
 
 @dataclass
 class PPOConfig(
-    DataFlags, TrainingFlags, TrickFlags, LossFlags, LengthFlags, SamplingFlags, AlarmFlags, DecodingFlags, GatherFlags,
-    RewardFlags, RouterFlags, RunFlags, PlanFlags,
+    flags.DataFlags, flags.TrainingFlags, flags.TrickFlags, flags.LossFlags, flags.LengthFlags, flags.SamplingFlags,
+    flags.AlarmFlags, flags.DecodingFlags, flags.GatherFlags, RewardFlags, RouterFlags, RunFlags, flags.PlanFlags,
 ):  # fmt: skip
     """Align a language model with PPO-max."""
 

@@ -19,11 +19,10 @@ class DataFlags:
     """SFT model to align: a Hugging Face folder or hub id. It is also the reference of the KL penalty"""
     critic_model_path: Common[str] = ""
     """Reward model that the critic starts from; a causal LM gets a new head. It also scores the responses, unless
-    --reward_model_path or --reward_fn is given. Starting from SFT or reward model made little difference (Part I,
-    Figure 8)"""
+    --reward_model_path or --reward_fn is given"""
     reward_fn: Common[str | None] = None
-    """Python function file.py:name that scores responses, called with (prompts, answers) and returning one number per
-    answer. THE FILE IS RUN. Without --reward_model_path it replaces the reward model; with it, both scores are added"""
+    """Python function file.py:name that scores responses: (prompts, answers) -> a number per answer. THE FILE IS RUN.
+    Without --reward_model_path it replaces the reward model; with it, both scores are added"""
     tokenizer_name_or_path: str | None = None
     """Tokenizer: a folder, a tokenizer.model or a hub id. Default: --policy_model_path"""
     data_path: Common[str] = ""
@@ -124,8 +123,7 @@ class DecodingFlags:
     """Sequences decoded at once on each GPU. Changes speed and memory only. auto: as many as fit into the memory left
     after loading the models, at most one per prompt; on a CPU, 32"""
     rollout_cache_tokens: int = 0
-    """Largest key-value cache on each GPU, in tokens; fewer sequences are decoded at once if they would need more. 0:
-    no limit"""
+    """Largest key-value cache on each GPU, in tokens; fewer sequences are decoded at once to keep it. 0: no limit"""
     micro_batch_tokens: Common[int] = 8192
     """Tokens per forward pass on each GPU, padding included. Changes speed and memory only"""
 
@@ -165,12 +163,10 @@ class TrickFlags:
     """Weight of the KL penalty per token, between policy and reference (Part I, eq. 19). Part I, Figure 15: 0.05, 0.1
     and 0.2 are stable"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of the KL from one sample. k1: log ratio (Part I, eq. 19); k2: half its square; k3: exp(-k1) - 1 +
-    k1"""
+    """Estimator of the KL. k1: log ratio (Part I, eq. 19); k2: half its square; k3: exp(-k1) - 1 + k1"""
     kl_in: Literal["reward", "loss"] = "reward"
-    """Place of the KL penalty. reward: subtracted from each token's reward (Part I, eq. 19); with k1 its gradient is
-    that of KL(policy, reference). loss: added to the loss; the gradient is the same with k2, and with k3 that of
-    KL(reference, policy)"""
+    """Place of the KL penalty. reward: subtracted from each token's reward (Part I, eq. 19); loss: added to the loss.
+    The gradient is that of KL(policy, reference), but for loss with k3 that of KL(reference, policy)"""
     critic_init_scale: float = 0.3
     """Standard deviation of the critic's first values, as a share of that of the first returns. Its head is scaled and
     shifted once, before training; 0: the head stays as loaded"""
@@ -203,7 +199,7 @@ class LossFlags:
     vf_loss_weight: float = 1.0
     """Weight of the value loss. The critic has its own optimizer, so that this scales its gradient before clipping"""
     use_entropy_loss: bool = False
-    """Add an entropy bonus to the policy loss. Without --entropy_clip it collapses (Part I, Figure 16)"""
+    """Add an entropy bonus to the policy loss. Part I, Figure 16: collapses without --entropy_clip"""
     entropy_loss_weight: float = 0.0
     """Weight of the entropy bonus under --use_entropy_loss"""
     entropy_clip: float = 0.0
@@ -224,11 +220,9 @@ class AlarmFlags:
     """Alarms: signs of collapse (Part I, §5.2), each off at 0."""
 
     on_collapse: Common[Literal["warn", "stop", "rollback"]] = "warn"
-    """Reaction to an alarm. rollback: return to the last checkpoint and continue with other prompts; after three,
-    stop"""
+    """Reaction to an alarm. rollback: return to the last checkpoint and take other prompts; after three, stop"""
     alarm_kl: float | None = None
-    """Alarm if the mean KL to the reference exceeds this, in nats per response. Default: 100, or --maxlen_res if that
-    is less (1 nat per token)"""
+    """Alarm if the mean KL to the reference exceeds this, in nats per response. Default: 100, at most --maxlen_res"""
     alarm_perplexity: float = 1.05
     """Alarm if the perplexity of responses falls below this: the policy repeats itself"""
     alarm_eos: float = 0.0

@@ -43,18 +43,10 @@ class RewardSaveFlags:
     """Shift scores so that held-out chosen answers have mean 0; the shift is saved as score_center in config.json"""
     center_data_path: str | None = None
     """Dialogues whose answers get mean score 0 under --center_scores, in place of the held-out chosen answers"""
-    validation_metric: Common[
-        Literal[
-            "accuracy",
-            "worst_subset_accuracy",
-            "loss",
-            "score_difference",
-            "calibration_error",
-            "length_bias",
-            "rm_loss",
-            "rm_acc",
-        ]
-    ] = "accuracy"
+    validation_metric: Common[Literal[
+        "accuracy", "worst_subset_accuracy", "loss", "score_difference", "calibration_error", "length_bias", "rm_loss",
+        "rm_acc",
+    ]] = "accuracy"  # fmt: skip
     """Metric on held-out pairs that chooses best/: the largest accuracy, worst_subset_accuracy or score_difference, or
     the smallest of the others. rm_loss and rm_acc are older names of loss and accuracy"""
     delimiter: str | None = None

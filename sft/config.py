@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from data.order import BLOCK
 from utils.errors import UserError
 from utils.flags.checks import check_range
+from utils.flags.engine import RouterFlags
 from utils.flags.fields import Common
-from utils.flags.router import RouterFlags
 from utils.flags.supervised import FitConfig
 from utils.flags.text import StopFlags
 

@@ -15,7 +15,7 @@ from sft.config import SFTConfig
 from utils.errors import UserError
 from utils.flags.fields import default_of
 from utils.flags.help import explain, field_help, overview
-from utils.flags.other_names import OURS
+from utils.flags.other_names import OURS, explain_unknown
 from utils.flags.parser import build_parser, changed_flags, entry_point, parse_args
 from utils.run.folder import run_description
 
@@ -125,7 +125,8 @@ def test_answers_are_flags_and_other_names_are_none():
     for config_type in CONFIGS:
         for group, others in OURS.items():
             if set(group.split()) & names(config_type):
-                assert not set(others.split()) & names(config_type)
+                assert not set(others) & names(config_type)
+    assert explain_unknown(["--kl_coef=1"], names(SFTConfig)) == "--kl_coef is unknown (see --help)"
 
 
 def test_all_missing_flags_are_named_at_once():
@@ -220,6 +221,9 @@ def test_defaults_give_way_to_few_prompts_and_short_windows():
     config.fit_prompts(11, world_size=2)
     config.fit_window(300)
     assert (config.num_rollouts, config.maxlen_prompt) == (8, 2048)  # the model refuses 2048 when it is loaded
+    config = parsed("--batch_size", "5")
+    config.fit_prompts(11, world_size=1)
+    assert (config.num_rollouts, config.replaced_defaults) == (10, {"num_rollouts": 128})
     with pytest.raises(UserError, match="--num_rollouts 128 needs more prompts than the 11"):
         parsed("--num_rollouts", "128").fit_prompts(11, world_size=1)
 

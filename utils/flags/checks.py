@@ -58,6 +58,6 @@ def replace_default(config, name: str, value, reason: str) -> None:
 
 
 def is_default(config, name: str) -> bool:
-    """Whether the user left the flag at its default."""
+    """Whether the user did not set the flag: it has its default, or a value that replaced it."""
     default = next(default_of(field) for field in dataclasses.fields(config) if field.name == name)
-    return name not in config.given and getattr(config, name) == default
+    return name not in config.given and (name in config.replaced_defaults or getattr(config, name) == default)

@@ -89,3 +89,17 @@ class EngineConfig(OptimizerFlags, ForwardConfig):
     def adds_up_in_float32(self) -> bool:
         """Whether gradients of bf16 weights are kept in float32 between micro-batches."""
         return self.dtype == "bf16" and self.grad_accum_dtype == "fp32"
+
+
+@dataclass
+class RouterFlags(ForwardConfig):
+    """Losses: what is added to the main loss."""
+
+    router_aux_loss_coef: float | None = None
+    """Weight of the load-balancing loss of a mixture-of-experts model's routers; 0: no such loss and no metrics of
+    routers. Default: router_aux_loss_coef of the model's config.json"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.router_aux_loss_coef is not None:
+            check_range(self, router_aux_loss_coef=(0, None))

@@ -10,30 +10,12 @@ from utils.flags.fields import Common
 # Flags that may differ when a run is resumed: they change where it writes, what it prints, its speed and its memory.
 FREE_ON_RESUME = frozenset(
     [
-        "model_save_path",
-        "logdir",
-        "report_to",
-        "overwrite",
-        "num_samples",
-        "print_interval",
-        "resume",
-        "resume_with_changes",
-        "checkpoint_per_step",
-        "keep_checkpoints",
-        "max_hours",
-        "hang_timeout",
-        "rollout_batch_size",
-        "rollout_cache_tokens",
-        "micro_batch_tokens",
-        "gradient_checkpoint",
-        "offload_frozen",
-        "gather_for_generation",
-        "plan",
-        "plan_gpus",
-        "plan_gpu",
-        "plan_gpu_memory",
+        "model_save_path", "logdir", "report_to", "overwrite", "num_samples", "print_interval", "resume",
+        "resume_with_changes", "checkpoint_per_step", "keep_checkpoints", "max_hours", "hang_timeout",
+        "rollout_batch_size", "rollout_cache_tokens", "micro_batch_tokens", "gradient_checkpoint", "offload_frozen",
+        "gather_for_generation", "plan", "plan_gpus", "plan_gpu", "plan_gpu_memory",
     ]
-)
+)  # fmt: skip
 
 
 @dataclass

@@ -27,10 +27,11 @@ def identity(config: RunFlags) -> dict:
 
 
 def _changed(config: RunFlags, saved: dict) -> list[str]:
-    """Flags with another value than in `saved`. A default that the saved run replaced counts as its replacement."""
+    """Flags whose value is neither that of `saved` nor the default that `saved` replaced; given ones first."""
     same = [saved, saved.get("replaced_defaults", {})]
     now = {name: value for name, value in identity(config).items() if name in saved and name != "replaced_defaults"}
-    return [name for name, value in now.items() if not any(name in x and x[name] == value for x in same)]
+    changed = [name for name, value in now.items() if not any(name in x and x[name] == value for x in same)]
+    return sorted(changed, key=lambda name: name not in config.given)
 
 
 def check_folder(config: RunFlags, inputs: list[str | None]) -> None:
@@ -44,8 +45,8 @@ def check_folder(config: RunFlags, inputs: list[str | None]) -> None:
     if holds_run(path) and not config.overwrite and not _may_go_on(config):
         if _is_finished(path) and _has_checkpoints(path) and config.resume == "auto":
             raise UserError(
-                f"--model_save_path {path} already holds a finished run: to train it on to a larger --train_steps, add "
-                "--resume_with_changes; to keep it, choose another folder; to replace it, add --overwrite"
+                f"--model_save_path {path} already holds a run, which is finished: to go on to a larger --train_steps, "
+                "add --resume_with_changes; to keep it, choose another folder; to replace it, add --overwrite"
             )
         raise UserError(f"--model_save_path {path} already holds a run: choose another folder, or add --overwrite")
     check_writable(path, "--model_save_path")
