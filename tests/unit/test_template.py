@@ -138,3 +138,5 @@ def test_texts_and_decoded_answers(llama_model, chat_folder, tiny_model):
     hello = tokenizer.encode("Hello 😀", add_special_tokens=False)
     assert decode_answer(tokenizer, [1501, *hello, 5000, 0, 2]) == "Hello 😀"  # special and unknown ids
     assert decode_answer(tokenizer, [2]) == decode_answer(tokenizer, []) == ""
+    tokenizer.stop_ids = (hello[-1],)
+    assert decode_answer(tokenizer, hello) == tokenizer.decode(hello[:-1]).strip() != "Hello 😀"
