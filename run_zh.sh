@@ -119,86 +119,85 @@ activate_repository_venv
 use_devices "$NUM_GPUS"
 mkdir -p "$OUTPUT"
 
-# One hyper-parameter a line, with what it does and what the paper ("Secrets of RLHF in Large Language Models Part I",
-# arXiv 2307.04964) says about it. `python train_ppo.py --help` lists the rest.
+# One flag per line, with what it does and what the paper ("Secrets of RLHF in Large Language Models Part I", arXiv
+# 2307.04964) says about it. `python train_ppo.py --help all` lists all flags, `--help reward_clip` explains one.
 ARGS=(
-  --preset ppo_max # with the tricks below; vanilla is plain PPO without them
-  --lang zh        # template of a tokenizer without a chat template: <s><|Human|>question</s><|MOSS|>
+  --preset ppo_max # with TRICKS below; vanilla: plain PPO without them
+  --lang zh        # template for a tokenizer without a chat template: <s><|Human|>question</s><|MOSS|>
   --policy_model_path "$POLICY_MODEL"
   --reward_model_path "$REWARD_MODEL"
   --critic_model_path "$CRITIC_MODEL"
   --tokenizer_name_or_path "$TOKENIZER"
   --data_path "$DATA"
   --model_save_path "$OUTPUT"
-  --seed 42        # of the prompts' order, the responses and new heads
+  --seed 42        # of the order of prompts, the responses and new heads
 
-  # How much, and how long. All sizes count samples on all GPUs together
-  --train_steps 1000          # buffers of samples; paper: 1000, stable up to 10,000
-  --num_rollouts 128          # samples in a buffer; paper: 128
-  --batch_size 32             # samples an optimizer step, so four steps a buffer; paper: 32
-  --ppo_epochs 1              # passes over a buffer
-  --warmup_steps 100          # of the policy's learning rate (the critic has trained before); paper: the first tenth
-  --maxlen_prompt 2048        # tokens of prompt and answer together; older turns are dropped first
-  --maxlen_res 512            # tokens of an answer at most
-  --rollout_batch_size auto   # answers written at once on a GPU: as many as fit (7B: 0.5 MB per token each); or a number
-  --micro_batch_tokens 8192   # tokens in one forward pass on a GPU: speed and memory only
+  # Length and batch sizes, over all GPUs together
+  --train_steps 1000          # steps, of one buffer of responses each; paper: 1000, stable up to 10,000
+  --num_rollouts 128          # responses in a buffer; paper: 128
+  --batch_size 32             # responses per optimizer step: four per buffer; paper: 32
+  --ppo_epochs 1              # passes over each buffer
+  --warmup_steps 100          # of the policy's learning rate (the critic is pre-trained); paper: the first tenth
+  --maxlen_prompt 2048        # tokens of prompt and response together; longer prompts lose their oldest turns
+  --maxlen_res 512            # longest response, in tokens
+  --rollout_batch_size auto   # sequences decoded at once on a GPU: as many as fit (7B: 0.5 MB per token each); or a number
+  --micro_batch_tokens 8192   # tokens per forward pass on a GPU; changes speed and memory only
 
   # Optimizer
   --lr 5e-7                   # of the policy; paper: 5e-7
   --critic_lr 1.65e-6         # paper: 1.65e-6
-  --lr_schedule inverse_sqrt  # how both fall after the warm-up; or cosine, linear, constant
+  --lr_schedule inverse_sqrt  # after the warm-up; or cosine, linear, constant
 
-  # Sampling: what is learnt from is what was sampled, so nothing is cut off
-  --temperature 1.0           # log-probabilities are taken at it too; released code by default: 0.8
-  --topp 1.0                  # released code by default: 0.9, which the ratio knows nothing of
-  --repetition_penalty 1.0    # released code by default: 1.1, likewise
+  # Sampling. At other values than 1 the responses are not samples of the distribution that is trained
+  --temperature 1.0           # log-probabilities are computed at it too; default of the released code: 0.8
+  --topp 1.0                  # the probability ratio ignores other values; default of the released code: 0.9
+  --repetition_penalty 1.0    # the same; default of the released code: 1.1
 
   # Memory
-  --dtype bf16                # of all models; fp32 where there is no arithmetic for bf16
   --zero_stage 2              # paper: ZeRO-2
-  --gradient_checkpoint True  # recompute activations; paper: so; auto: in as few layers as memory allows
-  --offload_optimizer False   # True: the optimizer's state lives in host memory
-  --offload_frozen False      # True: reference and reward model stay in host memory (27 GB for 7B, over all GPUs)
+  --gradient_checkpoint True  # recompute activations; paper: True; auto: in as few layers as memory allows
+  --offload_optimizer False   # True: keep optimizer state in host memory
+  --offload_frozen False      # True: keep reference and reward model in host memory (27 GB for 7B, over all GPUs)
 
-  # Watching
-  --save_per_step 100         # buffers between evaluations on held-out prompts; the best model so far goes to best/
-  --num_eval_prompts 128      # held-out prompts of an evaluation
-  --checkpoint_per_step 50    # buffers between checkpoints, from which a run that was stopped goes on
+  # Evaluations and checkpoints
+  --save_per_step 100         # steps between evaluations on held-out prompts; the best model so far is saved to best/
+  --num_eval_prompts 128      # held-out prompts per evaluation
+  --checkpoint_per_step 50    # steps between checkpoints, from which a stopped run is resumed
 )
-# What makes PPO-max out of PPO. With `--preset vanilla` these lines are left out, and the preset's values hold.
+# The tricks of PPO-max. With `--preset vanilla` these lines are left out.
 TRICKS=(
-  --critic_pretrain_steps 10  # buffers for the critic alone before the policy moves; paper: does it, no number given
-  --critic_init_scale 0.3     # deviation of its first values, as a share of the returns' deviation; 0: as loaded
-  --gradient_clip 1.0         # global norm, policy and critic apart; paper: part of PPO-max, not enough by itself
+  --critic_pretrain_steps 10  # steps that train only the critic first; paper: part of PPO-max, no number given
+  --critic_init_scale 0.3     # standard deviation of its first values, as a share of the returns'; 0: as loaded
+  --gradient_clip 1.0         # global norm, of policy and critic each; paper: part of PPO-max, not enough by itself
 
-  # Score: what the reward model says, made fit to learn from
+  # Score and KL penalty
   --use_reward_scaling True   # divide by the running standard deviation; paper: part of PPO-max
-  --use_reward_norm True      # and subtract the running mean; paper: part of PPO-max
-  --use_reward_clip True      # after that; paper: part of PPO-max
-  --reward_clip 0.3           # largest score in standard deviations; paper: 0.3 holds, 0.8 collapses
-  --missing_eos_penalty 0.0   # off the score of an answer that was cut at --maxlen_res, in deviations; paper: none
-  --kl_penalty_weight 0.05    # pull of each token towards the reference; paper: 0.05, 0.1 and 0.2 are all stable
-  --kl_in reward              # the penalty is part of the reward, token by token; paper: so
-  --kl_estimator k1           # log ratio; paper: so
+  --use_reward_norm True      # subtract the running mean; paper: part of PPO-max
+  --use_reward_clip True      # clip the result to [-reward_clip, reward_clip]; paper: part of PPO-max
+  --reward_clip 0.3           # in standard deviations; paper: 0.3 is stable, 0.8 collapses
+  --missing_eos_penalty 0.0   # subtracted from the score of a response cut at --maxlen_res; paper: none
+  --kl_penalty_weight 0.05    # weight of the KL to the reference per token; paper: 0.05, 0.1 and 0.2 are stable
+  --kl_in reward              # subtract the KL from each token's reward; paper: reward
+  --kl_estimator k1           # log ratio; paper: k1
 
   # Advantages
-  --gamma 1.0                 # discount a token; 1: none, the score at the end counts in full
-  --lam 0.95                  # GAE; paper: 0.9 in the figures, 0.95 in the released scripts; 0 and 1 are unstable
+  --gamma 1.0                 # discount per token; 1: no discount
+  --lam 0.95                  # lambda of GAE; paper: 0.9 in the figures, 0.95 in the released scripts; 0 and 1 are unstable
   --use_advantage_norm True   # mean 0 and variance 1 over the buffer
-  --use_advantage_clip False  # paper: another way to the same end as the score's clip
-  --advantage_clip 0.12       # with it; paper: 0.12 holds
+  --use_advantage_clip False  # paper: an alternative to clipping the score
+  --advantage_clip 0.12       # for --use_advantage_clip; paper: 0.12 is stable
 
   # Losses
-  --use_policy_loss_clip True # of the surrogate, as in any PPO
-  --pg_clip 0.2               # the ratio stays within 1 +- this; paper: not enough by itself
-  --use_critic_loss_clip True # the critic learns in small steps
-  --value_clip 0.2            # values stay this close to the old ones; paper: part of PPO-max
-  --vf_loss_weight 1.0        # of the value loss
-  --use_entropy_loss False    # a bonus for entropy; paper: collapses without a limit
-  --entropy_loss_weight 0.01  # with it
-  --entropy_clip 3.5          # with it, nats a token up to which there is a bonus; no limit: 0
-  --use_ppo_pretrain_loss False # True with --ppo_pretrain_data_path: less is forgotten on the way; paper: part of PPO-max
-  --ppo_pretrain_loss_weight 0.5 # with it; paper: no number given
+  --use_policy_loss_clip True # clip the probability ratio, as in any PPO
+  --pg_clip 0.2               # to [1 - 0.2, 1 + 0.2]; paper: not enough by itself
+  --use_critic_loss_clip True # clip values around the old ones; paper: part of PPO-max
+  --value_clip 0.2            # largest change of a value
+  --vf_loss_weight 1.0        # weight of the value loss
+  --use_entropy_loss False    # entropy bonus; paper: collapses without --entropy_clip
+  --entropy_loss_weight 0.01  # for --use_entropy_loss
+  --entropy_clip 3.5          # entropy above which a token gets no bonus, in nats; 0: no limit
+  --use_ppo_pretrain_loss False # True, with --ppo_pretrain_data_path: keeps language ability; paper: part of PPO-max
+  --ppo_pretrain_loss_weight 0.5 # for --use_ppo_pretrain_loss; paper: no number given
 )
 if [[ $(flag_value --preset ppo_max "${ARGS[@]}" "$@") == ppo_max ]]; then
   ARGS+=("${TRICKS[@]}")

@@ -1,6 +1,6 @@
-"""Environment variables and a flag of benchmarks. Imports nothing: a child inherits its parent's peak of memory."""
+"""Environment variables and a flag of benchmarks. Imports nothing: children inherit the peak memory."""
 
-# As utils/launch.sh sets them on the CPU.
+# The same values as in utils/launch.sh for CPUs.
 MALLOC = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -10,5 +10,5 @@ MALLOC = {
 
 
 def add_dtype(parser) -> None:
-    """--dtype of an argparse parser."""
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="fp32 where a CPU has no bf16")
+    """Adds --dtype to an argparse parser."""
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="fp32 for CPUs without bf16")

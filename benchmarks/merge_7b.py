@@ -1,16 +1,16 @@
-"""How fast a 7B model is recovered, and in how much memory:   python benchmarks/merge_7b.py [--layers 8 16 32]
+"""Measure time and memory of recovering a 7B model:   python benchmarks/merge_7b.py [--layers 8 16 32]
 
-Writes a float16 base and model in LLaMA-7B's shapes (random weights, 32 layers unless told), makes the diff, and then
-times, each as a process of its own and with its inputs dropped from the page cache:
+Writes a float16 base and model with LLaMA-7B's shapes (random weights, 32 layers by default), makes the diff, and
+times, each in its own process and with its inputs dropped from the page cache:
 
-  cp            the base copied to the disk and the diff to /dev/null, which reads and writes just what recover does
-  cp, synced    and until the copy is on the disk, which recover waits for too
+  cp            copy the base to the disk and the diff to /dev/null: the same reads and writes as recover
+  cp, synced    the same until the copy is on the disk, as recover does
   recover       with a manifest: SHA-256 of base, diff and result
-  published     without one, as the published diffs are: SHA-256 of the result, for its manifest
-  verify        of what was recovered
+  published     without a manifest, like the published diffs: SHA-256 of the result
+  verify        of the recovered model
 
-Prints the median of the repeats, peak resident memory (mapped files and imports included) and the ratio to cp, a line
-per size. Takes up to 54 GB of disk for 7B under --folder, all of it removed in the end.
+Prints one line per size: medians over the repeats, peak resident memory (with mapped files and imports) and the ratio
+to cp. Needs up to 54 GB of disk for 7B under --folder, which is freed at the end.
 """
 
 import argparse
@@ -35,12 +35,12 @@ from utils.weight_diff.output_folder import write_shards
 
 REPOSITORY = Path(__file__).parents[1]
 HIDDEN, INTERMEDIATE, VOCAB = 4096, 11008, 32000
-SHARD = 500_000_000  # bytes; less than recovery takes, as a child's peak memory includes that of its parent
+SHARD = 500_000_000  # bytes; small, because the peak memory of a child includes that of its parent
 COLUMNS = ("cp", "cp, synced", "recover", "published", "verify")
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of LLaMA-7B's tensors, with this number of layers."""
+    """Returns names and shapes of LLaMA-7B's tensors with `layers` layers."""
     square, wide, tall = (HIDDEN, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
     layer = {f"self_attn.{name}_proj": square for name in "qkvo"}
     layer |= {"mlp.gate_proj": wide, "mlp.up_proj": wide, "mlp.down_proj": tall}
@@ -51,10 +51,10 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def write_model(folder: Path, layers: int, seed: int) -> int:
-    """A float16 model of normal weights, deviation 0.02. Returns its bytes."""
+    """Writes a float16 model with normal weights, standard deviation 0.02; returns its bytes."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(seed)
-    # Repeated; of another length in each model, so that no pair of values, and no rounding of one, comes twice.
+    # The period differs between the models, so that all pairs of values, and their rounding, are different.
     values = (0.02 * torch.randn(8_000_000 + seed, generator=generator)).half()
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -73,7 +73,7 @@ def write_model(folder: Path, layers: int, seed: int) -> int:
 
 
 def drop_from_cache(*folders: Path) -> None:
-    """The files are read from the disk next time. What has not reached it yet is written first."""
+    """Writes the files to the disk and drops them from the page cache."""
     for file in (file for folder in folders for file in folder.iterdir()):
         handle = os.open(file, os.O_RDONLY)
         os.fsync(handle)
@@ -82,7 +82,7 @@ def drop_from_cache(*folders: Path) -> None:
 
 
 def timed(*command: str | Path) -> tuple[float, float]:
-    """Runs a command; (seconds, GiB of peak resident memory). Its output is shown when it fails."""
+    """Runs a command; returns (seconds, peak resident memory in GiB). Prints its output if it fails."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=REPOSITORY, text=True)
     output = process.stdout.read()
@@ -94,12 +94,12 @@ def timed(*command: str | Path) -> tuple[float, float]:
 
 
 def merge(command: str, tuned: Path, *flags: str | Path) -> tuple[float, float]:
-    """`timed` of merge_weight_en.py."""
+    """Runs `timed` on merge_weight_en.py."""
     return timed(sys.executable, "merge_weight_en.py", command, "--path_tuned", tuned, *flags)
 
 
 def copy(raw: Path, diff: Path, target: Path) -> tuple[float, float]:
-    """(seconds of cp, seconds until it is on the disk too)."""
+    """Returns (seconds of cp, seconds until the copy is on the disk)."""
     drop_from_cache(raw, diff)
     start = time.perf_counter()
     timed("cp", "-r", "--reflink=never", raw, target)
@@ -111,7 +111,7 @@ def copy(raw: Path, diff: Path, target: Path) -> tuple[float, float]:
 
 
 def measure(place: Path, layers: int, repeats: int) -> str:
-    """One line of the table."""
+    """Returns one line of the table."""
     raw, model, diff, bare = (place / name for name in ("raw", "model", "diff", "bare_diff"))
     size = write_model(raw, layers, 1)
     write_model(model, layers, 2)
@@ -144,11 +144,11 @@ def measure(place: Path, layers: int, repeats: int) -> str:
 
 
 def main() -> None:
-    """Measures every size and prints the table."""
+    """Measures each size and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--layers", type=int, nargs="+", default=[32], help="sizes to measure")
+    parser.add_argument("--layers", type=int, nargs="+", default=[32], help="numbers of layers to measure")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", default=REPOSITORY / "outputs", help="where to write; on the disk to be measured")
+    parser.add_argument("--folder", default=REPOSITORY / "outputs", help="folder on the disk to measure")
     options = parser.parse_args()
     Path(options.folder).mkdir(exist_ok=True)
     print(" | ".join(["layers", "GB", *(f"{name}, s" for name in COLUMNS), "recover / cp", "published / cp", "GiB"]))

@@ -1,10 +1,10 @@
-"""Where the time of a PPO step goes:   python benchmarks/ppo_step.py [--steps 3]
+"""Measure the stages of a PPO step:   python benchmarks/ppo_step.py [--steps 3]
 
-A 58M LLaMA (hidden 512, 8 layers, 8 heads, intermediate 1376, vocabulary 32,000), random weights, one process, bf16
-unless told. 8 prompts of 32 to 448 tokens (log-uniform, seed 0), 64 response tokens each, one optimizer step of policy
-and critic. Prints seconds a sample for rollout, score and update, peak memory, this machine's matrix-product rate in
-the same run, and the share of it that scoring and update reach in useful FLOPs: real tokens only, heads where they are
-needed, nothing counted twice for recomputation. The first step warms up and is not counted; each figure is a median.
+A 58M LLaMA (hidden size 512, 8 layers, 8 heads, feed-forward size 1376, vocabulary 32,000) with random weights, one
+process, bf16 by default. 8 prompts of 32 to 448 tokens (log-uniform, seed 0) with 64 response tokens, one optimizer
+step of policy and critic. Prints seconds per sample of rollout, score and update, peak memory, the machine's matrix-
+product rate, and the share of it that scoring and update reach in useful FLOPs: no padding, heads only where needed, no
+recomputation. All times are medians without the first step.
 """
 
 import argparse
@@ -42,12 +42,12 @@ from utils.moments import RunningMoments
 
 SAMPLES, RESPONSE = 8, 64
 STAGES = ("rollout", "score", "update")
-# A random model hardly ever samples EOS: 1 token in 32,000.
+# A random model samples EOS with a probability of 1 / 32,000.
 IDS = SimpleNamespace(eos_token_id=2, pad_token_id=0, chat_template=None)
 
 
 def build(config: PPOConfig, sizes: Sizes = SIZES) -> Models:
-    """Policy, critic, reference and reward model of the same random LLaMA; 58M parameters unless told."""
+    """Returns policy, critic, reference and reward model from the same random LLaMA."""
     dtype = DTYPES[config.dtype]
     lm = random_lm(sizes, dtype, device(), config.attn_implementation)
     if config.gradient_checkpoint:
@@ -55,7 +55,7 @@ def build(config: PPOConfig, sizes: Sizes = SIZES) -> Models:
 
     def scalar() -> ScalarModel:
         head = ScalarHead(lm.config.hidden_size, 1, bias=False, dtype=dtype, device=device())
-        return ScalarModel(copy.deepcopy(lm.model), head)  # with checkpointing, where the policy has it
+        return ScalarModel(copy.deepcopy(lm.model), head)  # with gradient checkpointing if the policy has it
 
     reference, reward = (Frozen(m.requires_grad_(False), False) for m in (PolicyModel(copy.deepcopy(lm)), scalar()))
     critic, ensemble = TrainEngine(scalar(), config, "critic"), Ensemble([Member(reward, window=2048)])
@@ -66,13 +66,14 @@ def build(config: PPOConfig, sizes: Sizes = SIZES) -> Models:
 
 
 def prompt_batch(samples: int = SAMPLES) -> PromptBatch:
-    """Random prompts as a buffer."""
+    """Returns random prompts as one buffer."""
     return PromptBatch(random_prompts(samples), [[]] * samples, list(range(samples)))
 
 
 def forward_flops(model: nn.Module, rollout: Rollout, with_head: bool) -> float:
-    """Useful FLOPs of one forward: 2 a weight and token in the body, attention over earlier tokens, 2 a head weight
-    and response token."""
+    """Returns the useful FLOPs of one forward pass: 2 per decoder weight and token, 2 per head weight and response
+    token, and attention over earlier tokens.
+    """
     backbone = model.lm.model if with_head else model.backbone
     weights = sum(p.numel() for p in backbone.layers.parameters())
     lengths = rollout.attention_mask.sum(1).tolist()
@@ -83,7 +84,7 @@ def forward_flops(model: nn.Module, rollout: Rollout, with_head: bool) -> float:
 
 
 def settings(options: argparse.Namespace) -> PPOConfig:
-    """The flags of the step that is measured."""
+    """Returns the configuration of the measured step."""
     return PPOConfig(
         policy_model_path="-", critic_model_path="-", data_path="-", num_rollouts=SAMPLES, batch_size=SAMPLES,
         maxlen_prompt=512, maxlen_res=RESPONSE, micro_batch_tokens=options.micro_batch_tokens,
@@ -92,7 +93,7 @@ def settings(options: argparse.Namespace) -> PPOConfig:
 
 
 def matrix_rate(dtype: str) -> float:
-    """FLOP/s of a product of two large matrices; prints it."""
+    """Prints and returns the FLOP/s of a product of two large matrices."""
     rate = timing.matrix_rate(device(), DTYPES[dtype])
     print(f"{dtype} matrix rate {rate / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads, {device()}")
     return rate
@@ -101,7 +102,7 @@ def matrix_rate(dtype: str) -> float:
 def timed_step(
     models: Models, prompts: PromptBatch, moments: RunningMoments, step: int, config: PPOConfig
 ) -> tuple[Rollout, dict[str, float]]:
-    """One step of PPO on this rank's prompts: (what all ranks have sampled, seconds of each stage)."""
+    """Runs one PPO step on this rank's prompts; returns (rollout of all ranks, seconds per stage)."""
 
     def learn() -> Rollout:
         whole, whole_scores = gather_batches(prompts, rollout, scores)
@@ -117,13 +118,13 @@ def timed_step(
 
 
 def parse_options(description: str) -> argparse.Namespace:
-    """How many steps, tokens of a forward, and how that is run. description: the benchmark's docstring."""
+    """Returns the flags of a benchmark. description: its docstring."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--micro_batch_tokens", type=int, default=2048)
     add_dtype(parser)
     parser.add_argument("--compile", action="store_true", help="compile the decoder layers, in the first step")
-    parser.add_argument("--attn_implementation", help="sdpa or eager; default: transformers' own choice")
+    parser.add_argument("--attn_implementation", help="sdpa or eager; default: transformers' choice")
     return parser.parse_args()
 
 
@@ -147,7 +148,7 @@ def main() -> None:
 
 
 def report(models: Models, rollout: Rollout, seconds: dict[str, float], config: PPOConfig) -> None:
-    """Prints seconds a sample, shares of the matrix rate, peak memory."""
+    """Prints seconds per sample, shares of the matrix rate, and peak memory."""
     policy = forward_flops(models.policy.module, rollout, with_head=True)
     critic = forward_flops(models.critic.module, rollout, with_head=False)
     useful = {"rollout": math.nan, "score": 2 * policy + 2 * critic, "update": 3 * policy + 3 * critic}
@@ -158,14 +159,12 @@ def report(models: Models, rollout: Rollout, seconds: dict[str, float], config: 
     )
     padding = 0.0 if models.policy.module.joins_rows else 1 - sum(lengths) / padded
     print(f"{sum(lengths)} real tokens in {SAMPLES} samples of {RESPONSE} response tokens")
-    print(f"{padding:.1%} of the tokens that scoring and update run are padding")
+    print(f"{padding:.1%} of the tokens in scoring and update are padding")
     for stage, time_taken in seconds.items():
-        share = useful[stage] / time_taken / rate
-        part = (
-            "" if math.isnan(share) else f"  {useful[stage] / 1e9:6.0f} useful GFLOP, {share:4.0%} of the matrix rate"
-        )
-        print(f"{stage:8} {time_taken / SAMPLES:6.3f} s a sample{part}")
-    print(f"{'total':8} {sum(seconds.values()) / SAMPLES:6.3f} s a sample")
+        flops = useful[stage]
+        share = f"  {flops / 1e9:6.0f} useful GFLOP, {flops / time_taken / rate:4.0%} of the matrix rate"
+        print(f"{stage:8} {time_taken / SAMPLES:6.3f} s per sample{'' if math.isnan(flops) else share}")
+    print(f"{'total':8} {sum(seconds.values()) / SAMPLES:6.3f} s per sample")
     print(f"peak memory {timing.peak():.2f} GiB {'on the GPU' if device().type == 'cuda' else 'resident'}")
 
 

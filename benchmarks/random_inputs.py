@@ -1,7 +1,4 @@
-"""Random LLaMAs, made on their device in their dtype, and random prompts; the same at every call.
-
-Imports torch and transformers alone, as TRL's side of a comparison uses it too.
-"""
+"""Random LLaMAs and prompts with fixed seeds. Imports only torch and transformers, because TRL's side uses it too."""
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
@@ -25,21 +22,21 @@ SIZES = MODELS["58M"]
 
 
 def config_of(sizes: Sizes) -> LlamaConfig:
-    """The config of a LLaMA of these sizes; 32,000 tokens and 2,048 positions unless told.
+    """Returns a LLaMA config; the defaults are 32,000 tokens and 2,048 positions.
 
-    Weights deviate so far that attention prefers some tokens whatever the sizes: 0.02 at a hidden size of 4,096.
+    initializer_range is 0.02 at hidden size 4,096 and scaled such that attention is not uniform at other sizes.
     """
     usual = {"vocab_size": 32000, "max_position_embeddings": 2048, "num_labels": 1}
     return LlamaConfig(initializer_range=1.28 / sizes["hidden_size"] ** 0.5, **usual | sizes)
 
 
 def random_lm(sizes: Sizes, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> PreTrainedModel:
-    """A causal LM of these sizes. attention: an implementation by its transformers name; None: transformers' choice."""
+    """Returns a random causal LM. attention: attention implementation; None: transformers' choice."""
     return _random(AutoModelForCausalLM, sizes, dtype, device, attention)
 
 
 def random_classifier(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The same decoder with a head of one label; token 0 is padding."""
+    """Returns the same decoder as a classifier with one label; token 0 is padding."""
     return _random(AutoModelForSequenceClassification, sizes | {"pad_token_id": 0}, dtype, device, None)
 
 
@@ -50,12 +47,12 @@ def _random(kind, sizes: Sizes, dtype: torch.dtype, device: torch.device, attent
 
 
 def random_prompts(count: int) -> list[list[int]]:
-    """Ids of prompts of 32 to 448 tokens, lengths log-uniform."""
+    """Returns ids of prompts with 32 to 448 tokens, log-uniform."""
     generator = torch.Generator().manual_seed(0)
     lengths = (32 * (448 / 32) ** torch.rand(count, generator=generator)).int().tolist()
     return random_ids(lengths, generator)
 
 
 def random_ids(lengths: list[int], generator: torch.Generator, vocabulary: int = 32000) -> list[list[int]]:
-    """Sequences of these lengths, without the first three tokens of the vocabulary, which are special."""
+    """Returns random sequences of these lengths, without the first three tokens, which are special."""
     return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]

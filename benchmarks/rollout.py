@@ -1,11 +1,10 @@
-"""Tokens a second of our sampling and of `model.generate`:   python benchmarks/rollout.py [--model FOLDER]
+"""Compare our sampling with `model.generate` in tokens per second:   python benchmarks/rollout.py [--model FOLDER]
 
-Both sides decode the same prompts (32 to 96 random tokens, sorted by length) in bf16 (--dtype) with the same settings:
-temperature 1, no top-p, no penalty, `batch` sequences at once. How long each response gets is drawn beforehand (seed
-0): "equal" is 64 tokens each, "ragged" a geometric mix of 8 to 256 (log-uniform). There is no EOS; a row ends at its
-length, which both sides read from a tensor on the device at every step, `generate` through a StoppingCriteria. The
-sides alternate; a figure is the median over the repeats, of wanted response tokens only.
-Without --model: a random 58M LLaMA (hidden 512, 8 layers, 8 heads, intermediate 1376, vocabulary 32,000).
+Both sides decode the same prompts (32 to 96 random tokens, sorted by length) in bf16 (--dtype) at temperature 1,
+without top-p and penalty, `batch` sequences at a time. Response lengths are fixed in advance (seed 0): "equal" is 64
+tokens, "ragged" is log-uniform from 8 to 256. There is no EOS: both sides compare with the lengths on the device in
+each step, `generate` in a StoppingCriteria. The sides alternate. Prints medians over the repeats, counting wanted
+tokens only. The default model is a random 58M LLaMA (random_inputs.py).
 """
 
 import argparse
@@ -34,7 +33,7 @@ NO_EOS = SimpleNamespace(eos_token_id=-1, pad_token_id=0)
 
 
 class AtLength(StoppingCriteria):
-    """True for the rows that have their number of tokens."""
+    """Stops rows that have reached their length."""
 
     def __init__(self, width: int, limits: torch.Tensor):
         self.ends = width + limits
@@ -44,14 +43,14 @@ class AtLength(StoppingCriteria):
 
 
 def load(folder: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    """The model."""
+    """Returns the model of a folder, or the random one."""
     if folder:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device()).eval()
     return random_lm(SIZES, dtype, device()).eval()
 
 
 def work(kind: str, count: int, vocabulary: int) -> tuple[list[list[int]], list[int]]:
-    """(prompts, longest first; tokens wanted of each)."""
+    """Returns (prompts, longest first; response length per prompt)."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(32, 97, (count,), generator=generator).sort(descending=True).values.tolist()
     prompts = random_ids(lengths, generator, vocabulary)
@@ -61,7 +60,7 @@ def work(kind: str, count: int, vocabulary: int) -> tuple[list[list[int]], list[
 
 
 def ours(lm, prompts: list[list[int]], limits: list[int], batch: int, seed: int) -> int:
-    """Tokens made."""
+    """Returns the number of tokens that our sampling generates."""
     config = SimpleNamespace(rollout_batch_size=batch, micro_batch_tokens=8192, rollout_cache_tokens=0)
     places, model = list(range(len(prompts))), PolicyModel(lm)
     options = decoding_options(config, model)
@@ -71,7 +70,7 @@ def ours(lm, prompts: list[list[int]], limits: list[int], batch: int, seed: int)
 
 
 def theirs(lm, prompts: list[list[int]], limits: list[int], batch: int, seed: int) -> int:
-    """Tokens made and wanted."""
+    """Returns the number of wanted tokens that `generate` returns."""
     torch.manual_seed(seed)
     made = 0
     for start in range(0, len(prompts), batch):
@@ -87,7 +86,7 @@ def theirs(lm, prompts: list[list[int]], limits: list[int], batch: int, seed: in
 
 
 def main() -> None:
-    """Prints a line a setting."""
+    """Prints one line per batch size and kind of lengths."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="folder of a causal LM; default: the random 58M LLaMA")
     add_dtype(parser)
@@ -110,7 +109,7 @@ def main() -> None:
                     assert made == sum(limits), (side, made)
                     found.append(made / seconds)
             us, them = (statistics.median(found) for found in rates.values())
-            print(f"batch {batch:2} {kind:6} {us:7.0f} against {them:7.0f} tokens/s: {us / them:.2f} x", flush=True)
+            print(f"batch {batch:2} {kind:6} {us:7.0f} vs {them:7.0f} tokens/s: {us / them:.2f} x", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What share of the machine's matrix rate each phase of a PPO step reaches:   python benchmarks/roofline.py [--steps 3]
+"""Measure the share of the matrix rate per phase of a PPO step:   python benchmarks/roofline.py [--steps 3]
 
-The model, prompts and counting of `ppo_step.py`: useful FLOPs only, none for padding, for prompt tokens' logits or for
-what is computed again. Prefill is a rollout of one token a response, decoding the rest of a whole one. An optimizer
-step has next to no FLOPs: its seconds stand alone. Times are medians, the first step is not counted.
+Model, prompts and useful FLOPs are those of `ppo_step.py`. Prefill is a rollout with one token per response; decode is
+the rest of a whole rollout. Optimizer steps have almost no FLOPs, so only their seconds are printed. All times are
+medians without the first step.
 """
 
 import statistics
@@ -36,14 +36,14 @@ from utils.moments import RunningMoments
 
 
 class Stopwatch:
-    """Seconds by phase, of one step; `stage` is the first word of the phases that watched calls belong to."""
+    """Seconds per phase of one step. stage: first word of the names of watched calls."""
 
     def __init__(self):
         self.stage = ""
         self.seconds: dict[str, float] = defaultdict(float)
 
     def time(self, phase: str, function: Callable, *args, **kwargs):
-        """Calls the function and adds what it took to the phase."""
+        """Calls the function and adds its seconds to the phase."""
         result, seconds = timed(function, *args, **kwargs)
         self.seconds[phase] += seconds
         return result
@@ -59,7 +59,7 @@ class Stopwatch:
 
 
 def watch_models(watch: Stopwatch, models: Models) -> None:
-    """Times forwards of all four, and backward passes and optimizer steps of those that learn."""
+    """Times the forward passes of all models, and the backward passes and optimizer steps of trained models."""
     watch.watch(models.reference.model, "forward", "reference")
     watch.watch(models.reward.members[0].model.model, "forward", "reward model")
     for name, engine in models.engines().items():
@@ -70,12 +70,12 @@ def watch_models(watch: Stopwatch, models: Models) -> None:
 
 
 def useful_flops(models: Models, rollout: Rollout) -> dict[str, float]:
-    """Of each phase that has any."""
+    """Returns the useful FLOPs per phase."""
     scalar = forward_flops(models.critic.module, rollout, with_head=False)
     whole = forward_flops(models.policy.module, rollout, with_head=True)
     prompts_only = replace(rollout, attention_mask=rollout.attention_mask & ~rollout.response_mask)
     first = torch.zeros_like(rollout.response_mask)
-    first[:, 0] = True  # one token a row gets logits
+    first[:, 0] = True  # one token per row needs logits
     prefill = forward_flops(models.policy.module, replace(prompts_only, response_mask=first), with_head=True)
     return {
         "rollout prefill": prefill, "rollout decode": whole - prefill,
@@ -86,7 +86,7 @@ def useful_flops(models: Models, rollout: Rollout) -> dict[str, float]:
 
 
 def run_step(watch: Stopwatch, models: Models, step: int, config) -> Rollout:
-    """One PPO step under the stopwatch."""
+    """Runs one PPO step under the stopwatch."""
     prompts, sampling = prompt_batch(), Sampling()
     watch.seconds.clear()
     watch.stage = "sampling"
@@ -116,7 +116,7 @@ def main() -> None:
             times[phase].append(seconds)
     rate, flops = matrix_rate(config.dtype), useful_flops(models, rollout)
     flops |= {stage: sum(n for phase, n in flops.items() if phase.startswith(stage)) for stage in ("score", "update")}
-    print(f"{SAMPLES} samples of {RESPONSE} response tokens, {int(rollout.attention_mask.sum())} real tokens in all")
+    print(f"{SAMPLES} samples of {RESPONSE} response tokens, {int(rollout.attention_mask.sum())} real tokens in total")
     for phase in sorted(phase for phase in times if not phase.startswith("sampling")):
         seconds = statistics.median(times[phase])
         share = f"{flops[phase] / 1e9:6.0f} GFLOP  {flops[phase] / seconds / rate:4.0%}" if phase in flops else ""

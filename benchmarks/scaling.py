@@ -1,10 +1,10 @@
-"""How time and memory of a PPO step grow:   python benchmarks/scaling.py [--series responses samples models processes]
+"""Measure the growth of time and memory of a PPO step:   python benchmarks/scaling.py [--series responses samples …]
 
-Every point is a step of benchmarks/ppo_step.py (8 samples of 32 to 448 prompt tokens, the same over and over where
-there are more; 64 response tokens, a 58M LLaMA, ZeRO-2, bf16 unless told) with one thing changed, in a process of its
-own, so that the peak of memory is its own. `processes` compares one process with all threads to two ranks (DeepSpeed
-over gloo) that share them. Seconds are medians of --steps steps after one that warms up. An exponent is the slope of
-a straight line through the points, both axes logarithmic: 1 is proportional.
+Each point is a step of benchmarks/ppo_step.py (8 samples of 32 to 448 prompt tokens, repeated for more samples; 64
+response tokens, a 58M LLaMA, ZeRO-2, bf16 by default) with one setting changed, in its own process with its own peak
+memory. `processes` compares one process with all threads with two ranks (DeepSpeed over gloo) that share them. Seconds
+are medians of --steps steps after a warm-up step. An exponent is the slope of a line through the points in a log-log
+plot: 1 is proportional.
 """
 
 import argparse
@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.environment import MALLOC, add_dtype
 
-MODELS = {  # millions of parameters -> sizes of a LLaMA with 32,000 tokens
+MODELS = {  # million parameters -> sizes of a LLaMA with 32,000 tokens
     20: {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 688},
     58: {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376},
     134: {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2064},
 }
 USUAL = {"response": 64, "samples": 8, "model": 58, "processes": 1}
-SERIES = {  # name -> (what changes, its values, what else is not as usual)
+SERIES = {  # name -> (changed setting, its values, other settings)
     "responses": ("response", [64, 128, 256, 512], {}),
     "samples": ("samples", [8, 16, 32], {}),
     "models": ("model", list(MODELS), {}),
@@ -36,7 +36,7 @@ STAGES = ("rollout", "score", "update")
 
 
 def run_point(point: dict, steps: int) -> None:
-    """Measures one point in this process, a rank among several where the launcher says so; the first prints JSON."""
+    """Measures one point in this process, which can be one of several ranks; the first rank prints JSON."""
     from benchmarks.ppo_step import build, prompt_batch, timed_step
     from benchmarks.timing import peak
     from data.prompts import Prompt
@@ -64,25 +64,25 @@ def run_point(point: dict, steps: int) -> None:
 
 
 def measure(point: dict, steps: int, threads: int) -> dict[str, float]:
-    """Runs a point in new processes. Seconds of each stage, GiB of the largest process."""
+    """Runs a point in new processes; returns the seconds per stage and the largest peak memory in GiB."""
     processes = point["processes"]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, __file__, "--steps", str(steps), "--point", json.dumps(point)]
     environment = os.environ | MALLOC | {"OMP_NUM_THREADS": str(threads // processes)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit(f"the point {point} failed")
+        raise SystemExit(f"the point {point} failed; see the messages above")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def exponent(x: list[float], y: list[float]) -> float:
-    """Least-squares slope of log y over log x."""
+    """Returns the least-squares slope of log y over log x."""
     log_x, log_y = ([math.log(value) for value in values] for values in (x, y))
     return statistics.linear_regression(log_x, log_y).slope
 
 
 def run_series(name: str, steps: int, threads: int, dtype: str) -> None:
-    """A table, and what its points say together."""
+    """Prints the table of a series and its exponents."""
     what, values, others = SERIES[name]
     print(f"\n{what:>10}" + "".join(f"{stage:>10}" for stage in STAGES) + f"{'seconds':>10}{'GiB':>8}{'samples/s':>11}")
     totals, peaks, rates = [], [], []
@@ -95,18 +95,18 @@ def run_series(name: str, steps: int, threads: int, dtype: str) -> None:
         stages = "".join(f"{found[stage]:10.2f}" for stage in STAGES)
         print(f"{value:10}{stages}{totals[-1]:10.2f}{peaks[-1]:8.2f}{rates[-1]:11.3f}", flush=True)
     if name == "processes":
-        print(f"two processes with half the threads each reach {rates[1] / rates[0]:.2f} of one (wanted: 0.8)")
+        print(f"speed of two processes relative to one with the same threads: {rates[1] / rates[0]:.2f} (target: 0.8)")
     else:
-        wanted = " (wanted: at most 1.1)" if name == "samples" else ""
-        print(f"exponents: seconds {exponent(values, totals):.2f}{wanted}, memory {exponent(values, peaks):.2f}")
+        target = " (target: at most 1.1)" if name == "samples" else ""
+        print(f"exponents: seconds {exponent(values, totals):.2f}{target}, memory {exponent(values, peaks):.2f}")
 
 
 def main() -> None:
-    """All series, or one point (what `measure` starts)."""
+    """Runs all series, or one point in a process started by `measure`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--series", nargs="+", choices=list(SERIES), default=list(SERIES))
-    parser.add_argument("--steps", type=int, default=2, help="counted steps of a point")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all processes together")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps per point")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of all processes together")
     add_dtype(parser)
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()

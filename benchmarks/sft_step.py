@@ -1,15 +1,6 @@
-"""Steps of SFT against the Trainer of transformers:   python benchmarks/sft_step.py [--rounds 3] [--autocast]
+"""Compare SFT steps with the Trainer of transformers:   python benchmarks/sft_step.py [--rounds 3] [--autocast]
 
-The same 58M LLaMA (hidden 512, 8 layers, 8 heads, intermediate 1376, vocabulary 32,000) from the same random weights,
-the same dialogues of random ids in the same order, as many a step, their last two thirds learnt, gradients clipped at
-1; one process, nothing recomputed.
-Ours: bf16 weights with float32 ones and float32 AdamW moments beside them, under DeepSpeed (ZeRO-2).
-Trainer: weights, gradients and moments in bf16, the fastest that it has; with --autocast float32 ones, cast to bf16 for
-the products, as precise as ours. No DeepSpeed. Batches of --peer_batch_size, padded to their longest, gradients added
-up to a step; the model's own loss with prompts at -100.
-Lengths: log-uniform from 32 to 512, and all 256. Sides alternate step by step; the first one warms up. Prints useful
-tokens a second (prompts included, padding not), medians over rounds, and each process's peak memory. Run it with the
-MALLOC_ variables of utils/launch.sh.
+See supervised.py. The last two thirds of each dialogue are trained on; the Trainer uses the model's own loss.
 """
 
 import argparse
@@ -27,29 +18,30 @@ from benchmarks.supervised import compare, our_steps, padded, parser_of
 
 
 def save_start(folder: str) -> None:
-    """The weights that both sides begin with."""
+    """Saves the initial weights of both sides."""
     random_lm(SIZES | {"pad_token_id": 0}, torch.bfloat16, torch.device("cpu")).save_pretrained(folder)
 
 
 def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.Namespace) -> None:
-    """A step of our own for every message."""
+    """Our side of `alternate.measure`."""
     from data.dialogues import EncodedDialogue
+    from sft.config import SFTConfig
     from sft.model import AnswerModel
     from sft.packed_batches import Layout
-    from sft.train import SFTConfig, stage_of
+    from sft.stage import build_stage
     from utils.engine.engine import DTYPES, TrainEngine, device, init_distributed, shutdown_distributed
     from utils.models.load import load_causal_lm
     from utils.run.supervised_loop import train_step
 
     config = SFTConfig(
         hf_model_name_or_path=folder, data_path=["-"], batch_size=options.batch_size,
-        micro_batch_tokens=options.micro_batch_tokens, packing=options.packing,
+        micro_batch_tokens=options.micro_batch_tokens, packing=options.packing, dtype="bf16",
     )  # fmt: skip
     init_distributed()
     lm = load_causal_lm(folder, DTYPES[config.dtype], device(), say=str)
     items = [EncodedDialogue(ids, [t >= len(ids) // 3 for t in range(len(ids))]) for ids in dialogues]
     layout = Layout(config.packing, flat=False, max_tokens=config.micro_batch_tokens)
-    stage = stage_of(config, lm, None, layout, [items], [])
+    stage = build_stage(config, lm, None, layout, [items], [])
     engine = TrainEngine(AnswerModel(lm), config, "model")
 
     def step(batch: list[EncodedDialogue]) -> None:
@@ -60,15 +52,15 @@ def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.
 
 
 def collate(batch: list[dict]) -> dict:
-    """Padded dialogues, with labels at their last two thirds."""
+    """Returns padded dialogues with labels at their last two thirds."""
     inputs = padded(item["ids"] for item in batch)
     starts = torch.tensor([len(item["ids"]) // 3 for item in batch])[:, None]
-    learnt = inputs["attention_mask"].bool() & (torch.arange(inputs["input_ids"].shape[1]) >= starts)
-    return inputs | {"labels": inputs["input_ids"].masked_fill(~learnt, -100)}
+    answers = inputs["attention_mask"].bool() & (torch.arange(inputs["input_ids"].shape[1]) >= starts)
+    return inputs | {"labels": inputs["input_ids"].masked_fill(~answers, -100)}
 
 
 def trainers(connection, folder: str, dialogues: list[list[int]], options: argparse.Namespace) -> None:
-    """The same of transformers' Trainer."""
+    """The Trainer's side of `alternate.measure`."""
     from benchmarks.trainer_side import trainer_steps
 
     load = partial(AutoModelForCausalLM.from_pretrained, folder)
@@ -79,7 +71,7 @@ def trainers(connection, folder: str, dialogues: list[list[int]], options: argpa
 def main() -> None:
     """Runs both sides and prints the table."""
     parser = parser_of(__doc__, "dialogues", batch_size=16)
-    parser.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True, help="of our rows")
+    parser.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True, help="--packing of ours")
     compare(parser.parse_args(), "dialogues", save_start, [ours, trainers])
 
 

@@ -1,7 +1,7 @@
-"""Measures time on the device and on the host, peak memory, kernels, and the rates of matrix products and copies.
+"""Measure device and host time, peak memory, kernels, and the rates of matrix products and copies.
 
-Device times come from CUDA events once the process uses CUDA, else from the clock. Imports torch alone, as TRL's side
-of a comparison uses it too. Figures are medians; a spread is (largest - smallest) / median.
+Device times are from CUDA events if the process uses CUDA, otherwise from the clock; results are medians. Imports only
+torch, because TRL's side of a comparison uses it too.
 """
 
 import itertools
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 
 GIB = 2**30
-LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")  # what the host calls
+LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")  # host functions
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call of a function: `device` with calls back to back, `host` until the call returns."""
+    """Seconds per call. device: of calls in a row; spread: (largest - smallest) / median; host: until it returns."""
 
     device: float
     spread: float
@@ -28,7 +28,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Kernel:
-    """All runs of one kernel (on a CPU, of one operation): its name, their number, their total seconds."""
+    """Name, number of runs and total seconds of a kernel (on a CPU, of an operation)."""
 
     name: str
     count: int
@@ -36,13 +36,13 @@ class Kernel:
 
 
 def wait() -> None:
-    """Waits until the device has finished its work."""
+    """Waits until the device has finished."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def timed(function: Callable, *args, **kwargs) -> tuple:
-    """Calls the function once: (its result, seconds until all streams of the device are done)."""
+    """Calls the function once; returns (result, seconds until all streams of the device have finished)."""
     wait()
     start = time.perf_counter()
     result = function(*args, **kwargs)
@@ -51,7 +51,7 @@ def timed(function: Callable, *args, **kwargs) -> tuple:
 
 
 def measure(function: Callable[[], object], repeats: int = 10, warm_up: int = 2) -> Timing:
-    """Times a function that works on the current stream and does not wait for it."""
+    """Times a function that uses the current stream without waiting for it."""
     for _ in range(warm_up):
         function()
     marks = [_mark()]
@@ -61,7 +61,7 @@ def measure(function: Callable[[], object], repeats: int = 10, warm_up: int = 2)
     wait()
     seconds = [_seconds(start, end) for start, end in itertools.pairwise(marks)]
     host = []
-    for _ in range(min(repeats, 5)):  # with an empty queue: a full one makes the host wait for the device
+    for _ in range(min(repeats, 5)):  # with an empty queue, because a full one blocks the host
         wait()
         start = time.perf_counter()
         function()
@@ -84,14 +84,14 @@ def _seconds(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> 
 
 
 def peak() -> float:
-    """GiB at most since the process began, or since `peak_of` began: of the GPU in use, else of this process."""
+    """Returns the peak memory of the GPU, or of the process without a GPU, in GiB, since start or `peak_of`."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def peak_of(function: Callable, *args, **kwargs) -> tuple:
-    """Calls the function: (its result, GiB at most while it ran, what was there before included)."""
+    """Calls the function; returns (result, peak memory in GiB during the call, with memory in use before)."""
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     result = function(*args, **kwargs)
@@ -100,7 +100,7 @@ def peak_of(function: Callable, *args, **kwargs) -> tuple:
 
 
 def kernels(function: Callable[[], object]) -> tuple[list[Kernel], int]:
-    """(the kernels of one call, by total time, longest first; number of launches by the host)."""
+    """Returns (kernels of one call, longest total time first; number of launches by the host)."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_initialized():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -118,14 +118,14 @@ def kernels(function: Callable[[], object]) -> tuple[list[Kernel], int]:
 
 
 def busy_seconds(function: Callable[[], object], calls: int = 10) -> float:
-    """Seconds per call that the device works, without its waits for the host in between."""
+    """Returns the seconds per call in which the device is busy, without waits for the host."""
     function()
     found, _ = kernels(lambda: [function() for _ in range(calls)])
     return sum(kernel.seconds for kernel in found) / calls
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
-    """FLOP/s of a product of two size x size matrices of random numbers. size: 8192 on a GPU, 2048 on a CPU."""
+    """Returns the FLOP/s of a product of random size x size matrices. size: default 8192 on a GPU, 2048 on a CPU."""
     size = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
@@ -133,7 +133,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
 
 
 def copy_rate(device: torch.device, size: int | None = None) -> float:
-    """Bytes per second, those read and those written, of a copy within a device. size: bytes, 4 GiB or 64 MiB."""
+    """Returns bytes read and written per second in a copy on a device. size: bytes; default 4 GiB or 64 MiB (CPU)."""
     size = size or (4 * GIB if device.type == "cuda" else GIB // 16)
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * size / measure(lambda: target.copy_(source)).device

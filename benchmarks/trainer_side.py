@@ -1,4 +1,4 @@
-"""The Trainer of transformers, in turn with us. Imported on its own side alone: ours holds none of it in memory."""
+"""The Trainer's side of sft_step.py and reward_step.py; not imported on our side, whose memory it would increase."""
 
 import argparse
 import tempfile
@@ -13,16 +13,16 @@ from benchmarks.timing import peak, wait
 
 
 class PairTrainer(Trainer):
-    """With the pairwise loss of reward models."""
+    """A Trainer with the pairwise loss of reward models."""
 
     def compute_loss(self, model, inputs, **_):
-        """-log sigmoid(chosen - rejected), mean; the batch's first half is chosen."""
+        """Returns the mean of -log sigmoid(chosen - rejected); the first half of the batch is chosen."""
         chosen, rejected = model(**inputs).logits.squeeze(-1).float().chunk(2)
         return -F.logsigmoid(chosen - rejected).mean()
 
 
 class _Turns(TrainerCallback):
-    """Makes a Trainer wait for its turn, and answer with the seconds of its step."""
+    """Makes the Trainer wait for a message before each step and answer with the seconds of the step."""
 
     def __init__(self, connection):
         self.connection = connection
@@ -42,7 +42,7 @@ def trainer_steps(
     connection, options: argparse.Namespace, load: Callable[[torch.dtype], PreTrainedModel], data: list[dict],
     collate: Callable[[list[dict]], dict], kind: type[Trainer] = Trainer,
 ) -> None:  # fmt: skip
-    """The same of a Trainer. load: the model in a dtype."""
+    """Runs the Trainer as a side of `alternate.measure`. load: returns the model in a dtype."""
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(
             out, per_device_train_batch_size=options.peer_batch_size, max_steps=options.rounds + 1, learning_rate=1e-5,

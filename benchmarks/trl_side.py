@@ -1,6 +1,6 @@
-"""TRL's side of benchmarks/vs_trl.py, run by TRL's own Python: waits before every update for a message to make it.
+"""TRL's side of benchmarks/vs_trl.py, run by TRL's Python; waits for a message before each update.
 
-usage: trl_side.py CONNECTION_FD SETTINGS, the latter JSON: the arguments of `main`
+usage: trl_side.py CONNECTION_FD SETTINGS; SETTINGS are the arguments of `main` as JSON
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 
 class Turns(TrainerCallback):
-    """Makes the trainer wait before each update but the first; sends its seconds, and at the end its peak memory."""
+    """Makes the trainer wait before each update but the first; sends the seconds, and at the end the peak memory."""
 
     def __init__(self, connection: Connection):
         self.connection = connection
@@ -39,7 +39,7 @@ class Turns(TrainerCallback):
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """What the trainer asks for: special ids, and padding on the left. No text is ever encoded."""
+    """Returns a tokenizer with special ids and left padding, which the trainer needs; no text is encoded."""
     words = {"<unk>": 0, "<s>": 1, "</s>": 2}
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
     model = Tokenizer(WordLevel(words, unk_token="<unk>"))
@@ -50,10 +50,10 @@ def main(
     connection: Connection, model: str, samples: int, response: int, updates: int, checkpointing: bool, bf16: bool,
     dtype: str, batch: int, rollout_batch: int, cpu: bool,
 ) -> None:  # fmt: skip
-    """Builds the trainer when told to make the first update, and trains.
+    """Builds the trainer after the first message, and trains.
 
-    The prompts are those of benchmarks/ppo_step.py, as many as a batch: every update gets all of them.
-    dtype: of what is trained. batch, rollout_batch: samples of a forward in the update; in generating and scoring.
+    The prompts are those of benchmarks/ppo_step.py; each update uses all of them. dtype: of trained models. batch,
+    rollout_batch: samples per forward pass in the update, and in generation and scoring.
     """
     connection.recv()
     trained, frozen = getattr(torch, dtype), torch.bfloat16 if bf16 else torch.float32

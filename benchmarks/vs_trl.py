@@ -1,14 +1,13 @@
-"""A step of PPO against TRL's PPOTrainer (1.12.0):   python benchmarks/vs_trl.py [--pairs 3] [--gradient_checkpoint]
+"""Compare a PPO step with TRL's PPOTrainer (1.12.0):   python benchmarks/vs_trl.py [--pairs 3] [--gradient_checkpoint]
 
-Random LLaMAs of 58M parameters as policy, reference, critic and reward model, the same 8 prompts a step (32 to 448
-tokens, log-uniform, seed 0), 64 response tokens each at temperature 1, one optimizer step of policy and critic, the
-same threads and MALLOC_ settings; forwards of 2048 tokens here, of 8 samples there. bf16: ours with a float32 copy of
-the weights, TRL as its `bf16` does it (float32 weights, autocast), its frozen models in bf16. fp32: no other dtype on
-either side.
-Both are long-lived processes that step in turn (benchmarks/alternate.py); the first round warms up and is not counted.
---apart: a pair is two processes, one after the other, each with a step that warms up and one that counts.
-TRL is used from this Python where it has it. Else it lives in an environment of its own, made on the first call; the
-packages that both need are shared with ours where their versions are the same.
+Policy, reference, critic and reward model are random LLaMAs with 58M parameters. Each step has the same 8 prompts (32
+to 448 tokens, log-uniform, seed 0) with 64 response tokens at temperature 1 and one optimizer step of policy and
+critic, with the same threads and MALLOC_ settings; forward passes have 2048 tokens here and 8 samples in TRL. bf16:
+ours with a float32 copy of the weights, TRL with its `bf16` (float32 weights, autocast) and frozen models in bf16.
+fp32: float32 on both sides. Both processes alternate (benchmarks/alternate.py); the first round is a warm-up. --apart:
+each pair is two processes, one after the other, with one warm-up step and one measured step each. TRL is used from this
+Python if installed, otherwise from a virtual environment that the first call creates; it shares packages with ours
+where the versions are the same.
 """
 
 import argparse
@@ -38,7 +37,7 @@ WANTED_RATE, WANTED_MEMORY = 4.0, 0.6
 
 
 def environment(folder: Path) -> Path:
-    """TRL's Python: this one where it has TRL, else a virtual environment at `folder`, made unless it is there."""
+    """Returns the Python with TRL: this one, or that of a virtual environment at `folder`, created if missing."""
     if importlib.util.find_spec("trl"):
         return Path(sys.executable)
     python, ready = folder / "bin" / "python", folder / ".ready"
@@ -46,7 +45,7 @@ def environment(folder: Path) -> Path:
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
         own = subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout.strip()
-        # pip takes our packages for installed, and fetches those of other versions: torch alone is 2 GB.
+        # With this file, pip regards our packages as installed and downloads only other versions; torch alone is 2 GB.
         (Path(own) / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
         subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *PACKAGES], check=True)
         ready.touch()
@@ -54,7 +53,7 @@ def environment(folder: Path) -> Path:
 
 
 def ours(connection, options: argparse.Namespace) -> None:
-    """Our steps. See `measure` for the messages; the last one is (peak, {stage: median seconds})."""
+    """Our side of `measure`; the last answer is (peak, {stage: median seconds})."""
     config = PPOConfig(
         policy_model_path="-", critic_model_path="-", data_path="-", num_rollouts=options.samples,
         batch_size=options.samples, maxlen_prompt=448 + options.response, maxlen_res=options.response,
@@ -75,7 +74,7 @@ def ours(connection, options: argparse.Namespace) -> None:
 
 
 def theirs(connection, options: argparse.Namespace) -> None:
-    """TRL's steps: this process becomes one of TRL's environment, with the connection as it is."""
+    """TRL's side of `measure`: replaces this process by TRL's Python, which inherits the connection."""
     os.set_inheritable(connection.fileno(), True)
     script = str(REPOSITORY / "benchmarks" / "trl_side.py")
     settings = {
@@ -88,7 +87,7 @@ def theirs(connection, options: argparse.Namespace) -> None:
 
 
 def compare(options: argparse.Namespace) -> tuple[list[list[float]], list[float], dict[str, float]]:
-    """Runs both sides: (samples a second of each pair, [ours, TRL's]; GiB of each; our seconds by stage)."""
+    """Runs both sides; returns (samples per second per pair, [ours, TRL's]; peak GiB; our seconds per stage)."""
     options.python = environment(options.environment.absolute())
     os.environ |= MALLOC | {
         "OMP_NUM_THREADS": str(options.threads),
@@ -103,50 +102,42 @@ def compare(options: argparse.Namespace) -> tuple[list[list[float]], list[float]
 
 
 def report(rates: list[list[float]], peaks: list[float], stages: dict[str, float]) -> None:
-    """Rates, memory and their ratios; where our time goes."""
+    """Prints rates, memory, their ratios, and our time per stage."""
     own_peak, other_peak = peaks
     ratios = [a / b for a, b in zip(*rates, strict=True)]
     rates = [statistics.median(rate) for rate in rates]
     every = " ".join(f"{ratio:.2f}" for ratio in ratios)
-    print(f"{'':18}{'ours':>8}{'TRL':>8}{'ratio':>8}{'wanted':>8}")
-    print(
-        f"{'samples a second':18}{rates[0]:8.2f}{rates[1]:8.2f}{statistics.median(ratios):8.2f}{WANTED_RATE:8.1f}",
-        end="",
-    )
-    print(f"   pairs: {every}")
+    print(f"{'':18}{'ours':>8}{'TRL':>8}{'ratio':>8}{'target':>8}")
+    ratio = statistics.median(ratios)
+    print(f"{'samples/s':18}{rates[0]:8.2f}{rates[1]:8.2f}{ratio:8.2f}{WANTED_RATE:8.1f}   pairs: {every}")
     print(f"{'peak GiB':18}{own_peak:8.2f}{other_peak:8.2f}{own_peak / other_peak:8.2f}{WANTED_MEMORY:8.1f}")
     total = sum(stages.values())
     print("our step: " + ", ".join(f"{name} {taken:.2f} s ({taken / total:.0%})" for name, taken in stages.items()))
 
 
 def parser_of() -> argparse.ArgumentParser:
-    """The flags."""
+    """Returns the parser of the flags."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", type=int, default=3, help="counted steps of each side")
-    parser.add_argument(
-        "--threads", type=int, default=2, help="CPU threads of each side; one works while the other waits"
-    )
-    parser.add_argument(
-        "--apart", action="store_true", help="run one side after the other: for devices without memory for both"
-    )
+    parser.add_argument("--pairs", type=int, default=3, help="measured steps per side")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads per side; only one side works at a time")
+    parser.add_argument("--apart", action="store_true", help="run the sides one after the other, to save memory")
     parser.add_argument("--model", choices=list(MODELS), default="58M", help="sizes of the four models")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="prompts per step")
-    parser.add_argument("--response", type=int, default=RESPONSE, help="tokens of each response")
-    parser.add_argument("--micro_batch_tokens", type=int, default=2048, help="tokens of our forwards")
+    parser.add_argument("--response", type=int, default=RESPONSE, help="tokens per response")
+    parser.add_argument("--micro_batch_tokens", type=int, default=2048, help="tokens per forward pass of ours")
     add_dtype(parser)
     parser.add_argument("--gradient_checkpoint", action="store_true", help="on both sides (TRL's default, not ours)")
     parser.add_argument("--reuse_sampler_logprobs", action="store_true", help="ours too, as TRL does (not our default)")
-    parser.add_argument(
-        "--trl_dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the models that TRL trains"
-    )
-    parser.add_argument("--trl_batch", type=int, choices=[1, 2, 4, 8], default=8, help="samples of a forward of TRL")
-    parser.add_argument("--trl_rollout_batch", type=int, help="the same while it generates and scores")
+    dtypes = ["float32", "bfloat16"]
+    parser.add_argument("--trl_dtype", choices=dtypes, default="float32", help="dtype of TRL's trained models")
+    parser.add_argument("--trl_batch", type=int, choices=[1, 2, 4, 8], default=8, help="samples per forward of TRL")
+    parser.add_argument("--trl_rollout_batch", type=int, help="the same in generation and scoring; default: the same")
     parser.add_argument("--environment", type=Path, default=REPOSITORY / "outputs" / "trl_env")
     return parser
 
 
 def main() -> None:
-    """Runs both sides, prints the comparison."""
+    """Runs both sides and prints the comparison."""
     report(*compare(parser_of().parse_args()))
 
 

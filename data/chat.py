@@ -1,4 +1,4 @@
-"""Dialogues in the tokenizer's own chat template: prompt, answers and the end of a turn, found by rendering."""
+"""Encode dialogues with the tokenizer's own chat template; answers and ends of turns are located by rendering."""
 
 import json
 from dataclasses import dataclass
@@ -10,27 +10,24 @@ from transformers import PreTrainedTokenizerBase
 from utils.errors import UserError
 
 Turns = list[dict[str, str]]
-_ANSWER = "7391"  # of the probe dialogue: no template contains it, and upper- or lower-casing does not change it
+_ANSWER = "7391"  # the answer of the probe dialogue: it is in no template, and templates that change case keep it
 
 
 @dataclass(frozen=True)
 class TurnEnd:
-    """How a template ends the assistant's turn.
-
-    ids: what it writes behind an answer, before anything else; stop: the id in `ids` that ends the turn.
-    """
+    """The end of the assistant's turn. ids: what the template writes after an answer; stop: the one that ends it."""
 
     ids: tuple[int, ...]
     stop: int
 
     @property
-    def learnt(self) -> int:
-        """How many of `ids` a model has to generate: those up to `stop`, which is included."""
+    def num_generated(self) -> int:
+        """Number of `ids` that a model generates: up to and including `stop`."""
         return self.ids.index(self.stop) + 1
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, template: str | None) -> TurnEnd:
-    """The end of the assistant's turns in `template`: EOS alone unless that is `chat`."""
+    """Returns the end of the assistant's turns in `template`; it is EOS except for `chat`."""
     if template != "chat":
         return TurnEnd((tokenizer.eos_token_id,), tokenizer.eos_token_id)
     return _probed_end(tokenizer, str(tokenizer.chat_template), json.dumps(template_arguments(tokenizer)))
@@ -38,14 +35,14 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, template: str | None) -> TurnEn
 
 @lru_cache(maxsize=8)
 def _probed_end(tokenizer: PreTrainedTokenizerBase, _template: str, _given: str) -> TurnEnd:
-    """What stands behind a probe's answer both at the end of a dialogue and before another question.
+    """Returns the ids after an answer that are the same at the end of a dialogue and before another question.
 
-    Some templates write more at the end alone (Phi 3: EOS), which no answer in the history has. Without a special token
-    in it, a turn has no end of its own, and answers end in EOS. The last two parameters are for the cache.
+    Some templates write more at the end of a dialogue (Phi 3: EOS). Without a special token among these ids, the turn
+    has no end token and answers end in EOS. The last two parameters are only keys of the cache.
     """
     turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": _ANSWER}]
-    last = _ids_behind_answer(tokenizer, turns)
-    earlier = _ids_behind_answer(tokenizer, [*turns, {"role": "user", "content": "Question"}])
+    last = _ids_after_answer(tokenizer, turns)
+    earlier = _ids_after_answer(tokenizer, [*turns, {"role": "user", "content": "Question"}])
     common = next((k for k, (a, b) in enumerate(zip(last, earlier)) if a != b), min(len(last), len(earlier)))
     added = tokenizer.added_tokens_decoder.items()
     ends = {tokenizer.eos_token_id, *(i for i, token in added if token.content.strip())}
@@ -55,79 +52,84 @@ def _probed_end(tokenizer: PreTrainedTokenizerBase, _template: str, _given: str)
     return TurnEnd(tuple(last[:common]), stop)
 
 
-def _ids_behind_answer(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> list[int]:
-    before, found, behind = render(tokenizer, turns, open_answer=False).partition(_ANSWER)
-    start, whole = (_encode(tokenizer, text) for text in (before + found, before + found + behind))
+def _ids_after_answer(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> list[int]:
+    before, found, after = render(tokenizer, turns, open_answer=False).partition(_ANSWER)
+    start, whole = (_encode(tokenizer, text) for text in (before + found, before + found + after))
     return whole[len(start) :] if found and whole[: len(start)] == start else []
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: Turns, open_answer: bool) -> str:
-    """The dialogue as the template writes it. Raises UserError for one that the template refuses."""
+    """Returns the dialogue rendered by the template. Raises UserError if the template refuses it."""
     try:
         return tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=open_answer, **template_arguments(tokenizer)
         )
     except (TemplateError, TypeError, ValueError) as error:  # some templates refuse system turns
-        given = ", or --chat_template_kwargs are not what it takes" if template_arguments(tokenizer) else ""
-        raise UserError(f"--template chat: the tokenizer's chat template refuses a dialogue: {error}{given}") from error
+        given = " or --chat_template_kwargs" if template_arguments(tokenizer) else ""
+        raise UserError(
+            f"--template chat: the tokenizer's chat template refuses a dialogue ({error}); fix the data{given}, or use "
+            "another --template"
+        ) from error
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Turns, open_answer: bool = True) -> list[int]:
-    """Ids of the rendered dialogue; open_answer: with what begins the assistant's next answer."""
+    """Returns the ids of the rendered dialogue. open_answer: include the beginning of the assistant's next answer."""
     return _encode(tokenizer, render(tokenizer, turns, open_answer))
 
 
-def closed_answer(tokenizer: PreTrainedTokenizerBase, turns: Turns, prompt: list[int]) -> list[int]:
-    """Ids of the last turn as the template writes it behind `prompt`, and the end of the turn.
+def encode_last_answer(tokenizer: PreTrainedTokenizerBase, turns: Turns, prompt: list[int]) -> list[int]:
+    """Returns the ids of the last answer as the template writes it after `prompt`, and of the end of its turn.
 
-    What the template puts in front of the text (an empty stretch of reasoning) belongs to the answer. Where the
-    template or a merge across the border changes the text or the prompt, the text is encoded on its own.
+    Text that the template puts before the answer, such as an empty block of reasoning, belongs to it. If the template
+    or the tokenizer changes the answer or the prompt when they are joined, the answer is encoded separately.
     """
     end, text = turn_end(tokenizer, "chat"), turns[-1]["content"]
     whole = encode_chat(tokenizer, turns, open_answer=False)
     ids = whole[len(prompt) :]
     if end.stop in ids:
-        ids = ids[: len(ids) - ids[::-1].index(end.stop) - end.learnt]
+        ids = ids[: len(ids) - ids[::-1].index(end.stop) - end.num_generated]
     same_prompt, same_text = whole[: len(prompt)] == prompt, tokenizer.decode(ids).strip().endswith(text.strip())
-    if not same_prompt or not same_text or end.stop in ids:  # the last: an end spelt out in the text
-        text = _without_opened(tokenizer, text, prompt)
+    if not same_prompt or not same_text or end.stop in ids:  # the text can contain the end token written out
+        text = _without_opened_tag(tokenizer, text, prompt)
         ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     return [*ids, *end.ids]
 
 
-def _without_opened(tokenizer: PreTrainedTokenizerBase, text: str, prompt: list[int]) -> str:
-    """The text less a tag in front that stands at the end of the prompt already, as DeepSeek-R1's <think> does."""
+def _without_opened_tag(tokenizer: PreTrainedTokenizerBase, text: str, prompt: list[int]) -> str:
+    """Returns the text without a leading tag that already ends the prompt, such as DeepSeek-R1's <think>."""
     before = tokenizer.decode(prompt).rstrip()
     tags = (token.content for token in tokenizer.added_tokens_decoder.values())
     opened = next((tag for tag in tags if tag and before.endswith(tag) and text.startswith(tag)), None)
     return text.removeprefix(opened).lstrip() if opened else text
 
 
-def earlier_answers(tokenizer: PreTrainedTokenizerBase, turns: Turns, ids: list[int]) -> tuple[list[bool], list[int]]:
-    """(mask of the answers within the prompt `ids` of `turns`, places of the turns whose answers are not in it).
+def mask_earlier_answers(
+    tokenizer: PreTrainedTokenizerBase, turns: Turns, ids: list[int]
+) -> tuple[list[bool], list[int]]:
+    """Returns (mask of the answers in the prompt `ids` of `turns`, indices of turns whose answers are not in it).
 
-    An answer is there if the prompt goes through it as a dialogue that ends in it does. Templates that take reasoning
-    out of the history, say, write it in another way.
+    An answer is in the prompt if the prompt begins with the dialogue that ends in this answer. This is not so if the
+    template rewrites earlier answers, for example removes their reasoning.
     """
-    end, mask, changed = turn_end(tokenizer, "chat"), [False] * len(ids), []
+    end, mask, rewritten = turn_end(tokenizer, "chat"), [False] * len(ids), []
     for k, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
         start = encode_chat(tokenizer, turns[:k])
-        own = start + closed_answer(tokenizer, turns[: k + 1], start)
+        own = start + encode_last_answer(tokenizer, turns[: k + 1], start)
         if ids[: len(own)] != own:
-            changed.append(k)
+            rewritten.append(k)
             continue
-        stop = len(own) - len(end.ids) + end.learnt
+        stop = len(own) - len(end.ids) + end.num_generated
         mask[len(start) : stop] = [True] * (stop - len(start))
-    return mask, changed
+    return mask, rewritten
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of rendered text, whose special tokens are tokens; the template writes the BOS."""
+    """Returns the ids of rendered text, in which special tokens are tokens; the template writes the BOS."""
     return tokenizer.encode(text, add_special_tokens=False)
 
 
 def template_arguments(tokenizer: PreTrainedTokenizerBase) -> dict:
-    """--chat_template_kwargs, as `load_tokenizer` got them."""
+    """Returns the --chat_template_kwargs that `load_tokenizer` stored."""
     return getattr(tokenizer, "chat_template_kwargs", {})

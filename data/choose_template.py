@@ -1,4 +1,4 @@
-"""The tokenizer, the template and the end of an answer of a stage: decided from flags and folders, and said."""
+"""Choose a command's tokenizer, template and stop ids from its flags and model folders."""
 
 import inspect
 import json
@@ -16,7 +16,7 @@ from utils.models.load import model_folder
 from utils.tokenizer import has_tokenizer, load_tokenizer, set_template, template_of
 
 Models = Iterable[tuple[str, str]]  # (flag, path)
-SHOWN = 800  # characters of a prompt
+MAX_SHOWN = 800  # characters of the first prompt that are printed
 PROBE = [
     {"role": "user", "content": "One?"},
     {"role": "assistant", "content": "Two."},
@@ -24,13 +24,13 @@ PROBE = [
 ]
 
 
-def settle(
+def prepare_tokenizer(
     config: TextFlags, source: str, models: Models, say: Callable[[str], None], others: Models = ()
 ) -> tuple[PreTrainedTokenizerBase, str]:
-    """(the tokenizer of `source`, its template's name), and says which template, why, and what ends an answer.
+    """Returns (tokenizer of `source`, template name); prints the template, the reason for it, and the stop ids.
 
-    models: those that generate or are trained; the stop ids of their generation_config.json count too. others: models
-    that read the same ids. Raises UserError when one of them was trained with another template, unless --template is
+    models: models that generate or are trained; their generation_config.json can add stop ids. others: further models
+    that read the same ids. Raises UserError if one of these was trained with another template, unless --template is
     explicit.
     """
     models = list(models)
@@ -43,7 +43,7 @@ def settle(
     say(f"{source}: template {template}, {why} (--template {config.template})")
     if config.template == "auto":
         for flag, path in [*models, *others]:
-            _check_trained_alike(flag, path, source, tokenizer, template, why)
+            _check_same_template(flag, path, source, tokenizer, template, why)
     reasons = stop_reasons(tokenizer, template, config.stop_token if isinstance(config, StopFlags) else [], models)
     tokenizer.stop_ids = tuple(sorted(reasons))
     words = (f"{tokenizer.convert_ids_to_tokens(i)!r} ({i}: {', '.join(reasons[i])})" for i in tokenizer.stop_ids)
@@ -52,21 +52,21 @@ def settle(
 
 
 def choose_template(config: TextFlags, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """(name of the template, why): the one place where this is decided. `chat` is never one of our own."""
+    """Returns (template name, reason). The name `chat` stands for chat templates other than the moss templates."""
     own = template_of(tokenizer)
     if config.template in ("auto", "chat") and own:
         return own, "the tokenizer's own chat template"
     if config.template == "auto":
-        return f"moss_{config.lang}", f"by --lang {config.lang}, as the tokenizer has no chat template"
-    return config.template, "as asked for"
+        return f"moss_{config.lang}", f"by --lang {config.lang}, because the tokenizer has no chat template"
+    return config.template, "as requested"
 
 
 def stop_reasons(
     tokenizer: PreTrainedTokenizerBase, template: str, stop_tokens: list[str], models: Models
 ) -> dict[int, list[str]]:
-    """Id -> why it ends an answer. stop_tokens: of --stop_token, in place of all others.
+    """Returns stop id -> reasons. stop_tokens: values of --stop_token, which replace all other stop ids.
 
-    In the moss templates it is EOS alone. Raises UserError for a string that is not one token.
+    The moss templates end answers in EOS only. Raises UserError for a stop token that is not exactly one token.
     """
     reasons = defaultdict(list)
     if stop_tokens:
@@ -86,10 +86,10 @@ def stop_reasons(
 
 
 def first_prompt(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """A line that shows a prompt as the model sees it: decoded ids, special tokens and line ends visible."""
+    """Returns a line with the prompt as the model reads it: decoded, with special tokens and escaped newlines."""
     text = tokenizer.decode(ids)
-    if len(text) > SHOWN:
-        text = f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
+    if len(text) > MAX_SHOWN:
+        text = f"{text[: MAX_SHOWN // 2]} … {text[-MAX_SHOWN // 2 :]}"
     return f"first prompt as the model sees it: {json.dumps(text, ensure_ascii=False)}"
 
 
@@ -98,38 +98,38 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     ids = tokenizer.encode(text, add_special_tokens=False) if known is None else [known]
     if len(ids) != 1:
         raise UserError(
-            f"--stop_token {text!r} is not one token of the tokenizer, but {len(ids)}; give a token as its vocabulary "
-            f"has it, such as {tokenizer.eos_token}"
+            f"--stop_token {text!r} is not one token of the tokenizer, but {len(ids)}; use a token of its vocabulary, "
+            f"such as {tokenizer.eos_token}"
         )
     return ids[0]
 
 
 def _check_arguments(tokenizer: PreTrainedTokenizerBase, config: TextFlags) -> None:
-    """Raises UserError for arguments that are not the template's but those of the function that renders it."""
+    """Raises UserError for arguments of the function that renders the template, which the template cannot receive."""
     taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"tools", "documents"}
     wrong = sorted(taken & config.template_arguments.keys())
     if wrong:
-        raise UserError(f"--chat_template_kwargs: {wrong[0]!r} is not an argument of a chat template; leave it out")
+        raise UserError(f"--chat_template_kwargs: {wrong[0]!r} is not an argument of a chat template; remove it")
 
 
-def _check_trained_alike(
+def _check_same_template(
     flag: str, path: str, source: str, tokenizer: PreTrainedTokenizerBase, template: str, why: str
 ) -> None:
-    """Raises UserError when the tokenizer beside a model says that it was trained with another template."""
+    """Raises UserError if the tokenizer in the model's folder shows that it was trained with another template."""
     folder = model_folder(path, flag)
     if not has_tokenizer(folder) or os.path.realpath(folder) == os.path.realpath(source) or path == source:
         return
     try:
         theirs = load_tokenizer(str(folder), arguments=template_arguments(tokenizer))
-    except UserError:  # it cannot be used, which may be why another one was given
+    except UserError:  # unusable: possibly the reason why the user passed another one
         return
     other = template_of(theirs)
     if other is None or (other == template and (other != "chat" or _rendered(theirs) == _rendered(tokenizer))):
         return
     name = "another chat template" if other == template else f"the template {other}"
     raise UserError(
-        f"{flag} {path} was trained with {name}, and this run uses {template}, {why}; give a model and a tokenizer "
-        f"that agree, or say which template holds with --template {' or '.join(sorted({template, other}))}"
+        f"{flag} {path} was trained with {name}, and this run uses {template}, {why}; use a model and a tokenizer "
+        f"that agree, or pass --template {' or '.join(sorted({template, other}))}"
     )
 
 

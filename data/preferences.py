@@ -1,4 +1,4 @@
-"""Preferences for the reward model: one history, answers to it, and which of them people liked better."""
+"""Load preferences for reward models: a history, answers to it, and pairs of a better and a worse answer."""
 
 import re
 from collections.abc import Callable
@@ -7,23 +7,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.formats.dialogue_forms import check_turns, from_hh, history_of, is_hh, turns_of
-from data.formats.json_lines import has_half_pair
+from data.formats.dialogue_forms import check_turns, from_hh, is_hh, parse_history, parse_turns
+from data.formats.json_lines import has_lone_surrogate
 from data.formats.ranked_answers import is_ranked, ranked_pairs
 from data.formats.records import FLAG, BadRecord, Record, Tally, load_items
-from data.formats.score_columns import STRENGTH, number_of, strength_of
+from data.formats.score_columns import STRENGTH, read_number, read_strength
 from data.template import Turns
 from utils.errors import UserError
 
-MARGIN_COLUMNS = (STRENGTH, "margin")  # where a pair's margin is looked for, unless a column is named
+MARGIN_COLUMNS = (STRENGTH, "margin")  # columns with a pair's margin, unless a flag names another
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Places of the better and the worse answer among a preference's `answers`.
+    """Indices of the better and the worse answer of a preference.
 
-    strength: mean score difference over several reward models, if known (negative: they disagree with the label);
-    margin: by how much the better answer is to win, if known and asked for.
+    strength: mean score difference over several reward models, if known; negative if they disagree with the label.
+    margin: target score difference of the adaptive margin loss, if known and requested.
     """
 
     better: int
@@ -34,9 +34,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Preference:
-    """Answers to one `history` and the pairs to learn from: one of two answers, or all of a ranked list's.
+    """Answers to one history, and their pairs: one for two answers, all pairs for a ranked list.
 
-    `subset` is what the evaluation groups by; `source` is where the record stands.
+    subset: group in evaluations; source: place of the record.
     """
 
     history: Turns
@@ -52,63 +52,64 @@ def load_preferences(
     seed: int,
     say: Callable[[str], None] = print,
     margin_columns: tuple[str, ...] = (),
+    lower: bool = False,
 ) -> tuple[list[Preference], list[Preference]]:
-    """(train, valid) preferences of `path`, in four forms:
+    """Returns (train, valid) preferences; drops malformed records and reports their counts with `say`.
 
-    {"chosen", "rejected"} as whole dialogues with a shared history, in lists or in Anthropic's text form; {"prompt",
-    "chosen", "rejected"}; {"prompt", "responses"}, best first or with "scores" or "ranks"; the first three with an
-    optional "mean preference difference" (or both score lists), all with an optional "subset". margin_columns: where
-    margins are looked for, the first that a record has; none: not read. Ranked answers with scores have the difference
-    of these for a margin. Pairs whose histories differ, whose answers are equal or empty, and malformed records are
-    dropped, counted and said. Raises UserError when the data cannot be read or nothing is left.
+    Formats: {"chosen", "rejected"} as dialogues with the same history, in lists or Anthropic's text format; {"prompt",
+    "chosen", "rejected"}; {"prompt", "responses"} (ranked_answers.py). Optional columns: "subset", "mean preference
+    difference", score lists. margin_columns: columns with a margin, the first that a record has; (): no margins. The
+    margin of ranked answers is their score difference. Raises UserError if the data is unreadable or nothing is left.
     """
-    return load_items(path, "preferences", partial(preference_of, margin_columns=margin_columns), num_valid, seed, say)
+    parse = partial(parse_preference, margin_columns=margin_columns)
+    return load_items(path, "preferences", parse, num_valid, seed, say, lower=lower)
 
 
-def preference_of(record: Record, tally: Tally, margin_columns: tuple[str, ...] = ()) -> Preference:
-    """One record in any of the forms above. Raises BadRecord, saying why."""
+def parse_preference(record: Record, tally: Tally, margin_columns: tuple[str, ...] = ()) -> Preference:
+    """Returns the preference of one record in any format of `load_preferences`. Raises BadRecord with the reason."""
     value, subset = record.value, _subset_of(record)
     if is_ranked(value):
-        history = history_of(value["prompt"]) if value.get("prompt") is not None else []
+        history = parse_history(value["prompt"]) if value.get("prompt") is not None else []
         answers, ranking = ranked_pairs(value, record.source, tally)
         for answer in answers:
             check_turns([*history, {"role": "assistant", "content": answer}])
         pairs = [Pair(i, j, margin=gap if margin_columns else None) for i, j, gap in ranking]
         return Preference(check_turns(history), [answer.strip() for answer in answers], pairs, subset, record.source)
     chosen, rejected = _sides_of(value)
-    strength = strength_of(value)
-    margins = (number_of(value, name) for name in margin_columns)
+    strength = read_strength(value)
+    margins = (read_number(value, name) for name in margin_columns)
     margin = next((margin for margin in margins if margin is not None), None)
     if margin is None and STRENGTH in margin_columns:
-        margin = strength  # known from the score lists alone
+        margin = strength  # from the score lists
     answers = [chosen[-1]["content"], rejected[-1]["content"]]
     return Preference(chosen[:-1], answers, [Pair(0, 1, strength, margin)], subset, record.source)
 
 
 def flip_negative(preferences: list[Preference], say: Callable[[str], None] = print) -> list[Preference]:
-    """The preferences, with the sides of every pair whose strength is negative swapped; how many is said.
+    """Returns the preferences with the answers of all pairs of negative strength swapped; reports how many.
 
-    Strength and margin of a swapped pair become positive. Part II §2: a negative mean over an ensemble mostly marks
-    a wrong label. Raises UserError when no pair has a strength.
+    Strength and margin of a swapped pair become positive. Part II §2: a negative mean over an ensemble mostly marks a
+    wrong label. Raises UserError if no pair has a strength.
     """
     pairs = [pair for preference in preferences for pair in preference.pairs]
     known = sum(pair.strength is not None for pair in pairs)
     if not known:
-        raise UserError(f"--flip_negative: no pair of {FLAG} has a {STRENGTH!r}; python -m reward.strength adds it")
+        raise UserError(
+            f"--flip_negative: no pair of {FLAG} has a {STRENGTH!r}; use python -m reward.strength to add it"
+        )
     tally = Tally("preferences")
     for preference in preferences:
         for pair in preference.pairs:
             if pair.strength is None:
-                tally.add(f"without a {STRENGTH!r}, kept as they are", preference.source)
+                tally.add(f"without a {STRENGTH!r}, not changed", preference.source)
             elif pair.strength < 0:
-                tally.add(f"of {known} flipped, since their {STRENGTH!r} is negative", preference.source)
-    for line in tally.lines():
-        say(line)
+                tally.add(f"of {known} flipped, because their {STRENGTH!r} is negative", preference.source)
+    tally.report(say)
     return [replace(p, pairs=[_flipped(pair) for pair in p.pairs]) for p in preferences]
 
 
 def check_margins(preferences: list[Preference], columns: tuple[str, ...], say: Callable[[str], None]) -> None:
-    """Says how many pairs have no margin, for which 0 is taken. Raises UserError when none has one."""
+    """Reports the number of pairs without a margin, which get margin 0. Raises UserError if no pair has one."""
     tally = Tally("preferences")
     for preference in preferences:
         for pair in preference.pairs:
@@ -117,26 +118,25 @@ def check_margins(preferences: list[Preference], columns: tuple[str, ...], say: 
     if all(pair.margin is None for preference in preferences for pair in preference.pairs):
         names = " or ".join(map(repr, columns))
         raise UserError(
-            f"--use_margin: no pair of {FLAG} has a number in the column {names}; name yours with --margin_column, or "
-            "leave --use_margin out"
+            f"--use_margin: no pair of {FLAG} has a number in the column {names}; pass --margin_column, or remove "
+            "--use_margin"
         )
-    for line in tally.lines():
-        say(line)
+    tally.report(say)
 
 
 def _flipped(pair: Pair) -> Pair:
     if pair.strength is None or pair.strength >= 0:
         return pair
-    # A margin from the same column has the strength's sign; one that people gave is not below 0 anyway.
+    # A margin from the strength column has the sign of the strength; margins by annotators are not negative.
     margin = None if pair.margin is None else abs(pair.margin)
     return Pair(pair.worse, pair.better, -pair.strength, margin)
 
 
 def _sides_of(value: Any) -> tuple[Turns, Turns]:
-    """The dialogues of chosen and rejected, which differ in the last answer alone."""
+    """Returns the dialogues of chosen and rejected, which differ only in the last answer."""
     if not isinstance(value, dict) or "chosen" not in value or "rejected" not in value:
         raise BadRecord("not an object with the keys chosen and rejected, or prompt and responses")
-    prompt = history_of(value["prompt"]) if value.get("prompt") is not None else []
+    prompt = parse_history(value["prompt"]) if value.get("prompt") is not None else []
     chosen, rejected = (_dialogue(value[key], key, prompt) for key in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise BadRecord("the histories of chosen and rejected differ")
@@ -146,16 +146,16 @@ def _sides_of(value: Any) -> tuple[Turns, Turns]:
 
 
 def _dialogue(value: Any, key: str, prompt: Turns) -> Turns:
-    """History and answer from one side of a pair; `prompt` goes in front unless the side already begins with it."""
+    """Returns the dialogue of one side of a pair, with `prompt` in front unless the side includes the history."""
     if isinstance(value, str) and is_hh(value):
         turns = check_turns(from_hh(value))
     elif isinstance(value, str) and prompt:
         turns = check_turns([*prompt, {"role": "assistant", "content": value}])
     elif isinstance(value, list) and len(value) == 1 and prompt:
         answer = value[0].get("content") if isinstance(value[0], dict) else value[0]
-        turns = _dialogue(answer, key, prompt) if isinstance(answer, str) else turns_of(value)
+        turns = _dialogue(answer, key, prompt) if isinstance(answer, str) else parse_turns(value)
     elif isinstance(value, list):
-        turns = turns_of(value)
+        turns = parse_turns(value)
     else:
         raise BadRecord(f"{key} is neither a dialogue nor an answer to a prompt")
     if turns[-1]["role"] != "assistant":
@@ -164,10 +164,10 @@ def _dialogue(value: Any, key: str, prompt: Turns) -> Turns:
 
 
 def _subset_of(record: Record) -> str:
-    """The record's own `subset`, else its file's name without train or valid ("helpful_valid.jsonl": helpful)."""
+    """Returns the record's `subset`, or its file's name without train or valid ("helpful_valid.jsonl": helpful)."""
     named = record.value.get("subset") if isinstance(record.value, dict) else None
     if named is not None:
-        if not isinstance(named, str) or not named.strip() or has_half_pair(named):
+        if not isinstance(named, str) or not named.strip() or has_lone_surrogate(named):
             raise BadRecord("subset is not a name")
         return named.strip()
     stem = Path(record.source.rpartition(":")[0]).stem

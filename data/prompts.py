@@ -1,4 +1,4 @@
-"""Prompts for PPO: dialogues that wait for the assistant's answer, encoded, within the token budget."""
+"""Load prompts for PPO: encoded dialogues that end in a question, within a token limit."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from data.formats.dialogue_forms import turns_of
+from data.formats.dialogue_forms import parse_turns
 from data.formats.records import BadRecord, Record, Tally, load_items
 from data.template import Turns, encode_prompt
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids up to where the answer begins, the turns that they encode, and where the record stands."""
+    """A prompt: its token ids up to the start of the answer, its turns, and the place of its record."""
 
     ids: list[int]
     turns: Turns
@@ -28,28 +28,29 @@ def load_prompts(
     num_valid: int,
     seed: int,
     say: Callable[[str], None] = print,
+    lower: bool = False,
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """(train, valid) prompts of `path` in any form of data/formats/dialogue_forms.py, each at most `max_tokens` long.
+    """Returns (train, valid) prompts of at most `max_tokens` tokens from data in any format of dialogue_forms.py.
 
-    A dialogue that ends in the assistant's answer loses it. One that is too long loses its oldest exchanges, and is
-    dropped when the last question alone does not fit. All of that is counted and said. Raises UserError when the data
-    cannot be read or nothing is left.
+    The answer at the end of a dialogue is removed. Prompts that are too long lose their oldest exchanges, and are
+    dropped if the last question alone is too long. All counts are reported with `say`. Raises UserError if the data
+    cannot be read or no prompt is left.
     """
     parse = partial(_prompt_of, tokenizer=tokenizer, template=template, max_tokens=max_tokens)
-    return load_items(path, "prompts", parse, num_valid, seed, say)
+    return load_items(path, "prompts", parse, num_valid, seed, say, lower=lower)
 
 
 def _prompt_of(
     record: Record, tally: Tally, tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int
 ) -> Prompt:
-    turns = turns_of(record.value)
+    turns = parse_turns(record.value)
     if turns[-1]["role"] == "assistant":
         turns = turns[:-1]
         tally.add("ended in the assistant's answer, which was cut off", record.source)
     full = len(turns)
     ids = encode_prompt(tokenizer, turns, template)
     while len(ids) > max_tokens:
-        turns = without_oldest(turns)
+        turns = drop_oldest_exchange(turns)
         if not turns:
             raise BadRecord(f"longer than --maxlen_prompt - --maxlen_res = {max_tokens} tokens")
         ids = encode_prompt(tokenizer, turns, template)
@@ -58,8 +59,8 @@ def _prompt_of(
     return Prompt(ids, turns, record.source)
 
 
-def without_oldest(turns: Turns) -> Turns:
-    """`turns` less their oldest question and its answer, the system turn kept; [] when only one question is there."""
+def drop_oldest_exchange(turns: Turns) -> Turns:
+    """Returns the turns without the oldest question and its answer, keeping the system turn; [] if one is left."""
     system = [turn for turn in turns[:1] if turn["role"] == "system"]
     spoken = turns[len(system) :]
     return system + spoken[2:] if len(spoken) > 2 else []

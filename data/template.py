@@ -1,69 +1,72 @@
-"""Dialogues to token ids and back: the one encoder that prompts, reward model, SFT and generation share.
+"""Encode dialogues to token ids and decode answers; shared by prompts, reward models, SFT and generation.
 
 moss_en   <s>Human:question</s>Assistant:answer</s>Human:…
 moss_zh   <s><|Human|>question</s><|MOSS|>answer</s><|Human|>…
 chat      the tokenizer's own chat template: data/chat.py
 
-In the moss templates every stretch between special tokens is encoded on its own, with SentencePiece's dummy prefix,
-and `</s>` follows every utterance; special tokens spelt out in a text stay text (in a chat template's history they
-become tokens: the template writes text and nothing else). A system turn goes in front of the first question, with an
-empty line between, since these models know no third role.
+In the moss templates, each stretch between special tokens is encoded separately, with SentencePiece's dummy prefix,
+and `</s>` follows each utterance. Special tokens written out in a text stay text; in the history of a chat template
+they become tokens, because the template returns plain text. The moss models have no system role: a system turn is put
+before the first question, with an empty line in between.
 """
 
 from transformers import PreTrainedTokenizerBase
 
-from data.chat import Turns, closed_answer, earlier_answers, encode_chat, turn_end
+from data.chat import Turns, encode_chat, encode_last_answer, mask_earlier_answers, turn_end
 from utils.tokenizer import MOSS_ZH_TAGS, stop_ids
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: Turns, template: str) -> list[int]:
-    """Ids of everything before the answer; `turns` are [{"role", "content"}, …] and the last is the human's."""
+    """Returns the ids of everything before the answer. turns: [{"role", "content"}, …], the last one is the human's."""
     if template == "chat":
         return encode_chat(tokenizer, turns)
     return _encode_moss(tokenizer, turns, template)[0]
 
 
 def encode_dialogue(tokenizer: PreTrainedTokenizerBase, turns: Turns, template: str) -> tuple[list[int], list[bool]]:
-    """Ids of a whole dialogue that ends in the assistant's turn, and a mask of the assistant's tokens and their ends.
+    """Returns (ids, mask) of a dialogue that ends in an answer; the mask is True at answer tokens and their end tokens.
 
-    The ids begin with `encode_prompt(turns[:-1])`, exactly: the answer continues the prompt here as in generation. They
-    end as the template ends a turn; what it writes behind the turn's end token (a newline) is not in the mask.
+    The ids begin with exactly `encode_prompt(turns[:-1])`, as in generation, and end as the template ends a turn. What
+    the template writes after the end token (such as a newline) is not in the mask.
     """
-    ids, mask, _ = encode_answers(tokenizer, turns, template)
+    ids, mask, _ = encode_dialogue_parts(tokenizer, turns, template)
     return ids, mask
 
 
-def encode_answers(
+def encode_dialogue_parts(
     tokenizer: PreTrainedTokenizerBase, turns: Turns, template: str
 ) -> tuple[list[int], list[bool], list[int]]:
-    """`encode_dialogue`, and the places of the turns whose answers the mask lacks: the history has them otherwise."""
-    prompt, end, changed = encode_prompt(tokenizer, turns[:-1], template), turn_end(tokenizer, template), []
+    """Returns (ids, mask, rewritten): as `encode_dialogue`, and the indices of turns whose answers the mask lacks.
+
+    Chat templates can rewrite earlier answers, for example remove their reasoning.
+    """
+    prompt, end, rewritten = encode_prompt(tokenizer, turns[:-1], template), turn_end(tokenizer, template), []
     if template == "chat":
-        mask, changed = earlier_answers(tokenizer, turns[:-1], prompt)
-        answer = closed_answer(tokenizer, turns, prompt)
+        mask, rewritten = mask_earlier_answers(tokenizer, turns[:-1], prompt)
+        answer = encode_last_answer(tokenizer, turns, prompt)
     else:
         mask = _encode_moss(tokenizer, turns[:-1], template)[1]
         answer = [*_continue(tokenizer, turns[-1]["content"], template), *end.ids]
-    behind = len(end.ids) - end.learnt
-    return prompt + answer, mask + [True] * (len(answer) - behind) + [False] * behind, changed
+    suffix = len(end.ids) - end.num_generated
+    return prompt + answer, mask + [True] * (len(answer) - suffix) + [False] * suffix, rewritten
 
 
 def last_answer(mask: list[bool]) -> slice:
-    """Where the last answer stands in a dialogue with this mask of `encode_dialogue`, its end token included."""
+    """Returns the slice of the last answer, with its end token, from a mask of `encode_dialogue`."""
     stop = len(mask) - mask[::-1].index(True)
     return slice(stop - mask[:stop][::-1].index(False), stop)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text that is no dialogue: BOS, if the tokenizer has one, the text and EOS."""
+    """Returns the ids of a text that is not a dialogue: BOS, if the tokenizer has one, the text and EOS."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return [*bos, *_encode(tokenizer, text), tokenizer.eos_token_id]
 
 
 def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of response ids: special tokens and ids beyond the tokenizer's (a padded embedding) are left out.
+    """Returns the text of response ids without special tokens, stop ids, and ids beyond the vocabulary.
 
-    So are ids that end an answer, special or not.
+    The last can be sampled from models with a padded embedding.
     """
     ends = stop_ids(tokenizer)
     known = [i for i in ids if i < len(tokenizer) and i not in ends]
@@ -71,12 +74,12 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of one stretch of plain text; a special token's name in it is just characters."""
+    """Returns the ids of a stretch of plain text; special tokens written out in it stay text."""
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def _encode_moss(tokenizer: PreTrainedTokenizerBase, turns: Turns, template: str) -> tuple[list[int], list[bool]]:
-    """(ids, mask) of `turns`, open for the assistant's next answer."""
+    """Returns (ids, mask) of the turns and the opening of the assistant's next answer."""
     eos = [tokenizer.eos_token_id]
     ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     mask = [False] * len(ids)
@@ -111,10 +114,10 @@ def _opening(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
 
 
 def _continue(tokenizer: PreTrainedTokenizerBase, text: str, template: str) -> list[int]:
-    """Ids of an answer. After `<|MOSS|>` it begins a stretch; after `Assistant:` it goes on within one.
+    """Returns the ids of an answer, which starts a stretch after `<|MOSS|>` and continues one after `Assistant:`.
 
-    A piece may straddle the colon (":)"), which generation cannot produce, as its prompt is fixed by then. So the
-    answer is read off behind a stand-in that it does not merge with; last resort, it begins a stretch of its own.
+    A token can contain the colon and the start of the answer (such as ":)"), but generation starts after the colon. The
+    answer is therefore encoded after a text that it does not merge with; if there is none, as its own stretch.
     """
     if template == "moss_en":
         for before in ("Assistant:", "\n", "Assistant"):

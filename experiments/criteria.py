@@ -1,8 +1,8 @@
-"""How a claim is judged: measures of runs, bounds, intervals over seeds.
+"""Evaluate claims: measures of runs, bounds, and intervals over seeds.
 
-A criterion is a number a seed and a bound. Its 95 % interval over seeds (Student's t) decides: all of it beyond the
-bound confirms, all of it on the other side refutes, anything else is undecided. A claim is confirmed when all of its
-criteria are, refuted when one of them is. Start: the first ten steps. End: the last tenth of the run.
+A criterion is one number per seed and a bound. It is confirmed if its 95 % interval over seeds (Student's t) lies
+beyond the bound, refuted if it lies on the other side, and otherwise undecided. A claim is confirmed if all of its
+criteria are, and refuted if one of them is. Start: the first ten steps. End: the last tenth of the run.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,12 +13,12 @@ from experiments.curves import Run
 from experiments.intervals import over_seeds
 
 Runs = Mapping[str, list[Run]]  # setting -> its runs, by seed
-FAR = 20.0  # nats a response that count as far from the reference: 1.25 a token at the cap
+FAR = 20.0  # KL in nats per response that counts as far from the reference: 1.25 per token at the maximum length
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """text: what is measured, in words; measure: a number a seed; above, below: one of them is the bound."""
+    """A measure and its bound. text: description; measure: one number per seed; above or below: the bound."""
 
     text: str
     measure: Callable[[Runs], list[float]]
@@ -27,11 +27,11 @@ class Criterion:
 
     @property
     def bound(self) -> str:
-        """In words."""
+        """The bound as text."""
         return f"> {self.above:g}" if self.above is not None else f"< {self.below:g}"
 
-    def judge(self, runs: Runs) -> tuple[str, float, float]:
-        """(verdict, mean, half the width of its interval)."""
+    def evaluate(self, runs: Runs) -> tuple[str, float, float]:
+        """Returns (verdict, mean, half the width of the interval)."""
         mean, half = over_seeds(self.measure(runs))
         sign, bound = (1, self.above) if self.above is not None else (-1, self.below)
         distance = sign * (mean - bound)
@@ -42,20 +42,20 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of the paper, or one beyond it, and what has to hold for it."""
+    """A statement, by the paper or beyond it, and its criteria."""
 
     text: str
     criteria: list[Criterion]
 
-    def judge(self, runs: Runs) -> str:
-        """confirmed, refuted or undecided."""
-        verdicts = [criterion.judge(runs)[0] for criterion in self.criteria]
+    def evaluate(self, runs: Runs) -> str:
+        """Returns confirmed, refuted or undecided."""
+        verdicts = [criterion.evaluate(runs)[0] for criterion in self.criteria]
         return next((v for v in ("refuted", "undecided") if v in verdicts), "confirmed")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """settings: name -> runs needed (seeds 1 to that); claims: about them."""
+    """Claims of one figure. settings: name -> number of runs (seeds 1 to that number)."""
 
     title: str
     settings: dict[str, int]
@@ -63,70 +63,66 @@ class Figure:
 
 
 def of(setting: str, measure: Callable[[Run], float]) -> Callable[[Runs], list[float]]:
-    """A measure of each run of a setting."""
+    """Returns a function that measures each run of a setting."""
     return lambda runs: [measure(run) for run in runs[setting]]
 
 
 def between(first: str, second: str, measure: Callable[[Run], float]) -> Callable[[Runs], list[float]]:
-    """The measure of `first` minus that of `second`, seed by seed, over as many steps as the shorter one has."""
+    """Returns a function for the difference of a measure per seed, over the steps of the shorter run."""
 
-    def differences(runs: Runs) -> list[float]:
-        return [_difference(a, b, measure) for a, b in zip(runs[first], runs[second], strict=False)]
+    def difference(a: Run, b: Run) -> float:
+        steps = min(a.steps, b.steps)
+        return measure(a.until(steps)) - measure(b.until(steps))
 
-    return differences
-
-
-def _difference(first: Run, second: Run, measure: Callable[[Run], float]) -> float:
-    steps = min(first.steps, second.steps)
-    return measure(first.until(steps)) - measure(second.until(steps))
+    return lambda runs: [difference(a, b) for a, b in zip(runs[first], runs[second], strict=False)]
 
 
 def end(metric: str) -> Callable[[Run], float]:
-    """Its mean over the last tenth."""
+    """Returns a measure: the mean over the last tenth."""
     return lambda run: run.end(metric)
 
 
 def end_size(metric: str) -> Callable[[Run], float]:
-    """The same without its sign."""
+    """Returns a measure: the absolute value of `end`."""
     return lambda run: abs(run.end(metric))
 
 
 def change(metric: str) -> Callable[[Run], float]:
-    """From the first ten steps to the last tenth."""
+    """Returns a measure: the mean over the last tenth minus that over the first ten steps."""
     return lambda run: run.change(metric)
 
 
 def collapses(setting: str) -> list[Criterion]:
-    """Far from the reference, and worse than at the start."""
+    """Returns the criteria of a collapse: far from the reference, and worse than at the start."""
     return [
-        Criterion(f"{setting}: KL at the end, nats a response", of(setting, end("kl_ref")), above=FAR),
+        Criterion(f"{setting}: KL at the end, nats per response", of(setting, end("kl_ref")), above=FAR),
         Criterion(f"{setting}: gold, end - start", of(setting, change("gold")), below=0.0),
     ]
 
 
-def holds(setting: str) -> list[Criterion]:
-    """Near the reference, and no worse than at the start."""
+def stable(setting: str) -> list[Criterion]:
+    """Returns the criteria of stability: near the reference, and not worse than at the start."""
     return [
-        Criterion(f"{setting}: KL at the end, nats a response", of(setting, end("kl_ref")), below=FAR),
+        Criterion(f"{setting}: KL at the end, nats per response", of(setting, end("kl_ref")), below=FAR),
         Criterion(f"{setting}: gold, end - start", of(setting, change("gold")), above=-0.05),
     ]
 
 
 def gained(run: Run) -> float:
-    """Proxy score, end - start, in deviations of the start's responses."""
+    """Returns the change of the proxy score in standard deviations of the first responses."""
     return run.change("score_mean") / run.start("score_std")
 
 
 def tax(run: Run) -> float:
-    """What held-out replies have lost."""
+    """Returns the increase of the NLL of held-out replies."""
     return run.tax
 
 
 def below_own_best(run: Run) -> float:
-    """How far gold is at the end below its best fifty steps."""
+    """Returns the gold score of the best fifty steps minus that at the end."""
     return max(run.smooth("gold", 5)) - run.end("gold")
 
 
 def early_value_loss(run: Run) -> float:
-    """The most that any ten of the first hundred steps had."""
+    """Returns the highest value loss of ten steps within the first hundred."""
     return max(run.curves["value_loss"][:10])

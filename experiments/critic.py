@@ -1,9 +1,9 @@
-"""What the critic's pre-training gives, as explained variance:   python -m experiments.critic [--seeds 1 2 3] [flags]
+"""Measure the effect of critic pre-training:   python -m experiments.critic [--seeds 1 2 3] [flags]
 
-In the experiments' world (experiments/world.py), by the settings of base.toml: the critic before and after its
-pre-training, on fresh responses of the policy that has not moved. Further flags are train_ppo.py's, such as
---critic_init_scale 1. The variance explained is that of the sums of rewards to come (returns with λ = 1), which do not
-depend on the critic: 1 - Var(return - value) / Var(return), over all response tokens.
+Prints the critic's explained variance before and after pre-training, in the experiments' world (world.py) with the
+settings of base.toml, on new responses of the initial policy. Other flags are those of train_ppo.py, such as
+--critic_init_scale 1. Explained variance is 1 - Var(return - value) / Var(return) over all response tokens, with the
+returns of λ = 1, which do not depend on the critic.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from train_ppo import loop
 from utils.flags.parser import entry_point, parse_args
 
 BUFFERS = 40
-FRESH_PLACE = 1 << 20  # place in the run of the first fresh prompt: beyond those of the pre-training
+FRESH_PLACE = 1 << 20  # position of the first new prompt, after all positions of the pre-training
 
 
 @torch.no_grad()
 def explained_variance(run: Run) -> float:
-    """Of the critic as it is, over BUFFERS buffers. The run's state is left as it was."""
+    """Returns the explained variance of the critic over BUFFERS buffers; the run's state does not change."""
     config, state, values, returns = run.config, copy.deepcopy(run.state), [], []
     state.next_place = FRESH_PLACE
     fresh = replace(run, state=state)
@@ -50,16 +50,16 @@ def explained_variance(run: Run) -> float:
 
 
 class Pretraining(Run):
-    """A run that ends where the policy would begin to move."""
+    """A run that ends after the critic's pre-training."""
 
     @property
     def finished(self) -> bool:
-        """Whether the critic has made its steps alone."""
+        """Whether the pre-training has ended."""
         return self.state.step >= self.config.critic_pretrain_steps
 
 
 def measure(seed: int, world: Path, output: Path, flags: list[str]) -> tuple[float, float]:
-    """Explained variance before and after the pre-training of one seed."""
+    """Returns the explained variance before and after the pre-training of one seed."""
     argv = [*command("base", seed, world, output / f"critic-{seed}"), "--overwrite", "True", *flags]
     run = Pretraining(**vars(build(parse_args(PPOConfig, argv, PRESETS, AMOUNTS))))
     with contextlib.closing(run.logger), run.keeper:
@@ -70,7 +70,7 @@ def measure(seed: int, world: Path, output: Path, flags: list[str]) -> tuple[flo
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Prints a row for each seed."""
+    """Prints one row per seed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--output", type=Path, default=WORLD.parent)

@@ -1,4 +1,4 @@
-"""What is kept of a run: its metrics and gold scores, in bins of ten steps."""
+"""The stored results of a run: metrics and gold scores in bins of ten steps."""
 
 import json
 from collections import defaultdict
@@ -21,13 +21,12 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Run:
-    """One run. curves: metric -> mean of every BIN steps that moved the policy, [bins].
+    """The results of one run.
 
-    Beside the logged METRICS: `gold`, and `paper_perplexity`, exp(NLL a token / response length), as the paper's plots
-    seem to have it. tax: what held-out replies by people have lost since SFT, in nats a token. seconds: of the steps,
-    at their median.
-    machine: what its CPU's kernels are made of (AVX2, AVX512): another one rounds otherwise, so that a run is another
-    sample there.
+    curves: metric -> means per bin of BIN steps, critic pre-training excluded: METRICS, `gold`, and `paper_perplexity`,
+    exp(NLL per token / response length), which the paper's plots seem to show. tax: increase of the NLL of held-out
+    human replies since SFT, nats per token. seconds: number of steps * median seconds per step. machine: instruction
+    set of the CPU (AVX2, AVX512), which determines the rounding.
     """
 
     setting: str
@@ -41,39 +40,39 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """That moved the policy."""
+        """Number of steps after the critic's pre-training."""
         return BIN * len(self.curves["gold"])
 
     def start(self, name: str) -> float:
-        """Its value before learning has done much: the first bin."""
+        """Returns the mean of the first bin."""
         return self.curves[name][0]
 
     def end(self, name: str) -> float:
-        """Its mean over the last tenth."""
+        """Returns the mean over the last tenth of the bins."""
         values = self.curves[name]
         return fmean(values[-max(1, len(values) // 10) :])
 
     def change(self, name: str) -> float:
-        """From start to end."""
+        """Returns `end` minus `start`."""
         return self.end(name) - self.start(name)
 
     def part(self, name: str, fifth: int) -> float:
-        """Its mean over one fifth of the run, 0 to 4."""
+        """Returns the mean over one fifth of the run, numbered from 0."""
         values = self.curves[name]
         return fmean(values[fifth * len(values) // 5 : (fifth + 1) * len(values) // 5])
 
     def smooth(self, name: str, width: int) -> list[float]:
-        """Means of `width` bins in a row."""
+        """Returns the moving average over `width` bins."""
         values = self.curves[name]
         return [fmean(values[end - width : end]) for end in range(width, len(values) + 1)]
 
     def until(self, step: int) -> "Run":
-        """The same run, stopped earlier; its tax stays that of its end."""
+        """Returns the run up to a step; `tax` remains that of the end."""
         return replace(self, curves={name: values[: step // BIN] for name, values in self.curves.items()})
 
 
 def read_run(folder: Path, setting: str, seed: int, hash: str, tax: float) -> Run:
-    """From a finished run's metrics.jsonl and samples.jsonl."""
+    """Returns the results of a finished run from its metrics.jsonl and samples.jsonl."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     pretraining = config["critic_pretrain_steps"]
     golds = gold_means(folder / "samples.jsonl")
@@ -94,12 +93,12 @@ def read_run(folder: Path, setting: str, seed: int, hash: str, tax: float) -> Ru
 
 
 def rounded(value: float) -> float:
-    """To five digits."""
+    """Returns the value rounded to five significant digits."""
     return float(f"{value:.5g}")
 
 
 def gold_means(samples: Path) -> dict[int, float]:
-    """Step -> mean gold score of its samples."""
+    """Returns step -> mean gold score of its samples."""
     answers = defaultdict(list)
     for line in samples.open(encoding="utf-8"):
         row = json.loads(line)
@@ -108,7 +107,7 @@ def gold_means(samples: Path) -> dict[int, float]:
 
 
 def save_run(run: Run) -> None:
-    """Puts a run among its setting's results, which are committed."""
+    """Stores a run in its setting's results, which are committed."""
     runs = [other for other in load_runs(run.setting) if other.seed != run.seed]
     runs = sorted([*runs, run], key=lambda run: run.seed)
     RESULTS.mkdir(exist_ok=True)
@@ -117,7 +116,7 @@ def save_run(run: Run) -> None:
 
 
 def load_runs(setting: str, count: int | None = None) -> list[Run]:
-    """The first `count` kept runs of a setting, by seed."""
+    """Returns the first `count` stored runs of a setting, by seed."""
     file = RESULTS / f"{setting}.json"
     if not file.exists():
         return []

@@ -9,7 +9,7 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 
 
 def over_seeds(values: list[float]) -> tuple[float, float]:
-    """(mean, half the width of its interval by Student's t); NaN for the second with fewer than 2 or over 10 values."""
+    """Returns (mean, half the width of its interval by Student's t); the second is NaN without 2 to 10 values."""
     count = len(values)
     if count not in STUDENT:
         return statistics.fmean(values), math.nan
@@ -17,7 +17,7 @@ def over_seeds(values: list[float]) -> tuple[float, float]:
 
 
 def perplexity(nll: torch.Tensor, tokens: torch.Tensor) -> tuple[float, float, float]:
-    """(exp of the mean NLL a token, low, high): bootstrap over items, seed 0. nll: [items], summed; tokens: [items]."""
+    """Returns (perplexity, low, high) by bootstrap over items, seed 0. nll: [items], summed; tokens: [items]."""
     draws = torch.randint(len(nll), (2000, len(nll)), generator=torch.Generator().manual_seed(0))
     low, high = torch.quantile(nll[draws].sum(1) / tokens[draws].sum(1), torch.tensor([0.025, 0.975])).exp().tolist()
     return (nll.sum() / tokens.sum()).exp().item(), low, high

@@ -1,8 +1,8 @@
-"""Can the experiments see a bug?   python -m experiments.mutants kl_sign --setting kl_only [--seeds 3]
+"""Test whether the experiments detect a bug:   python -m experiments.mutants kl_sign --setting kl_only [--seeds 3]
 
-Runs a setting with one expression of the toolkit's code made wrong, and judges the claims about that setting alone on
-those runs, beside the verdicts on the kept ones: a bug that changes none of them is one that these experiments cannot
-see. The wrong copy and its numbers stay under outputs/experiments/mutants.
+Runs a setting with a bug in one expression of the code, and prints the verdicts of the claims about this setting on
+these runs and on the stored ones. If no verdict changes, the experiments cannot detect the bug. The changed copy of the
+code and its runs remain in outputs/experiments/mutants.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from experiments.world import WORLD, build_world
 from utils.errors import UserError
 from utils.flags.parser import entry_point
 
-# name -> (file, what stands there, the mistake)
+# name -> (file, correct expression, bug)
 MUTANTS = {
     "kl_sign": ("ppo/rewards.py", "(-kl_coef * kl)", "(kl_coef * kl)"),
     "unmasked_advantages": ("ppo/loss.py", "masked_sum(-surrogate, response_mask)", "(-surrogate).sum()"),
@@ -27,7 +27,7 @@ MUTANTS = {
 
 
 def copy_code(name: str, folder: Path) -> None:
-    """The toolkit with the mistake in it."""
+    """Copies the code to `folder` with the bug."""
     file, right, wrong = MUTANTS[name]
     shutil.rmtree(folder, ignore_errors=True)
     for part in CODE:
@@ -36,12 +36,12 @@ def copy_code(name: str, folder: Path) -> None:
         copy(REPOSITORY / part, folder / part)
     text = (folder / file).read_text("utf-8")
     if text.count(right) != 1:
-        raise UserError(f"{file} has {right!r} {text.count(right)} times: mend MUTANTS in experiments/mutants.py")
+        raise UserError(f"{file} has {right!r} {text.count(right)} times; fix MUTANTS in experiments/mutants.py")
     (folder / file).write_text(text.replace(right, wrong), "utf-8")
 
 
 def verdicts_on(setting: str, runs: list) -> Table:
-    """Of the claims, in any figure, that are about nothing but this setting."""
+    """Returns the verdicts of all claims about this setting alone."""
     claims = [claim for figure in FIGURES.values() if setting in figure.settings for claim in figure.claims]
     alone = [claim for claim in claims if all(x.text.startswith(f"{setting}:") for x in claim.criteria)]
     return verdicts(alone, {setting: runs})
@@ -49,7 +49,7 @@ def verdicts_on(setting: str, runs: list) -> Table:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Prints both tables."""
+    """Runs the setting and prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("mutant", choices=MUTANTS)
     parser.add_argument("--setting", required=True)
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     side_by_side(jobs, lambda job: execute(job, world), options.workers)
     wrong = [read_run(job.folder, job.setting, job.seed, options.mutant, tax=0.0) for job in jobs]
     right = load_runs(options.setting, options.seeds)
-    print(f"\n{options.setting} as it is\n{verdicts_on(options.setting, right).markdown()}")
+    print(f"\n{options.setting}, stored runs\n{verdicts_on(options.setting, right).markdown()}")
     print(f"\nwith {options.mutant}\n{verdicts_on(options.setting, wrong).markdown()}")
 
 

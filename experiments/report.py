@@ -1,7 +1,7 @@
-"""Judges the claims on the kept results:   python -m experiments.report
+"""Evaluate the claims on the stored results:   python -m experiments.report
 
-Writes experiments/RESULTS.md (verdicts with intervals), the plots in experiments/results, and experiments/report.html,
-one page that needs nothing else. Figures of which a run is missing are named as such.
+Writes experiments/RESULTS.md (verdicts with intervals), plots in experiments/results, and experiments/report.html, a
+page without external files. Figures with missing runs are marked.
 """
 
 import base64
@@ -27,13 +27,13 @@ from ppo.config import PPOConfig
 
 FOLDER = Path(__file__).parent
 PANELS = {
-    "score_mean": "proxy score", "gold": "gold score", "kl_ref": "KL to the reference, nats a response",
+    "score_mean": "proxy score", "gold": "gold score", "kl_ref": "KL to the reference, nats per response",
     "response_length": "response length, tokens", "perplexity": "perplexity",
-    "paper_perplexity": "the paper's perplexity", "entropy": "entropy, nats a token", "value_loss": "value loss",
+    "paper_perplexity": "the paper's perplexity", "entropy": "entropy, nats per token", "value_loss": "value loss",
     "policy_loss": "policy loss",
 }  # fmt: skip
-SMOOTH = 5  # bins
-FALL = 0.1  # of gold, below the best fifty steps before: a fall
+SMOOTH = 5  # bins of moving averages
+FALL = 0.1  # decrease of gold below its best fifty steps that counts as a fall
 VERDICTS = ("confirmed", "refuted", "undecided")
 AT_END = {"score_mean": "score", "gold": "gold", "kl_ref": "KL", "eos_fraction": "share that ends by itself"}
 ALARMS = PPOConfig(
@@ -42,18 +42,18 @@ ALARMS = PPOConfig(
 
 
 def runs_of(figure: Figure) -> dict[str, list[Run]] | None:
-    """setting -> runs; None when one is missing."""
+    """Returns setting -> runs, or None if a run is missing."""
     runs = {setting: load_runs(setting, seeds) for setting, seeds in figure.settings.items()}
     return runs if all(len(runs[setting]) == seeds for setting, seeds in figure.settings.items()) else None
 
 
 def number(mean: float, half: float) -> str:
-    """A mean with its interval."""
+    """Returns a mean with its interval as text."""
     return f"{mean:.3g} [{mean - half:.3g}, {mean + half:.3g}]"
 
 
 def plot(name: str, runs: dict[str, list[Run]]) -> Path:
-    """The paper's panels: mean over seeds, and from the lowest to the highest of them."""
+    """Plots the paper's panels: the mean over seeds and the range from the lowest to the highest seed."""
     figure, axes = plt.subplots(3, 3, figsize=(12, 8), constrained_layout=True)
     for axis, (metric, label) in zip(axes.flat, PANELS.items(), strict=True):
         for setting, of_seeds in runs.items():
@@ -75,18 +75,18 @@ def plot(name: str, runs: dict[str, list[Run]]) -> Path:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts; the first row is its head."""
+    """A table of texts; the first row is the header."""
 
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        """As Markdown."""
+        """Returns the table as Markdown."""
         escaped = ([cell.replace("|", "\\|") for cell in row] for row in self.rows)
         head, *rows = [f"| {' | '.join(row)} |" for row in escaped]
         return "\n".join([head, "|" + "---|" * len(self.rows[0]), *rows])
 
     def html(self) -> str:
-        """As HTML; a cell that is a verdict gets its class."""
+        """Returns the table as HTML; cells with verdicts have a class."""
         lines = []
         for index, row in enumerate(self.rows):
             tag = "td" if index else "th"
@@ -97,18 +97,18 @@ class Table:
 
 
 def verdicts(claims: list[Claim], runs: dict[str, list[Run]]) -> Table:
-    """Claims with their verdicts, under each its criteria."""
-    rows = [["claim or criterion", "wanted", "measured (95 % over seeds)", "verdict"]]
+    """Returns a table of claims and their criteria with verdicts."""
+    rows = [["claim or criterion", "bound", "measured (95 % over seeds)", "verdict"]]
     for claim in claims:
-        rows.append([claim.text, "", "", claim.judge(runs)])
+        rows.append([claim.text, "", "", claim.evaluate(runs)])
         for criterion in claim.criteria:
-            verdict, mean, half = criterion.judge(runs)
+            verdict, mean, half = criterion.evaluate(runs)
             rows.append([f"– {criterion.text}", criterion.bound, number(mean, half), verdict])
     return Table(rows)
 
 
 def parts(runs: dict[str, list[Run]]) -> Table:
-    """What is left without one of PPO-max's parts, minus PPO-max at the same step."""
+    """Returns a table of the differences between PPO-max without one part and PPO-max, at the same step."""
     rows = [["without", *(f"{name} at the end, without - with" for name in AT_END.values())]]
     for setting, part in PARTS.items():
         differences = (between(setting, "ppo_max_short", end(metric))(runs) for metric in AT_END)
@@ -117,7 +117,7 @@ def parts(runs: dict[str, list[Run]]) -> Table:
 
 
 def fall_of(run: Run) -> tuple[int, float] | None:
-    """(the first step at which gold, over fifty steps, is FALL below the best fifty before, their KL), or None."""
+    """Returns (first step at which the fifty-step mean of gold is FALL below its previous maximum, KL), or None."""
     best = float("-inf")
     for index, (gold, kl) in enumerate(zip(run.smooth("gold", SMOOTH), run.smooth("kl_ref", SMOOTH), strict=True)):
         best = max(best, gold)
@@ -127,7 +127,7 @@ def fall_of(run: Run) -> tuple[int, float] | None:
 
 
 def alarm_of(run: Run) -> int | None:
-    """The step at which train_ppo.py's alarms go off, by the means of every ten steps."""
+    """Returns the first step with an alarm of train_ppo.py, computed on means over ten steps, or None."""
     for index, values in enumerate(zip(*run.curves.values(), strict=True), start=1):
         if alarms(dict(zip(run.curves, values, strict=True)), ALARMS):
             return BIN * index
@@ -135,8 +135,8 @@ def alarm_of(run: Run) -> int | None:
 
 
 def alarm_table() -> Table:
-    """Over all kept runs: do train_ppo.py's alarms go off before the gold score falls?"""
-    head = "setting, runs, falls, at steps, KL then, alarm at steps, alarms before, without a fall"
+    """Returns a table that compares alarms of train_ppo.py with falls of the gold score, over all stored runs."""
+    head = "setting, runs, falls, fall at step, KL at the fall, alarm at step, alarms before the fall, without a fall"
     rows = [head.split(", ")]
     for setting in sorted(file.stem for file in RESULTS.glob("*.json")):
         runs = load_runs(setting)
@@ -151,16 +151,16 @@ def alarm_table() -> Table:
 
 
 def facts(runs: dict[str, list[Run]]) -> str:
-    """Where the numbers come from."""
+    """Returns number, time, commits and machines of the runs as text."""
     every = [run for of_seeds in runs.values() for run in of_seeds]
     minutes = sum(run.seconds for run in every) / 60
     commits, machines = (sorted({getattr(run, name) for run in every}) for name in ("commit", "machine"))
     where = f"on one core ({' and '.join(machines)})"
-    return f"{len(every)} runs, {minutes:.0f} min {where} in all, at commit {', '.join(commits)}"
+    return f"{len(every)} runs, {minutes:.0f} min in total {where}, at commit {', '.join(commits)}"
 
 
 def main(figures: list[str] | None = None) -> None:
-    """Writes the files; prints the verdicts of `figures` (default: all)."""
+    """Writes the files and prints the verdicts of `figures` (default: all)."""
     texts = ["# Results", (FOLDER / "introduction.md").read_text("utf-8").strip()]
     page = [f"<h1>The paper's findings, on two cores</h1>{paragraphs(texts[1])}"]
     for name, figure in FIGURES.items():
@@ -178,19 +178,19 @@ def main(figures: list[str] | None = None) -> None:
         page.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">')
     table = alarm_table()
     words = (
-        f"A fall: gold, over fifty steps, is {FALL:g} below its best fifty steps before. Alarms at train_ppo.py's "
-        f"defaults (`--alarm_kl {ALARMS.alarm_kl:g}`, a nat for each token of the longest answer, and "
-        f"`--alarm_perplexity {ALARMS.alarm_perplexity:g}`), asked of the means of ten steps."
+        f"A fall: the fifty-step mean of gold is {FALL:g} below its previous maximum. Alarms use the defaults of "
+        f"train_ppo.py (`--alarm_kl {ALARMS.alarm_kl:g}`, one nat per token of the longest answer, and "
+        f"`--alarm_perplexity {ALARMS.alarm_perplexity:g}`) on means over ten steps."
     )
-    texts.append(f"## Beyond the paper: do the alarms come before the fall?\n\n{words}\n\n{table.markdown()}")
-    page.append(f"<h2>Do the alarms come before the fall?</h2>{paragraphs(words)}{table.html()}")
+    texts.append(f"## Beyond the paper: do the alarms precede the fall?\n\n{words}\n\n{table.markdown()}")
+    page.append(f"<h2>Do the alarms precede the fall?</h2>{paragraphs(words)}{table.html()}")
     (FOLDER / "RESULTS.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     (FOLDER / "report.html").write_text(PAGE.format(body="\n".join(page)), encoding="utf-8")
     print(f"\nwritten: {FOLDER}/RESULTS.md, {FOLDER}/report.html")
 
 
 def paragraphs(text: str) -> str:
-    """Markdown's paragraphs and code as HTML."""
+    """Returns Markdown paragraphs with inline code as HTML."""
     marked = (re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(part)) for part in text.split("\n\n"))
     return "".join(f"<p>{part}</p>" for part in marked)
 

@@ -1,19 +1,18 @@
-"""A quarter of the labels wrong: do flipping and smoothing help?   python experiments/reward_noise.py [--seeds 5]
+"""Reward training with 25 % wrong labels, with flipping and smoothing:   python experiments/reward_noise.py [--seeds 5]
 
-Synthetic preferences: every word of a vocabulary of 60 has a hidden quality (normal, by the seed), an answer is as
-good as the mean of its 6 to 12 random words, and of two answers the better one is chosen. In training pairs 25 % of the
-labels are turned round; the 400 held-out pairs are clean. A LLaMA of 2 layers and hidden size 64 is trained from random
-weights with the project's own commands, long enough to learn wrong labels by heart:
+Synthetic preferences: each of 60 words has a hidden quality (normal distribution), the quality of an answer is the mean
+over its 6 to 12 random words, and the better of two answers is chosen. 25 % of the training labels are reversed; 400
+held-out pairs are clean. A LLaMA with 2 layers and hidden size 64 is trained from random weights with the project's
+commands, long enough to memorise wrong labels:
 
 plain      -log s(d)
 smoothing  --label_smoothing 0.25
-flipping   three plain models (other seeds, a third of the steps) measure the strength of the training pairs
-           (reward.strength), then --flip_negative
-both
-short      the mean of those three models: what stopping early gives by itself
+flipping   reward.strength with three plain models (other seeds, a third of the steps), then --flip_negative
+both       smoothing and flipping
+short      mean accuracy of those three models, which shows the effect of early stopping alone
 
-Prints accuracy on the held-out pairs after the last step, by seed, and the mean difference to plain with its 95 %
-interval over seeds (Student's t).
+Prints the held-out accuracy after the last step per seed, and the mean difference to plain with its 95 % interval over
+seeds (Student's t).
 """
 
 import argparse
@@ -42,7 +41,7 @@ WORDS, PAIRS, HELD_OUT, NOISE, MEMBERS = 60, 600, 400, 0.25, 3
 
 
 def write_data(folder: Path, seed: int) -> None:
-    """train.jsonl with wrong labels in it, valid.jsonl without."""
+    """Writes train.jsonl with wrong labels and valid.jsonl without."""
     rng = random.Random(seed)
     quality = [rng.gauss(0, 1) for _ in range(WORDS)]
 
@@ -61,7 +60,7 @@ def write_data(folder: Path, seed: int) -> None:
 
 
 def write_model(folder: Path, seed: int) -> None:
-    """Random weights and a tokenizer of one token a word."""
+    """Saves a model with random weights and a tokenizer with one token per word."""
     texts = ["<unk>", "<s>", "</s>", "Human", "Assistant", ":", *(f"w{word}" for word in range(WORDS))]
     words = Tokenizer(models.WordLevel({text: i for i, text in enumerate(texts)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -74,7 +73,7 @@ def write_model(folder: Path, seed: int) -> None:
 
 
 def run(model: Path, data: Path, out: Path, steps: int, seed: int, *flags: str) -> float:
-    """Trains; gives the last held-out accuracy."""
+    """Trains a reward model and returns its last held-out accuracy."""
     values = {
         "hf_model_name_or_path": model, "data_path": data, "model_save_path": out, "train_steps": steps,
         "warmup_steps": steps // 10, "save_per_step": steps, "batch_size": 32, "lr": 1e-3, "dtype": "fp32",
@@ -85,7 +84,7 @@ def run(model: Path, data: Path, out: Path, steps: int, seed: int, *flags: str) 
 
 
 def one_seed(folder: Path, seed: int, steps: int) -> dict[str, float]:
-    """Variant -> accuracy on clean held-out pairs."""
+    """Returns variant -> accuracy on clean held-out pairs."""
     data, model, annotated = folder / "data", folder / "model", folder / "annotated"
     write_data(data, seed)
     write_model(model, seed)
@@ -109,7 +108,7 @@ def main() -> None:
     """Runs the seeds and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=240, help="of the four variants")
+    parser.add_argument("--steps", type=int, default=240, help="training steps of the first four variants")
     options = parser.parse_args()
     results = []
     for seed in range(1, options.seeds + 1):

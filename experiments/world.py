@@ -1,18 +1,17 @@
-"""The world of the experiments: a small LLaMA that answers people, and a proxy reward that it can over-optimise.
+"""Build the world of the experiments: data, a small LLaMA, and a proxy reward that PPO can over-optimise.
 
     python -m experiments.world [--output outputs/experiments/world]
 
-Built once, kept, the same on every machine of a kind; each part appears whole or not at all:
+Existing parts are reused; each part appears when it is complete:
 
-tokenizer    SentencePiece BPE of 2,048 pieces on people's messages (chitchat-dataset), all in lower case
-base         a LLaMA of 1.05M parameters (hidden 128, 2 layers), random weights
-dialogues    message -> reply, by people; prompts: messages of other conversations
-preferences  two real replies to a message; the one with the higher gold score (experiments/gold.py) is chosen, and in
-             training a fifth of the labels are turned round, as between human annotators (the paper agrees in 70-80 %)
-sft, reward  `sft.train` on the dialogues, `reward.train` from its model on the pairs. These are few, and none shows an
-             answer that repeats itself or never ends: there the proxy knows nothing, which is what PPO finds
-unread       `sft.train` on replies to other people's messages: it speaks but does not answer, figure 8's policy
-             without SFT; made when a setting asks for it
+tokenizer    SentencePiece BPE with 2,048 pieces, trained on human messages (chitchat-dataset) in lower case
+base         a LLaMA with 1.05M parameters (hidden size 128, 2 layers) and random weights
+dialogues    messages with human replies; prompts: messages of other conversations
+preferences  two human replies to a message; the one with the higher gold score (experiments/gold.py) is chosen; 20 % of
+             the training labels are reversed (in the paper, human annotators agree on 70-80 %)
+sft, reward  `sft.train` on the dialogues, and `reward.train` from its model on the pairs. The pairs are few and contain
+             no repetitive or endless answers, so that the proxy is unreliable there
+unread       `sft.train` on replies to other messages: figure 8's policy without SFT; built if a setting needs it
 """
 
 import argparse
@@ -42,14 +41,14 @@ MESSAGE_WORDS, REPLY_WORDS = (2, 10), (2, 10)  # of the human's message; of a re
 NUM_DIALOGUES = {"valid": 500, "train": 18000}
 NUM_PROMPTS = {"valid": 256, "train": 4000}
 NUM_PREFERENCES = {"valid": 600, "train": 2000}
-MIN_DIFFERENCE, NOISE = 0.3, 0.2  # in gold score, of the two replies; share of wrong labels in training
+MIN_DIFFERENCE, NOISE = 0.3, 0.2  # gold score difference of the two replies; share of wrong training labels
 COMMON = {"dtype": "fp32", "zero_stage": 0, "seed": 1, "micro_batch_tokens": 4096, "context_truncate": 64}
 SFT = COMMON | {"lr": 2e-3, "train_steps": 1000, "warmup_steps": 50, "batch_size": 64, "save_per_step": 250}
 REWARD = COMMON | {"lr": 3e-4, "train_steps": 150, "warmup_steps": 15, "batch_size": 32, "save_per_step": 50}
 
 
 def exchanges(part: str) -> Iterator[Exchange]:
-    """Message and reply, of one part of the conversations (prompts, preferences, train), in random order."""
+    """Yields messages with replies in random order. part: of the conversations (prompts, preferences, train)."""
     rng, conversations = random.Random(SEED), load_conversations()
     members = split_conversations(len(conversations), rng)[part]
     places = [(member, place) for member in members for place in range(1, len(conversations[member]))]
@@ -60,19 +59,19 @@ def exchanges(part: str) -> Iterator[Exchange]:
 
 
 def fits(text: str, words: tuple[int, int]) -> bool:
-    """Whether a text is clean and of as many words as these allow."""
+    """Returns whether a text is clean and has an allowed number of words."""
     return words[0] <= len(text.split()) <= words[1] and is_clean(text)
 
 
 def take(source: Iterator, number: int) -> list:
-    """Exactly so many."""
+    """Returns the first `number` items."""
     taken = [item for _, item in zip(range(number), source, strict=False)]
     assert len(taken) == number, f"only {len(taken)} of {number}"
     return taken
 
 
 def build_base(folder: Path) -> str:
-    """Tokenizer and random weights."""
+    """Saves the tokenizer and a model with random weights."""
     texts = (text for exchange in exchanges("train") for text in (exchange.context[0], exchange.reply))
     pieces = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -88,7 +87,7 @@ def build_base(folder: Path) -> str:
 
 
 def build_dialogues(folder: Path, answered: bool) -> str:
-    """Messages with their replies; with answered=False the replies belong to other messages."""
+    """Writes messages with their replies; answered=False: with replies to other messages."""
     for name, part in (("valid", "prompts"), ("train", "train")):
         found = take(exchanges(part), NUM_DIALOGUES[name])
         replies = [found[index if answered else index - 1].reply for index in range(len(found))]
@@ -99,7 +98,7 @@ def build_dialogues(folder: Path, answered: bool) -> str:
 
 
 def build_prompts(folder: Path) -> str:
-    """Messages: held-out ones that no dialogue was trained on, and those to train on."""
+    """Writes training prompts, and held-out prompts from conversations that SFT does not use."""
     for name, part in (("valid", "prompts"), ("train", "train")):
         found = take(exchanges(part), NUM_PROMPTS[name])
         write_jsonl(folder / f"{name}.jsonl", ({"prompt": exchange.context[0]} for exchange in found))
@@ -107,7 +106,7 @@ def build_prompts(folder: Path) -> str:
 
 
 def pairs(part: str, noise: float) -> Iterator[dict]:
-    """A message's own reply and one from elsewhere, the better one chosen but for a share of wrong labels."""
+    """Yields pairs of a message's reply and another reply, the better one chosen except for a share of `noise`."""
     rng, others = random.Random(SEED), exchanges(part)
     for exchange, other in zip(others, others, strict=False):
         replies = [exchange.reply, other.reply]
@@ -120,24 +119,24 @@ def pairs(part: str, noise: float) -> Iterator[dict]:
 
 
 def build_preferences(folder: Path) -> str:
-    """Noisy pairs to train on, right ones held out."""
+    """Writes training pairs with wrong labels and held-out pairs without."""
     for name, part, noise in (("valid", "preferences", 0.0), ("train", "train", NOISE)):
         write_jsonl(folder / f"{name}.jsonl", take(pairs(part, noise), NUM_PREFERENCES[name]))
     return f"{counts(NUM_PREFERENCES)} pairs"
 
 
 def train(folder: Path, module: str, flags: dict[str, object]) -> str:
-    """Runs one of the project's commands into a folder; returns the last line that tells of an evaluation."""
+    """Runs one of the project's commands and returns its last line about an evaluation."""
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", module, *words, "--model_save_path", str(folder), "--overwrite", "True"]
     done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{module} ended with code {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
+        raise UserError(f"{module} failed with exit code {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
     return [line for line in done.stdout.splitlines() if "eval_loss" in line][-1]
 
 
 def build_world(world: Path, unread: bool = False) -> None:
-    """Whatever of the world is not there yet; the `unread` policy only when asked for."""
+    """Builds the missing parts of the world. unread: also the policy without SFT."""
     parts: dict[str, Callable[[Path], str]] = {
         "base": build_base,
         "dialogues": partial(build_dialogues, answered=True),
@@ -158,7 +157,7 @@ def build_world(world: Path, unread: bool = False) -> None:
 
 
 def main() -> None:
-    """Builds it."""
+    """Builds the whole world."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=WORLD)
     build_world(parser.parse_args().output, unread=True)

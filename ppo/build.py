@@ -1,6 +1,6 @@
 """Builds a `Run` from the flags; every check is done before anything is written."""
 
-from data.choose_template import first_prompt, settle
+from data.choose_template import first_prompt, prepare_tokenizer
 from data.prompts import load_prompts
 from ppo.config import PPOConfig
 from ppo.decoding.sampling import Sampling
@@ -11,8 +11,8 @@ from ppo.rollout import PolicySampler
 from ppo.run import Run, RunState
 from ppo.user_reward import load_reward_fn
 from utils.distributed import world_size
-from utils.errors import UserError
-from utils.models.load import model_folder
+from utils.flags.checks import is_default
+from utils.models.load import model_folder, window_at
 from utils.run.lifecycle import Keeper
 from utils.run.start import open_log, start_run
 
@@ -26,15 +26,15 @@ def build(config: PPOConfig) -> Run:
         model_folder(path, "--reward_model_path")
     reward_fn = load_reward_fn(config.reward_fn) if config.reward_fn else None
     policy, critic = ((f"--{name}", getattr(config, name)) for name in ("policy_model_path", "critic_model_path"))
-    tokenizer, template = settle(config, config.tokenizer_name_or_path or policy[1], [policy], say, [critic])
+    tokenizer, template = prepare_tokenizer(config, config.tokenizer_name_or_path or policy[1], [policy], say, [critic])
     config.check_world(world_size(), len(tokenizer))
-    room = config.maxlen_prompt - config.maxlen_res
-    train, valid = load_prompts(config.data_path, tokenizer, template, room, config.num_eval_prompts, config.seed, say)
-    if len(train) < config.num_rollouts:
-        raise UserError(
-            f"--num_rollouts {config.num_rollouts} is more than the {len(train)} prompts of --data_path "
-            f"{config.data_path}: lower it, or add prompts"
-        )
+    for flag, path in (policy, critic):
+        config.fit_window(window_at(path, flag))
+    room, lower = config.maxlen_prompt - config.maxlen_res, is_default(config, "num_eval_prompts")
+    train, valid = load_prompts(
+        config.data_path, tokenizer, template, room, config.num_eval_prompts, config.seed, say, lower
+    )
+    config.fit_prompts(len(train), world_size())
     say(first_prompt(tokenizer, train[0].ids))
     pretrain = load_pretrain(config, tokenizer, template, say) if config.use_ppo_pretrain_loss else None
     models = load_models(config, tokenizer, say)

@@ -1,60 +1,43 @@
-"""Flags of `python -m ppo.compare`."""
+"""Flags of `python -m ppo.compare`. No torch."""
 
 from dataclasses import dataclass, field
 
+from ppo.flags import DecodingFlags, LengthFlags
 from reward.scoring.flags import RewardFlags
 from utils.errors import UserError
 from utils.flags.checks import SEEDS, check_range
+from utils.flags.fields import Common
 
 
 @dataclass
-class CompareConfig(RewardFlags):
-    """Compare two policies on held-out prompts."""
+class CompareConfig(LengthFlags, DecodingFlags, RewardFlags):
+    """Compare two policies on held-out prompts: scores, lengths, KL, with 95 % intervals."""
 
-    policies: list[str] = field(default_factory=list)
-    """Two model folders: before and after"""
-    tokenizer_name_or_path: str | None = None
-    """Tokenizer of both; default: the first policy's"""
-    reward_fn: str | None = None
-    """file.py:function that scores them too; runs that file"""
-    data_path: str = ""
-    """Prompts: the *valid* files, or all where there are none"""
-    output: str | None = None
+    required = ("policies", "data_path")
+
+    policies: Common[list[str]] = field(default_factory=list)
+    """Two policies, before and after training: folders or hub ids"""
+    data_path: Common[str] = ""
+    """Prompts: the *valid* files of a folder, or all of them if it has none; a file or a hub id"""
+    reward_fn: Common[str | None] = None
+    """Python function file.py:name that scores answers as well. THE FILE IS RUN"""
+    output: Common[str | None] = None
     """JSON file for the table and all answers"""
-    num_prompts: int = 256
-    """How many prompts"""
-    maxlen_prompt: int = 2048
-    """Tokens of prompt and answer together"""
-    maxlen_res: int = 512
-    """Longest answer, tokens"""
+    num_prompts: Common[int] = 256
+    """Number of prompts"""
+    num_samples: Common[int] = 3
+    """Answers of each policy that are printed, those to the first prompts"""
+    seed: Common[int] = 42
+    """Seed of the answers and of the intervals"""
     rollout_batch_size: int = 64
     """Sequences decoded at once"""
-    rollout_cache_tokens: int = 0
-    """Tokens that their key-value cache may hold; 0: no limit"""
-    micro_batch_tokens: int = 8192
-    """Tokens of a forward pass"""
-    num_samples: int = 3
-    """Answers shown side by side: those to the first prompts, not picked"""
-    seed: int = 42
-    """Of the answers and the intervals"""
-    offload_frozen: bool = False
-    """Keep the reward models in host memory between scorings, one on the device at a time"""
+    tokenizer_name_or_path: str | None = None
+    """Tokenizer of both policies. Default: the first policy's"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, rollout_cache_tokens=(0, None))
-        for name in ("num_prompts", "maxlen_res", "rollout_batch_size", "micro_batch_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
-        check_range(self, seed=SEEDS)
+        check_range(self, num_prompts=(1, None), num_samples=(0, None), seed=SEEDS)
         if len(self.policies) != 2:
-            raise UserError("--policies needs two model folders, before and after")
-        if not self.data_path:
-            raise UserError("--data_path is missing: give it a path")
-        if self.maxlen_res >= self.maxlen_prompt:
-            raise UserError(
-                f"--maxlen_res {self.maxlen_res} leaves no room in --maxlen_prompt {self.maxlen_prompt}: lower it, or "
-                "raise that"
-            )
+            raise UserError(f"--policies has {len(self.policies)} values: pass two model folders, before and after")
         if not self.reward_model_path and not self.reward_fn:
-            raise UserError("give --reward_model_path or --reward_fn: something has to judge the answers")
+            raise UserError("nothing scores the answers: pass --reward_model_path or --reward_fn")

@@ -1,6 +1,6 @@
 """Samples answers of two policies to held-out prompts and scores them."""
 
-from data.choose_template import first_prompt, settle
+from data.choose_template import first_prompt, prepare_tokenizer
 from data.prompts import load_prompts
 from ppo.compare_flags import CompareConfig
 from ppo.decoding.sampling import EVALUATION, Sampling
@@ -13,7 +13,8 @@ from ppo.user_reward import call_reward_fn, load_reward_fn
 from reward.scoring.ensemble import Frozen
 from reward.scoring.load import load_ensemble, reward_readers
 from utils.engine.engine import DTYPES, InferenceEngine, device
-from utils.models.load import check_window, load_causal_lm
+from utils.fast_dtype import settle_dtype
+from utils.models.load import check_window, load_causal_lm, window_at
 
 
 def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
@@ -23,8 +24,11 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     function, length, 1 where the response ended before --maxlen_res, its negative log-likelihood under its
     own policy and under BEFORE. Memory: two policies and the reward models.
     """
+    settle_dtype(config)
     named = [("--policies", path) for path in config.policies]
-    tokenizer, template = settle(config, config.tokenizer_name_or_path or config.policies[0], named, print)
+    tokenizer, template = prepare_tokenizer(config, config.tokenizer_name_or_path or config.policies[0], named, print)
+    for flag, path in named:
+        config.fit_window(window_at(path, flag))
     room = config.maxlen_prompt - config.maxlen_res
     train, valid = load_prompts(config.data_path, tokenizer, template, room, 0, config.seed)
     if valid:

@@ -100,7 +100,7 @@ def closed_ids(rollout: Rollout, end: TurnEnd, window: int | None = None) -> lis
     for ids, length, ended in rows:
         ids = ids[:length]
         if ended and ids[-1] == end.stop:
-            closed.append([*ids, *end.ids[end.learnt :]][:window])
+            closed.append([*ids, *end.ids[end.num_generated :]][:window])
         else:
             ids = ids[:-1] if ended else ids
             closed.append([*ids[: None if window is None else window - len(end.ids)], *end.ids])

@@ -1,4 +1,4 @@
-"""Answers to compare as token ids, and the dynamic batches of Part II: as many pairs as a token count allows. Pure."""
+"""Encoded comparisons of answers, and the dynamic batches of Part II, whose size follows the token count. Pure."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ MIN_PAIRS, MAX_PAIRS = 4, 128
 
 
 @dataclass(frozen=True)
-class Pull:
-    """What a step's contrastive loss asks of one item; see `reward.contrastive`.
+class CachedGradient:
+    """The contrastive loss of one comparison and its gradient; see `reward.contrastive`.
 
-    losses: [pairs]; gradient: [pairs, 2, hidden], of the summed loss by the two views of each pair's features; seed: of
-    the dropout that made the views (any on ranks that do not forward the item).
+    losses: [pairs]. gradient: [pairs, 2, hidden], of the summed loss with respect to the two views of each pair. seed:
+    of the dropout in the views' forward pass; arbitrary on ranks that do not run it.
     """
 
     losses: torch.Tensor
@@ -25,12 +25,11 @@ class Pull:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Whole dialogues that share their first `prompt_length` ids; the rest of each is an answer with its end token.
+    """Encoded answers to one prompt, and the pairs to compare; without pairs, the answers are only scored.
 
-    behind: ids that the template writes behind the end token, which no loss counts.
-    pairs: (place of the better answer, of the worse); margins: one a pair; subset, source: as in data.preferences;
-    place: of the preference among all that were encoded. Of a pair record there is one pair; of a ranked list, all.
-    Without pairs: answers to be scored alone.
+    answers: ids of whole dialogues, which share their first `prompt_length` ids. pairs: (better index, worse index);
+    margins: one per pair. subset, source: as in data.preferences. place: index of the preference in the encoded list.
+    suffix_length: number of ids after the end token, which no loss counts.
     """
 
     answers: list[list[int]]
@@ -40,36 +39,36 @@ class Comparison:
     subset: str
     source: str
     place: int = 0
-    behind: int = 0
-    pull: Pull | None = None
+    suffix_length: int = 0
+    cached_gradient: CachedGradient | None = None
 
     @property
     def best(self) -> int:
-        """Place of the best answer: the first that beats one and is beaten by none."""
+        """Index of the best answer: the first that is better in a pair and worse in none."""
         beaten = {worse for _, worse in self.pairs}
         return next(better for better, _ in self.pairs if better not in beaten)
 
     @property
     def tokens(self) -> int:
-        """Tokens of all dialogues, without padding."""
+        """Number of tokens of all dialogues, without padding."""
         return sum(map(len, self.answers))
 
     @property
-    def padded(self) -> int:
-        """Tokens that they take in a batch, where every row is as long as the longest."""
+    def padded_tokens(self) -> int:
+        """Number of tokens of all dialogues, padded to the longest."""
         return len(self.answers) * max(map(len, self.answers))
 
     @property
     def answer_lengths(self) -> list[int]:
-        """Tokens of every answer, its end token included."""
-        return [len(ids) - self.prompt_length - self.behind for ids in self.answers]
+        """Number of tokens per answer, with its end token."""
+        return [len(ids) - self.prompt_length - self.suffix_length for ids in self.answers]
 
 
 @dataclass(frozen=True)
 class PairIndex:
-    """Pairs of a batch of comparisons whose answers stand one after the other: rows of the better and worse answer.
+    """Pairs of a batch: rows of the better and the worse answer when all answers are concatenated; all [pairs].
 
-    weights: 1 / pairs of the comparison, so that every prompt counts once (InstructGPT eq. 1); all of them [pairs].
+    weights: 1 / number of pairs of the comparison, so that each prompt counts once (InstructGPT eq. 1).
     """
 
     better: torch.Tensor
@@ -78,12 +77,12 @@ class PairIndex:
     margins: torch.Tensor
 
     def to(self, device: torch.device) -> "PairIndex":
-        """The same on another device."""
+        """Returns a copy on a device."""
         return PairIndex(*(x.to(device) for x in (self.better, self.worse, self.weights, self.margins)))
 
 
-def ranges_of(counts: Iterable[int]) -> list[range]:
-    """The places that each item's `count` rows take when all stand one after the other."""
+def row_ranges(counts: Iterable[int]) -> list[range]:
+    """Returns the range of rows per item when the rows of all items are concatenated."""
     ranges, start = [], 0
     for count in counts:
         ranges.append(range(start, start + count))
@@ -92,9 +91,9 @@ def ranges_of(counts: Iterable[int]) -> list[range]:
 
 
 def pair_index(items: list[Comparison]) -> PairIndex:
-    """The pairs of all items, on the CPU."""
+    """Returns the pairs of all items, on the CPU."""
     better, worse, weights, margins = [], [], [], []
-    for item, rows in zip(items, ranges_of(len(item.answers) for item in items), strict=True):
+    for item, rows in zip(items, row_ranges(len(item.answers) for item in items), strict=True):
         better += [rows[i] for i, _ in item.pairs]
         worse += [rows[j] for _, j in item.pairs]
         weights += [1 / len(item.pairs)] * len(item.pairs)
@@ -105,20 +104,20 @@ def pair_index(items: list[Comparison]) -> PairIndex:
 
 
 def dynamic_batches(
-    lengths: list[int], batch_size: int, seed: int, least: int = MIN_PAIRS, most: int = MAX_PAIRS
+    lengths: list[int], batch_size: int, seed: int, min_size: int = MIN_PAIRS, max_size: int = MAX_PAIRS
 ) -> Iterator[list[int]]:
-    """Endless batches of indices whose summed length stays within batch_size x mean length.
+    """Yields batches of indices without end; the total length of a batch is at most batch_size * mean length.
 
-    So many short items or few long ones make a step, about `batch_size` of them (somewhat fewer, as none passes the
-    budget: a tenth at 8), but at least `least` and at most `most`. A function of lengths and seed alone: every rank,
-    and a resumed run, gets the same batches.
+    A batch has many short items or few long ones, on average slightly fewer than `batch_size` (10 % fewer at 8), but
+    at least `min_size` and at most `max_size`. The batches depend only on lengths and seed, so that they are the same
+    on all ranks and after resuming.
     """
     budget = batch_size * sum(lengths) / len(lengths)
     position = 0
     while True:
         batch, total = [], 0
-        for index in order(position, most, len(lengths), seed):
-            if len(batch) >= least and total + lengths[index] > budget:
+        for index in order(position, max_size, len(lengths), seed):
+            if len(batch) >= min_size and total + lengths[index] > budget:
                 break
             batch.append(index)
             total += lengths[index]

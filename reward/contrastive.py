@@ -1,9 +1,9 @@
-"""The contrastive term of Part II: two views of each pair under different dropout know each other among all pairs.
+"""The contrastive loss of Part II (SimCSE) over all pairs of an optimizer step, with gradient caching.
 
-Features are the difference of the last states of the better and the worse answer. The negatives of a pair are all
-other pairs of the optimizer step, whatever the micro-batches and ranks: a first pass without gradients makes all
-features, the loss and its gradient by them; the second pass, with the same dropout, sends that gradient on (gradient
-caching, arXiv 2101.06983). So no graph of more than one micro-batch is held.
+The feature of a pair is the difference of the last states of the better and the worse answer; its two views differ by
+dropout; its negatives are all other pairs of the step, over all micro-batches and ranks. A first pass without gradients
+computes all features, the loss, and its gradient with respect to the features. The second pass, with the same dropout,
+backpropagates that gradient (arXiv 2101.06983), so that only the graph of one micro-batch is in memory.
 """
 
 import random
@@ -12,28 +12,29 @@ from dataclasses import replace
 
 import torch
 
-from reward.batches import Comparison, Pull, pair_index, ranges_of
-from reward.forward import Plan, read_answers
+from reward.batches import CachedGradient, Comparison, pair_index, row_ranges
+from reward.forward import Plan, forward_answers
 from reward.loss import simcse_losses
 from utils.distributed import sum_ranks
 from utils.engine.engine import TrainEngine
 
 
 def pair_features(states: torch.Tensor, items: list[Comparison]) -> torch.Tensor:
-    """Both views' features of every pair. states: [2, answers, hidden] -> [pairs, 2, hidden]."""
+    """Returns the features of both views of each pair. states: [2, answers, hidden] -> [pairs, 2, hidden]."""
     index = pair_index(items).to(states.device)
     return (states[:, index.better] - states[:, index.worse]).transpose(0, 1)
 
 
-def contrast_sum(states: torch.Tensor, items: list[Comparison]) -> torch.Tensor:
-    """The summed loss of these items' pairs, as `with_pulls` found it; the gradient goes on through `states`."""
-    losses, gradient = (torch.cat([getattr(item.pull, name) for item in items]) for name in ("losses", "gradient"))
-    pulled = (pair_features(states, items) * gradient).sum()
-    return losses.sum() + pulled - pulled.detach()
+def contrastive_loss_sum(states: torch.Tensor, items: list[Comparison]) -> torch.Tensor:
+    """Returns the cached summed loss of these items' pairs, with the cached gradient attached to `states`."""
+    cached = [item.cached_gradient for item in items]
+    losses, gradient = torch.cat([x.losses for x in cached]), torch.cat([x.gradient for x in cached])
+    product = (pair_features(states, items) * gradient).sum()
+    return losses.sum() + product - product.detach()
 
 
 @torch.no_grad()
-def with_pulls(
+def cache_gradients(
     engine: TrainEngine,
     items: list[Comparison],
     plan: Plan,
@@ -41,17 +42,17 @@ def with_pulls(
     temperature: float,
     seeds: random.Random,
 ) -> list[Comparison]:
-    """The items of a step's whole batch, each with its `pull`: the first pass. Collective.
+    """Runs the first pass over a step's global batch and returns its items with their `cached_gradient`. Collective.
 
-    plan, length: as the step itself uses them, so that both passes have the same forwards; seeds: of their dropout.
+    plan, length: as in the second pass, so that both have the same micro-batches. seeds: source of dropout seeds.
     """
-    pairs, own_seeds, features = ranges_of(len(item.pairs) for item in items), [0] * len(items), None
+    pairs, own_seeds, features = row_ranges(len(item.pairs) for item in items), [0] * len(items), None
     for part, weight in plan([length(item) for item in items]):
         seed, members = seeds.getrandbits(32), [items[i] for i in part]
-        views = pair_features(read_answers(engine, members, dropout_seed=seed).states, members)
+        views = pair_features(forward_answers(engine, members, dropout_seed=seed).states, members)
         if features is None:
             features = views.new_zeros(pairs[-1].stop, *views.shape[1:])
-        if weight:  # else it only keeps another rank company
+        if weight:  # 0: dummy forward pass, so that all ranks run the same collectives
             features[[pair for i in part for pair in pairs[i]]] = views
             own_seeds = [seed if i in part else old for i, old in enumerate(own_seeds)]
     features = sum_ranks(features).requires_grad_()
@@ -60,6 +61,11 @@ def with_pulls(
         (gradient,) = torch.autograd.grad(losses.sum(), features)
     losses = losses.detach()
     return [
-        replace(item, pull=Pull(losses[places.start : places.stop], gradient[places.start : places.stop], seed))
+        replace(
+            item,
+            cached_gradient=CachedGradient(
+                losses[places.start : places.stop], gradient[places.start : places.stop], seed
+            ),
+        )
         for item, places, seed in zip(items, pairs, own_seeds, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""From data files to comparisons as token ids: what a window cuts is cut alike for all answers to a prompt."""
+"""Load preferences and encode them as comparisons; all answers to a prompt are truncated in the same way."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,23 +10,25 @@ from data.dialogues import load_dialogues
 from data.formats.truncate import encode_fitting
 from data.order import order
 from data.preferences import MARGIN_COLUMNS, Preference, check_margins, flip_negative, load_preferences
-from data.prompts import without_oldest
+from data.prompts import drop_oldest_exchange
 from data.template import encode_dialogue, last_answer
-from reward.batches import Comparison
+from reward.batches import MIN_PAIRS, Comparison
 from reward.config import RewardConfig
+from utils.distributed import world_size
 from utils.errors import UserError
+from utils.flags.checks import is_default
 from utils.tokenizer import template_of
 
-CENTER_ANSWERS = 1000  # of --center_data_path, scored in every evaluation
+CENTER_ANSWERS = 1000  # maximum number of answers of --center_data_path, scored in each evaluation
 
 
 def encode_preference(
     preference: Preference, tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int
 ) -> tuple[Comparison | None, int]:
-    """(the preference as ids, how many turns of its history were left out): the oldest go until every answer fits.
+    """Returns (comparison, number of turns removed from the history); the oldest go until all answers fit.
 
-    All answers lose the same turns, or their scores would not compare, and stay whole, with their EOS. None when even
-    the last question with the longest answer is too long.
+    All answers lose the same turns, so that their scores are comparable; answers are not truncated. The comparison is
+    None if the last question with the longest answer is too long.
     """
     history = preference.history
     while history:
@@ -36,18 +38,18 @@ def encode_preference(
         ]
         if max(len(ids) for ids, _ in sides) <= max_tokens:
             mask = sides[0][1]
-            answer = last_answer(mask)  # earlier ones belong to the history here
+            answer = last_answer(mask)
             comparison = Comparison(
                 answers=[ids for ids, _ in sides],
                 prompt_length=answer.start,
-                behind=len(mask) - answer.stop,
+                suffix_length=len(mask) - answer.stop,
                 pairs=[(pair.better, pair.worse) for pair in preference.pairs],
                 margins=[pair.margin or 0.0 for pair in preference.pairs],
                 subset=preference.subset,
                 source=preference.source,
             )
             return comparison, len(preference.history) - len(history)
-        history = without_oldest(history)
+        history = drop_oldest_exchange(history)
     return None, 0
 
 
@@ -58,7 +60,7 @@ def encode_all(
     max_tokens: int,
     say: Callable[[str], None],
 ) -> list[Comparison]:
-    """All preferences that fit; what was cut or dropped is said, and which subsets nothing is left of."""
+    """Returns the comparisons that fit; reports what was truncated or dropped, and the subsets that are now empty."""
     places = count()
 
     def encode(preference: Preference) -> tuple[Comparison | None, int]:
@@ -68,26 +70,28 @@ def encode_all(
 
     kept = encode_fitting(preferences, encode, "preferences", say)
     for subset in sorted({p.subset for p in preferences} - {item.subset for item in kept}):
-        say(f"preferences: nothing is left of the subset {subset!r}")
+        say(f"preferences: no preference of the subset {subset!r} is left")
     return kept
 
 
 def load_comparisons(
     config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """(train, valid) of --data_path. Only what is trained on is flipped; UserError when too little is left for a batch.
+    """Returns (train, valid) comparisons of --data_path; --flip_negative applies to the training set only.
 
-    The held-out labels stay as people gave them.
+    Raises UserError if too few are left for a batch or for validation.
     """
     template, columns = template_of(tokenizer), ()
     if config.use_margin:
         columns = (config.margin_column,) if config.margin_column else MARGIN_COLUMNS
-    train, valid = load_preferences(config.data_path, config.num_valid, config.seed, say, columns)
+    lower = is_default(config, "num_valid")
+    train, valid = load_preferences(config.data_path, config.num_valid, config.seed, say, columns, lower)
     if config.flip_negative:
         train = flip_negative(train, say)
     if config.use_margin:
         check_margins(train, columns, say)
     splits = [encode_all(split, tokenizer, template, config.context_truncate, say) for split in (train, valid)]
+    config.fit_batch(len(splits[0]), max(MIN_PAIRS, world_size()))
     if len(splits[0]) < config.batch_size:
         raise UserError(
             f"--data_path {config.data_path}: {len(splits[0])} pairs to train on are fewer than --batch_size "
@@ -96,7 +100,7 @@ def load_comparisons(
     if valid and not splits[1]:
         raise UserError(
             f"--data_path {config.data_path}: no held-out pair fits --context_truncate {config.context_truncate}; "
-            "raise it, or give --num_valid 0 and no *valid* file"
+            "raise it, or use --num_valid 0 without a *valid* file"
         )
     return splits[0], splits[1]
 
@@ -104,7 +108,7 @@ def load_comparisons(
 def load_center_answers(
     config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
 ) -> list[Comparison]:
-    """Up to 1000 answers of --center_data_path, drawn by the seed, each a comparison without pairs."""
+    """Returns up to CENTER_ANSWERS answers of --center_data_path, chosen by the seed, as comparisons without pairs."""
     flag = "--center_data_path"
     dialogues, _ = load_dialogues(config.center_data_path, 0, config.seed, say, flag)
     drawn = order(0, min(CENTER_ANSWERS, len(dialogues)), len(dialogues), config.seed)

@@ -1,4 +1,4 @@
-"""Answers through the reward model: one forward of a batch of comparisons, and the scores of many."""
+"""Forward passes of the reward model over comparisons."""
 
 import contextlib
 from collections.abc import Callable, Iterable
@@ -8,22 +8,22 @@ import torch
 import torch.nn.functional as F
 
 from data.batching.collate import pad
-from reward.batches import Comparison, ranges_of
-from reward.metrics import Scored
+from reward.batches import Comparison, row_ranges
+from reward.metrics import ScoredItems
 from reward.model import last_scores
 from utils.distributed import sum_ranks
 from utils.engine.engine import TrainEngine, device
 from utils.tensors import to_device
 
-Plan = Callable[[list[int]], Iterable[tuple[list[int], float]]]  # lengths -> this rank's (indices, weight) a forward
+Plan = Callable[[list[int]], Iterable[tuple[list[int], float]]]  # lengths -> (indices, weight) per micro-batch
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What the model makes of a batch's answers, in the order in which they stand.
+class RewardOutput:
+    """Outputs for all answers of a batch, in order.
 
-    scores: [answers]; nll: summed over the tokens of each comparison's best answer, if asked for; states: the last
-    states under two dropout masks, [2, answers, hidden], if a seed was given; scores and nll are then the first's.
+    scores: [answers]. nll: summed over the tokens of the best answers, if requested. states: last states under two
+    dropout masks, [2, answers, hidden], if a dropout seed was given; scores and nll are then those of the first.
     """
 
     scores: torch.Tensor
@@ -31,15 +31,15 @@ class Reading:
     states: torch.Tensor | None = None
 
 
-def read_answers(
+def forward_answers(
     engine: Callable, items: list[Comparison], with_lm: bool = False, dropout_seed: int | None = None
-) -> Reading:
-    """One forward over all answers of `items`. engine: a ScalarModel, or the engine around it.
+) -> RewardOutput:
+    """Runs one forward pass over all answers of `items`. engine: a ScalarModel, or the engine around it.
 
-    dropout_seed: every answer goes in twice, which differ by dropout alone; the global random state is left alone.
+    dropout_seed: run each answer twice with different dropout; the global random state does not change.
     """
     ids, mask = pad([answer for item in items for answer in item.answers], 0)
-    nll_mask = best_answers(items, mask) if with_lm else None
+    nll_mask = best_answer_mask(items, mask) if with_lm else None
     count, twice = len(ids), dropout_seed is not None
     if twice:
         ids, mask = ids.repeat(2, 1), mask.repeat(2, 1)
@@ -48,11 +48,11 @@ def read_answers(
     with _random(dropout_seed):
         values, *extras = _tuple(engine(ids, mask, nll_mask, with_states=twice))
     states = extras.pop().unflatten(0, (2, count)) if twice else None
-    return Reading(last_scores(values, mask)[:count], extras[0] if with_lm else None, states)
+    return RewardOutput(last_scores(values, mask)[:count], extras[0] if with_lm else None, states)
 
 
-def best_answers(items: list[Comparison], mask: torch.Tensor) -> torch.Tensor:
-    """True at the answer tokens of the row that is each comparison's best. mask: [answers, length]"""
+def best_answer_mask(items: list[Comparison], mask: torch.Tensor) -> torch.Tensor:
+    """Returns a bool mask [answers, length] that is True at the tokens of each comparison's best answer."""
     starts, stops = [], []
     for item in items:
         starts += [item.prompt_length] * len(item.answers)
@@ -64,19 +64,21 @@ def best_answers(items: list[Comparison], mask: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def held_out(engine: TrainEngine, items: list[Comparison], plan: Plan, with_lm: bool = False) -> tuple[Scored, float]:
-    """(scores of all answers, summed NLL of the best ones or 0), on every rank. In eval mode. Collective."""
+def score_comparisons(
+    engine: TrainEngine, items: list[Comparison], plan: Plan, with_lm: bool = False
+) -> tuple[ScoredItems, float]:
+    """Returns (scores of all answers, summed NLL of the best answers or 0) on all ranks, in eval mode. Collective."""
     engine.module.eval()
-    rows = ranges_of(len(item.answers) for item in items)
+    rows = row_ranges(len(item.answers) for item in items)
     scores, nll = torch.zeros(rows[-1].stop, device=device()), torch.zeros(1, device=device())
     joined = engine.module.trains_joined
-    for part, weight in plan([item.tokens if joined else item.padded for item in items]):
-        reading = read_answers(engine, [items[i] for i in part], with_lm)
-        if weight:  # else it only keeps another rank company
+    for part, weight in plan([item.tokens if joined else item.padded_tokens for item in items]):
+        reading = forward_answers(engine, [items[i] for i in part], with_lm)
+        if weight:  # 0: dummy forward pass, so that all ranks run the same collectives
             scores[[row for i in part for row in rows[i]]] = reading.scores
             nll += reading.nll if with_lm else 0.0
     total = sum_ranks(torch.cat([scores, nll])).cpu()
-    return Scored(items, total[:-1]), float(total[-1])
+    return ScoredItems(items, total[:-1]), float(total[-1])
 
 
 def _tuple(output: torch.Tensor | tuple) -> tuple:
@@ -85,7 +87,7 @@ def _tuple(output: torch.Tensor | tuple) -> tuple:
 
 @contextlib.contextmanager
 def _random(seed: int | None):
-    """Inside, random numbers are those of `seed`; None: nothing changes."""
+    """Context with the random numbers of `seed`; None: without any change."""
     if seed is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Losses of the reward model on pairs of scores. Pure."""
+"""Losses of the reward model. Pure."""
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,10 @@ def ranking_losses(
     margin: float | torch.Tensor = 0.0,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """-(1 - a) log s(d - m) - a log s(m - d) of every pair, with d = chosen - rejected. [pairs] -> float32 [pairs].
+    """Returns -(1 - a) logsigmoid(d - m) - a logsigmoid(m - d) per pair, d = chosen - rejected: float32 [pairs].
 
-    margin m: a number, or one a pair; label_smoothing a: the share of labels taken to be wrong. `logsigmoid` in
-    float32 stays finite where log(sigmoid) does not. Part I eq. 2 (signs mended); Part II: adaptive margin, smoothing.
+    margin m: a number or [pairs]; label_smoothing a: assumed share of wrong labels. In float32, logsigmoid is finite
+    where log(sigmoid) is not. Part I eq. 2 (with corrected signs); Part II: adaptive margin and label smoothing.
     """
     difference = chosen_scores.float() - rejected_scores.float() - margin
     return -(1 - label_smoothing) * F.logsigmoid(difference) - label_smoothing * F.logsigmoid(-difference)
@@ -25,21 +25,20 @@ def ranking_loss(
     margin: float | torch.Tensor = 0.0,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Mean of `ranking_losses` over the pairs. [pairs] -> float32 scalar."""
+    """Returns the mean of `ranking_losses` over the pairs: float32 scalar."""
     return ranking_losses(chosen_scores, rejected_scores, margin, label_smoothing).mean()
 
 
 def ranking_hits(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) -> torch.Tensor:
-    """1 where the chosen answer has the higher score, 1/2 for a tie, else 0. [pairs] -> float32 [pairs]."""
+    """Returns 1 per pair whose chosen answer has the higher score, 1/2 for a tie, otherwise 0: float32 [pairs]."""
     return 0.5 * (torch.sign(chosen_scores.float() - rejected_scores.float()) + 1)
 
 
 def simcse_losses(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
-    """-log of the share that a pair's own second view has in exp(cos(first_i, second_j) / t), summed over all j.
+    """Returns -log softmax_j(cos(first_i, second_j) / temperature) at j = i per pair: float32 [pairs].
 
-    first, second: [pairs, hidden], two views of every pair under different dropout; all other pairs are its negatives.
-    -> float32 [pairs]; 0 for a single pair. SimCSE (arXiv 2104.08821) eq. 4; as Part II's contrastive term the
-    features are differences of the last hidden states of chosen and rejected.
+    first, second: [pairs, hidden], views of each pair under different dropout; the other pairs are the negatives. 0 for
+    a single pair. SimCSE (arXiv 2104.08821) eq. 4; in Part II the features are differences of last hidden states.
     """
     first, second = (F.normalize(x.float(), dim=1, eps=1e-3) for x in (first, second))  # bounds the gradient at 0
     similarity = first @ second.T / temperature

@@ -1,6 +1,6 @@
-"""What scores of compared answers say about a reward model: one set of numbers for training, evaluation and reports.
+"""Metrics of reward models on compared answers, used in training, evaluation and reports. Pure.
 
-Every prompt counts once: of its pairs, each 1 / number of them. Pure.
+Each prompt counts once: each of its pairs has weight 1 / number of its pairs.
 """
 
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from reward.batches import Comparison, PairIndex, pair_index, ranges_of
+from reward.batches import Comparison, PairIndex, pair_index, row_ranges
 from reward.loss import ranking_hits, ranking_losses
-from reward.win_rate import share_interval
+from reward.win_rate import wilson_interval
 
 LARGER_IS_BETTER = {
     "accuracy": True,
@@ -20,12 +20,12 @@ LARGER_IS_BETTER = {
     "calibration_error": False,
     "length_bias": False,
 }
-BINS = 10  # of predicted preferences from 1/2 to 1
+BINS = 10  # bins of predicted preference from 1/2 to 1
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Comparisons and what a model says of their answers. scores: float32 [answers], on the CPU."""
+class ScoredItems:
+    """Comparisons and the scores of their answers. scores: float32 [answers], on the CPU."""
 
     items: list[Comparison]
     scores: torch.Tensor
@@ -35,38 +35,38 @@ class Scored:
 
     @property
     def index(self) -> PairIndex:
-        """Which rows of `scores` are compared."""
+        """Rows of `scores` that are compared."""
         return pair_index(self.items)
 
     @property
     def differences(self) -> torch.Tensor:
-        """Score of the better answer minus that of the worse. [pairs]"""
+        """Score of the better answer minus score of the worse: [pairs]."""
         index = self.index
         return self.scores[index.better] - self.scores[index.worse]
 
     @property
     def lengths(self) -> torch.Tensor:
-        """Tokens of every answer. float32 [answers]"""
+        """Number of tokens per answer: float32 [answers]."""
         return torch.tensor([length for item in self.items for length in item.answer_lengths], dtype=torch.float32)
 
-    def where(self, keep: Callable[[Comparison], bool]) -> "Scored":
-        """The comparisons for which `keep` holds."""
+    def where(self, keep: Callable[[Comparison], bool]) -> "ScoredItems":
+        """Returns the comparisons for which `keep` is true."""
         rows = torch.tensor([keep(item) for item in self.items for _ in item.answers], dtype=torch.bool)
-        return Scored([item for item in self.items if keep(item)], self.scores[rows])
+        return ScoredItems([item for item in self.items if keep(item)], self.scores[rows])
 
-    def of(self, subset: str) -> "Scored":
-        """The comparisons of one subset."""
+    def of(self, subset: str) -> "ScoredItems":
+        """Returns the comparisons of one subset."""
         return self.where(lambda item: item.subset == subset)
 
     @property
     def subsets(self) -> list[str]:
-        """Names, in order."""
+        """Names of the subsets, sorted."""
         return sorted({item.subset for item in self.items})
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Pairs whose predicted preference lies in [low, high]: how many prompts' worth, mean prediction, share right."""
+    """Pairs with a predicted preference in [low, high]: total weight, mean prediction, observed accuracy."""
 
     low: float
     high: float
@@ -76,26 +76,27 @@ class Bin:
 
 
 def weighted_mean(x: torch.Tensor, weights: torch.Tensor) -> float:
-    """Sum of x by weights over the sum of the weights."""
+    """Returns sum(x * weights) / sum(weights)."""
     return float((x * weights).sum() / weights.sum())
 
 
-def accuracy(scored: Scored) -> float:
-    """Share of pairs whose better answer has the higher score; a tie counts half."""
+def accuracy(scored: ScoredItems) -> float:
+    """Returns the share of pairs whose better answer has the higher score; a tie counts half."""
     index = scored.index
     return weighted_mean(ranking_hits(scored.scores[index.better], scored.scores[index.worse]), index.weights)
 
 
-def accuracy_interval(scored: Scored) -> tuple[float, float]:
-    """Its 95 % interval (Wilson), in which the pairs of one prompt are one trial."""
+def accuracy_interval(scored: ScoredItems) -> tuple[float, float]:
+    """Returns the 95 % Wilson interval of `accuracy`, with the pairs of a prompt as one trial."""
     count = len(scored.items)
-    return share_interval(accuracy(scored) * count, count)[1:]
+    return wilson_interval(accuracy(scored) * count, count)[1:]
 
 
-def calibration(scored: Scored, num_bins: int = BINS) -> list[Bin]:
-    """Predicted against observed preference, in equal bins of max(s(d), s(-d)) from 1/2 to 1; empty ones are left out.
+def calibration(scored: ScoredItems, num_bins: int = BINS) -> list[Bin]:
+    """Returns predicted and observed preference in equal bins of the prediction, without empty bins.
 
-    The prediction is for the answer that the model prefers; observed is how often the label says the same.
+    The prediction is sigmoid(|d|), the probability of the answer with the higher score; observed is the share of labels
+    that agree.
     """
     index, differences = scored.index, scored.differences
     predicted = torch.sigmoid(differences.abs())
@@ -111,39 +112,39 @@ def calibration(scored: Scored, num_bins: int = BINS) -> list[Bin]:
 
 
 def calibration_error(bins: list[Bin]) -> float:
-    """Expected calibration error: |observed - predicted|, averaged over bins by their counts."""
+    """Returns the expected calibration error: the mean of |observed - predicted| over bins, weighted by count."""
     return sum(b.count * abs(b.observed - b.predicted) for b in bins) / sum(b.count for b in bins)
 
 
 def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Pearson's correlation; 0 where one of them does not vary."""
-    x, y = (z.double() - z.double().mean() for z in (x, y))
-    scale = float(x.norm() * y.norm())
-    return float(x @ y) / scale if scale > 0 else 0.0
+    """Returns Pearson's correlation coefficient, or 0 if x or y is constant."""
+    return float(torch.corrcoef(torch.stack([x, y]).double())[0, 1].nan_to_num())
 
 
-def mean_best(scored: Scored) -> float:
-    """Mean score of each comparison's best answer."""
-    rows = ranges_of(len(item.answers) for item in scored.items)
+def mean_best_score(scored: ScoredItems) -> float:
+    """Returns the mean score of the best answers."""
+    rows = row_ranges(len(item.answers) for item in scored.items)
     return float(scored.scores[[places[item.best] for item, places in zip(scored.items, rows, strict=True)]].mean())
 
 
-def length_preference(scored: Scored) -> tuple[float, float]:
-    """(how often the longer answer is labelled better, how often the model prefers it); ties count half."""
+def length_preference(scored: ScoredItems) -> tuple[float, float]:
+    """Returns (share of pairs whose longer answer is labelled better, share whose longer answer has the higher score).
+
+    Ties count half, and so do pairs of equal length in both shares.
+    """
     index, lengths, scores = scored.index, scored.lengths, scored.scores
     better, worse = lengths[index.better], lengths[index.worse]
     longer_better = ranking_hits(better, worse)
     preferred = ranking_hits(scores[index.better], scores[index.worse])
-    # For equal lengths there is no longer one: whatever the model prefers counts half.
     longer_preferred = torch.where(better == worse, 0.5, torch.where(better > worse, preferred, 1 - preferred))
     return weighted_mean(longer_better, index.weights), weighted_mean(longer_preferred, index.weights)
 
 
-def held_out_metrics(scored: Scored) -> dict[str, float]:
-    """The numbers of an evaluation: those of LARGER_IS_BETTER, and with several subsets an accuracy each.
+def evaluation_metrics(scored: ScoredItems) -> dict[str, float]:
+    """Returns the metrics of LARGER_IS_BETTER, the length correlation, and with several subsets their accuracies.
 
-    loss: -log s(d), without margin and smoothing, so that runs compare; length_bias: the size of the correlation of
-    score with length over all answers.
+    loss: -logsigmoid(d) without margin and label smoothing, so that runs are comparable. length_bias: absolute
+    correlation of score and length over all answers.
     """
     index = scored.index
     better, worse = scored.scores[index.better], scored.scores[index.worse]
@@ -161,12 +162,12 @@ def held_out_metrics(scored: Scored) -> dict[str, float]:
     }
 
 
-def agreement(models: list[Scored]) -> dict[str, float]:
-    """How far models of the same comparisons say the same.
+def agreement(models: list[ScoredItems]) -> dict[str, float]:
+    """Returns the agreement of several models on the same comparisons.
 
-    pairwise: mean over pairs of models of the share of pairs on which both prefer the same answer (a tie against a
-    preference is half); unanimous: share on which all do; strength_std: mean over pairs of the standard deviation of
-    the score difference over models (population, as in Part II §2); accuracy: of the mean difference.
+    pairwise: share of pairs on which two models prefer the same answer, averaged over pairs of models (a tie against a
+    preference counts half). unanimous: share on which all models agree. strength_std: mean population standard
+    deviation of the score difference over models (Part II §2). accuracy: of the mean score difference.
     """
     weights = models[0].index.weights
     differences = torch.stack([scored.differences for scored in models])  # [models, pairs]

@@ -1,10 +1,10 @@
-"""A decoder with a scalar at every token: the reward model (its last scalar) and the critic (all of them).
+"""A decoder with a scalar per token: the reward model (the last scalar) and the critic (all scalars).
 
-Reads three layouts: a sequence-classification folder with one label, the published MOSS one (causal-LM keys plus
-`reward_head.weight`), and a plain causal LM, which gets a new head. Writes the first, so that other tools read it.
+Loads three layouts: sequence classification with one label, the published MOSS layout (causal-LM keys plus
+`reward_head.weight`), and a causal LM, which gets a new head. Saves the first, which other tools can load.
 
-`score_center` in a folder's config is the score that counts as 0. LLaMA's classifier has no bias to hold it, so other
-tools give scores that are larger by it: differences, and so preferences, are the same.
+`score_center` in config.json is subtracted from all scores. transformers' classifiers have no bias for it, so that
+other tools compute scores that are larger by `score_center`; differences of scores are the same.
 """
 
 import copy
@@ -38,21 +38,21 @@ HEAD_NAMES = ("score.weight", "reward_head.weight")  # sequence classification, 
 
 
 class ScalarHead(nn.Linear):
-    """hidden -> 1 without bias, in float32 whatever the weight's dtype: bf16 scores would differ by steps of 1 %."""
+    """Linear layer hidden -> 1 without bias, computed in float32: bf16 would round scores to steps of about 1 %."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden.float(), self.weight.float())
 
 
 class ScalarModel(nn.Module):
-    """`backbone` (decoder without LM head) and `head`; `lm_head` only where a language-model loss is asked for."""
+    """A decoder without LM head (`backbone`) and a scalar `head`; `lm_head` only for a language-model loss."""
 
     def __init__(self, backbone: PreTrainedModel, head: ScalarHead, lm_head: nn.Module | None = None):
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.lm_head = lm_head
-        self.even_tokens = 0  # of `sum_nll`; set under ZeRO-3
+        self.even_tokens = 0  # argument of `sum_nll`; set under ZeRO-3
         self.score_center = float(getattr(self.config, "score_center", 0.0))
 
     @property
@@ -66,12 +66,12 @@ class ScalarModel(nn.Module):
         nll_mask: torch.Tensor | None = None,
         with_states: bool = False,
     ):
-        """Scalars float32 [batch, length] at every position, 0 where attention_mask is False. Inputs [batch, length],
+        """Returns scalars float32 [batch, length], 0 where attention_mask is False; inputs [batch, length].
 
-        right-padded. No attention mask goes in: behind right padding causality alone hides it, and attention kernels
-        are fastest so. Thus the mask may also leave out real tokens, whose scalars nobody reads.
-        With nll_mask (bool, False where attention_mask is and at first positions; needs lm_head): (scalars, summed NLL
-        of those tokens). with_states: the float32 states [batch, hidden] of each row's last real token follow.
+        nll_mask (bool, within attention_mask, False at first positions; needs lm_head): return also the summed NLL of
+        these tokens. with_states: return also the float32 states [batch, hidden] of each row's last real token.
+        Inputs are right-padded and the backbone gets no mask: causal attention hides the padding. attention_mask can
+        therefore exclude real tokens whose scalars are not needed.
         """
         read = attention_mask.bool()
         answers = None if nll_mask is None else before(nll_mask)[read].nonzero().squeeze(1)
@@ -95,17 +95,17 @@ class ScalarModel(nn.Module):
 
     @property
     def joins_rows(self) -> bool:
-        """Whether padding is left out where scalars alone are asked for, so that any sequences may share a forward."""
+        """Whether forward passes for scalars alone run without padding."""
         return joins_rows(self.backbone)
 
     @property
     def trains_joined(self) -> bool:
-        """Whether padding is left out with a language-model loss, too."""
+        """Whether forward passes with a language-model loss run without padding."""
         return has_varlen_kernel(self.backbone)
 
 
 def last_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """The scalar at each row's last real token. values, attention_mask: [batch, length] -> [batch]."""
+    """Returns the scalar at each row's last real token. values, attention_mask: [batch, length] -> [batch]."""
     return values.gather(1, last_index(attention_mask).unsqueeze(1)).squeeze(1)
 
 
@@ -121,11 +121,11 @@ def load_scalar_model(
     flag: str = FLAG,
     trained: bool = False,
 ) -> ScalarModel:
-    """The scalar model of a folder or hub id in any of the three layouts, in `dtype` on `device`, in eval mode.
+    """Returns the scalar model of a folder or hub id in any of the three layouts, in eval mode.
 
-    A new head is drawn from N(0, 1/sqrt(hidden + 1)) with `seed`, and said; with `trained`, a folder without a head is
-    refused. With a tokenizer its vocabulary is checked. `flag` is what error messages call the path. Raises UserError
-    for more than one label, and as `utils.models.load.load_causal_lm` does.
+    A missing head is initialised with `seed` (see `new_head_weight`); with `trained` it is an error. tokenizer: resize
+    or check the vocabulary. flag: the flag that gave the path. Raises UserError for several labels, for a head that
+    does not match, and as `utils.models.load.load_causal_lm` does.
     """
     folder = model_folder(path, flag)
     files = tensor_files(folder, flag)
@@ -133,13 +133,13 @@ def load_scalar_model(
     weight = None if name is None else read_tensor(files[name], name, flag)
     if weight is None and trained:
         raise UserError(
-            f"{flag}: {path} has no reward head ({' or '.join(HEAD_NAMES)}): it is no reward model; train it with "
-            "python -m reward.train first"
+            f"{flag}: {path} has no reward head ({' or '.join(HEAD_NAMES)}) and is not a reward model; train it with "
+            "python -m reward.train"
         )
     if weight is not None and weight.shape[0] != 1:
-        raise UserError(f"{flag}: {path} has {weight.shape[0]} labels, and a reward model has one; give another folder")
+        raise UserError(f"{flag}: {path} has {weight.shape[0]} labels; use a reward model, which has one")
     if with_lm_head and name == HEAD_NAMES[0]:
-        raise UserError(f"{flag}: {path} is a classifier without an LM head; give --reward_lm_loss_factor 0 with it")
+        raise UserError(f"{flag}: {path} is a classifier without an LM head; use it with --reward_lm_loss_factor 0")
     auto_class = AutoModelForCausalLM if with_lm_head else AutoModel
     model = from_folder(auto_class, folder, dtype, device, attn_implementation, flag, say)
     if tokenizer is not None:
@@ -149,30 +149,28 @@ def load_scalar_model(
     if type(model.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(
             f"{flag}: {path} is a {model.config.model_type} model, for which transformers has no sequence "
-            "classification, the form in which scalar models are saved; give another architecture"
+            "classification, the layout in which scalar models are saved; use another architecture"
         )
     hidden_size = backbone.config.get_text_config().hidden_size
     if weight is None:
         weight = new_head_weight(hidden_size, seed)
-        say(f"{path}: no reward head in it; a new one is drawn from N(0, 1/sqrt({hidden_size} + 1)), seed {seed}")
+        say(f"{path}: no reward head; a new one is initialised from N(0, 1/sqrt({hidden_size} + 1)), seed {seed}")
     elif weight.shape[1] != hidden_size:
         raise UserError(
             f"{flag}: the reward head in {path} is for hidden size {weight.shape[1]}, not {hidden_size}; copy it again"
         )
     if not bool(torch.isfinite(weight).all()):
-        raise UserError(f"{flag}: the reward head in {path} is not finite; give an earlier checkpoint")
+        raise UserError(f"{flag}: the reward head in {path} is not finite; use an earlier checkpoint")
     center = getattr(model.config, "score_center", 0.0)
     if not isinstance(center, int | float) or not math.isfinite(center):
-        raise UserError(
-            f"{flag}: score_center {center!r} in {path}/config.json is not a number; mend it or take it out"
-        )
+        raise UserError(f"{flag}: score_center {center!r} in {path}/config.json is not a number; fix or remove it")
     head = ScalarHead(hidden_size, 1, bias=False, dtype=dtype, device=device)
     head.weight.data.copy_(weight)
     return ScalarModel(backbone, head, lm_head).eval()
 
 
-def with_own_pad(tokenizer):
-    """The tokenizer, or where its pad ends answers a copy that pads with another special token, if it has one."""
+def with_distinct_pad(tokenizer):
+    """Returns the tokenizer, or if its pad token also ends answers, a copy with another special token as pad token."""
     ends = (*stop_ids(tokenizer), tokenizer.eos_token_id)
     if tokenizer.pad_token_id not in ends:
         return tokenizer
@@ -184,16 +182,13 @@ def with_own_pad(tokenizer):
 
 
 def new_head_weight(hidden_size: int, seed: int) -> torch.Tensor:
-    """float32 [1, hidden_size] from N(0, 1/sqrt(hidden_size + 1)): scores of unit states start at about +-1."""
+    """Returns float32 [1, hidden_size] from N(0, 1/sqrt(hidden_size + 1)): initial scores have about unit size."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, hidden_size, generator=generator) / (hidden_size + 1) ** 0.5
 
 
 def set_dropout(model: ScalarModel, share: float) -> None:
-    """Drops this share in training mode wherever the architecture has dropout (LLaMA: attention weights alone).
-
-    Raises UserError when it has none.
-    """
+    """Sets the dropout probability of all dropout layers (LLaMA: of attention weights). Raises UserError if none."""
     places = 0
     for module in model.backbone.modules():
         if isinstance(module, nn.Dropout):
@@ -205,9 +200,7 @@ def set_dropout(model: ScalarModel, share: float) -> None:
         places += 1
     if not places:
         kind = model.config.model_type
-        raise UserError(
-            f"--simcse_coef: a {kind} model has no dropout to make two views of an answer with; leave it out"
-        )
+        raise UserError(f"--simcse_coef: a {kind} model has no dropout to make two views with; use --simcse_coef 0")
 
 
 def save_scalar_model(
@@ -217,18 +210,17 @@ def save_scalar_model(
     tokenizer=None,
     center: float = 0.0,
 ) -> None:
-    """Writes `folder`, whole or not at all, as a sequence-classification model with one label, and its tokenizer.
+    """Saves a sequence-classification model with one label, and its tokenizer; `folder` appears when all is written.
 
-    state_dict: the model's `saved_tensors`, whole; default: as they are. center: of the model's scores, what is to be
-    0 in the saved one. The pad id is one that no answer ends in, since other tools take the score at the last token
-    that is not padding.
+    state_dict: the gathered `saved_tensors`; default: the model's own. center: score of the model that becomes 0. The
+    saved pad token does not end answers, because other tools read the score at the last token that is not padding.
     """
     state = _classifier_tensors(model, saved_tensors(model) if state_dict is None else state_dict)
     config = _classifier_config(model)
     if model.score_center or center:
         config.score_center = model.score_center + center
     if tokenizer is not None:
-        tokenizer = with_own_pad(tokenizer)
+        tokenizer = with_distinct_pad(tokenizer)
     else:
         text = config.get_text_config()
         if text.pad_token_id is None or text.pad_token_id == text.eos_token_id:
@@ -237,7 +229,7 @@ def save_scalar_model(
 
 
 def check_scalar_export(model: ScalarModel, what: str) -> None:
-    """Raises UserError where `save_scalar_model` would not write the tensors that such a folder is loaded from."""
+    """Raises UserError if the tensors that `save_scalar_model` writes are not those that transformers loads."""
     names = _classifier_tensors(model, saved_tensors(model))
     check_names(AutoModelForSequenceClassification, _classifier_config(model), names, what)
 
@@ -249,7 +241,7 @@ def _classifier_config(model: ScalarModel) -> PretrainedConfig:
 
 
 def _classifier_tensors(model: ScalarModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state by the names of transformers' classifier, the head first; without an LM head."""
+    """Returns the state with the names of transformers' classifier, without an LM head."""
     prefix = model.backbone.base_model_prefix
     renamed = {"score.weight": state["head.weight"].detach()}
     for name, tensor in state.items():

@@ -19,9 +19,9 @@ OUTPUT=$(flag_value --model_save_path "$OUTPUT" "$@")
 DATA=$(flag_value --data_path "$DATA" "$@")
 mkdir -p "$OUTPUT"
 
-# The values are those of Part I and II for 7 billion parameters, where they give one. `--help` lists the rest.
+# One flag per line; the values are those of Part I and II for 7 billion parameters. `--help all` lists the rest.
 ARGS=(
-  --lang en # template of a tokenizer without a chat template: <s>Human:question</s>Assistant:answer</s>
+  --lang en # template for a tokenizer without a chat template: <s>Human:question</s>Assistant:answer</s>
   --hf_model_name_or_path "$MODEL"
   --tokenizer_name_or_path "$TOKENIZER"
   --data_path "$DATA"
@@ -29,44 +29,43 @@ ARGS=(
   --logdir "$OUTPUT/tensorboard"
   --seed 42
 
-  # How much, and how long. All sizes count on all GPUs together
+  # Length and batch sizes, over all GPUs together
   --train_steps 1000         # Part I: 1000
-  --batch_size 32            # pairs a step at the mean length; a step takes 4 to 128, by their tokens
+  --batch_size 32            # pairs per step at the mean length; a step takes 4 to 128, by their token count
   --warmup_steps 100         # of the learning rate; Part I: the first tenth
-  --context_truncate 2048    # tokens of a dialogue; the oldest turns go first, the same for all answers to a prompt
-  --micro_batch_tokens 8192  # tokens in one forward pass on a GPU: speed and memory only
+  --context_truncate 2048    # tokens of a dialogue; longer ones lose their oldest turns, the same for all answers to a prompt
+  --micro_batch_tokens 8192  # tokens per forward pass on a GPU; changes speed and memory only
 
   # Optimizer
   --lr 5e-6                  # Part I: 5e-6
-  --lr_schedule cosine       # down to a tenth
+  --lr_schedule cosine       # to a tenth
   --gradient_clip 1.0
 
   # Loss
-  --reward_lm_loss_factor 1.0 # of the language-model loss on the chosen answer; Part I: 1. Needs a model with an LM head
-  --label_smoothing 0.0      # share of labels taken to be wrong
-  --use_margin False         # True: take each pair's preference strength off its score difference (Part II)
-  --flip_negative False      # True: swap pairs of negative strength (Part II). python -m reward.strength measures it
-  --simcse_coef 0.0          # of the contrastive loss on pair differences; Part II: 1
-  --simcse_dropout 0.1       # what makes its two views of a pair
+  --reward_lm_loss_factor 1.0 # weight of the language-model loss on the chosen answer; Part I: 1. Needs a model with an LM head
+  --label_smoothing 0.0      # probability that a label is wrong
+  --use_margin False         # True: subtract each pair's margin from its score difference (Part II)
+  --flip_negative False      # True: swap pairs of negative preference strength (Part II), which python -m reward.strength measures
+  --simcse_coef 0.0          # weight of the contrastive loss on pair differences; Part II: 1
+  --simcse_dropout 0.1       # dropout that makes its two views of a pair
   --simcse_temperature 0.05
 
-  # Afterwards
-  --center_scores True       # held-out chosen answers get mean score 0, kept in the saved config
-  --validation_metric accuracy # what picks best/; or loss, calibration_error, worst_subset_accuracy, ... (--help)
+  # Saved model
+  --center_scores True       # shift scores so that held-out chosen answers have mean 0
+  --validation_metric accuracy # chooses best/; or loss, calibration_error, worst_subset_accuracy, ... (--help)
   --save_per_step 100        # steps between evaluations
 
   # Memory
-  --dtype bf16
   --zero_stage 2
   --gradient_checkpoint True # recompute activations: less memory, a third more time; auto: in as few layers as needed
-  --offload_optimizer False  # True: the optimizer's state lives in host memory
+  --offload_optimizer False  # True: keep optimizer state in host memory
 )
 launch "$OUTPUT/train.log" -m reward.train "${ARGS[@]}" "$@"
 
 EVALUATION=(
   --model "$OUTPUT/best" # picked by --validation_metric
   --data_path "$DATA"
-  --dtype "$(flag_value --dtype bf16 "$@")"
+  --dtype "$(flag_value --dtype auto "$@")"
   --output "$OUTPUT/evaluation"
 )
 NUM_GPUS=0 launch "$OUTPUT/evaluation.log" -m reward.evaluate "${EVALUATION[@]}"

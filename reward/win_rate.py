@@ -1,18 +1,18 @@
-"""Win, tie and lose shares of paired scores, with intervals. Pure."""
+"""Win, tie and loss rates of paired scores, with confidence intervals. Pure."""
 
 from statistics import NormalDist
 
 OUTCOMES = ("win", "tie", "lose")
 
 
-def outcome_counts(differences: list[float], tie_margin: float) -> dict[str, int]:
-    """How often a difference is above `tie_margin` (win), below its negative (lose), or neither (tie)."""
+def count_outcomes(differences: list[float], tie_margin: float) -> dict[str, int]:
+    """Returns the numbers of differences above `tie_margin` (win), below -`tie_margin` (lose), and others (tie)."""
     wins, losses = (sum(sign * d > tie_margin for d in differences) for sign in (1, -1))
     return {"win": wins, "tie": len(differences) - wins - losses, "lose": losses}
 
 
-def share_interval(count: int, total: int, level: float = 0.95) -> tuple[float, float, float]:
-    """(share, low, high): Wilson's score interval, which stays inside 0 to 1 and works at both ends.
+def wilson_interval(count: int, total: int, level: float = 0.95) -> tuple[float, float, float]:
+    """Returns (share, low, high) with Wilson's score interval, which is valid for shares near 0 and 1.
 
     Wilson 1927: (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n).
     """
@@ -24,7 +24,7 @@ def share_interval(count: int, total: int, level: float = 0.95) -> tuple[float, 
 
 
 def render(shares: dict[str, tuple[float, float, float]], counts: dict[str, int], width: int = 60) -> str:
-    """A line an outcome, and under them one bar of all three."""
+    """Returns one line of text per outcome, and a bar with the three shares."""
     lines = [
         f"{name:6}{counts[name]:8}{100 * share:8.1f} %   [{100 * low:.1f}, {100 * high:.1f}]"
         for name, (share, low, high) in shares.items()

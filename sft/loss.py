@@ -1,4 +1,4 @@
-"""Next-token loss on the answers of dialogues. Pure."""
+"""Next-token loss on answers. Pure."""
 
 from collections.abc import Callable
 
@@ -15,9 +15,9 @@ def answer_loss(
     num_tokens: float = 1.0,
     even_tokens: int = 0,
 ) -> torch.Tensor:
-    """Cross entropy of the answer tokens, their ends included, summed and divided by `num_tokens`. -> float32 scalar.
+    """Returns the cross entropy of the answer tokens (end tokens included), summed and divided by `num_tokens`.
 
-    hidden, even_tokens: as in `sum_nll`; sequences, answer_mask: [batch, length], right-padded; num_tokens: answer
-    tokens of the whole global batch, so that micro-batches and ranks add up to the same loss.
+    The result is a float32 scalar. hidden, even_tokens: as in `sum_nll`. sequences, answer_mask: [batch, length],
+    right-padded. num_tokens: answer tokens of the global batch, so that losses of micro-batches and ranks add up.
     """
     return sum_nll(hidden, sequences, answer_mask, lm_head, even_tokens=even_tokens) / num_tokens

@@ -1,4 +1,4 @@
-"""The model that SFT trains: a causal LM that gives the loss of its answers, packed or not."""
+"""The model that SFT trains: a causal LM whose forward pass returns the loss of the answers, packed or not."""
 
 from functools import partial
 
@@ -14,11 +14,11 @@ from utils.models.padding_free import decoder_of, has_varlen_kernel, states_of
 from utils.models.routers import recorded_router_logits, router_sums
 from utils.tensors import before
 
-SEAM = 3  # tokens behind the place where two packed dialogues meet
+BOUNDARY_TOKENS = 3  # first tokens of a packed dialogue, which are compared separately
 
 
 class AnswerModel(nn.Module):
-    """A causal LM whose forward is the summed loss on answer tokens; no other logits are made."""
+    """A causal LM whose forward pass returns the summed loss of answer tokens; it computes no other logits."""
 
     def __init__(self, lm: PreTrainedModel, even_tokens: int = 0):
         """even_tokens: as in `utils.models.chunked_logprobs.sum_nll`."""
@@ -34,13 +34,13 @@ class AnswerModel(nn.Module):
         with_hits: bool = False,
         routed: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Summed NLL of the masked tokens, float32 scalar; with hits [2], the second how many were the likeliest.
+        """Returns the summed NLL of the masked tokens, a float32 scalar; all inputs [batch, length], right-padded.
 
-        All inputs [batch, length], right-padded; positions: 0 where a packed dialogue begins. routed: bool, the tokens
-        that router statistics count; then `router_sums` of them stand behind, in one vector.
+        positions: restart at 0 for each packed dialogue. with_hits: return float32 [2], with the number of tokens that
+        are the most likely ones. routed: bool, tokens for router statistics; `router_sums` of them are appended.
         """
-        # Right padding needs no attention mask: causality hides it, and attention kernels are fastest so. Between
-        # packed dialogues transformers makes one from positions that start anew, but only when it is given no other.
+        # Causal attention hides right padding, and kernels are fastest without a mask. transformers masks packed
+        # dialogues from restarting positions, but only if it gets no other mask.
         packed = {} if positions is None else {"position_ids": positions}
         decoder, config = decoder_of(self.lm), self.lm.config.get_text_config()
         with recorded_router_logits(decoder, routed is not None) as layers:
@@ -57,15 +57,15 @@ class AnswerModel(nn.Module):
 
 
 def packing_failure(lm: PreTrainedModel, what: str) -> str | None:
-    """Why packed dialogues would not be apart in this model, which messages call `what`; None where they are.
+    """Returns why packed dialogues would affect each other in this model, or None if they do not.
 
-    State-space layers, convolutions and attention that makes its own mask let them see each other: most so the first
-    tokens of a dialogue, which therefore count by themselves. Another first dialogue must not change the ones behind
-    it: there nothing but a router's rounding differs, which shows what hides in bf16's rounding against the truth.
+    State-space layers, convolutions and attention with its own mask can mix dialogues, most visibly in the first tokens
+    after a boundary, which are compared separately. A second test replaces the first dialogue, which must not change
+    the others; it detects small effects that bf16 rounding hides in the first. what: the model's name in messages.
     """
     probe = Probe(lm, what)
     first, second, third = map(len, probe.rows)
-    parts = [first, SEAM, second - SEAM, SEAM, third - SEAM]
+    parts = [first, BOUNDARY_TOKENS, second - BOUNDARY_TOKENS, BOUNDARY_TOKENS, third - BOUNDARY_TOKENS]
 
     def packed(*rows: torch.Tensor) -> list[torch.Tensor]:
         ids = torch.cat(rows)[None]

@@ -18,10 +18,10 @@ activate_repository_venv
 use_devices "$NUM_GPUS"
 mkdir -p "$OUTPUT"
 
-# One hyper-parameter a line, with what the papers ("Secrets of RLHF in Large Language Models", Part I arXiv 2307.04964,
-# Part II arXiv 2401.06080) say about it for 7 billion parameters. `python -m sft.train --help` lists the rest.
+# One flag per line, with what the papers ("Secrets of RLHF in Large Language Models", Part I arXiv 2307.04964,
+# Part II arXiv 2401.06080) say about it for 7 billion parameters. `python -m sft.train --help all` lists the rest.
 ARGS=(
-  --lang en # template of a tokenizer without a chat template: <s>Human:question</s>Assistant:answer</s>; zh: the Chinese one
+  --lang en # template for a tokenizer without a chat template: <s>Human:question</s>Assistant:answer</s>; zh: the Chinese one
   --hf_model_name_or_path "$MODEL"
   --tokenizer_name_or_path "$TOKENIZER"
   --data_path "${DATA[@]}"
@@ -29,29 +29,28 @@ ARGS=(
   --model_save_path "$OUTPUT"
   --seed 42
 
-  # How much, and how long. All sizes count on all GPUs together
-  --batch_size 1024          # dialogues a step; Part I: 1024, Part II: 32
+  # Length and batch sizes, over all GPUs together
+  --batch_size 1024          # dialogues per step; Part I: 1024, Part II: 32
   --train_steps 400          # Part I: 2 epochs, so 2 x dialogues / batch_size
-  --warmup_steps 40          # of the learning rate; the papers give none: the first tenth, as elsewhere
-  --context_truncate 2048    # tokens of a dialogue; the oldest turns of longer ones go first
-  --micro_batch_tokens 8192  # tokens in one forward pass on a GPU: speed and memory only
-  --packing True             # several dialogues a row, each seeing itself alone: speed and memory only
+  --warmup_steps 40          # of the learning rate; the papers give no number
+  --context_truncate 2048    # tokens of a dialogue; longer ones lose their oldest turns
+  --micro_batch_tokens 8192  # tokens per forward pass on a GPU; changes speed and memory only
+  --packing True             # several dialogues per row, each attending to itself only; changes speed and memory only
 
   # Optimizer
   --lr 9.5e-6                # Part I: 9.5e-6, Part II: 2e-5
-  --lr_schedule cosine       # down to a tenth; Part I: so
+  --lr_schedule cosine       # to a tenth; Part I: the same
   --gradient_clip 1.0        # global norm
 
   # Memory
-  --dtype bf16
   --zero_stage 2
   --gradient_checkpoint True # recompute activations: less memory, a third more time; auto: in as few layers as needed
-  --offload_optimizer False  # True: the optimizer's state lives in host memory
+  --offload_optimizer False  # True: keep optimizer state in host memory
 
-  # Watching
-  --save_per_step 50         # steps between evaluations; the lowest held-out loss so far goes to best/
-  --num_valid 100            # dialogues held out of each data set that comes without a *valid* file
+  # Evaluations
+  --save_per_step 50         # steps between evaluations; the model with the lowest held-out loss is saved to best/
+  --num_valid 100            # dialogues held out of each data set without a *valid* file
   --num_samples 4            # held-out prompts that are answered at each evaluation, for samples.jsonl
-  --maxlen_res 256           # tokens of such an answer at most
+  --maxlen_res 256           # longest of these answers, in tokens
 )
 launch "$OUTPUT/train.log" -m sft.train "${ARGS[@]}" "$@"

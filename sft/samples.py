@@ -1,4 +1,4 @@
-"""Answers to a few held-out prompts, so that a person can read what the numbers of an evaluation look like."""
+"""Generate answers to some held-out prompts, for samples.jsonl and TensorBoard."""
 
 from contextlib import nullcontext
 
@@ -18,11 +18,11 @@ from utils.tokenizer import stop_ids
 def sample_answers(
     engine: TrainEngine, dialogues: list[EncodedDialogue], tokenizer, window: int, maxlen_res: int
 ) -> list[dict[str, str]]:
-    """A row a dialogue: its last prompt, tags and all, the model's greedy answer, and the data's own. Collective.
+    """Returns per dialogue its last prompt with special tokens, the model's greedy answer, and the reference answer.
 
-    Greedy, so that two evaluations differ by the weights alone. Every rank answers the same prompts: that takes no
-    longer than one rank doing it, and under ZeRO-3, where the whole weights have no room, ranks must step together.
-    Answers end after `maxlen_res` tokens, or where the longest prompt and its answer fill the `window`.
+    Decoding is greedy, so that evaluations differ only by the weights. All ranks generate the same answers: this takes
+    no longer than one rank, and ZeRO-3 needs all ranks if the whole weights do not fit. Answers have at most
+    `maxlen_res` tokens, fewer if the longest prompt and its answer reach the `window`. Collective.
     """
     prompts = [dialogue.ids[: prompt_length(dialogue)] for dialogue in dialogues]
     ids, mask = pad(prompts, tokenizer.pad_token_id, side="left")
@@ -51,5 +51,5 @@ def sample_answers(
 
 
 def prompt_length(dialogue: EncodedDialogue) -> int:
-    """Tokens before the last answer."""
+    """Returns the number of tokens before the last answer."""
     return last_answer(dialogue.answer_mask).start

@@ -1,8 +1,8 @@
-"""The one exception that is addressed to the person at the keyboard."""
+"""The exception for mistakes that the user can fix."""
 
 
 class UserError(ValueError):
-    """A mistake in flags, files or models. The message names the flag or file:line and says what to do.
+    """A mistake in flags, files or models. The message says what is wrong, where (flag or file:line) and how to fix it.
 
-    Entry points print it as one line and exit with code 2; every other exception is a bug and keeps its traceback.
+    Entry points print it as one line and exit with code 2. Every other exception is a bug and keeps its traceback.
     """

@@ -1,38 +1,49 @@
-"""Which dtype this machine multiplies fast:   python -m utils.fast_dtype    prints bf16 or fp32.
+"""Chooses --dtype auto: the dtype that this machine multiplies fast. `python -m utils.fast_dtype` prints it.
 
 A CPU without bf16 instructions (AVX-512 or AMX on x86) multiplies it in software: 80 times slower than float32 on an
 AMD EPYC of 2021. GPUs before Ampere lack it as well.
 """
 
 import time
-from collections.abc import Callable
 
 import torch
 
 from utils.device import device as own_device
+from utils.distributed import any_rank, is_main
+from utils.flags.checks import choose
 
-SIZE, ROUNDS, TOLERANCE = 192, 3, 4.0  # of the matrices; the best of so many; times float32's time
+SIZE, ROUNDS, TOLERANCE = 192, 3, 4.0  # of the matrices; the fastest counts; slower than float32 by this is slow
 
 
 def fast_dtype(device: torch.device) -> str:
-    """ "bf16" where it pays, else "fp32". On a CPU this is measured, in under a tenth of a second."""
+    """ "bf16" if the device multiplies it fast, else "fp32". Measured on a CPU, in under a tenth of a second."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if _seconds(torch.bfloat16) < TOLERANCE * _seconds(torch.float32) else "fp32"
 
 
-def warn_of_slow_dtype(dtype: str, device: torch.device, say: Callable[[str], None]) -> None:
-    """Says a sentence to those who asked for bf16 where it is slow."""
-    if dtype == "bf16" and fast_dtype(device) != "bf16":
-        say(f"warning: this {device.type.upper()} multiplies bf16 in software, many times slower than --dtype fp32")
+def settle_dtype(config) -> None:
+    """Sets --dtype auto to bf16 if all ranks multiply it fast, else to fp32; warns if bf16 was asked for and is slow.
+
+    Collective where a process group exists: afterwards all ranks have the same dtype.
+    """
+    if config.dtype == "fp32":
+        return
+    place = own_device()
+    name, is_slow = place.type.upper(), any_rank(fast_dtype(place) != "bf16", place)
+    if config.dtype == "auto":
+        reason = f"this {name} multiplies bf16 {'in software' if is_slow else 'fast'}"
+        choose(config, "dtype", "fp32" if is_slow else "bf16", reason)
+    elif is_slow and is_main():
+        print(f"warning: this {name} multiplies bf16 in software, many times slower than --dtype fp32", flush=True)
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    """On one thread: several wait for each other longer than either product takes when something else has a core."""
+    """Seconds of one product on one thread; several threads would wait for each other on a busy machine."""
     matrix = torch.ones(SIZE, SIZE, dtype=dtype)
     times, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)
-    for _ in range(ROUNDS + 1):  # the first one warms up
+    for _ in range(ROUNDS + 1):  # the first is a warm-up
         started = time.perf_counter()
         matrix @ matrix
         times.append(time.perf_counter() - started)

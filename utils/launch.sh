@@ -87,20 +87,27 @@ is_there() { # $1: a local path, or a hub id (owner/name, where owner is no fold
   [[ -e $1 ]] || [[ $1 =~ ^[[:alnum:]][[:alnum:]._-]*/[[:alnum:]][[:alnum:]._-]*$ && ! -e ${1%%/*} ]]
 }
 
-require_models() { # $1: en or zh; then names of variables. Stops with advice unless what they name is there
-  local language=$1 name missing=()
+require_models() { # $1: en or zh; then names of variables. Stops with an error unless the paths in them exist
+  local language=$1 name missing=() recover=() type
   shift
   for name in "$@"; do
-    is_there "${!name}" || missing+=("  $name=${!name}")
+    is_there "${!name}" && continue
+    missing+=("  $name=${!name}")
+    for type in sft reward; do # of the default paths, whose models are published as differences to LLaMA's weights
+      if [[ $name == [PR]* && ${!name} == "models/moss-rlhf-$type-model-7B-$language/recover" ]]; then
+        recover+=("$(recover_command "$language" "${!name}" "$type")")
+      fi
+    done
   done
   ((${#missing[@]})) || return 0
   {
-    echo "error: these do not exist (set the variables, or edit the top of run_$language.sh):"
+    echo "error: these paths do not exist (set the variables, or edit the top of run_$language.sh):"
     printf '%s\n' "${missing[@]}"
-    echo "The published models are differences to LLaMA's weights. With those in a folder diff beside it, recover one by"
-    recover_command "$language" "$POLICY_MODEL" sft
-    recover_command "$language" "$REWARD_MODEL" reward
-    echo "Without any of them, a small demo trains its own:"
+    if ((${#recover[@]})); then
+      echo "The published models are differences to LLaMA's weights. Put them into the folder diff of each, then run"
+      printf '%s\n' "${recover[@]}"
+    fi
+    echo "To try the toolkit without any of these, run the demo, which trains small models:"
     echo "  bash run_$language.sh --demo"
   } >&2
   exit 1

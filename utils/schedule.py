@@ -11,12 +11,13 @@ def lr_factor(step: int, warmup_steps: int, total_steps: int, schedule: str) -> 
 
     Linear warm-up, (step + 1) / warmup_steps, reaches 1 at its last step. Then inverse_sqrt: sqrt(warmup_steps /
     (step + 1)); cosine and linear: down to 10 % at step total_steps - 1; constant: 1. Raises ValueError for an
-    unknown schedule and for warmup_steps below 1.
+    unknown schedule and for a negative warmup_steps. Without warm-up step 0 has the peak.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"--lr_schedule {schedule}: must be one of {', '.join(SCHEDULES)}")
-    if warmup_steps < 1:
-        raise ValueError(f"--warmup_steps {warmup_steps}: must be at least 1")
+    if warmup_steps < 0:
+        raise ValueError(f"--warmup_steps {warmup_steps}: must be at least 0")
+    warmup_steps = max(1, warmup_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "inverse_sqrt":

@@ -1,19 +1,17 @@
-"""From lists of ids to rectangles: padding, batches by token budget, an even share for every rank. Pure."""
+"""Padding, micro-batches within a token budget, and an even split over ranks. Pure."""
 
 import torch
 
-FORWARD_COST = 64  # what one more forward costs, in tokens: reading the weights, starting kernels
-SHARED_FORWARD_COST = 256  # among several ranks, which under ZeRO exchange weights or gradients with each
+FORWARD_COST = 64  # cost of one more forward pass in tokens: reading the weights, launching kernels
+SHARED_FORWARD_COST = 256  # the same with several ranks, which under ZeRO communicate in each pass
 
 
 def pad(sequences: list[list[int]], pad_id: int, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack `sequences` into int64 ids [batch, length] and the bool mask [batch, length] of their real tokens.
+    """Returns (ids, mask) of the padded sequences: int64 and bool [batch, length]; the mask is True at real tokens.
 
-    The mask comes from lengths, never from `ids != pad_id`, so `pad_id` may also occur as a real token.
-    `side` is where the padding goes: "right" for training and scoring, "left" for generation.
+    The mask is built from lengths, never from `ids != pad_id`: `pad_id` can also be a real token.
+    side: where the padding goes: "right" for training and scoring, "left" for generation.
     """
-    if side not in ("left", "right"):
-        raise ValueError(f"side must be 'left' or 'right', not {side!r}")
     length = max(map(len, sequences), default=0)
     ids = torch.full((len(sequences), length), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(sequences), length, dtype=torch.bool)
@@ -26,20 +24,18 @@ def pad(sequences: list[list[int]], pad_id: int, side: str = "right") -> tuple[t
 
 
 def micro_batches(lengths: list[int], max_tokens: int, num_ranks: int = 1, joined: bool = False) -> list[list[int]]:
-    """Split indices into batches whose padded size, len(batch) * longest, stays within `max_tokens`.
+    """Splits indices into batches whose padded size, len(batch) * longest, is at most `max_tokens`.
 
-    Of all splits of the sequences sorted by length, the one of the fewest padded tokens, where a batch more counts as
-    FORWARD_COST of them. Longest first, so that memory peaks at once, not an hour in. A sequence longer than the
-    budget stands alone. Every index occurs once; equal lengths keep their order. joined: the forward leaves padding
-    out, and the real tokens stay within `max_tokens`.
+    Returns the split of the sorted sequences with the fewest padded tokens, plus FORWARD_COST per batch. The longest
+    come first, so that memory peaks at once. A sequence longer than `max_tokens` is a batch of its own. Each index
+    occurs once. joined: the forward pass runs without padding, so that `max_tokens` limits real tokens.
     """
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     forward_cost = FORWARD_COST if num_ranks == 1 else SHARED_FORWARD_COST
     if joined:
         return _fill(order, lengths, max_tokens)
-    # From the shortest on: the least cost of the rest, and how many its first batch takes (of a tie, the more).
+    # Dynamic programming from the shortest on: the lowest cost of the rest and the size of its first batch (the larger
+    # size if two cost the same).
     costs, sizes = [0] * (len(order) + 1), [0] * len(order)
     for start in reversed(range(len(order))):
         longest = lengths[order[start]]
@@ -65,17 +61,14 @@ def _fill(order: list[int], lengths: list[int], max_tokens: int) -> list[list[in
 
 
 def balance(lengths: list[int], num_ranks: int, most: int | None = None) -> list[list[int]]:
-    """Share indices out over `num_ranks` so that the token totals come out even; deterministic.
+    """Distributes indices over ranks with about equal token totals; deterministic.
 
-    Longest first, each to the rank with the fewest tokens so far (greedy scheduling, at most 4/3 of the best
-    possible maximum). Every rank gets at least one item when there are enough; each share is in ascending order.
-    most: no rank gets more items than this (and then 4/3 is no bound); `most * num_ranks` must do for all.
+    Each item, longest first, goes to the rank with the fewest tokens so far (greedy scheduling: at most 4/3 of the
+    optimal maximum without `most`). Each rank gets at least one item if there are enough. Indices of a rank ascend.
+    most: maximum number of items per rank; `most * num_ranks` must be at least the number of items.
     """
-    if num_ranks < 1:
-        raise ValueError(f"num_ranks must be at least 1, not {num_ranks}")
     most = len(lengths) if most is None else most
-    if most * num_ranks < len(lengths):
-        raise ValueError(f"{num_ranks} ranks of at most {most} items have no room for {len(lengths)}")
+    assert most * num_ranks >= len(lengths)
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     totals = [0] * num_ranks
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

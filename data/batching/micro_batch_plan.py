@@ -1,4 +1,4 @@
-"""Who does what in an optimizer step: a rank's micro-batches of the global batch. Pure."""
+"""Assign the micro-batches of a global batch to ranks. Pure."""
 
 from data.batching.collate import balance, micro_batches
 
@@ -6,11 +6,11 @@ from data.batching.collate import balance, micro_batches
 def rank_plan(
     lengths: list[int], max_tokens: int, num_ranks: int, rank: int, joined: bool = False
 ) -> list[tuple[list[int], float]]:
-    """The micro-batches of `rank` as (indices, weight), as many on every rank, since ZeRO's collectives need that.
+    """Returns the micro-batches of `rank` as (indices, weight); all ranks have equally many, as ZeRO requires.
 
-    Planned by each rank for all, from the lengths of the whole batch that all know. A rank with fewer repeats the
-    shortest item with weight 0 at the end; all others have weight 1, and every index occurs once over the ranks.
-    joined: as in `micro_batches`.
+    lengths: of all items of the global batch. All weights are 1, and each index occurs once over all ranks, except
+    that a rank with fewer micro-batches ends with dummy ones: the shortest item with weight 0. joined: as in
+    `micro_batches`.
     """
     plans = []
     for share in balance(lengths, num_ranks):

@@ -1,4 +1,4 @@
-"""Several dialogues in one row of a forward pass: which go together, and their positions. Pure."""
+"""Pack several dialogues into one row of a forward pass, and compute their positions. Pure."""
 
 import bisect
 
@@ -6,13 +6,11 @@ import torch
 
 
 def pack(lengths: list[int], window: int) -> list[list[int]]:
-    """Split indices into rows of at most `window` tokens, as few as best-fit decreasing finds: within 11/9 of the best.
+    """Splits indices into rows of at most `window` tokens by best-fit decreasing: at most 11/9 of the optimal number.
 
-    Longest first, each into the fullest row that has room for it. A sequence longer than the window has a row to
-    itself. Every index occurs once; deterministic.
+    Each sequence, longest first, goes into the fullest row with room for it. A sequence longer than the window gets
+    its own row. Each index occurs once; deterministic.
     """
-    if window < 1:
-        raise ValueError(f"window must be at least 1, not {window}")
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, row), ascending
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -27,9 +25,9 @@ def pack(lengths: list[int], window: int) -> list[list[int]]:
 
 
 def restarting_positions(lengths: list[int], width: int) -> torch.Tensor:
-    """0, 1, 2 … anew for each of the sequences that stand side by side in a row of `width`. -> int64 [width].
+    """Returns positions that restart at 0 for each sequence in a row of `width` tokens: int64 [width].
 
-    The last one's numbers run on over the padding: it belongs to no other sequence, and causality hides it.
+    The positions of the last sequence continue over the padding, which causal attention hides from all sequences.
     """
     sizes = torch.tensor(lengths)
     sizes[-1] += width - sizes.sum()

@@ -1,9 +1,9 @@
-"""The forms that dialogues come in, brought to one: [{"role": "user" | "assistant" | "system", "content": str}, …]."""
+"""Parse the common dialogue formats into one: [{"role": "user" | "assistant" | "system", "content": str}, …]."""
 
 import re
 from typing import Any
 
-from data.formats.json_lines import has_half_pair
+from data.formats.json_lines import has_lone_surrogate
 from data.formats.records import BadRecord
 from data.template import Turns
 
@@ -20,12 +20,12 @@ _ROLES = {
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
-def turns_of(value: Any, empty_answer: bool = False) -> Turns:
-    """The dialogue in a record of any form below, checked as `check_turns` does. Raises BadRecord, saying why.
+def parse_turns(value: Any, empty_answer: bool = False) -> Turns:
+    """Returns the turns of a dialogue record, checked by `check_turns`. Raises BadRecord with the reason.
 
-    A list of strings (human first) or of messages; {"messages"}; {"conversations"} (ShareGPT); {"instruction",
-    "input", "output"} (Alpaca); {"prompt"} and {"prompt", "response"}, where the prompt is any of the first two or
-    text, plain or in Anthropic's form ("\\n\\nHuman: … \\n\\nAssistant: …").
+    Formats: a list of strings (human first) or of messages; {"messages"}; {"conversations"} (ShareGPT); {"instruction",
+    "input", "output"} (Alpaca); {"prompt"} and {"prompt", "response"}, where the prompt is a list as above or text,
+    plain or in Anthropic's format ("\\n\\nHuman: … \\n\\nAssistant: …").
     """
     if isinstance(value, list):
         return check_turns(_from_list(value), empty_answer)
@@ -38,14 +38,14 @@ def turns_of(value: Any, empty_answer: bool = False) -> Turns:
         return check_turns(_from_alpaca(value), empty_answer)
     if "prompt" not in value:
         raise BadRecord("none of the keys messages, conversations, instruction, prompt")
-    turns = history_of(value["prompt"])
+    turns = parse_history(value["prompt"])
     if value.get("response") is not None:
         turns = [*turns, {"role": "assistant", "content": _expect(value, "response", str)}]
     return check_turns(turns, empty_answer)
 
 
-def history_of(prompt: Any) -> Turns:
-    """Turns of a prompt given as a list or as text, not yet checked."""
+def parse_history(prompt: Any) -> Turns:
+    """Returns the turns of a prompt given as a list or as text, without checking them."""
     if isinstance(prompt, list):
         return _from_list(prompt)
     if not isinstance(prompt, str):
@@ -54,12 +54,12 @@ def history_of(prompt: Any) -> Turns:
 
 
 def is_hh(text: str) -> bool:
-    """Whether `text` is a dialogue in Anthropic's form."""
+    """Returns whether `text` is a dialogue in Anthropic's HH format."""
     return text.lstrip().startswith("Human:")
 
 
 def from_hh(text: str) -> Turns:
-    """Turns of "\\n\\nHuman: … \\n\\nAssistant: …"; a last, empty "Assistant:" only asks for an answer."""
+    """Returns the turns of "\\n\\nHuman: … \\n\\nAssistant: …". An empty "Assistant:" at the end is dropped."""
     parts = _HH_TURN.split(text.strip())
     if parts[0].strip():
         raise BadRecord("text does not begin with 'Human:'")
@@ -73,10 +73,10 @@ def from_hh(text: str) -> Turns:
 
 
 def check_turns(turns: Turns, empty_answer: bool = False) -> Turns:
-    """The same turns with white space at their ends removed. Raises BadRecord unless they can be encoded.
+    """Returns the turns with surrounding white space removed. Raises BadRecord if they cannot be encoded.
 
-    Wanted: at most one system turn, in front; then human and assistant in turn, human first; none empty (with
-    empty_answer a last answer may be, for models do say nothing at times).
+    Valid turns: an optional system turn first, then human and assistant alternately, human first; none is empty.
+    empty_answer: allow an empty last answer, which models sometimes generate.
     """
     turns = [{"role": turn["role"], "content": turn["content"].strip()} for turn in turns]
     spoken = turns[1:] if turns and turns[0]["role"] == "system" else turns
@@ -88,8 +88,8 @@ def check_turns(turns: Turns, empty_answer: bool = False) -> Turns:
     for k, turn in enumerate(turns, start=1):
         if not turn["content"] and not (empty_answer and k == len(turns) and turn["role"] == "assistant"):
             raise BadRecord("an empty turn")
-        if has_half_pair(turn["content"]):
-            raise BadRecord("half a surrogate pair in the text")
+        if has_lone_surrogate(turn["content"]):
+            raise BadRecord("a lone surrogate in the text")
     return turns
 
 

@@ -1,38 +1,38 @@
-"""Several answers to one prompt, ranked: {"prompt", "responses"}, best first or with "scores" or "ranks"."""
+"""Records with several ranked answers to one prompt: {"prompt", "responses"} with optional "scores" or "ranks"."""
 
 from itertools import combinations
 from typing import Any
 
 from data.formats.records import BadRecord, Tally
-from data.formats.score_columns import numbers_of
+from data.formats.score_columns import read_numbers
 
 
 def is_ranked(value: Any) -> bool:
-    """Whether the record is of this form."""
+    """Returns whether the record has this form."""
     return isinstance(value, dict) and "responses" in value and "chosen" not in value
 
 
 def ranked_pairs(value: dict, source: str, tally: Tally) -> tuple[list[str], list[tuple[int, int, float | None]]]:
-    """(answers, pairs): every two answers of different rank as (place of the better, of the worse, gap).
+    """Returns (answers, pairs): all pairs of answers with different ranks as (better index, worse index, score gap).
 
-    gap: the difference of their scores, None without "scores" (larger is better; in "ranks", 1 is the best). Equal
-    ranks make no pair; neither do equal texts, which are counted. Raises BadRecord when no pair is left.
+    Larger scores are better; rank 1 is the best; without both, the first response is the best. The gap is None without
+    scores. Equal texts make no pair and are counted in `tally`. Raises BadRecord if no pair is left.
     """
     responses = value["responses"]
     if not isinstance(responses, list) or len(responses) < 2:
         raise BadRecord("responses is not a list of at least two answers")
     answers = [_text_of(response) for response in responses]
-    scores, ranks = numbers_of(value, "scores"), numbers_of(value, "ranks")
+    scores, ranks = read_numbers(value, "scores"), read_numbers(value, "ranks")
     for name, numbers in (("scores", scores), ("ranks", ranks)):
         if numbers is not None and len(numbers) != len(answers):
             raise BadRecord(f"{len(numbers)} {name} for {len(answers)} responses")
-    goodness = scores or ([-rank for rank in ranks] if ranks else [-float(place) for place in range(len(answers))])
+    quality = scores or [-rank for rank in ranks or range(len(answers))]
     pairs = []
     for i, j in combinations(range(len(answers)), 2):
-        better, worse = (i, j) if goodness[i] > goodness[j] else (j, i)
+        better, worse = (i, j) if quality[i] > quality[j] else (j, i)
         if answers[i].strip() == answers[j].strip():
-            tally.add("with the same response twice, not compared with itself", source)
-        elif goodness[i] != goodness[j]:
+            tally.add("with the same response twice (these two are not compared)", source)
+        elif quality[i] != quality[j]:
             pairs.append((better, worse, scores[better] - scores[worse] if scores else None))
     if not pairs:
         raise BadRecord("no two responses differ in text and rank")
@@ -40,7 +40,7 @@ def ranked_pairs(value: dict, source: str, tally: Tally) -> tuple[list[str], lis
 
 
 def _text_of(response: Any) -> str:
-    """The answer in a string, in a message of the assistant, or in a list of one of them."""
+    """Returns the text of an answer given as a string, an assistant message, or a list with one of them."""
     if isinstance(response, list) and len(response) == 1:
         response = response[0]
     if isinstance(response, dict) and response.get("role", "assistant") == "assistant":

@@ -1,4 +1,4 @@
-"""Records one after the other, out of a file or a pipe of any length, without holding them all."""
+"""Read records from a file or a pipe one by one, without holding all of them in memory."""
 
 import itertools
 import os
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from data.formats.dialogue_forms import check_turns, is_hh, turns_of
+from data.formats.dialogue_forms import check_turns, is_hh, parse_turns
 from data.formats.json_lines import parse_line
 from data.formats.records import BadRecord, Record, read_file
 from data.template import Turns
@@ -19,17 +19,17 @@ Form = Literal["auto", "json", "text"]
 
 
 def stream_records(path: str, flag: str, form: Form = "auto") -> Iterator[Record]:
-    """The records of the file at `path`, or of standard input for "-", in order; blank lines are skipped.
+    """Yields the records of a file, or of standard input for "-", in order; blank lines are skipped.
 
-    form: json (a value a line), text (a text a line), auto: text for a .txt and for a pipe whose first line does not
-    begin like a JSON list, object or text. A .json list, .parquet and .csv are read whole. Raises UserError, naming
-    `flag`, for what is not there, and file:line, once it is reached, for what is not readable.
+    form: json (one value per line), text (one text per line) or auto: text for .txt files and for a pipe whose first
+    line does not begin like a JSON list, object or string. .json, .parquet and .csv files are read whole. Raises
+    UserError: with `flag` for a missing file, with file and line for a broken line when it is reached.
     """
     if path == PIPE:
         return _parse(sys.stdin.buffer, "stdin", form)
     file = Path(path)
     if not os.path.isfile(file):
-        raise UserError(f"{flag}: {path} does not exist or is no file; give a .jsonl or .txt file, or - for a pipe")
+        raise UserError(f"{flag}: {path} does not exist or is not a file; use a .jsonl or .txt file, or - for a pipe")
     suffix = file.suffix.lower()
     if form == "auto" and suffix not in (".jsonl", ".txt"):
         return iter(read_file(file, flag))
@@ -41,7 +41,7 @@ def _from_file(file: Path, flag: str, form: Form) -> Iterator[Record]:
         with file.open("rb") as lines:
             yield from _parse(lines, str(file), form)
     except OSError as error:
-        raise UserError(f"{flag}: cannot read {file}: {error.strerror}; give a file that can be read") from error
+        raise UserError(f"{flag}: cannot read {file}: {error.strerror}; use a file that can be read") from error
 
 
 def _parse(lines: IO[bytes], name: str, form: Form) -> Iterator[Record]:
@@ -64,10 +64,10 @@ def _decode(line: bytes, name: str, number: int) -> str:
         raise UserError(f"{name}:{number}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
 
 
-def text_or_answered(value: Any) -> Turns | str:
-    """Returns the record's dialogue, which ends in the assistant's answer (it may be empty), or its text.
+def dialogue_or_text(value: Any) -> Turns | str:
+    """Returns the dialogue of a record, which ends in an answer (possibly empty), or its text.
 
-    Dialogues have any form of dialogue_forms.py; texts are strings or {"text"}. Raises BadRecord, saying why.
+    Dialogues have any format of dialogue_forms.py; texts are strings or {"text"}. Raises BadRecord with the reason.
     """
     if isinstance(value, dict) and isinstance(value.get("text"), str) and not value.keys() & DIALOGUE_KEYS:
         value = value["text"]
@@ -75,7 +75,7 @@ def text_or_answered(value: Any) -> Turns | str:
         if not is_hh(value):
             return check_turns([{"role": "user", "content": value}])[0]["content"]
         value = {"prompt": value}
-    turns = turns_of(value, empty_answer=True)
+    turns = parse_turns(value, empty_answer=True)
     if turns[-1]["role"] != "assistant":
         raise BadRecord("it does not end in an answer of the assistant")
     return turns

@@ -1,4 +1,4 @@
-"""Records that have to fit into a window of tokens: one way to encode them all, and to say what did not fit."""
+"""Encode records within a token limit, and report the records that were truncated or dropped."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -16,20 +16,19 @@ def encode_fitting(
     say: Callable[[str], None],
     flag: str = "--context_truncate",
 ) -> list[Encoded]:
-    """All `items` that fit, encoded; how many lost turns and how many had to go is said, with the first place of each.
+    """Returns the encodings of all items that fit; reports how many were truncated and how many were dropped.
 
-    encode: item -> (its encoding, or None when even its last exchange is too long; how many turns it lost). Every item
-    has its place as `source`; `what` names them in the message, `flag` the limit.
+    encode: item -> (encoding, or None if its last exchange alone is too long; number of turns removed). Each item has
+    its place as `source`. what, flag: names of the items and of the limit in messages.
     """
     tally, kept = Tally(what), []
     for item in items:
-        encoded, cut = encode(item)
+        encoded, removed = encode(item)
         if encoded is None:
             tally.add(f"dropped: the last exchange alone exceeds {flag}", item.source)
             continue
-        if cut:
+        if removed:
             tally.add(f"truncated (oldest turns dropped) to {flag}", item.source)
         kept.append(encoded)
-    for line in tally.lines():
-        say(line)
+    tally.report(say)
     return kept

@@ -22,6 +22,7 @@ from utils.distributed import world_size
 from utils.engine.engine import DTYPES
 from utils.engine.frozen import splits_frozen
 from utils.engine.memory import ROOM, device_room
+from utils.flags.checks import choose
 from utils.memory.activation_peak import peak_bytes
 from utils.memory.recompute import layers_kept, num_layers, predicted, recompute_fewest, refuse_eager, training_peak
 from utils.memory.zero_bytes import backward_bytes, gathered_bytes, moment_bytes, optimizer_bytes, weight_bytes
@@ -206,6 +207,8 @@ def print_plan(config: PPOConfig) -> None:
     """Prints tables of memory and time, and whether the run fits its GPUs. Only the first process prints."""
     if int(os.environ.get("RANK", "0")):
         return
+    if config.dtype == "auto":
+        choose(config, "dtype", "bf16", f"the plan is for {config.plan_gpu} GPUs")
     gpus = config.plan_gpus or int(os.environ.get("WORLD_SIZE", "1"))
     found, (models, rewards) = plan(config, gpus), models_of(config)
     layers = {name: num_layers(model.decoder) for name, model in models.items()}

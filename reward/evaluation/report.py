@@ -1,30 +1,30 @@
-"""An evaluation of reward models as one dictionary for JSON, and as a table to read."""
+"""Build the report of an evaluation as a dictionary for JSON, and render it as text."""
 
 from dataclasses import asdict
 
 import torch
 
 from reward.metrics import (
-    Scored,
+    ScoredItems,
     accuracy,
     accuracy_interval,
     agreement,
     calibration,
-    held_out_metrics,
+    evaluation_metrics,
     length_preference,
 )
-from reward.win_rate import share_interval
+from reward.win_rate import wilson_interval
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def model_report(scored: Scored) -> dict:
-    """All that there is to say about one model on these comparisons."""
+def model_report(scored: ScoredItems) -> dict:
+    """Returns all metrics of one model on these comparisons."""
     differences = scored.differences
     quantiles = torch.quantile(differences, torch.tensor(QUANTILES)).tolist()
     longer_better, longer_preferred = length_preference(scored)
     return {
-        **{name: x for name, x in held_out_metrics(scored).items() if not name.startswith("accuracy_")},
+        **{name: x for name, x in evaluation_metrics(scored).items() if not name.startswith("accuracy_")},
         "accuracy_interval": accuracy_interval(scored),
         "subsets": {name: subset_report(scored.of(name)) for name in scored.subsets},
         "calibration": [asdict(b) for b in calibration(scored)],
@@ -35,17 +35,13 @@ def model_report(scored: Scored) -> dict:
     }
 
 
-def subset_report(scored: Scored) -> dict:
-    """Prompts, accuracy and its 95 % interval."""
-    return {
-        "prompts": len(scored.items),
-        "accuracy": accuracy(scored),
-        "accuracy_interval": accuracy_interval(scored),
-    }
+def subset_report(scored: ScoredItems) -> dict:
+    """Returns the number of prompts, the accuracy and its 95 % interval."""
+    return {"prompts": len(scored.items), "accuracy": accuracy(scored), "accuracy_interval": accuracy_interval(scored)}
 
 
-def evaluation_report(scored: dict[str, Scored], data_path: str) -> dict:
-    """Models by name -> the whole report; with several models also how far they agree."""
+def evaluation_report(scored: dict[str, ScoredItems], data_path: str) -> dict:
+    """Returns the report of all models, and with several models their agreement. scored: model name -> scores."""
     first = next(iter(scored.values()))
     report = {
         "data_path": data_path,
@@ -55,33 +51,33 @@ def evaluation_report(scored: dict[str, Scored], data_path: str) -> dict:
     }
     if len(scored) > 1:
         found, count = agreement(list(scored.values())), len(first.items)
-        report["ensemble"] = found | {"accuracy_interval": share_interval(found["accuracy"] * count, count)[1:]}
+        report["ensemble"] = found | {"accuracy_interval": wilson_interval(found["accuracy"] * count, count)[1:]}
     return report
 
 
 def render(report: dict) -> str:
-    """The report as lines of text."""
+    """Returns the report as text."""
     lines = [f"{report['prompts']} prompts, {report['pairs']} pairs from {report['data_path']}; 95 % intervals"]
     for name, model in report["models"].items():
         lines += ["", name, f"  accuracy            {_share(model)}"]
         if len(model["subsets"]) > 1:
             lines += [f"    {key:18}{_share(part)}  of {part['prompts']}" for key, part in model["subsets"].items()]
         lines += [
-            f"  loss                {model['loss']:.3f}  (a coin: 0.693)",
-            f"  score difference    {model['score_difference']:.3f}, deviation {model['score_difference_std']:.3f}",
+            f"  loss                {model['loss']:.3f}  (random scores: 0.693)",
+            f"  score difference    {model['score_difference']:.3f}, std {model['score_difference_std']:.3f}",
             f"  calibration error   {model['calibration_error']:.3f}",
-            f"  score and length    correlation {model['length_correlation']:.3f}",
+            f"  length correlation  {model['length_correlation']:.3f}",
             f"  longer answer       labelled better in {model['longer_is_better']:.1%} of pairs, "
-            f"preferred in {model['longer_is_preferred']:.1%}",
+            f"scored higher in {model['longer_is_preferred']:.1%}",
         ]
     if ensemble := report.get("ensemble"):
         lines += [
             "",
             f"all {len(report['models'])} models",
             f"  accuracy of the mean difference  {_share(ensemble)}",
-            f"  agreement of two models          {ensemble['pairwise']:.3f}",
+            f"  mean agreement of two models     {ensemble['pairwise']:.3f}",
             f"  unanimous                        {ensemble['unanimous']:.3f}",
-            f"  deviation of a score difference  {ensemble['strength_std']:.3f}",
+            f"  std of a pair's difference       {ensemble['strength_std']:.3f}",
         ]
     return "\n".join(lines)
 

@@ -1,7 +1,6 @@
-"""Asking one or several reward models what they think of whole dialogues: encoding, batches, scores, one rule."""
+"""Score dialogues with one or several reward models: encoding, batches, and the rule that combines scores."""
 
 import contextlib
-import json
 from dataclasses import dataclass
 
 import torch
@@ -9,34 +8,35 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from data.batching.collate import micro_batches, pad
-from data.prompts import without_oldest
+from data.prompts import drop_oldest_exchange
 from data.template import Turns, encode_dialogue, encode_text
 from reward.model import last_scores
 from utils.engine.engine import device
 from utils.engine.memory import host_copies
 from utils.errors import UserError
+from utils.files import read_json
 from utils.models.load import model_folder
 from utils.tensors import to_device
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a reward model reads dialogues: its tokenizer, its template, and the tokens of its window (None: no end)."""
+    """Encodes dialogues for a reward model. window: maximum number of tokens; None: no limit."""
 
     tokenizer: PreTrainedTokenizerBase
     template: str
     window: int | None
 
     def __call__(self, turns: Turns | str) -> tuple[list[int], bool]:
-        """(ids of a dialogue that ends in the assistant's answer, whether something had to go to fit the window).
+        """Returns (ids of a dialogue or text, whether it was truncated to the window).
 
-        The oldest exchanges go first. Where question and answer alone are too long, the front of the question goes:
-        the score stands on the answer's EOS, which is never cut off. A text that is no dialogue goes without template.
+        The oldest exchanges are removed first. If the last exchange alone is too long, its first tokens are removed,
+        because the score is read at the end of the answer. Texts are encoded without template.
         """
         ids = self._whole(turns)
         if self.window is None or len(ids) <= self.window:
             return ids, False
-        while len(ids) > self.window and not isinstance(turns, str) and (history := without_oldest(turns[:-1])):
+        while len(ids) > self.window and not isinstance(turns, str) and (history := drop_oldest_exchange(turns[:-1])):
             turns = [*history, turns[-1]]
             ids = self._whole(turns)
         return (ids if len(ids) <= self.window else ids[:1] + ids[1 - self.window :]), True
@@ -49,10 +49,9 @@ class Encoding:
 
 @torch.no_grad()
 def score_ids(model: nn.Module, sequences: list[list[int]], batches: list[list[int]]) -> torch.Tensor:
-    """The model's scalar at the last token of every sequence: float32 [sequences], on this process's device.
+    """Returns the scalar at the last token of each sequence: float32 [sequences], on this process's device.
 
-    batches: indices of `sequences`, one forward each; an index that occurs twice is scored twice, to the same score.
-    Memory is that of one batch.
+    batches: indices of the sequences in each forward pass; an index can occur in several.
     """
     scores = torch.zeros(len(sequences), device=device())
     for rows in batches:
@@ -65,9 +64,9 @@ def score_ids(model: nn.Module, sequences: list[list[int]], batches: list[list[i
 def score_dialogues(
     model: nn.Module, encoding: Encoding, dialogues: list[Turns | str], max_tokens: int
 ) -> tuple[list[float], list[bool]]:
-    """(one score a dialogue, whether it was cut for the window), in the order given.
+    """Returns (scores, whether each dialogue was truncated to the window), in the given order.
 
-    Batched by length, at most `max_tokens` padded tokens a forward. The model is on this process's device.
+    max_tokens: maximum number of padded tokens per forward pass. The model is on this process's device.
     """
     encoded = [encoding(turns) for turns in dialogues]
     sequences = [ids for ids, _ in encoded]
@@ -77,9 +76,9 @@ def score_dialogues(
 
 @dataclass
 class Frozen:
-    """A model that only scores. offload: its weights stay in host memory (page-locked with a GPU) between uses.
+    """A model that is not trained. offload: keep its weights in host memory (pinned with a GPU) between uses.
 
-    Buffers stay on the device. `shard_frozen` offloads models whose weights are split over ranks.
+    Buffers stay on the device. Models with sharded weights are offloaded by `shard_frozen` instead.
     """
 
     model: nn.Module
@@ -94,7 +93,7 @@ class Frozen:
 
     @contextlib.contextmanager
     def resident(self):
-        """Context in which the model is on the device. Its weights are not copied back, as they do not change."""
+        """Context in which the model is on the device. Weights are not copied back, because they do not change."""
         for parameter, copy in self._waiting:
             parameter.data = copy.to(device(), non_blocking=True)
         try:
@@ -109,7 +108,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Member:
-    """One reward model of an ensemble. `encoding` None: it reads the ids that the policy has sampled, as they are."""
+    """One reward model of an ensemble. encoding: None if it reads the policy's token ids directly."""
 
     model: Frozen
     window: int | None
@@ -118,17 +117,17 @@ class Member:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """One or several reward models and the rule that makes one score of theirs."""
+    """One or several reward models and the rule that combines their scores."""
 
     members: list[Member]
     rule: str = "mean"
     std_coef: float = 1.0
 
     def combine(self, scores: torch.Tensor) -> torch.Tensor:
-        """One score a dialogue, from the raw scores of all members: [batch, members] -> [batch].
+        """Returns one score per dialogue from the scores of all members: [batch, members] -> [batch].
 
-        mean; min; mean_minus_std: mean - std_coef x population deviation over the members (Coste et al. 2023 subtract
-        the variance; the deviation is in the scores' own unit). One member's score is left as it is by every rule.
+        Rules: mean; min; mean_minus_std: mean - std_coef * population standard deviation over members (Coste et al.
+        2023 subtract the variance; the standard deviation has the unit of the scores).
         """
         if self.rule == "min":
             return scores.amin(1)
@@ -137,26 +136,24 @@ class Ensemble:
 
 
 def check_labels(paths: list[str], flag: str) -> None:
-    """Raises UserError, naming both, when two reward models' configs do not call their score by the same name.
+    """Raises UserError if the configs of two reward models name their scores differently.
 
-    A label's name (`id2label`) and the problem type are all that a folder says about what its score means and which
-    way is up; without names the label is transformers' LABEL_0. Several labels are refused where a model is loaded.
+    Compared are `id2label` and `problem_type`, the only description of a score in a folder. The number of labels is
+    checked when a model is loaded.
     """
     meanings = [_label_meaning(path, flag) for path in paths]
     for path, meaning in zip(paths, meanings, strict=True):
         if meaning != meanings[0]:
             raise UserError(
-                f"{flag}: the scores of {path} mean {meaning}, those of {paths[0]} {meanings[0]}: give models of one "
-                "meaning, or the same id2label and problem_type in their config.json if it is the same"
+                f"{flag}: the scores of {path} mean {meaning}, those of {paths[0]} {meanings[0]}; use models with the "
+                "same meaning, or set the same id2label and problem_type in their config.json"
             )
 
 
 def _label_meaning(path: str, flag: str) -> str:
     file = model_folder(path, flag) / "config.json"
-    try:
-        config = json.loads(file.read_text("utf-8"))
-        labels = list(config.get("id2label", {"0": "LABEL_0"}).values())
-        kind = config.get("problem_type") or "regression"
-    except (ValueError, AttributeError) as error:  # broken JSON or not UTF-8; no objects where they belong
-        raise UserError(f"{flag}: {file} is damaged ({error}); copy it again") from error
-    return f"{', '.join(map(str, labels))} ({kind})"
+    config = read_json(file, flag)
+    labels = config.get("id2label", {"0": "LABEL_0"})  # transformers' default
+    if not isinstance(labels, dict):
+        raise UserError(f"{flag}: {file} is damaged (id2label is not an object); copy it again")
+    return f"{', '.join(map(str, labels.values()))} ({config.get('problem_type') or 'regression'})"

@@ -1,4 +1,4 @@
-"""The work of reward.score: reward models over streams of records, in chunks, on one rank or several."""
+"""Score streams of records with reward models, in chunks, on one or several ranks; used by reward.score."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -7,45 +7,58 @@ from statistics import fmean, pstdev
 from typing import Any, TypeVar
 
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from data.choose_template import first_prompt, settle
+from data.choose_template import first_prompt, prepare_tokenizer
 from data.formats.records import BadRecord, Record, Tally
 from data.formats.score_columns import is_finite
-from data.formats.stream import text_or_answered
+from data.formats.stream import dialogue_or_text
 from data.template import Turns, encode_prompt
-from reward.model import load_scalar_model
+from reward.model import ScalarModel, load_scalar_model
 from reward.scoring.ensemble import Encoding, Frozen, Member, check_labels, score_dialogues
 from reward.scoring.score_flags import ScoreConfig
-from reward.win_rate import outcome_counts, render, share_interval
+from reward.win_rate import count_outcomes, render, wilson_interval
 from utils.distributed import gather_objects, is_main, rank, world_size
 from utils.engine.engine import DTYPES, device
 from utils.errors import UserError
+from utils.fast_dtype import settle_dtype
 from utils.models.load import model_folder, window_of
 
 Item = TypeVar("Item")
+TRUNCATED = "longer than a model's window (oldest turns dropped)"
 
 
-def load_judges(config: ScoreConfig, say: Callable[[str], None]) -> list[Member]:
-    """The reward models, each with its tokenizer and the template that this was saved with, unless flags say others."""
+def load_reward_model(
+    path: str, config, say: Callable[[str], None]
+) -> tuple[ScalarModel, PreTrainedTokenizerBase, str]:
+    """Returns (model, tokenizer, template name) of a --model path, with its own tokenizer unless flags give another.
+
+    config: the flags of reward.score, reward.evaluate or reward.strength.
+    """
+    flag, dtype, attention = "--model", DTYPES[config.dtype], config.attn_implementation
+    source = config.tokenizer_name_or_path or str(model_folder(path, flag))
+    tokenizer, template = prepare_tokenizer(config, source, [(flag, path)], say)
+    model = load_scalar_model(path, dtype, device(), attention, tokenizer, say=say, flag=flag, trained=True)
+    return model.requires_grad_(False), tokenizer, template
+
+
+def load_reward_models(config: ScoreConfig, say: Callable[[str], None]) -> list[Member]:
+    """Returns the reward models of --model."""
+    settle_dtype(config)
     check_labels(config.model, "--model")
     members = []
     for path in config.model:
-        source = config.tokenizer_name_or_path or str(model_folder(path, "--model"))
-        tokenizer, template = settle(config, source, [("--model", path)], say)
-        dtype, attention = DTYPES[config.dtype], config.attn_implementation
-        model = load_scalar_model(
-            path, dtype, device(), attention, tokenizer, say=say, flag="--model", trained=True
-        ).requires_grad_(False)
+        model, tokenizer, template = load_reward_model(path, config, say)
         window = window_of(model)
-        say(f"{path}: window {window or 'without end'}")
+        say(f"{path}: window {window or 'unlimited'}")
         members.append(Member(Frozen(model, config.offload_frozen), window, Encoding(tokenizer, template, window)))
     return members
 
 
 def score_chunk(members: list[Member], dialogues: list[Turns | str], max_tokens: int) -> list[tuple[list[float], bool]]:
-    """(each model's score, whether any of them saw it cut) of every dialogue, in order, on every rank.
+    """Returns (scores of all models, whether any model truncated it) per dialogue, in order, on all ranks.
 
-    Each rank scores every n-th dialogue with all models, one model after the other.
+    Each rank scores its share of the dialogues with one model after the other.
     """
     own = dialogues[rank() :: world_size()]
     columns, cuts = [], []
@@ -62,14 +75,14 @@ def score_chunk(members: list[Member], dialogues: list[Turns | str], max_tokens:
 def scored_chunks(
     config: ScoreConfig, members: list[Member], records: Iterator[Record], say: Callable[[str], None]
 ) -> Iterator[list[dict]]:
-    """The records of --input with their scores, a list a chunk.
+    """Yields lists of records with their scores.
 
-    One that cannot be scored has the score null and says why under "error". Such, and those cut for a model's window,
-    are counted and said. Raises UserError when nothing could be scored.
+    A record that cannot be scored gets the score null and the reason under "error". Reports how many there are, and how
+    many were truncated to a model's window. Raises UserError if no record could be scored.
     """
     tally, count = Tally("records"), 0
     for chunk in in_chunks(records, config.chunk_size):
-        parsed = [parse(record, tally) for record in chunk]
+        parsed = [parse_record(record, tally) for record in chunk]
         dialogues = [found for found, error in parsed if error is None]
         if not count:
             say_first_prompts(members, dialogues, say)
@@ -83,19 +96,18 @@ def scored_chunks(
                 continue
             scores, cut = next(scored)
             if cut:
-                tally.add("longer than a model's window (oldest turns dropped)", record.source)
-            rows.append(with_scores(record, found, checked(scores, record, config.model), config.column))
+                tally.add(TRUNCATED, record.source)
+            rows.append(add_scores(record, found, check_finite(scores, record, config.model), config.column))
         yield rows
-    for line in tally.lines():
-        say(line)
+    tally.report(say)
     if not count:
         reasons = "; ".join(tally.lines()) or "it is empty"
-        raise UserError(f"--input {config.input}: nothing in it could be scored ({reasons}); mend it")
+        raise UserError(f"--input {config.input}: no record could be scored ({reasons}); fix the records")
     say(f"records: {count} scored")
 
 
 def say_first_prompts(members: list[Member], dialogues: list[Turns | str], say: Callable[[str], None]) -> None:
-    """Says how each model sees the first prompt among `dialogues`; a text without template has none."""
+    """Prints the first prompt among `dialogues` as each model reads it; texts have no prompt."""
     turns = next((found for found in dialogues if not isinstance(found, str)), None)
     for member in members if turns else []:
         tokenizer, template = member.encoding.tokenizer, member.encoding.template
@@ -103,7 +115,7 @@ def say_first_prompts(members: list[Member], dialogues: list[Turns | str], say: 
 
 
 def in_chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items, the last one shorter, with a progress bar where someone watches."""
+    """Yields lists of at most `size` items, with a progress bar on a terminal."""
     items = iter(items)
     with tqdm(unit=" records", disable=None if is_main() else True) as bar:
         while chunk := list(islice(items, size)):
@@ -111,41 +123,39 @@ def in_chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
             bar.update(len(chunk))
 
 
-def parse(record: Record, tally: Tally) -> tuple[Turns | str | None, str | None]:
-    """(dialogue or text, None), or (None, why it is neither), which is counted."""
+def parse_record(record: Record, tally: Tally) -> tuple[Turns | str | None, str | None]:
+    """Returns (dialogue or text, None), or (None, reason) and counts the reason."""
     try:
-        return text_or_answered(record.value), None
+        return dialogue_or_text(record.value), None
     except BadRecord as error:
         tally.add(f"not scored: {error}", record.source)
         return None, str(error)
 
 
-def checked(scores: list[float], record: Record, paths: list[str]) -> list[float]:
-    """The scores. Raises UserError when one is not a finite number."""
+def check_finite(scores: list[float], record: Record, paths: list[str]) -> list[float]:
+    """Returns the scores. Raises UserError, with file and line, if one is not finite."""
     for score, path in zip(scores, paths, strict=True):
         if not math.isfinite(score):
-            raise UserError(f"{record.source}: the score of {path} is not finite; try --dtype fp32, or another model")
+            raise UserError(f"{record.source}: the score of {path} is not finite; use --dtype fp32, or another model")
     return scores
 
 
-def with_scores(record: Record, found: Turns | str, scores: list[float], column: str) -> dict:
-    """The record, as an object that our loaders read again, and its score; of several models also what makes it up."""
+def add_scores(record: Record, found: Turns | str, scores: list[float], column: str) -> dict:
+    """Returns the record as an object with its mean score, and for several models their deviation and all scores."""
     own = record.value
     if not isinstance(own, dict):
         own = {"text": found} if isinstance(found, str) else {"messages": found}
-    row = own | {column: fmean(scores)}
-    if len(scores) > 1:
-        row |= {f"{column}_std": pstdev(scores), f"{column}s": scores}
-    return row
+    several = {f"{column}_std": pstdev(scores), f"{column}s": scores} if len(scores) > 1 else {}
+    return own | {column: fmean(scores)} | several
 
 
 def compare(
     config: ScoreConfig, members: list[Member], streams: list[Iterator[Record]], say: Callable[[str], None]
 ) -> tuple[dict, str]:
-    """(the comparison, as JSON and as text): how often the first file's answer scores higher, with 95 % intervals.
+    """Returns (JSON, text): how often the answer of the first file has the higher score, with 95 % intervals.
 
-    Scores are the mean of the models, or without --model those that stand in both files. Raises UserError, naming
-    file:line, where the files do not hold answers to the same prompts.
+    Scores are means over the models, or without --model the scores in the files. Raises UserError, with file and line,
+    if the files do not have answers to the same prompts.
     """
     tally, differences = Tally("answers"), []
     for chunk in in_chunks(answer_pairs(config.compare, streams), config.chunk_size):
@@ -155,19 +165,18 @@ def compare(
                 say_first_prompts(members, [both[0][1]], say)
             scored = score_chunk(members, [turns for _, turns in both], config.micro_batch_tokens)
             for (record, _), (scores, cut) in zip(both, scored, strict=True):
-                checked(scores, record, config.model)
+                check_finite(scores, record, config.model)
                 if cut:
-                    tally.add("longer than a model's window (oldest turns dropped)", record.source)
+                    tally.add(TRUNCATED, record.source)
             means = [fmean(scores) for scores, _ in scored]
         else:
-            means = [column_of(record, config.column) for record, _ in both]
+            means = [read_score(record, config.column) for record, _ in both]
         differences += [a - b for a, b in zip(means[::2], means[1::2], strict=True)]
-    for line in tally.lines():
-        say(line)
+    tally.report(say)
     if not differences:
-        raise UserError(f"--compare: {config.compare[0]} is empty; give two files of answers to the same prompts")
-    counts = outcome_counts(differences, config.tie_margin)
-    shares = {name: share_interval(count, len(differences)) for name, count in counts.items()}
+        raise UserError(f"--compare: {config.compare[0]} is empty; use two files of answers to the same prompts")
+    counts = count_outcomes(differences, config.tie_margin)
+    shares = {name: wilson_interval(count, len(differences)) for name, count in counts.items()}
     setting = {"files": config.compare, "models": config.model, "prompts": len(differences)}
     title = f"{config.compare[0]} against {config.compare[1]}: {len(differences)} prompts, tie margin "
     title += f"{config.tie_margin:g}, 95 % intervals"
@@ -175,33 +184,31 @@ def compare(
 
 
 def answer_pairs(files: list[str], streams: list[Iterator[Record]]) -> Iterator[list[tuple[Record, Turns]]]:
-    """The two files' answers to one prompt after the other, each as (record, dialogue)."""
+    """Yields per prompt the answers of the two files as [(record, dialogue), (record, dialogue)]."""
     for records in zip_longest(*streams):
         if None in records:
             source = next(record.source for record in records if record)
-            raise UserError(
-                f"{source}: {files[records.index(None)]} has no answer to it; give answers to equal prompts"
-            )
-        (one, a), (other, b) = pair = [(record, answered(record)) for record in records]
+            raise UserError(f"{source}: {files[records.index(None)]} has no answer to this prompt; use equal prompts")
+        (one, a), (other, b) = pair = [(record, read_answer(record)) for record in records]
         if a[:-1] != b[:-1]:
-            raise UserError(f"{other.source}: another prompt than in {one.source}; give both in the same order")
+            raise UserError(f"{other.source}: not the prompt of {one.source}; use files with the same order of prompts")
         yield pair
 
 
-def answered(record: Record) -> Turns:
-    """The dialogue of a record. Raises UserError, naming file:line."""
+def read_answer(record: Record) -> Turns:
+    """Returns the dialogue of a record. Raises UserError with file and line."""
     try:
-        turns = text_or_answered(record.value)
+        turns = dialogue_or_text(record.value)
     except BadRecord as error:
-        raise UserError(f"{record.source}: {error}; mend it, or leave it out of both files") from error
+        raise UserError(f"{record.source}: {error}; fix the record, or remove it from both files") from error
     if isinstance(turns, str):
-        raise UserError(f"{record.source}: a text without a prompt; give a dialogue, as in {{prompt, response}}")
+        raise UserError(f"{record.source}: a text without a prompt; use a dialogue, such as {{prompt, response}}")
     return turns
 
 
-def column_of(record: Record, column: str) -> float:
-    """The score that a record brings. Raises UserError, naming file:line."""
+def read_score(record: Record, column: str) -> float:
+    """Returns the score in a record. Raises UserError with file and line."""
     value: Any = record.value.get(column) if isinstance(record.value, dict) else None
     if not is_finite(value):
-        raise UserError(f"{record.source}: no number under {column!r}; give --model to score the answers, or --column")
+        raise UserError(f"{record.source}: no number under {column!r}; use --model to score the answers, or --column")
     return float(value)

@@ -16,11 +16,11 @@ from ppo.models import load_models
 from ppo.rollout import PolicySampler
 from reward.config import RewardConfig
 from reward.model import load_scalar_model, save_scalar_model
-from reward.train import load as load_reward
+from reward.stage import load as load_reward
+from sft.config import SFTConfig
 from sft.model import AnswerModel
 from sft.packed_batches import Layout
-from sft.train import SFTConfig
-from sft.train import load as load_sft
+from sft.stage import load as load_sft
 from tests.architectures import plain
 from tests.helpers.parts import ppo_config, prompts_of, token_ids
 from utils.models.export import save_causal_lm

@@ -14,15 +14,13 @@ from PIL import Image
 from transformers import AutoModelForSequenceClassification
 
 from data.formats.records import read_file
-from data.preferences import Pair, Preference
 from data.template import encode_dialogue
 from reward import evaluate, strength
-from reward.evaluation.score_preferences import PanelConfig, score_preferences
+from reward.evaluation.annotate import summary
 from reward.model import load_scalar_model, save_scalar_model
 from reward.train import main as train
-from tests.helpers.tiny import SAMPLES, tiny_llama_folder, tiny_tokenizer_folder
+from tests.helpers.tiny import SAMPLES, tiny_llama_folder
 from tests.helpers.tiny_run import REPOSITORY, SIZES, clean_environment, read_lines
-from utils.errors import UserError
 from utils.tokenizer import load_tokenizer
 
 DATA = SAMPLES / "en" / "preferences"
@@ -119,7 +117,7 @@ def test_strength_of_what_fits_every_model(models, tmp_path, capsys):
 
 def test_the_histogram_in_text():
     """-0.3 to 3.3 in twelve rows of 0.3: two means in the first, one in the fourth, fifth and last."""
-    first, second, *rows = strength.summary([-0.3, -0.1, 0.7, 1.0, 3.3], [0.0, 1.0, 2.0, 3.0, 4.0]).splitlines()
+    first, second, *rows = summary([-0.3, -0.1, 0.7, 1.0, 3.3], [0.0, 1.0, 2.0, 3.0, 4.0]).splitlines()
     assert "of 5 pairs: mean 0.920" in first and first.endswith("below 0: 2 (40.0%)")
     assert second.endswith("mean 2.000")
     counts = [row.split()[3:] for row in rows]
@@ -169,33 +167,6 @@ def test_an_evaluation_says_what_another_tools_scores_say(models, tmp_path, caps
     assert "all 2 models" in table
     evaluate.main(argv(models[:1], data_path=data, subsets=["helpful"]))
     assert "8 prompts, 8 pairs" in capsys.readouterr().out
-
-
-WHY = [
-    Preference([{"role": "user", "content": "Why?"}], answers, [Pair(0, 1)], "all", "x:1")
-    for answers in (["Yes.", "No."], ["Because.", "I do not know."])
-]
-
-
-def test_each_model_reads_with_its_own_tokenizer_and_template(models, tmp_path):
-    base = tiny_llama_folder(tmp_path / "base", 370, tokenizer=False, **SIZES)
-    tokenizer = load_tokenizer(str(tiny_tokenizer_folder(tmp_path / "tokenizer", 370)), "moss_zh")
-    model = load_scalar_model(str(base), torch.float32, torch.device("cpu"), tokenizer=tokenizer, say=str)
-    save_scalar_model(model, str(tmp_path / "zh"), tokenizer=tokenizer)
-    paths = [str(models[0]), str(tmp_path / "zh")]
-    scored = score_preferences(WHY, PanelConfig(model=paths, data_path="D", dtype="fp32"), str)
-    for path, template, found in zip(paths, ("moss_en", "moss_zh"), scored, strict=True):
-        expected = scores_elsewhere(Path(path), [["Why?", answer] for p in WHY for answer in p.answers], template)
-        assert found.scores.tolist() == pytest.approx(expected, abs=1e-5)
-
-
-def test_scores_that_are_not_finite_are_no_evaluation(models, tmp_path):
-    model = load_scalar_model(str(models[0]), torch.float32, torch.device("cpu"))
-    model.head.weight.data.fill_(3.4e38)
-    save_scalar_model(model, str(tmp_path / "large"), tokenizer=load_tokenizer(str(models[0])))
-    config = PanelConfig(model=[str(models[0]), str(tmp_path / "large")], data_path="D", dtype="fp32")
-    with pytest.raises(UserError, match=r"^--model: .*/large gives scores that are not finite; try --dtype fp32"):
-        score_preferences(WHY, config, str)
 
 
 def test_the_recipe_trains_and_evaluates_from_anywhere(models, tmp_path):

@@ -1,4 +1,4 @@
-"""reward.score on tiny reward models: files, a pipe, several models, two files of answers, bad input."""
+"""reward.score on tiny reward models: files, a pipe, several models, two files of answers."""
 
 import json
 import re

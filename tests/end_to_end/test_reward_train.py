@@ -1,7 +1,6 @@
-"""`python -m reward.train` on tiny models: learns, leaves what it promises, and refuses what cannot work."""
+"""`python -m reward.train` on tiny models: losses, evaluations, options of Part II, and saved folders."""
 
 import json
-import math
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from data.preferences import load_preferences
 from data.template import encode_dialogue
 from reward.config import RewardConfig
-from reward.train import load, main
+from reward.stage import load
+from reward.train import main
 from tests.helpers.tiny import SAMPLES, tiny_llama_folder
 from tests.helpers.tiny_run import read_lines
 from utils.tokenizer import load_tokenizer
@@ -29,17 +29,9 @@ def base(tmp_path_factory) -> Path:
 
 def flags(base: Path, out: Path, **changes) -> list[str]:
     values = {
-        "hf_model_name_or_path": base,
-        "data_path": DATA,
-        "model_save_path": out,
-        "train_steps": 6,
-        "warmup_steps": 2,
-        "batch_size": 4,
-        "context_truncate": 256,
-        "lr": 1e-3,
-        "save_per_step": 3,
-        "dtype": "fp32",
-    }
+        "hf_model_name_or_path": base, "data_path": DATA, "model_save_path": out, "train_steps": 6, "warmup_steps": 2,
+        "batch_size": 4, "context_truncate": 256, "lr": 1e-3, "save_per_step": 3, "dtype": "fp32",
+    }  # fmt: skip
     return [word for name, value in (values | changes).items() for word in (f"--{name}", str(value))]
 
 
@@ -60,7 +52,7 @@ def run(base, tmp_path_factory) -> Path:
     return out
 
 
-def test_the_loss_falls_below_that_of_a_coin_and_held_out_pairs_are_ranked(run):
+def test_the_loss_falls_and_held_out_pairs_are_ranked(run):
     metrics = read_lines(run / "metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, 17))
     assert metrics[-1]["loss"] < 0.3
@@ -72,34 +64,21 @@ def test_the_loss_falls_below_that_of_a_coin_and_held_out_pairs_are_ranked(run):
     assert set(metrics[7]) == expected | {f"eval_{name}" for name in held_out.split()}
 
 
-def test_the_learning_rate_warms_up_and_decays_to_a_tenth(run):
-    rates = [row["lr"] for row in read_lines(run / "metrics.jsonl")]
-    assert rates[:2] == pytest.approx([5e-4, 1e-3])
-    assert rates[3] == pytest.approx(1e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * 2 / 14))))
-    assert rates[-1] == pytest.approx(1e-4)
-
-
 def test_best_is_the_evaluation_with_the_lowest_loss(run):
     first, last = (row["eval_loss"] for row in read_lines(run / "metrics.jsonl") if "eval_loss" in row)
     best, final = (load_file(run / name / "model.safetensors") for name in ("best", "final"))
     assert all(torch.equal(tensor, final[name]) for name, tensor in best.items()) == (last < first)
 
 
-@pytest.mark.parametrize("folder", ["best", "final"])
-def test_other_tools_load_the_result(run, folder):
-    model, report = AutoModelForSequenceClassification.from_pretrained(run / folder, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert model.config.num_labels == 1
-    tokenizer = AutoTokenizer.from_pretrained(run / folder)
-    ours = load_tokenizer(str(run / folder))
-    text = "How do I boil an egg?  Tell me 😀"
-    assert tokenizer.encode(text, add_special_tokens=False) == ours.encode(text, add_special_tokens=False)
-
-
-def test_the_run_is_described_and_can_be_watched(run):
+def test_transformers_loads_the_result(run):
+    for folder in ("best", "final"):
+        model, report = AutoModelForSequenceClassification.from_pretrained(run / folder, output_loading_info=True)
+        assert not report["missing_keys"] and model.config.num_labels == 1
+        tokenizer, text = AutoTokenizer.from_pretrained(run / folder), "How do I boil an egg?  Tell me 😀"
+        ours = load_tokenizer(str(run / folder)).encode(text, add_special_tokens=False)
+        assert tokenizer.encode(text, add_special_tokens=False) == ours
     config = json.loads((run / "config.json").read_text())
-    assert config["train_steps"] == 16
-    assert config["tokenizer_name_or_path"] == config["hf_model_name_or_path"]
+    assert config["train_steps"] == 16 and config["tokenizer_name_or_path"] == config["hf_model_name_or_path"]
     assert list((run / "tensorboard").glob("events.*"))
 
 
@@ -167,7 +146,7 @@ def mean_score_elsewhere(folder: Path, dialogues: list[list[str]]) -> float:
 def test_dropout_is_there_for_the_contrastive_term_alone(base):
     paths = {"hf_model_name_or_path": str(base), "data_path": "D", "model_save_path": "O", "context_truncate": 256}
     for coef, share in ((0.0, 0.0), (0.5, 0.2)):
-        config = RewardConfig(**paths, simcse_coef=coef, simcse_dropout=0.2)
+        config = RewardConfig(**paths, dtype="bf16", simcse_coef=coef, simcse_dropout=0.2)
         modules = load(config, load_tokenizer(str(base)), str).modules()
         assert {m.attention_dropout for m in modules if hasattr(m, "attention_dropout")} == {share}
 
@@ -201,12 +180,6 @@ def test_bf16_and_every_zero_stage_agree(base, tmp_path):
     assert losses["fp32", 3] == pytest.approx(reference, rel=1e-5)
     assert losses["bf16", 1] == pytest.approx(reference, rel=2e-2)
     assert losses["bf16", 3] == pytest.approx(reference, rel=2e-2)
-
-
-def test_an_existing_run_is_kept_unless_told(base, run, capsys):
-    before = (run / "metrics.jsonl").read_text()
-    assert "--overwrite" in refusal(flags(base, run), capsys)
-    assert (run / "metrics.jsonl").read_text() == before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(base, tmp_path, capsys):

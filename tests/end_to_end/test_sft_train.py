@@ -1,4 +1,4 @@
-"""`python -m sft.train` on tiny models: learns answers only, and leaves folders that generate elsewhere."""
+"""`python -m sft.train` on tiny models: losses, evaluations, samples, and folders that transformers loads."""
 
 import json
 import math
@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from data.dialogues import Dialogue, encode, load_dialogues
+from data.dialogues import load_dialogues
 from data.order import mixture
 from data.template import decode_answer, encode_dialogue, encode_prompt
-from sft.train import SFTConfig, load_encoded, main, spread
+from sft.config import SFTConfig
+from sft.stage import evenly_spaced, load_encoded
+from sft.train import main
 from tests.helpers.tiny import SAMPLES, tiny_llama, tiny_llama_folder
 from tests.helpers.tiny_run import read_lines, write_json
 from utils.tokenizer import load_tokenizer
@@ -27,17 +29,9 @@ def base(tmp_path_factory) -> Path:
 
 def flags(base: Path, out: Path, **changes) -> list[str]:
     values = {
-        "hf_model_name_or_path": base,
-        "data_path": DATA,
-        "model_save_path": out,
-        "train_steps": 4,
-        "warmup_steps": 1,
-        "batch_size": 4,
-        "context_truncate": 256,
-        "lr": 3e-3,
-        "save_per_step": 2,
-        "dtype": "fp32",
-    }
+        "hf_model_name_or_path": base, "data_path": DATA, "model_save_path": out, "train_steps": 4, "warmup_steps": 1,
+        "batch_size": 4, "context_truncate": 256, "lr": 3e-3, "save_per_step": 2, "dtype": "fp32",
+    }  # fmt: skip
     return [word for name, value in (values | changes).items() for word in (f"--{name}", str(value))]
 
 
@@ -56,11 +50,8 @@ def test_the_loss_starts_at_the_logarithm_of_the_vocabulary_and_falls(run):
     expected = {"step", "loss", "lr", "grad_norm", "tokens_per_second"}
     assert set(metrics[0]) == expected
     assert set(metrics[3]) == expected | {"eval_loss", "eval_perplexity", "eval_token_accuracy"}
-
-
-def test_the_learning_rate_follows_a_cosine_to_a_tenth(run):
-    rates = [row["lr"] for row in read_lines(run / "metrics.jsonl")]
-    assert rates == pytest.approx([3e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * k / 11))) for k in range(12)])
+    cosine = [3e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * k / 11))) for k in range(12)]
+    assert [row["lr"] for row in metrics] == pytest.approx(cosine)
 
 
 def held_out_of(folder: Path) -> tuple[int, float, int]:
@@ -99,14 +90,9 @@ def test_each_evaluation_answers_held_out_prompts(run):
 
 
 def test_answers_end_where_the_window_does(base, tmp_path, monkeypatch):
-    generate, lengths = LlamaForCausalLM.generate, []
-
-    def recorded(*args, **kwargs):
-        sequences = generate(*args, **kwargs)
-        lengths.append(sequences.shape[1])
-        return sequences
-
-    monkeypatch.setattr(LlamaForCausalLM, "generate", recorded)
+    make, lengths = LlamaForCausalLM.generate, []
+    record = lambda *a, **k: lengths.append((rows := make(*a, **k)).shape[1]) or rows  # noqa: E731
+    monkeypatch.setattr(LlamaForCausalLM, "generate", record)
     main(flags(base, tmp_path / "a", train_steps=1, context_truncate=128, maxlen_res=512))
     main(flags(base, tmp_path / "b", train_steps=1, context_truncate=128, maxlen_res=2))
     assert lengths[1] < lengths[0] <= 128
@@ -123,40 +109,27 @@ def test_dialogues_are_held_out_of_every_set(base, tmp_path):
 
 
 def test_prompts_to_answer_come_from_all_over_the_held_out_ones():
-    assert spread(list(range(10)), 3) == [0, 3, 6]
-    assert spread([1, 2], 4) == [1, 2]
-    assert spread([1, 2], 0) == spread([], 4) == []
+    assert evenly_spaced(list(range(10)), 3) == [0, 3, 6]
+    assert evenly_spaced([1, 2], 4) == [1, 2]
+    assert evenly_spaced([1, 2], 0) == evenly_spaced([], 4) == []
 
 
-def test_the_saved_chat_template_prompts_as_the_training_did(run):
-    tokenizer = AutoTokenizer.from_pretrained(run / "final")
-    turns = load_dialogues(str(DATA), 0, 0, say=str)[1][0].turns
-    ids = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
-    assert ids == encode_prompt(load_tokenizer(str(run / "final")), turns[:-1], "moss_en")
+def test_transformers_loads_the_result_with_its_template_and_end(run):
+    for folder in ("best", "final"):
+        model, report = AutoModelForCausalLM.from_pretrained(run / folder, output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        tokenizer = AutoTokenizer.from_pretrained(run / folder)
+        assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
+        assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+        turns = load_dialogues(str(DATA), 0, 0, say=str)[1][0].turns[:-1]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        assert ids == encode_prompt(load_tokenizer(str(run / folder)), turns, "moss_en")
+        assert not torch.allclose(model.lm_head.weight, tiny_llama().lm_head.weight)
 
 
-@pytest.mark.parametrize("folder", ["best", "final"])
-def test_other_tools_load_the_result_and_stop_at_its_eos(run, folder):
-    model, report = AutoModelForCausalLM.from_pretrained(run / folder, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    tokenizer = AutoTokenizer.from_pretrained(run / folder)
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
-    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
-    prompt = torch.tensor([[1, 5, 6]])
-    assert model.generate(prompt, max_new_tokens=3, do_sample=False).shape[1] <= 6
-
-
-def test_best_is_the_evaluation_with_the_lowest_loss(run):
-    """Evaluations fall to the end here, so best/ and final/ hold the same weights, which are not the first ones."""
-    losses = [row["eval_loss"] for row in read_lines(run / "metrics.jsonl") if "eval_loss" in row]
-    assert losses == sorted(losses, reverse=True)
+def test_best_is_the_evaluation_with_the_lowest_loss(run, base, tmp_path):
     best, final = (AutoModelForCausalLM.from_pretrained(run / name).lm_head.weight for name in ("best", "final"))
     assert torch.equal(best, final)
-    assert not torch.allclose(final, tiny_llama().lm_head.weight)
-
-
-def test_best_is_not_the_last_evaluation_when_that_is_worse(base, tmp_path):
     out = tmp_path / "out"
     main(flags(base, out, lr=0.3, lr_schedule="constant", train_steps=2, save_per_step=1))  # diverges
     losses = [row["eval_loss"] for row in read_lines(out / "metrics.jsonl")]
@@ -172,7 +145,7 @@ def test_the_first_loss_is_the_models_own_cross_entropy_of_the_answers(base, tmp
     total, count = 0.0, 0
     for dialogue in load_dialogues(str(DATA), 0, 0, say=str)[0]:
         ids, mask = encode_dialogue(tokenizer, dialogue.turns, "moss_en")
-        labels = torch.tensor([[i if learnt else -100 for i, learnt in zip(ids, mask, strict=True)]])
+        labels = torch.tensor([[i if inside else -100 for i, inside in zip(ids, mask, strict=True)]])
         total += model(input_ids=torch.tensor([ids]), labels=labels).loss.item() * sum(mask)
         count += sum(mask)
     assert read_lines(tmp_path / "out" / "metrics.jsonl")[0]["loss"] == pytest.approx(total / count, rel=1e-5)
@@ -202,7 +175,7 @@ def test_weights_decide_how_often_each_set_is_seen(base, tmp_path):
     for name, dialogue in turns.items():
         turn_list = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), dialogue)]
         ids, mask = encode_dialogue(tokenizer, turn_list, "moss_en")
-        labels = torch.tensor([[i if learnt else -100 for i, learnt in zip(ids, mask, strict=True)]])
+        labels = torch.tensor([[i if inside else -100 for i, inside in zip(ids, mask, strict=True)]])
         sums[name] = (model(input_ids=torch.tensor([ids]), labels=labels).loss.item() * sum(mask), sum(mask))
     drawn = [k for k, _ in mixture(0, 50, [25, 25], [4, 1], 42)].count(0)
     assert 34 <= drawn <= 46
@@ -228,20 +201,10 @@ def test_tied_embeddings_stay_tied(tmp_path):
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
-def test_truncation_drops_the_oldest_exchange(base):
-    tokenizer = load_tokenizer(str(base))
-    texts = ["first " * 20, "second " * 20, "Third?", "Fourth."]
-    turns = [{"role": ("user", "assistant")[k % 2], "content": text.strip()} for k, text in enumerate(texts)]
-    item, cut = encode(tokenizer, Dialogue(turns, "file.json:1"), "moss_en", 64)
-    assert cut == 2
-    assert (item.ids, item.answer_mask) == encode_dialogue(tokenizer, turns[2:], "moss_en")
-    assert encode(tokenizer, Dialogue(turns, "file.json:1"), "moss_en", 5) == (None, 0)
-
-
 def test_a_model_that_would_mix_packed_dialogues_is_trained_without(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda _: None)
     main(flags(base, tmp_path / "asked", train_steps=2))
-    said = "--packing is off: packed dialogues would see each other in LlamaForCausalLM"
+    said = "--packing is off: packed dialogues would affect each other in LlamaForCausalLM"
     assert said in capsys.readouterr().out
     main(flags(base, tmp_path / "off", train_steps=2, packing=False))
     assert said not in capsys.readouterr().out

@@ -44,7 +44,7 @@ def check(toy: bool, report) -> None:
     for kind in ("plain", "chunked"):
         gc.collect()  # an engine and its optimizer refer to each other
         before = allocated_gib()
-        engine = TrainEngine(Weights(rows, columns), EngineConfig(), "model")
+        engine = TrainEngine(Weights(rows, columns), EngineConfig(dtype="bf16"), "model")
         if kind == "plain":  # what utils/engine/chunked_adamw.py puts in the place of DeepSpeed's methods
             vars(engine.engine.optimizer).pop("step")
             vars(engine.engine.optimizer).pop("get_grad_norm_direct")

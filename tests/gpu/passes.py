@@ -93,8 +93,9 @@ def planned_gib(name: str, shrink: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         config_of(MODELS[name]).save_pretrained(folder)
         config = PPOConfig(
-            policy_model_path=folder, critic_model_path=folder, data_path="-", gradient_checkpoint=True,
-            maxlen_prompt=TOKENS // ROWS // shrink, maxlen_res=RESPONSE // shrink, micro_batch_tokens=TOKENS // shrink,
+            policy_model_path=folder, critic_model_path=folder, data_path="-", dtype="bf16",
+            gradient_checkpoint=True, maxlen_prompt=TOKENS // ROWS // shrink, maxlen_res=RESPONSE // shrink,
+            micro_batch_tokens=TOKENS // shrink,
         )  # fmt: skip
         rows = plan(config, 1).rows
     planned = {}

@@ -1,14 +1,23 @@
-"""Flags of train_ppo.py: presets, switches and amounts, the released script's flags, mistakes."""
+"""Flags: presets, switches and amounts, the released scripts' flags, other libraries' names, files, help, mistakes."""
 
+import dataclasses
+import json
 import shlex
 
 import pytest
 
+from ppo.compare_flags import CompareConfig
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from reward.config import RewardConfig
-from sft.train import SFTConfig
+from reward.evaluation.flags import EvaluateConfig, StrengthConfig
+from reward.scoring.score_flags import ScoreConfig
+from sft.config import SFTConfig
 from utils.errors import UserError
-from utils.flags.parser import build_parser, changed_flags, entry_point, field_help, parse_args
+from utils.flags.fields import default_of
+from utils.flags.help import explain, field_help, overview
+from utils.flags.other_names import OURS, explain_unknown
+from utils.flags.parser import build_parser, changed_flags, entry_point, parse_args
+from utils.run.folder import run_description
 
 RELEASED_FLAGS = """
     --tokenizer_name_or_path X --policy_model_path X --critic_model_path X --model_save_path X --data_path X --seed 42
@@ -30,9 +39,8 @@ KEPT_NAMES = """
     vf_loss_weight entropy_loss_weight ppo_pretrain_data_path ppo_pretrain_loss_weight use_reward_clip
     use_reward_scaling use_reward_norm use_critic_loss_clip use_policy_loss_clip use_advantage_norm use_advantage_clip
     use_ppo_pretrain_loss use_entropy_loss temperature topp repetition_penalty lang
-    reward_model_path reward_fn template preset critic_pretrain_steps ppo_epochs micro_batch_tokens kl_estimator kl_in
-    dtype zero_stage offload_optimizer offload_frozen gradient_clip num_eval_prompts report_to overwrite lr_schedule
 """
+CONFIGS = (PPOConfig, CompareConfig, RewardConfig, EvaluateConfig, ScoreConfig, StrengthConfig, SFTConfig)
 PATHS = ["--policy_model_path", "P", "--critic_model_path", "C", "--data_path", "D"]
 
 
@@ -40,12 +48,17 @@ def parsed(*flags: str) -> PPOConfig:
     return parse_args(PPOConfig, [*PATHS, *flags], PRESETS, AMOUNTS)
 
 
+def names(config_type: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(config_type)}
+
+
 def test_released_script_parses():
     config = parse_args(PPOConfig, RELEASED_FLAGS.split(), PRESETS, AMOUNTS)
     assert (config.lr, config.critic_lr, config.lam, config.kl_penalty_weight) == (5e-7, 1.5e-6, 0.95, 0.01)
     assert config.use_reward_scaling and config.use_critic_loss_clip and config.gradient_checkpoint
     assert not config.use_reward_clip  # its --reward_clip 0. means no clipping
-    config.check_world(1, 32_000)  # and --entropy_clip 35 without an entropy bonus harms nobody
+    config.check_world(1, 32_000)  # --entropy_clip 35 is above ln(vocabulary), but there is no entropy bonus
+    assert set(KEPT_NAMES.split()) <= names(PPOConfig)
 
 
 def test_released_reward_script_parses():
@@ -56,80 +69,171 @@ def test_released_reward_script_parses():
     assert (config.validation_metric, config.larger_is_better) == ("accuracy", True)
 
 
-def test_every_kept_flag_exists_with_help():
-    known = {option for action in build_parser(PPOConfig)._actions for option in action.option_strings}
-    assert {f"--{name}" for name in KEPT_NAMES.split()} <= known
-    texts = field_help(PPOConfig)
-    assert all(texts[name] for name in KEPT_NAMES.split())
-
-
-def test_every_default_is_ppo_max():
+def test_presets():
     config = parsed()
     assert config == parsed("--preset", "ppo_max")
     assert config.use_reward_scaling and config.use_reward_norm and config.use_reward_clip
     assert config.use_critic_loss_clip and config.use_policy_loss_clip and config.kl_penalty_weight > 0
-    assert config.critic_pretrain_steps > 0
     assert (config.temperature, config.topp, config.repetition_penalty) == (1.0, 1.0, 1.0)
-
-
-def test_vanilla_switches_every_trick_off_but_the_clipped_surrogate():
     config = parsed("--preset", "vanilla")
-    assert config.use_policy_loss_clip and config.pg_clip == 0.2
     assert config.kl_penalty_weight == 0.0 and config.critic_pretrain_steps == 0
     on = {switch for switch in vars(config) if switch.startswith("use_") and getattr(config, switch)}
     assert on == {"use_policy_loss_clip"}
 
 
-def test_explicit_flags_win_over_a_preset_on_either_side():
-    for flags in (
-        ["--preset", "vanilla", "--kl_penalty_weight", "0.2"],
-        ["--kl_penalty_weight=0.2", "--preset=vanilla"],
-    ):
-        assert parsed(*flags).kl_penalty_weight == 0.2
-    config = parsed("--preset", "vanilla", "--use_reward_clip", "--reward_clip", "0.8")
-    assert config.use_reward_clip and config.reward_clip == 0.8
-
-
-def test_every_trick_can_be_switched_off():
-    for switch in ("use_reward_scaling", "use_reward_norm", "use_reward_clip", "use_policy_loss_clip"):
-        assert getattr(parsed(), switch) is True
-        assert getattr(parsed(f"--no_{switch}"), switch) is False
-        assert getattr(parsed(f"--{switch}", "false"), switch) is False
+def test_flags_win_over_a_preset_on_either_side():
+    for flags in ("--preset vanilla --kl_penalty_weight 0.2", "--kl_penalty_weight=0.2 --preset=vanilla"):
+        assert parsed(*flags.split()).kl_penalty_weight == 0.2
+    config = parsed("--preset", "vanilla", "--use_reward_clip", "--reward_clip", "0.8", "--use_reward_norm", "1")
+    assert config.use_reward_clip and config.reward_clip == 0.8 and config.use_reward_norm is True
 
 
 @pytest.mark.parametrize(("switch", "amount"), AMOUNTS.items())
-def test_a_switch_with_amount_zero_is_refused(switch, amount):
+def test_amounts_of_0(switch, amount):
     with pytest.raises(UserError, match=f"--{switch} with --{amount} 0"):
         parsed("--ppo_pretrain_data_path", "T", f"--{switch}", f"--{amount}", "0")
+    assert getattr(parsed(f"--{amount}", "0"), switch) is False
+    assert getattr(parsed(f"--{switch}", "no"), switch) is False
 
 
-@pytest.mark.parametrize("switch", ["use_reward_clip", "use_critic_loss_clip", "use_policy_loss_clip"])
-def test_amount_zero_alone_switches_a_presets_trick_off(switch):
-    assert getattr(parsed(f"--{AMOUNTS[switch]}", "0"), switch) is False
+@pytest.mark.parametrize(
+    ("flags", "answers"),
+    [
+        ("--learning_rate 1e-6", ["--learning_rate is unknown; use --lr ("]),
+        ("--kl_coef=0.1 --cliprange 0.2", ["--kl_coef is unknown; use --kl_penalty_weight", "use --pg_clip"]),
+        ("--per_device_train_batch_size 4", ["use --batch_size", "over all devices", "--micro_batch_tokens"]),
+        (
+            "--num_train_epochs 2 --lora_r 8",
+            ["use --train_steps", "not epochs", "--lora_r is unknown: there is no"],
+        ),
+        ("--model_name_or_path M --max_length 9", ["use --policy_model_path", "use --maxlen_prompt", "together"]),
+        ("--bf16 --deepspeed ds.json", ["use --dtype", "use --zero_stage", "no DeepSpeed file"]),
+        ("--reward-clip 1 --no_use_reward_norm", ["use --reward_clip ;", "use --use_reward_norm false"]),
+        ("--kl_penalty_wieght 1 --critic_l 1", ["did you mean --kl_penalty_weight?", "--critic_l is unknown"]),
+    ],
+)
+def test_unknown_flags_are_answered_with_ours(flags, answers):
+    with pytest.raises(UserError) as error:
+        parsed(*flags.split())
+    for answer in answers:
+        assert answer.replace(" ;", ";") in str(error.value)
 
 
-def test_lists_words_for_switches_and_hyphens():
-    config = parsed("--reward-model-path", "A", "B", "--overwrite", "Yes", "--no-use-reward-norm", "--zero_stage", "3")
-    assert config.reward_model_path == ["A", "B"]
-    assert (config.overwrite, config.use_reward_norm, config.zero_stage) == (True, False, 3)
-    assert parsed("--preset", "vanilla", "--use_reward_norm", "1").use_reward_norm is True
-    with pytest.raises(UserError, match=r"--overwrite.*perhaps is neither true nor false"):
-        parsed("--overwrite", "perhaps")
+def test_answers_are_flags_and_other_names_are_none():
+    ours = {name for group in OURS for name in group.split()}
+    assert ours <= set().union(*map(names, CONFIGS))
+    for config_type in CONFIGS:
+        for group, others in OURS.items():
+            if set(group.split()) & names(config_type):
+                assert not set(others) & names(config_type)
+    assert explain_unknown(["--kl_coef=1"], names(SFTConfig)) == "--kl_coef is unknown (see --help)"
 
 
-def test_unknown_flag_gets_a_suggestion():
-    with pytest.raises(UserError, match=r"--kl_penalty_wieght.*did you mean --kl_penalty_weight\?"):
-        parsed("--kl_penalty_wieght", "0.1")
+def test_all_missing_flags_are_named_at_once():
+    with pytest.raises(UserError, match=r"^--policy_model_path, --critic_model_path and --data_path are missing"):
+        parse_args(PPOConfig, ["--lr", "1e-6"], PRESETS, AMOUNTS)
+
+
+@pytest.mark.parametrize("config_type", CONFIGS)
+def test_every_flag_has_a_text_and_stands_once_in_help(config_type):
+    texts, shown = field_help(config_type), overview(config_type, every=True).splitlines()
+    for field in dataclasses.fields(config_type):
+        assert texts[field.name][0].isupper(), field.name
+        assert sum(line.startswith(f"  --{field.name} ") for line in shown) == 1
+    common = sum(line.startswith("  --") for line in overview(config_type, every=False).splitlines())
+    assert common < min(41, len(names(config_type)) + 3)  # 3 of the parser
+
+
+def test_one_flag_is_explained(capsys):
+    text = " ".join(explain(PPOConfig, "reward_clip").split())
+    assert text.startswith("--reward_clip FLOAT (default: 0.3) group: PPO-max tricks Clip normalised scores")
+    assert "Part I, Figure 6" in text
+    for flags in (["--lr", "1", "--help", "--kl_in"], ["-h", "kl_in"]):
+        with pytest.raises(SystemExit) as stopped:
+            parsed(*flags)
+        assert not stopped.value.code and capsys.readouterr().out.startswith("--kl_in reward|loss  (default: reward)")
+    with pytest.raises(UserError, match="did you mean --kl_in"):
+        parsed("--help", "kl_on")
+
+
+def test_values_of_a_file(tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_text("preset: vanilla\nlr: 5e-7\nuse_reward_clip: yes\nreward_model_path: [A, B]\nlogdir: null\n")
+    config = parsed("--lr", "1e-6", "--config", str(file))
+    assert (config.lr, config.use_reward_clip, config.reward_model_path) == (1e-6, True, ["A", "B"])
+    assert config.kl_penalty_weight == 0 and config.logdir is None  # of the preset; the default
+    assert parsed("--config", str(file)).lr == 5e-7  # which YAML 1.1 takes for text
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("lr: 1\n\ntrain_step: 2\n", ":3: --train_step is unknown; did you mean --train_steps"),
+        ("lr: 1\nlam: high\n", ":2: --lam"),
+        ("lr: [1\n", "cannot be read"),
+        ("- lr\n", "holds no flags"),
+    ],
+)
+def test_mistakes_in_a_file_name_the_place(tmp_path, text, place):
+    file = tmp_path / "flags.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        parsed("--config", str(file))
+    assert str(error.value).startswith(f"--config {file}") and place in str(error.value)
+
+
+def test_the_record_of_a_run_gives_its_flags(tmp_path):
+    config = parsed("--preset", "vanilla", "--train_steps", "20", "--lam", "0.9", "--reward_model_path", "A", "B")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(run_description(config) | {"resumed_from_step": 0, "overwrite": True}))
+    again = parse_args(PPOConfig, ["--config", str(file)], PRESETS, AMOUNTS)
+    assert again == config and again.warmup_steps == 2 and not again.overwrite
+    assert "batch_size" not in again.given  # a default of that run may give way here too
+
+
+@pytest.mark.parametrize(
+    ("flags", "values", "explicit"),
+    [
+        ("--train_steps 50", {"warmup_steps": 5}, "--warmup_steps 100"),
+        ("--train_steps 5", {"warmup_steps": 0}, "--warmup_steps 6"),
+        ("--maxlen_prompt 200", {"maxlen_res": 100}, "--maxlen_res 512"),
+        ("--num_rollouts 48", {"batch_size": 16}, "--batch_size 32"),
+        ("--batch_size 48", {"num_rollouts": 96}, "--num_rollouts 128"),
+        ("--batch_size 500", {"num_rollouts": 500}, "--num_rollouts 128"),
+    ],
+)
+def test_defaults_give_way_and_explicit_values_are_refused(flags, values, explicit, capsys):
+    config = parsed(*flags.split())
+    for name, value in values.items():
+        assert getattr(config, name) == value
+        assert config.replaced_defaults == {name: default_of(PPOConfig.__dataclass_fields__[name])}
+        assert f"--{name} " in capsys.readouterr().out
+    with pytest.raises(UserError, match=explicit.split()[0]):
+        parsed(*flags.split(), *explicit.split())
+
+
+def test_defaults_give_way_to_few_prompts_and_short_windows():
+    config = parsed()
+    config.fit_prompts(11, world_size=2)
+    config.fit_window(300)
+    assert (config.num_rollouts, config.batch_size, config.maxlen_prompt, config.maxlen_res) == (10, 10, 300, 150)
+    config = parsed("--batch_size", "4", "--maxlen_prompt", "2048")
+    config.fit_prompts(11, world_size=2)
+    config.fit_window(300)
+    assert (config.num_rollouts, config.maxlen_prompt) == (8, 2048)  # the model refuses 2048 when it is loaded
+    config = parsed("--batch_size", "5")
+    config.fit_prompts(11, world_size=1)
+    assert (config.num_rollouts, config.replaced_defaults) == (10, {"num_rollouts": 128})
+    with pytest.raises(UserError, match="--num_rollouts 128 needs more prompts than the 11"):
+        parsed("--num_rollouts", "128").fit_prompts(11, world_size=1)
 
 
 @pytest.mark.parametrize(
     "flags",
     [
         RELEASED_FLAGS,
-        "--preset vanilla --lam 0.9 --reward_model_path A B",
-        "--preset vanilla --kl_penalty_weight 0.05 --use_reward_scaling True --gradient_clip 1",
-        "--report_to=-x --no_use_reward_norm",
-        "",
+        "--preset vanilla --kl_penalty_weight 0.05 --use_reward_scaling True --gradient_clip 1 --reward_model_path A B",
+        "--report_to=-x --use_reward_norm false --dtype fp32",
     ],
 )
 def test_changed_flags_give_the_same_config(flags):
@@ -139,43 +243,11 @@ def test_changed_flags_give_the_same_config(flags):
     assert parse_args(PPOConfig, shlex.split(words), PRESETS, AMOUNTS) == config
 
 
-def test_changed_flags_of_lists_of_numbers():
-    flags = "--hf_model_name_or_path M --model_save_path O --data_path A B --data_weights 2 0.5"
+def test_lists_of_numbers_and_what_launchers_append():
+    flags = "--hf_model_name_or_path M --model_save_path O --data_path A B --data_weights 2 0.5 --local_rank=1"
     config = parse_args(SFTConfig, flags.split())
-    words = changed_flags(config)
-    assert "--data_weights 2.0 0.5" in words and parse_args(SFTConfig, words.split()) == config
-
-
-def test_no_abbreviations():
-    with pytest.raises(UserError, match="--critic_l"):
-        parsed("--critic_l", "1e-6")
-
-
-def test_launchers_rank_is_accepted_and_forgotten():
-    assert parsed("--local_rank", "1") == parsed("--local_rank=0") == parsed()
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--maxlen_res 2048", "--maxlen_res 2048 leaves no room"),
-        ("--num_rollouts 10 --batch_size 4", "--num_rollouts 10 is not a multiple of --batch_size 4"),
-        ("--warmup_steps 0", "--warmup_steps 0"),
-        ("--lam 1.5", "--lam 1.5"),
-        ("--lr nan", "--lr nan"),
-        ("--temperature 0", "--temperature 0"),
-        ("--kl_in loss", "--kl_in loss needs --kl_estimator k2 or k3"),
-        ("--zero_stage 0", "--zero_stage 0"),
-        ("--grad_accum_dtype fp32 --zero_stage 1", "--grad_accum_dtype fp32 with --zero_stage 1"),
-        ("--router_aux_loss_coef -1", "--router_aux_loss_coef -1"),
-        ("--lang fr", "--lang"),
-        ("--preset fast", "--preset"),
-        ("--train_steps many", "--train_steps"),
-    ],
-)
-def test_mistakes_name_their_flag(flags, message):
-    with pytest.raises(UserError, match=message):
-        parsed(*flags.split())
+    assert config.data_weights == [2.0, 0.5] and "--data_weights 2.0 0.5" in changed_flags(config)
+    assert "--local_rank" in {name for action in build_parser(SFTConfig)._actions for name in action.option_strings}
 
 
 def test_batches_must_divide_by_the_processes():
@@ -183,23 +255,31 @@ def test_batches_must_divide_by_the_processes():
         parsed().check_world(3, 32_000)
 
 
-def test_entry_point_prints_one_line_and_exits_with_2(capsys):
+@pytest.mark.parametrize(
+    ("raised", "argv", "code", "lines"),
+    [
+        (UserError("--lr:\ntoo high"), [], 2, ["error: --lr: too high"]),
+        (UserError("--lr"), ["--debug"], 2, ["Traceback (most recent call last):", "error: --lr"]),
+        (KeyboardInterrupt(), [], 130, ["stopped by Ctrl-C"]),
+    ],
+)
+def test_entry_point(raised, argv, code, lines, capsys):
     @entry_point
     def main(argv):
-        raise UserError("--lr: too high")
+        assert not argv
+        raise raised
 
     with pytest.raises(SystemExit) as stopped:
-        main([])
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "error: --lr: too high\n"
+        main(argv)
+    shown = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == code
+    assert [shown[0], shown[-1]] == [lines[0], lines[-1]] and (argv or len(shown) == 1)
 
 
-def test_entry_point_answers_ctrl_c_without_a_traceback(capsys):
+def test_a_bug_keeps_its_traceback():
     @entry_point
     def main(argv):
-        raise KeyboardInterrupt
+        return {}["no such key"]
 
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(KeyError):
         main([])
-    assert stopped.value.code == 130
-    assert "stopped by Ctrl-C" in capsys.readouterr().err

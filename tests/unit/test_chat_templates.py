@@ -1,5 +1,6 @@
 """Chat templates of the families in helpers/families.py: prompt, mask, history, stop ids, reward models."""
 
+import copy
 import json
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from data.batching.collate import pad
 from data.chat import turn_end
-from data.choose_template import settle
+from data.choose_template import prepare_tokenizer
 from data.dialogues import Dialogue, encode_dialogues
 from data.preferences import Pair, Preference
 from data.template import encode_dialogue, encode_prompt
@@ -18,7 +19,7 @@ from ppo.models import PolicyModel
 from ppo.rollout import PolicySampler, assemble, response_ids
 from ppo.score import closed_ids
 from reward.encode import encode_preference
-from reward.forward import best_answers
+from reward.forward import best_answer_mask
 from reward.scoring.ensemble import Encoding
 from sft.model import AnswerModel
 from sft.packed_batches import Layout
@@ -56,7 +57,7 @@ def settled(family: Family, folder):
     if family.ends:
         ids = tokenizer.convert_tokens_to_ids(family.ends)
         write_json(folder / "model" / "generation_config.json", {"eos_token_id": ids if len(ids) > 1 else ids[0]})
-    found, template = settle(flags, str(folder / "tokenizer"), [("--m", str(folder / "model"))], str)
+    found, template = prepare_tokenizer(flags, str(folder / "tokenizer"), [("--m", str(folder / "model"))], str)
     assert template == "chat"
     return found
 
@@ -81,23 +82,23 @@ def test_prompt(family, tokenizer):
         assert tokenizer.decode(encode_prompt(tokenizer, SYSTEM, "chat")) == family.system
 
 
-def test_what_is_learnt(family, tokenizer):
+def test_what_is_trained_on(family, tokenizer):
     ids, mask = encode_dialogue(tokenizer, TURNS, "chat")
     assert tokenizer.decode(ids) == family.prompt + family.answer + family.behind
     assert stretches(tokenizer, ids, mask) == [*family.history, family.answer]
 
 
-def test_answers_that_the_history_changes_are_samples_of_their_own(family, tokenizer):
+def test_rewritten_answers_are_samples_of_their_own(family, tokenizer):
     said = []
     found = encode_dialogues(tokenizer, [Dialogue(TURNS, "x.json:7")], "chat", 256, said.append)
-    learnt = [stretches(tokenizer, item.ids, item.answer_mask) for item in found]
-    assert learnt == [[*family.history, family.answer], *([text] for text in family.split)]
-    assert all(item.answer_mask[-1] for item in found)  # nothing stands behind what is learnt
-    counted = [line for line in said if "1 earlier answers that the template changes" in line and "x.json:7" in line]
+    trained_on = [stretches(tokenizer, item.ids, item.answer_mask) for item in found]
+    assert trained_on == [[*family.history, family.answer], *([text] for text in family.split)]
+    assert all(item.answer_mask[-1] for item in found)  # samples end with their last end token
+    counted = [line for line in said if "1 earlier answers that the template rewrites" in line and "x.json:7" in line]
     assert len(counted) == len(said) == len(family.split)
 
 
-def test_every_answer_is_learnt_once():
+def test_each_answer_is_trained_on_once():
     """The first answer is in the whole dialogue; the second, whose reasoning goes, in a sample without the first."""
     tokenizer = family_tokenizer(FAMILIES["ChatML"])
     kept = "(message.content if loop.last else message.content.split('</think>')[-1])"
@@ -105,8 +106,8 @@ def test_every_answer_is_learnt_once():
     texts = ["One?", "A.", "Two?", "<think>x</think>B.", "Three?", "C."]
     turns = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
     found = encode_dialogues(tokenizer, [Dialogue(turns, "")], "chat", 256, str)
-    learnt = [stretches(tokenizer, item.ids, item.answer_mask) for item in found]
-    assert learnt == [["A.<|im_end|>", "C.<|im_end|>"], ["<think>x</think>B.<|im_end|>"]]
+    trained_on = [stretches(tokenizer, item.ids, item.answer_mask) for item in found]
+    assert trained_on == [["A.<|im_end|>", "C.<|im_end|>"], ["<think>x</think>B.<|im_end|>"]]
 
 
 def test_stop_ids(family, tokenizer):
@@ -123,7 +124,7 @@ def test_what_a_reward_model_reads(family, tokenizer):
     prompt = encode_prompt(tokenizer, TURNS[:-1], "chat")
     answer = ids[len(prompt) : len(ids) - len(end.ids)]
     others = [i for i in tokenizer.stop_ids if i != end.stop]
-    responses = [[*answer, *end.ids[: end.learnt]], answer, *([*answer, i] for i in others)]
+    responses = [[*answer, *end.ids[: end.num_generated]], answer, *([*answer, i] for i in others)]
     rollout = assemble([prompt] * len(responses), [torch.tensor(row) for row in responses], tokenizer.stop_ids, 0)
     assert rollout.ended.tolist() == [True, False, *[True] * len(others)]
     assert [tokenizer.decode(row) for row in closed_ids(rollout, end)] == [whole] * len(responses)
@@ -134,7 +135,7 @@ def test_what_the_loss_of_a_reward_model_counts(family, tokenizer):
     preference = Preference(TURNS[:-1], ["No.", TURNS[-1]["content"]], [Pair(1, 0, None, None)], "", "")
     item, _ = encode_preference(preference, tokenizer, "chat", 256)
     ids, mask = pad(item.answers, 0)
-    counted = best_answers([item], mask)
+    counted = best_answer_mask([item], mask)
     assert tokenizer.decode(ids[1][counted[1]]) == family.answer
     assert not counted[0].any()
     assert item.answer_lengths[1] == int(counted.sum())
@@ -168,6 +169,11 @@ def answers(policy: PolicyModel, tokenizer, prompt: list[int]) -> tuple[str, boo
 def test_a_model_that_was_trained_stops_where_its_template_does(family, tokenizer):
     policy, prompt = trained(family, tokenizer), encode_prompt(tokenizer, TURNS[:-1], "chat")
     assert answers(policy, tokenizer, prompt) == (family.answer, True)
+    if not family.answer.endswith(tokenizer.eos_token):  # with EOS as the only stop id, it would go on
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.stop_ids = (tokenizer.eos_token_id,)
+        text, ended = answers(policy, tokenizer, prompt)
+        assert text.startswith(family.answer) and text != family.answer and not ended
 
 
 class WholeEngine(InferenceEngine):
@@ -187,13 +193,3 @@ def test_samples_of_sft_stop_there_too(tmp_path, monkeypatch):
     assert (row["answer"], row["reference"]) == ("See you.", "See you.")
     assert row["prompt"] == FAMILIES["Gemma 2"].prompt
     assert lengths == [len(shown[0].ids)]  # as long as the data's own, its end token included
-
-
-@pytest.mark.parametrize("name", ["Gemma 2", "Gemma 3", "Phi 3", "ChatML, a base model's EOS", "Llama 3.1"])
-def test_with_eos_alone_it_would_not_stop(name, tmp_path):
-    family = FAMILIES[name]
-    tokenizer = settled(family, tmp_path)
-    policy, prompt = trained(family, tokenizer), encode_prompt(tokenizer, TURNS[:-1], "chat")
-    tokenizer.stop_ids = (tokenizer.eos_token_id,)
-    text, ended = answers(policy, tokenizer, prompt)
-    assert text.startswith(family.answer) and text != family.answer and not ended

@@ -1,20 +1,26 @@
-"""Every form of data that is read, what is cut off or dropped, and that it is said with file and line."""
+"""Data files to records, dialogues and prompts: formats, bad data, truncation, validation sets, streams."""
 
+import io
+import itertools
 import json
+from datetime import datetime
+from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 from conftest import SAMPLES
 
-from data.dialogues import load_dialogues
-from data.formats.dialogue_forms import check_turns, turns_of
-from data.formats.records import BadRecord, read_records
+from data.dialogues import Dialogue, EncodedDialogue, batches, encode, encode_dialogues, load_dialogues
+from data.formats.dialogue_forms import check_turns, parse_turns
+from data.formats.json_lines import json_line
+from data.formats.records import BadRecord, Record, Tally, read_records
+from data.formats.stream import dialogue_or_text, stream_records
+from data.order import order
 from data.preferences import load_preferences
 from data.prompts import load_prompts
 from data.template import encode_dialogue, encode_prompt
+from utils.errors import UserError
 from utils.tokenizer import load_tokenizer
-
-HI = [{"role": "user", "content": "Hi"}]
-HI_HELLO = [*HI, {"role": "assistant", "content": "Hello"}]
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +28,18 @@ def tokenizer(tiny_model):
     return load_tokenizer(str(tiny_model), "moss_en")
 
 
-def write(file, records, lines=False):
-    """`records` as a JSON list with one record a line, the first on line 2, or as JSON lines."""
-    texts = [json.dumps(record, ensure_ascii=False) for record in records]
-    file.write_text("\n".join(texts) if lines else "[\n" + ",\n".join(texts) + "\n]", encoding="utf-8")
+def turns(*texts: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
+
+
+HI, HI_HELLO = turns("Hi"), turns("Hi", "Hello")
+
+
+def write(file, records) -> str:
+    """A .json file as one list, or a .jsonl file."""
+    texts = [json.dumps(record) for record in records]
+    text = "\n".join(texts) if file.suffix == ".jsonl" else f"[{', '.join(texts)}]"
+    file.write_text(text, encoding="utf-8")
     return str(file)
 
 
@@ -35,7 +49,7 @@ def prompts_of(path, tokenizer, max_tokens=1000, num_valid=0, seed=0):
     return train, valid, said
 
 
-def test_the_samples_load_without_a_loss(tiny_model):
+def test_samples_load_completely(tiny_model):
     for lang in ("en", "zh"):
         tokenizer, said = load_tokenizer(str(tiny_model), f"moss_{lang}"), []
         folder = SAMPLES / lang
@@ -43,114 +57,203 @@ def test_the_samples_load_without_a_loss(tiny_model):
         preferences = load_preferences(str(folder / "preferences"), 0, 0, said.append)
         dialogues = load_dialogues(str(folder / "dialogues"), 0, 0, said.append)
         assert [len(split) for split in (*prompts, *preferences, *dialogues)] == [24, 8, 14, 4, 14, 2]
-        assert len(said) == 3  # one summary each; nothing dropped or cut
-        for dialogue in dialogues[0]:
-            assert any(encode_dialogue(tokenizer, dialogue.turns, f"moss_{lang}")[1])
+        assert len(said) == 3  # one summary each; nothing dropped or truncated
 
 
 @pytest.mark.parametrize(
-    "record",
+    ("record", "expected"),
     [
-        ["Hi"],
-        ["Hi", "Hello"],
-        {"messages": HI},
-        {"messages": HI_HELLO},
-        {"conversations": [{"from": "human", "value": " Hi "}]},
-        {"instruction": "Hi", "input": ""},
-        {"prompt": "Hi"},
-        {"prompt": ["Hi"]},
-        {"prompt": HI},
-        {"prompt": "\n\nHuman: Hi\n\nAssistant:"},
-        {"prompt": "Hi", "response": "Hello"},
+        (["Hi"], HI),
+        (["Hi", "Hello"], HI_HELLO),
+        ({"messages": HI_HELLO}, HI_HELLO),
+        ({"conversations": [{"from": "human", "value": " Hi "}, {"from": "gpt", "value": "Hello"}]}, HI_HELLO),
+        ({"instruction": "Hi", "input": ""}, HI),
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, turns("Add.\n\n1 2", "3")),
+        ({"prompt": "Hi"}, HI),
+        ({"prompt": ["Hi"]}, HI),
+        ({"prompt": HI, "response": "Hello"}, HI_HELLO),
+        ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "response": " Hello"}, HI_HELLO),
+        ({"prompt": "\n\nHuman: Hi\n\nAssistant: A\nHuman: b\n\nHuman: c"}, turns("Hi", "A\nHuman: b", "c")),
     ],
 )
-def test_prompt_forms(tmp_path, tokenizer, record):
-    train, _, _ = prompts_of(write(tmp_path / "x.json", [record]), tokenizer)
-    assert [prompt.turns for prompt in train] == [HI]
-    assert train[0].ids == encode_prompt(tokenizer, HI, "moss_en")
-    assert train[0].source == f"{tmp_path}/x.json:2"
+def test_dialogue_formats(record, expected):
+    assert parse_turns(record) == expected
 
 
 @pytest.mark.parametrize(
-    "record",
+    ("pairs", "reason"),
     [
-        ["Hi", "Hello"],
-        ["Hi", "Hello", "And?"],
-        {"messages": HI_HELLO},
-        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
-        {"instruction": "Hi", "input": "", "output": "Hello"},
-        {"prompt": "Hi", "response": "Hello"},
-        {"prompt": "\n\nHuman: Hi\n\nAssistant:", "response": " Hello"},
+        ([], "no human turn"),
+        ([("system", "x")], "no human turn"),
+        ([("assistant", "x")], "the assistant speaks first"),
+        ([("user", "x"), ("user", "y")], "two turns of the human in a row"),
+        ([("user", "x"), ("assistant", "y"), ("assistant", "z")], "two turns of the assistant in a row"),
+        ([("user", "x"), ("system", "y")], "a system turn that is not the first"),
+        ([("system", ""), ("user", "x")], "an empty turn"),
+        ([("user", "half \ud83d")], "a lone surrogate"),
     ],
 )
-def test_dialogue_forms(tmp_path, record):
-    said = []
-    train, _ = load_dialogues(write(tmp_path / "x.jsonl", [record], lines=True), 0, 0, said.append)
-    assert [dialogue.turns for dialogue in train] == [HI_HELLO]
-    assert train[0].source == f"{tmp_path}/x.jsonl:1"
-    assert ("question without an answer" in said[0]) == (record == ["Hi", "Hello", "And?"])
+def test_turns_that_cannot_be_used(pairs, reason):
+    with pytest.raises(BadRecord, match=reason):
+        check_turns([{"role": role, "content": content} for role, content in pairs])
 
 
-def test_alpaca_input_stands_below_the_instruction():
-    turns = turns_of({"instruction": "Add.", "input": "1 2", "output": "3"})
-    assert [turn["content"] for turn in turns] == ["Add.\n\n1 2", "3"]
+BAD_RECORDS = [
+    "a bare string", 3, None, [], [""], ["a", 3], {}, {"text": "a"}, {"messages": "a"},
+    {"messages": [{"role": "tool", "content": "a"}]}, {"messages": [{"role": ["user"], "content": "a"}]},
+    {"messages": [{"role": "user"}]}, {"messages": [{"role": "user", "content": 3}]},
+    {"conversations": [{"from": "gpt", "value": "a"}]}, {"instruction": None}, {"instruction": "a", "input": 3},
+    {"prompt": 3}, {"prompt": "a", "response": 3}, {"prompt": "Human: a\n\nHuman: b"}, ["half \ud83d"],
+]  # fmt: skip
 
 
-def test_truncation_drops_the_oldest_exchanges_first_and_says_so(tmp_path, tokenizer):
+def test_bad_records_are_counted_and_the_others_used(tmp_path, tokenizer):
+    file = write(tmp_path / "x.json", [["fine", "good"], *BAD_RECORDS])
+    for load in (lambda say: load_prompts(file, tokenizer, "moss_en", 99, 0, 0, say),
+                 lambda say: load_dialogues(file, 0, 0, say)):  # fmt: skip
+        said = []
+        assert len(load(said.append)[0]) == 1
+        assert sum(int(line.split()[1]) for line in said if " dropped: " in line) == len(BAD_RECORDS)
+        assert any(f"first at {file}:record 2" in line for line in said)
+
+
+def test_answers_that_prompts_lose_and_questions_that_dialogues_lose(tmp_path, tokenizer):
+    file = write(tmp_path / "x.jsonl", [["a", "b", "c"], ["b", "c"], ["d", "e"]])
+    train, _, said = prompts_of(file, tokenizer)
+    assert [len(prompt.turns) for prompt in train] == [3, 1, 1]
+    assert train[1].ids == encode_prompt(tokenizer, turns("b"), "moss_en")
+    assert said[0] == f"prompts: 2 ended in the assistant's answer, which was cut off; first at {file}:2, then :3"
+    said.clear()
+    train, _ = load_dialogues(file, 0, 0, said.append)
+    assert train[0] == Dialogue(turns("a", "b"), f"{file}:1")
+    assert said[0].startswith("dialogues: 1 ended in a question") and said[0].endswith("x.jsonl:1")
+
+
+def test_prompts_lose_their_oldest_exchanges(tmp_path, tokenizer):
     system = {"role": "system", "content": "Be kind."}
-    texts = ["one " * 30, "two", "three", "four", "five"]
-    spoken = [{"role": ("user", "assistant")[k % 2], "content": text.strip()} for k, text in enumerate(texts)]
-    records = [["Hi"], {"messages": [system, *spoken]}, texts, ["six " * 200]]
+    spoken = turns("one " * 30 + "end", "two", "three", "four", "five")
+    records = [["Hi"], {"messages": [system, *spoken]}, {"messages": spoken}, ["six " * 200]]
     budget = len(encode_prompt(tokenizer, [system, *spoken[2:]], "moss_en"))
     train, _, said = prompts_of(write(tmp_path / "x.json", records), tokenizer, budget)
     assert [prompt.turns for prompt in train] == [HI, [system, *spoken[2:]], spoken[2:]]
-    assert all(len(prompt.ids) <= budget for prompt in train)
-    assert said[0] == f"prompts: 2 truncated (oldest turns dropped); first at {tmp_path}/x.json:3, then :4"
-    reason = f"longer than --maxlen_prompt - --maxlen_res = {budget} tokens"
-    assert said[1] == f"prompts: 1 dropped: {reason}; first at {tmp_path}/x.json:5"
-    # One token less, and the next exchange goes as well.
+    assert said[0].startswith("prompts: 2 truncated") and said[0].endswith("x.json:record 2, then :record 3")
+    assert f"1 dropped: longer than --maxlen_prompt - --maxlen_res = {budget} tokens" in said[1]
     assert prompts_of(tmp_path / "x.json", tokenizer, budget - 1)[0][1].turns == [system, spoken[4]]
 
 
-def test_cut_off_answers_are_counted(tmp_path, tokenizer):
-    _, _, said = prompts_of(write(tmp_path / "x.json", [["a"], ["b", "c"], ["d", "e"]]), tokenizer)
-    assert (
-        said[0]
-        == f"prompts: 2 ended in the assistant's answer, which was cut off; first at {tmp_path}/x.json:3, then :4"
-    )
+def test_dialogues_lose_their_oldest_exchanges(tokenizer):
+    said, short = [], turns("Third?", "Fourth.")
+    long = turns("word " * 30 + ".", "word " * 30 + ".")
+    dialogues = [Dialogue(long + short, "x:1"), Dialogue(long, "x:2"), Dialogue(short, "x:3")]
+    fitting = encode_dialogues(tokenizer, dialogues, "moss_en", 30, said.append, "--maxlen_prompt")
+    expected = encode_dialogue(tokenizer, short, "moss_en")
+    assert [(item.ids, item.answer_mask, item.source) for item in fitting] == [(*expected, "x:1"), (*expected, "x:3")]
+    assert said[0].endswith("to --maxlen_prompt; first at x:1")
+    assert said[1].endswith("exceeds --maxlen_prompt; first at x:2")
+    assert encode(tokenizer, dialogues[0], "moss_en", 30)[1] == 2
+    assert encode(tokenizer, dialogues[2], "moss_en", len(expected[0]))[0].ids == expected[0]
+    assert encode(tokenizer, dialogues[2], "moss_en", len(expected[0]) - 1) == (None, 0, [])
+
+
+def test_the_first_places_per_reason_are_named():
+    tally = Tally("records")
+    for place in ("a:1", "a:1", "a:7", "b:2", "a:9", "b:3", "b:3", "b:4", "b:5"):
+        tally.add("bad" if place != "b:5" else "worse", place)
+    assert tally.lines() == [
+        "records: 8 bad; first at a:1, then :7, b:2, a:9, b:3, …",
+        "records: 1 worse; first at b:5",
+    ]
 
 
 def test_validation_files_or_a_seeded_part(tmp_path, tokenizer):
     write(tmp_path / "a_train.json", [[f"a {i}"] for i in range(5)])
-    write(tmp_path / "b_train.jsonl", [[f"b {i}"] for i in range(5)], lines=True)
+    write(tmp_path / "b_train.jsonl", [[f"b {i}"] for i in range(5)])
     write(tmp_path / "notes.json", [["not read"]])
     train, valid, said = prompts_of(tmp_path, tokenizer, num_valid=3)
     texts = [prompt.turns[0]["content"] for prompt in (*train, *valid)]
     assert sorted(texts) == sorted([f"{name} {i}" for name in "ab" for i in range(5)])
-    assert len(valid) == 3
-    assert any("3 held out by seed 0" in line for line in said)
+    assert len(valid) == 3 and any("3 held out by seed 0" in line for line in said)
     assert prompts_of(tmp_path, tokenizer, num_valid=3)[1] == valid
     assert prompts_of(tmp_path, tokenizer, num_valid=3, seed=1)[1] != valid
     assert prompts_of(tmp_path, tokenizer, num_valid=0)[1] == []
-
+    with pytest.raises(UserError, match="10 usable prompts are too few to hold out 10"):
+        prompts_of(tmp_path, tokenizer, num_valid=10)
     write(tmp_path / "a_valid.json", [["held out"]])
     train, valid, _ = prompts_of(tmp_path, tokenizer, num_valid=3)
     assert (len(train), len(valid)) == (10, 1)
 
 
-def test_lines_of_records_in_a_free_layout(tmp_path):
+def test_lines_and_numbers_of_records(tmp_path):
     file = tmp_path / "x.json"
-    file.write_text('\ufeff[ {"prompt":\n "a"}, ["b"],\n\n\n["c\u2028"]\n,["d"]\n]\n', encoding="utf-8")
-    records = read_records(str(file))[0]
-    assert [record.source.rsplit(":", 1)[1] for record in records] == ["1", "2", "5", "6"]
-    assert [record.value for record in records] == [{"prompt": "a"}, ["b"], ["c\u2028"], ["d"]]
+    file.write_text('\ufeff[ {"prompt":\n "a"}, ["b"],\n\n["c\u2028"]\n]\n', encoding="utf-8")
+    expected = [({"prompt": "a"}, "1"), (["b"], "2"), (["c\u2028"], "3")]
+    assert read_records(str(file))[0] == [Record(value, f"{file}:record {number}") for value, number in expected]
     lines = tmp_path / "x.jsonl"
     lines.write_text('["a\u2028"]\r\n\r\n["b"]\n', encoding="utf-8")
-    records = read_records(str(lines))[0]
-    assert [(record.value, record.source[-1]) for record in records] == [(["a\u2028"], "1"), (["b"], "3")]
+    assert read_records(str(lines))[0] == [Record(["a\u2028"], f"{lines}:1"), Record(["b"], f"{lines}:3")]
 
 
-def test_tables_go_through_datasets(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.json", b'[\n["a"],\n["b"\n', r"x.json:4: broken JSON \(.*column 1"),
+        ("x.json", b'[["a"]\n["b"]]', "x.json:2: broken JSON"),
+        ("x.json", b'[["a"]]\n[["b"]]', r"x.json:2: broken JSON \(Extra data"),
+        ("x.json", b'{"prompt": "a"}\n', r"x.json: .*not a JSON list.*\.jsonl"),
+        ("x.json", b"[" * 200000, "x.json:1: broken JSON"),
+        ("x.json", b"[" + b"1" * 10000 + b"]", "x.json:1: broken JSON"),
+        ("x.json", b'[\n["caf\xe9"]]', "x.json:2: not UTF-8"),
+        ("x.json", b" \n", "--data_path.*no records"),
+        ("x.json", b"[ ]", "--data_path.*no records"),
+        ("x.jsonl", b"\n\n", "--data_path.*no records"),
+        ("x.jsonl", b'["a"]\n\n{"prompt": \n', "x.jsonl:3: broken JSON"),
+        ("x.jsonl", b'["a"]\n\xff', "x.jsonl:2: not UTF-8"),
+        ("x.txt", b"hello", "--data_path.*ending '.txt'"),
+        ("x.parquet", b"not parquet", "--data_path.*cannot load"),
+    ],
+)
+def test_files_that_stop_the_run(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        read_records(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    write(tmp_path / "x.json", [["a"]])
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)  # root may read everything, so chmod has no effect
+    with pytest.raises(UserError, match=r"--data_path: cannot read .*x.json: Permission denied"):
+        read_records(str(tmp_path / "x.json"))
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "nowhere", "data/nowhere", "some/nowhere.json"])
+def test_missing_paths_stay_local(path, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("went to the hub"))
+    with pytest.raises(UserError, match=r"--data_path: .*does not exist"):
+        read_records(path)
+
+
+def test_hub_data_sets(monkeypatch):
+    splits = {"train": [{"prompt": "a"}], "validation": [{"prompt": "b"}]}
+    monkeypatch.setattr("datasets.load_dataset", lambda _: splits)
+    train, valid = read_records("owner/set")
+    assert (train, valid[0].value) == ([Record({"prompt": "a"}, "owner/set[train]:1")], {"prompt": "b"})
+    monkeypatch.setattr("datasets.load_dataset", lambda _: {"test": []})
+    with pytest.raises(UserError, match="no train split, only test"):
+        read_records("owner/set")
+
+    def offline(_):
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(UserError, match=r"--data_path: cannot load owner/set \(no route\)"):
+        read_records("owner/set")
+
+
+def test_tables_are_read_by_datasets(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -163,28 +266,109 @@ def test_tables_go_through_datasets(tmp_path, monkeypatch):
         assert train[1].source == f"{tmp_path}/{name}[train]:2"
 
 
-def test_hub_data_sets(monkeypatch):
-    splits = {"train": [{"prompt": "a"}], "validation": [{"prompt": "b"}]}
-    monkeypatch.setattr("datasets.load_dataset", lambda name: splits if name == "owner/set" else None)
-    train, valid = read_records("owner/set")
-    assert (train[0].value, train[0].source) == ({"prompt": "a"}, "owner/set[train]:1")
-    assert valid[0].value == {"prompt": "b"}
+def test_data_without_a_usable_record(tmp_path, tokenizer):
+    with pytest.raises(UserError, match=r"--data_path: no .train.json.*no JSON files at all"):
+        read_records(str(tmp_path))
+    file = tmp_path / "train.json"
+    write(file, [["much too long"], [""]])
+    with pytest.raises(UserError, match=r"--data_path .*no usable prompts left .*1 dropped: longer than .* = 4 tokens"):
+        prompts_of(file, tokenizer, 4)
+    with pytest.raises(UserError, match=r"^--ppo_pretrain_data_path .*no usable dialogues left .*no answer of the"):
+        load_dialogues(str(file), 0, 0, lambda _: None, "--ppo_pretrain_data_path")
+    write(file, [["a"]])
+    write(tmp_path / "valid.json", [[""]])
+    with pytest.raises(UserError, match=r"left for validation .*an empty turn.*valid.json:record 1"):
+        prompts_of(tmp_path, tokenizer)
+
+
+def test_all_records_can_be_written_again():
+    """A lone surrogate from a JSON escape, and a date from a .parquet file."""
+    value = {"text": "你好", "half": "\ud83d", "when": datetime(2026, 1, 2), "lines": "a\nb"}
+    line = json_line(value)
+    line.encode()
+    assert line.count("\n") == 1
+    assert json.loads(line) == value | {"when": "2026-01-02 00:00:00"}
+
+
+def items(name: str, count: int) -> list[EncodedDialogue]:
+    return [EncodedDialogue([1], [False], f"{name}{i}") for i in range(count)]
+
+
+def test_batches_of_one_set_and_of_weighted_sets():
+    stream = batches([items("a", 3), items("b", 4)], 5, seed=2)
+    names = ["a0", "a1", "a2", "b0", "b1", "b2", "b3"]
+    seen = [item.source for batch in islice(stream, 4) for item in batch]
+    assert seen == [names[i] for i in order(0, 20, 7, seed=2)]
+    stream = batches([items("a", 3), items("b", 400)], 100, seed=2, weights=[3, 1])
+    seen = [item.source[0] for batch in islice(stream, 10) for item in batch]
+    assert seen.count("a") == 750 and 60 <= seen[:100].count("a") <= 90
+
+
+def test_streams_of_files(tmp_path):
+    lines, texts = tmp_path / "x.jsonl", tmp_path / "x.txt"
+    lines.write_bytes('\ufeff["a", "b"]\n\n{"prompt": "\u2028"}\n'.encode())
+    texts.write_text('first\n \n["a"]\n')
+    whole = write(tmp_path / "x.json", [["a", "b"], ["c", "d"]])
+    expected = [Record(["a", "b"], f"{lines}:1"), Record({"prompt": "\u2028"}, f"{lines}:3")]
+    assert list(stream_records(str(lines), "--input")) == expected
+    assert list(stream_records(str(texts), "--input")) == [Record("first", f"{texts}:1"), Record('["a"]', f"{texts}:3")]
+    assert [r.source for r in stream_records(whole, "--input")] == [f"{whole}:record 1", f"{whole}:record 2"]
+    assert next(r.value for r in stream_records(str(lines), "--input", "text")) == '["a", "b"]'
 
 
 @pytest.mark.parametrize(
-    ("turns", "reason"),
+    ("content", "form", "expected"),
     [
-        ([], "no human turn"),
-        ([("system", "x")], "no human turn"),
-        ([("assistant", "x")], "the assistant speaks first"),
-        ([("user", "x"), ("user", "y")], "two turns of the human in a row"),
-        ([("user", "x"), ("assistant", "y"), ("assistant", "z")], "two turns of the assistant in a row"),
-        ([("user", "x"), ("system", "y")], "a system turn that is not the first"),
-        ([("user", " \n")], "an empty turn"),
-        ([("system", ""), ("user", "x")], "an empty turn"),
-        ([("user", "half \ud83d")], "half a surrogate pair"),
+        (b'["a"]\n"b"\n', "auto", [["a"], "b"]),
+        (b"\nHello\n[b]", "auto", ["Hello", "[b]"]),
+        (b"[laughs] Hello", "text", ["[laughs] Hello"]),
+        (b"3\n", "json", [3]),
+        (b" \n", "auto", []),
     ],
 )
-def test_turns_that_cannot_be_used(turns, reason):
-    with pytest.raises(BadRecord, match=reason):
-        check_turns([{"role": role, "content": content} for role, content in turns])
+def test_streams_of_pipes(monkeypatch, content, form, expected):
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+    assert [record.value for record in stream_records("-", "--input", form)] == expected
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=(b'"%d"\n' % i for i in itertools.count())))
+    first = list(islice(stream_records("-", "--input"), 2))  # an endless pipe
+    assert first == [Record("0", "stdin:1"), Record("1", "stdin:2")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", b'["a"]\n{"b"\n', "x.jsonl:2: broken JSON .*fix"),
+        ("x.txt", b"\xff", "x.txt:1: not UTF-8"),
+        ("x.doc", b"a", "--input: .*unknown ending '.doc'"),
+    ],
+)
+def test_streams_that_cannot_be_read(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(stream_records(str(tmp_path / name), "--input"))
+    with pytest.raises(UserError, match=r"--input: .* does not exist"):
+        stream_records(str(tmp_path / "nowhere.jsonl"), "--input")  # before anything is read
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (["Hi", "Hello "], HI_HELLO),
+        ({"prompt": "Hi", "response": ""}, turns("Hi", "")),
+        ("\n\nHuman: Hi\n\nAssistant: Hello", HI_HELLO),
+        ("A sentence.", "A sentence."),
+        ({"text": "A sentence.", "id": 3}, "A sentence."),
+        ({"text": "not this", "prompt": "Hi", "response": "Hello"}, HI_HELLO),
+        (["Hi"], "does not end in an answer"),
+        (["Hi", "", "Bye", "Bye"], "an empty turn"),
+        (" ", "an empty turn"),
+        ({"text": "\ud83d"}, "surrogate"),
+        ({"text": 3}, "none of the keys"),
+    ],
+    ids=repr,
+)
+def test_dialogues_and_texts_to_score(value, expected):
+    try:
+        assert dialogue_or_text(value) == expected
+    except BadRecord as error:
+        assert expected in str(error)

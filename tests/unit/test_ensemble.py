@@ -1,4 +1,4 @@
-"""Reward models asked about dialogues: one score each whatever the batches, one rule over several models."""
+"""Scores of dialogues by one or several reward models: batches, windows, rules, offloading, ranks, labels."""
 
 import json
 import math
@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from data.template import encode_dialogue
-from reward.scoring.ensemble import Encoding, Ensemble, Frozen, check_labels, score_dialogues
+from reward.model import save_scalar_model
+from reward.scoring import score_records
+from reward.scoring.ensemble import Encoding, Ensemble, Frozen, Member, check_labels, score_dialogues
+from reward.scoring.score_flags import ScoreConfig
+from reward.scoring.score_records import load_reward_models, score_chunk
 from tests.helpers.parts import ppo_config, tiny_scalar_model
 from tests.helpers.tiny import VOCAB, tiny_tokenizer_folder
 from utils.engine.engine import device
@@ -43,10 +47,7 @@ def test_scores_come_in_the_order_given_and_do_not_depend_on_batches(tokenizer, 
         ids = torch.tensor([encode_dialogue(tokenizer, turns, "moss_en")[0]])
         assert ids[0, -1] == tokenizer.eos_token_id
         assert found == pytest.approx(float(model(ids, torch.ones_like(ids).bool())[0, -1]), abs=1e-5)
-
-
-def test_no_dialogues(tokenizer):
-    assert score_dialogues(tiny_scalar_model(vocab=VOCAB), Encoding(tokenizer, "moss_en", None), [], 100) == ([], [])
+    assert score_dialogues(model, Encoding(tokenizer, "moss_en", None), [], 100) == ([], [])
 
 
 def test_the_oldest_turns_go_until_the_dialogue_fits_the_window(tokenizer):
@@ -70,11 +71,7 @@ SCORES = torch.tensor([[1.0, 3.0, 8.0], [-2.0, -2.0, -2.0]])
 
 @pytest.mark.parametrize(
     ("rule", "expected"),
-    [
-        ("mean", [4.0, -2.0]),
-        ("min", [1.0, -2.0]),
-        ("mean_minus_std", [4.0 - 0.5 * math.sqrt((9 + 1 + 16) / 3), -2.0]),
-    ],
+    [("mean", [4.0, -2.0]), ("min", [1.0, -2.0]), ("mean_minus_std", [4.0 - 0.5 * math.sqrt((9 + 1 + 16) / 3), -2.0])],
 )
 def test_rules_by_hand(rule, expected):
     ensemble = Ensemble([], rule, std_coef=0.5)
@@ -144,32 +141,55 @@ def reward_folder(folder: Path, **config) -> str:
     return str(folder)
 
 
-def test_labels_of_one_meaning(tmp_path):
-    unnamed = reward_folder(tmp_path / "unnamed")
-    ours = reward_folder(tmp_path / "ours", id2label={"0": "LABEL_0"}, problem_type="regression")
-    check_labels([unnamed, ours], "--model")
-    check_labels([reward_folder(tmp_path / "named", id2label={"0": "toxicity"})], "--model")
+def test_labels_with_one_and_with_two_meanings(tmp_path):
+    first = reward_folder(tmp_path / "a")
+    check_labels([first, reward_folder(tmp_path / "same", id2label={"0": "LABEL_0"}, problem_type="regression")], "--m")
+    for number, (config, meaning) in enumerate(
+        [
+            ({"id2label": {"0": "toxicity"}}, r"toxicity \(regression\)"),
+            ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, r"LABEL_0, LABEL_1 \(regression\)"),
+            ({"problem_type": "single_label_classification"}, r"LABEL_0 \(single_label_classification\)"),
+        ]
+    ):
+        other = reward_folder(tmp_path / f"b{number}", **config)
+        with pytest.raises(UserError, match=rf"^--m: the scores of {other} mean {meaning}, .*/a LABEL_0 "):
+            check_labels([first, other], "--m")
+    for content in ("[]", '{"model_type": "llama", "id2label": ["a"]}'):
+        (tmp_path / "a" / "config.json").write_text(content)
+        with pytest.raises(UserError, match=r"--m: .*config.json"):
+            check_labels([first], "--m")
 
 
-@pytest.mark.parametrize(
-    ("config", "meaning"),
-    [
-        ({"id2label": {"0": "toxicity"}}, r"toxicity \(regression\)"),
-        ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, r"LABEL_0, LABEL_1 \(regression\)"),
-        ({"problem_type": "single_label_classification"}, r"LABEL_0 \(single_label_classification\)"),
-    ],
-)
-def test_labels_of_two_meanings_are_named(tmp_path, config, meaning):
-    paths = [reward_folder(tmp_path / "a"), reward_folder(tmp_path / "b", **config)]
-    with pytest.raises(
-        UserError, match=rf"^--model: the scores of .*/b mean {meaning}, .*/a LABEL_0 .*: give"
-    ) as error:
-        check_labels(paths, "--model")
-    assert "\n" not in str(error.value)
+TEXTS = ["one", "two three", "four", "five and six", "a text that is longer than eight tokens"]
 
 
-def test_a_config_that_is_no_object_is_named(tmp_path):
-    path = reward_folder(tmp_path / "a")
-    (tmp_path / "a" / "config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"--model: .*config.json is damaged"):
-        check_labels([path], "--model")
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_ranks_share_a_chunk(tokenizer, monkeypatch, count):
+    members = []
+    for seed, window in ((1, None), (2, 8)):
+        model = tiny_scalar_model(VOCAB, seed).requires_grad_(False)
+        members.append(Member(Frozen(model, False), window, Encoding(tokenizer, "moss_en", window)))
+    texts, shares = TEXTS[:count], []
+    expected = score_chunk(members, texts, 100)
+    assert [(len(scores), cut) for scores, cut in expected] == [(2, k == 4) for k in range(count)]
+    both = [[None] * count] * 2
+    monkeypatch.setattr(score_records, "world_size", lambda: 2)
+    monkeypatch.setattr(score_records, "gather_objects", lambda rows: shares.append(rows) or both)
+    for rank in (0, 1):
+        monkeypatch.setattr(score_records, "rank", lambda rank=rank: rank)
+        score_chunk(members, texts, 100)
+    assert [len(share) for share in shares] == [(count + 1) // 2, count // 2]
+    monkeypatch.setattr(score_records, "gather_objects", lambda rows: shares)
+    found = score_chunk(members, texts, 100)
+    assert found == [(pytest.approx(scores, abs=1e-5), cut) for scores, cut in expected]
+
+
+def test_each_model_has_its_own_tokenizer_and_template(tmp_path):
+    paths = []
+    for template, vocab in (("moss_en", VOCAB), ("moss_zh", 370)):
+        tokenizer = load_tokenizer(str(tiny_tokenizer_folder(tmp_path / f"{vocab}_tokenizer", vocab)), template)
+        paths.append(str(tmp_path / template))
+        save_scalar_model(tiny_scalar_model(len(tokenizer)), paths[-1], tokenizer=tokenizer)
+    members = load_reward_models(ScoreConfig(model=paths, input="-", dtype="fp32"), str)
+    found = [(len(m.encoding.tokenizer), m.encoding.template, m.encoding.window, m.window) for m in members]
+    assert found == [(VOCAB, "moss_en", 512, 512), (372, "moss_zh", 512, 512)]

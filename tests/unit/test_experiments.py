@@ -1,4 +1,4 @@
-"""Gold scores by hand, bins of a run, verdicts from made-up numbers."""
+"""Gold scores by hand, results of a run, verdicts on constructed numbers."""
 
 import json
 from dataclasses import replace
@@ -7,7 +7,7 @@ import pytest
 
 from experiments import curves
 from experiments.claims import FIGURES
-from experiments.criteria import Claim, Criterion, between, collapses, holds, of
+from experiments.criteria import Claim, Criterion, between, collapses, of, stable
 from experiments.curves import Run, gold_means, load_runs, read_run, save_run
 from experiments.gold import excess, gold, repetition
 from experiments.mutants import MUTANTS, copy_code, verdicts_on
@@ -25,24 +25,14 @@ def run_of(setting="a", seed=1, **values) -> Run:
     return Run(setting, seed, "h", "c", 1.0, 0.0, made, "AVX512")
 
 
-def test_repetition_counts_long_words_alone():
-    assert repetition(["the", "good", "the", "good", "good", "day"]) == pytest.approx(2 / 3)
+def test_gold_is_sentiment_minus_repetition_and_length():
+    assert repetition(["the", "good", "the", "good", "good", "day"]) == pytest.approx(2 / 3)  # of long words
     assert repetition(["the", "the", "the"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("words", "lost"), [(0, 1), (1, 1), (2, 0), (10, 0), (11, 1 / 3), (12, 2 / 3), (13, 1), (99, 1)]
-)
-def test_excess(words, lost):
-    assert excess(words) == pytest.approx(lost)
-
-
-def test_gold_takes_repetition_and_length_off_the_sentiment():
+    lost = {0: 1, 1: 1, 2: 0, 10: 0, 11: 1 / 3, 12: 2 / 3, 13: 1, 99: 1}
+    assert {words: excess(words) for words in lost} == pytest.approx(lost)
     # VADER: 1.9 for good; 1.9 / sqrt(1.9 ** 2 + 15)
-    assert gold(["good day"]) == [pytest.approx(0.4404, abs=1e-4)]
     twice = 3.8 / (3.8**2 + 15) ** 0.5
-    assert gold(["good good"]) == [pytest.approx(twice - 0.5, abs=1e-4)]
-    assert gold([""]) == [-1.0]
+    assert gold(["good day", "good good", ""]) == pytest.approx([0.4404, twice - 0.5, -1.0], abs=1e-4)
 
 
 def test_every_setting_is_a_command_line():
@@ -53,11 +43,7 @@ def test_every_setting_is_a_command_line():
         config = parse_args(PPOConfig, command(name, 3, FOLDER, FOLDER / "out"), PRESETS, AMOUNTS)
         assert config.seed == 3 and config.maxlen_res == 16
         assert len(load_flags(name).items() - load_flags("base").items()) <= 7, name
-
-
-def test_hash_follows_flags_and_seed():
-    assert run_hash("ppo_max", 1) == run_hash("ppo_max", 1) != run_hash("ppo_max", 2)
-    assert run_hash("ppo_max", 1) != run_hash("vanilla", 1)
+    assert len({run_hash(*run) for run in (("ppo_max", 1), ("ppo_max", 1), ("ppo_max", 2), ("vanilla", 1))}) == 3
     with pytest.raises(UserError, match="no setting nonsense"):
         load_flags("nonsense")
 
@@ -76,7 +62,7 @@ def test_claims_about_one_setting_alone():
     runs = [run_of("kl_only", seed=s, kl_ref=5.0 + s / 10, gold=[0.2] * 10 + [0.3 + s / 100] * 10) for s in range(3)]
     rows = verdicts_on("kl_only", runs).rows
     assert [row[0] for row in rows[1:]] == [
-        "The KL penalty is stable", "– kl_only: KL at the end, nats a response", "– kl_only: gold, end - start"
+        "The KL penalty is stable", "– kl_only: KL at the end, nats per response", "– kl_only: gold, end - start"
     ]  # fmt: skip
 
 
@@ -85,23 +71,23 @@ def test_verdicts():
     wide = {"a": [run_of(seed=s, kl_ref=value) for s, value in enumerate((1.0, 2.0, 3.0))]}
     narrow = {"a": [run_of(seed=s, kl_ref=value) for s, value in enumerate((1.9, 2.0, 2.1))]}
     measure = of("a", lambda run: run.end("kl_ref"))
-    assert Criterion("", measure, above=1.0).judge(wide) == ("undecided", 2.0, pytest.approx(2.484, abs=1e-3))
-    assert Criterion("", measure, above=1.0).judge(narrow)[0] == "confirmed"
-    assert Criterion("", measure, above=2.5).judge(narrow)[0] == "refuted"
-    assert Criterion("", measure, below=1.0).judge(narrow)[0] == "refuted"
-    assert Criterion("", measure, below=3.0).judge(narrow)[0] == "confirmed"
-    assert Criterion("", measure, below=3.0).judge({"a": narrow["a"][:1]})[0] == "undecided"
+    assert Criterion("", measure, above=1.0).evaluate(wide) == ("undecided", 2.0, pytest.approx(2.484, abs=1e-3))
+    assert Criterion("", measure, above=1.0).evaluate(narrow)[0] == "confirmed"
+    assert Criterion("", measure, above=2.5).evaluate(narrow)[0] == "refuted"
+    assert Criterion("", measure, below=1.0).evaluate(narrow)[0] == "refuted"
+    assert Criterion("", measure, below=3.0).evaluate(narrow)[0] == "confirmed"
+    assert Criterion("", measure, below=3.0).evaluate({"a": narrow["a"][:1]})[0] == "undecided"
     sound, unsure, wrong = (Criterion("", measure, above=bound) for bound in (1.0, 2.0, 2.5))
-    assert Claim("", [sound, sound]).judge(narrow) == "confirmed"
-    assert Claim("", [sound, unsure]).judge(narrow) == "undecided"
-    assert Claim("", [unsure, wrong, sound]).judge(narrow) == "refuted"
+    assert Claim("", [sound, sound]).evaluate(narrow) == "confirmed"
+    assert Claim("", [sound, unsure]).evaluate(narrow) == "undecided"
+    assert Claim("", [unsure, wrong, sound]).evaluate(narrow) == "refuted"
 
 
 def test_collapse_and_hold():
     sunk = {"a": [run_of(seed=s, kl_ref=90.0 + s, gold=[0.2] * 10 + [-0.5 + s / 100] * 10) for s in range(3)]}
     calm = {"a": [run_of(seed=s, kl_ref=5.0 + s / 10, gold=[0.2] * 10 + [0.3 + s / 100] * 10) for s in range(3)]}
-    assert Claim("", collapses("a")).judge(sunk) == Claim("", holds("a")).judge(calm) == "confirmed"
-    assert Claim("", collapses("a")).judge(calm) == Claim("", holds("a")).judge(sunk) == "refuted"
+    assert Claim("", collapses("a")).evaluate(sunk) == Claim("", stable("a")).evaluate(calm) == "confirmed"
+    assert Claim("", collapses("a")).evaluate(calm) == Claim("", stable("a")).evaluate(sunk) == "refuted"
 
 
 def test_pairs_are_compared_at_the_same_step():
@@ -119,17 +105,14 @@ def test_parts_of_a_run():
     assert run.until(100).curves["gold"] == [float(i) for i in range(10)]
 
 
-def test_the_alarm_goes_off_at_a_nat_a_token():
+def test_alarms_and_falls():
     others = dict.fromkeys(("perplexity", "eos_fraction", "response_length", "score_std"), 2.0)
     assert alarm_of(run_of(kl_ref=[15.9] * 20, **others)) is None
     assert alarm_of(run_of(kl_ref=[15.9] * 12 + [16.1] * 8, **others)) == 130
     assert alarm_of(run_of(**others | {"perplexity": [2.0] * 4 + [1.04] * 16})) == 50
-
-
-def test_fall_is_seen_when_fifty_steps_are_worse_than_the_best_fifty():
     assert fall_of(run_of(gold=[0.0, 0.5] * 10)) is None
     fallen = run_of(gold=[0.3] * 10 + [0.1] * 10, kl_ref=[1.0] * 12 + [6.0] * 8)
-    assert fall_of(fallen) == (130, 2.0)  # three of five bins: 0.12 below; of the last of them KL 6
+    assert fall_of(fallen) == (130, 2.0)  # three of five bins are 0.2 lower: 0.12; the KL of one is 6
 
 
 def test_a_finished_run_is_read_in_bins(tmp_path, monkeypatch):

@@ -1,10 +1,11 @@
-"""bf16 where it is fast: what is measured agrees with what the CPU's kernels are known to have."""
+"""--dtype auto: bf16 where it is fast. What is measured agrees with what the CPU's kernels are known to have."""
 
 import pytest
 import torch
 
+from tests.helpers.parts import ppo_config
 from utils import fast_dtype as module
-from utils.fast_dtype import fast_dtype, warn_of_slow_dtype
+from utils.fast_dtype import fast_dtype, settle_dtype
 
 CPU = torch.device("cpu")
 
@@ -16,11 +17,16 @@ def test_what_is_measured_is_what_the_cpu_has():
 
 
 @pytest.mark.parametrize(("times", "dtype"), [(80.0, "fp32"), (1.0, "bf16"), (0.25, "bf16")])
-def test_bf16_is_taken_where_it_costs_no_more(monkeypatch, times, dtype):
+def test_bf16_is_taken_where_it_costs_no_more(monkeypatch, capsys, times, dtype):
     monkeypatch.setattr(module, "_seconds", lambda asked: times if asked == torch.bfloat16 else 1.0)
     assert fast_dtype(CPU) == dtype
-    said = []
-    warn_of_slow_dtype("fp32", CPU, said.append)
-    assert not said
-    warn_of_slow_dtype("bf16", CPU, said.append)
-    assert len(said) == (dtype == "fp32")
+    for asked, settled in (("auto", dtype), ("bf16", "bf16"), ("fp32", "fp32")):
+        config = ppo_config(dtype=asked, zero_stage=2)
+        settle_dtype(config)
+        assert config.dtype == settled
+        assert config.replaced_defaults.get("dtype") == ("auto" if asked == "auto" else None)
+        assert ("warning" in capsys.readouterr().out) == (asked == "bf16" and dtype == "fp32")
+
+
+def test_float32_without_zero():
+    assert ppo_config(dtype="auto", zero_stage=0).dtype == "fp32"

@@ -1,4 +1,4 @@
-"""Templates on texts of any kind: the answers are what is learnt, and a prompt is how its dialogue begins."""
+"""Templates on arbitrary texts: the mask covers the answers, and a dialogue begins with its prompt."""
 
 import pytest
 from hypothesis import assume, given

@@ -1,4 +1,4 @@
-"""data/preferences.py: the forms of a preference, its numbers and subset, ranked answers, and what is dropped."""
+"""data/preferences.py: formats, strengths, margins and subsets of preferences, ranked answers, dropped records."""
 
 import json
 from pathlib import Path
@@ -65,12 +65,12 @@ def test_a_margin_is_the_strength_unless_a_column_is_named(tmp_path):
     assert margins(margin_columns=("my gap",)) == [None, None, None, 7.0]
 
 
-def test_margins_are_missed_aloud_and_all_missing_stops(tmp_path):
+def test_missing_margins_are_reported(tmp_path):
     said = []
     train, _ = load(tmp_path, GOOD | {"margin": 1}, GOOD, GOOD, margin_columns=("margin",))
     check_margins(train, ("margin",), said.append)
     assert said == [f"preferences: 2 without a margin, trained with margin 0; first at {tmp_path}/x.jsonl:2, then :3"]
-    with pytest.raises(UserError, match=r"--use_margin: no pair of --data_path .* 'margin'; name yours with"):
+    with pytest.raises(UserError, match=r"--use_margin: no pair of --data_path .* 'margin'; pass --margin_column"):
         check_margins(train[1:], ("margin",), said.append)
 
 
@@ -82,12 +82,12 @@ def test_pairs_of_negative_strength_are_flipped_with_their_numbers(tmp_path):
     assert flipped == [Pair(0, 1, 1.0, 1.0), Pair(1, 0, 2.0, 2.0), Pair(0, 1, 0.0, 0.0), Pair(0, 1)]
     assert said[0].startswith("preferences: 1 of 3 flipped")
     assert said[0].endswith("x.jsonl:2")
-    assert "1 without a 'mean preference difference', kept" in said[1]
-    with pytest.raises(UserError, match=r"--flip_negative: no pair .*python -m reward.strength adds it"):
+    assert "1 without a 'mean preference difference'" in said[1]
+    with pytest.raises(UserError, match=r"--flip_negative: no pair .*python -m reward.strength to add it"):
         flip_negative(train[3:], said.append)
 
 
-def test_a_margin_that_people_gave_stays_when_its_pair_is_flipped(tmp_path):
+def test_an_annotated_margin_does_not_change_when_its_pair_is_flipped(tmp_path):
     train, _ = load(tmp_path, GOOD | {"mean preference difference": -2, "margin": 3}, margin_columns=("margin",))
     assert flip_negative(train, str)[0].pairs == [Pair(1, 0, 2.0, 3.0)]
 
@@ -127,49 +127,34 @@ def test_a_subset_is_the_records_own_or_its_files_name(tmp_path):
     ("record", "reason"),
     [
         (["a", "b"], "keys chosen and rejected"),
-        ({"chosen": ["a", "b"]}, "keys chosen and rejected"),
         ({"chosen": ["a", "b"], "rejected": ["x", "c"]}, "histories of chosen and rejected differ"),
-        ({"chosen": ["a", "b"], "rejected": ["a", "x", "y", "c"]}, "histories of chosen and rejected differ"),
         ({"chosen": ["a", "b"], "rejected": ["a", "b "]}, "the same answer"),
         ({"chosen": ["a", "b", "c"], "rejected": ["a", "b", "d"]}, "does not end in an answer"),
         ({"chosen": ["a", "b"], "rejected": ["a", " "]}, "an empty turn"),
-        ({"chosen": HI_HELLO, "rejected": [*HI_HELLO, HI_HELLO[1]]}, "two turns of the assistant in a row"),
-        ({"chosen": HI_HELLO[::-1], "rejected": HI_HELLO[::-1]}, "the assistant speaks first"),
-        ({"chosen": HI_HELLO, "rejected": [*HI, *HI_HELLO]}, "two turns of the human in a row"),
         ({"chosen": "b", "rejected": "c"}, "neither a dialogue nor an answer"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant:"}, "does not end in"),
-        (GOOD | {"chosen": 3}, "neither a dialogue nor an answer"),
         (GOOD | {"chosen": [3]}, "a turn is a number"),
-        (GOOD | {"chosen": None}, "neither a dialogue nor an answer"),
         (GOOD | {"prompt": 3}, "prompt is a number"),
-        (GOOD | {"prompt": ["a", "b"]}, "two turns of the assistant in a row"),
         (GOOD | {"mean preference difference": "much"}, "mean preference difference is not a finite number"),
-        (GOOD | {"mean preference difference": float("nan")}, "not a finite number"),
         (GOOD | {"mean_preference_difference": True}, "not a finite number"),
         (GOOD | {"chosen score list": [1, "2"]}, "an item of chosen score list is not a finite number"),
         (GOOD | {"chosen_score_list": 3}, "chosen score list is not a list of numbers"),
-        (GOOD | {"chosen_score_list": [1], "rejected_score_list": [1, 2]}, "of different lengths"),
-        (GOOD | {"margin": "wide"}, "margin is not a finite number"),
-        (GOOD | {"subset": ""}, "subset is not a name"),
+        (GOOD | {"chosen_score_list": [1], "rejected_score_list": [1, 2]}, "have different lengths"),
+        (GOOD | {"margin": float("nan")}, "margin is not a finite number"),
+        (GOOD | {"margin": 10**400}, "margin is not a finite number"),
         (GOOD | {"subset": 3}, "subset is not a name"),
         (RANKED | {"prompt": None}, "the assistant speaks first"),
-        (RANKED | {"responses": "one"}, "not a list of at least two"),
         (RANKED | {"responses": ["one"]}, "not a list of at least two"),
         (RANKED | {"responses": ["one", " "]}, "an empty turn"),
         (RANKED | {"responses": ["one", {"role": "user", "content": "two"}]}, "neither text nor a message of the"),
         (RANKED | {"responses": ["one", "one"]}, "no two responses differ"),
-        (RANKED | {"scores": [1, 1, 1]}, "no two responses differ"),
         (RANKED | {"scores": [1, 2]}, "2 scores for 3 responses"),
         (RANKED | {"ranks": [1, 2, None]}, "an item of ranks is not a finite number"),
     ],
 )
 def test_bad_preferences_are_counted(tmp_path, record, reason):
-    train, said = load(tmp_path, GOOD, record, margin_columns=MARGIN_COLUMNS)
-    assert len(train) == 1
+    train, said = load(tmp_path, GOOD, record, GOOD | {"my gap": "not read"}, margin_columns=MARGIN_COLUMNS)
+    assert len(train) == 2
     line = next(line for line in said if reason in line)
     assert line.startswith("preferences: 1 dropped: ")
     assert line.endswith("x.jsonl:2")
-
-
-def test_a_margin_that_is_not_asked_for_may_be_anything(tmp_path):
-    assert len(load(tmp_path, GOOD | {"margin": "wide"})[0]) == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
-from sft.train import SFTConfig
+from sft.config import SFTConfig
 from utils.flags.parser import parse_args
 
 REPOSITORY = Path(__file__).parents[2]

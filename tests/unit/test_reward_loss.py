@@ -1,4 +1,4 @@
-"""reward/loss.py against numbers worked by hand: s(x) = 1 / (1 + exp(-x)), so -log s(x) = log(1 + exp(-x))."""
+"""reward/loss.py and reward/win_rate.py by hand: -log sigmoid(x) = log(1 + exp(-x))."""
 
 import math
 
@@ -6,80 +6,80 @@ import pytest
 import torch
 
 from reward.loss import ranking_hits, ranking_loss, simcse_losses
+from reward.win_rate import count_outcomes, render, wilson_interval
 
 
 def softplus(x: float) -> float:
     return math.log1p(math.exp(x))
 
 
-def test_ranking_loss_is_the_mean_of_log_one_plus_exp_of_minus_the_difference():
-    loss = ranking_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]))
-    assert loss.item() == pytest.approx((softplus(-1) + softplus(2)) / 2, abs=1e-6)
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "options", "expected"),
+    [
+        ([1.0, 0.0], [0.0, 2.0], {}, (softplus(-1) + softplus(2)) / 2),
+        ([3.0], [3.0], {}, 0.693147),
+        ([1.0, 2.0], [0.0, 0.0], {"margin": torch.tensor([1.0, -1.0])}, (softplus(0) + softplus(-3)) / 2),
+        ([2.0], [0.0], {"label_smoothing": 0.1}, 0.9 * softplus(-2) + 0.1 * softplus(2)),
+        ([2.0], [0.0], {"margin": 0.5, "label_smoothing": 0.25}, 0.75 * softplus(-1.5) + 0.25 * softplus(1.5)),
+    ],
+    ids=["mean", "tie", "margins", "smoothing", "both"],
+)
+def test_ranking_loss_by_hand(chosen, rejected, options, expected):
+    assert ranking_loss(torch.tensor(chosen), torch.tensor(rejected), **options).item() == pytest.approx(expected)
 
 
-def test_equal_scores_cost_log_two():
-    assert ranking_loss(torch.tensor([3.0]), torch.tensor([3.0])).item() == pytest.approx(0.693147, abs=1e-6)
+@pytest.mark.parametrize(("difference", "smoothing", "expected"), [(0.5, 0, -1 / (1 + math.exp(0.5))),
+                                                                   (math.log(9), 0.1, 0.0)])  # fmt: skip
+def test_gradient(difference, smoothing, expected):
+    """Minus the probability of an error; with smoothing a, the minimum is at sigmoid(d) = 1 - a."""
+    chosen = torch.tensor([difference], requires_grad=True)
+    ranking_loss(chosen, torch.zeros(1), label_smoothing=smoothing).backward()
+    assert chosen.grad.item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_margin_is_taken_off_the_difference_pair_by_pair():
-    loss = ranking_loss(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]), margin=torch.tensor([1.0, -1.0]))
-    assert loss.item() == pytest.approx((softplus(0) + softplus(-3)) / 2, abs=1e-6)
-
-
-def test_smoothing_mixes_in_the_opposite_label():
-    loss = ranking_loss(torch.tensor([2.0]), torch.tensor([0.0]), label_smoothing=0.1)
-    assert loss.item() == pytest.approx(0.9 * softplus(-2) + 0.1 * softplus(2), abs=1e-6)
-
-
-def test_smoothed_loss_is_least_where_the_sigmoid_is_one_minus_smoothing():
-    difference = torch.tensor([math.log(0.9 / 0.1)], requires_grad=True)
-    ranking_loss(difference, torch.zeros(1), label_smoothing=0.1).backward()
-    assert difference.grad.item() == pytest.approx(0.0, abs=1e-6)
-
-
-def test_bf16_scores_a_thousand_apart_give_a_finite_float32_loss_and_gradient():
+def test_large_differences_in_bf16_are_finite():
     rejected = torch.tensor([1000.0], dtype=torch.bfloat16, requires_grad=True)
     loss = ranking_loss(torch.zeros(1, dtype=torch.bfloat16), rejected)
     loss.backward()
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(1000.0)
-    assert rejected.grad.item() == pytest.approx(1.0)
-
-
-def test_the_gradient_is_minus_the_probability_of_being_wrong():
-    chosen = torch.tensor([0.5], requires_grad=True)
-    ranking_loss(chosen, torch.zeros(1)).backward()
-    assert chosen.grad.item() == pytest.approx(-1 / (1 + math.exp(0.5)), abs=1e-6)
+    assert (loss.dtype, loss.item(), rejected.grad.item()) == (torch.float32, 1000.0, 1.0)
 
 
 def test_a_tie_counts_half():
-    accuracy = ranking_hits(torch.tensor([1.0, 0.0, 2.0, 5.0]), torch.tensor([0.0, 1.0, 2.0, 4.0])).mean()
-    assert accuracy.item() == 0.625  # (1 + 0 + 1/2 + 1) / 4
+    hits = ranking_hits(torch.tensor([1.0, 0.0, 2.0, 5.0]), torch.tensor([0.0, 1.0, 2.0, 4.0]))
+    assert hits.tolist() == [1, 0, 0.5, 1]
 
 
-def test_smoothing_and_margin_together():
-    loss = ranking_loss(torch.tensor([2.0]), torch.tensor([0.0]), margin=0.5, label_smoothing=0.25)
-    assert loss.item() == pytest.approx(0.75 * softplus(-1.5) + 0.25 * softplus(1.5), abs=1e-6)
-
-
-def test_simcse_of_orthogonal_pairs_is_the_share_of_one_among_equals():
-    """cos is 1 for a pair with itself and 0 with the other, whatever the lengths: -log(e^(1/t) / (e^(1/t) + 1))."""
+def test_simcse_by_hand():
+    """Cosines of two orthogonal pairs, independent of lengths; and [[1, 0.6], [0, 0.8]], rows are first views."""
     first, second = torch.tensor([[3.0, 0.0], [0.0, 0.1]]), torch.tensor([[1.0, 0.0], [0.0, 7.0]])
-    assert simcse_losses(first, second, 1.0).tolist() == pytest.approx([softplus(-1)] * 2, abs=1e-6)
     assert simcse_losses(first, second, 0.05).tolist() == pytest.approx([softplus(-20)] * 2, abs=1e-6)
-
-
-def test_simcse_tells_first_views_from_second_ones():
-    """Rows are first views: cosines [[1, 0.6], [0, 0.8]] at t = 1."""
-    first, second = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    second = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     expected = [math.log(math.exp(1) + math.exp(0.6)) - 1, math.log(1 + math.exp(0.8)) - 0.8]
     assert simcse_losses(first, second, 1.0).tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_simcse_of_a_single_pair_and_of_no_difference_at_all():
+def test_simcse_of_one_pair_and_of_zero_features():
     assert simcse_losses(torch.ones(1, 4), -torch.ones(1, 4), 0.05).tolist() == [0.0]
     zero = torch.zeros(3, 4, requires_grad=True)
     losses = simcse_losses(zero, torch.ones(3, 4), 0.05)
     assert losses.tolist() == pytest.approx([math.log(3)] * 3)
     losses.sum().backward()
     assert zero.grad.abs().max() < 1e5
+
+
+def test_outcomes_and_their_bar():
+    differences = [0.5, 0.1, 0.0, -0.1, -0.1001, 3.0]
+    assert count_outcomes(differences, 0.1) == {"win": 2, "tie": 3, "lose": 1}
+    counts = count_outcomes(differences, 0.0)
+    assert counts == {"win": 3, "tie": 1, "lose": 2}
+    *lines, bar = render({name: wilson_interval(count, 6) for name, count in counts.items()}, counts, 12).splitlines()
+    assert bar == "█" * 6 + "▒" * 2 + "░" * 4
+    assert [line.split()[:3] for line in lines] == [["win", "3", "50.0"], ["tie", "1", "16.7"], ["lose", "2", "33.3"]]
+
+
+def test_wilson_interval():
+    """0.7 of 10: table in Brown, Cai, DasGupta 2001. For a share of 0 or 1, one end is z² / (n + z²)."""
+    assert wilson_interval(7, 10) == pytest.approx((0.7, 0.3968, 0.8922), abs=1e-4)
+    z = 1.959964
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.0, z**2 / (10 + z**2)), abs=1e-6)
+    assert wilson_interval(10, 10) == pytest.approx((1.0, 10 / (10 + z**2), 1.0), abs=1e-6)

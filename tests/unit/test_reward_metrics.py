@@ -10,16 +10,16 @@ from reward.evaluation.plots import draw_calibration, draw_differences, draw_len
 from reward.evaluation.report import evaluation_report, model_report, render
 from reward.metrics import (
     LARGER_IS_BETTER,
-    Scored,
+    ScoredItems,
     accuracy,
     accuracy_interval,
     agreement,
     calibration,
     calibration_error,
     correlation,
-    held_out_metrics,
+    evaluation_metrics,
     length_preference,
-    mean_best,
+    mean_best_score,
 )
 
 
@@ -28,11 +28,11 @@ def item(lengths: tuple[int, ...] = (3, 3), pairs=((0, 1),), subset: str = "all"
     return Comparison([[1] + [5] * n for n in lengths], 1, list(pairs), [0.0] * len(pairs), subset, "")
 
 
-def pairs(*differences: float, subsets: str = "") -> Scored:
+def pairs(*differences: float, subsets: str = "") -> ScoredItems:
     """Pairs in which the better answer scores this much more than the worse, which scores 1."""
     names = subsets or "a" * len(differences)
     scores = [x for difference in differences for x in (1 + difference, 1.0)]
-    return Scored([item(subset=name) for name in names], torch.tensor(scores))
+    return ScoredItems([item(subset=name) for name in names], torch.tensor(scores))
 
 
 def logit(p: float) -> float:
@@ -41,11 +41,11 @@ def logit(p: float) -> float:
 
 def test_ties_count_half_and_every_prompt_counts_once():
     ranked = item((3, 3, 3), ((0, 1), (0, 2), (1, 2)))
-    scored = Scored([item(), ranked], torch.tensor([2.0, 1.0, 3.0, 3.0, 5.0]))
+    scored = ScoredItems([item(), ranked], torch.tensor([2.0, 1.0, 3.0, 3.0, 5.0]))
     # The pair is right. Of the ranked three: a tie, wrong, wrong. Mean of 1 and (1/2 + 0 + 0) / 3.
     assert accuracy(scored) == pytest.approx((1 + 1 / 6) / 2)
-    turned = Scored([item(pairs=((1, 0),)), ranked], scored.scores)
-    assert (mean_best(scored), mean_best(turned)) == pytest.approx(((2 + 3) / 2, (1 + 3) / 2))
+    turned = ScoredItems([item(pairs=((1, 0),)), ranked], scored.scores)
+    assert (mean_best_score(scored), mean_best_score(turned)) == pytest.approx(((2 + 3) / 2, (1 + 3) / 2))
 
 
 def test_an_interval_counts_prompts_and_not_pairs():
@@ -54,7 +54,7 @@ def test_an_interval_counts_prompts_and_not_pairs():
     assert accuracy_interval(pairs(*hits)) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     ranked = item((3, 3, 3), ((0, 1), (0, 2)))
     scores = torch.tensor([x for hit in hits for x in (hit, 0.0, 0.0)])
-    assert accuracy_interval(Scored([ranked] * 263, scores)) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert accuracy_interval(ScoredItems([ranked] * 263, scores)) == pytest.approx((0.2553, 0.3662), abs=1e-4)
 
 
 def test_calibration_compares_predicted_with_observed_in_bins():
@@ -66,9 +66,6 @@ def test_calibration_compares_predicted_with_observed_in_bins():
     assert (high.low, high.high, high.count) == pytest.approx((0.95, 1.0, 2))
     assert (high.predicted, high.observed) == pytest.approx((0.97, 0.5))
     assert calibration_error([low, high]) == pytest.approx((4 * 0.03 + 2 * 0.47) / 6)
-
-
-def test_calibration_of_ties_and_of_certainty():
     tie, certain = calibration(pairs(0.0, 1000.0))
     assert (tie.predicted, tie.observed) == (0.5, 0.5)
     assert (certain.low, certain.predicted, certain.observed) == pytest.approx((0.95, 1.0, 1.0))
@@ -83,38 +80,29 @@ def test_correlation_of_a_line_of_noise_and_of_nothing():
 
 def test_how_often_the_longer_answer_is_better_and_how_often_it_is_preferred():
     """Longer better and preferred; longer worse but preferred; a tie of scores; equal lengths."""
-    scored = Scored(
+    scored = ScoredItems(
         [item((5, 2)), item((2, 5)), item((5, 2)), item((4, 4))], torch.tensor([2.0, 1.0, 1.0, 2.0, 3.0, 3.0, 9.0, 1.0])
     )
     assert length_preference(scored) == pytest.approx(((1 + 0 + 1 + 0.5) / 4, (1 + 1 + 0.5 + 0.5) / 4))
 
 
 def test_metrics_of_an_evaluation_with_subsets():
-    metrics = held_out_metrics(pairs(2.0, -1.0, 0.0, 3.0, subsets="aabb"))
+    metrics = evaluation_metrics(pairs(2.0, -1.0, 0.0, 3.0, subsets="aabb"))
     losses = [math.log1p(math.exp(-d)) for d in (2, -1, 0, 3)]
     assert metrics["loss"] == pytest.approx(sum(losses) / 4, rel=1e-6)
-    assert metrics["accuracy"] == pytest.approx(2.5 / 4)
-    assert metrics["accuracy_a"] == pytest.approx(0.5)
-    assert metrics["accuracy_b"] == pytest.approx(0.75)
-    assert metrics["worst_subset_accuracy"] == pytest.approx(0.5)
-    assert metrics["score_difference"] == pytest.approx(1.0)
-    assert metrics["length_bias"] == 0.0  # all answers are equally long
-    assert "accuracy_a" not in held_out_metrics(pairs(1.0, 2.0))
-
-
-def test_length_bias_is_the_size_of_the_correlation():
-    metrics = held_out_metrics(Scored([item((4, 2)), item((3, 1))], torch.tensor([1.0, 2.0, 1.5, 2.5])))
-    assert metrics["length_correlation"] == pytest.approx(-1.0)
-    assert metrics["length_bias"] == pytest.approx(1.0)
+    names = ("accuracy", "accuracy_a", "accuracy_b", "worst_subset_accuracy", "score_difference", "length_bias")
+    assert [metrics[name] for name in names] == pytest.approx([2.5 / 4, 0.5, 0.75, 0.5, 1.0, 0.0])
+    assert "accuracy_a" not in evaluation_metrics(pairs(1.0, 2.0))
 
 
 def test_which_way_is_better():
     """One model ranks all pairs right and does not care for length; one gives the longer answer 9 more."""
     items = [item((4, 2)), item((2, 4), subset="other")]
-    good, bad = (held_out_metrics(Scored(items, torch.tensor(x))) for x in ([9.0, 0, 9, 0], [9.0, 0, 0, 9]))
-    assert good.keys() >= LARGER_IS_BETTER.keys()
+    good, bad = (evaluation_metrics(ScoredItems(items, torch.tensor(x))) for x in ([9.0, 0, 9, 0], [9.0, 0, 0, 9]))
     assert {name: good[name] > bad[name] for name in LARGER_IS_BETTER} == LARGER_IS_BETTER
     assert all(good[name] != bad[name] for name in LARGER_IS_BETTER)
+    metrics = evaluation_metrics(ScoredItems([item((4, 2)), item((3, 1))], torch.tensor([1.0, 2.0, 1.5, 2.5])))
+    assert (metrics["length_correlation"], metrics["length_bias"]) == pytest.approx((-1.0, 1.0))
 
 
 def test_agreement_of_three_models():
@@ -131,7 +119,9 @@ def test_agreement_of_three_models():
 def test_the_report_of_a_model_and_of_two():
     """Differences 0, 1, 2, 3 and -4; in the last one the longer answer is better and the shorter preferred."""
     scored = pairs(0.0, 1.0, 2.0, 3.0, subsets="aabb")
-    scored = Scored([*scored.items, item((4, 2), subset="b")], torch.cat([scored.scores, torch.tensor([1.0, 5.0])]))
+    scored = ScoredItems(
+        [*scored.items, item((4, 2), subset="b")], torch.cat([scored.scores, torch.tensor([1.0, 5.0])])
+    )
     report = model_report(scored)
     assert report["score_difference_quantiles"] == pytest.approx(
         {"0.05": -3.2, "0.25": 0.0, "0.5": 1.0, "0.75": 2.0, "0.95": 2.8}
@@ -155,7 +145,7 @@ def test_the_report_of_a_model_and_of_two():
 def test_what_is_drawn(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file: drawn.append(figure.axes[0]))
-    scored = Scored([item((4, 2)), item((3, 5))], torch.tensor([2.0, 1.0, 3.0, 6.0]))
+    scored = ScoredItems([item((4, 2)), item((3, 5))], torch.tensor([2.0, 1.0, 3.0, 6.0]))
     for draw in (draw_differences, draw_calibration, draw_lengths):
         draw({"a model": scored}, "x.png")
     differences, calibrations, lengths = drawn

@@ -15,9 +15,10 @@ from ppo.decoding.sampling import Sampling
 from ppo.models import PolicyModel
 from ppo.rollout import PolicySampler
 from ppo.update import policy_backward, shares, update
+from sft.config import SFTConfig
 from sft.model import AnswerModel
 from sft.packed_batches import Layout
-from sft.train import SFTConfig, judge, stage_of
+from sft.stage import build_stage, evaluate_answers
 from tests.helpers.mixtures import MIXTURES, router_weights, tiny_mixture
 from tests.helpers.parts import (
     PROMPTS,
@@ -159,7 +160,7 @@ def test_a_step_of_sft(packing, max_tokens):
     config = SFTConfig(hf_model_name_or_path="M", model_save_path="O", data_path=["D"], dtype="fp32", zero_stage=0)
     layout, items = Layout(packing, flat=False, max_tokens=64), dialogues()
     engine = GradientEngine(AnswerModel(lm))
-    stages = [stage_of(config, lm, None, layout, [items], [], balance) for balance in (0.0, COEF)]
+    stages = [build_stage(config, lm, None, layout, [items], [], balance) for balance in (0.0, COEF)]
     plan = partial(rank_plan, max_tokens=max_tokens, num_ranks=1, rank=0)
     off, on = (train_step(engine, replace(stage, plan=plan), layout.rows(items, 1), 0.0) for stage in stages)
     assert set(on) - set(off) == {"lm_loss", *ROUTER_METRICS}
@@ -176,7 +177,9 @@ def test_a_step_of_sft(packing, max_tokens):
     assert on["lm_loss"] == pytest.approx(off["loss"], rel=1e-6)
     assert on["loss"] == pytest.approx(off["loss"] + COEF * expected, rel=1e-5)
     assert on["grad_norm"] != pytest.approx(off["grad_norm"], rel=1e-3)
-    assert judge(engine, rows, stages[0]) == judge(engine, rows, stages[1])  # evaluations are about the answers alone
+    assert evaluate_answers(engine, rows, stages[0]) == evaluate_answers(
+        engine, rows, stages[1]
+    )  # evaluations are about the answers alone
 
 
 def test_flat_rows_are_real_to_the_last_place():

@@ -40,12 +40,17 @@ def test_constant_stays():
     assert lr_factor(999, 1, 1000, "constant") == 1.0
 
 
+@pytest.mark.parametrize("schedule", ["inverse_sqrt", "cosine", "linear", "constant"])
+def test_without_warm_up_the_first_step_has_the_peak(schedule):
+    assert lr_factor(0, 0, 10, schedule) == 1.0
+
+
 def test_a_run_that_is_all_warm_up_ends_at_the_peak():
     assert lr_factor(2, 3, 3, "cosine") == 1.0
 
 
-def test_no_warm_up_and_unknown_schedules_are_refused():
-    with pytest.raises(ValueError, match="--warmup_steps 0"):
-        lr_factor(0, 0, 10, "cosine")
+def test_a_negative_warm_up_and_unknown_schedules_are_refused():
+    with pytest.raises(ValueError, match="--warmup_steps -1"):
+        lr_factor(0, -1, 10, "cosine")
     with pytest.raises(ValueError, match="--lr_schedule cosin"):
         lr_factor(0, 1, 10, "cosin")

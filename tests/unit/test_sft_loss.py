@@ -32,12 +32,6 @@ def test_each_token_is_predicted_from_the_state_before_it():
     assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2, abs=1e-6)
 
 
-def test_unmasked_tokens_change_nothing():
-    hidden, sequences, mask, head = case()
-    changed = torch.where(mask, sequences, (sequences + 1) % 11)
-    assert torch.equal(sum_nll(hidden, sequences, mask, head), sum_nll(hidden, changed, mask, head))
-
-
 @pytest.mark.parametrize("chunk", [1, 4, 100], ids=["made again", "kept", "one"])
 def test_chunks_give_the_loss_and_gradient_of_a_plain_cross_entropy(chunk):
     hidden, sequences, mask, head = case()
@@ -70,14 +64,9 @@ def test_micro_batches_with_the_global_denominator_add_up():
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-6)
 
 
-def test_no_answer_tokens_cost_nothing():
-    hidden, sequences, mask, head = case()
-    assert sum_nll(hidden, sequences, torch.zeros_like(mask), head).item() == 0.0
-
-
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_a_head_that_ranks_share_is_called_equally_often(tokens):
-    """Under ZeRO-3 a call more would wait for ever: 2500 tokens at most are three chunks, however many there are."""
+    """Under ZeRO-3, ranks with different numbers of calls would deadlock: up to 2500 tokens are always three chunks."""
     hidden, sequences, _, head = case(batch=1, length=8)
     mask = (torch.arange(8) >= 8 - tokens)[None]
     calls = []
@@ -86,12 +75,8 @@ def test_a_head_that_ranks_share_is_called_equally_often(tokens):
     assert len(calls) == 1
     torch.testing.assert_close(answer_loss(hidden, sequences, mask, head, even_tokens=2500), alone)
     assert len(calls) == 1 + 3
-
-
-def test_bf16_states_give_a_float32_loss():
-    hidden, sequences, mask, head = case()
-    loss = sum_nll(hidden.bfloat16(), sequences, mask, head.bfloat16())
-    assert loss.dtype == torch.float32
+    assert alone.item() > 0 or not tokens
+    assert sum_nll(hidden.bfloat16(), sequences, mask, head.bfloat16()).dtype == torch.float32
 
 
 def test_soft_capped_logits_stay_within_the_cap():

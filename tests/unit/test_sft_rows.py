@@ -1,4 +1,4 @@
-"""Packed and unpacked rows: the same dialogues, the same loss and gradient, no look at a neighbour."""
+"""sft/: packed and unpacked rows have the same dialogues, loss and gradient; packed dialogues are independent."""
 
 from functools import partial
 
@@ -9,9 +9,10 @@ from transformers.modeling_flash_attention_utils import _is_packed_sequence, pre
 
 import tests.helpers.varlen
 from data.dialogues import EncodedDialogue
+from sft.config import SFTConfig
 from sft.model import AnswerModel, packing_failure
-from sft.packed_batches import Layout, Row
-from sft.train import SFTConfig, load
+from sft.packed_batches import Layout, PackedRow
+from sft.stage import load
 from tests.helpers.tiny import tiny_llama, tiny_llama_config, tiny_llama_folder
 
 LENGTHS = [23, 5, 12, 3, 9, 2, 17, 8, 4, 30]
@@ -30,11 +31,11 @@ def dialogues(vocab: int = 400) -> list[EncodedDialogue]:
     return result
 
 
-def sizes_of(rows: list[Row]) -> list[list[int]]:
+def sizes_of(rows: list[PackedRow]) -> list[list[int]]:
     return [[len(dialogue.ids) for dialogue in row.dialogues] for row in rows]
 
 
-def all_sizes(rows: list[Row]) -> list[int]:
+def all_sizes(rows: list[PackedRow]) -> list[int]:
     return [size for row in sizes_of(rows) for size in row]
 
 
@@ -65,14 +66,8 @@ def test_flash_attention_gets_one_row_without_padding():
     sizes = all_sizes(rows)
     assert starts.diff().tolist() == sizes
     assert longest == max(sizes)
-
-
-def test_rows_of_one_dialogue_need_no_positions():
-    equal = [EncodedDialogue([1, 2, 3], [False, True, True])] * 4
-    rows = PACKED.rows(equal, num_ranks=1)
-    assert sizes_of(rows) == [[3]] * 4
-    assert PACKED.collate(rows)[2] is None
     assert PLAIN.collate(PLAIN.rows(dialogues(), 1))[2] is None
+    assert PACKED.collate(PACKED.rows(dialogues()[:1] * 3, 1))[2] is None  # one dialogue per row
 
 
 def tiny_model(name: str) -> AnswerModel:
@@ -117,7 +112,7 @@ def test_dialogues_in_joined_rows_have_the_same_loss_and_gradient(monkeypatch):
     seen = []
     model.lm.model.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     joined, joined_gradient = loss(model, rows_at_once=10)
-    # The last token of a dialogue is learnt, not run.
+    # The last token of a dialogue is a target, not an input.
     assert seen == [(1, sum(LENGTHS) - len(LENGTHS))]
     assert joined == pytest.approx(alone, rel=1e-5)
     assert (joined_gradient - gradient).norm() < 1e-5 * gradient.norm()
@@ -132,7 +127,7 @@ def test_where_rows_are_joined_dialogues_are_not_packed(tmp_path, monkeypatch):
 
 
 def test_packed_dialogues_that_see_each_other_have_another_loss():
-    """What the test above would not notice if attention were so weak that a leak did not matter."""
+    """Shows that the test above can detect a leak in this model."""
     model = tiny_model("sdpa")
     rows = PACKED.rows(dialogues(), num_ranks=1)
     ids, answers, positions = PACKED.collate(rows)

@@ -13,11 +13,11 @@ from data.dialogues import EncodedDialogue
 from reward.batches import Comparison
 from reward.config import RewardConfig
 from reward.model import ScalarHead, ScalarModel, new_head_weight
-from reward.train import stage_of as reward_stage
+from reward.stage import build_stage as reward_stage
+from sft.config import SFTConfig
 from sft.model import AnswerModel
 from sft.packed_batches import Layout
-from sft.train import SFTConfig
-from sft.train import stage_of as sft_stage
+from sft.stage import build_stage as sft_stage
 from tests.helpers.parts import GradientEngine
 from tests.helpers.tiny import tiny_llama
 from utils.run.supervised_loop import Stage, train_step

@@ -1,54 +1,64 @@
-"""Flags of the commands that run and train models: dtype, ZeRO stage, optimizer, memory."""
+"""Flags of commands that run and train models: dtype, ZeRO stage, optimizer, memory. No torch."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from utils.errors import UserError
-from utils.flags.checks import check_range
+from utils.flags.checks import check_range, choose
+from utils.flags.fields import Common
 from utils.flags.text import TextFlags
 
 
 @dataclass
 class ForwardConfig(TextFlags):
-    """Flags of whatever runs a model."""
+    """Memory and speed: how models are run."""
 
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Dtype of weights and activations; scores, log-probabilities, losses and optimizer state are float32 either way"""
+    dtype: Common[Literal["auto", "bf16", "fp32"]] = "auto"
+    """Dtype of weights and activations. auto: bf16 if this machine multiplies it fast, else fp32. Scores,
+    log-probabilities, losses and optimizer state are always float32"""
     attn_implementation: str | None = None
-    """Attention kernel by its transformers name (sdpa, flash_attention_2, eager); default: transformers' own choice"""
+    """Attention kernel by its name in transformers: sdpa, flash_attention_2, eager. Default: transformers' choice"""
 
 
 @dataclass
-class EngineConfig(ForwardConfig):
-    """Flags that every training stage shares: how weights are held, split and stepped."""
+class OptimizerFlags:
+    """Optimizer: AdamW and the limits on gradients."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """ZeRO stage: 1 splits optimizer state, and the frozen models of PPO, over ranks; 2 also gradients; 3 also the
-    weights of trained models"""
-    offload_optimizer: bool = False
-    """Keep optimizer state and float32 weights in host memory (slower, saves 12 bytes a parameter on the device)"""
-    grad_accum_dtype: Literal["bf16", "fp32"] = "bf16"
-    """Dtype that the gradients of a step's micro-batches add up in under --dtype bf16 (fp32 models add up in float32
-    either way). fp32 takes 2 more bytes a parameter, split over ranks, and --zero_stage 2 or 3"""
     gradient_clip: float = 1.0
-    """Global gradient norm that each engine is clipped to; 0 switches clipping off"""
+    """Global gradient norm that each model's gradient is clipped to; 0: no clipping. Part of PPO-max, and by itself not
+    enough to prevent collapse (Part I, Figures 17 and 18)"""
     explosion_limit: float = 1e9
-    """A loss, score or global gradient norm beyond this is as bad as one that is not finite: no step is made"""
+    """Largest absolute loss, score or global gradient norm with which a step is made; a larger one counts as not
+    finite"""
     adam_beta1: float = 0.9
-    """AdamW: decay of the first moment"""
+    """Decay rate of AdamW's first moment"""
     adam_beta2: float = 0.95
-    """AdamW: decay of the second moment"""
+    """Decay rate of AdamW's second moment"""
     adam_eps: float = 1e-8
-    """AdamW: added to the root of the second moment"""
-    gradient_checkpoint: Literal["auto"] | bool = False
-    """Recompute activations in the backward pass: about a third more time for a fraction of the memory. auto: on a GPU
-    recompute as few layers as the memory that is free once the models are loaded allows; on a CPU none"""
+    """Number that AdamW adds to the square root of the second moment"""
+
+
+@dataclass
+class EngineConfig(OptimizerFlags, ForwardConfig):
+    """Memory and speed: how weights, gradients and optimizer state are stored."""
+
+    zero_stage: Common[Literal[0, 1, 2, 3]] = 2
+    """ZeRO stage. 0: each GPU holds everything. 1: optimizer state, and the frozen models of PPO, are split over GPUs;
+    2: also gradients; 3: also weights of trained models"""
+    offload_optimizer: bool = False
+    """Keep optimizer state and float32 weights in host memory. Saves 12 bytes per parameter on the device; slower"""
+    grad_accum_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Dtype in which gradients of micro-batches are added up under --dtype bf16. fp32 takes 2 more bytes per parameter,
+    split over GPUs, and needs --zero_stage 2 or 3"""
+    gradient_checkpoint: Common[Literal["auto"] | bool] = False
+    """Recompute activations in the backward pass: a third more time for a fraction of the memory. auto: on a GPU, in as
+    few layers as the memory left after loading the models allows; on a CPU, in none"""
     compile: bool = False
-    """Compile the decoder layers (torch.compile) for forward and backward passes: about a minute at the start. Not
-    compiled are decoding, and frozen models that are split over ranks. On a CPU steps got no faster"""
+    """Compile decoder layers with torch.compile for training and scoring; takes about a minute at the start. Decoding
+    and frozen models that are split over GPUs are not compiled"""
     deterministic: bool = False
-    """Use deterministic kernels, so that runs on GPUs repeat bit by bit; the backward pass of attention becomes slower.
-    An operation that has no such kernel is named; in a backward pass it stops the run"""
+    """Use deterministic kernels, so that runs on GPUs repeat bit by bit; attention's backward pass is slower. An
+    operation without such a kernel is reported; in a backward pass it stops the run"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,21 +70,36 @@ class EngineConfig(ForwardConfig):
             adam_beta2=(0, 0.999999),
             adam_eps=(0, None),
         )
-        if self.dtype == "bf16" and self.zero_stage == 0:
+        if self.zero_stage == 0 and self.dtype == "auto":
+            choose(self, "dtype", "fp32", "--zero_stage 0 trains float32 weights only")
+        if self.zero_stage == 0 and self.dtype == "bf16":
             raise UserError(
-                "--zero_stage 0 holds one float32 copy of the weights: give --dtype fp32 with it, or --zero_stage 1"
+                "--zero_stage 0 trains float32 weights only: pass --dtype fp32 with it, or use --zero_stage 1"
             )
-        if self.offload_optimizer and self.zero_stage == 0:
+        if self.zero_stage == 0 and self.offload_optimizer:
             raise UserError("--offload_optimizer needs --zero_stage 1, 2 or 3")
-        if self.adds_up_in_float32 and self.zero_stage < 2:
+        if self.zero_stage < 2 and self.dtype != "fp32" and self.grad_accum_dtype == "fp32":
             raise UserError(
-                f"--grad_accum_dtype fp32 with --zero_stage {self.zero_stage}: DeepSpeed then uses another optimizer, "
-                "whose state is not known here; give --zero_stage 2 or 3"
+                f"--grad_accum_dtype fp32 with --zero_stage {self.zero_stage} is not supported: use --zero_stage 2 or 3"
             )
         if self.compile and self.zero_stage == 3:
-            raise UserError("--compile does not go with --zero_stage 3, whose weights come and go inside a layer")
+            raise UserError("--compile does not work with --zero_stage 3, which gathers weights inside a layer")
 
     @property
     def adds_up_in_float32(self) -> bool:
         """Whether gradients of bf16 weights are kept in float32 between micro-batches."""
         return self.dtype == "bf16" and self.grad_accum_dtype == "fp32"
+
+
+@dataclass
+class RouterFlags(ForwardConfig):
+    """Losses: what is added to the main loss."""
+
+    router_aux_loss_coef: float | None = None
+    """Weight of the load-balancing loss of a mixture-of-experts model's routers; 0: no such loss and no metrics of
+    routers. Default: router_aux_loss_coef of the model's config.json"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.router_aux_loss_coef is not None:
+            check_range(self, router_aux_loss_coef=(0, None))

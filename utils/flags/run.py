@@ -1,58 +1,53 @@
-"""The flags with which a run survives: resuming, checkpoints, limits of time. No torch."""
+"""Flags of a training run: its folder, checkpoints, resuming, limits of time. No torch."""
 
 from dataclasses import dataclass
 
 from utils.errors import UserError
-from utils.flags.checks import check_range
+from utils.flags.checks import SEEDS, check_range
 from utils.flags.engine import EngineConfig
+from utils.flags.fields import Common
 
-# Flags that a resumed run may change freely: where it writes, how it is watched, what only speed and memory depend on.
+# Flags that may differ when a run is resumed: they change where it writes, what it prints, its speed and its memory.
 FREE_ON_RESUME = frozenset(
     [
-        "model_save_path",
-        "logdir",
-        "report_to",
-        "overwrite",
-        "num_samples",
-        "print_interval",
-        "resume",
-        "resume_with_changes",
-        "checkpoint_per_step",
-        "keep_checkpoints",
-        "max_hours",
-        "hang_timeout",
-        "rollout_batch_size",
-        "rollout_cache_tokens",
-        "micro_batch_tokens",
-        "gradient_checkpoint",
-        "offload_frozen",
-        "gather_for_generation",
-        "plan",
-        "plan_gpus",
-        "plan_gpu",
-        "plan_gpu_memory",
+        "model_save_path", "logdir", "report_to", "overwrite", "num_samples", "print_interval", "resume",
+        "resume_with_changes", "checkpoint_per_step", "keep_checkpoints", "max_hours", "hang_timeout",
+        "rollout_batch_size", "rollout_cache_tokens", "micro_batch_tokens", "gradient_checkpoint", "offload_frozen",
+        "gather_for_generation", "plan", "plan_gpus", "plan_gpu", "plan_gpu_memory",
     ]
-)
+)  # fmt: skip
 
 
 @dataclass
 class RunFlags(EngineConfig):
-    """How a training run is kept, resumed and ended."""
+    """Run: its folder, logs, checkpoints and evaluations."""
 
-    resume: str = "auto"
-    """auto: go on from the newest whole checkpoint in --model_save_path, if there is one; never; or a checkpoint's
-    folder"""
+    model_save_path: Common[str] = ""
+    """Folder of the run: config.json, metrics.jsonl, samples.jsonl, checkpoints/, best/, final/"""
+    overwrite: Common[bool] = False
+    """Replace the run that is already in --model_save_path"""
+    seed: Common[int] = 42
+    """Seed of the order of the data, the held-out split, the responses and a new head"""
+    save_per_step: Common[int] = 100
+    """Steps between evaluations on held-out data; the best model so far is saved to best/"""
+    logdir: str | None = None
+    """TensorBoard folder. Default: tensorboard/ in --model_save_path"""
+    report_to: str = "none"
+    """More experiment trackers, comma-separated, by their names in accelerate: wandb, swanlab, mlflow, ..."""
+    resume: Common[str] = "auto"
+    """Checkpoint to resume from. auto: the newest complete one in --model_save_path, if there is one; never: none; or
+    the folder of a checkpoint"""
     resume_with_changes: bool = False
-    """Resume although flags that alter the run have changed"""
+    """Resume even if flags that change the results differ from those of the checkpoint"""
     checkpoint_per_step: int = 50
-    """Steps between checkpoints; 0: none, not even when the run is stopped"""
+    """Steps between checkpoints; 0: no checkpoints, even when the run is stopped"""
     keep_checkpoints: int = 2
-    """Checkpoints that are kept; older ones go. With 1 there is none to fall back on"""
+    """Number of checkpoints that are kept; older ones are deleted. With 1 there is none to fall back on"""
     max_hours: float = 0.0
-    """Save and stop (exit code 75) at the first step that ends after this many hours; 0: no limit"""
+    """Hours after which the run saves a checkpoint and exits with code 75, at the end of a step; 0: no limit"""
     hang_timeout: float = 1800.0
-    """Seconds without progress after which a process ends with a stack dump (exit code 124), such as when another rank
-    has died; more than the longest rollout, scoring, update or evaluation takes. 0: never"""
+    """Seconds without progress after which a process prints its stack and exits with code 124; 0: never. Must exceed
+    the longest rollout, scoring, update or evaluation"""
 
     @property
     def preset_values(self) -> dict:
@@ -62,7 +57,8 @@ class RunFlags(EngineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(
-            self, checkpoint_per_step=(0, None), keep_checkpoints=(1, None), max_hours=(0, None), hang_timeout=(0, None)
-        )
+            self, checkpoint_per_step=(0, None), keep_checkpoints=(1, None), max_hours=(0, None),
+            hang_timeout=(0, None), seed=SEEDS,
+        )  # fmt: skip
         if not self.resume:
-            raise UserError("--resume is empty: give auto, never or the folder of a checkpoint")
+            raise UserError("--resume is empty: pass auto, never or the folder of a checkpoint")

@@ -99,7 +99,7 @@ def _loading(folder: Path, flag: str, kernel: str | None = None) -> Iterator[Non
     try:
         with quiet_transformers():
             yield
-    except (*DAMAGED, TypeError) as error:
+    except (*DAMAGED, TypeError, AttributeError) as error:
         if kernel and isinstance(error, ImportError):
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"--attn_implementation {kernel}: {reason} Install that, or leave the flag out") from error
@@ -199,7 +199,17 @@ def training_mode(model: nn.Module) -> None:
 
 def window_of(model: nn.Module) -> int | None:
     """The positions that a model was trained on, if its config says so; with LongRoPE those before it changes."""
-    config = model.config.get_text_config()
+    return _window(model.config.get_text_config())
+
+
+def window_at(path: str, flag: str = FLAG) -> int | None:
+    """`window_of` the model in a folder or hub id, of which only config.json is read."""
+    folder = model_folder(path, flag)
+    with _loading(folder, flag):
+        return _window(AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config())
+
+
+def _window(config: PretrainedConfig) -> int | None:
     windows = (getattr(config, "max_position_embeddings", None), switching_position(config))
     return min(filter(None, windows), default=None)
 

@@ -96,6 +96,7 @@ def run_description(config) -> dict:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if on_gpu() else []
     return {
         **dataclasses.asdict(config),
+        "replaced_defaults": config.replaced_defaults,
         "argv": sys.argv,
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
         "git_commit": _git_commit(),

@@ -22,7 +22,16 @@ SPLIT = ("world_size", "zero_stage", "offload_optimizer", "deterministic")
 def identity(config: RunFlags) -> dict:
     """What a resumed run has to share with the one that it goes on with, as JSON gives it back."""
     flags = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
-    return json.loads(json.dumps(flags)) | {"world_size": world_size()}
+    flags |= {"world_size": world_size(), "replaced_defaults": config.replaced_defaults}
+    return json.loads(json.dumps(flags))
+
+
+def _changed(config: RunFlags, saved: dict) -> list[str]:
+    """Flags whose value is neither that of `saved` nor the default that `saved` replaced; given ones first."""
+    same = [saved, saved.get("replaced_defaults", {})]
+    now = {name: value for name, value in identity(config).items() if name in saved and name != "replaced_defaults"}
+    changed = [name for name, value in now.items() if not any(name in x and x[name] == value for x in same)]
+    return sorted(changed, key=lambda name: name not in config.given)
 
 
 def check_folder(config: RunFlags, inputs: list[str | None]) -> None:
@@ -34,6 +43,11 @@ def check_folder(config: RunFlags, inputs: list[str | None]) -> None:
     path = config.model_save_path
     check_inputs(path, inputs)
     if holds_run(path) and not config.overwrite and not _may_go_on(config):
+        if _is_finished(path) and _has_checkpoints(path) and config.resume == "auto":
+            raise UserError(
+                f"--model_save_path {path} already holds a run, which is finished: to go on to a larger --train_steps, "
+                "add --resume_with_changes; to keep it, choose another folder; to replace it, add --overwrite"
+            )
         raise UserError(f"--model_save_path {path} already holds a run: choose another folder, or add --overwrite")
     check_writable(path, "--model_save_path")
 
@@ -68,7 +82,7 @@ def _same_config(config: RunFlags) -> bool:
             saved = json.load(file)
     except (OSError, ValueError):
         return False
-    return all(saved.get(name) == value for name, value in identity(config).items() if name not in SPLIT)
+    return identity(config).keys() <= saved.keys() and set(_changed(config, saved)) <= set(SPLIT)
 
 
 def find_checkpoint(config: RunFlags, say: Say) -> Checkpoint | None:
@@ -93,8 +107,7 @@ def find_checkpoint(config: RunFlags, say: Say) -> Checkpoint | None:
 
 def _check_flags(checkpoint: Checkpoint, config: RunFlags, say: Say) -> None:
     saved, now = checkpoint.state["flags"], identity(config)
-    changed = [name for name, value in now.items() if name in saved and saved[name] != value]
-    for name in changed:
+    for name in _changed(config, saved):
         was, wanted = saved[name], now[name]
         if name in SPLIT:
             what = "number of processes" if name == "world_size" else f"--{name}"

@@ -4,8 +4,8 @@ import dataclasses
 from functools import partial
 
 from utils.distributed import is_main
-from utils.engine.engine import device, init_distributed
-from utils.fast_dtype import warn_of_slow_dtype
+from utils.engine.engine import init_distributed
+from utils.fast_dtype import settle_dtype
 from utils.flags.run import RunFlags
 from utils.run.checkpoint import Say
 from utils.run.logger import RunLogger
@@ -14,13 +14,13 @@ from utils.run.resume import begin_folder, check_outputs, find_checkpoint
 
 
 def start_run(config: RunFlags) -> tuple[Say, Checkpoint | None]:
-    """Joins the ranks and checks --model_save_path and --resume. Writes nothing.
+    """Joins the ranks, chooses --dtype auto, checks --model_save_path and --resume. Writes nothing.
 
     Returns a function that prints on rank 0, and the checkpoint to resume from (None: the run starts at step 0).
     """
     init_distributed(config.hang_timeout)
     say = partial(print, flush=True) if is_main() else _silent
-    warn_of_slow_dtype(config.dtype, device(), say)
+    settle_dtype(config)
     check_outputs(config)
     return say, find_checkpoint(config, say)
 

@@ -1,0 +1,77 @@
+"""Add preference strengths to records, and summarise them; used by reward.strength."""
+
+import statistics
+from pathlib import Path
+
+import torch
+
+from data.formats.ranked_answers import is_ranked
+from data.formats.records import BadRecord, Record, Tally
+from data.formats.score_columns import CHOSEN_SCORES, DEVIATION, REJECTED_SCORES, STRENGTH
+from data.preferences import Preference, parse_preference
+from reward.metrics import ScoredItems
+from utils.errors import UserError
+
+ROWS, WIDTH = 12, 40  # size of the text histogram
+
+
+def pairs_of(records: list[Record]) -> dict[int, Preference]:
+    """Returns record index -> preference; reports the records that cannot be scored and stay unchanged."""
+    pairs, tally = {}, Tally("preferences")
+    for place, record in enumerate(records):
+        try:
+            preference = parse_preference(record, tally)
+        except BadRecord as error:
+            tally.add(f"not changed: {error}", record.source)
+            continue
+        if is_ranked(record.value):
+            tally.add("not changed: ranked answers have no strength columns", record.source)
+        else:
+            pairs[place] = preference
+    tally.report(print)
+    if not pairs:
+        raise UserError(f"--data_path: no pair to score ({'; '.join(tally.lines())}); fix the records")
+    return pairs
+
+
+def strength_columns(models: list[ScoredItems]) -> dict[int, dict]:
+    """Returns index of a pair -> its new columns. The deviation is the population's, as in Part II."""
+    columns = {}
+    for k, item in enumerate(models[0].items):
+        chosen, rejected = ([float(scored.scores[2 * k + side]) for scored in models] for side in (0, 1))
+        differences = [a - b for a, b in zip(chosen, rejected, strict=True)]
+        columns[item.place] = {
+            STRENGTH: statistics.fmean(differences),
+            DEVIATION: statistics.pstdev(differences),
+            CHOSEN_SCORES: chosen,
+            REJECTED_SCORES: rejected,
+        }
+    return columns
+
+
+def annotated(value: dict, columns: dict) -> dict:
+    """Returns the record with its new columns, without old ones (spelled with spaces or underscores)."""
+    return {key: x for key, x in value.items() if key.replace("_", " ") not in columns} | columns
+
+
+def file_name(record: Record, split: str) -> str:
+    """Returns the output file of a record: its input file's name as .jsonl, or for hub data sets the split's name."""
+    source = Path(record.source.rpartition(":")[0])
+    return f"{source.stem if source.exists() else split}.jsonl"
+
+
+def summary(means: list[float], deviations: list[float]) -> str:
+    """Returns statistics and a text histogram of the mean strengths."""
+    negative = sum(mean < 0 for mean in means)
+    lines = [
+        f"mean preference difference of {len(means)} pairs: mean {statistics.fmean(means):.3f}, "
+        f"std {statistics.pstdev(means):.3f}; below 0: {negative} ({negative / len(means):.1%})",
+        f"std over the models: mean {statistics.fmean(deviations):.3f}",
+    ]
+    low, high = min(means), max(means)
+    width = (high - low) / ROWS
+    counts = torch.histc(torch.tensor(means, dtype=torch.float64), ROWS, low, high).int().tolist()
+    for k, count in enumerate(counts):
+        bar = "#" * round(WIDTH * count / max(counts))
+        lines.append(f"{low + k * width:9.3f} to {low + (k + 1) * width:8.3f}  {count:7} {bar}")
+    return "\n".join(lines)

@@ -1,0 +1,144 @@
+"""Data, loss, evaluation and model of SFT, for utils/run/supervised_loop.py."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
+
+from data.batching.micro_batch_plan import rank_plan
+from data.dialogues import EncodedDialogue, batches, encode_dialogues, load_dialogues
+from sft.config import SFTConfig
+from sft.model import packing_failure
+from sft.packed_batches import Layout, PackedRow
+from sft.samples import sample_answers
+from utils.distributed import rank, world_size
+from utils.engine.engine import DTYPES, TrainEngine, device
+from utils.errors import UserError
+from utils.flags.checks import is_default
+from utils.models.compile import compile_layers
+from utils.models.export import check_names, save_causal_lm, saved_tensors
+from utils.models.load import FLAG, check_window, enable_checkpointing, load_causal_lm
+from utils.models.padding_free import decoder_of, has_varlen_kernel
+from utils.models.routers import ROUTER_METRICS
+from utils.run.supervised_loop import Stage, evaluate
+from utils.tensors import to_device
+from utils.tokenizer import template_of
+
+
+def load_encoded(
+    config: SFTConfig, tokenizer, say: Callable[[str], None]
+) -> tuple[list[list[EncodedDialogue]], list[EncodedDialogue]]:
+    """Returns (one training set per --data_path, all held-out dialogues).
+
+    Raises UserError if too few dialogues are left for a batch.
+    """
+    template = template_of(tokenizer)
+    sets, valid = [], []
+    for path in config.data_path:
+        splits = load_dialogues(path, config.num_valid, config.seed, say, lower=is_default(config, "num_valid"))
+        own, held_out = (encode_dialogues(tokenizer, split, template, config.context_truncate, say) for split in splits)
+        if not own:
+            raise UserError(
+                f"--data_path {path}: no dialogue is short enough for --context_truncate {config.context_truncate}; "
+                "raise it"
+            )
+        sets.append(own)
+        valid += held_out
+    total = sum(map(len, sets))
+    config.fit_batch(total, world_size())
+    if total < config.batch_size:
+        raise UserError(
+            f"--data_path {' '.join(config.data_path)}: {total} dialogues to train on are fewer than --batch_size "
+            f"{config.batch_size}; add data or lower --batch_size"
+        )
+    return sets, valid
+
+
+def evenly_spaced(items: list, count: int) -> list:
+    """Returns at most `count` items at equal distances, because the held-out dialogues are ordered by set."""
+    return items[:: max(1, len(items) // count)][:count] if count else []
+
+
+def answer_sums(
+    engine: Callable, rows: list[PackedRow], layout: Layout, with_hits: bool = False, with_routers: bool = False
+) -> dict[str, torch.Tensor]:
+    """Returns the summed NLL of the answer tokens, and with hits the number of tokens that are the most likely ones.
+
+    engine: an AnswerModel, or the engine around it. with_routers: add sums of ROUTER_METRICS over all tokens.
+    """
+    inputs = [None if x is None else to_device(x, device()) for x in layout.collate(rows)]
+    routed = to_device(layout.real(rows), device()) if with_routers else None
+    sums = engine(*inputs, with_hits=with_hits, routed=routed)
+    return dict(zip(answer_counts(rows, with_hits, with_routers), sums.view(-1), strict=True))
+
+
+def answer_counts(rows: list[PackedRow], with_hits: bool = False, with_routers: bool = False) -> dict[str, float]:
+    """Returns the denominators of `answer_sums`: the number of answer tokens, and of all tokens for router metrics."""
+    names = ("lm_loss", "token_accuracy") if with_hits else ("lm_loss",)
+    counts = dict.fromkeys(names, sum(row.answer_tokens for row in rows))
+    return counts | (dict.fromkeys(ROUTER_METRICS, sum(row.tokens for row in rows)) if with_routers else {})
+
+
+def evaluate_answers(engine: TrainEngine, rows: list[PackedRow], stage: Stage) -> dict[str, float]:
+    """Returns loss, perplexity and token accuracy of held-out answers, without router losses. Collective."""
+    options = {"with_hits": True, "with_routers": False}
+    hits = {"sums": partial(stage.sums, **options), "counts": partial(stage.counts, **options)}
+    metrics = evaluate(engine, replace(stage, **hits, loss_weights={"lm_loss": 1.0}), rows)
+    perplexity = torch.tensor(metrics["loss"], dtype=torch.float64).exp().item()  # math.exp raises on overflow
+    return metrics | {"perplexity": perplexity}
+
+
+def build_stage(
+    config: SFTConfig, lm: PreTrainedModel, tokenizer, layout: Layout, sets: list[list[EncodedDialogue]],
+    shown: list[EncodedDialogue], balance: float = 0.0,
+) -> Stage:  # fmt: skip
+    """Returns SFT's data, loss and evaluation for `utils.run.supervised_loop`.
+
+    shown: dialogues whose last prompt is answered in each evaluation. balance: weight of the routers' load-balancing
+    loss, which is weighted per forward pass by its share of the global batch's tokens; 0: none.
+    """
+    generation = lm.generation_config  # the model's own, which `sample_answers` replaces while it generates
+
+    def save(state: dict[str, torch.Tensor], folder: str) -> None:
+        state = {name.removeprefix("lm."): x for name, x in state.items()}
+        save_causal_lm(lm.config, state, folder, tokenizer, generation)
+
+    def samples(engine: TrainEngine) -> list[dict[str, str]]:
+        return sample_answers(engine, shown, tokenizer, config.context_truncate, config.maxlen_res)
+
+    stream = batches(sets, config.batch_size, config.seed, config.data_weights or None)
+    stage = Stage(
+        batches=(layout.rows(dialogues, world_size()) for dialogues in stream),
+        length=lambda row: row.tokens,
+        plan=lambda lengths: rank_plan(lengths, config.micro_batch_tokens, world_size(), rank(), layout.joined),
+        sums=partial(answer_sums, layout=layout, with_routers=bool(balance)),
+        counts=partial(answer_counts, with_routers=bool(balance)),
+        loss_weights={"lm_loss": 1.0} | ({"router_aux_loss": balance} if balance else {}),
+        best_by="loss",
+        larger_is_better=False,
+        save=save,
+        samples=samples if shown else None,
+    )
+    return replace(stage, evaluate=partial(evaluate_answers, stage=stage))
+
+
+def load(config: SFTConfig, tokenizer, say: Callable[[str], None]) -> tuple[PreTrainedModel, Layout]:
+    """Returns (the model to train, configured by the flags; the layout of its batches)."""
+    path, dtype = config.hf_model_name_or_path, DTYPES[config.dtype]
+    lm = load_causal_lm(path, dtype, device(), config.attn_implementation, tokenizer, say)
+    check_window(lm, config.context_truncate, "--context_truncate")
+    check_names(AutoModelForCausalLM, lm.config, saved_tensors(lm), f"{FLAG} {path}")
+    joined = has_varlen_kernel(decoder_of(lm))
+    packing = config.packing and not joined
+    failure = packing_failure(lm, f"{FLAG} {path}") if packing else None
+    if failure:
+        say(f"--packing is off: packed dialogues would affect each other in {type(lm).__name__} ({failure})")
+    if config.gradient_checkpoint is True:
+        enable_checkpointing(lm)
+    if config.compile:
+        compile_layers(lm)
+    flat = is_flash_attention_requested(lm.config)
+    return lm, Layout(packing and not failure, flat, config.micro_batch_tokens, joined)

@@ -1,0 +1,51 @@
+"""Values of flags from a YAML or JSON file, such as the config.json that a run writes."""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from utils.errors import UserError
+from utils.flags.other_names import explain_unknown
+
+# Keys of a run's config.json that are no flags (utils/run/folder.py writes them), and flags about that run's start.
+RECORD = ("argv", "versions", "git_commit", "devices", "world_size", "resumed_from_step", "replaced_defaults")
+STARTS = ("overwrite", "resume", "resume_with_changes")
+
+
+def read_config_file(path: str, parse: Callable[[list[str]], dict], known: set[str]) -> tuple[dict[str, Any], set[str]]:
+    """(flag -> value, the flags that a user chose). In the config.json of a run nobody knows which were chosen: none.
+
+    parse: a command line -> values by flag; known: names of flags. null stands for the default. Raises UserError, with
+    file and line, for keys that are no flags and for values that a flag does not take.
+    """
+    values, text = _load(path)
+    is_record = "argv" in values and "versions" in values
+    given = {}
+    for key, value in values.items():
+        if value in (None, []) or (is_record and key in (*RECORD, *STARTS)):
+            continue
+        try:
+            if key not in known:
+                raise UserError(explain_unknown([f"--{key}"], known))
+            given |= parse([f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"])
+        except UserError as error:
+            found = re.search(rf"^[\s{{]*[\"']?{re.escape(str(key))}[\"']?\s*:", text, re.MULTILINE)
+            line = text.count("\n", 0, found.start(0) + len(found[0])) + 1 if found else 1
+            raise UserError(f"--config {path}:{line}: {error}") from None
+    return given, set() if is_record else set(given)
+
+
+def _load(path: str) -> tuple[dict, str]:
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config {path} cannot be read ({reason}); pass a YAML or JSON file of flags") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path} holds no flags; write a line `flag: value` for each")
+    return values, text

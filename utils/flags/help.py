@@ -1,0 +1,113 @@
+"""What `--help`, `--help all` and `--help FLAG` print. Texts are the docstrings under the fields, read from source."""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import re
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.flags.fields import default_of, is_common, values_of
+from utils.flags.other_names import explain_unknown
+
+OTHERS = {
+    "config": ("FILE", "YAML or JSON file with values of flags, such as the config.json of a run; flags on the command "
+               "line win over it"),
+    "debug": ("", "Show the traceback of an error in flags, files or data too"),
+    "help": ("[FLAG|all]", "List the flags that most people use, explain one flag, or list all flags"),
+}  # fmt: skip
+
+
+def field_help(config_type: type) -> dict[str, str]:
+    """Field name -> the docstring under it, over the class and its bases."""
+    texts: dict[str, str] = {}
+    for base in reversed(config_type.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                texts[field.target.id] = " ".join(str(text.value.value).split())
+    return texts
+
+
+def groups_of(config_type: type) -> dict[str, list[dataclasses.Field]]:
+    """Heading -> fields, in the order of the class and its bases.
+
+    A field belongs to the base class that first declared it; the heading is that class's docstring up to the colon.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config_type)}
+    groups: dict[str, list[dataclasses.Field]] = {}
+    for base in config_type.__mro__:
+        heading = "This command" if base is config_type else (base.__doc__ or "").split(":")[0]
+        for name in getattr(base, "__annotations__", {}):
+            if name in fields and _home(config_type, name) is base:
+                groups.setdefault(heading, []).append(fields[name])
+    return groups
+
+
+def show_help(config_type: type, topic: str) -> None:
+    """Prints the help of a command. topic: "" for the flags that most people use, "all", or a flag."""
+    name = topic.removeprefix("--")
+    fields = {field.name for field in dataclasses.fields(config_type)}
+    if name in OTHERS:
+        print(f"--{name} {OTHERS[name][0]}\n{_wrapped(OTHERS[name][1])}")
+    elif name in fields:
+        print(explain(config_type, name))
+    elif name in ("", "all"):
+        print(overview(config_type, every=name == "all"))
+    else:
+        raise UserError(explain_unknown([f"--{name}"], fields | set(OTHERS)))
+
+
+def overview(config_type: type, every: bool) -> str:
+    """All flags of a command by group, or those that most people use: the first sentence and the default of each."""
+    texts, count, shown = field_help(config_type), 0, 0
+    needed = "".join(f"--{name} ... " for name in config_type.required if not getattr(config_type, name, None))
+    lines = [f"usage: {program()} {needed}[flags]", "", (config_type.__doc__ or "").split("\n")[0]]
+    for heading, fields in groups_of(config_type).items():
+        listed = [field for field in fields if every or is_common(field)]
+        count, shown = count + len(fields), shown + len(listed)
+        lines += ["", heading] if listed else []
+        for field in listed:
+            first, *_ = re.split(r"(?<!\.)\.(?: (?=[A-Z])|$)", texts[field.name])  # an ellipsis ends no sentence
+            lines += [f"  {_title(config_type, field)}", _wrapped(first, 6)]
+    lines += ["", "General"]
+    lines += [f"  --{name} {takes}".rstrip() + f"\n{_wrapped(text, 6)}" for name, (takes, text) in OTHERS.items()]
+    if shown < count:
+        lines += ["", f"These are {shown} of {count} flags. --help all lists all of them."]
+    return "\n".join(lines)
+
+
+def explain(config_type: type, name: str) -> str:
+    """All that is known about one flag."""
+    field = next(field for field in dataclasses.fields(config_type) if field.name == name)
+    group = next(heading for heading, fields in groups_of(config_type).items() if field in fields)
+    return f"{_title(config_type, field)}\n  group: {group}\n{_wrapped(field_help(config_type)[name])}"
+
+
+def program() -> str:
+    """How the command was started: "python train_ppo.py" or "python -m sft.train"."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name}" if spec else f"python {Path(sys.argv[0]).name}"
+
+
+def _title(config_type: type, field: dataclasses.Field) -> str:
+    default = default_of(field)
+    required = field.name in config_type.required and not default
+    default = str(default).lower() if isinstance(default, bool) else default
+    text = "required" if required else f"default: {'none' if default in (None, []) else default}"
+    return f"--{field.name} {values_of(field)}  ({text})"
+
+
+def _home(config_type: type, name: str) -> type:
+    return next(base for base in reversed(config_type.__mro__) if name in getattr(base, "__annotations__", {}))
+
+
+def _wrapped(text: str, indent: int = 2) -> str:
+    width = min(110, shutil.get_terminal_size((100, 24)).columns)
+    return textwrap.fill(text, width, initial_indent=" " * indent, subsequent_indent=" " * indent)
