@@ -32,13 +32,13 @@ def train(config: PPOConfig) -> None:
 
     run = build(config)
     # The logger is closed when a run fails too, so that the reason gets a line of its own.
-    with contextlib.closing(run.logger), run.keeper:
+    with contextlib.closing(run.logger), run.lifecycle:
         loop(run)
         if run.finished:
             run.export("final")
     shutdown_distributed()
     if not run.finished:
-        sys.exit(run.keeper.code)
+        sys.exit(run.lifecycle.exit_code)
 
 
 def loop(run) -> None:
@@ -53,9 +53,9 @@ def loop(run) -> None:
 
     config, state, models = run.config, run.state, run.models
     sampling = Sampling(config.temperature, config.topp, config.repetition_penalty)
-    while not (run.finished or run.keeper.code):
+    while not (run.finished or run.lifecycle.exit_code):
         lr, critic_lr = run.learning_rates(state.step)
-        watch = Stopwatch(on_lap=run.keeper.feed)
+        watch = Stopwatch(on_lap=run.lifecycle.report_progress)
 
         # 1. Sample a response to each prompt.
         prompts = run.next_prompts()

@@ -13,7 +13,7 @@ from ppo.score import load_reward_fn
 from utils.distributed import world_size
 from utils.errors import UserError
 from utils.models.load import model_folder
-from utils.run.lifecycle import Keeper
+from utils.run.lifecycle import RunLifecycle
 from utils.run.start import open_log, start_run
 
 
@@ -40,8 +40,8 @@ def build(config: PPOConfig) -> Run:
     models = load_models(config, tokenizer, say)
     fit_to_memory(config, models, say)
     state = RunState(BestRule(config.best_max_kl), pretrain=pretrain)
-    keeper = Keeper(config, models.engines(), config.total_steps)
-    keeper.begin(begin, config.seed)
+    lifecycle = RunLifecycle(config, models.engines(), config.total_steps)
+    lifecycle.restore(begin, config.seed)
     if begin:
         state.load_state_dict(begin.state)
         if state.critic_center is not None:
@@ -50,4 +50,4 @@ def build(config: PPOConfig) -> Run:
     logger.say(str(state.best))
     if caveat := Sampling(config.temperature, config.topp, config.repetition_penalty).caveat:
         logger.say(caveat)
-    return Run(config, tokenizer, train, valid[: config.num_eval_prompts], models, reward_fn, logger, state, keeper)
+    return Run(config, tokenizer, train, valid[: config.num_eval_prompts], models, reward_fn, logger, state, lifecycle)

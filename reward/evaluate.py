@@ -13,7 +13,7 @@ from reward.evaluation.plots import check_plots, draw_calibration, draw_differen
 from reward.evaluation.report import evaluation_report, render
 from reward.evaluation.score_preferences import PanelConfig, score_preferences
 from utils.errors import UserError
-from utils.files import check_writable, write_result
+from utils.files import check_writable, write_json
 from utils.flags.parser import entry_point, parse_args
 
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     report = evaluation_report(models, config.data_path)
     print(render(report))
     if config.output:
-        write_result(os.path.join(config.output, "evaluation.json"), "--output", report)
+        write_json(os.path.join(config.output, "evaluation.json"), report, "--output")
         for draw in (draw_differences, draw_calibration, draw_lengths):
             draw(models, os.path.join(config.output, f"{draw.__name__.removeprefix('draw_')}.png"))
         print(f"written to {config.output}")
