@@ -8,6 +8,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from utils.errors import UserError
+from utils.files import read_json
 from utils.hub import download, is_hub_id
 from utils.llama_sentencepiece import (
     SentencePieceTokenizer,
@@ -36,7 +37,9 @@ _MOSS_CHAT_TEMPLATES = {
 }
 
 
-def load_tokenizer(path: str, template: str | None = None, arguments: dict | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, template: str | None = None, arguments: dict | None = None, flag: str = FLAG
+) -> PreTrainedTokenizerBase:
     """The tokenizer in the folder, `tokenizer.model` file or hub id `path`, ready for `template` and its `arguments`.
 
     A LLaMA-format `tokenizer.model` is encoded by SentencePiece itself. Anything else goes through AutoTokenizer, and
@@ -46,12 +49,12 @@ def load_tokenizer(path: str, template: str | None = None, arguments: dict | Non
     Raises UserError when there is no usable tokenizer, no end token, or no chat template although one is asked for.
     """
     if is_hub_id(path):  # not left to AutoTokenizer: a tokenizer.model has to be found first
-        path = str(download(path, FLAG, allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"]))
-    file = _sentencepiece_file(Path(path))
-    fast = os.path.isfile(os.path.join(path, "tokenizer.json")) and _is_foreign(_chat_template(Path(path)))
-    tokenizer = _from_sentencepiece(file) if file and not fast else _from_auto(str(path))
+        path = str(download(path, flag, allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"]))
+    file = _sentencepiece_file(Path(path), flag)
+    fast = os.path.isfile(os.path.join(path, "tokenizer.json")) and _is_foreign(_chat_template(Path(path), flag))
+    tokenizer = _from_sentencepiece(file, flag) if file and not fast else _from_auto(str(path), flag)
     if not tokenizer.eos_token:
-        raise UserError(f"{FLAG}: the tokenizer in {path} has no end-of-sequence token; give one whose config names it")
+        raise UserError(f"{flag}: the tokenizer in {path} has no end-of-sequence token; give one whose config names it")
     tokenizer.chat_template_kwargs = arguments or {}  # read by data/chat.py alone; not saved
     set_template(tokenizer, template, path)
     _settle_pad(tokenizer)
@@ -88,7 +91,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return getattr(tokenizer, "stop_ids", (tokenizer.eos_token_id,))
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: str) -> int:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: str, flag: str = FLAG) -> int:
     """The number of embedding rows that a model of `vocab_size` rows needs for `tokenizer`; at least `vocab_size`.
 
     Only the tags of moss_zh may lie beyond the model's rows: then the answer is larger, and the caller resizes.
@@ -98,7 +101,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: 
     strangers = sorted((i, token) for token, i in beyond.items() if token not in MOSS_ZH_TAGS)
     if strangers:
         raise UserError(
-            f"{what} has {vocab_size} token embeddings, but {FLAG} has the token {strangers[0][1]!r} = "
+            f"{what} has {vocab_size} token embeddings, but {flag} has the token {strangers[0][1]!r} = "
             f"{strangers[0][0]} (and {len(strangers) - 1} more that do not fit); give the tokenizer of this model"
         )
     return max([vocab_size, *(i + 1 for i in beyond.values())])
@@ -140,7 +143,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
-def _sentencepiece_file(path: Path) -> Path | None:
+def _sentencepiece_file(path: Path, flag: str) -> Path | None:
     """The LLaMA-format model that `path` names, or None when another kind of tokenizer is to be looked for."""
     file = path / "tokenizer.model" if os.path.isdir(path) else path
     if not os.path.isfile(file):
@@ -148,24 +151,24 @@ def _sentencepiece_file(path: Path) -> Path | None:
     proto = read_proto(file)
     if proto is None:
         # Not passed over in favour of a tokenizer.json beside it: that one may give other ids.
-        raise UserError(f"{FLAG}: {file} is damaged or no SentencePiece model that can be read; copy it again")
+        raise UserError(f"{flag}: {file} is damaged or no SentencePiece model that can be read; copy it again")
     if is_llama_format(proto):
         return file
     if path.is_file():
-        raise UserError(f"{FLAG}: {file} is not LLaMA's format (BPE with dummy prefix); give its folder instead")
+        raise UserError(f"{flag}: {file} is not LLaMA's format (BPE with dummy prefix); give its folder instead")
     return None
 
 
-def _from_sentencepiece(file: Path) -> SentencePieceTokenizer:
+def _from_sentencepiece(file: Path, flag: str) -> SentencePieceTokenizer:
     tokenizer = load_sentencepiece(file)
-    config = _read_json(file.parent / "tokenizer_config.json")
+    config = _read_json(file.parent / "tokenizer_config.json", flag)
     try:
         recorded = {int(i): (token["content"], token) for i, token in config.get("added_tokens_decoder", {}).items()}
-        recorded |= {int(i): (token, {}) for token, i in _read_json(file.parent / "added_tokens.json").items()}
+        recorded |= {int(i): (token, {}) for token, i in _read_json(file.parent / "added_tokens.json", flag).items()}
         if not all(isinstance(token, str) for token, _ in recorded.values()):
             raise ValueError
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{FLAG}: the added tokens in {file.parent} are damaged; copy the folder again") from error
+        raise UserError(f"{flag}: the added tokens in {file.parent} are damaged; copy the folder again") from error
     for i, (token, sides) in sorted(recorded.items()):
         if i < tokenizer.vocab_size or not token:
             continue
@@ -173,8 +176,8 @@ def _from_sentencepiece(file: Path) -> SentencePieceTokenizer:
         added = AddedToken(token, special=True, normalized=False, **strip)
         tokenizer.add_special_tokens({"additional_special_tokens": [added]}, replace_extra_special_tokens=False)
         if tokenizer.convert_tokens_to_ids(token) != i:
-            raise UserError(f"{FLAG}: {file.parent} gives the added token {token!r} the id {i}, which leaves a gap")
-    tokenizer.chat_template = _chat_template(file.parent)
+            raise UserError(f"{flag}: {file.parent} gives the added token {token!r} the id {i}, which leaves a gap")
+    tokenizer.chat_template = _chat_template(file.parent, flag)
     # Published base models have empty names of bos and eos in their config; a chat model may end in a token of its own.
     names = ("pad_token", "bos_token", "eos_token") if _is_foreign(tokenizer.chat_template) else ("pad_token",)
     for name in names:
@@ -185,19 +188,19 @@ def _from_sentencepiece(file: Path) -> SentencePieceTokenizer:
     return tokenizer
 
 
-def _chat_template(folder: Path) -> str | None:
+def _chat_template(folder: Path, flag: str) -> str | None:
     """The chat template in a tokenizer's folder, of several the default one. UserError where none of them is that."""
     jinja = folder / "chat_template.jinja"
     template = (
         jinja.read_text("utf-8")
         if jinja.is_file()
-        else _read_json(folder / "tokenizer_config.json").get("chat_template")
+        else _read_json(folder / "tokenizer_config.json", flag).get("chat_template")
     )
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         if not isinstance(named.get("default"), str):
             raise UserError(
-                f"{FLAG}: {folder} has several chat templates and none of them is the default one; name the one to use "
+                f"{flag}: {folder} has several chat templates and none of them is the default one; name the one to use "
                 "default in its tokenizer_config.json"
             )
         return named["default"]
@@ -208,17 +211,17 @@ def _is_foreign(template: str | None) -> bool:
     return template is not None and template not in _MOSS_CHAT_TEMPLATES.values()
 
 
-def _from_auto(path: str) -> PreTrainedTokenizerBase:
+def _from_auto(path: str, flag: str) -> PreTrainedTokenizerBase:
     local = Path(path)
     if not os.path.exists(local):
-        raise UserError(f"{FLAG}: {path} does not exist; give a folder with a tokenizer, or a hub id (owner/name)")
+        raise UserError(f"{flag}: {path} does not exist; give a folder with a tokenizer, or a hub id (owner/name)")
     if local.is_dir():
         if not has_tokenizer(local):
             names = ", ".join(_TOKENIZER_FILES)
-            raise UserError(f"{FLAG}: no tokenizer in {path} (looked for {names}); give its folder")
+            raise UserError(f"{flag}: no tokenizer in {path} (looked for {names}); give its folder")
         for name in ("tokenizer.json", "vocab.json"):
-            _read_json(local / name)
-    config = _read_json(local / "tokenizer_config.json")
+            _read_json(local / name, flag)
+    config = _read_json(local / "tokenizer_config.json", flag)
     from transformers import AutoTokenizer  # and the machinery of models with it, which SentencePiece does without
 
     try:
@@ -227,19 +230,11 @@ def _from_auto(path: str) -> PreTrainedTokenizerBase:
         reason = str(error).strip().split("\n")[0].rstrip(" .")
         if "auto_map" in config:
             reason = "it needs code of its own (auto_map in tokenizer_config.json), which is not run here"
-        raise UserError(f"{FLAG}: cannot load a tokenizer from {path}: {reason}; check the folder or hub id") from error
+        raise UserError(f"{flag}: cannot load a tokenizer from {path}: {reason}; check the folder or hub id") from error
 
 
-def _read_json(file: Path) -> dict:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:  # not readable; broken JSON or not UTF-8
-        raise UserError(f"{FLAG}: {file} is damaged ({error}); copy it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{FLAG}: {file} is damaged (not a JSON object); copy it again")
-    return content
+def _read_json(file: Path, flag: str) -> dict:
+    return read_json(file, flag) if file.is_file() else {}
 
 
 def _settle_pad(tokenizer: PreTrainedTokenizerBase) -> None:

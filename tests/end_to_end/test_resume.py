@@ -89,12 +89,11 @@ def test_a_resumed_run_is_the_same_run(finished, inputs, tmp_path, settings):
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step_2", "step_4"]
 
 
-@pytest.mark.parametrize("case", DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over(finished, inputs, tmp_path, capfd, case):
+@pytest.mark.parametrize("reason", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over(finished, inputs, tmp_path, capfd, reason):
     expected, flags = finished(zero_stage=0, checkpoint_per_step=1, keep_checkpoints=3)
     out = stopped_after(3, expected, tmp_path / "run")
-    damage, reason = DAMAGE[case]
-    damage(out / "checkpoints" / "step_3")
+    DAMAGE[reason](out / "checkpoints" / "step_3")
     main(run_flags(inputs, out, **flags))
     said = capfd.readouterr().out
     assert re.search(rf"warning: .*step_3 is damaged \({reason}\); trying an older one", said)
