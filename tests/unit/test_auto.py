@@ -22,11 +22,11 @@ from utils.flags.engine import EngineConfig
 from utils.flags.parser import parse_args
 from utils.memory.activation_peak import ATTENTION, LiveBytes
 from utils.memory.recompute import (
+    choose_checkpointing,
     layers_kept,
     on_meta,
     predicted,
     recompute_fewest,
-    settle_checkpointing,
     training_peak,
 )
 from utils.models.chunked_logprobs import CHUNK, logits_bytes
@@ -139,7 +139,7 @@ def test_layers_are_kept_as_real_passes_allow():
     assert [layers_kept(decoder, 256, room) for room in (0, 10**12)] == [0, 6]
     real.config._attn_implementation, said = "eager", []
     assert predicted(lambda: layers_kept(on_meta(real), 256, 10**12), 0, said.append) == 0
-    assert said == ["the memory of this model's passes is not predicted (ValueError: eager attention)"]
+    assert said == ["cannot predict the memory of this model's passes (ValueError: eager attention)"]
     ctrl = AutoModel.from_config(tiny_config("ctrl"))
     recompute_fewest(ctrl, 0, "model", said.append)
     assert said[1] == "--gradient_checkpoint auto: the model recomputes 0 of 1 layers"
@@ -162,11 +162,11 @@ def test_a_supervised_stage_leaves_room_for_optimizer_and_gradients(single_proce
     # Adam's moments; gradients, or under ZeRO-3, which has room for them, the weights that it gathers; logits.
     beside = 8 * numel + 4 * numel + logits_bytes(CHUNK * 1000, 4)[1]
     two_kept = training_peak(on_meta(lm), 512, 2)
-    settle_checkpointing(engine, lm, config, 512, beside + two_kept, said.append)
+    choose_checkpointing(engine, lm, config, 512, beside + two_kept, said.append)
     assert said == ["--gradient_checkpoint auto: the model recomputes 2 of 4 layers"]
     assert [layer.gradient_checkpointing for layer in layers_of(lm)] == [True, True, False, False]
     assert norm() == plain
-    settle_checkpointing(engine, lm, config, 512, beside + two_kept - 1, said.append)
+    choose_checkpointing(engine, lm, config, 512, beside + two_kept - 1, said.append)
     assert said[1:] == ["--gradient_checkpoint auto: the model recomputes 3 of 4 layers"]
 
 
