@@ -225,7 +225,7 @@ def test_hub_id_offline(monkeypatch):
 
 def test_a_sentencepiece_model_of_another_kind(tmp_path):
     model = train_sentencepiece(tmp_path, add_dummy_prefix=False)
-    with pytest.raises(UserError, match=r"--tokenizer_name_or_path: .*not LLaMA's format"):
+    with pytest.raises(UserError, match=r"--tokenizer_name_or_path: .*not in LLaMA's format"):
         load_tokenizer(str(model), "moss_en")
 
 

@@ -179,7 +179,7 @@ def check_forward(
     far = probe.deviation(probe.together)
     if far and joins_rows(probe.decoder):
         probe.decoder.keeps_padding = True
-        say(f"{what}: rows of {probe.kind} are padded, since joined rows give other results ({far})")
+        say(f"{what}: rows of {probe.kind} are padded, since joined rows fail the check ({far})")
         far = probe.deviation(probe.together)
     if far:
         raise UserError(f"{what}: {probe.kind} gives other results in a padded batch ({far}); use another model")
