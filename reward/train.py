@@ -27,7 +27,7 @@ from utils.distributed import rank, world_size
 from utils.engine.engine import DTYPES, TrainEngine, device, device_room, shutdown_distributed
 from utils.errors import UserError
 from utils.flags.parser import entry_point, parse_args
-from utils.memory.recompute import choose_checkpointing
+from utils.memory.recompute import settle_checkpointing
 from utils.models.compile import compile_layers
 from utils.models.load import FLAG, check_window, enable_checkpointing
 from utils.run.start import open_log, start_run
@@ -161,7 +161,7 @@ def train(config: RewardConfig) -> None:
         engine = TrainEngine(model, config, "reward model")
         stage = stage_of(config, model, tokenizer, items, answers)
         tokens = max(config.micro_batch_tokens, *map(stage.length, items))
-        choose_checkpointing(engine, model.backbone, config, tokens, device_room(), log.say)
+        settle_checkpointing(engine, model.backbone, config, tokens, device_room(), log.say)
         code = fit(engine, stage, held_out_items, config, log, start)
     finally:
         log.close()

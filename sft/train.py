@@ -29,7 +29,7 @@ from utils.flags.parser import entry_point, parse_args
 from utils.flags.router import RouterFlags
 from utils.flags.supervised import FitConfig
 from utils.flags.text import StopFlags
-from utils.memory.recompute import choose_checkpointing
+from utils.memory.recompute import settle_checkpointing
 from utils.models.compile import compile_layers
 from utils.models.export import check_names, save_causal_lm, saved_tensors
 from utils.models.load import FLAG, check_window, enable_checkpointing, load_causal_lm
@@ -211,7 +211,7 @@ def train(config: SFTConfig) -> None:
     try:
         engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")
         tokens = max(config.micro_batch_tokens, config.context_truncate)
-        choose_checkpointing(engine, lm, config, tokens, device_room(), log.say)
+        settle_checkpointing(engine, lm, config, tokens, device_room(), log.say)
         stage = stage_of(config, lm, tokenizer, layout, sets, spread(valid, config.num_samples), balance)
         code = fit(engine, stage, layout.rows(valid, world_size()), config, log, start)
     finally:

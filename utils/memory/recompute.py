@@ -22,7 +22,7 @@ from utils.models.padding_free import decoder_of
 T = TypeVar("T")
 
 
-def choose_checkpointing(
+def settle_checkpointing(
     engine: TrainEngine, model: PreTrainedModel, config: EngineConfig, tokens: int, room: int | None,
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
