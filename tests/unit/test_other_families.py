@@ -92,7 +92,7 @@ def test_caps_of_attention_are_not_lost_by_the_kernel(tmp_path):
     path, said = folder_of("gemma2", tmp_path / "source"), []
     lm = load(path, said)
     assert lm.config._attn_implementation == "eager"
-    assert len(said) == 1 and "loaded with --attn_implementation eager, since sdpa ignores its cap" in said[0]
+    assert len(said) == 1 and "--attn_implementation eager is used, since sdpa ignores its cap" in said[0]
     assert load(path, said, "sdpa").config._attn_implementation == "sdpa"
     assert len(said) == 2 and "--attn_implementation sdpa ignores its cap of attention scores, 2" in said[1]
     load(path, said, "eager")

@@ -27,14 +27,9 @@ FLAG = "--hf_model_name_or_path"
 
 
 def load_causal_lm(
-    path: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    attn_implementation: str | None = None,
-    tokenizer=None,
-    say: Callable[[str], None] = print,
-    flag: str = FLAG,
-) -> PreTrainedModel:
+    path: str, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None, tokenizer=None,
+    say: Callable[[str], None] = print, flag: str = FLAG,
+) -> PreTrainedModel:  # fmt: skip
     """Returns the causal LM in the folder or hub id `path`, in `dtype` on `device`, without dropout, in eval mode.
 
     tokenizer: its vocabulary is checked, and the embedding grows for the tags of moss_zh. flag: the flag of `path`, for
@@ -71,26 +66,10 @@ def _check_known(config: dict, path: str, flag: str) -> None:
     kind = config.get("model_type")
     if kind in CONFIG_MAPPING.keys():  # noqa: SIM118 - `in` of the mapping itself fails for what cannot be hashed
         return
+    reason = f"has the model_type {kind!r}, which transformers does not include" if kind else "has no model_type"
     if "auto_map" in config:
-        raise UserError(
-            f"{flag}: {path} needs code of its own (auto_map in its config.json), which is not run here; use a model "
-            "that transformers includes"
-        )
-    problem = f"names the model_type {kind!r}, which transformers does not include" if kind else "has no model_type"
-    raise UserError(f"{flag}: {path}/config.json {problem}; use a model that transformers includes")
-
-
-def _check_kernel(asked: str | None, config: PretrainedConfig, folder: Path, flag: str) -> None:
-    """Raises UserError for an attention kernel that is not in transformers: "owner/name" is code from the hub."""
-    known = sorted(name for name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()) if name.isidentifier())
-    if asked and asked not in known:
-        raise UserError(f"--attn_implementation {asked} is unknown; use one of {', '.join(known)}")
-    for part in (config, config.get_text_config()):
-        if not asked and part._attn_implementation and part._attn_implementation not in known:
-            raise UserError(
-                f"{flag}: {folder}/config.json asks for the attention kernel {part._attn_implementation!r}, which is "
-                "code from the hub; remove it there, or pass --attn_implementation sdpa"
-            )
+        reason = "needs code of its own (auto_map), which is not run here"
+    raise UserError(f"{flag}: {path}/config.json {reason}; use a model that transformers includes")
 
 
 @contextlib.contextmanager
@@ -111,19 +90,29 @@ def attention_cap(config: PretrainedConfig) -> float | None:
     return getattr(config.get_text_config(), "attn_logit_softcapping", None)
 
 
-def _choose_kernel(asked: str | None, config: PretrainedConfig, what: str, say: Callable[[str], None]) -> str | None:
+def _attention_kernel(
+    asked: str | None, config: PretrainedConfig, folder: Path, flag: str, say: Callable[[str], None]
+) -> str | None:
     """Returns the attention kernel to load a model with, None for transformers' choice.
 
-    transformers' sdpa kernel ignores caps of attention scores; its flash attention kernels apply them.
+    Raises UserError for a kernel that is not in transformers: "owner/name" is code from the hub. transformers' sdpa
+    kernel ignores caps of attention scores; its flash attention kernels apply them.
     """
+    known = sorted(name for name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()) if name.isidentifier())
+    if asked and asked not in known:
+        raise UserError(f"--attn_implementation {asked} is unknown; use one of {', '.join(known)}")
+    for part in (config, config.get_text_config()):
+        if not asked and part._attn_implementation and part._attn_implementation not in known:
+            raise UserError(
+                f"{flag}: {folder}/config.json asks for the attention kernel {part._attn_implementation!r}, which is "
+                "code from the hub; remove it there, or pass --attn_implementation sdpa"
+            )
     cap = attention_cap(config)
-    if not cap or asked not in (None, "sdpa"):
-        return asked
-    if asked:
-        say(f"{what}: --attn_implementation sdpa ignores its cap of attention scores, {cap:g}; eager applies it")
-        return asked
-    say(f"{what}: loaded with --attn_implementation eager, since sdpa ignores its cap of attention scores, {cap:g}")
-    return "eager"
+    if cap and asked in (None, "sdpa"):
+        change = "sdpa ignores" if asked else "eager is used, since sdpa ignores"
+        say(f"{flag} {folder}: --attn_implementation {change} its cap of attention scores, {cap:g}")
+        return asked or "eager"
+    return asked
 
 
 def from_folder(
@@ -131,13 +120,10 @@ def from_folder(
     flag: str, say: Callable[[str], None] = print,
 ) -> PreTrainedModel:  # fmt: skip
     """Calls `auto_class.from_pretrained` in `dtype`. Raises UserError for weights that are missing or not finite."""
-    options = {}
-    if device.type == "cuda":
-        options["device_map"] = {"": device}
+    options = {"device_map": {"": device}} if device.type == "cuda" else {}
     with _loading(folder, flag):
         config = without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    _check_kernel(attn_implementation, config, folder, flag)
-    if kernel := _choose_kernel(attn_implementation, config, f"{flag} {folder}", say):
+    if kernel := _attention_kernel(attn_implementation, config, folder, flag, say):
         options["attn_implementation"] = kernel
     with _loading(folder, flag, attn_implementation):
         model, report = auto_class.from_pretrained(
@@ -218,14 +204,11 @@ def switching_position(config: PretrainedConfig) -> int | None:
 def check_window(model: nn.Module, max_tokens: int, flag: str) -> None:
     """Raises UserError if `max_tokens` of `flag` exceed the positions that the model was trained on."""
     window = window_of(model)
-    if not window or max_tokens <= window:
-        return
-    if window == switching_position(model.config.get_text_config()):
-        raise UserError(
-            f"{flag} {max_tokens}: one row of more than {window} tokens would change the rotary positions of all rows "
-            f"of its batch (rope_type of the model's config); use at most {window}"
-        )
-    raise UserError(f"{flag} {max_tokens} is longer than the model's window; use at most {window}")
+    if window and max_tokens > window:
+        reason = " is longer than the model's window"
+        if window == switching_position(model.config.get_text_config()):
+            reason = f": one row of more than {window} tokens changes the rotary positions of its whole batch"
+        raise UserError(f"{flag} {max_tokens}{reason}; use at most {window}")
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer, what: str, say: Callable[[str], None]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
@@ -31,9 +31,6 @@ _TOKENIZER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     "chat_template.jinja",
 )
-
-
-T, R = TypeVar("T"), TypeVar("R")
 
 
 class Stored(NamedTuple):
@@ -77,7 +74,7 @@ class Side:
         return sum(math.prod(stored.shape) for stored in self.tensors.values()) * getattr(torch, dtype).itemsize
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def ahead(function: Callable, items: Iterable) -> Iterator:
     """Yields function(item) for every item; a thread computes the next result while the caller uses this one."""
     with ThreadPoolExecutor(1) as pool:
         pending = None
