@@ -71,9 +71,7 @@ def gather_rows(x: torch.Tensor) -> torch.Tensor:
     if world_size() == 1:
         return x
     if x.dim() > 1:
-        longest = torch.tensor(x.shape[1], device=x.device)
-        dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-        x = torch.nn.functional.pad(x, (0, int(longest) - x.shape[1]))
+        x = torch.nn.functional.pad(x, (0, max_ranks(x.shape[1], x.device) - x.shape[1]))
     wire = x.to(torch.uint8) if x.dtype == torch.bool else x
     parts = [torch.empty_like(wire) for _ in range(world_size())]
     dist.all_gather(parts, wire.contiguous())

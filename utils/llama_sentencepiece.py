@@ -34,16 +34,10 @@ def read_proto(file: Path):
     """Returns the parsed `tokenizer.model`, None if the file is something else, damaged or not readable."""
     try:
         proto = import_protobuf().ModelProto.FromString(file.read_bytes())
-    except (DecodeError, OSError):
+        loads = SentencePieceProcessor().Load(str(file))
+    except (DecodeError, OSError, RuntimeError):
         return None
-    return proto if proto.pieces and _loads(file) else None
-
-
-def _loads(file: Path) -> bool:
-    try:
-        return SentencePieceProcessor().Load(str(file))
-    except (RuntimeError, OSError):
-        return False
+    return proto if proto.pieces and loads else None
 
 
 def is_llama_format(proto) -> bool:

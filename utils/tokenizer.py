@@ -38,7 +38,11 @@ _MOSS_CHAT_TEMPLATES = {
 
 
 def load_tokenizer(
-    path: str, template: str | None = None, arguments: dict | None = None, flag: str = FLAG
+    path: str,
+    template: str | None = None,
+    arguments: dict | None = None,
+    flag: str = FLAG,
+    template_flag: str = "--template",
 ) -> PreTrainedTokenizerBase:
     """Returns the tokenizer in the folder, `tokenizer.model` file or hub id `path`, prepared for `template`.
 
@@ -55,20 +59,18 @@ def load_tokenizer(
     if not tokenizer.eos_token:
         raise UserError(f"{flag}: the tokenizer in {path} has no end-of-sequence token; use one whose config names it")
     tokenizer.chat_template_kwargs = arguments or {}  # read by data/chat.py; not saved
-    set_template(tokenizer, template, path)
+    set_template(tokenizer, template, path, template_flag)
     _set_pad(tokenizer)
     return tokenizer
 
 
-def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None, path: str) -> None:
+def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None, path: str, flag: str = "--template") -> None:
     """Sets tags and chat template of a tokenizer from `path` for `template`; None changes nothing."""
     if template == "moss_zh":
         missing = [tag for tag in MOSS_ZH_TAGS if tag not in tokenizer.get_vocab()]
         tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
     if template == "chat" and not tokenizer.chat_template:
-        raise UserError(
-            f"--template chat: the tokenizer in {path} has no chat template; use --template moss_en or moss_zh"
-        )
+        raise UserError(f"{flag} chat: the tokenizer in {path} has no chat template; use {flag} moss_en or moss_zh")
     tokenizer.chat_template = _MOSS_CHAT_TEMPLATES.get(template, tokenizer.chat_template)
 
 

@@ -15,13 +15,9 @@ FLOATS = {"cpu": 1 << 20, "cuda": 1 << 24}  # logits in float32 at a time: 4 MB 
 
 
 def sum_nll(
-    hidden: torch.Tensor,
-    sequences: torch.Tensor,
-    token_mask: torch.Tensor,
-    lm_head: Callable[[torch.Tensor], torch.Tensor],
-    chunk: int = CHUNK,
+    hidden: torch.Tensor, sequences: torch.Tensor, token_mask: torch.Tensor, lm_head: Callable, chunk: int = CHUNK,
     even_tokens: int = 0,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Returns the sum of -log p(token t | tokens < t) over the masked tokens: float32 scalar.
 
     hidden: [batch, length, hidden], or [n, hidden] of the positions before masked tokens; sequences, token_mask:
@@ -33,13 +29,9 @@ def sum_nll(
 
 
 def nll_and_hits(
-    hidden: torch.Tensor,
-    sequences: torch.Tensor,
-    token_mask: torch.Tensor,
-    lm_head: Callable[[torch.Tensor], torch.Tensor],
-    chunk: int = CHUNK,
+    hidden: torch.Tensor, sequences: torch.Tensor, token_mask: torch.Tensor, lm_head: Callable, chunk: int = CHUNK,
     even_tokens: int = 0,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Returns `sum_nll` and the number of masked tokens with the largest logit: float32 [2]."""
     return _over_chunks(_nll_and_hits, hidden, sequences, token_mask, lm_head, chunk, even_tokens)
 

@@ -1,15 +1,13 @@
 """Writes model folders that other tools load: weights, config, generation config, tokenizer. Atomic."""
 
 import copy
-import json
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from utils.errors import UserError
-from utils.files import atomic_folder
+from utils.files import atomic_folder, write_json
 from utils.models.load import quiet_transformers
 from utils.tokenizer import save_tokenizer, stop_ids
 
@@ -46,13 +44,9 @@ def _shell(auto_class: type, config: PretrainedConfig, dtype: torch.dtype) -> Pr
 
 
 def write_model(
-    auto_class: type,
-    config: PretrainedConfig,
-    state: dict[str, torch.Tensor],
-    folder: str,
-    tokenizer=None,
+    auto_class: type, config: PretrainedConfig, state: dict[str, torch.Tensor], folder: str, tokenizer=None,
     generation: GenerationConfig | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Writes `state` (names of `auto_class`'s model) as safetensors, with config and tokenizer. Call it on one rank.
 
     The config gets the tokenizer's bos, eos and pad ids. generation: settings of the source model; they are written
@@ -75,17 +69,11 @@ def write_model(
     with atomic_folder(folder) as partial:
         with quiet_transformers():
             shell.save_pretrained(partial, state_dict=state)
-        if shell.can_generate() and generation is not None:
-            _write_settings(generation, ids, Path(partial, "generation_config.json"))
+        settings = generation.to_diff_dict() if generation is not None and shell.can_generate() else {}
+        if settings and not settings.get("_from_model_config"):  # transformers refuses to save some that it loads
+            write_json(f"{partial}/generation_config.json", settings | ids)
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial)
-
-
-def _write_settings(generation: GenerationConfig, ids: dict, file: Path) -> None:
-    """Writes generation settings with these ids; transformers refuses to save some settings that it loads."""
-    settings = generation.to_diff_dict()
-    if not settings.get("_from_model_config"):  # else the source has no settings
-        file.write_text(json.dumps(settings | ids, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_causal_lm(

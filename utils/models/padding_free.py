@@ -16,12 +16,8 @@ from transformers.utils.generic import is_flash_attention_requested
 from utils.models.varlen import attend, takes_varlen
 from utils.tensors import last_index, to_device
 
-FULL_ATTENTION = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-)  # only attention mixes tokens; layers have the structure of `_last_layer` and ppo/decoding/llama_step.py
+# Only attention mixes tokens; layers have the structure of `_last_layer` and ppo/decoding/llama_step.py.
+FULL_ATTENTION = ("llama", "mistral", "qwen2", "qwen3")
 FLOAT_TOKENS = 512  # longest row whose attention runs in float32 on a CPU: halves the backward time
 
 
@@ -51,9 +47,8 @@ def has_varlen_kernel(decoder: nn.Module) -> bool:
 
 
 def _may_join(decoder: nn.Module) -> bool:
-    return is_like_llama(decoder.config) and not getattr(
-        decoder, "keeps_padding", False
-    )  # utils/models/check.py sets it
+    keeps_padding = getattr(decoder, "keeps_padding", False)  # set by utils/models/check.py
+    return is_like_llama(decoder.config) and not keeps_padding
 
 
 def is_like_llama(config) -> bool:

@@ -9,7 +9,7 @@ from utils.errors import UserError
 from utils.files import check_writable, read_json
 from utils.flags.parser import changed_flags
 from utils.flags.run import FREE_ON_RESUME, RunFlags
-from utils.run.checkpoint import Say
+from utils.run.checkpoint import Say, all_checkpoints
 from utils.run.folder import check_inputs, holds_run, prepare_run_folder
 from utils.run.logger import tracker_names
 from utils.run.restore import Checkpoint, named, newest
@@ -57,8 +57,7 @@ def _is_inside(checkpoint: str, run: str) -> bool:
 
 
 def _has_checkpoints(path: str) -> bool:
-    folder = os.path.join(path, "checkpoints")
-    return os.path.isdir(folder) and any(not name.endswith(".partial") for name in os.listdir(folder))
+    return bool(all_checkpoints(os.path.join(path, "checkpoints")))
 
 
 def _same_config(config: RunFlags) -> bool:

@@ -79,8 +79,6 @@ def make_diff(
         of_raw, of_diff, of_tuned = TensorHasher(), TensorHasher(), TensorHasher()
         tensors = _differences(raw, tuned, getattr(torch, dtype), totals, of_raw, of_tuned)
         write_shards(folder, ahead(of_diff, tensors), max_shard_bytes)
-        for _ in raw.stream([name for name in raw.tensors if not is_difference(name)], of_raw):
-            pass  # hashes for the manifest; recovery does not read these tensors
         total = math.fsum(totals) + rotary_total(config)
         parts = Hashes(dtype, of_tuned.found), Hashes(raw.dtype, of_raw.found), Hashes(dtype, of_diff.found)
         write_manifest(folder, Manifest(total, *parts))
