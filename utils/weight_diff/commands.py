@@ -68,11 +68,8 @@ def _command_parser(command: str, release: Release) -> argparse.ArgumentParser:
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"([\d.]+)\s*([KMG]?I?B?)", text.upper())
-    try:
-        size = int(float(match[1]) * _UNITS[match[2]])
-    except (TypeError, KeyError, ValueError, OverflowError):
-        size = 0
-    if size < 1:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.upper())
+    size = float(match[1]) * _UNITS.get(match[2], 0) if match else 0
+    if not 1 <= size < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: give a size like 5GB or 500MB")
-    return size
+    return int(size)
