@@ -15,9 +15,11 @@ from utils.hub import is_hub_id
 from utils.tokenizer import check_vocabulary, load_tokenizer, save_tokenizer
 
 TEXTS = [
-    "Hello, how are you?", "你好，今天天气怎么样？", "Emoji 😀 and 👩‍👩‍👧 and 🏳️‍🌈!", "runs  of   spaces    and\ttabs",
-    "   leading and trailing   ", "def f(x):\n    if x:\n        return {'a': [1, 2]}\n",
-    "mixed 中文 and English，全角　空格", "née Zoë ﬁne ½ ①", "<s>not a tag</s> <unk> <0x0A> <|Human|>", "", " ", "\n", "1234567890",
+    "Hello, how are you?", "你好，今天天气怎么样？", "Emoji 😀 and 👩‍👩‍👧 and 🏳️‍🌈!",
+    "runs  of   spaces    and\ttabs", "   leading and trailing   ",
+    "def f(x):\n    if x:\n        return {'a': [1, 2]}\n",
+    "mixed 中文 and English，全角　空格", "née Zoë ﬁne ½ ①", "<s>not a tag</s> <unk> <0x0A> <|Human|>",
+    "", " ", "\n", "1234567890",
 ]  # fmt: skip
 
 

@@ -42,18 +42,14 @@ def read_manifest(folder: Path, flag: str) -> Manifest | None:
         return None
     content = read_json(folder / FILE, flag)
     try:
-        if ("raw" in content) != ("diff" in content):
-            raise ValueError("it names only one of raw and diff")
-        parts = {part: _hashes(content[part]) for part in ("raw", "diff", "tuned") if part in content}
+        parts = {part: Hashes(**content[part]) for part in ("raw", "diff", "tuned") if part in content}
+        if ("raw" in parts) != ("diff" in parts):
+            raise ValueError("it has only one of raw and diff")
+        if not all(part.dtype in DTYPES and isinstance(part.sha256, dict) for part in parts.values()):
+            raise ValueError("it has a part without a known dtype and SHA-256")
         return Manifest(float(content["total"]), **parts)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{flag}: {folder / FILE} is damaged ({error}); copy it again") from error
-
-
-def _hashes(content: dict) -> Hashes:
-    if content["dtype"] not in DTYPES:
-        raise ValueError(f"dtype {content['dtype']}")
-    return Hashes(content["dtype"], dict(content["sha256"]))
 
 
 class TensorHasher:

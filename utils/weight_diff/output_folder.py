@@ -38,29 +38,22 @@ def new_folder(path: str, flag: str, size: int = 0) -> Iterator[Path]:
     if free < size:
         needed = f"{flag} {path} needs {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk"
         raise UserError(f"{needed}; free disk space, or use a folder on another disk")
-    with disk_errors(f"{flag} {path}"):
-        _check_leftover(Path(f"{os.path.abspath(path)}.partial"), flag)
-    with atomic_folder(path, flag) as folder:
-        mark = Path(folder, _MARK)
-        with open(mark, "wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield Path(folder)
-            mark.unlink()
-            if os.path.lexists(path):
-                raise UserError(f"{flag} {path} was created by another process meanwhile; use another folder")
-
-
-def _check_leftover(partial: Path, flag: str) -> None:
-    """Raises UserError if the incomplete folder is in use, or is not one of this command."""
-    if not os.path.lexists(partial):
-        return
-    if not (partial / _MARK).is_file():
-        raise UserError(f"{flag}: {partial} exists and was not written by this command; move it")
-    with open(partial / _MARK, "rb") as mark:
-        try:
-            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{flag}: another run is writing {partial}; wait for it, or stop it") from None
+    partial = Path(f"{os.path.abspath(path)}.partial")
+    mark = partial / _MARK
+    if os.path.lexists(partial):
+        if not mark.is_file():
+            raise UserError(f"{flag}: {partial} exists and was not written by this command; move it")
+        with disk_errors(f"{flag} {path}"), open(mark, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{flag}: another run is writing {partial}; wait for it, or stop it") from None
+    with atomic_folder(path, flag), open(mark, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield partial
+        mark.unlink()
+        if os.path.lexists(path):
+            raise UserError(f"{flag} {path} was created by another process meanwhile; use another folder")
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> None:

@@ -41,11 +41,11 @@ def check_published(
     """Raises UserError if a sum differs from the one published for the model type. Prints the result."""
     if model_type is None:
         raise UserError("--path_tuned has no manifest; pass --model_type to check the sum published for it")
-    if release.totals[model_type] is None:
+    if (expected := release.totals[model_type]) is None:
         say(f"no sum is published for --model_type {model_type}: not checked (the sum is {total:.4f})")
-        return
-    check_total(total, release.totals[model_type], f"that published for --model_type {model_type}", remedy, slack)
-    say(f"sum {total:.4f}: as published for --model_type {model_type}")
+    else:
+        check_total(total, expected, f"that published for --model_type {model_type}", remedy, slack)
+        say(f"sum {total:.4f}: as published for --model_type {model_type}")
 
 
 def check_total(total: float, expected: float, what: str, remedy: str, slack: float = 0.0) -> None:
