@@ -5,9 +5,8 @@
   python merge_weight_zh.py verify --path_tuned models/moss-rlhf-reward-model-7B-zh/recover
   python merge_weight_zh.py make_diff --path_raw BASE --path_tuned MY_MODEL --path_diff NEW_FOLDER
 
-The base is LLaMA-7B in Hugging Face layout, for the Chinese diff too: the model was trained from OpenChineseLLaMA, but
-the diff was not made against it. All else is as merge_weight_en.py --help says. `COMMAND --help` lists a command's
-flags.
+The base is LLaMA-7B in Hugging Face layout: the model was trained from OpenChineseLLaMA, but the diff was made against
+LLaMA-7B. See merge_weight_en.py --help for the rest. `COMMAND --help` lists the flags of a command.
 """
 
 from utils.weight_diff.commands import run
@@ -15,7 +14,7 @@ from utils.weight_diff.published import Release
 
 RELEASE = Release(
     base="LLaMA-7B in Hugging Face layout, not OpenChineseLLaMA",
-    totals={"reward": 49954.0859375, "sft": None, "policy": None},  # only the reward model's is published
+    totals={"reward": 49954.0859375, "sft": None, "policy": None},  # only the sum of the reward model is published
     template="moss_zh",
     default_type="reward",
 )

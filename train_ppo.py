@@ -32,13 +32,13 @@ def train(config: PPOConfig) -> None:
 
     run = build(config)
     # Closing the logger ends its progress line, so that an error starts on a new one.
-    with contextlib.closing(run.logger), run.keeper:
+    with contextlib.closing(run.logger), run.lifecycle:
         loop(run)
         if run.finished:
             run.export("final")
     shutdown_distributed()
     if not run.finished:
-        sys.exit(run.keeper.code)
+        sys.exit(run.lifecycle.exit_code)
 
 
 def loop(run) -> None:
@@ -50,9 +50,9 @@ def loop(run) -> None:
     from utils.run.logger import Stopwatch
 
     config, state, models = run.config, run.state, run.models
-    while not (run.finished or run.keeper.code):
+    while not (run.finished or run.lifecycle.exit_code):
         lr = run.learning_rates(state.step)
-        watch = Stopwatch(on_lap=run.keeper.feed)
+        watch = Stopwatch(on_lap=run.lifecycle.report_progress)
 
         # 1. Sample a response to each prompt.
         prompts = run.next_prompts()

@@ -62,7 +62,7 @@ def measure(seed: int, world: Path, output: Path, flags: list[str]) -> tuple[flo
     """Returns the explained variance before and after the pre-training of one seed."""
     argv = [*command("base", seed, world, output / f"critic-{seed}"), "--overwrite", "True", *flags]
     run = Pretraining(**vars(build(parse_args(PPOConfig, argv, PRESETS, AMOUNTS))))
-    with contextlib.closing(run.logger), run.keeper:
+    with contextlib.closing(run.logger), run.lifecycle:
         before = explained_variance(run)
         loop(run)
         return before, explained_variance(run)

@@ -13,7 +13,7 @@ from ppo.user_reward import load_reward_fn
 from utils.distributed import world_size
 from utils.flags.checks import is_default
 from utils.models.load import model_folder, window_at
-from utils.run.lifecycle import Keeper
+from utils.run.lifecycle import RunLifecycle
 from utils.run.start import open_log, start_run
 
 
@@ -40,8 +40,8 @@ def build(config: PPOConfig) -> Run:
     models = load_models(config, tokenizer, say)
     fit_to_memory(config, models, say)
     state = RunState(pretrain=pretrain)
-    keeper = Keeper(config, models.engines(), config.total_steps)
-    keeper.begin(begin, config.seed)
+    lifecycle = RunLifecycle(config, models.engines(), config.total_steps)
+    lifecycle.restore(begin, config.seed)
     if begin:
         state.load_state_dict(begin.state)
         if state.critic_center is not None:
@@ -56,5 +56,5 @@ def build(config: PPOConfig) -> Run:
     sampler = PolicySampler(models.policy, tokenizer, config, measure=config.reuse_sampler_logprobs)
     return Run(
         config, tokenizer, train, valid[: config.num_eval_prompts], models, sampler, sampling, reward_fn, logger, state,
-        keeper,
+        lifecycle,
     )  # fmt: skip

@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the table and the samples; one process."""
     config = parse_args(CompareConfig, argv)
     from ppo.compare_policies import judge_policies
-    from utils.files import check_output_file, write_result
+    from utils.files import check_output_file, write_json
 
     if config.output:
         check_output_file(config.output, "--output")
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     print(render_samples(before["rows"], after["rows"], config.num_samples))
     if config.output:
         answers = [b | {"answer_after": a["answer"]} for b, a in zip(before["rows"], after["rows"], strict=True)]
-        write_result(config.output, "--output", {"policies": config.policies, "table": table, "answers": answers})
+        write_json(config.output, {"policies": config.policies, "table": table, "answers": answers}, "--output")
         print(f"written to {config.output}")
 
 

@@ -22,7 +22,7 @@ from utils.errors import UserError
 from utils.models.export import save_causal_lm
 from utils.moments import RunningMoments
 from utils.run.checkpoint import save_batches
-from utils.run.lifecycle import Keeper
+from utils.run.lifecycle import RunLifecycle
 from utils.run.logger import RunLogger
 from utils.schedule import lr_factor
 
@@ -74,7 +74,7 @@ class Run:
     reward_fn: RewardFunction | None
     logger: RunLogger
     state: RunState
-    keeper: Keeper
+    lifecycle: RunLifecycle
 
     @property
     def finished(self) -> bool:
@@ -148,7 +148,7 @@ class Run:
         barrier()  # a launcher kills all ranks when one ends, which must not happen while rank 0 writes the batch
         text = f"{problem} [{where}]"
         if state.left_out > config.skip_bad_batches:
-            self.keeper.settle()
+            self.lifecycle.finish_checkpoint()
             raise UserError(text)
         self.logger.say(f"warning: {text}; left out, {state.left_out} of --skip_bad_batches {config.skip_bad_batches}")
 
@@ -160,7 +160,7 @@ class Run:
             state = {key.removeprefix("lm."): value for key, value in state.items()}
             save_causal_lm(lm.config, state, folder, self.tokenizer, lm.generation_config)
         barrier()
-        self.keeper.feed(f"export of {name}/")
+        self.lifecycle.report_progress(f"export of {name}/")
 
     def after_step(self, rollout: Rollout, scores: Scores, metrics: dict[str, float]) -> None:
         """Writes metrics and samples; evaluates, exports best/ and writes a checkpoint at steps that ask for it.
@@ -178,7 +178,7 @@ class Run:
         self.logger.samples(step, self._texts(rollout, scores))
         self.logger.advance()
         if not self._collapses(signs):
-            self.keeper.after_step(self.state.state_dict(), self.logger.say)
+            self.lifecycle.after_step(self.state.state_dict(), self.logger.say)
 
     def _collapses(self, signs: list[str]) -> bool:
         """Prints alarms; returns whether --on_collapse rollback restored the last checkpoint. Collective.
@@ -192,15 +192,15 @@ class Run:
         text = f"step {state.step} looks like a collapse: {'; '.join(signs)}"
         start = None
         if config.on_collapse == "rollback" and state.rollbacks < MAX_ROLLBACKS:
-            start = self.keeper.newest(self.logger.say)
+            start = self.lifecycle.newest_checkpoint(self.logger.say)
         if config.on_collapse == "stop" or (config.on_collapse == "rollback" and not start):
-            self.keeper.settle()
+            self.lifecycle.finish_checkpoint()
             raise UserError(f"{text} (--on_collapse {config.on_collapse}, {state.rollbacks} rollbacks)")
         self.logger.say(f"warning: {text}")
         if not start:
             return False
         kept = {"next_place": state.next_place, "best_score": state.best_score, "rollbacks": state.rollbacks + 1}
-        self.keeper.begin(start, config.seed)
+        self.lifecycle.restore(start, config.seed)
         state.load_state_dict(start.state | kept)
         self.logger.rewind(state.step)
         self.logger.say(f"back at step {state.step}, rollback {state.rollbacks} of {MAX_ROLLBACKS}, with new prompts")
@@ -214,7 +214,7 @@ class Run:
         metrics, rows = evaluate(
             self.eval_prompts, self.sampler, self.models, self.reward_fn, self.tokenizer, self.config
         )
-        self.keeper.feed("evaluation")
+        self.lifecycle.report_progress("evaluation")
         better = may_be_best and is_best(metrics, self.state.best_score, self.config.best_max_kl)
         self.logger.say(
             f"step {self.state.step}: held-out score {metrics['score_mean']:.3f}, KL {metrics['kl_ref']:.2f}, "

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     from reward.evaluation.plots import check_plots, draw_calibration, draw_differences, draw_lengths
     from reward.evaluation.report import evaluation_report, render
     from reward.evaluation.score_preferences import load_evaluation_set, score_preferences
-    from utils.files import check_writable, write_result
+    from utils.files import check_writable, write_json
 
     if config.output:
         check_writable(config.output, "--output")
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     report = evaluation_report(models, config.data_path)
     print(render(report))
     if config.output:
-        write_result(os.path.join(config.output, "evaluation.json"), "--output", report)
+        write_json(os.path.join(config.output, "evaluation.json"), report, "--output")
         for draw in (draw_differences, draw_calibration, draw_lengths):
             draw(models, os.path.join(config.output, f"{draw.__name__.removeprefix('draw_')}.png"))
         print(f"written to {config.output}")

@@ -36,7 +36,7 @@ def run(config: ScoreConfig, results: IO[str]) -> None:
     from reward.scoring.score_records import compare, load_reward_models, scored_chunks
     from utils.distributed import is_main, world_size
     from utils.engine.engine import init_distributed, shutdown_distributed
-    from utils.files import atomic_file, check_output_file, write_result
+    from utils.files import atomic_file, check_output_file, write_json
 
     if config.output:
         check_output_file(config.output, "--output")
@@ -53,7 +53,7 @@ def run(config: ScoreConfig, results: IO[str]) -> None:
         if is_main():
             print(text, file=results, flush=True)
         if is_main() and config.output:
-            write_result(config.output, "--output", table)
+            write_json(config.output, table, "--output")
     else:
         to_file = atomic_file(config.output, "--output") if config.output and is_main() else None
         with to_file or contextlib.nullcontext(results) as file:

@@ -1,4 +1,4 @@
-"""--deterministic: chooses kernels that give the same numbers in every run, and names operations that have none."""
+"""--deterministic: selects kernels with reproducible results, and prints operations without one."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from utils.errors import UserError
 
 # Read by cuBLAS when CUDA starts, and by transformers' flash_attention_2.
 ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
-NO_SUCH_FORM = re.compile(r"(\S+) does not have a deterministic implementation")
+NO_KERNEL = re.compile(r"(\S+) does not have a deterministic implementation")
 
 
 @contextlib.contextmanager
@@ -25,25 +25,24 @@ def repeatable(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    told: set[str] = set()
+    printed: set[str] = set()
 
     def show(message, *where, **more) -> None:
-        found = NO_SUCH_FORM.match(str(message))
+        found = NO_KERNEL.match(str(message))
         if not found:
             before(message, *where, **more)
-        elif is_main() and found[1] not in told:
-            told.add(found[1])
-            what = f"{found[1]} has no deterministic form here; its numbers may differ from run to run"
-            print(f"--deterministic: {what}", flush=True)
+        elif is_main() and found[1] not in printed:
+            printed.add(found[1])
+            print(f"--deterministic: {found[1]} has no deterministic kernel; its results may vary", flush=True)
 
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     cudnn, filled = torch.backends.cudnn.deterministic, torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.deterministic = True
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it, and filling costs time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # no code reads such memory
     with warnings.catch_warnings():
-        warnings.filterwarnings("always", message=NO_SUCH_FORM.pattern)
+        warnings.filterwarnings("always", message=NO_KERNEL.pattern)
         before, warnings.showwarning = warnings.showwarning, show
         try:
             yield
@@ -55,9 +54,9 @@ def repeatable(wanted: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def strictly() -> Iterator[None]:
-    """Context of a backward pass: attention is deterministic there only if nondeterministic operations raise errors.
+    """Context of a backward pass in which attention is deterministic: it requires that other kernels raise errors.
 
-    Does nothing outside `repeatable`. Raises UserError for an operation without a deterministic kernel.
+    Does nothing outside of `repeatable`. Raises UserError for an operation without a deterministic kernel.
     """
     if not torch.are_deterministic_algorithms_enabled():
         yield
@@ -66,11 +65,11 @@ def strictly() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (found := NO_SUCH_FORM.search(str(error))):
+        if not (found := NO_KERNEL.search(str(error))):
             raise
         raise UserError(
-            f"--deterministic: {found[1]}, in the backward pass of this model, has no deterministic form; leave the "
-            "flag out, or try --attn_implementation eager"
+            f"--deterministic: {found[1]}, in the backward pass of this model, has no deterministic kernel; leave the "
+            "flag out, or pass --attn_implementation eager"
         ) from error
     finally:
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,4 +1,4 @@
-"""Where a process computes. Every module asks here; none asks `torch.cuda.is_available()`."""
+"""Device of this process. All modules use this one instead of `torch.cuda.is_available()`."""
 
 import os
 
@@ -6,16 +6,16 @@ import torch
 
 
 def on_gpu() -> bool:
-    """Whether this process uses a GPU: it sees one, and DS_ACCELERATOR, DeepSpeed's own switch, does not say "cpu"."""
+    """Whether this process uses a GPU: one is visible, and DeepSpeed's variable DS_ACCELERATOR is not "cpu"."""
     return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
 
 
 def device() -> torch.device:
-    """The device of this process: its launcher-given GPU, else the CPU."""
+    """Returns the GPU with index LOCAL_RANK, or the CPU."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu() else torch.device("cpu")
 
 
 def synchronize() -> None:
-    """Waits until the GPU has done what it was given; on a CPU there is nothing to wait for."""
+    """Waits for the GPU's queued work; does nothing on a CPU."""
     if on_gpu() and torch.cuda.is_initialized():
         torch.cuda.synchronize(device())

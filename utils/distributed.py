@@ -1,35 +1,32 @@
-"""The collectives: everything that ranks tell each other outside the engine.
-
-Every function is a no-op for one process, and has to be called by all ranks in the same order.
-"""
+"""Collectives outside of the engine. All ranks call them in the same order; with one process they do nothing."""
 
 import torch
 import torch.distributed as dist
 
 
 def world_size() -> int:
-    """Number of processes of the run; 1 before and without initialisation."""
+    """Returns the number of processes; 1 without initialisation."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's place in 0 .. world_size - 1."""
+    """Returns this process's rank; 0 without initialisation."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_main() -> bool:
-    """True on the one rank that writes files and talks to the user."""
+    """Whether this is rank 0, which writes files and prints."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Waits until every rank is here."""
+    """Waits for all ranks."""
     if world_size() > 1:
         dist.barrier()
 
 
 def sum_ranks(x: torch.Tensor) -> torch.Tensor:
-    """Element-wise sum over ranks, on every rank. The argument is left alone."""
+    """Returns the element-wise sum over ranks, on all ranks. Does not change `x`."""
     if world_size() == 1:
         return x
     total = x.clone()
@@ -38,12 +35,12 @@ def sum_ranks(x: torch.Tensor) -> torch.Tensor:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """True everywhere if it is True anywhere. One integer on the wire."""
+    """Returns True on all ranks if `flag` is True on any."""
     return bool(max_ranks(int(flag), device))
 
 
 def max_ranks(number: int, device: torch.device) -> int:
-    """The largest of all ranks' numbers, on every rank."""
+    """Returns the largest number of all ranks, on all ranks."""
     if world_size() == 1:
         return number
     largest = torch.tensor(number, device=device)
@@ -52,7 +49,7 @@ def max_ranks(number: int, device: torch.device) -> int:
 
 
 def gather_objects(item) -> list:
-    """[item of rank 0, item of rank 1, ...] on every rank. For small things between the run's own processes."""
+    """Returns [item of rank 0, item of rank 1, ...] on all ranks. For small objects."""
     if world_size() == 1:
         return [item]
     items = [None] * world_size()
@@ -61,19 +58,20 @@ def gather_objects(item) -> list:
 
 
 def ranks_where(flag: bool) -> str:
-    """ "0, 3": the ranks whose flag is set, in words; "all" where none is."""
+    """Returns the ranks whose flag is set, as "0, 3"; "all" if there are none."""
     return ", ".join(str(i) for i, is_set in enumerate(gather_objects(flag)) if is_set) or "all"
 
 
 def gather_rows(x: torch.Tensor) -> torch.Tensor:
-    """Rows of all ranks in rank order, on every rank. x: [rows, ...] of the same rows and dtype everywhere;
-    trailing sizes may differ in dimension 1 and are padded with 0 (False) to the longest."""
+    """Returns the rows of all ranks in rank order, on all ranks.
+
+    x: [rows, ...], with the same number of rows and dtype on all ranks; sizes of dimension 1 may differ, and are padded
+    with 0 (False) to the largest.
+    """
     if world_size() == 1:
         return x
     if x.dim() > 1:
-        longest = torch.tensor(x.shape[1], device=x.device)
-        dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-        x = torch.nn.functional.pad(x, (0, int(longest) - x.shape[1]))
+        x = torch.nn.functional.pad(x, (0, max_ranks(x.shape[1], x.device) - x.shape[1]))
     wire = x.to(torch.uint8) if x.dtype == torch.bool else x
     parts = [torch.empty_like(wire) for _ in range(world_size())]
     dist.all_gather(parts, wire.contiguous())

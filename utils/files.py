@@ -1,4 +1,4 @@
-"""Reads JSON files, waits for the disk, and names things in error messages. Imports nothing heavy."""
+"""Atomic writes of files and folders, JSON files, and checks of output paths. Imports nothing heavy."""
 
 import contextlib
 import json
@@ -13,25 +13,133 @@ from safetensors import SafetensorError
 from utils.errors import UserError
 
 
-def read_json(file: Path, flag: str) -> dict:
-    """Returns the object in a JSON file. UserError, naming `flag`, when it cannot be read or is something else."""
+def read_json(file: str | Path, flag: str = "") -> dict:
+    """Returns the object in a JSON file.
+
+    Raises OSError or ValueError if it cannot be read or is something else; with `flag`, a UserError that names it.
+    """
     try:
-        content = json.loads(file.read_text("utf-8"))
+        content = json.loads(Path(file).read_text("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{flag}: {file} is not readable or damaged ({error}); copy it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{flag}: {file} is damaged (not a JSON object); copy it again")
+        if not flag:
+            raise
+        raise UserError(f"{flag}: {file} is damaged or not readable ({error}); copy it again") from error
     return content
 
 
+def write_json(path: str, content, flag: str = "") -> None:
+    """Writes a value as JSON, as `atomic_file` does."""
+    with atomic_file(path, flag) as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
 def first_names(names: list[str], limit: int = 5) -> str:
-    """Returns the first names in words, and how many more there are: `a, b, c and 7 more`."""
+    """Returns the first `limit` names and the number of the others, as "a, b, c and 7 more"."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
-def sync(path: str | Path) -> None:
-    """Waits until a file's content or a folder's names are on the disk."""
+def check_writable(path: str, flag: str) -> None:
+    """Raises UserError if no folder can be created at the `path` of `flag`. Writes nothing."""
+    parent = existing_parent(path)
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+        raise UserError(f"{flag} {path} cannot be written: {parent} is not a writable folder; use another path")
+
+
+def check_output_file(path: str, flag: str) -> None:
+    """Raises UserError if no file can be written at the `path` of `flag`. Writes nothing."""
+    if _is_special(path):
+        return
+    check_writable(os.path.dirname(os.path.abspath(path)), flag)
+    if os.path.isdir(path):
+        raise UserError(f"{flag} {path} is a folder; pass the name of a file")
+
+
+def existing_parent(path: str) -> str:
+    """Returns `path`, or the innermost folder above it that exists."""
+    path = os.path.abspath(path)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def _is_special(path: str) -> bool:
+    """Whether `path` is, or links to, a device or a pipe."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+@contextlib.contextmanager
+def disk_errors(what: str, advice: str = "free disk space, or use another path") -> Iterator[None]:
+    """Context in which an error of the disk becomes a UserError: `what` cannot be written, the reason, `advice`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{what} cannot be written: {reason}; {advice}") from error
+
+
+@contextlib.contextmanager
+def atomic_file(path: str, flag: str = "") -> Iterator[IO[str]]:
+    """Yields a text file that replaces `path` if the block succeeds, and is removed if it fails.
+
+    Call it on one rank. Creates missing folders. Keeps a symbolic link and replaces the file that it points to; writes
+    directly to a device or pipe. Raises UserError, which names `flag`, for an error of the disk.
+    """
+    with disk_errors(f"{flag} {path}".lstrip()):
+        if _is_special(path):
+            with open(path, "w", encoding="utf-8") as file:
+                yield file
+            return
+        path = os.path.realpath(path)
+        folder, partial = os.path.dirname(path), f"{path}.partial"
+        existing = existing_parent(folder)
+        os.makedirs(folder, exist_ok=True)
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                yield file
+            replace(partial, path)
+        finally:
+            remove(partial)
+            with contextlib.suppress(OSError):  # stops at the first folder that holds something
+                while folder != existing:
+                    os.rmdir(folder)
+                    folder = os.path.dirname(folder)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str, flag: str = "") -> Iterator[str]:
+    """Yields a new folder that replaces `path` if the block succeeds, and is removed if it fails.
+
+    Call it on one rank. Raises UserError, which names `flag` and the path, for an error of the disk.
+    """
+    partial = f"{os.path.abspath(path)}.partial"
+    with disk_errors(f"{flag} {path}".lstrip()):
+        remove(partial)
+        try:
+            os.makedirs(partial)
+            yield partial
+            for folder, folders, files in os.walk(partial):
+                for name in folders + files:
+                    sync(os.path.join(folder, name))
+            replace(partial, os.path.abspath(path))
+        finally:
+            remove(partial)
+
+
+def replace(partial: str, path: str) -> None:
+    """Renames a file, or a folder of synced files, to `path`: waits until the content is on the disk, then the name."""
+    sync(partial)
+    if os.path.isdir(partial):
+        remove(path)
+    os.replace(partial, path)
+    sync(os.path.dirname(path))
+
+
+def sync(path: str) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -39,114 +147,8 @@ def sync(path: str | Path) -> None:
         os.close(handle)
 
 
-def check_writable(path: str, flag: str) -> None:
-    """Raises UserError when no folder can be made at the `path` of `flag`. Changes nothing."""
-    parent = os.path.abspath(path)
-    while not os.path.exists(parent):
-        parent = os.path.dirname(parent)
-    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-        raise UserError(f"{flag} {path} cannot be written: {parent} is not a writable folder; choose another place")
-
-
-def check_output_file(path: str, flag: str) -> None:
-    """Raises UserError when no file can be written at the `path` of `flag`. Changes nothing."""
-    if _is_special(path):
-        return
-    check_writable(os.path.dirname(os.path.abspath(path)), flag)
-    if os.path.isdir(path):
-        raise UserError(f"{flag} {path} is a folder: give the name of a file")
-
-
-def _is_special(path: str) -> bool:
-    """Whether something is there, or where a link points to, that is no file and no folder: a device, a pipe."""
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
-
-
-def write_json(path: str, content) -> None:
-    """Writes beside and renames, so that a reader never sees half a file. Makes the folder where there is none."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
-        _dump(content, file)
-    os.replace(f"{path}.partial", path)
-
-
-def write_result(path: str, flag: str, content) -> None:
-    """The JSON file that the user asked for by `flag`, as `atomic_file` writes."""
-    with atomic_file(path, flag) as file:
-        _dump(content, file)
-
-
-def _dump(content, file: IO[str]) -> None:
-    json.dump(content, file, indent=2, ensure_ascii=False)
-    file.write("\n")
-
-
-@contextlib.contextmanager
-def atomic_file(path: str, flag: str) -> Iterator[IO[str]]:
-    """Yields a text file to write to beside `path`, which takes its place when the block ends well, else goes.
-
-    A link stays one, and what it points to is replaced; a device or pipe is written to as it is. Call it on one rank. A
-    write error becomes a UserError that names `flag` and the path.
-    """
-    try:
-        if _is_special(path):
-            with open(path, "w", encoding="utf-8") as file:
-                yield file
-        else:
-            with _file_beside(os.path.realpath(path), flag) as file:
-                yield file
-    except OSError as error:
-        problem = error.strerror or error
-        raise UserError(f"{flag} {path} cannot be written: {problem}; choose another place, or free the disk") from None
-
-
-@contextlib.contextmanager
-def _file_beside(path: str, flag: str) -> Iterator[IO[str]]:
-    folder, partial = os.path.dirname(path), f"{path}.partial"
-    check_writable(folder, flag)
-    new = missing_folders(folder)
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with open(partial, "w", encoding="utf-8") as file:
-            yield file
-        os.replace(partial, path)
-    finally:
-        remove(partial)
-        for made in new:
-            with contextlib.suppress(OSError):  # it holds something now
-                os.rmdir(made)
-
-
-def missing_folders(path: str) -> list[str]:
-    """The folders that `os.makedirs` would make, the innermost first."""
-    missing = []
-    while not os.path.exists(path):
-        missing.append(path)
-        path = os.path.dirname(path)
-    return missing
-
-
-@contextlib.contextmanager
-def atomic_folder(path: str) -> Iterator[str]:
-    """Yields a new folder beside `path` that takes its place when the block ends well, and goes when it does not.
-
-    Call it on one rank. A write error becomes a UserError that names the folder.
-    """
-    partial = f"{os.path.abspath(path)}.partial"
-    remove(partial)
-    try:
-        os.makedirs(partial)
-        yield partial
-        remove(path)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        remove(partial)
-
-
 def remove(path: str) -> None:
-    """Removes a file, a link or a whole folder, if it is there."""
+    """Removes a file, a link or a whole folder, if it exists."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     elif os.path.lexists(path):

@@ -1,4 +1,4 @@
-"""Local path or hub id? One answer for tokenizers, models and data, so that no typo goes to the network."""
+"""Tells hub ids from local paths, for tokenizers, models and data, and downloads them."""
 
 import os
 import re
@@ -12,10 +12,10 @@ _DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".parquet", ".txt", ".model", ".ggu
 
 
 def is_hub_id(path: str) -> bool:
-    """True for `owner/name` when nothing local can be meant by it.
+    """Whether `path` is a hub id `owner/name` rather than a local path, which must not reach the network.
 
-    Not a hub id: what exists, what has a file's suffix, a single word, and a name whose first part is a folder here
-    (`models/sft` beside a folder `models` is a typo in a path, not a repository).
+    Not a hub id: an existing path, a name with a file suffix, a single word, and a name whose first part is a local
+    folder (`models/sft` next to a folder `models`).
     """
     path = str(path)
     if os.path.exists(path) or "/" not in path or not _HUB_ID.fullmatch(path):
@@ -24,7 +24,7 @@ def is_hub_id(path: str) -> bool:
 
 
 def download(name: str, flag: str, **patterns: list[str]) -> Path:
-    """The local folder of a hub id's files (`allow_patterns`, `ignore_patterns`). UserError when it cannot be had."""
+    """Returns the local folder of a hub id's files (`allow_patterns`, `ignore_patterns`). Raises UserError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -36,7 +36,7 @@ def download(name: str, flag: str, **patterns: list[str]) -> Path:
 
 
 def download_model(name: str, flag: str) -> Path:
-    """The local folder of a hub id's model: safetensors where it has them, else `.bin`. UserError as `download`."""
+    """Returns the local folder of a hub id's model: safetensors if it has them, else `.bin`. Raises UserError."""
     folder = download(name, flag, ignore_patterns=_BESIDE_WEIGHTS)
     if not list(folder.glob("*.safetensors")):
         folder = download(name, flag, allow_patterns=["*.json", "*.bin"])

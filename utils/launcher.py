@@ -1,8 +1,8 @@
 """Starts one process per GPU of this machine: python -m utils.launcher 4 train_ppo.py --lr 1e-6 (or: 4 -m sft.train)
 
-It ends with the exit code of the first rank that fails. It passes signals on, then waits without a time limit, so that
-ranks can finish a checkpoint. The launchers of DeepSpeed and PyTorch kill ranks 30 seconds after a signal; PyTorch's
-turns every exit code into 1; DeepSpeed's replaces CUDA_VISIBLE_DEVICES and refuses UUIDs in it.
+Exits with the code of the first rank that fails. Forwards signals, then waits without a time limit, so that ranks can
+finish a checkpoint. The launchers of DeepSpeed and PyTorch kill ranks 30 seconds after a signal; PyTorch's turns every
+exit code into 1; DeepSpeed's replaces CUDA_VISIBLE_DEVICES and rejects UUIDs in it.
 """
 
 import os
@@ -13,11 +13,11 @@ import subprocess
 import sys
 import time
 
-PATIENCE = 30.0  # seconds that the other ranks have to end by themselves once one has failed
+PATIENCE = 30.0  # seconds after which the other ranks are killed once one has failed
 
 
 def free_port() -> int:
-    """A TCP port on which nothing listens, below those that the system gives to outgoing connections.
+    """Returns a free TCP port below those of outgoing connections.
 
     MASTER_PORT's usual default would be the same for all runs of a machine.
     """
@@ -32,18 +32,18 @@ def free_port() -> int:
 
 
 def main(argv: list[str]) -> int:
-    """argv: number of processes, then what python is to run. Returns the exit code, 128 + n for a death by signal n."""
+    """Runs `argv`: number of processes, then python's arguments. Returns the exit code, 128 + n after signal n."""
     count, command = int(argv[0]), [sys.executable, *argv[1:]]
     shared = {"WORLD_SIZE": argv[0], "LOCAL_WORLD_SIZE": argv[0], "MASTER_ADDR": "127.0.0.1"}
     shared["MASTER_PORT"] = os.environ.get("MASTER_PORT") or str(free_port())
     ranks: list[subprocess.Popen] = []
 
-    def pass_on(number: int, frame) -> None:
+    def forward(number: int, frame) -> None:
         for process in ranks:
-            process.send_signal(number)  # which does nothing where the process has ended
+            process.send_signal(number)  # does nothing if the process has ended
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, pass_on)
+        signal.signal(number, forward)
     for i in range(count):
         ranks.append(subprocess.Popen(command, env=os.environ | shared | {"RANK": str(i), "LOCAL_RANK": str(i)}))
     code, deadline = 0, float("inf")
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         if failed and not code:
             code, deadline = failed, time.monotonic() + PATIENCE
         if time.monotonic() > deadline:
-            pass_on(signal.SIGKILL, None)
+            forward(signal.SIGKILL, None)
     code = code or next((process.returncode for process in ranks if process.returncode), 0)
     return code if code >= 0 else 128 - code
 

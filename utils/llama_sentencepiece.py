@@ -1,7 +1,7 @@
-"""LLaMA-format `tokenizer.model` files: SentencePiece's own ids here, and the same ids from a `tokenizer.json`.
+"""LLaMA-format `tokenizer.model` files: encodes with SentencePiece, and exports a `tokenizer.json` with the same ids.
 
-transformers' own LLaMA class ignores the pieces' scores, so that runs of spaces and code come out as other ids than
-the published weights were trained on; here SentencePiece itself encodes.
+transformers' LLaMA class ignores the scores of pieces, and so encodes runs of spaces and code differently from the
+tokenizer that the published weights were trained with.
 """
 
 from itertools import groupby
@@ -19,43 +19,36 @@ _NORMAL, _USER_DEFINED = 1, 4  # ModelProto.SentencePiece.Type
 
 
 class SentencePieceTokenizer(SentencePieceBackend):
-    """transformers' wrapper around SentencePiece, with a decoder that puts byte pieces together again (emoji)."""
+    """transformers' wrapper of SentencePiece, with a decoder that joins byte pieces (emoji)."""
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Join tokens to text: SentencePiece decodes each stretch between added tokens, which stand as they are."""
+        """Returns the text of tokens: SentencePiece decodes the parts between added tokens, which are kept verbatim."""
         added = self._added_tokens_encoder
-        stretches = groupby(tokens, key=lambda token: token in added)
+        parts = groupby(tokens, key=lambda token: token in added)
         return "".join(
-            "".join(stretch) if is_added else self.sp_model.decode_pieces(list(stretch))
-            for is_added, stretch in stretches
+            "".join(part) if is_added else self.sp_model.decode_pieces(list(part)) for is_added, part in parts
         )
 
 
 def read_proto(file: Path):
-    """The parsed `tokenizer.model`, or None when the file is something else, damaged or not readable."""
+    """Returns the parsed `tokenizer.model`, None if the file is something else, damaged or not readable."""
     try:
         proto = import_protobuf().ModelProto.FromString(file.read_bytes())
-    except (DecodeError, OSError):
+        loads = SentencePieceProcessor().Load(str(file))
+    except (DecodeError, OSError, RuntimeError):
         return None
-    return proto if proto.pieces and _loads(file) else None
-
-
-def _loads(file: Path) -> bool:
-    try:
-        return SentencePieceProcessor().Load(str(file))
-    except (RuntimeError, OSError):
-        return False
+    return proto if proto.pieces and loads else None
 
 
 def is_llama_format(proto) -> bool:
-    """Byte-pair encoding with the dummy prefix, which is what LLaMA and its descendants use."""
+    """Whether a model is byte-pair encoding with a dummy prefix, as LLaMA's."""
     return proto.trainer_spec.model_type == _BPE and proto.normalizer_spec.add_dummy_prefix
 
 
 def load_sentencepiece(file: Path) -> SentencePieceTokenizer:
-    """A tokenizer over `file` whose bos, eos and unk are the model's own; a published config's empty ones are not read.
+    """Returns a tokenizer with the model file's own bos, eos and unk; published configs have empty ones.
 
-    It adds no BOS by itself: the templates write theirs, and a second one would be a token that no model has seen.
+    It adds no BOS, since the templates contain it.
     """
     sp = SentencePieceProcessor(str(file))
     names = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
@@ -64,10 +57,10 @@ def load_sentencepiece(file: Path) -> SentencePieceTokenizer:
 
 
 def to_tokenizer_json(tokenizer: SentencePieceTokenizer, opening: str | None = None) -> Tokenizer:
-    """The same encoder for the `tokenizers` library: ids, normalisation, byte fallback and added tokens are equal.
+    """Returns an equal encoder of the `tokenizers` library: same ids, normalisation, byte fallback and added tokens.
 
-    Every stretch between special tokens gets the dummy prefix, as in our templates. No BOS is added. Where a stretch
-    begins with `opening`, no piece reaches from it into what follows: generation cannot produce one there either.
+    Each part between special tokens gets the dummy prefix, as in our templates. Adds no BOS. If a part begins with
+    `opening`, no piece crosses the end of `opening`, as in generation.
     """
     proto = import_protobuf().ModelProto.FromString(tokenizer.sp_model.serialized_model_proto())
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
@@ -83,7 +76,7 @@ def to_tokenizer_json(tokenizer: SentencePieceTokenizer, opening: str | None = N
     )
     user_defined = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
     result.add_tokens([AddedToken(piece, normalized=False) for piece in user_defined])
-    # In the order of their ids, so that the library numbers the new ones as we do.
+    # In the order of their ids, so that the library gives new tokens the same ids.
     result.add_special_tokens(
         [
             AddedToken(token.content, normalized=False, special=True, lstrip=token.lstrip, rstrip=token.rstrip)
@@ -94,10 +87,10 @@ def to_tokenizer_json(tokenizer: SentencePieceTokenizer, opening: str | None = N
 
 
 def _merges(proto) -> list[tuple[str, str]]:
-    """All ways to put a piece together from two others, best score first.
+    """Returns all pairs of pieces whose union is a piece, highest score first.
 
-    SentencePiece joins the neighbours whose union has the highest score; a merge list says the same by rank. Pieces
-    that it never builds by joining (control, byte, unknown, unused) are left out.
+    SentencePiece merges the neighbours whose union has the highest score; a merge list encodes the same order as ranks.
+    Omits pieces that are never merged (control, byte, unknown, unused).
     """
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
     merges = [

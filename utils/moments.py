@@ -1,4 +1,4 @@
-"""Running mean and deviation of everything seen so far, on all ranks."""
+"""Running mean and standard deviation over all batches of all ranks. Pure."""
 
 from collections.abc import Callable
 
@@ -10,26 +10,26 @@ from utils.tensors import identity
 class RunningMoments:
     """Mean and sample standard deviation of a growing set of numbers (Chan et al. 1979, pairwise update).
 
-    `mean`, `std`, `count` are floats over all batches of all ranks. With fewer than two numbers, or equal ones,
-    `std` is 1, so that dividing by it is safe.
+    `mean`, `std` and `count` are Python numbers. `std` is 1 for fewer than two numbers, or equal ones, so that dividing
+    by it is safe.
     """
 
     def __init__(self):
         self.mean = 0.0
         self.count = 0
-        self._squares = 0.0  # sum of squared distances to the mean
+        self._squares = 0.0  # sum of squared deviations from the mean
 
     @property
     def std(self) -> float:
-        """Sample standard deviation (n - 1 below the line)."""
+        """Returns the sample standard deviation (denominator n - 1)."""
         if self.count < 2:
             return 1.0
         std = (self._squares / (self.count - 1)) ** 0.5
-        # Sums are float32: of equal numbers the deviation is what rounding left, a ten-millionth of them.
+        # Sums are float32, so equal numbers have a deviation of about 1e-7 of their mean.
         return std if std > 1e-6 * abs(self.mean) else 1.0
 
     def update(self, x: torch.Tensor, sum_ranks: Callable[[torch.Tensor], torch.Tensor] = identity) -> None:
-        """Takes in a batch of any shape, finite; sum_ranks adds a tensor over ranks. An empty one changes nothing."""
+        """Adds a batch of finite numbers, of any shape, possibly empty. sum_ranks: sums a tensor over ranks."""
         x = x.float()
         total, count = sum_ranks(torch.stack([x.sum(), torch.tensor(float(x.numel()), device=x.device)])).tolist()
         if count == 0:
@@ -43,9 +43,9 @@ class RunningMoments:
         self.count = int(together)
 
     def state_dict(self) -> dict:
-        """What a checkpoint has to keep."""
+        """Returns the state as JSON, for a checkpoint."""
         return {"mean": self.mean, "count": self.count, "squares": self._squares}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on from what `state_dict` gave."""
+        """Restores the state from a result of `state_dict`."""
         self.mean, self.count, self._squares = float(state["mean"]), int(state["count"]), float(state["squares"])

@@ -1,17 +1,17 @@
-"""Learning-rate schedules as a function of the step alone. Pure."""
+"""Learning-rate schedules as functions of the step. Pure."""
 
 import math
 
 SCHEDULES = ("inverse_sqrt", "cosine", "linear", "constant")
-FLOOR = 0.1  # what cosine and linear decay end at
+FLOOR = 0.1  # final factor of cosine and linear decay
 
 
 def lr_factor(step: int, warmup_steps: int, total_steps: int, schedule: str) -> float:
-    """What the peak learning rate is multiplied by at `step`, counted from 0.
+    """Returns the factor of the peak learning rate at `step`, counted from 0.
 
     Linear warm-up, (step + 1) / warmup_steps, reaches 1 at its last step. Then inverse_sqrt: sqrt(warmup_steps /
-    (step + 1)); cosine and linear: down to 10 % at step total_steps - 1; constant: 1. Raises ValueError for an
-    unknown schedule and for a negative warmup_steps. Without warm-up step 0 has the peak.
+    (step + 1)); cosine and linear: decay to 0.1 at step total_steps - 1; constant: 1. Raises ValueError for an unknown
+    schedule and for a negative warmup_steps. Without warm-up, step 0 has the peak.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"--lr_schedule {schedule}: must be one of {', '.join(SCHEDULES)}")
@@ -22,7 +22,7 @@ def lr_factor(step: int, warmup_steps: int, total_steps: int, schedule: str) -> 
         return (step + 1) / warmup_steps
     if schedule == "inverse_sqrt":
         return math.sqrt(warmup_steps / (step + 1))
-    # 0 at the last step of the warm-up, 1 at the last of all.
+    # 0 at the last step of the warm-up, 1 at the last step.
     progress = min(1.0, (step + 1 - warmup_steps) / max(1, total_steps - warmup_steps))
     if schedule == "cosine":
         return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))

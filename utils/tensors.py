@@ -1,4 +1,4 @@
-"""Small functions on masked [batch, length] tensors. The one-token shift between logits and tokens lives here."""
+"""Functions on masked [batch, length] tensors, and the shift by one between logits and tokens. Pure."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 
 def identity(x: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks of a run with one rank."""
+    """Returns `x`: the sum over ranks for one rank."""
     return x
 
 
@@ -17,7 +17,7 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of x where mask is True; 0 if it is True nowhere. x, mask: same shape -> float32 scalar."""
+    """Returns the mean of x where mask is True, 0 if it is nowhere. x, mask: same shape -> float32 scalar."""
     mask = mask.bool()
     return x.float().masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
 
@@ -25,10 +25,10 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def whiten(
     x: torch.Tensor, mask: torch.Tensor, sum_ranks: Callable[[torch.Tensor], torch.Tensor] = identity
 ) -> torch.Tensor:
-    """Shifts and scales to mean 0 and population variance 1 over the masked entries of all ranks; 0 outside.
+    """Returns x with mean 0 and population variance 1 over the masked entries of all ranks, and 0 elsewhere.
 
-    x, mask: [batch, length] -> float32 like x. The variance gets 1e-6 added under the root, so one entry gives 0.
-    sum_ranks: adds a tensor over ranks.
+    x, mask: [batch, length] -> float32 like x. Adds 1e-6 to the variance, so that a single entry gives 0.
+    sum_ranks: sums a tensor over ranks.
     """
     mask = mask.bool()
     x = x.float().masked_fill(~mask, 0.0)
@@ -40,10 +40,10 @@ def whiten(
 
 
 def token_logprobs(logits: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
-    """log p(token t | tokens < t) at index t, 0 at index 0.
+    """Returns log p(token t | tokens < t) at index t, 0 at index 0.
 
-    logits: [batch, length, vocabulary], sequences: [batch, length] -> float32 [batch, length]. Peak memory is one
-    float32 copy of `logits`.
+    logits: [batch, length, vocabulary], sequences: [batch, length] -> float32 [batch, length]. Peak memory: one float32
+    copy of `logits`.
     """
     logprobs = torch.log_softmax(logits[:, :-1].float(), dim=-1)
     picked = logprobs.gather(-1, sequences[:, 1:, None]).squeeze(-1)
@@ -51,41 +51,40 @@ def token_logprobs(logits: torch.Tensor, sequences: torch.Tensor) -> torch.Tenso
 
 
 def before_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The states from which the masked tokens are predicted.
+    """Returns the states that predict the masked tokens: token t is predicted at t - 1.
 
-    states: [batch, length, ...], mask: [batch, length] -> [n, ...]. Token t is predicted from t - 1;
-    the mask must be False at index 0.
+    states: [batch, length, ...], mask: [batch, length], False at index 0 -> [n, ...].
     """
     return states[:, :-1][mask[:, 1:]]
 
 
 def places_of(mask: torch.Tensor, count: int) -> torch.Tensor:
-    """Flat indices of the `count` entries that are True: [count]. As their number is given, no GPU is waited for."""
+    """Returns flat indices of the `count` True entries: [count]. Needs no GPU synchronisation, as it knows `count`."""
     return mask.flatten().nonzero_static(size=count).squeeze(1)
 
 
 def at_tokens(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Puts one value a masked token back in its place. rows: [n], mask: [batch, length], n True -> like mask."""
+    """Scatters one value per masked token to its position. rows: [n], mask: [batch, length], n True -> like mask."""
     places = places_of(mask, len(rows))
     return rows.new_zeros(mask.numel()).index_copy(0, places, rows).view(mask.shape)
 
 
 def shift_to_next(x: torch.Tensor) -> torch.Tensor:
-    """Moves what stands at t - 1 to t, 0 at 0: per-position outputs become per-token ones. [batch, length]."""
+    """Moves values from t - 1 to t, with 0 at index 0: outputs per position become values per token."""
     return F.pad(x[:, :-1], (1, 0))
 
 
 def before(mask: torch.Tensor) -> torch.Tensor:
-    """Marks t - 1 where the mask marks t: the positions whose outputs `shift_to_next` brings there. [batch, length]."""
+    """Moves a mask from t to t - 1: marks positions that `shift_to_next` moves to masked tokens. [batch, length]."""
     return F.pad(mask[:, 1:], (0, 1))
 
 
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """0, 1, 2 … over the real tokens of each row, wherever the padding stands. [batch, length] bool -> int64."""
+    """Returns 0, 1, 2 … over the tokens of each row, with padding on any side. [batch, length] bool -> int64."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def last_index(mask: torch.Tensor) -> torch.Tensor:
-    """Index of the last True of each row, 0 for a row without any. [batch, length] -> [batch] int64."""
+    """Returns the index of the last True of each row, 0 if there is none. [batch, length] -> [batch] int64."""
     places = torch.arange(mask.shape[1], device=mask.device)
     return (mask.long() * places).amax(dim=1)

@@ -1,4 +1,4 @@
-"""One tokenizer for all stages: loading, special tokens, the check against a model's vocabulary, saving."""
+"""Tokenizers of all stages: loading, special tokens, check against a model's vocabulary, saving."""
 
 import json
 import os
@@ -30,7 +30,7 @@ _CHAT_TEMPLATE = (
     "{{% else %}}{{{{ '{assistant}' + m['content'] + eos_token }}}}{{% endif %}}{{% endfor %}}"
     "{{% if add_generation_prompt %}}{{{{ '{assistant}' }}}}{{% endif %}}"
 )
-# The moss templates of data/template.py in other tools' language, so that an exported folder prompts right there.
+# The moss templates of data/template.py as chat templates, for exported folders in other tools.
 _MOSS_CHAT_TEMPLATES = {
     "moss_en": _CHAT_TEMPLATE.format(human="Human:", assistant="Assistant:"),
     "moss_zh": _CHAT_TEMPLATE.format(human=MOSS_ZH_TAGS[0], assistant=MOSS_ZH_TAGS[1]),
@@ -44,29 +44,28 @@ def load_tokenizer(
     flag: str = FLAG,
     template_flag: str = "--template",
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder, `tokenizer.model` file or hub id `path`, ready for `template` and its `arguments`.
+    """Returns the tokenizer in the folder, `tokenizer.model` file or hub id `path`, prepared for `template`.
 
-    A LLaMA-format `tokenizer.model` is encoded by SentencePiece itself. Anything else goes through AutoTokenizer, and
-    so does a chat model's folder with a `tokenizer.json`, which says which white space its tags take in.
-    `moss_zh` adds its two tags when they are absent. Pad is settled to a valid id: the tokenizer's own if it is
-    neither eos nor bos, else unk, else eos (masks are built from lengths, so sharing an id does no harm).
-    Raises UserError when there is no usable tokenizer, no end token, or no chat template although one is asked for.
+    SentencePiece encodes for a LLaMA-format `tokenizer.model`; AutoTokenizer loads others, and a chat model's folder
+    with a `tokenizer.json`. `moss_zh` adds its two tags if absent. Pad: the tokenizer's own if it is neither eos nor
+    bos, else unk, else eos (harmless, since masks come from lengths). arguments: of the chat template. flag: of `path`,
+    for errors. Raises UserError without a usable tokenizer, end token, or a chat template that `template` requires.
     """
-    if is_hub_id(path):  # not left to AutoTokenizer: a tokenizer.model has to be found first
+    if is_hub_id(path):  # AutoTokenizer would not look for a tokenizer.model first
         path = str(download(path, flag, allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"]))
     file = _sentencepiece_file(Path(path), flag)
     fast = os.path.isfile(os.path.join(path, "tokenizer.json")) and _is_foreign(_chat_template(Path(path), flag))
     tokenizer = _from_sentencepiece(file, flag) if file and not fast else _from_auto(str(path), flag)
     if not tokenizer.eos_token:
-        raise UserError(f"{flag}: the tokenizer in {path} has no end-of-sequence token; give one whose config names it")
-    tokenizer.chat_template_kwargs = arguments or {}  # read by data/chat.py alone; not saved
+        raise UserError(f"{flag}: the tokenizer in {path} has no end-of-sequence token; use one whose config names it")
+    tokenizer.chat_template_kwargs = arguments or {}  # read by data/chat.py; not saved
     set_template(tokenizer, template, path, template_flag)
-    _settle_pad(tokenizer)
+    _set_pad(tokenizer)
     return tokenizer
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None, path: str, flag: str = "--template") -> None:
-    """Makes a tokenizer, which came from `path`, ready for `template`: tags and chat template; None changes nothing."""
+    """Sets tags and chat template of a tokenizer from `path` for `template`; None changes nothing."""
     if template == "moss_zh":
         missing = [tag for tag in MOSS_ZH_TAGS if tag not in tokenizer.get_vocab()]
         tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
@@ -76,12 +75,12 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None, path:
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Whether a model folder brings a tokenizer of its own."""
+    """Whether a model folder contains a tokenizer."""
     return any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The template that a tokenizer's folder was made for, by its chat template: ours by name, else chat; or None."""
+    """Returns the template of a tokenizer by its chat template: moss_en, moss_zh or chat; None without one."""
     own = {text: name for name, text in _MOSS_CHAT_TEMPLATES.items()}
     if not tokenizer.chat_template:
         return None
@@ -89,33 +88,33 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Returns the ids each of which ends an answer: those that data/choose_template.py found, else EOS alone."""
+    """Returns all ids that end an answer: those that data/choose_template.py found, else EOS."""
     return getattr(tokenizer, "stop_ids", (tokenizer.eos_token_id,))
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: str, flag: str = FLAG) -> int:
-    """The number of embedding rows that a model of `vocab_size` rows needs for `tokenizer`; at least `vocab_size`.
+    """Returns the number of embedding rows that a model of `vocab_size` rows needs for `tokenizer`.
 
-    Only the tags of moss_zh may lie beyond the model's rows: then the answer is larger, and the caller resizes.
-    `what` names model and flag, as in "the policy (--policy_model_path models/sft)". Raises UserError otherwise.
+    It exceeds `vocab_size` only for the tags of moss_zh, for which the caller resizes the embedding. Raises UserError
+    if other tokens exceed it. what: model and flag, as "the policy (--policy_model_path models/sft)".
     """
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
-    strangers = sorted((i, token) for token, i in beyond.items() if token not in MOSS_ZH_TAGS)
-    if strangers:
+    others = sorted((i, token) for token, i in beyond.items() if token not in MOSS_ZH_TAGS)
+    if others:
         raise UserError(
-            f"{what} has {vocab_size} token embeddings, but {flag} has the token {strangers[0][1]!r} = "
-            f"{strangers[0][0]} (and {len(strangers) - 1} more that do not fit); give the tokenizer of this model"
+            f"{what} has {vocab_size} token embeddings, but {flag} has the token {others[0][1]!r} = "
+            f"{others[0][0]} (and {len(others) - 1} more that do not fit); use the tokenizer of this model"
         )
     return max([vocab_size, *(i + 1 for i in beyond.values())])
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write `tokenizer` so that both `load_tokenizer(folder)` and AutoTokenizer elsewhere give the same ids.
+    """Writes `tokenizer` so that `load_tokenizer(folder)` and AutoTokenizer give the same ids.
 
-    For SentencePiece that means `tokenizer.model` as it is, and beside it a `tokenizer.json` with the same merges.
-    `apply_chat_template` there gives the prompts of data.template, unless a text spells a special token out: with
-    moss_en an answer in the history is kept from merging with the colon of its "Assistant:" (as ":)" would). Other
-    tokenizers are saved as they are, and with moss_en may merge there.
+    For SentencePiece it writes `tokenizer.model` unchanged, and a `tokenizer.json` with the same merges. Its
+    `apply_chat_template` gives the prompts of data.template unless a text contains a special token; with moss_en, an
+    answer does not merge with the colon of "Assistant:" (as ":)" would). Other tokenizers are saved unchanged, and may
+    merge there.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +130,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
         for i, token in tokenizer.added_tokens_decoder.items()
     }
     config = {
-        # The class that takes tokenizer.json as it stands; the LLaMA class would rebuild it and change ids.
+        # This class loads tokenizer.json unchanged; the LLaMA class would rebuild it and change ids.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokenizer.bos_token,
         "eos_token": tokenizer.eos_token,
@@ -146,18 +145,18 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
 
 
 def _sentencepiece_file(path: Path, flag: str) -> Path | None:
-    """The LLaMA-format model that `path` names, or None when another kind of tokenizer is to be looked for."""
+    """Returns the LLaMA-format model file at `path`, None if there is another kind of tokenizer."""
     file = path / "tokenizer.model" if os.path.isdir(path) else path
     if not os.path.isfile(file):
         return None
     proto = read_proto(file)
     if proto is None:
-        # Not passed over in favour of a tokenizer.json beside it: that one may give other ids.
-        raise UserError(f"{flag}: {file} is damaged or no SentencePiece model that can be read; copy it again")
+        # A tokenizer.json in the same folder may give other ids, so it is not used instead.
+        raise UserError(f"{flag}: {file} is damaged, or not a SentencePiece model; copy it again")
     if is_llama_format(proto):
         return file
     if path.is_file():
-        raise UserError(f"{flag}: {file} is not LLaMA's format (BPE with dummy prefix); give its folder instead")
+        raise UserError(f"{flag}: {file} is not in LLaMA's format (BPE with dummy prefix); use its folder instead")
     return None
 
 
@@ -180,7 +179,7 @@ def _from_sentencepiece(file: Path, flag: str) -> SentencePieceTokenizer:
         if tokenizer.convert_tokens_to_ids(token) != i:
             raise UserError(f"{flag}: {file.parent} gives the added token {token!r} the id {i}, which leaves a gap")
     tokenizer.chat_template = _chat_template(file.parent, flag)
-    # Published base models have empty names of bos and eos in their config; a chat model may end in a token of its own.
+    # Configs of published base models have empty bos and eos; a chat model may have its own end token.
     names = ("pad_token", "bos_token", "eos_token") if _is_foreign(tokenizer.chat_template) else ("pad_token",)
     for name in names:
         token = config.get(name)
@@ -191,7 +190,7 @@ def _from_sentencepiece(file: Path, flag: str) -> SentencePieceTokenizer:
 
 
 def _chat_template(folder: Path, flag: str) -> str | None:
-    """The chat template in a tokenizer's folder, of several the default one. UserError where none of them is that."""
+    """Returns the chat template in a tokenizer's folder, the default one of several. Raises UserError without it."""
     jinja = folder / "chat_template.jinja"
     template = (
         jinja.read_text("utf-8")
@@ -202,8 +201,8 @@ def _chat_template(folder: Path, flag: str) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         if not isinstance(named.get("default"), str):
             raise UserError(
-                f"{flag}: {folder} has several chat templates and none of them is the default one; name the one to use "
-                "default in its tokenizer_config.json"
+                f"{flag}: {folder} has several chat templates, none of them named default; rename the one to use in "
+                "its tokenizer_config.json"
             )
         return named["default"]
     return template
@@ -216,15 +215,15 @@ def _is_foreign(template: str | None) -> bool:
 def _from_auto(path: str, flag: str) -> PreTrainedTokenizerBase:
     local = Path(path)
     if not os.path.exists(local):
-        raise UserError(f"{flag}: {path} does not exist; give a folder with a tokenizer, or a hub id (owner/name)")
+        raise UserError(f"{flag}: {path} does not exist; use a folder with a tokenizer, or a hub id (owner/name)")
     if local.is_dir():
         if not has_tokenizer(local):
             names = ", ".join(_TOKENIZER_FILES)
-            raise UserError(f"{flag}: no tokenizer in {path} (looked for {names}); give its folder")
+            raise UserError(f"{flag}: no tokenizer in {path} (looked for {names}); use the folder that has one")
         for name in ("tokenizer.json", "vocab.json"):
             _read_json(local / name, flag)
     config = _read_json(local / "tokenizer_config.json", flag)
-    from transformers import AutoTokenizer  # and the machinery of models with it, which SentencePiece does without
+    from transformers import AutoTokenizer  # slow to import, and not needed for SentencePiece
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -239,7 +238,7 @@ def _read_json(file: Path, flag: str) -> dict:
     return read_json(file, flag) if file.is_file() else {}
 
 
-def _settle_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+def _set_pad(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.pad_token and tokenizer.pad_token not in (tokenizer.eos_token, tokenizer.bos_token):
         return
     tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

@@ -64,15 +64,21 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
+def command_line(case: dict, materials: Materials, folder: Path) -> list[str]:
+    """The words after the command."""
+    command = COMMANDS[case["command"]]
+    flags = {k: filled(v, materials, folder) for k, v in (command.flags | case.get("flags", {})).items()}
+    return case.get("words", command.words) + as_argv(flags)
+
+
 @pytest.fixture
 def prepared(request, materials, tmp_path):
     """(command, its words, the parts of its message, what the case's folder holds before)."""
     case = CASES[request.param]
     write_files(case.get("files", {}), tmp_path)
-    command = COMMANDS[case["command"]]
-    flags = {k: filled(v, materials, tmp_path) for k, v in (command.flags | case.get("flags", {})).items()}
     parts = filled(case.get("error") or case["says"], materials, tmp_path).split(" … ")
-    return command, case.get("words", command.words) + as_argv(flags), parts, contents(tmp_path)
+    argv = command_line(case, materials, tmp_path)
+    return COMMANDS[case["command"]], argv, parts, contents(tmp_path)
 
 
 def check_error(shown: str, parts: list[str]) -> None:

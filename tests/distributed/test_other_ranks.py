@@ -76,7 +76,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(inputs, tmp_path, capfd):
     cut_back(run, 1)
     result = launch(run_flags(inputs, run, zero_stage=3, **flags))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "resumed with another number of processes: 2, not 1. The run is the same but for roundings" in result.stdout
+    assert "resumed with another number of processes: 2, not 1" in result.stdout
     assert "resumed with another --zero_stage: 3, not 0" in result.stdout
     assert len(list((run / "checkpoints" / "step_2").glob("critic-rank*.safetensors"))) == 2
     cut_back(run, 2)

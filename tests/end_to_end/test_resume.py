@@ -89,16 +89,15 @@ def test_a_resumed_run_is_the_same_run(finished, inputs, tmp_path, settings):
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step_2", "step_4"]
 
 
-@pytest.mark.parametrize("case", sorted(DAMAGE)[:1])
-def test_a_damaged_checkpoint_is_passed_over(finished, inputs, tmp_path, capfd, case):
+@pytest.mark.parametrize("reason", sorted(DAMAGE)[:1])
+def test_a_damaged_checkpoint_is_passed_over(finished, inputs, tmp_path, capfd, reason):
     expected, flags = finished(zero_stage=0, checkpoint_per_step=1, keep_checkpoints=3)
     out = stopped_after(3, expected, tmp_path / "run")
-    damage, reason = DAMAGE[case]
-    damage(out / "checkpoints" / "step_3")
+    DAMAGE[reason](out / "checkpoints" / "step_3")
     main(run_flags(inputs, out, **flags))
     said = capfd.readouterr().out
-    assert re.search(rf"warning: .*step_3 is damaged \({reason}\); looking for an older one", said)
-    assert re.search("going on from .*/step_2", said)
+    assert re.search(rf"warning: .*step_3 is damaged \({reason}\); trying an older one", said)
+    assert re.search("resuming from .*/step_2", said)
     assert_same_run(out, expected)
 
 
@@ -118,21 +117,19 @@ def test_what_may_not_go_on_is_refused_by_name(finished, inputs, tmp_path, capsy
     changes = {"seed": 8, "lr": 1e-5, "batch_size": 8, "policy_model_path": inputs.other_policy}
     for name, value in changes.items():
         error = refusal(run_flags(inputs, out, **flags | {name: value}), capsys)
-        assert re.search(f"--{name} .*is not what .*step_2 was made with .*--resume_with_changes.*--overwrite", error)
+        assert re.search(f"--{name} .* differs from .*step_2 .*--resume_with_changes.*--overwrite", error)
     assert re.search("already holds a run", refusal(run_flags(inputs, out, **flags, resume="never"), capsys))
     assert re.search(
-        "--resume .*/nowhere is not a whole checkpoint .not a folder.",
+        "--resume .*/nowhere is not an intact checkpoint .not a folder.",
         refusal(run_flags(inputs, tmp_path / "new", **flags, resume="/nowhere"), capsys),
     )
     assert (out / "metrics.jsonl").read_bytes() == before
     main(run_flags(inputs, out, **flags | {"lr": 1e-5, "rollout_batch_size": 8}, resume_with_changes=True))
     assert [row["step"] for row in read_metrics(out)] == [1, 2, 3, 4]
-    assert "the finished run's" not in capsys.readouterr().out
+    assert "/final is removed" not in capsys.readouterr().out
     longer = flags | {"train_steps": 4, "lr": 1e-5}
     main(run_flags(inputs, out, **longer, resume_with_changes=True))
-    assert (
-        f"warning: the finished run's {out}/final goes, and its steps after 4 are made anew" in capsys.readouterr().out
-    )
+    assert f"warning: {out}/final is removed; steps after 4 run again" in capsys.readouterr().out
     assert [row["step"] for row in read_metrics(out)] == [1, 2, 3, 4, 5]
 
 
@@ -169,7 +166,7 @@ def test_what_a_run_wrote_after_the_named_checkpoint_goes(finished, inputs, tmp_
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step_2", "step_3"]
     assert read_metrics(out) == read_metrics(expected)[:3]
     assert not (out / "final").exists()
-    assert "after step 3; the same command with --resume auto goes on from its checkpoint" in capsys.readouterr().out
+    assert "after step 3; the same command with --resume auto resumes from its checkpoint" in capsys.readouterr().out
     main(run_flags(inputs, out, **flags))
     assert_same_run(out, expected)
 

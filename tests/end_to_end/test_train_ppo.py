@@ -182,7 +182,7 @@ def test_a_signal_saves_after_the_step_and_leaves_no_debris(inputs, tmp_path, nu
     assert "stopping at the end of this step" in stderr
     assert "Traceback" not in stderr
     steps = len(read_metrics(out))
-    assert f"stopped by {name} after step {steps}; the same command goes on" in stdout
+    assert f"stopped by {name} after step {steps}; the same command resumes" in stdout
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step_{steps}"]
     written = {path.name for path in out.iterdir()}
     assert written <= {"config.json", "metrics.jsonl", "samples.jsonl", "tensorboard", "best", "checkpoints"}

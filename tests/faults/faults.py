@@ -158,7 +158,7 @@ def disk_is_full(rank: int) -> None:
     def fills(writer: CheckpointWriter, state: dict, *args, **kwargs) -> None:
         save(writer, state, *args, **kwargs)
         if state["step"] == 2:
-            writer.settle()
+            writer.finish()
             fill(Path(writer._folder).parents[1], leave=0)
 
     CheckpointWriter.save = fills

@@ -30,8 +30,8 @@ def test_a_disk_that_fills_in_a_save_costs_that_checkpoint_alone(inputs, disk, u
     fault = "disk fills in a save"
     result = run_cases(tmp_path, inputs, {fault: STEPS | {"fault": fault}}, disk)[fault]
     assert result.codes == [0], result.log[-3000:]
-    assert re.search("the checkpoint of step 2 was not saved: .*No space left.*older ones are as they were", result.log)
-    assert re.search("the checkpoint of step 3 was not saved: it takes .* MB left: make room", result.log)
+    assert re.search("the checkpoint of step 2 was not saved: .*No space left.*older ones are intact", result.log)
+    assert re.search("the checkpoint of step 3 was not saved: it needs .* MB free", result.log)
     assert sorted(path.name for path in (result.out / "checkpoints").iterdir()) == ["step_1", "step_4", "step_5"]
     check_equal(result.out, undisturbed)
 
@@ -41,9 +41,11 @@ def test_a_run_without_any_room_ends_and_goes_on_when_there_is_some(inputs, disk
     result = run_cases(tmp_path, inputs, {fault: STEPS | {"fault": fault}}, disk)[fault]
     assert result.codes == [2], result.log[-3000:]
     assert "Traceback" not in result.log, result.log[-3000:]
-    assert re.search("error: .* cannot be written: No space left on device; make room and give the same", result.log)
+    assert re.search(
+        "error: .* cannot be written: No space left on device; free disk space and repeat the same", result.log
+    )
     (disk / "filler").unlink()
     after = run_cases(tmp_path, inputs, {"after": STEPS | {"out": fault}}, disk)["after"]
     assert after.codes == [0], after.log[-3000:]
-    assert "going on from" in after.log
+    assert "resuming from" in after.log
     check_equal(result.out, undisturbed)

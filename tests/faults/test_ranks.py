@@ -32,7 +32,7 @@ def deaths(inputs, tmp_path_factory) -> dict[str, Result]:
 def test_a_rank_that_stands_still_ends_the_other_with_its_stacks(deaths, phase):
     result = deaths[f"SIGSTOP in {phase}"]
     assert result.codes == [124, -9]
-    assert re.search(rf"error \[rank 0\]: nothing got done for {TIMEOUT} s \(--hang_timeout\) after '", result.log)
+    assert re.search(rf"error \[rank 0\]: no progress for {TIMEOUT} s \(--hang_timeout\) after '", result.log)
     assert re.search(r"most recent call first\):\n(.*\n)+.*train_ppo.py", result.log)
 
 
@@ -82,7 +82,7 @@ def test_nothing_on_disk_has_changed_by_them(numbers, fault):
     """Without the fault the run goes on from before it, and no bit of it is another."""
     result = numbers[f"after {fault}"]
     assert result.codes == [0, 0]
-    assert f"going on from {result.out}/checkpoints/step_1" in result.log
+    assert f"resuming from {result.out}/checkpoints/step_1" in result.log
     check_equal(result.out, numbers["undisturbed"].out)
 
 

@@ -28,7 +28,7 @@ def results(inputs, tmp_path_factory):
 def test_a_signal_to_one_rank_stops_both_after_the_step(results):
     result = results["one rank"]
     assert result.codes == [143, 143]
-    assert "stopped by SIGTERM after step 1; the same command goes on" in result.log
+    assert "stopped by SIGTERM after step 1; the same command resumes" in result.log
     assert results["after one rank"].codes == [0, 0]
     assert json.loads((result.out / "config.json").read_text())["resumed_from_step"] == 1
     check_equal(result.out, results["undisturbed"].out)
@@ -67,7 +67,7 @@ def test_checkpoints_that_take_longer_than_a_step_wait_for_each_other(results):
 def test_a_signal_while_a_checkpoint_is_written_waits_for_it_and_saves_once_more(results):
     result = results["while writing"]
     assert result.codes == [143, 143], result.log[-3000:]
-    assert "stopped by SIGTERM after step 2; the same command goes on" in result.log
+    assert "stopped by SIGTERM after step 2; the same command resumes" in result.log
     assert re.findall(r"checkpoint of step (\d)", result.log) == ["1", "2"]
-    assert f"going on from {result.out}/checkpoints/step_2" in results["after while writing"].log
+    assert f"resuming from {result.out}/checkpoints/step_2" in results["after while writing"].log
     check_equal(result.out, results["undisturbed"].out)

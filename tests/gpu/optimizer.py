@@ -84,7 +84,7 @@ def write(writer: CheckpointWriter, folder: Path, way: str, report) -> None:
     said: list[str] = []
     step, start = {"step": int(folder.name.removeprefix("step_"))}, time.perf_counter()
     _, waited = timed(writer.save, step, said.append, way != "foreground")
-    writer.settle()
+    writer.finish()
     seconds = time.perf_counter() - start
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     report(**{f"{way}_waited_s": waited, f"{way}_s": seconds, f"{way}_gb_per_s": size / seconds / 1e9})

@@ -123,7 +123,7 @@ def check(toy: bool, report: Report) -> None:
             return begin()
 
         run.next_prompts = next_prompts
-        with contextlib.closing(run.logger), run.keeper:
+        with contextlib.closing(run.logger), run.lifecycle:
             loop(run)
         shutdown_distributed()
     totals = {phase: counter.total() for phase, counter in waits.lines.items()}

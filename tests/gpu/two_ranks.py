@@ -50,7 +50,7 @@ def runs(rank: int, port: str, *flags: list[str]) -> None:
     join(rank, port)
     for each in flags:
         run = build(parse_args(PPOConfig, each, PRESETS, AMOUNTS))
-        with contextlib.closing(run.logger), run.keeper:
+        with contextlib.closing(run.logger), run.lifecycle:
             loop(run)
     shutdown_distributed()
 

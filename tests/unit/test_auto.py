@@ -140,7 +140,7 @@ def test_layers_are_kept_as_real_passes_allow():
     assert [layers_kept(decoder, 256, room) for room in (0, 10**12)] == [0, 6]
     real.config._attn_implementation, said = "eager", []
     assert predicted(lambda: layers_kept(on_meta(real), 256, 10**12), 0, said.append) == 0
-    assert said == ["the memory of this model's passes is not predicted (ValueError: eager attention)"]
+    assert said == ["cannot predict the memory of this model's passes (ValueError: eager attention)"]
     ctrl = AutoModel.from_config(tiny_config("ctrl"))
     recompute_fewest(ctrl, 0, "model", said.append)
     assert said[1] == "--gradient_checkpoint auto: the model recomputes 0 of 1 layers"

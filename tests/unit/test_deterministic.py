@@ -56,7 +56,7 @@ def test_an_operation_without_a_deterministic_form_is_named_once(capfd):
         put()
         put()
     put()
-    text = "--deterministic: put_ has no deterministic form here; its numbers may differ from run to run\n"
+    text = "--deterministic: put_ has no deterministic kernel; its results may vary\n"
     assert capfd.readouterr() == (text, "")
 
 

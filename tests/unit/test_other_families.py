@@ -92,9 +92,9 @@ def test_caps_of_attention_are_not_lost_by_the_kernel(tmp_path):
     path, said = folder_of("gemma2", tmp_path / "source"), []
     lm = load(path, said)
     assert lm.config._attn_implementation == "eager"
-    assert len(said) == 1 and "loaded with --attn_implementation eager, since sdpa leaves out its cap" in said[0]
+    assert len(said) == 1 and "--attn_implementation eager is used, since sdpa ignores its cap" in said[0]
     assert load(path, said, "sdpa").config._attn_implementation == "sdpa"
-    assert len(said) == 2 and "--attn_implementation sdpa leaves out the model's cap of attention scores, 2" in said[1]
+    assert len(said) == 2 and "--attn_implementation sdpa ignores its cap of attention scores, 2" in said[1]
     load(path, said, "eager")
     load(folder_of("gemma2", tmp_path / "without", attn_logit_softcapping=None), said)
     assert len(said) == 2
@@ -131,7 +131,7 @@ def test_longrope_ends_where_the_rows_of_a_batch_would_change_each_other():
     assert (alone - together).abs().max() > 1e-3
     assert window_of(lm) == 8
     check_window(lm, 8, "--maxlen_prompt")
-    with pytest.raises(UserError, match=r"^--maxlen_prompt 9: one row of more than 8 tokens .*; give at most 8$"):
+    with pytest.raises(UserError, match=r"^--maxlen_prompt 9: one row of more than 8 tokens .*; use at most 8$"):
         check_window(lm, 9, "--maxlen_prompt")
 
 
@@ -141,7 +141,7 @@ def test_other_windows():
     assert window_of(lm_with("llama")) == 512
     yarn = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
     assert window_of(lm_with("llama", rope_parameters=yarn)) == 512  # the same for rows of any length
-    with pytest.raises(UserError, match=r"^--context_truncate 513 is longer than the model's window: give at most 512"):
+    with pytest.raises(UserError, match=r"^--context_truncate 513 is longer than the model's window; use at most 512"):
         check_window(lm_with("llama"), 513, "--context_truncate")
     layers = copy.deepcopy(lm_with("gemma3_text"))
     layers.config.rope_parameters["full_attention"] = LONG_ROPE | {"original_max_position_embeddings": 64}

@@ -28,7 +28,7 @@ FLAGS = {"hf_model_name_or_path": "M", "model_save_path": "O", "dtype": "fp32", 
 CUTS = [(1, 1), (40, 1), (64, 2), (1, 3), (10_000, 3)]  # (tokens of a forward, ranks)
 
 
-class Keeper(GradientEngine):
+class KeptEngine(GradientEngine):
     """Keeps the gradient instead of making the step."""
 
     def apply(self, lr: float) -> None:
@@ -40,7 +40,9 @@ def random_ids(lengths: list[int]) -> list[list[int]]:
     return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]
 
 
-def over_ranks(engine: Keeper, stage: Stage, items: list, max_tokens: int, ranks: int) -> tuple[float, torch.Tensor]:
+def over_ranks(
+    engine: KeptEngine, stage: Stage, items: list, max_tokens: int, ranks: int
+) -> tuple[float, torch.Tensor]:
     """(loss, gradient), each summed over the ranks' shares."""
     loss, gradient = 0.0, 0.0
     for rank in range(ranks):
@@ -50,7 +52,9 @@ def over_ranks(engine: Keeper, stage: Stage, items: list, max_tokens: int, ranks
     return loss, gradient
 
 
-def check(engine: Keeper, stage: Stage, rows_for: Callable[[int], list], expected: tuple[float, torch.Tensor]) -> None:
+def check(
+    engine: KeptEngine, stage: Stage, rows_for: Callable[[int], list], expected: tuple[float, torch.Tensor]
+) -> None:
     for max_tokens, ranks in CUTS:
         loss, gradient = over_ranks(engine, stage, rows_for(ranks), max_tokens, ranks)
         assert loss == pytest.approx(expected[0], rel=1e-5), (max_tokens, ranks)
@@ -68,7 +72,7 @@ def test_a_step_of_sft(monkeypatch, how):
         SFTConfig(data_path=["D"], micro_batch_tokens=64, **FLAGS),
         Layout(how == "packed", False, 64, how == "joined"),
     )
-    engine, stage = Keeper(AnswerModel(lm)), sft_stage(config, lm, None, layout, [items], [])
+    engine, stage = KeptEngine(AnswerModel(lm)), sft_stage(config, lm, None, layout, [items], [])
     plain = Layout(False, flat=False, max_tokens=64)
     expected = over_ranks(engine, replace(stage, sums=partial(stage.sums, layout=plain)), plain.rows(items, 1), 9999, 1)
     if how == "joined":
@@ -92,7 +96,7 @@ def test_a_step_of_the_reward_model(monkeypatch, joined):
     head.weight.data.copy_(new_head_weight(64, 0))
     model = ScalarModel(lm.model, head, lm.lm_head)
     config = RewardConfig(data_path="D", label_smoothing=0.1, reward_lm_loss_factor=0.7, **FLAGS)
-    engine, stage = Keeper(model), reward_stage(config, model, None, items, None)
+    engine, stage = KeptEngine(model), reward_stage(config, model, None, items, None)
     expected = over_ranks(engine, stage, items, 10_000, 1)
     if joined:
         tests.helpers.varlen.on_cpu(monkeypatch)

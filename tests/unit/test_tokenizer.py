@@ -15,20 +15,12 @@ from utils.hub import is_hub_id
 from utils.tokenizer import check_vocabulary, load_tokenizer, save_tokenizer
 
 TEXTS = [
-    "Hello, how are you?",
-    "你好，今天天气怎么样？",
-    "Emoji 😀 and 👩‍👩‍👧 and 🏳️‍🌈!",
-    "runs  of   spaces    and\ttabs",
-    "   leading and trailing   ",
+    "Hello, how are you?", "你好，今天天气怎么样？", "Emoji 😀 and 👩‍👩‍👧 and 🏳️‍🌈!",
+    "runs  of   spaces    and\ttabs", "   leading and trailing   ",
     "def f(x):\n    if x:\n        return {'a': [1, 2]}\n",
-    "mixed 中文 and English，全角　空格",
-    "née Zoë ﬁne ½ ①",
-    "<s>not a tag</s> <unk> <0x0A> <|Human|>",
-    "",
-    " ",
-    "\n",
-    "1234567890",
-]
+    "mixed 中文 and English，全角　空格", "née Zoë ﬁne ½ ①", "<s>not a tag</s> <unk> <0x0A> <|Human|>",
+    "", " ", "\n", "1234567890",
+]  # fmt: skip
 
 
 def random_texts(count: int) -> list[str]:
@@ -57,13 +49,11 @@ def assert_same_ids_everywhere(model, folder, template):
         assert len(tokenizer) == len(ours)
 
 
-@pytest.mark.parametrize("template", ["moss_en", "moss_zh"])
-def test_ids_are_sentencepieces_own_here_and_elsewhere(llama_model, tmp_path, template):
-    assert_same_ids_everywhere(llama_model, tmp_path, template)
-
-
-def test_ids_of_a_tiny_model(tiny_model, tmp_path):
-    assert_same_ids_everywhere(tiny_model, tmp_path / "out", "moss_zh")
+@pytest.mark.parametrize(
+    ("model", "template"), [("llama_model", "moss_en"), ("llama_model", "moss_zh"), ("tiny_model", "moss_zh")]
+)
+def test_ids_are_sentencepieces_own_here_and_elsewhere(request, tmp_path, model, template):
+    assert_same_ids_everywhere(request.getfixturevalue(model), tmp_path, template)
 
 
 def test_ids_of_a_model_that_normalizes(tmp_path):
@@ -71,20 +61,15 @@ def test_ids_of_a_model_that_normalizes(tmp_path):
     assert_same_ids_everywhere(model, tmp_path / "out", "moss_en")
 
 
-def test_special_ids_of_a_bare_file(llama_model):
-    tokenizer = load_tokenizer(str(llama_model), "moss_en")
-    ids = (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    assert ids == (0, 1, 2, 0)
-    assert len(tokenizer) == 32000
-
-
-def test_empty_special_tokens_of_a_published_config_are_overridden(llama_model, tmp_path):
+def test_special_ids_of_a_bare_file_and_of_a_published_folder_with_empty_ones(llama_model, tmp_path):
     shutil.copy(llama_model, tmp_path / "tokenizer.model")
     config = {"bos_token": "", "eos_token": "", "unk_token": "", "tokenizer_class": "LLaMATokenizer"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "special_tokens_map.json").write_text("{}")
-    tokenizer = load_tokenizer(str(tmp_path), "moss_zh")
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
+    for path in (llama_model, tmp_path):
+        tokenizer = load_tokenizer(str(path), "moss_en")
+        ids = (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        assert ids == (0, 1, 2, 0) and len(tokenizer) == 32000
 
 
 def test_moss_zh_tags_get_the_published_ids(llama_model, tiny_model):
@@ -149,11 +134,6 @@ def test_exported_chat_template_prompts_as_ours(request, tmp_path, template, mod
             assert theirs == encode_prompt(tokenizer, whole, template)
 
 
-def test_pad_falls_back_to_eos_and_is_never_left_open(chat_folder):
-    tokenizer = load_tokenizer(str(chat_folder), "chat")  # no unk, no pad
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-
-
 def test_a_pad_that_ends_answers_is_replaced(tiny_model, tmp_path):
     shutil.copy(tiny_model, tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "</s>"}))
@@ -162,6 +142,7 @@ def test_a_pad_that_ends_answers_is_replaced(tiny_model, tmp_path):
 
 def test_other_tokenizers_survive_saving(chat_folder, tmp_path):
     tokenizer = load_tokenizer(str(chat_folder), "chat")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id  # no unk, no pad
     save_tokenizer(tokenizer, tmp_path)
     again = load_tokenizer(str(tmp_path), "chat")
     for text in TEXTS:
@@ -210,10 +191,13 @@ def test_bad_folders(tmp_path, files, message):
     assert "--tokenizer_name_or_path" in str(error.value)
 
 
-def test_cut_off_model_file(tiny_model, tmp_path):
+def test_cut_off_and_other_model_files(tiny_model, tmp_path):
     content = tiny_model.read_bytes()
-    with pytest.raises(UserError, match="damaged"):
-        load_tokenizer(broken(tmp_path, {"tokenizer.model": content[: len(content) // 2]}), "moss_en")
+    with pytest.raises(UserError, match=r"^--model: .* damaged"):
+        load_tokenizer(broken(tmp_path, {"tokenizer.model": content[: len(content) // 2]}), "moss_en", flag="--model")
+    model = train_sentencepiece(tmp_path, add_dummy_prefix=False)
+    with pytest.raises(UserError, match=r"--tokenizer_name_or_path: .*not in LLaMA's format"):
+        load_tokenizer(str(model), "moss_en")
 
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "data/nowhere", "nowhere", "nowhere/tokenizer.model"])
@@ -227,12 +211,6 @@ def test_hub_id_offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"--tokenizer_name_or_path: cannot download owner/name.*download it first"):
         load_tokenizer("owner/name", "moss_en")
-
-
-def test_a_sentencepiece_model_of_another_kind(tmp_path):
-    model = train_sentencepiece(tmp_path, add_dummy_prefix=False)
-    with pytest.raises(UserError, match=r"--tokenizer_name_or_path: .*not LLaMA's format"):
-        load_tokenizer(str(model), "moss_en")
 
 
 def test_missing_eos_and_chat_template(chat_folder, tiny_model, tmp_path):

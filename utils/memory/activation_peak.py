@@ -1,4 +1,4 @@
-"""How much memory a forward, or a forward and a backward, takes at most: run on the meta device, shapes alone."""
+"""Predicts the peak memory of forward and backward passes from shapes, on the meta device."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -14,7 +14,7 @@ ATTENTION = "shapes-only"  # no identifier, so that --attn_implementation does n
 
 
 class _FlashShapes(torch.autograd.Function):
-    """What a flash attention kernel keeps for its backward pass: its inputs, its output, a number a row. No scores."""
+    """Saves what a flash attention kernel saves for its backward pass: inputs, output, one number per row."""
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -35,25 +35,25 @@ AttentionInterface.register(ATTENTION, _attention)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, every storage that an operation makes is counted until it is freed. `peak`: bytes at most."""
+    """Context that counts every storage from its creation until it is freed. `peak`: largest number of bytes."""
 
     def __init__(self):
         super().__init__()
         self.live = self.peak = 0
-        self._known: dict[int, tuple[StorageWeakRef, int]] = {}  # while a weak reference lives, its address is its own
+        self._known: dict[int, tuple[StorageWeakRef, int]] = {}  # a weak reference keeps the address unique
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         for storage in _storages([args, kwargs]):
-            self._meet(storage, 0)  # one not met before came from outside
+            self._count(storage, 0)  # a new one was created outside of the context
         result = function(*args, **(kwargs or {}))
         for storage in _storages(result):
-            self._meet(storage, storage.nbytes())
+            self._count(storage, storage.nbytes())
         if self.live > self.peak:
             self._forget_freed()
             self.peak = max(self.peak, self.live)
         return result
 
-    def _meet(self, storage: torch.UntypedStorage, size: int) -> None:
+    def _count(self, storage: torch.UntypedStorage, size: int) -> None:
         if storage._cdata not in self._known:
             self._known[storage._cdata] = (StorageWeakRef(storage), size)
             self.live += size
@@ -69,10 +69,10 @@ def _storages(values) -> Iterable[torch.UntypedStorage]:
 
 @cache
 def peak_bytes(decoder: nn.Module, batch: int, length: int, backward: bool) -> int:
-    """Bytes at most beside weights and gradients in a pass of [batch, length] tokens through a decoder without head.
+    """Returns the peak bytes, without weights and gradients, of a pass of [batch, length] tokens through a decoder.
 
-    decoder: on the meta device, made with attn_implementation=ATTENTION. A weight's gradient counts while it is made,
-    not after: it goes to where gradients are collected. Time: that of some thousand operations without any data.
+    decoder: on the meta device, created with attn_implementation=ATTENTION, without head. A weight's gradient counts
+    until it is accumulated.
     """
     ids = torch.empty(batch, length, dtype=torch.int64, device="meta")
     hooks = []

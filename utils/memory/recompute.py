@@ -1,4 +1,4 @@
-"""--gradient_checkpoint auto: as few layers recompute their activations in the backward pass as memory allows."""
+"""--gradient_checkpoint auto: chooses the smallest number of layers to recompute that fits into memory."""
 
 import copy
 from bisect import bisect_right
@@ -26,9 +26,9 @@ def settle_checkpointing(
     engine: TrainEngine, model: PreTrainedModel, config: EngineConfig, tokens: int, room: int | None,
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Under auto, chooses how many layers of a supervised stage's model recompute. Call it before the first forward.
+    """Enables gradient checkpointing in as few layers as fit, if the flag is auto. Call it before the first forward.
 
-    model: as for `enable_checkpointing`; tokens: of the largest forward; room: `device_room()`.
+    model: a supervised stage's, as for `enable_checkpointing`; tokens: of the largest forward; room: `device_room()`.
     """
     if config.gradient_checkpoint != "auto":
         return
@@ -37,24 +37,24 @@ def settle_checkpointing(
         models = [[getattr(p, "ds_numel", p.numel()) for p in engine.parameters]]
         gradients, buckets, gathered = backward_bytes(models, config, world_size())
         room -= moment_bytes(models, config, world_size()) + gathered
-        room -= gradients + buckets if config.zero_stage < 3 else 0  # ZeRO-3 has them already
+        room -= gradients + buckets if config.zero_stage < 3 else 0  # ZeRO-3 has allocated them already
         room -= logits_bytes(CHUNK * model.config.get_text_config().vocab_size, DTYPES[config.dtype].itemsize)[1]
         kept = predicted(lambda: layers_kept(on_meta(model), tokens, room), 0, say)
     recompute_fewest(model, kept, engine.name, say)
 
 
 def predicted(predict: Callable[[], T], otherwise: T, say: Callable[[str], None]) -> T:
-    """What `predict` returns; `otherwise` where it raises, as a failed prediction must not stop a run."""
+    """Returns predict(), or `otherwise` if it raises: a failed prediction must not stop a run."""
     try:
         return predict()
-    except Exception as error:  # noqa: BLE001 - depends on the family of models
+    except Exception as error:  # noqa: BLE001 - depends on the architecture
         reason = str(error).partition("\n")[0]
-        say(f"the memory of this model's passes is not predicted ({type(error).__name__}: {reason})")
+        say(f"cannot predict the memory of this model's passes ({type(error).__name__}: {reason})")
         return otherwise
 
 
 def recompute_fewest(model: PreTrainedModel, kept: int, name: str, say: Callable[[str], None]) -> None:
-    """Has all layers but the last `kept` recompute their activations, where the model can, and says so."""
+    """Enables gradient checkpointing in all layers but the last `kept`, if the model supports it. Prints a line."""
     layers = num_layers(model)
     kept = kept if model.supports_gradient_checkpointing else layers
     say(f"--gradient_checkpoint auto: the {name} recomputes {layers - kept} of {layers} layers")
@@ -63,12 +63,12 @@ def recompute_fewest(model: PreTrainedModel, kept: int, name: str, say: Callable
 
 
 def num_layers(model: PreTrainedModel) -> int:
-    """How many layers may recompute independently of each other; 1 where a model recomputes only as a whole."""
+    """Returns the number of layers that recompute independently; 1 if the model recomputes only as a whole."""
     return len(layers_of(model)) or 1
 
 
 def on_meta(model: PreTrainedModel) -> PreTrainedModel:
-    """The decoder of this model again, on the meta device, as `peak_bytes` takes it."""
+    """Returns a copy of this model's decoder on the meta device, as `peak_bytes` requires."""
     decoder = decoder_of(model)
     config = copy.deepcopy(decoder.config)
     refuse_eager(config)
@@ -78,13 +78,13 @@ def on_meta(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def refuse_eager(config: PretrainedConfig) -> None:
-    """Raises ValueError for eager attention: it keeps scores, which are not counted."""
+    """Raises ValueError for eager attention, whose scores `peak_bytes` does not count."""
     if config._attn_implementation == "eager":
         raise ValueError("eager attention")
 
 
 def layers_kept(decoder: PreTrainedModel, tokens: int, room: int) -> int:
-    """How many of the last layers may keep their activations of so many tokens in `room` bytes.
+    """Returns how many of the last layers can keep their activations for `tokens` tokens in `room` bytes.
 
     decoder: on the meta device.
     """
@@ -96,7 +96,7 @@ def layers_kept(decoder: PreTrainedModel, tokens: int, room: int) -> int:
 
 @cache
 def training_peak(decoder: PreTrainedModel, tokens: int, kept: int) -> int:
-    """Bytes at most of a forward and a backward in which the last `kept` layers keep their activations."""
+    """Returns the peak bytes of forward and backward if the last `kept` layers keep their activations."""
     decoder = copy.deepcopy(decoder).train()
     if kept < num_layers(decoder):
         enable_checkpointing(decoder, kept)

@@ -1,18 +1,18 @@
-"""What an engine holds on a rank, in bytes, from the sizes of its parameters: the arithmetic of the ZeRO stages.
+"""Memory of an engine per rank, in bytes, from the sizes of its parameters and the ZeRO stage.
 
-numels: elements of each parameter tensor; element: bytes of one, 2 for bf16; gpus: ranks that share the work.
+numels: elements of each parameter tensor; element: bytes per element, 2 for bf16; gpus: number of ranks.
 """
 
 from utils.engine.engine import DTYPES
 from utils.engine.settings import BUCKET, PERSISTENT
 from utils.flags.engine import EngineConfig
 
-LIVE = 1_000_000_000  # parameters that ZeRO-3 holds whole at once: DeepSpeed's stage3_max_live_parameters
-FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once without ZeRO
+LIVE = 1_000_000_000  # parameters that ZeRO-3 gathers at once: DeepSpeed's stage3_max_live_parameters
+FALLBACK_BUCKET = 500_000_000  # elements per reduction without ZeRO
 
 
 def weight_bytes(numels: list[int], stage: int, gpus: int, element: int) -> int:
-    """Of a rank. ZeRO-3 splits each tensor, and keeps small ones whole too."""
+    """Returns bytes per rank. ZeRO-3 splits each tensor, and also keeps small ones whole."""
     if stage < 3:
         return element * sum(numels)
     whole = sum(n for n in numels if n <= PERSISTENT)
@@ -20,29 +20,29 @@ def weight_bytes(numels: list[int], stage: int, gpus: int, element: int) -> int:
 
 
 def gradient_bytes(numels: list[int], stage: int, gpus: int, element: int) -> int:
-    """Of a rank, between backward and step: split from stage 2 on. element: of the dtype that they add up in."""
+    """Returns bytes per rank between backward and step, split from stage 2. element: of the accumulation dtype."""
     return element * (sum(numels) if stage < 2 else sum(-(-n // gpus) for n in numels))
 
 
 def optimizer_bytes(numels: list[int], stage: int, gpus: int) -> int:
-    """Of a rank: Adam's two moments, and from stage 1 on a float32 copy of the weights, all split."""
+    """Returns bytes per rank of Adam's two moments and, from stage 1, a float32 copy of the weights, all split."""
     return 8 * sum(numels) if stage == 0 else 12 * sum(-(-n // gpus) for n in numels)
 
 
 def moment_bytes(models: list[list[int]], config: EngineConfig, gpus: int) -> int:
-    """Bytes per rank of Adam's two moments of these models on the device. The first step allocates them."""
+    """Returns bytes per rank of Adam's two moments of these models, which the first step allocates on the device."""
     share = 0 if config.offload_optimizer else 2 / 3 if config.zero_stage else 1
     return int(share * sum(optimizer_bytes(numels, config.zero_stage, gpus) for numels in models))
 
 
 def backward_bytes(models: list[list[int]], config: EngineConfig, gpus: int) -> tuple[int, int, int]:
-    """Bytes per rank in backward passes of these models: (gradients, communication buckets, gathered weights).
+    """Returns bytes per rank in backward passes: (gradients, communication buckets, gathered weights).
 
-    ZeRO-3 holds the first two all the time.
+    ZeRO-3 allocates the first two permanently.
     """
     stage, element, largest = config.zero_stage, DTYPES[config.dtype].itemsize, max(map(sum, models))
     in_sum = 4 if config.adds_up_in_float32 else element
-    # With one rank bf16 gradients still pass buckets on their way to a float32 sum.
+    # With one rank, bf16 gradients still go through buckets to a float32 sum.
     buckets = gpus > 1 or (stage == 2 and config.adds_up_in_float32)
     return (
         sum(gradient_bytes(numels, stage, gpus, in_sum) for numels in models),
@@ -52,12 +52,12 @@ def backward_bytes(models: list[list[int]], config: EngineConfig, gpus: int) -> 
 
 
 def bucket_bytes(stage: int, numel: int, element: int) -> int:
-    """What gradients are reduced in: two buckets where communication overlaps, one an engine under ZeRO-3."""
+    """Returns bytes of gradient buckets: one in ZeRO-1, two in ZeRO-2 (overlap) and ZeRO-3 (one per engine)."""
     if stage == 0:
         return element * min(numel, FALLBACK_BUCKET)
     return element * BUCKET * (1 if stage == 1 else 2)
 
 
 def gathered_bytes(numel: int, element: int) -> int:
-    """Weights that ZeRO-3 holds whole at once in a forward or backward."""
+    """Returns bytes of the weights that ZeRO-3 gathers at once in a forward or backward."""
     return element * min(LIVE, numel)

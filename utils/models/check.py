@@ -1,8 +1,8 @@
-"""Whether models, as they are run here, give what their own plain forward gives: asked when a model is loaded.
+"""Checks, when a model is loaded, that it gives the same results here as in its own plain forward.
 
-The truth is the model's own forward of one row at a time, in the run's dtype: no padding, no mask, no cache. A model
-that mixes tokens, or changes its logits after the head, in a way that is not known here differs from it, or does not
-run at all. A few dozen tokens do not reach a window of thousands: that is what `python -m tests.architectures` is for.
+The reference is the model's own forward of one row at a time, in the run's dtype, without padding, mask or cache. It
+differs for a model that mixes tokens, or changes logits after the head, in a way that is unknown here. The rows are too
+short to reach sliding windows: `python -m tests.architectures` tests those.
 """
 
 import contextlib
@@ -20,21 +20,21 @@ from utils.models.padding_free import decoder_of, joins_rows, states_of
 
 LENGTHS = (29, 17, 6)  # tokens of the rows
 LEAST_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.01}
-MARGIN = 4  # correct paths (dense and mixture models, 2 to 32 layers, bf16) were off by 0.06 to 1.08 sensitivities
-DOUBT = 0.3  # share of the tolerance from which on float32 decides
-SMALL = 0.2  # share of the tolerance for numbers that the same layers have made
-# Errors that a model may raise when it is called in a way that it does not support.
+MARGIN = 4  # correct paths (dense and mixture models, 2 to 32 layers, bf16) deviated by 0.06 to 1.08 sensitivities
+DOUBT = 0.3  # share of the tolerance above which the check is repeated in float32
+SMALL = 0.2  # share of the tolerance if both results come from the same layers
+# Errors of a model that is called in a way that it does not support.
 FAILURES = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError
 )  # fmt: skip
 
 
 class Probe:
-    """A few rows, and what the model itself makes of each: logits of a causal LM, or states of a decoder alone.
+    """A few rows and the model's own outputs for each: logits of a causal LM, or states of a decoder.
 
-    `true` holds [length, n] of each row. `tolerance` is MARGIN times the model's sensitivity: how far it is off when
-    its embeddings are off by the dtype's epsilon. For rounding grows with depth, and by leaps where it changes which
-    experts a router picks. Raises UserError, which calls the model `what`, where it does not run.
+    `true` holds [length, n] per row. `tolerance` is MARGIN times the model's sensitivity: its deviation when embeddings
+    change by the dtype's epsilon, because rounding errors grow with depth, and jump if a router changes its choice of
+    experts. Raises UserError, which names the model `what`, if the model does not run.
     """
 
     @torch.no_grad()
@@ -44,7 +44,7 @@ class Probe:
         self.what, self.kind = what, type(model).__name__
         self.rows = probe_rows(model)
         if failure := self.deviation(self._run_alone):
-            raise UserError(f"{what}: {self.kind} does not run on text alone ({failure}); give another model")
+            raise UserError(f"{what}: {self.kind} does not run on text alone ({failure}); use another model")
 
     def _run_alone(self) -> float:
         dtype = next(self.model.parameters()).dtype
@@ -63,35 +63,35 @@ class Probe:
         return (embedded.float() * (1 + self.epsilon * (2 * noise - 1))).to(embedded.dtype)
 
     def alone(self, row: torch.Tensor) -> torch.Tensor:
-        """What the model's own forward makes of ids [length]: [length, n]."""
+        """Returns the outputs of the model's own forward for ids [length]: [length, n]."""
         output = self.model(input_ids=row[None], use_cache=False)
         return (output.logits if self.with_head else output.last_hidden_state)[0]
 
     def of_states(self, states: torch.Tensor) -> torch.Tensor:
-        """What is made here of states [n, hidden] of the decoder."""
+        """Returns the outputs that this repository computes from states [n, hidden] of the decoder."""
         if not self.with_head:
             return states
         return head_logits(self.model.get_output_embeddings(), self.model.config.get_text_config(), states)
 
     def head(self) -> float:
-        """How far the head is off, behind the states of a row alone."""
+        """Returns the deviation of the head for a row alone."""
         states = self.decoder(input_ids=self.rows[0][None], use_cache=False).last_hidden_state[0]
         return distance([self.of_states(states)], self.true[:1])
 
     def beginning(self) -> float:
-        """How far the beginning of a row alone is off from what it is with more behind it."""
+        """Returns the deviation of the first half of a row alone from the same positions of the whole row."""
         half = len(self.rows[0]) // 2
         return distance([self.alone(self.rows[0][:half])], [self.true[0][:half]])
 
     def together(self) -> float:
-        """How far rows are off that share a forward, as in scoring and training."""
+        """Returns the deviation of rows that share a forward, as in scoring and training."""
         read = pad_sequence([torch.ones_like(row) for row in self.rows], batch_first=True).bool()
         states = states_of(self.decoder, pad_sequence(self.rows, batch_first=True), read)
         return distance(self.of_states(states).split(LENGTHS), self.true)
 
     @torch.no_grad()
     def deviation(self, run: Callable[[], float], share: float = 1.0) -> str | None:
-        """None where `run` is off by at most this share of the tolerance on all ranks; else the reason. Collective."""
+        """Returns None if `run` deviates by at most `share` * tolerance on all ranks, else the reason. Collective."""
         failure = None
         try:
             far = run()
@@ -101,19 +101,19 @@ class Probe:
             raise
         except FAILURES as error:
             failure = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        # Near the tolerance ranks may differ, and have to go the same way.
+        # Ranks may differ near the tolerance, but have to make the same decision.
         if any_rank(failure is not None, self.rows[0].device):
             return failure or "off on another rank"
         return None
 
     def _is_off(self, run: Callable[[], float], share: float) -> bool:
-        """Whether `run` is off in float32, which tells an error from rounding. False where that cannot be tried."""
+        """Whether `run` deviates in float32 too, that is, not by rounding. False if the model cannot run in float32."""
         kept = self.true, self.epsilon, self.tolerance
         try:
             with in_float32(self.model):
                 self._run_alone()
                 return not run() <= share * self.tolerance
-        except (torch.OutOfMemoryError, *FAILURES):  # flash attention, say, takes no float32
+        except (torch.OutOfMemoryError, *FAILURES):  # as with flash attention
             return False
         finally:
             self.true, self.epsilon, self.tolerance = kept
@@ -121,7 +121,7 @@ class Probe:
 
 @contextlib.contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Inside, the parameters are float32 copies, which take 4 bytes each; afterwards they are what they were."""
+    """Context in which the parameters are float32 copies, of 4 bytes each."""
     kept = [(parameter, parameter.data) for parameter in model.parameters()]
     try:
         for parameter, data in kept:
@@ -133,9 +133,9 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 def probe_rows(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Rows of LENGTHS ids, the same at every call, on the model's device.
+    """Returns rows of LENGTHS ids, the same in every call, on the model's device.
 
-    Ids with a meaning of their own are left out: padding, whose embedding may be zeros, and places of images.
+    Leaves out special ids: padding, whose embedding may be zeros, and placeholders of images.
     """
     table = model.get_input_embeddings().weight
     parts = (model.config, model.config.get_text_config())
@@ -146,10 +146,10 @@ def probe_rows(model: PreTrainedModel) -> list[torch.Tensor]:
 
 
 def distance(found: list[torch.Tensor], true: list[torch.Tensor]) -> float:
-    """How far numbers [positions, n] of some rows are from the true ones, in deviations of these over n.
+    """Returns the largest deviation of a row from its reference [positions, n], in standard deviations over n.
 
-    Both without their mean over n, which a softmax does not see. Of a row the mean over its positions counts: where
-    rounding changes a router's choice at one of them, that is no mistake. Of several rows the worst counts.
+    Subtracts means over n, to which a softmax is invariant. The deviation of a row is the mean over its positions, so
+    that a router whose choice changes at one position by rounding does not count as an error.
     """
 
     def centred(x: torch.Tensor) -> torch.Tensor:
@@ -163,24 +163,23 @@ def distance(found: list[torch.Tensor], true: list[torch.Tensor]) -> float:
 def check_forward(
     model: PreTrainedModel, what: str, say: Callable[[str], None] = print, with_head: bool = True
 ) -> None:
-    """Raises UserError where scores, losses and gradients here would not be those of the model's own forward.
+    """Raises UserError if results here would differ from those of the model's own forward. Collective.
 
-    Rows that may not be joined end to end are padded from then on, which is said. with_head: a causal LM, else a
-    decoder that gives states. Every rank does the same.
+    Prints a line and pads rows from then on if rows joined end to end give other results. with_head: True for a causal
+    LM, False for a decoder that returns states.
     """
     probe = Probe(model, what, with_head)
     if far := with_head and probe.deviation(probe.head, SMALL):
         raise UserError(
             f"{what}: {probe.kind} changes its logits after the head in a way that "
-            f"utils/models/chunked_logprobs.py does not know ({far}); "
-            "add it to head_logits, or give another model"
+            f"utils/models/chunked_logprobs.py does not implement ({far}); add it to head_logits, or use another model"
         )
     if far := probe.deviation(probe.beginning):
-        raise UserError(f"{what}: {probe.kind} looks at the tokens that follow ({far}); give a causal model")
+        raise UserError(f"{what}: {probe.kind} attends to later tokens ({far}); use a causal model")
     far = probe.deviation(probe.together)
     if far and joins_rows(probe.decoder):
         probe.decoder.keeps_padding = True
-        say(f"{what}: rows of {probe.kind} are padded, not joined: those come out differently ({far})")
+        say(f"{what}: rows of {probe.kind} are padded, since joined rows fail the check ({far})")
         far = probe.deviation(probe.together)
     if far:
-        raise UserError(f"{what}: in a padded batch, {probe.kind} gives other numbers than alone ({far}); give another")
+        raise UserError(f"{what}: {probe.kind} gives other results in a padded batch ({far}); use another model")

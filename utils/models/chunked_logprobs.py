@@ -1,4 +1,4 @@
-"""Token log-probabilities from hidden states, a piece at a time: no logits of a whole batch. Pure."""
+"""Token log-probabilities from hidden states, in chunks, without logits of a whole batch. Pure."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,39 +9,30 @@ from torch.utils.checkpoint import checkpoint
 
 from utils.tensors import before_tokens, places_of
 
-CHUNK = 1024  # tokens that are worked on at once: 100 MB of logits in bf16 at 50,000 pieces
-KEPT = 4  # chunks whose logits may wait for the backward pass
-FLOATS = {"cpu": 1 << 20, "cuda": 1 << 24}  # of those logits, how many are float32 at once: what a cache holds; 64 MB
+CHUNK = 1024  # tokens per chunk: 100 MB of logits in bf16 for a vocabulary of 50,000
+KEPT = 4  # chunks whose logits are kept for the backward pass
+FLOATS = {"cpu": 1 << 20, "cuda": 1 << 24}  # logits in float32 at a time: 4 MB for a cache; 64 MB
 
 
 def sum_nll(
-    hidden: torch.Tensor,
-    sequences: torch.Tensor,
-    token_mask: torch.Tensor,
-    lm_head: Callable[[torch.Tensor], torch.Tensor],
-    chunk: int = CHUNK,
+    hidden: torch.Tensor, sequences: torch.Tensor, token_mask: torch.Tensor, lm_head: Callable, chunk: int = CHUNK,
     even_tokens: int = 0,
-) -> torch.Tensor:
-    """Sum of -log p(token t | tokens < t) over the masked tokens. -> float32 scalar.
+) -> torch.Tensor:  # fmt: skip
+    """Returns the sum of -log p(token t | tokens < t) over the masked tokens: float32 scalar.
 
-    hidden: [batch, length, hidden], or [n, hidden] of the positions before masked tokens alone; sequences, token_mask:
-    [batch, length], the mask False at index 0; lm_head: rows of hidden states -> logits. Only masked tokens get them.
-    With more than KEPT * `chunk` of these, logits are made again in the backward pass rather than kept. even_tokens:
-    where the head's weights are split over ranks (ZeRO-3), every rank has to call it equally often, however many tokens
-    it has; then the most tokens of any forward.
+    hidden: [batch, length, hidden], or [n, hidden] of the positions before masked tokens; sequences, token_mask:
+    [batch, length], the mask False at index 0; lm_head: rows of hidden states -> logits, called for masked tokens only.
+    Above KEPT * `chunk` of these, the backward pass recomputes logits. even_tokens: largest number of tokens of any
+    forward, if the head's weights are split over ranks (ZeRO-3), so that all ranks call the head equally often.
     """
     return _over_chunks(_nll, hidden, sequences, token_mask, lm_head, chunk, even_tokens)
 
 
 def nll_and_hits(
-    hidden: torch.Tensor,
-    sequences: torch.Tensor,
-    token_mask: torch.Tensor,
-    lm_head: Callable[[torch.Tensor], torch.Tensor],
-    chunk: int = CHUNK,
+    hidden: torch.Tensor, sequences: torch.Tensor, token_mask: torch.Tensor, lm_head: Callable, chunk: int = CHUNK,
     even_tokens: int = 0,
-) -> torch.Tensor:
-    """What `sum_nll` gives, and how many of the masked tokens were the likeliest of all. -> float32 [2]."""
+) -> torch.Tensor:  # fmt: skip
+    """Returns `sum_nll` and the number of masked tokens with the largest logit: float32 [2]."""
     return _over_chunks(_nll_and_hits, hidden, sequences, token_mask, lm_head, chunk, even_tokens)
 
 
@@ -57,9 +48,9 @@ def _over_chunks(
 def by_chunks(
     measure: Callable, states: torch.Tensor, targets: torch.Tensor, lm_head: Callable, chunk: int, even_tokens: int = 0
 ) -> list:
-    """measure(states, targets, lm_head) of at most `chunk` rows each; of more than KEPT, all are made again backwards.
+    """Returns measure(states, targets, lm_head) per chunk; above KEPT chunks, the backward pass recomputes them.
 
-    even_tokens: as in `sum_nll`.
+    chunk: rows at most. even_tokens: as in `sum_nll`.
     """
     count = max(1, -(-(even_tokens or len(targets)) // chunk))
     parts = zip(states.tensor_split(count), targets.tensor_split(count), strict=True)
@@ -69,24 +60,24 @@ def by_chunks(
 
 
 def logits_bytes(chunk: int, element: int) -> tuple[int, int]:
-    """Bytes at most on a GPU of logits made `chunk` at a time: (in a forward alone, in a forward and a backward).
+    """Returns the peak bytes on a GPU of chunked logits: (forward only, forward and backward).
 
-    chunk: logits; element: bytes of one. Counts one chunk's gradient, and three float32 numbers per logit of its
-    log-softmax.
+    chunk: logits per chunk; element: bytes per logit. Counts one chunk's gradient, and three float32 numbers per logit
+    of its log-softmax.
     """
     in_float32 = 3 * 4 * FLOATS["cuda"]
     return chunk * element + in_float32, (KEPT + 1) * chunk * element + in_float32
 
 
 def head_logits(lm_head: Callable[[torch.Tensor], torch.Tensor], config, rows: torch.Tensor) -> torch.Tensor:
-    """Logits [n, vocabulary] of hidden states [n, hidden]: the head, and the scalings that some architectures add."""
+    """Returns logits [n, vocabulary] of hidden states [n, hidden], scaled as some architectures require."""
     logits = lm_head(rows.to(getattr(lm_head, "weight", rows).dtype))  # Mamba's states are float32
     for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
         if scale := getattr(config, name, None):
             logits = logits * scale
     if scale := getattr(config, "logits_scaling", None):  # Granite
         logits = logits / scale
-    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):  # Gemma, its cousin, xLSTM
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):  # Gemma 2, -, xLSTM
         if cap := getattr(config, name, None):
             logits = cap * torch.tanh(logits / cap)
     return logits
@@ -95,10 +86,10 @@ def head_logits(lm_head: Callable[[torch.Tensor], torch.Tensor], config, rows: t
 def logprobs_and_entropy(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """log p(target) of every row of logits / temperature, and the rows' entropy (or None). -> float32 [n] each.
+    """Returns log p(target) per row of logits / temperature, and the entropy per row or None: float32 [n] each.
 
-    logits: [n, vocabulary], targets: [n]. The backward pass needs the logits and nothing else of their size: float32
-    is made of a few rows at a time.
+    logits: [n, vocabulary], targets: [n]. Forward and backward convert a few rows at a time to float32, and keep no
+    other tensor of the logits' size.
     """
     return _LogProbs.apply(logits, targets, temperature, with_entropy)
 
@@ -115,7 +106,7 @@ class _LogProbs(torch.autograd.Function):
                 entropy[rows] = -every.exp().mul_(every).sum(-1)
         ctx.temperature = temperature
         ctx.save_for_backward(logits, targets, entropy)
-        ctx.set_materialize_grads(False)  # an entropy that no loss reads costs nothing
+        ctx.set_materialize_grads(False)  # an entropy that no loss uses costs nothing
         return logprobs, entropy
 
     @staticmethod
@@ -125,7 +116,7 @@ class _LogProbs(torch.autograd.Function):
         gradient = torch.empty_like(logits)
         for rows in _few_rows(logits):
             every = _log_softmax(logits[rows], ctx.temperature)
-            slope = torch.zeros_like(every[:, :1])  # of the loss by log p of any piece, over p
+            slope = torch.zeros_like(every[:, :1])  # d loss / d log p, divided by p
             if by_logprob is not None:
                 slope = slope - by_logprob[rows, None]
             if by_entropy is None:
@@ -144,7 +135,7 @@ def _few_rows(logits: torch.Tensor) -> list[slice]:
 
 
 def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Float32, and a tensor of its own."""
+    """Returns a new float32 tensor."""
     if temperature == 1.0:
         return torch.log_softmax(logits, -1, dtype=torch.float32)
     return torch.log_softmax(logits.float() / temperature, -1)

@@ -1,4 +1,4 @@
-"""torch.compile of a decoder, a layer at a time: the graph of one layer serves all, and any number of tokens."""
+"""Compiles a decoder layer by layer: one graph serves all layers and any number of tokens."""
 
 import contextlib
 
@@ -8,12 +8,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks that transformers makes its decoders of."""
+    """Returns the decoder layers of a transformers model."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Has each layer compiled at its first call; with gradient checkpointing it is run again as compiled.
+    """Compiles each layer at its first call; gradient checkpointing recomputes the compiled layer.
 
     A copy.deepcopy of the model is not compiled.
     """
@@ -23,7 +23,7 @@ def compile_layers(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def eager(model: nn.Module):
-    """Inside, compiled layers run as they were written: decoding has other shapes, with a cache that differs a step."""
+    """Context in which compiled layers run uncompiled, for decoding, whose shapes change with every step."""
     if all(layer._compiled_call_impl is None for layer in layers_of(model)):
         yield
     else:

@@ -1,66 +1,60 @@
-"""Model folders that other tools load: weights, config, generation config, tokenizer; whole or not at all."""
+"""Writes model folders that other tools load: weights, config, generation config, tokenizer. Atomic."""
 
 import copy
-import json
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from utils.errors import UserError
-from utils.files import atomic_folder
+from utils.files import atomic_folder, write_json
 from utils.models.load import quiet_transformers
 from utils.tokenizer import save_tokenizer, stop_ids
 
 
 def saved_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What a folder of this model holds, by name: parameters, tied ones once, and persistent buffers."""
+    """Returns the tensors of a model's folder by name: parameters, tied ones once, and persistent buffers."""
     persistent = module.state_dict(keep_vars=True).keys()
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
     return dict(module.named_parameters()) | buffers
 
 
 def check_names(auto_class: type, config: PretrainedConfig, state: dict[str, torch.Tensor], what: str) -> None:
-    """Raises UserError where `write_model` of the same would leave tensors out, or write some that nothing reads."""
+    """Raises UserError if `write_model` would omit tensors, or write some that `auto_class` does not load."""
     other = state.keys() ^ saved_tensors(_shell(auto_class, config, torch.float32)).keys()
     if other:
         names = f"{min(other)} and {len(other) - 1} more" if len(other) > 1 else min(other)
         raise UserError(
-            f"{what}: a {config.model_type} model cannot be saved as {auto_class.__name__} loads it ({names}); give "
+            f"{what}: a {config.model_type} model cannot be saved as {auto_class.__name__} loads it ({names}); use "
             "another architecture"
         )
 
 
 def set_ids(config: PretrainedConfig, **ids: int | list[int] | None) -> None:
-    """Sets token ids of a config, where a model of texts and images reads them too."""
+    """Sets token ids of a config, and of its text config in models of texts and images."""
     for part in (config, config.get_text_config()):
         for name, value in ids.items():
             setattr(part, name, value)
 
 
 def _shell(auto_class: type, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a config, without weights."""
+    """Returns the model of a config on the meta device."""
     with quiet_transformers(), torch.device("meta"):
         return auto_class.from_config(config, dtype=dtype)
 
 
 def write_model(
-    auto_class: type,
-    config: PretrainedConfig,
-    state: dict[str, torch.Tensor],
-    folder: str,
-    tokenizer=None,
+    auto_class: type, config: PretrainedConfig, state: dict[str, torch.Tensor], folder: str, tokenizer=None,
     generation: GenerationConfig | None = None,
-) -> None:
-    """Writes `state` (the names of `auto_class`'s own model) as safetensors with config and tokenizer. On one rank.
+) -> None:  # fmt: skip
+    """Writes `state` (names of `auto_class`'s model) as safetensors, with config and tokenizer. Call it on one rank.
 
-    The tokenizer's bos, eos and pad ids go into the config; a model that generates gets its source's settings,
-    `generation`, with bos and pad of the tokenizer and all ids that end an answer. A shell without weights does the
-    saving, so that it does not matter where and how split the trained model lives.
+    The config gets the tokenizer's bos, eos and pad ids. generation: settings of the source model; they are written
+    with the tokenizer's ids, and all ids that end an answer as eos. A model on the meta device does the saving, so that
+    the trained one may be split over ranks.
     """
     config = copy.deepcopy(config)
-    vars(config).pop("auto_map", None)  # code that lay beside the weights is not run, and not passed on
+    vars(config).pop("auto_map", None)  # code of the source folder is not run, and not exported
     config.dtype = next(iter(state.values())).dtype
     if tokenizer is not None:
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -75,25 +69,16 @@ def write_model(
     with atomic_folder(folder) as partial:
         with quiet_transformers():
             shell.save_pretrained(partial, state_dict=state)
-        if shell.can_generate() and generation is not None:
-            _write_settings(generation, ids, Path(partial, "generation_config.json"))
+        settings = generation.to_diff_dict() if generation is not None and shell.can_generate() else {}
+        if settings and not settings.get("_from_model_config"):  # transformers refuses to save some that it loads
+            write_json(f"{partial}/generation_config.json", settings | ids)
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial)
-
-
-def _write_settings(generation: GenerationConfig, ids: dict, file: Path) -> None:
-    """Writes a source's settings with these ids. Not left to transformers, which refuses to save some that it loads."""
-    settings = generation.to_diff_dict()
-    if not settings.get("_from_model_config"):  # else the source had none of its own
-        file.write_text(json.dumps(settings | ids, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_causal_lm(
     config: PretrainedConfig, state: dict[str, torch.Tensor], folder: str, tokenizer,
     generation: GenerationConfig | None = None,
 ) -> None:  # fmt: skip
-    """A causal LM's folder. state: its `saved_tensors`, whole. On one rank.
-
-    generation: the settings of the model that it comes from, which are kept.
-    """
+    """Writes a causal LM's folder. Call it on one rank. state: all its `saved_tensors`. generation: its settings."""
     write_model(AutoModelForCausalLM, config, state, folder, tokenizer, generation)

@@ -1,6 +1,6 @@
-"""Loading decoders: the folder is checked first, weights arrive in the asked dtype, dropout is off.
+"""Loads decoders in a given dtype, without dropout, after checks of their folder.
 
-Mistakes become one UserError that names the flag and the path; nothing is loaded on top of random weights.
+Errors are UserErrors that name the flag and the path. No weight keeps its random initialisation.
 """
 
 import contextlib
@@ -27,19 +27,14 @@ FLAG = "--hf_model_name_or_path"
 
 
 def load_causal_lm(
-    path: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    attn_implementation: str | None = None,
-    tokenizer=None,
-    say: Callable[[str], None] = print,
-    flag: str = FLAG,
-) -> PreTrainedModel:
-    """The causal LM in the folder or hub id `path`, in `dtype` on `device`, without dropout, in eval mode.
+    path: str, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None, tokenizer=None,
+    say: Callable[[str], None] = print, flag: str = FLAG,
+) -> PreTrainedModel:  # fmt: skip
+    """Returns the causal LM in the folder or hub id `path`, in `dtype` on `device`, without dropout, in eval mode.
 
-    With a tokenizer its vocabulary is checked, and the embedding grows for the tags of moss_zh. `flag` is what error
-    messages call the path. Raises UserError for a folder that is missing, incomplete, damaged or of another vocabulary,
-    and for an architecture whose numbers would be others here than in its own forward (utils/models/check.py).
+    tokenizer: its vocabulary is checked, and the embedding grows for the tags of moss_zh. flag: the flag of `path`, for
+    errors. Raises UserError for a folder that is missing, incomplete, damaged or of another vocabulary, and for an
+    architecture whose results here differ from its own forward (utils/models/check.py).
     """
     folder = model_folder(path, flag)
     model = from_folder(AutoModelForCausalLM, folder, dtype, device, attn_implementation, flag, say)
@@ -50,15 +45,15 @@ def load_causal_lm(
 
 
 def model_folder(path: str, flag: str = FLAG) -> Path:
-    """The local folder of `path`, downloaded when it is a hub id. UserError unless it holds a config and weights."""
+    """Returns the local folder of `path`, downloaded if it is a hub id. Raises UserError without config or weights."""
     folder = Path(path)
     if not os.path.exists(path) and is_hub_id(str(path)):
         folder = download_model(str(path), flag)
     if not os.path.isdir(folder):
         problem = "is a file" if os.path.exists(folder) else "does not exist"
-        raise UserError(f"{flag}: the model folder {path} {problem}; give a Hugging Face folder or a hub id")
+        raise UserError(f"{flag}: the model folder {path} {problem}; use a Hugging Face folder or a hub id")
     if not (folder / "config.json").is_file():
-        raise UserError(f"{flag}: no config.json in {path}; give the folder of a Hugging Face model")
+        raise UserError(f"{flag}: no config.json in {path}; use the folder of a Hugging Face model")
     _check_known(read_json(folder / "config.json", flag), path, flag)
     missing = sorted({file.name for file in tensor_files(folder, flag).values() if not file.is_file()})
     if missing:
@@ -67,77 +62,68 @@ def model_folder(path: str, flag: str = FLAG) -> Path:
 
 
 def _check_known(config: dict, path: str, flag: str) -> None:
-    """Raises UserError for an architecture that transformers does not bring itself: code beside weights is not run."""
+    """Raises UserError for an architecture that is not in transformers: code in a model's folder is not run."""
     kind = config.get("model_type")
     if kind in CONFIG_MAPPING.keys():  # noqa: SIM118 - `in` of the mapping itself fails for what cannot be hashed
         return
+    reason = f"has the model_type {kind!r}, which transformers does not include" if kind else "has no model_type"
     if "auto_map" in config:
-        raise UserError(
-            f"{flag}: {path} needs code of its own (auto_map in its config.json), which is not run here; give a model "
-            "that transformers knows by itself"
-        )
-    problem = f"names the model_type {kind!r}, which this transformers does not know" if kind else "names no model_type"
-    raise UserError(f"{flag}: {path}/config.json {problem}; give a model that transformers knows")
-
-
-def _check_kernel(asked: str | None, config: PretrainedConfig, folder: Path, flag: str) -> None:
-    """Raises UserError for an attention kernel that is not transformers' own: "owner/name" is code on the hub."""
-    known = sorted(name for name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()) if name.isidentifier())
-    if asked and asked not in known:
-        raise UserError(f"--attn_implementation {asked}: choose from {', '.join(known)}")
-    for part in (config, config.get_text_config()):
-        if not asked and part._attn_implementation and part._attn_implementation not in known:
-            raise UserError(
-                f"{flag}: {folder}/config.json asks for the attention kernel {part._attn_implementation!r}, which is "
-                "code of others; take that out, or give --attn_implementation sdpa"
-            )
+        reason = "needs code of its own (auto_map), which is not run here"
+    raise UserError(f"{flag}: {path}/config.json {reason}; use a model that transformers includes")
 
 
 @contextlib.contextmanager
 def _loading(folder: Path, flag: str, kernel: str | None = None) -> Iterator[None]:
-    """What transformers has against a folder, or against this attention kernel, becomes a UserError."""
+    """Context in which transformers' errors about a folder, or about an attention kernel, become UserErrors."""
     try:
         with quiet_transformers():
             yield
     except (*DAMAGED, TypeError, AttributeError) as error:
         if kernel and isinstance(error, ImportError):
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--attn_implementation {kernel}: {reason} Install that, or leave the flag out") from error
+            raise UserError(f"--attn_implementation {kernel}: {reason} Install it, or leave the flag out") from error
         raise UserError(f"{flag}: cannot load the model in {folder}: {reason_of(error)}") from error
 
 
 def attention_cap(config: PretrainedConfig) -> float | None:
-    """The bound that a model's attention scores are bent below (Gemma 2), if there is one."""
+    """Returns the soft cap of a model's attention scores (Gemma 2), None if it has none."""
     return getattr(config.get_text_config(), "attn_logit_softcapping", None)
 
 
-def _settle_kernel(asked: str | None, config: PretrainedConfig, what: str, say: Callable[[str], None]) -> str | None:
-    """The attention kernel to load a model with; None: transformers' choice. Its sdpa kernel leaves caps out.
+def _attention_kernel(
+    asked: str | None, config: PretrainedConfig, folder: Path, flag: str, say: Callable[[str], None]
+) -> str | None:
+    """Returns the attention kernel to load a model with, None for transformers' choice.
 
-    transformers hands the cap on to flash attention, whose package has to know it.
+    Raises UserError for a kernel that is not in transformers: "owner/name" is code from the hub. transformers' sdpa
+    kernel ignores caps of attention scores; its flash attention kernels apply them.
     """
+    known = sorted(name for name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()) if name.isidentifier())
+    if asked and asked not in known:
+        raise UserError(f"--attn_implementation {asked} is unknown; use one of {', '.join(known)}")
+    for part in (config, config.get_text_config()):
+        if not asked and part._attn_implementation and part._attn_implementation not in known:
+            raise UserError(
+                f"{flag}: {folder}/config.json asks for the attention kernel {part._attn_implementation!r}, which is "
+                "code from the hub; remove it there, or pass --attn_implementation sdpa"
+            )
     cap = attention_cap(config)
-    if not cap or asked not in (None, "sdpa"):
-        return asked
-    if asked:
-        say(f"{what}: --attn_implementation sdpa leaves out the model's cap of attention scores, {cap:g}; eager has it")
-        return asked
-    say(f"{what}: loaded with --attn_implementation eager, since sdpa leaves out its cap of attention scores, {cap:g}")
-    return "eager"
+    if cap and asked in (None, "sdpa"):
+        change = "sdpa ignores" if asked else "eager is used, since sdpa ignores"
+        say(f"{flag} {folder}: --attn_implementation {change} its cap of attention scores, {cap:g}")
+        return asked or "eager"
+    return asked
 
 
 def from_folder(
     auto_class: type, folder: Path, dtype: torch.dtype, device: torch.device, attn_implementation: str | None,
     flag: str, say: Callable[[str], None] = print,
 ) -> PreTrainedModel:  # fmt: skip
-    """`auto_class.from_pretrained`, straight into `dtype`; refuses weights that are missing or not finite."""
-    options = {}
-    if device.type == "cuda":
-        options["device_map"] = {"": device}
+    """Calls `auto_class.from_pretrained` in `dtype`. Raises UserError for weights that are missing or not finite."""
+    options = {"device_map": {"": device}} if device.type == "cuda" else {}
     with _loading(folder, flag):
         config = without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    _check_kernel(attn_implementation, config, folder, flag)
-    if kernel := _settle_kernel(attn_implementation, config, f"{flag} {folder}", say):
+    if kernel := _attention_kernel(attn_implementation, config, folder, flag, say):
         options["attn_implementation"] = kernel
     with _loading(folder, flag, attn_implementation):
         model, report = auto_class.from_pretrained(
@@ -147,18 +133,18 @@ def from_folder(
     if report["mismatched_keys"]:
         name, stored, wanted = sorted(report["mismatched_keys"])[0]
         raise UserError(
-            f"{flag}: {folder} holds {name} in shape {list(stored)}, and its config.json says {list(wanted)}; copy the "
+            f"{flag}: {folder} holds {name} in shape {list(stored)}, but its config.json has {list(wanted)}; copy the "
             "folder again"
         )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(
-            f"{flag}: {folder} has no weights for {missing[0]} (and {len(missing) - 1} more); give a folder of a "
-            f"whole {type(model).__name__}"
+            f"{flag}: {folder} has no weights for {missing[0]} (and {len(missing) - 1} more); use the folder of a "
+            f"complete {type(model).__name__}"
         )
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
-            raise UserError(f"{flag}: {folder} holds weights that are not finite ({name}); give an earlier checkpoint")
+            raise UserError(f"{flag}: {folder} holds weights that are not finite ({name}); use an earlier checkpoint")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -166,7 +152,7 @@ def from_folder(
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """The config, its parts too, with dropout probabilities at 0: rollout and update must give the same log-probs."""
+    """Sets a config's dropout probabilities to 0, so that rollout and update give the same log-probs. Returns it."""
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -176,9 +162,9 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def enable_checkpointing(model: PreTrainedModel, kept: int = 0) -> None:
-    """Recompute activations in the backward pass. The non-reentrant kind, which needs no inputs with gradients.
+    """Enables gradient checkpointing, non-reentrant, which needs no inputs with gradients.
 
-    kept: this many of the last layers keep theirs. They are the first that the backward pass frees.
+    kept: number of the last layers that keep their activations, which the backward pass frees first.
     """
     if not model.supports_gradient_checkpointing:
         raise UserError(f"--gradient_checkpoint: {type(model).__name__} does not support it; leave it out")
@@ -188,10 +174,10 @@ def enable_checkpointing(model: PreTrainedModel, kept: int = 0) -> None:
 
 
 def training_mode(model: nn.Module) -> None:
-    """Leaves a model in eval mode, but for modules that checkpoint activations, which they do in training mode alone.
+    """Sets training mode in modules with gradient checkpointing, which requires it, and eval mode in all others.
 
-    So a forward of the update gives what the forwards of rollout and scoring give: dropout is off, and routers that
-    draw their experts in training mode (PhiMoE) do not.
+    The update's forward then equals those of rollout and scoring: no dropout, and no routers that sample experts in
+    training mode (PhiMoE).
     """
     for module in model.modules():
         module.training = getattr(module, "gradient_checkpointing", False)
@@ -215,31 +201,28 @@ def _window(config: PretrainedConfig) -> int | None:
 
 
 def switching_position(config: PretrainedConfig) -> int | None:
-    """The row length above which rotary frequencies change for every row of the batch; None where they never do.
+    """Returns the row length above which rotary frequencies change for every row of the batch, None if they do not.
 
-    LongRoPE (Phi-3 128k) and dynamic scaling do this; dynamic scaling without a length in its config at the window.
+    LongRoPE (Phi-3 128k) and dynamic scaling change them; the latter, without a length in its config, at the window.
     """
     ropes = getattr(config, "rope_parameters", None) or {}
-    kinds = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # some have one for each layer type
+    kinds = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # some have one per layer type
     changing = [rope for rope in kinds if re.search("dynamic|longrope", str(rope.get("rope_type")))]
     return min(filter(None, (rope.get("original_max_position_embeddings") for rope in changing)), default=None)
 
 
 def check_window(model: nn.Module, max_tokens: int, flag: str) -> None:
-    """Raises UserError when `max_tokens` of `flag` are more than the positions that the model was trained on."""
+    """Raises UserError if `max_tokens` of `flag` exceed the positions that the model was trained on."""
     window = window_of(model)
-    if not window or max_tokens <= window:
-        return
-    if window == switching_position(model.config.get_text_config()):
-        raise UserError(
-            f"{flag} {max_tokens}: one row of more than {window} tokens would change the rotary positions of all rows "
-            f"beside it (rope_type of the model's config); give at most {window}"
-        )
-    raise UserError(f"{flag} {max_tokens} is longer than the model's window: give at most {window}")
+    if window and max_tokens > window:
+        reason = " is longer than the model's window"
+        if window == switching_position(model.config.get_text_config()):
+            reason = f": one row of more than {window} tokens changes the rotary positions of its whole batch"
+        raise UserError(f"{flag} {max_tokens}{reason}; use at most {window}")
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer, what: str, say: Callable[[str], None]) -> None:
-    """Grows the embedding for the tokenizer's moss_zh tags, and says so. UserError when other tokens lie beyond it."""
+    """Grows the embedding for the tokenizer's moss_zh tags. Raises UserError if other tokens are beyond it."""
     rows = model.get_input_embeddings().weight.shape[0]
     needed = check_vocabulary(tokenizer, rows, what)
     if needed > rows:
@@ -248,7 +231,7 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer, what: str, say: Callable[[
 
 
 def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
-    """Grow input and output embeddings to `rows`; each new row is the mean of the old ones, so no token stands out."""
+    """Grows input and output embeddings to `rows`; each new row is the mean of the old ones."""
     old = model.get_input_embeddings().weight.shape[0]
     model.resize_token_embeddings(rows, mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -259,7 +242,7 @@ def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Inside, transformers keeps its loading report to itself: we read it and say what matters."""
+    """Context in which transformers prints neither its loading report nor a progress bar."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,8 +1,7 @@
-"""Decoder states of right-padded rows, without running the padding where attention can be kept apart.
+"""Decoder states of right-padded rows, computed without padding if the attention kernel supports it.
 
-Then the rows go in end to end, as one, each with positions of its own. Flash attention is told where each of them ends.
-On a CPU the attention of every row is a call of its own: torch's kernel takes rows of one length only, while the matrix
-products around it are the faster the more tokens they get at once.
+Rows are joined end to end, each with its own positions. Flash attention gets the row boundaries. On a CPU, attention
+runs once per row, because torch's kernel takes rows of one length; all other layers process all tokens at once.
 """
 
 from functools import partial
@@ -18,32 +17,28 @@ from transformers.utils.generic import is_flash_attention_requested
 from utils.models.varlen import attend, takes_varlen
 from utils.tensors import last_index, to_device
 
-FULL_ATTENTION = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-)  # nothing but attention mixes tokens; layers as `_last_layer` and ppo/decoding/llama_step.py have
+# Only attention mixes tokens; layers have the structure of `_last_layer` and ppo/decoding/llama_step.py.
+FULL_ATTENTION = ("llama", "mistral", "qwen2", "qwen3")
 SDPA_JOINED = "sdpa-joined"  # not an identifier, so that --attn_implementation does not offer it
-FLOAT_TOKENS = 512  # rows up to here are attended in float32 on a CPU: half the time backwards, the same forwards
+FLOAT_TOKENS = 512  # longest row whose attention runs in float32 on a CPU: halves the backward time
 
 
 def decoder_of(lm: PreTrainedModel) -> PreTrainedModel:
-    """The part of a causal LM before its head. transformers' `get_decoder` gives the head or the whole for a few."""
+    """Returns the part of a causal LM before its head; `get_decoder` returns something else for some models."""
     parts = (lm.get_decoder(), lm.base_model, *lm.children())
     return next((part for part in parts if isinstance(part, PreTrainedModel) and part is not lm), lm)
 
 
 def joins_rows(decoder: nn.Module) -> bool:
-    """Whether `states_of` leaves out the padding of this decoder's rows."""
+    """Whether `states_of` skips the padding of this decoder's rows."""
     on_cpu = next(decoder.parameters()).device.type == "cpu" and uses_sdpa(decoder.config)
     return has_varlen_kernel(decoder) or (on_cpu and _may_join(decoder))
 
 
 def has_varlen_kernel(decoder: nn.Module) -> bool:
-    """Whether rows are joined and one call attends to them all: flash_attention_2, or PyTorch's own on a GPU in bf16.
+    """Whether one kernel call attends to all joined rows: flash_attention_2, or PyTorch's own on a GPU in bf16.
 
-    SFT then packs nothing, and the language-model loss of reward models has no padding either.
+    SFT then needs no packing, and the language-model loss of reward models has no padding.
     """
     if not _may_join(decoder):
         return False
@@ -59,31 +54,30 @@ def uses_sdpa(config) -> bool:
 
 
 def _may_join(decoder: nn.Module) -> bool:
-    return is_like_llama(decoder.config) and not getattr(
-        decoder, "keeps_padding", False
-    )  # utils/models/check.py sets it
+    keeps_padding = getattr(decoder, "keeps_padding", False)  # set by utils/models/check.py
+    return is_like_llama(decoder.config) and not keeps_padding
 
 
 def is_like_llama(config) -> bool:
-    """Whether decoders with this config are of LLaMA's kind, and each token attends to all that came before."""
+    """Whether decoders with this config have LLaMA's structure, and full causal attention in all layers."""
     whole_past = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or [])
     return config.model_type in FULL_ATTENTION and whole_past and not getattr(config, "sliding_window", None)
 
 
 def states_of(decoder: nn.Module, sequences: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-    """The last hidden states at the positions `read`: [n, hidden], row after row.
+    """Returns the last hidden states at the positions `read`: [n, hidden], row by row.
 
-    sequences: ids [batch, length], right-padded; read: bool, the same shape, False at padding. Where rows are joined,
-    what stands behind the last position read of a row is not run either, nor is the last layer behind its attention for
-    positions that are not read: of 8 layers that is 8 % of the work on a prompt, of 32 layers 2 %.
+    sequences: ids [batch, length], right-padded; read: bool, same shape, False at padding. If rows are joined, it also
+    skips positions after the last one read, and the last layer's MLP for positions that are not read: 8 % of the work
+    on a prompt for 8 layers, 2 % for 32.
     """
-    # Right padding needs no attention mask: causality hides it, and attention kernels are fastest so.
+    # Right padding needs no mask with causal attention, and kernels are fastest without one.
     if not joins_rows(decoder):
         return decoder(input_ids=sequences, use_cache=False).last_hidden_state[read]
     if uses_sdpa(decoder.config):  # and keeps it: layers that are checkpointed call it in the backward pass too
         decoder.config._attn_implementation = SDPA_JOINED
     device, width = sequences.device, sequences.shape[1]
-    read = read.cpu()  # the only wait for a GPU in this forward, before its first layer
+    read = read.cpu()  # the only GPU synchronisation of this forward
     lengths = last_index(read) + 1
     inside = torch.arange(width) < lengths[:, None]
     places, found = inside.flatten().nonzero().squeeze(1), read[inside].nonzero().squeeze(1)
@@ -105,9 +99,9 @@ def states_of(decoder: nn.Module, sequences: torch.Tensor, read: torch.Tensor) -
 
 
 def row_ends(lengths: torch.Tensor, device: torch.device) -> dict:
-    """Tells flash attention where joined rows end, by transformers' arguments; otherwise each layer would look it up.
+    """Returns transformers' arguments with the boundaries of joined rows, so that no layer has to compute them.
 
-    lengths: on the CPU, so that the longest is known without waiting for the device.
+    lengths: on the CPU, so that the longest one is known without synchronisation.
     """
     ends = to_device(pad(lengths.cumsum(0), (1, 0)).int(), device)
     longest = int(lengths.max())
@@ -115,14 +109,14 @@ def row_ends(lengths: torch.Tensor, device: torch.device) -> dict:
 
 
 def _last_layer(layer: nn.Module, hidden: torch.Tensor, read: torch.Tensor, options: dict) -> torch.Tensor:
-    """A decoder layer's output where it is read: what follows its attention need not know of any other token."""
+    """Returns a decoder layer's output at the positions `read`; its MLP runs for these only."""
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **options)
     states = (hidden + attended)[0, read]
     return states + layer.mlp(layer.post_attention_layernorm(states))
 
 
 def _attention_by_rows(module: nn.Module, query, key, value, attention_mask, **options):
-    """transformers' sdpa attention, but for joined rows: they have `row_ends`, or a mask of integers, their lengths."""
+    """sdpa attention of transformers, or of joined rows if there are `row_ends`, or lengths in place of the mask."""
     if "cu_seq_lens_q" in options:
         assert not options.get("dropout"), "the kernel has no dropout"
         ends, longest = options["cu_seq_lens_q"], options["max_length_q"]
@@ -132,10 +126,10 @@ def _attention_by_rows(module: nn.Module, query, key, value, attention_mask, **o
     return _each_row(query, key, value, attention_mask, options.get("dropout", 0.0), options.get("scaling")), None
 
 
-@torch.compiler.disable  # the lengths are the host's: a compiled layer would be compiled again for each set of them
+@torch.compiler.disable  # a compiled layer would be recompiled for each set of lengths
 def _each_row(query, key, value, attention_mask, *options) -> torch.Tensor:
     lengths = attention_mask.flatten().tolist()
-    if len(set(lengths)) == 1:  # one call: more heads for the cores to share
+    if len(set(lengths)) == 1:  # one call, which uses more cores
         query, key, value = (x[0].unflatten(1, (len(lengths), -1)).transpose(0, 1) for x in (query, key, value))
         return _attention(query, key, value, *options).flatten(0, 1)[None]
     parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
@@ -143,9 +137,9 @@ def _each_row(query, key, value, attention_mask, *options) -> torch.Tensor:
 
 
 def _attention(query, key, value, dropout: float, scaling: float | None) -> torch.Tensor:
-    """Of whole rows, causal: [rows, heads, length, size] each -> [rows, length, heads, size]."""
+    """Causal attention of unpadded rows: [rows, heads, length, size] each -> [rows, length, heads, size]."""
     dtype = query.dtype
-    if query.shape[2] <= FLOAT_TOKENS:  # in scoring too, or the ratio would not begin at 1
+    if query.shape[2] <= FLOAT_TOKENS:  # in scoring too, so that the first ratio is 1
         query, key, value = (x.float() for x in (query, key, value))
     shared = query.shape[1] != key.shape[1]
     output = scaled_dot_product_attention(

@@ -1,7 +1,6 @@
-"""Mixture-of-experts routers: their load-balancing loss, and how evenly they load the experts.
+"""Mixture-of-experts routers: load-balancing loss and load metrics.
 
-The logits come from transformers, whose decoders record them for `output_router_logits=True`. Nothing here knows a
-model by name.
+transformers' decoders record the logits with `output_router_logits=True`, for all architectures alike.
 """
 
 import contextlib
@@ -19,10 +18,10 @@ ROUTER_METRICS = ("router_aux_loss", "router_max_load", "router_entropy")
 
 
 def router_coef(lm: PreTrainedModel, asked: float | None, what: str, say: Callable[[str], None] = print) -> float:
-    """The weight of the load-balancing loss: `asked`, or the config's own if None. 0 for a model without routers.
+    """Returns the weight of the load-balancing loss: `asked`, or the config's if None; 0 for a model without routers.
 
-    what: the flag and path of the model, for errors. UserError where a weight is asked for and the decoder gives no
-    router logits, or its config does not say how many experts a token takes (`num_experts_per_tok`).
+    what: flag and path of the model, for errors. Raises UserError if a weight is asked for and the decoder records no
+    router logits, or its config has no number of experts per token (`num_experts_per_tok`).
     """
     config = lm.config.get_text_config()
     coef = (getattr(config, "router_aux_loss_coef", None) or 0.0) if asked is None else asked
@@ -34,14 +33,14 @@ def router_coef(lm: PreTrainedModel, asked: float | None, what: str, say: Callab
     if asked is None:
         return 0.0
     raise UserError(
-        f"--router_aux_loss_coef {asked:g}: {what}, a {type(lm).__name__}, gives no router logits with a "
-        "num_experts_per_tok in its config, so there is no load to balance; leave the flag out"
+        f"--router_aux_loss_coef {asked:g}: {what}, a {type(lm).__name__}, records no router logits, or has no "
+        "num_experts_per_tok in its config; leave the flag out"
     )
 
 
 @torch.no_grad()
 def _gives_router_logits(decoder: nn.Module) -> bool:
-    """Whether a forward records them, one row per token."""
+    """Whether a forward records router logits, one row per token."""
     if "router_logits" not in getattr(decoder, "can_record_outputs", {}):
         return False
     ids = torch.tensor([[1, 2, 3]], device=next(decoder.parameters()).device)
@@ -52,9 +51,9 @@ def _gives_router_logits(decoder: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def recorded_router_logits(decoder: nn.Module, wanted: bool = True) -> Iterator[list[torch.Tensor]]:
-    """Inside, forwards of the decoder fill the list: one tensor per layer with experts, [..., experts].
+    """Context in which forwards of the decoder append the router logits [..., experts] of each layer to the list.
 
-    Unless wanted, nothing is recorded and the list stays empty.
+    wanted: if False, nothing is recorded.
     """
     layers: list[torch.Tensor] = []
     if not wanted:
@@ -72,13 +71,12 @@ def recorded_router_logits(decoder: nn.Module, wanted: bool = True) -> Iterator[
 
 
 def router_sums(layers: Sequence[torch.Tensor], counted: torch.Tensor, top_k: int) -> torch.Tensor:
-    """ROUTER_METRICS of one forward, each times the number of counted tokens: float32 [3]. The loss has a gradient.
+    """Returns ROUTER_METRICS of one forward, each times the number of counted tokens: float32 [3], loss differentiable.
 
-    layers: router logits, a row per position; counted: bool, one per position, False at padding. Loss: Switch
-    Transformer (arXiv 2101.03961), eq. 4 to 6 without α, for top_k choices and all layers pooled, as in transformers:
-    top_k when even. It is a product of two means over the forward's tokens, so micro-batches weighted by their tokens
-    add up to a mean of their losses, not to the loss of the whole batch. Load: the busiest expert's share of a layer's
-    choices (by softmax; a router with a bias may choose otherwise) times the number of experts, 1 when even. Entropy:
+    layers: router logits, one row per position; counted: bool per position, False at padding. Loss: Switch Transformer
+    (arXiv 2101.03961), eq. 4 to 6 without α, for top_k choices and pooled layers; top_k if balanced. It multiplies two
+    means over tokens, so its mean over micro-batches is not the loss of the whole batch. Load: largest share of one
+    expert in a layer's choices (by softmax, without router biases) times number of experts; 1 if balanced. Entropy:
     nats per token. Both are means over layers.
     """
     places = counted.flatten().nonzero().squeeze(-1)

@@ -1,4 +1,4 @@
-"""Causal attention of rows that stand end to end, on a GPU: PyTorch's own flash attention of rows of any length."""
+"""Causal attention of joined rows of any length on a GPU, by PyTorch's own flash attention."""
 
 import inspect
 from collections.abc import Callable
@@ -10,13 +10,13 @@ try:
 except ImportError:  # before PyTorch 2.10
     varlen_attn = None
 
-MOST_SIZE = 192  # of a head; above, the backward pass needs more shared memory than consumer cards have
+MAX_SIZE = 192  # of a head; larger ones need more shared memory in the backward pass than consumer GPUs have
 
 
 def options_of(function: Callable | None) -> dict | None:
-    """Arguments by which this `varlen_attn` is causal and heads may share keys; None where it lacks them.
+    """Returns the arguments of `varlen_attn` for causal attention with shared key heads, None if it lacks them.
 
-    PyTorch 2.11 takes heads that share keys as they are; `enable_gqa` came after it, and is a check of shapes alone.
+    PyTorch 2.11 supports shared key heads without an argument; later versions check shapes unless `enable_gqa` is set.
     """
     names = inspect.signature(function).parameters if function else ()
     if not {"window_size", "scale"} <= set(names):
@@ -28,21 +28,19 @@ OPTIONS = options_of(varlen_attn)
 
 
 def takes_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether `attend` takes such states: bf16, on an NVIDIA GPU of compute capability 8.0 (Ampere) or above."""
+    """Whether `attend` supports these states: bf16 on an NVIDIA GPU of compute capability 8.0 (Ampere) or higher."""
     if device.type != "cuda" or torch.version.hip or dtype != torch.bfloat16 or OPTIONS is None:
         return False
     built = torch.backends.cuda.is_flash_attention_available()
-    return (
-        built and torch.cuda.get_device_capability(device) >= (8, 0) and head_size % 8 == 0 and head_size <= MOST_SIZE
-    )
+    return built and torch.cuda.get_device_capability(device) >= (8, 0) and head_size % 8 == 0 and head_size <= MAX_SIZE
 
 
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, longest: int, scale: float | None
 ) -> torch.Tensor:
-    """Each token attends to those of its row up to itself: [1, heads, tokens, size] each -> [1, tokens, heads, size].
+    """Causal attention within each row: [1, heads, tokens, size] each -> [1, tokens, heads, size].
 
-    key, value: as many heads, or fewer, which query heads share. ends: int32 [rows + 1], 0 and where each row ends;
+    key, value: may have fewer heads, which query heads share. ends: int32 [rows + 1], 0 and the end of each row;
     longest: tokens of the longest row.
     """
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))

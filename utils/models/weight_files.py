@@ -1,6 +1,6 @@
-"""Weight files as torch and safetensors read them: which tensor is where, one of them alone, and why not.
+"""Reads weight files: the place of each tensor, single tensors, and errors in one line.
 
-A `.bin` goes through torch's `weights_only`: tensors are unpickled from it, never code.
+A `.bin` is read with torch's `weights_only`, which unpickles tensors and never runs code.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ DAMAGED = (
     *(OSError, ValueError, KeyError, RuntimeError, ImportError, EOFError),
     *(SafetensorError, pickle.UnpicklingError, StrictDataclassError),
 )
-# What a damaged pickle or archive raises, too.
+# Errors of damaged pickles and archives.
 _DAMAGED_FILE = (*DAMAGED, AssertionError, AttributeError, IndexError, TypeError, zipfile.BadZipFile, struct.error)
 
 
 def tensor_files(folder: Path, flag: str) -> dict[str, Path]:
-    """Name of every tensor in the folder -> the file that holds it. Reads indices and headers, no tensors."""
+    """Returns tensor name -> file for all tensors in a folder. Reads indices and headers, no tensors."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index, file = folder / f"{name}.index.json", folder / name
         if index.is_file():
@@ -36,13 +36,13 @@ def tensor_files(folder: Path, flag: str) -> dict[str, Path]:
             with open_weights(file, flag) as tensors:
                 return dict.fromkeys(tensors.keys(), file)
     raise UserError(
-        f"{flag}: no model.safetensors or pytorch_model.bin in {folder}; give the folder of a whole model in Hugging "
-        "Face layout (convert Meta's own files first)"
+        f"{flag}: no model.safetensors or pytorch_model.bin in {folder}; use the folder of a model in Hugging Face "
+        "layout (convert Meta's own files first)"
     )
 
 
 def _shards_of(index: Path, flag: str) -> dict[str, str]:
-    """Name of every tensor in an index -> name of its file. Raises UserError for what is none, or lies elsewhere."""
+    """Returns tensor name -> file name from an index. Raises UserError for a damaged index or a file elsewhere."""
     shards = read_json(index, flag).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(x, str) and x == Path(x).name for x in shards.values()):
         raise UserError(f"{flag}: {index} is damaged (no weight_map of file names); copy it again")
@@ -50,21 +50,21 @@ def _shards_of(index: Path, flag: str) -> dict[str, str]:
 
 
 def read_tensor(file: Path, name: str, flag: str) -> torch.Tensor:
-    """A copy of one tensor out of a .safetensors or .bin file; the rest stays on the disk."""
+    """Returns a copy of one tensor of a .safetensors or .bin file, without reading the others."""
     with open_weights(file, flag) as tensors:
         return tensor_of(tensors, name).clone()
 
 
 def tensor_of(tensors, name: str) -> torch.Tensor:
-    """The tensor `name` of what `open_weights` yields: mapped, so that its values are read when they are used."""
+    """Returns a memory-mapped tensor of what `open_weights` yields: values are read when they are used."""
     return tensors[name] if isinstance(tensors, dict) else tensors.get_tensor(name)
 
 
 @contextlib.contextmanager
 def open_weights(file: Path, flag: str) -> Iterator:
-    """Yields the tensors of a file, lazily mapped (those of a .bin by PyTorch before 1.6 are read at once).
+    """Yields the memory-mapped tensors of a file: a safetensors handle, or a dict for a .bin.
 
-    It is safetensors' own handle, or a dict. Only tensors are unpickled from a .bin, never code. Raises UserError.
+    A .bin of PyTorch before 1.6 is read whole. Raises UserError for a damaged file or a pickle of other objects.
     """
     try:
         if file.suffix == ".safetensors":
@@ -83,7 +83,7 @@ def open_weights(file: Path, flag: str) -> Iterator:
 
 
 def _check_records(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError unless each storage is a whole record of the archive: a mapped one is not compared by torch."""
+    """Raises ValueError unless each storage is a record of the archive, which torch does not check with mmap."""
     with zipfile.ZipFile(file) as archive:
         records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
         if any(record.compress_type != zipfile.ZIP_STORED for record in records.values()):
@@ -97,12 +97,12 @@ def _check_records(file: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """What went wrong and what to do, on one line. torch names what a pickle asks for that is no tensor."""
+    """Returns the reason of an error and a remedy, in one line; for a pickle, the object that torch refused."""
     if code := re.search(r"GLOBAL (\S+)", str(error)):
         return (
-            f"its pickle asks for {code[1]}, which a file of weights has no use for and which could run code; get the "
-            "weights as safetensors, or from a source that you trust"
+            f"its pickle asks for {code[1]}, which weights do not need and which could run code; use safetensors, "
+            "or another source"
         )
     lines = [line.strip() for line in str(error).strip().split("\n")]
     first = " ".join(lines[: 1 + lines[0].endswith(":")]).rstrip(".")
-    return f"{first}; copy it again, or give another folder"
+    return f"{first}; copy it again, or use another folder"

@@ -1,8 +1,8 @@
-"""Writes checkpoints: `checkpoints/step_N/` holds all it takes to go on as if nothing had happened.
+"""Writes checkpoints: `checkpoints/step_N/` holds all that a resumed run needs to continue exactly.
 
-`state.json` (the run's own numbers and flags), `<engine>-rank<r>.safetensors`, `random-rank<r>.json`, and last
-`manifest.json` with size and SHA-256 of the others. Only JSON and safetensors: nothing in there can run code. A
-checkpoint is written beside its place, synced, then renamed, so that its folder appears whole or not at all.
+Files: `state.json` (the run's own numbers and flags), `<engine>-rank<r>.safetensors`, `random-rank<r>.json`, and
+`manifest.json` with size and SHA-256 of the others. JSON and safetensors only: loading them cannot run code. The folder
+gets its name once all files are on the disk.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from utils.distributed import gather_objects, is_main, rank
 from utils.engine.engine import TrainEngine
 from utils.engine.memory import fits_on_host
 from utils.engine.state import num_bytes
-from utils.files import remove, sync
+from utils.files import remove, replace, sync
 from utils.run.random_state import random_state
 from utils.run.state_file import PIECE, file_pieces, new_buffer, write_file
 
 MANIFEST = "manifest.json"
-LINES = ("metrics.jsonl", "samples.jsonl")  # beside the folder of checkpoints
+LINES = ("metrics.jsonl", "samples.jsonl")  # in the folder that holds checkpoints/
 Engines = dict[str, TrainEngine]
 Say = Callable[[str], None]
 Files = dict[str, Iterable[bytes | torch.Tensor]]  # name -> content
@@ -41,8 +41,8 @@ class Share(NamedTuple):
     """The result of writing one rank's files of a checkpoint."""
 
     entries: dict[str, dict]  # of the manifest
-    problem: str | None  # why they could not be written
-    seconds: float  # from the beginning of `save` until they were on the disk
+    problem: str | None  # why the files could not be written
+    seconds: float  # from the start of `save` until the files were on the disk
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Writing:
 
     @property
     def partial(self) -> str:
-        """The folder's name until the checkpoint is whole."""
+        """The folder's name until the checkpoint is complete."""
         return f"{self.target}.partial"
 
 
@@ -66,7 +66,7 @@ class CheckpointWriter:
     """Writes checkpoints to a folder, and removes all but the newest `keep`. Every method is collective.
 
     In the background, a thread of each rank writes that rank's files from a copy. Only main threads communicate: once
-    all ranks have written their files, the next `settle` or `save` gives the checkpoint its final name.
+    all ranks have written their files, the next `finish` or `save` gives the checkpoint its final name.
     """
 
     def __init__(self, folder: str, engines: Engines, keep: int):
@@ -75,11 +75,11 @@ class CheckpointWriter:
         self._copies: list[torch.Tensor] = []
 
     def save(self, state: dict, say: Say, background: bool = False) -> None:
-        """Writes `folder`/step_N, once the one before is complete. A failure is printed; older ones stay whole.
+        """Writes `folder`/step_N, after the previous checkpoint is complete. Prints a failure; older ones stay intact.
 
         state: JSON, with "step". background: return once host memory holds a copy, if all ranks have room for it.
         """
-        self.settle()
+        self.finish()
         started = time.perf_counter()
         tensors = {name: engine.state_tensors() for name, engine in self._engines.items()}
         own = sum(map(num_bytes, tensors.values()))
@@ -87,70 +87,68 @@ class CheckpointWriter:
         shares = gather_objects((own, fits))
         step, size = state["step"], sum(own for own, _ in shares)
         writing = Writing(step, os.path.join(self._folder, f"step_{step}"), size, say)
-        if problem := first_problem(_problem(_make_room, writing.partial, size) if is_main() else None):
-            self._say_problem(writing, problem)
+        if problem := first_problem(_problem(_prepare, writing.partial, size) if is_main() else None):
+            self._report_failure(writing, problem)
             return
         files, copied = self._files(tensors, all(fits for _, fits in shares))
         files[f"random-rank{rank()}.json"] = [_json(random_state())]
         if is_main():
             files["state.json"] = [_json(state)]
         if not all(gather_objects(copied)):
-            self._conclude(writing, _write_share(writing.partial, files, started), started)
+            self._complete(writing, _write_share(writing.partial, files, started), started)
             return
         thread = ThreadPoolExecutor(1, "checkpoint")
         writing.share = thread.submit(_write_share, writing.partial, files, started)
-        thread.shutdown(wait=False)  # it ends when the files are written
+        thread.shutdown(wait=False)  # the thread ends when the files are written
         self._writing, writing.waited = writing, time.perf_counter() - started
 
-    def settle(self, wait: bool = True) -> None:
+    def finish(self, wait: bool = True) -> None:
         """Completes the checkpoint that is being written. wait: if False, return at once while a rank still writes."""
-        began, writing = time.perf_counter(), self._writing
+        started, writing = time.perf_counter(), self._writing
         if writing and (wait or all(gather_objects(writing.share.done()))):
             self._writing = None
-            self._conclude(writing, writing.share.result(), began)
+            self._complete(writing, writing.share.result(), started)
 
     def _files(self, tensors: dict[str, dict[str, torch.Tensor]], copy: bool) -> tuple[Files, bool]:
         """Returns the contents of the engines' files, and whether they are copies, made if `copy`."""
         named = {f"{engine}-rank{rank()}.safetensors": values for engine, values in tensors.items() if values}
         if copy:
             buffers = self._buffers()
-            with contextlib.suppress(RuntimeError):  # not all free memory can be pinned everywhere
+            with contextlib.suppress(RuntimeError):  # a system may limit pinned memory below what is free
                 return {name: list(file_pieces(values, buffers)) for name, values in named.items()}, True
             self._copies.clear()
         buffers = repeat(new_buffer())
         return {name: file_pieces(values, buffers) for name, values in named.items()}, False
 
     def _buffers(self) -> Iterator[torch.Tensor]:
-        """Yields the buffers kept from the last checkpoint, then new ones."""
+        """Yields the buffers of the previous checkpoint, then new ones."""
         yield from list(self._copies)
         while True:
             self._copies.append(new_buffer())
             yield self._copies[-1]
 
-    def _conclude(self, writing: Writing, share: Share, began: float) -> None:
-        """Completes the checkpoint from all ranks' shares and prints its times. began: when the wait for it began."""
-        self._copies = [buffer for buffer in self._copies if buffer.is_pinned()]  # pinning memory takes long
+    def _complete(self, writing: Writing, share: Share, started: float) -> None:
+        """Names the checkpoint once all ranks' shares are written, and prints times. started: of the wait for it."""
+        self._copies = [buffer for buffer in self._copies if buffer.is_pinned()]  # kept, since pinning is slow
         shares = gather_objects(share)
         problem = next((share.problem for share in shares if share.problem), None)
         if not problem:
             manifest = {name: entry for share in shares for name, entry in share.entries.items()}
             arguments = writing.partial, writing.target, manifest, self._keep
-            problem = first_problem(_problem(_finish, *arguments) if is_main() else None)
+            problem = first_problem(_problem(_commit, *arguments) if is_main() else None)
         if problem:
-            self._say_problem(writing, problem)
+            self._report_failure(writing, problem)
             return
-        took, waited = max(share.seconds for share in shares), writing.waited + time.perf_counter() - began
+        took, waited = max(share.seconds for share in shares), writing.waited + time.perf_counter() - started
         writing.say(
             f"checkpoint of step {writing.step}: {writing.size / 1e6:.1f} MB in {took:.1f} s; the run waited "
             f"{waited:.1f} s for it"
         )
 
-    def _say_problem(self, writing: Writing, problem: str) -> None:
+    def _report_failure(self, writing: Writing, problem: str) -> None:
         if is_main():
             remove(writing.partial)
-        writing.say(
-            f"warning: the checkpoint of step {writing.step} was not saved: {problem}; older ones are as they were"
-        )
+        writing.say(f"warning: the checkpoint of step {writing.step} was not saved: {problem}; older ones are intact")
 
 
 def _json(content) -> bytes:
@@ -158,7 +156,7 @@ def _json(content) -> bytes:
 
 
 def _problem(function: Callable, *arguments) -> str | None:
-    """Runs a function; returns why the disk failed it, None where it did not."""
+    """Calls a function; returns the error of the disk that it raises, None if there is none."""
     try:
         function(*arguments)
     except OSError as error:
@@ -169,11 +167,12 @@ def _problem(function: Callable, *arguments) -> str | None:
 
 
 def first_problem(problem: str | None) -> str | None:
-    """The first rank's problem that there is, on all ranks."""
+    """Returns, on all ranks, the problem of the first rank that has one. Collective."""
     return next((problem for problem in gather_objects(problem) if problem), None)
 
 
-def _make_room(partial: str, size: int) -> None:
+def _prepare(partial: str, size: int) -> None:
+    """Creates the folder `partial` after removing incomplete ones. Raises OSError without `size` bytes of room."""
     folder = os.path.dirname(partial)
     os.makedirs(folder, exist_ok=True)
     for name in os.listdir(folder):
@@ -181,7 +180,7 @@ def _make_room(partial: str, size: int) -> None:
             remove(os.path.join(folder, name))
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise OSError(f"it takes {size / 1e6:.1f} MB, and {folder} has {free / 1e6:.1f} MB left: make room")
+        raise OSError(f"it needs {size / 1e6:.1f} MB, but {folder} has {free / 1e6:.1f} MB free; free disk space")
     os.makedirs(partial)
 
 
@@ -194,34 +193,33 @@ def _write_share(partial: str, files: Files, started: float) -> Share:
             entries[name] = write_file(os.path.join(partial, name), pieces)
 
     problem = _problem(write)
-    if problem:  # frees their space for the metrics of the steps until `settle`
+    if problem:  # frees space for the metrics of the steps until `finish`
         for name in files:
             _problem(remove, os.path.join(partial, name))
     return Share(entries, problem, time.perf_counter() - started)
 
 
-def _finish(partial: str, target: str, manifest: dict, keep: int) -> None:
+def _commit(partial: str, target: str, manifest: dict, keep: int) -> None:
+    """Writes the manifest, renames the folder to `target`, and removes all checkpoints but the newest `keep`."""
     write_file(os.path.join(partial, MANIFEST), [_json(manifest)])
-    sync(partial)
     folder = os.path.dirname(target)
-    for name in LINES:  # a checkpoint must not be ahead of what the run has written
+    for name in LINES:  # after a power cut, a checkpoint must not be ahead of the run's metrics
         if os.path.exists(path := os.path.join(os.path.dirname(folder), name)):
             sync(path)
-    remove(target)
-    os.replace(partial, target)
-    sync(folder)
+    replace(partial, target)
     for step, path in all_checkpoints(folder)[keep:]:
-        os.replace(path, f"{path}.partial")  # what a kill leaves of it is not taken for a checkpoint
+        os.replace(path, f"{path}.partial")  # a kill during the removal leaves no damaged checkpoint
         remove(os.path.join(folder, f"step_{step}.partial"))
 
 
 def sha256(path: str) -> str:
+    """Returns the SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def all_checkpoints(folder: str) -> list[tuple[int, str]]:
-    """(step, path) of every checkpoint, newest first."""
+    """Returns (step, path) of every checkpoint, newest first."""
     if not os.path.isdir(folder):
         return []
     matches = [re.fullmatch(r"step_(\d+)", name) for name in os.listdir(folder)]
@@ -229,11 +227,11 @@ def all_checkpoints(folder: str) -> list[tuple[int, str]]:
 
 
 def save_batches(path: str, batches: tuple) -> str | None:
-    """Writes the tensors of dataclasses to one file, for a person to look at; returns why that failed, else None."""
-    tensors = {f.name: getattr(batch, f.name).contiguous() for batch in batches for f in fields(batch)}
+    """Writes the tensors of dataclasses to one file, for inspection. Returns the reason if that fails, else None."""
+    tensors = {f.name: getattr(batch, f.name).clone().contiguous() for batch in batches for f in fields(batch)}
 
     def write() -> None:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        save_file({name: x.clone() for name, x in tensors.items()}, path)
+        save_file(tensors, path)
 
     return _problem(write)

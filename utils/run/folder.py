@@ -1,4 +1,4 @@
-"""Folders on disk: a run's own, and files and folders that appear whole or not at all."""
+"""The folder of a run: checks before it is used, its preparation, and the description in config.json."""
 
 import dataclasses
 import json
@@ -11,44 +11,40 @@ from importlib import metadata
 
 from utils.distributed import barrier, is_main
 from utils.errors import UserError
-from utils.files import remove, write_json
+from utils.files import atomic_file, disk_errors, remove, write_json
 
 PACKAGES = (
-    "torch",
-    "transformers",
-    "deepspeed",
-    "accelerate",
-    "datasets",
-    "sentencepiece",
-    "tensorboard",
-    "safetensors",
-)
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "best", "final", "tensorboard")
-RUN_FILES += ("checkpoints", "bad_batches")
+    "torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "tensorboard", "safetensors"
+)  # fmt: skip
+RUN_FILES = (
+    "config.json", "metrics.jsonl", "samples.jsonl", "best", "final", "tensorboard", "checkpoints", "bad_batches"
+)  # fmt: skip
 
 
 def holds_run(path: str) -> bool:
-    """Whether a run has written there."""
+    """Whether a folder holds files of a run."""
     return any(os.path.lexists(os.path.join(path, name)) for name in RUN_FILES)
 
 
 def check_inputs(path: str, inputs: list[str | None]) -> None:
-    """Raises UserError when --model_save_path holds one of `inputs`, models and data that the run reads."""
+    """Raises UserError if --model_save_path contains one of `inputs`, models and data that the run reads."""
     real = os.path.realpath(path)
     for source in inputs:
         if source and os.path.exists(source) and os.path.commonpath([real, os.path.realpath(source)]) == real:
-            raise UserError(f"--model_save_path {path} would overwrite {source}, which this run reads: choose another")
+            raise UserError(
+                f"--model_save_path {path} would overwrite {source}, which this run reads; use another path"
+            )
 
 
 def prepare_run_folder(path: str, config, step: int = 0) -> None:
-    """Makes the folder and writes config.json. Rank 0 writes, all ranks wait.
+    """Creates the folder and writes config.json on rank 0; all ranks wait.
 
-    config: a dataclass of flags. step: where the run goes on; all that an earlier one wrote after it goes (0: all).
+    config: a dataclass of flags. step: removes what an earlier run wrote after this step (0: all of it).
     """
     barrier()
     if is_main():
         description = run_description(config) | {"resumed_from_step": step}
-        try:
+        with disk_errors(f"--model_save_path {path}"):
             os.makedirs(path, exist_ok=True)
             for name in RUN_FILES:
                 file = os.path.join(path, name)
@@ -58,14 +54,12 @@ def prepare_run_folder(path: str, config, step: int = 0) -> None:
                     cut_lines(file, step)
             if step:
                 drop_checkpoints(os.path.join(path, "checkpoints"), step)
-            write_json(os.path.join(path, "config.json"), description)
-        except OSError as error:
-            raise UserError(f"--model_save_path {path} cannot be written: {error.strerror}") from None
+            write_json(os.path.join(path, "config.json"), description, "--model_save_path")
     barrier()
 
 
 def drop_checkpoints(folder: str, step: int) -> None:
-    """Removes what lies in a folder of checkpoints from after `step`, and what a kill left half-written."""
+    """Removes checkpoints of steps after `step`, and incomplete ones."""
     for name in os.listdir(folder):
         number = name.removeprefix("step_")
         if not number.isdigit() or int(number) > step:
@@ -73,22 +67,21 @@ def drop_checkpoints(folder: str, step: int) -> None:
 
 
 def cut_lines(path: str, step: int) -> None:
-    """Leaves the lines of a .jsonl file up to `step` (key "step"); later ones go, and one that a kill cut short."""
+    """Removes the lines of a .jsonl file after `step` (key "step"), and a line that is incomplete."""
     if not os.path.exists(path):
         return
-    with open(path, "rb") as file, open(f"{path}.partial", "wb") as kept:
+    with open(path, "rb") as file, atomic_file(path) as kept:
         for line in file:
             try:
                 if json.loads(line)["step"] > step:
                     break
             except ValueError:
                 break
-            kept.write(line)
-    os.replace(f"{path}.partial", path)
+            kept.write(line.decode())
 
 
 def run_description(config) -> dict:
-    """All flags, argv, versions, git commit and devices: what it takes to repeat a run."""
+    """Returns all flags, argv, versions, git commit and devices, so that the run can be repeated."""
     import torch
 
     from utils.device import on_gpu

@@ -1,4 +1,4 @@
-"""What stands between a run and its loss, the same for every stage: checkpoints, signals, the watchdog."""
+"""Run lifecycle: checkpoints, signals, hang watchdog. The same for all stages."""
 
 import os
 from typing import Self
@@ -15,22 +15,20 @@ from utils.run.stop_signal import NAMES, Stop
 from utils.run.watchdog import Watchdog
 
 
-class Keeper:
-    """Use it as a context around the loop; tell it after each step. `feed` it wherever something got done.
+class RunLifecycle:
+    """Context of a training loop, which calls `after_step` after each step and `report_progress` between them.
 
-    `code`: the exit code with which the run has to stop now, 0 to go on; the same on every rank.
+    `exit_code`: the code with which the run has to stop now, 0 to continue; the same on all ranks.
     """
 
     def __init__(self, config: RunFlags, engines: Engines, total_steps: int):
-        self._config = config
-        self._engines = engines
+        self._config, self._engines, self._total_steps = config, engines, total_steps
         self._folder = os.path.join(config.model_save_path, "checkpoints")
         self._writer = CheckpointWriter(self._folder, engines, config.keep_checkpoints)
-        self._total_steps = total_steps
         self._stop = Stop(config.max_hours)
         self._watchdog = Watchdog(config.hang_timeout, rank())
-        self.feed = self._watchdog.feed
-        self.code = 0
+        self.report_progress = self._watchdog.reset
+        self.exit_code = 0
 
     def __enter__(self) -> Self:
         self._stop.__enter__()
@@ -39,52 +37,54 @@ class Keeper:
 
     def __exit__(self, kind, *error) -> None:
         try:
-            if kind is None or world_size() == 1:  # other ranks may be anywhere when this one has failed
-                self.settle()
+            if kind is None or world_size() == 1:  # after an error, other ranks may not reach the same collective
+                self.finish_checkpoint()
         finally:
             self._watchdog.__exit__(kind, *error)
             self._stop.__exit__(kind, *error)
 
-    def begin(self, start: Checkpoint | None, seed: int) -> None:
-        """Engines and random streams as they were at `start`; None: streams of the seed and the rank. Collective."""
+    def restore(self, checkpoint: Checkpoint | None, seed: int) -> None:
+        """Seeds this rank's random streams; restores streams and engines from the checkpoint, if any. Collective."""
         seed_streams(seed, rank())
-        if start:
-            restore.restore(start, self._engines)
+        if checkpoint:
+            restore.restore(checkpoint, self._engines)
 
-    def newest(self, say: Say) -> Checkpoint | None:
-        """The run's last whole checkpoint, after waiting for one that is being written. Collective."""
-        self.settle()
+    def newest_checkpoint(self, say: Say) -> Checkpoint | None:
+        """Returns the run's newest intact checkpoint, after any that is being written is complete. Collective."""
+        self.finish_checkpoint()
         return restore.newest(self._folder, say)
 
-    def settle(self) -> None:
-        """Waits for the checkpoint that is being written. Collective: call it before an error that all ranks raise."""
-        self._writer.settle()
-        self.feed("checkpoint")
+    def finish_checkpoint(self) -> None:
+        """Waits until the checkpoint that is being written is complete. Collective.
+
+        Call it before an error that all ranks raise.
+        """
+        self._writer.finish()
+        self.report_progress("checkpoint")
 
     def after_step(self, state: dict, say: Say) -> None:
-        """One rank's wish to stop becomes that of all; a checkpoint is written that is due, or needed now. Collective.
+        """Sets `exit_code` if any rank has to stop, and writes a checkpoint if one is due or the run stops. Collective.
 
         state: the run's own numbers, JSON, with "step".
         """
-        self.feed("step")
+        self.report_progress("step")
         step, every = state["step"], self._config.checkpoint_per_step
-        code = self._stop.agree(device())
-        self.code = code if step < self._total_steps else 0  # nothing is left to stop
-        last = bool(self.code) or step >= self._total_steps  # nothing is left to do meanwhile
-        if every and (step % every == 0 or self.code):
+        code = self._stop.exit_code(device())
+        self.exit_code = code if step < self._total_steps else 0
+        last = bool(self.exit_code) or step >= self._total_steps  # no step follows during which to write
+        if every and (step % every == 0 or self.exit_code):
             self._writer.save(state | {"flags": identity(self._config)}, say, background=not last)
-            self.feed("checkpoint")
+            self.report_progress("checkpoint")
         else:
-            self._writer.settle(wait=last)
-        if self.code:
-            after = self._how_to_go_on() if every else "without a checkpoint"
+            self._writer.finish(wait=last)
+        if self.exit_code:
+            after = self._resume_advice() if every else "without a checkpoint (--checkpoint_per_step 0)"
             say(f"stopped by {NAMES[code]} after step {step}; {after}")
 
-    def _how_to_go_on(self) -> str:
-        """What to give again; some flags say where a run begins, and would have it begin there once more."""
+    def _resume_advice(self) -> str:
         config, change = self._config, ""
         if config.overwrite:
             change = " without --overwrite"
         elif config.resume != "auto":
             change = " with --resume auto"
-        return f"the same command{change} goes on from its checkpoint"
+        return f"the same command{change} resumes from its checkpoint"

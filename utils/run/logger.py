@@ -1,4 +1,4 @@
-"""Where a run writes what happens: metrics.jsonl, TensorBoard, other trackers, samples.jsonl, the terminal."""
+"""Output of a run: metrics.jsonl, samples.jsonl, TensorBoard, other trackers, progress bar."""
 
 import contextlib
 import json
@@ -6,13 +6,14 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from tqdm import tqdm
 
 from utils.device import synchronize
 from utils.distributed import is_main
-from utils.errors import UserError
+from utils.files import disk_errors
 from utils.run.folder import cut_lines
 
 LEVELS = "▁▂▃▄▅▆▇█"
@@ -26,16 +27,16 @@ def sparkline(values: list[float], width: int = 20) -> str:
 
 
 class Stopwatch:
-    """Seconds of the stages of a step. Each lap waits for the GPU, so that a stage's work counts as its own."""
+    """Measures the seconds of each stage of a step. Each lap synchronises with the GPU."""
 
     def __init__(self, on_lap: Callable[[str], None] = lambda stage: None):
-        """on_lap: told of each stage that has ended."""
+        """on_lap: called with the name of each stage that ends."""
         self._on_lap = on_lap
         self._seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
-        """Ends a stage: the time since the last lap is its own."""
+        """Ends a stage, which lasted since the previous lap."""
         synchronize()
         now = time.perf_counter()
         self._seconds[f"seconds_{stage}"] = now - self._last
@@ -43,17 +44,17 @@ class Stopwatch:
         self._on_lap(stage)
 
     def metrics(self, samples: int, tokens: int) -> dict[str, float]:
-        """Seconds a stage; samples and response tokens, of all ranks, a second of all stages together."""
+        """Returns seconds per stage; samples and response tokens of all ranks per second of all stages together."""
         total = sum(self._seconds.values())
         return self._seconds | {"samples_per_second": samples / total, "tokens_per_second": tokens / total}
 
 
 class RunLogger:
-    """All output of a run. Rank 0 writes; on other ranks every method does nothing.
+    """Writes all output of a run on rank 0; on other ranks every method does nothing.
 
-    folder: the run's folder, already made. logdir: TensorBoard's (None: folder/tensorboard). report_to: comma-separated
-    names of accelerate's trackers besides TensorBoard ("wandb,swanlab"), "none" for none. config: what trackers store.
-    step: how many steps an earlier part of the run has made; what TensorBoard has of later ones is hidden.
+    folder: the run's existing folder. logdir: of TensorBoard (None: folder/tensorboard). report_to: comma-separated
+    names of accelerate's trackers besides TensorBoard ("wandb,swanlab"), or "none". config: flags for the trackers.
+    step: steps already done; TensorBoard hides older values of later steps.
     """
 
     def __init__(self, folder: str, logdir: str | None, report_to: str, config: dict, total_steps: int, step: int = 0):
@@ -69,7 +70,7 @@ class RunLogger:
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One step's numbers: a line of metrics.jsonl, scalars, the progress bar. A NaN is written as null."""
+        """Writes a step's numbers to metrics.jsonl (NaN as null), TensorBoard, the trackers and the progress bar."""
         if not is_main():
             return
         clean = {key: (value if math.isfinite(value) else None) for key, value in values.items()}
@@ -99,12 +100,12 @@ class RunLogger:
             )
 
     def advance(self) -> None:
-        """One step of the progress bar is done."""
+        """Advances the progress bar by one step."""
         if is_main():
             self.bar.update()
 
     def samples(self, step: int, rows: list[dict]) -> None:
-        """Texts of this step: lines of samples.jsonl, and TensorBoard's text tab."""
+        """Writes a step's texts to samples.jsonl and to TensorBoard's text tab."""
         if not is_main():
             return
         text = "\n\n---\n\n".join("\n\n".join(f"**{key}**: {value}" for key, value in row.items()) for row in rows)
@@ -113,7 +114,7 @@ class RunLogger:
             self.board.add_text("samples", text, step)
 
     def rewind(self, step: int) -> None:
-        """What was written of steps after this one goes: they will be made anew."""
+        """Removes what was written of steps after this one, which will run again."""
         if not is_main():
             return
         with self._disk():
@@ -130,40 +131,30 @@ class RunLogger:
             return SummaryWriter(self.logdir, purge_step=step + 1)
 
     def say(self, text: str) -> None:
-        """A line for the person who watches."""
+        """Prints a line above the progress bar."""
         if is_main():
             self.bar.write(text)
 
     def close(self) -> None:
-        """Flushes everything; call it at the end of a run."""
+        """Flushes and closes all outputs."""
         if not is_main():
             return
         self.bar.close()
-        with contextlib.suppress(OSError):  # a full disk has been told of, and this must not hide the words
+        with contextlib.suppress(OSError):  # must not hide the error that ends the run
             self.board.close()
         threading.excepthook = self._hook
         for tracker in self.trackers:
             tracker.finish()
 
     def _thread_failed(self, arguments) -> None:
-        """TensorBoard's thread passes an error of the disk to the next call, which prints it in one line.
-
-        Its stack would come besides, with frames of ours in it when that call is the faster one: they share the error.
-        """
+        """Drops disk errors of TensorBoard's thread: the next call raises them again, and they are printed once."""
         board = type(arguments.thread).__module__.startswith("tensorboard.")
         if not (board and isinstance(arguments.exc_value, OSError)):
             self._hook(arguments)
 
-    @contextlib.contextmanager
-    def _disk(self, place: str = "") -> Iterator[None]:
-        """What the disk has against writing, to the run's folder or `place`, becomes a UserError."""
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{place or self.folder} cannot be written: {error.strerror}; make room and give the same command "
-                "again, which goes on from the last checkpoint"
-            ) from None
+    def _disk(self, place: str = "") -> AbstractContextManager[None]:
+        advice = "free disk space and repeat the same command, which resumes from the last checkpoint"
+        return disk_errors(place or self.folder, advice)
 
 
 def _append(path: str, *rows: dict) -> None:
@@ -172,7 +163,7 @@ def _append(path: str, *rows: dict) -> None:
 
 
 def tracker_names(report_to: str) -> list[str]:
-    """The names in the flag's comma-separated list; none for "none"."""
+    """Returns the names in the comma-separated value of --report_to; none for "none"."""
     return [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
 
 
@@ -180,7 +171,7 @@ def _tracker(name: str, folder: str, config: dict):
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    PartialState()  # the trackers ask accelerate which process they are in
+    PartialState()  # the trackers require it
     kind = LOGGER_TYPE_TO_CLASS[name]
     run_name = os.path.basename(os.path.abspath(folder))
     tracker = kind(run_name, folder) if kind.requires_logging_directory else kind(run_name)

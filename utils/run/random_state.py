@@ -1,4 +1,4 @@
-"""The global random streams of a process. Sampling and data order do not use them; dropout and --reward_fn may."""
+"""Global random streams of a process. Dropout and --reward_fn may use them; sampling and data order do not."""
 
 import random
 
@@ -9,7 +9,7 @@ from utils.device import on_gpu
 
 
 def seed_streams(seed: int, rank: int) -> None:
-    """Starts every stream anew, others on each rank."""
+    """Seeds the streams of Python, NumPy and PyTorch, differently on each rank."""
     number = int(np.random.SeedSequence([seed % 2**32, rank]).generate_state(1)[0])
     random.seed(number)
     np.random.seed(number)
@@ -17,20 +17,19 @@ def seed_streams(seed: int, rank: int) -> None:
 
 
 def random_state() -> dict:
-    """All streams, in what JSON can hold."""
+    """Returns the state of all streams, as JSON; of GPUs only this rank's."""
     version, numbers, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
-    gpu = _hex(torch.cuda.get_rng_state()) if on_gpu() else None  # of this rank's GPU alone
     return {
         "python": [version, numbers, gauss],
         "numpy": [kind, keys.tobytes().hex(), *rest],
         "torch": _hex(torch.get_rng_state()),
-        "gpu": gpu,
+        "gpu": _hex(torch.cuda.get_rng_state()) if on_gpu() else None,
     }
 
 
 def set_random_state(state: dict) -> None:
-    """Goes on from what `random_state` gave."""
+    """Restores the streams from a result of `random_state`."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = state["numpy"]

@@ -1,6 +1,5 @@
-"""Finds checkpoints, tells whole ones from damaged ones, and goes on from them."""
+"""Finds intact checkpoints and restores engines and random streams from them."""
 
-import json
 import os
 from dataclasses import dataclass
 from glob import escape, glob
@@ -8,59 +7,63 @@ from glob import escape, glob
 from utils.distributed import barrier, gather_objects, rank, world_size
 from utils.engine.state import SharedState
 from utils.errors import UserError
+from utils.files import read_json
 from utils.run.checkpoint import MANIFEST, Engines, Say, all_checkpoints, first_problem, sha256
 from utils.run.random_state import set_random_state
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found whole. `state`: what `save` was given."""
+    """An intact checkpoint. state: the argument of `CheckpointWriter.save`."""
 
     path: str
     state: dict
 
     @property
     def step(self) -> int:
-        """Steps that the run had made."""
+        """Number of steps before the checkpoint."""
         return self.state["step"]
 
 
 def newest(folder: str, say: Say) -> Checkpoint | None:
-    """The newest whole checkpoint in a folder; None when there are none at all. Collective.
+    """Returns the newest intact checkpoint in a folder, None if there are no checkpoints. Collective.
 
-    A damaged one is named and passed over; when all are damaged, UserError: nobody loses days of work to a silent
-    start from nothing.
+    Prints and skips damaged ones. Raises UserError when all are damaged, instead of silently starting at step 0.
     """
     found = gather_objects(all_checkpoints(folder))[0]
     for _, path in found:
         problem = first_problem(_damage(path))
         if not problem:
-            return Checkpoint(path, _read_json(os.path.join(path, "state.json")))
-        say(f"warning: {path} is damaged ({problem}); looking for an older one")
+            return _read(path)
+        say(f"warning: {path} is damaged ({problem}); trying an older one")
     if found:
-        raise UserError(f"{folder} has no whole checkpoint left: start anew with --overwrite")
+        raise UserError(f"all checkpoints in {folder} are damaged; pass --overwrite to start at step 0")
     return None
 
 
 def named(path: str) -> Checkpoint:
-    """The checkpoint in the folder that --resume names; UserError when it is none or damaged. Collective."""
+    """Returns the checkpoint in the folder that --resume names. Raises UserError if it is damaged. Collective."""
     path = os.path.abspath(path)
     problem = first_problem("not a folder" if not os.path.isdir(path) else _damage(path))
     if problem:
-        raise UserError(f"--resume {path} is not a whole checkpoint ({problem}): give another .../checkpoints/step_N")
-    return Checkpoint(path, _read_json(os.path.join(path, "state.json")))
+        raise UserError(f"--resume {path} is not an intact checkpoint ({problem}); pass another .../checkpoints/step_N")
+    return _read(path)
+
+
+def _read(path: str) -> Checkpoint:
+    return Checkpoint(path, read_json(os.path.join(path, "state.json")))
 
 
 def _damage(path: str) -> str | None:
-    """What is wrong with a checkpoint, as far as this rank looks: every file's size, its share of the hashes."""
+    """Returns what is wrong with a checkpoint, or None. Checks all sizes, and this rank's share of the hashes."""
     try:
-        manifest = _read_json(os.path.join(path, MANIFEST))
+        manifest = read_json(os.path.join(path, MANIFEST))
         for i, (name, entry) in enumerate(sorted(manifest.items())):
             file = os.path.join(path, os.path.basename(name))
             if os.path.getsize(file) != entry["bytes"]:
                 return f"{name} has {os.path.getsize(file)} bytes, not {entry['bytes']}"
             if i % world_size() == rank() and sha256(file) != entry["sha256"]:
-                return f"{name} is not what was written: its hash differs"
+                return f"{name} does not match its SHA-256"
         return None if "state.json" in manifest else f"{MANIFEST} names no state.json"
     except FileNotFoundError as error:
         return f"{os.path.basename(error.filename)} is missing"
@@ -70,15 +73,10 @@ def _damage(path: str) -> str | None:
         return f"{MANIFEST} is not a manifest"
 
 
-def _read_json(path: str) -> dict:
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-
-
 def restore(checkpoint: Checkpoint, engines: Engines) -> None:
-    """Engines and random streams as they were; a rank more than there were keeps the streams it has. Collective.
+    """Restores engines and random streams; a rank that the checkpoint has no streams of keeps its own. Collective.
 
-    Raises UserError when the engines are of other models.
+    Raises UserError if the engines hold other models.
     """
     for name, engine in engines.items():
         files = sorted(glob(os.path.join(escape(checkpoint.path), f"{name}-rank*.safetensors")))
@@ -88,5 +86,5 @@ def restore(checkpoint: Checkpoint, engines: Engines) -> None:
             raise UserError(f"{checkpoint.path} does not fit the {name} of these flags: {error.args[0]}") from None
     streams = os.path.join(checkpoint.path, f"random-rank{rank()}.json")
     if os.path.exists(streams):
-        set_random_state(_read_json(streams))
+        set_random_state(read_json(streams))
     barrier()

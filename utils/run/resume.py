@@ -1,4 +1,4 @@
-"""Where a run begins: at nothing, or at a checkpoint of the same run."""
+"""Decides whether a run starts at step 0 or resumes from a checkpoint, and checks its output paths."""
 
 import dataclasses
 import json
@@ -6,21 +6,20 @@ import os
 
 from utils.distributed import is_main, world_size
 from utils.errors import UserError
-from utils.files import check_writable
+from utils.files import check_writable, read_json
 from utils.flags.parser import changed_flags
 from utils.flags.run import FREE_ON_RESUME, RunFlags
-from utils.run.checkpoint import Say
+from utils.run.checkpoint import Say, all_checkpoints
 from utils.run.folder import check_inputs, holds_run, prepare_run_folder
 from utils.run.logger import tracker_names
 from utils.run.restore import Checkpoint, named, newest
 
-# How a run is split over ranks, and which kernels it uses. They change roundings, and what ranks draw from streams of
-# their own (dropout, --reward_fn).
+# May change on resume: they affect rounding, and the random streams of each rank (dropout, --reward_fn), nothing else.
 SPLIT = ("world_size", "zero_stage", "offload_optimizer", "deterministic")
 
 
 def identity(config: RunFlags) -> dict:
-    """What a resumed run has to share with the one that it goes on with, as JSON gives it back."""
+    """Returns the flags that a resumed run has to share with the original one, as JSON reads them back."""
     flags = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
     flags |= {"world_size": world_size(), "replaced_defaults": config.replaced_defaults}
     return json.loads(json.dumps(flags))
@@ -35,24 +34,24 @@ def _changed(config: RunFlags, saved: dict) -> list[str]:
 
 
 def check_folder(config: RunFlags, inputs: list[str | None]) -> None:
-    """Raises UserError when --model_save_path cannot be used, without changing anything.
+    """Raises UserError if --model_save_path cannot be used. Writes nothing.
 
-    A run that is in there already may go (--overwrite) or go on: it is unfinished, and has checkpoints or these very
-    flags, so that a start from nothing repeats what it did.
+    A run that is there already may be overwritten (--overwrite), or resumed if it is unfinished and has either
+    checkpoints or the same flags (then starting at step 0 repeats it).
     """
     path = config.model_save_path
     check_inputs(path, inputs)
-    if holds_run(path) and not config.overwrite and not _may_go_on(config):
+    if holds_run(path) and not config.overwrite and not _can_resume(config):
         if _is_finished(path) and _has_checkpoints(path) and config.resume == "auto":
             raise UserError(
                 f"--model_save_path {path} already holds a run, which is finished: to go on to a larger --train_steps, "
-                "add --resume_with_changes; to keep it, choose another folder; to replace it, add --overwrite"
+                "pass --resume_with_changes; to keep it, use another folder; to replace it, pass --overwrite"
             )
-        raise UserError(f"--model_save_path {path} already holds a run: choose another folder, or add --overwrite")
+        raise UserError(f"--model_save_path {path} already holds a run; use another folder, or pass --overwrite")
     check_writable(path, "--model_save_path")
 
 
-def _may_go_on(config: RunFlags) -> bool:
+def _can_resume(config: RunFlags) -> bool:
     path = config.model_save_path
     if config.resume == "never":
         return False
@@ -72,23 +71,21 @@ def _is_inside(checkpoint: str, run: str) -> bool:
 
 
 def _has_checkpoints(path: str) -> bool:
-    folder = os.path.join(path, "checkpoints")
-    return os.path.isdir(folder) and any(not name.endswith(".partial") for name in os.listdir(folder))
+    return bool(all_checkpoints(os.path.join(path, "checkpoints")))
 
 
 def _same_config(config: RunFlags) -> bool:
     try:
-        with open(os.path.join(config.model_save_path, "config.json"), encoding="utf-8") as file:
-            saved = json.load(file)
+        saved = read_json(os.path.join(config.model_save_path, "config.json"))
     except (OSError, ValueError):
         return False
     return identity(config).keys() <= saved.keys() and set(_changed(config, saved)) <= set(SPLIT)
 
 
 def find_checkpoint(config: RunFlags, say: Say) -> Checkpoint | None:
-    """The checkpoint that the run goes on from, by --resume and --overwrite. Collective; nothing is changed.
+    """Returns the checkpoint to resume from by --resume and --overwrite, None to start at step 0. Collective.
 
-    Raises UserError for a checkpoint of other flags, by name, unless --resume_with_changes.
+    Writes nothing. Raises UserError, which names the flag, if flags differ, unless --resume_with_changes is set.
     """
     if config.resume not in ("auto", "never"):
         checkpoint = named(config.resume)
@@ -98,10 +95,10 @@ def find_checkpoint(config: RunFlags, say: Say) -> Checkpoint | None:
         return None
     if checkpoint:
         _check_flags(checkpoint, config, say)
-        say(f"going on from {checkpoint.path}")
+        say(f"resuming from {checkpoint.path}")
         path = config.model_save_path
         if _is_finished(path):
-            say(f"warning: the finished run's {path}/final goes, and its steps after {checkpoint.step} are made anew")
+            say(f"warning: {path}/final is removed; steps after {checkpoint.step} run again")
     return checkpoint
 
 
@@ -111,42 +108,37 @@ def _check_flags(checkpoint: Checkpoint, config: RunFlags, say: Say) -> None:
         was, wanted = saved[name], now[name]
         if name in SPLIT:
             what = "number of processes" if name == "world_size" else f"--{name}"
-            say(f"resumed with another {what}: {wanted}, not {was}. The run is the same but for roundings and dropout")
+            say(f"resumed with another {what}: {wanted}, not {was}; only rounding and dropout differ")
             continue
         if not config.resume_with_changes:
             raise UserError(
-                f"--{name} {wanted} is not what {checkpoint.path} was made with ({was}): give that, add "
-                "--resume_with_changes to go on all the same, or --overwrite to start anew"
+                f"--{name} {wanted} differs from {checkpoint.path} ({was}); use that value, or pass "
+                "--resume_with_changes to resume anyway, or --overwrite to start at step 0"
             )
         say(f"resumed with another --{name}: {wanted}, not {was}")
 
 
 def begin_folder(config: RunFlags, checkpoint: Checkpoint | None) -> int:
-    """Makes the run's folder ready, says what the run is, and returns the step that it begins after. Collective.
+    """Prepares the run's folder, prints the flags, and returns the number of steps already done. Collective.
 
-    What an earlier run wrote there after that step goes, checkpoints included; all of it, where the checkpoint is none
-    of its own.
+    Removes what an earlier run wrote after that step, or all of it if the checkpoint is of another folder.
     """
     own = checkpoint is not None and _is_inside(checkpoint.path, config.model_save_path)
     prepare_run_folder(config.model_save_path, config, checkpoint.step if own else 0)
     if is_main():
         where = f"{config.model_save_path}/config.json"
-        print(f"all flags: {where}; those with other values than the defaults:\n  {changed_flags(config)}", flush=True)
+        print(f"all flags: {where}; flags that differ from their defaults:\n  {changed_flags(config)}", flush=True)
     return checkpoint.step if checkpoint else 0
 
 
 INPUTS = (
-    "policy_model_path",
-    "critic_model_path",
-    "reward_model_path",
-    "hf_model_name_or_path",
-    "data_path",
+    "policy_model_path", "critic_model_path", "reward_model_path", "hf_model_name_or_path", "data_path",
     "center_data_path",
-)
+)  # fmt: skip
 
 
 def check_outputs(config) -> None:
-    """Raises UserError when the run's folder, --logdir or a tracker of --report_to cannot be used. Changes nothing."""
+    """Raises UserError if --model_save_path, --logdir or a tracker of --report_to cannot be used. Writes nothing."""
     given = [getattr(config, name) for name in INPUTS if hasattr(config, name)]
     inputs = [path for paths in given for path in (paths if isinstance(paths, list) else [paths])]
     check_folder(config, inputs)
@@ -160,6 +152,6 @@ def check_outputs(config) -> None:
     installed = [str(getattr(kind, "value", kind)) for kind in get_available_trackers()]
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
-            raise UserError(f"--report_to {name}: choose from {', '.join(sorted(LOGGER_TYPE_TO_CLASS))} or none")
+            raise UserError(f"--report_to {name}: unknown; use {', '.join(sorted(LOGGER_TYPE_TO_CLASS))} or none")
         if name not in installed:
             raise UserError(f"--report_to {name}: its package is not installed; pip install {name}")

@@ -1,4 +1,4 @@
-"""The start that all trainers share: ranks join, the output folder is checked, the run's folder and log are opened."""
+"""Start-up of all trainers: joins ranks, checks the output folder, finds the checkpoint, opens folder and log."""
 
 import dataclasses
 from functools import partial
@@ -26,11 +26,11 @@ def start_run(config: RunFlags) -> tuple[Say, Checkpoint | None]:
 
 
 def open_log(config: RunFlags, checkpoint: Checkpoint | None, num_steps: int) -> RunLogger:
-    """Makes the run's folder ready at the checkpoint's step and opens its log."""
+    """Prepares the run's folder for the steps after the checkpoint, and opens its log. Collective."""
     step = begin_folder(config, checkpoint)
     folder = config.model_save_path
     return RunLogger(folder, config.logdir, config.report_to, dataclasses.asdict(config), num_steps, step)
 
 
 def _silent(text: str) -> None:
-    """Other ranks than the first print nothing."""
+    """Prints nothing."""

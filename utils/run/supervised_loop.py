@@ -13,7 +13,7 @@ from utils.engine.engine import TrainEngine, device
 from utils.errors import UserError
 from utils.files import write_json
 from utils.flags.supervised import FitConfig
-from utils.run.lifecycle import Keeper
+from utils.run.lifecycle import RunLifecycle
 from utils.run.logger import RunLogger
 from utils.run.restore import Checkpoint
 from utils.schedule import lr_factor
@@ -59,25 +59,25 @@ def fit(
     Raises UserError on all ranks, before the weights change, if the loss or the gradient norm is not finite or beyond
     --explosion_limit; the batch is saved in bad_batches/.
     """
-    keeper = Keeper(config, {"model": engine}, config.train_steps)
-    keeper.begin(start, config.seed)
+    lifecycle = RunLifecycle(config, {"model": engine}, config.train_steps)
+    lifecycle.restore(start, config.seed)
     done, best = 0, None
     if start:
         done, best = start.step, start.state["best"]
         stage.state.update(start.state["stage"])
         for _ in range(done):  # the order of the data depends only on the seed
             next(stage.batches)
-    with keeper:
-        _loop(engine, stage, valid, config, log, keeper, done, best)
-        if not keeper.code:
+    with lifecycle:
+        _loop(engine, stage, valid, config, log, lifecycle, done, best)
+        if not lifecycle.exit_code:
             export(engine, stage, os.path.join(config.model_save_path, "final"))
             log.say(f"done: {config.model_save_path}/final")
-    return keeper.code
+    return lifecycle.exit_code
 
 
 def _loop(
-    engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig, log: RunLogger, keeper: Keeper, done: int,
-    best: float | None,
+    engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig, log: RunLogger, lifecycle: RunLifecycle,
+    done: int, best: float | None,
 ) -> None:  # fmt: skip
     """Makes the steps after the first `done`. best: the evaluation of best/, negated if smaller is better."""
     for step in range(done, config.train_steps):
@@ -87,7 +87,7 @@ def _loop(
         try:
             metrics = train_step(engine, stage, items, lr)
         except BadStep as error:
-            keeper.settle()
+            lifecycle.finish_checkpoint()
             raise UserError(f"{error} [{keep_batch(config.model_save_path, step + 1, items)}]") from None
         tokens = sum(map(stage.length, items))
         metrics["tokens_per_second"] = tokens / (time.perf_counter() - started)
@@ -95,7 +95,7 @@ def _loop(
         if done % config.print_interval == 0:
             log.say(f"step {done}/{config.train_steps}: {numbers(metrics)}")
         if valid and (done % config.save_per_step == 0 or done == config.train_steps):
-            keeper.feed("training step")
+            lifecycle.report_progress("training step")
             evaluation = stage.evaluate(engine, valid) if stage.evaluate else evaluate(engine, stage, valid)
             held_out = {f"eval_{name}": value for name, value in evaluation.items()}
             metrics |= held_out
@@ -109,8 +109,8 @@ def _loop(
                 log.say(f"step {done}: best eval_{stage.best_by} so far, saved to {config.model_save_path}/best")
         log.metrics(done, metrics)
         log.advance()
-        keeper.after_step({"step": done, "best": best, "stage": stage.state}, log.say)
-        if keeper.code:
+        lifecycle.after_step({"step": done, "best": best, "stage": stage.state}, log.say)
+        if lifecycle.exit_code:
             break
 
 
@@ -173,8 +173,8 @@ def keep_batch(folder: str, step: int, items: list[Item]) -> str:
     if is_main():
         try:
             write_json(path, [asdict(item) for item in items])
-        except OSError as error:
-            refusal = error.strerror
+        except UserError as error:
+            refusal = error
     barrier()
     return f"step {step}, batch not saved: {refusal}" if refusal else f"step {step}, batch in {path}"
 

@@ -1,4 +1,4 @@
-"""Ends a process that makes no progress, so that a dead or stalled rank does not leave the others waiting for ever."""
+"""Ends a process that makes no progress, so that a dead or stuck rank does not block the others forever."""
 
 import faulthandler
 import os
@@ -10,10 +10,9 @@ HUNG = 124  # exit code, as of timeout(1)
 
 
 class Watchdog:
-    """Inside `with`, the process has to `feed` it every `timeout` seconds (0: it sleeps), or it ends with code 124.
+    """Context in which the process exits with code 124 unless `reset` is called every `timeout` seconds; 0 disables.
 
-    It counts its own ticks rather than the clock, so that a run that was suspended as a whole may go on. A rank that
-    stands still says nothing itself; those that wait for it say where they wait.
+    Counts its own ticks instead of reading a clock, so that a run may be suspended and continued.
     """
 
     def __init__(self, timeout: float, rank: int):
@@ -31,8 +30,8 @@ class Watchdog:
     def __exit__(self, *_) -> None:
         self._done.set()
 
-    def feed(self, phase: str) -> None:
-        """Something got done; `phase` is its name, for the message."""
+    def reset(self, phase: str) -> None:
+        """Restarts the count after progress. phase: what was completed, for the message."""
         self._idle, self._phase = 0.0, phase
 
     def _watch(self) -> None:
@@ -41,8 +40,8 @@ class Watchdog:
             self._idle += tick
             if self._idle > self.timeout:
                 print(
-                    f"error [rank {self._rank}]: nothing got done for {self.timeout:g} s (--hang_timeout) after "
-                    f"{self._phase!r}: another rank has died or stands still, or this one does. Its stacks:",
+                    f"error [rank {self._rank}]: no progress for {self.timeout:g} s (--hang_timeout) after "
+                    f"{self._phase!r}: this rank or another one is dead or stuck. Stacks of this rank:",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
                 faulthandler.dump_traceback(sys.__stderr__, all_threads=True)

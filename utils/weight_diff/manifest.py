@@ -1,14 +1,13 @@
-"""`weight_manifest.json` beside weights: SHA-256 of every tensor, and what all parameters add up to."""
+"""`weight_manifest.json` beside weights: SHA-256 of every tensor, and the sum of all parameters."""
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import read_json, write_json
 from utils.weight_diff.published import DTYPES
 
 FILE = "weight_manifest.json"
@@ -34,34 +33,29 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes `weight_manifest.json`."""
-    content = {key: value for key, value in asdict(manifest).items() if value is not None}
-    (folder / FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_json(str(folder / FILE), {key: value for key, value in asdict(manifest).items() if value is not None})
 
 
 def read_manifest(folder: Path, flag: str) -> Manifest | None:
-    """The folder's manifest, None where it has none. Raises UserError for one that is damaged."""
+    """Returns the folder's manifest, None if it has none. Raises UserError if it is damaged."""
     if not (folder / FILE).is_file():
         return None
     content = read_json(folder / FILE, flag)
     try:
-        if ("raw" in content) != ("diff" in content):
-            raise ValueError("it names only one of raw and diff")
-        parts = {part: _hashes(content[part]) for part in ("raw", "diff", "tuned") if part in content}
+        parts = {part: Hashes(**content[part]) for part in ("raw", "diff", "tuned") if part in content}
+        if ("raw" in parts) != ("diff" in parts):
+            raise ValueError("it has only one of raw and diff")
+        if not all(part.dtype in DTYPES and isinstance(part.sha256, dict) for part in parts.values()):
+            raise ValueError("it has a part without a known dtype and SHA-256")
         return Manifest(float(content["total"]), **parts)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{flag}: {folder / FILE} is damaged ({error}); copy it again") from error
 
 
-def _hashes(content: dict) -> Hashes:
-    if content["dtype"] not in DTYPES:
-        raise ValueError(f"dtype {content['dtype']}")
-    return Hashes(content["dtype"], dict(content["sha256"]))
-
-
 class TensorHasher:
-    """Hashes tensors on the CPU, keeps the hashes in `found`, and compares each with `expected` where that is given.
+    """Collects the hashes of CPU tensors in `found`, and compares them with `expected`, if given.
 
-    mismatch: the message of the UserError when one differs, with {} for its name.
+    mismatch: message of the UserError when a tensor differs; {} is replaced by its name.
     """
 
     def __init__(self, expected: dict[str, str] | None = None, mismatch: str = "{}"):
@@ -70,7 +64,7 @@ class TensorHasher:
         self._mismatch = mismatch
 
     def __call__(self, named: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
-        """Returns what it is given: a tensor with its name."""
+        """Hashes a tensor with its name, and returns both."""
         name, tensor = named
         self.found[name] = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
         if self._expected is not None and self._expected.get(name) != self.found[name]:

@@ -1,34 +1,31 @@
-"""The folders that a weight diff connects: opened without reading weights, compared; and what is beside the weights.
+"""The model folders that a weight diff connects: opening, comparison, and the files beside the weights.
 
 Published folders have empty special tokens in their tokenizer config, and a policy's config has ids of another
-tokenizer. What is written here has the tokenizer's own ids, so that a model stops generating at its end token.
+tokenizer. Recovered folders get the tokenizer's own ids, so that generation stops at the end token.
 """
 
-import json
 import math
 import os
 import shutil
-import zipfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
-from utils import tokenizer as tokenizers
 from utils.errors import UserError
-from utils.files import first_names, read_json
+from utils.files import first_names, read_json, write_json
 from utils.hub import download_model, is_hub_id
 from utils.models.weight_files import open_weights, tensor_files, tensor_of
+from utils.tokenizer import check_vocabulary, load_tokenizer, save_tokenizer
 from utils.weight_diff.manifest import Manifest, TensorHasher, read_manifest
 from utils.weight_diff.published import DTYPES
 
 PATCH_ENDINGS = (".patch_index", ".patch_value")  # of the names of a patch's two tensors (utils/weight_diff/recover.py)
 _REWARD_HEAD, _EMBEDDING, _LM_HEAD = "reward_head.weight", "model.embed_tokens.weight", "lm_head.weight"
-_BUFFER = "rotary_emb.inv_freq"  # models of 2023 saved it; today's compute it
+_BUFFER = "rotary_emb.inv_freq"  # saved by transformers of 2023, computed by later ones
 _LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _TOKENIZER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -36,21 +33,17 @@ _TOKENIZER_FILES = (
 )
 
 
-T, R = TypeVar("T"), TypeVar("R")
-
-
 class Stored(NamedTuple):
-    """A tensor of a file. dtype: torch's name. held: its values, where a file can only be read whole (torch < 1.6)."""
+    """Place, dtype (torch's name) and shape of a tensor in a file."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
-    held: torch.Tensor | None
 
 
 @dataclass(frozen=True)
 class Side:
-    """A folder of weights. tensors: its parameters, all of `dtype`, in the order of the files; patches: apart."""
+    """A folder of weights. tensors: its parameters, all of `dtype`, in the order of the files, without its patches."""
 
     flag: str
     folder: Path
@@ -60,17 +53,15 @@ class Side:
     manifest: Manifest | None
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor or patch, flat. Its pages come into memory when its values are used, and go with it."""
-        stored = self.tensors.get(name) or self.patches[name]
-        if stored.held is not None:
-            return stored.held.reshape(-1)
-        with open_weights(stored.file, self.flag) as tensors:  # anew, so that what was read of it before is unmapped
+        """Returns a tensor or patch, flat and memory-mapped."""
+        file = (self.tensors.get(name) or self.patches[name]).file
+        with open_weights(file, self.flag) as tensors:  # reopened, so that memory of earlier tensors is released
             return tensor_of(tensors, name).reshape(-1)
 
     def stream(
         self, names: list[str], hasher: TensorHasher | None = None, dtype: str | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the named tensors in `dtype` (default: their own), hashed with a hasher; a thread reads the next."""
+        """Yields the named tensors in `dtype` (default: their own), hashed if there is a hasher, read ahead."""
 
         def read(name: str) -> tuple[str, torch.Tensor]:
             tensor = self.read(name).to(getattr(torch, dtype or self.dtype))
@@ -79,73 +70,60 @@ class Side:
         return ahead(read, names)
 
     def nbytes(self, dtype: str) -> int:
-        """Bytes of the parameters in `dtype`."""
+        """Returns the bytes of the parameters in `dtype`."""
         return sum(math.prod(stored.shape) for stored in self.tensors.values()) * getattr(torch, dtype).itemsize
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yields function(item) for every item; a thread works on the next item while the caller uses this result.
-
-    It pays where `function` leaves Python's lock alone, as reading, hashing and torch do.
-    """
-    waiting = deque()
+def ahead(function: Callable, items: Iterable) -> Iterator:
+    """Yields function(item) for every item; a thread computes the next result while the caller uses this one."""
     with ThreadPoolExecutor(1) as pool:
+        pending = None
         for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 1:
-                yield waiting.popleft().result()
-        for last in waiting:
-            yield last.result()
+            result, pending = pending, pool.submit(function, item)
+            if result:
+                yield result.result()
+        if pending:
+            yield pending.result()
 
 
 def is_difference(name: str) -> bool:
-    """Whether a diff holds this tensor as a difference. All others it holds whole."""
+    """Whether a diff holds a tensor as a difference; it holds all others whole."""
     return "layers" in name
 
 
 def open_side(path: str, flag: str) -> Side:
-    """Opens the local folder or hub id `path`. Raises UserError, naming `flag`, when anything is wrong with it."""
+    """Opens the local folder or hub id `path`. Raises UserError, which names `flag`, if anything is wrong with it."""
     folder = download_model(path, flag) if is_hub_id(path) else Path(path)
     if not os.path.isdir(folder):
-        raise UserError(f"{flag}: the folder {path} does not exist; give a model folder, or a hub id (owner/name)")
+        raise UserError(f"{flag}: the folder {path} does not exist; use a model folder, or a hub id (owner/name)")
     stored = _stored(folder, flag)
     patches = {name: place for name, place in stored.items() if name.endswith(PATCH_ENDINGS)}
     tensors = {name: place for name, place in stored.items() if name not in patches and not name.endswith(_BUFFER)}
     if _EMBEDDING not in tensors:
-        raise UserError(f"{flag}: no {_EMBEDDING} in {folder}; give a LLaMA model in Hugging Face layout")
+        raise UserError(f"{flag}: no {_EMBEDDING} in {folder}; use a LLaMA model in Hugging Face layout")
     return Side(flag, folder, tensors, patches, _only_dtype(tensors, flag), read_manifest(folder, flag))
 
 
 def _stored(folder: Path, flag: str) -> dict[str, Stored]:
-    """All tensors of a model folder, file after file."""
-    file_of = tensor_files(folder, flag)
+    """Returns the tensors of a model folder, file by file, in the order of the files."""
+    file_of, found = tensor_files(folder, flag), {}
     files = sorted(set(file_of.values()))
     if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(f"{flag}: {folder} lacks {first_names(missing)}, which its index names; copy the folder again")
-    found = {file: _outline(file, flag) for file in files}
-    for file, tensors in found.items():
-        if absent := [name for name in file_of if file_of[name] == file and name not in tensors]:
+    for file in files:
+        outline: dict[str, Stored] = {}
+        with open_weights(file, flag) as tensors:
+            for name in tensors if isinstance(tensors, dict) else tensors.offset_keys():
+                tensor = tensor_of(tensors, name)
+                if not tensor.is_contiguous():
+                    raise ValueError(f"{name} is not contiguous; save it again as safetensors")
+                outline[name] = Stored(file, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        if absent := [name for name in file_of if file_of[name] == file and name not in outline]:
             raise UserError(
                 f"{flag}: the index names tensors that are not in {file}: {first_names(absent)}; index and shards are "
                 "not of one model, copy the folder again"
             )
-    return {
-        name: place for tensors in found.values() for name, place in tensors.items() if file_of.get(name) == place.file
-    }
-
-
-def _outline(file: Path, flag: str) -> dict[str, Stored]:
-    """What one file holds, in the order of the file."""
-    found = {}
-    mapped = file.suffix == ".safetensors" or zipfile.is_zipfile(file)
-    with open_weights(file, flag) as tensors:
-        for name in tensors if isinstance(tensors, dict) else tensors.offset_keys():
-            tensor = tensor_of(tensors, name)
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name} is not contiguous; save it again as safetensors")
-            found[name] = Stored(
-                file, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), None if mapped else tensor
-            )
+        found |= {name: place for name, place in outline.items() if file_of.get(name) == file}
     return found
 
 
@@ -155,40 +133,39 @@ def _only_dtype(tensors: dict[str, Stored], flag: str) -> str:
         examples.setdefault(place.dtype, name)
     described = ", ".join(f"{dtype} ({name})" for dtype, name in examples.items())
     if len(examples) != 1:
-        raise UserError(f"{flag} mixes dtypes: {described}; give weights that are all of one dtype")
+        raise UserError(f"{flag} mixes dtypes: {described}; use weights that are all of one dtype")
     (dtype,) = examples
     if dtype not in DTYPES:
-        raise UserError(f"{flag} holds {described}: give weights in one of {', '.join(DTYPES)}")
+        raise UserError(f"{flag} holds {described}; use weights in one of {', '.join(DTYPES)}")
     return dtype
 
 
 def check_pair(raw: Side, other: Side, model_type: str) -> None:
-    """Raises UserError unless `other` has all tensors of `raw`, differences in the same shapes, only whole ones more.
+    """Raises UserError unless `other` has all tensors of the base `raw`, and its differences have the same shapes.
 
-    raw: the base. other: a diff against it, or the model that one is to be made of; of model_type `reward` if, and only
-    if, it has a reward head.
+    other: a diff, or a model to make a diff of. It has to have a reward head exactly if model_type is `reward`.
     """
-    _check_names(raw, other, list(raw.tensors))
-    _check_names(other, raw, [name for name in other.tensors if is_difference(name)])
-    for name, place in other.tensors.items():
-        if is_difference(name) and place.shape != raw.tensors[name].shape:
-            shapes = f"{list(raw.tensors[name].shape)} in {raw.flag} and {list(place.shape)} in {other.flag}"
-            raise UserError(f"{name} has shape {shapes}; give folders of models of one size")
+    differences = [name for name in other.tensors if is_difference(name)]
+    for source, side, names in ((raw, other, raw.tensors), (other, raw, differences)):
+        if missing := [name for name in names if name not in side.tensors]:
+            raise UserError(
+                f"{side.flag} lacks {len(missing)} tensors that {source.flag} has: {first_names(missing)}; use folders "
+                "of models of one architecture"
+            )
+    for name in differences:
+        shapes = [list(side.tensors[name].shape) for side in (raw, other)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{name} has shape {shapes[0]} in {raw.flag} and {shapes[1]} in {other.flag}; use folders of models of "
+                "one size"
+            )
     if (_REWARD_HEAD in other.tensors) != (model_type == "reward"):
         wrong = f"{other.flag} {'lacks' if model_type == 'reward' else 'holds'} {_REWARD_HEAD}"
-        raise UserError(f"--model_type {model_type}, but {wrong}: give the model type that it is of")
-
-
-def _check_names(source: Side, other: Side, names: list[str]) -> None:
-    if missing := [name for name in names if name not in other.tensors]:
-        raise UserError(
-            f"{other.flag} lacks {len(missing)} tensors that {source.flag} has: {first_names(missing)}; give folders "
-            "of models of one architecture"
-        )
+        raise UserError(f"--model_type {model_type}, but {wrong}; pass the type of the model")
 
 
 def read_config(sides: list[Side]) -> dict:
-    """The config of the first side that has one. Raises UserError when none has, or when it is not a LLaMA's."""
+    """Returns the config of the first side that has one. Raises UserError if none has one, or it is not a LLaMA's."""
     side = next((side for side in sides if (side.folder / "config.json").is_file()), None)
     if side is None:
         raise UserError(f"no config.json in {' or '.join(side.flag for side in sides)}; copy it there")
@@ -204,7 +181,7 @@ def write_model_files(
 ) -> None:
     """Writes config.json, generation_config.json and the tokenizer's files into `folder`.
 
-    sides: where a tokenizer is looked for, in this order; the recovered model gets the first one's embedding. Raises
+    sides: folders to take a tokenizer from, in this order; the recovered model gets the first one's embedding. Raises
     UserError for a tokenizer that is damaged or larger than the embedding.
     """
     weights, ids = sides[0], dict(_LLAMA_IDS)
@@ -212,29 +189,26 @@ def write_model_files(
     side = next((side for side in sides if any((side.folder / name).is_file() for name in _TOKENIZER_FILES[:2])), None)
     if side is None:
         flags = " or ".join(side.flag for side in sides)
-        say(f"no tokenizer in {flags}: LLaMA's own special ids go into the config; copy its tokenizer.model there")
+        say(f"no tokenizer in {flags}: the config gets LLaMA's own special ids; copy its tokenizer.model there")
     else:
-        try:
-            tokenizer = tokenizers.load_tokenizer(str(side.folder), template)
-        except UserError as error:
-            raise UserError(str(error).replace(tokenizers.FLAG, side.flag)) from error
-        tokenizers.check_vocabulary(tokenizer, rows, f"the model of {weights.flag}")
-        tokenizers.save_tokenizer(tokenizer, folder)
+        tokenizer = load_tokenizer(str(side.folder), template, flag=side.flag)
+        check_vocabulary(tokenizer, rows, f"the model of {weights.flag}", side.flag)
+        save_tokenizer(tokenizer, folder)
         ids = {name: getattr(tokenizer, name) for name in ids}
     kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "auto_map", "dtype")}
     changes = {
-        "architectures": ["LlamaForCausalLM"],  # a reward model too: its head is a tensor more, lm_head is there
+        "architectures": ["LlamaForCausalLM"],  # also of a reward model, which has lm_head and one tensor more
         "vocab_size": rows,
         "tie_word_embeddings": _LM_HEAD not in weights.tensors,
         "torch_dtype": dtype,
         **ids,
     }
-    for name, content in (("config.json", kept | changes), ("generation_config.json", ids)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(str(folder / "config.json"), kept | changes)
+    write_json(str(folder / "generation_config.json"), ids)
 
 
 def copy_model_files(source: Path, folder: Path) -> None:
-    """Copies config and tokenizer files as they are."""
+    """Copies config and tokenizer files unchanged."""
     for name in ("config.json", "generation_config.json", *_TOKENIZER_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

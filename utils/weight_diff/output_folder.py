@@ -1,93 +1,65 @@
-"""The folder that a command writes: it appears whole or not at all. And the safetensors files in it."""
+"""Output folder of a command, complete or absent, and the safetensors files in it."""
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import check_writable, sync
+from utils.files import atomic_folder, check_writable, disk_errors, existing_parent, write_json
 
-_MARK = ".being-written"  # locked while its folder is; what a killed run leaves behind is not
+_MARK = ".being-written"  # in the incomplete folder, locked by the command that writes it
 
 
 def check_new_folder(path: str, flag: str, sources: dict[str, str]) -> None:
-    """Raises UserError when `path` exists, is one of `sources` (flag -> path) or cannot be made. Changes nothing."""
+    """Raises UserError if `path` exists, is one of `sources` (flag -> path) or cannot be created. Writes nothing."""
     for other, source in sources.items():
         if os.path.realpath(source) == os.path.realpath(path):
-            raise UserError(f"{flag} {path} is the folder of {other}: give a new one")
+            raise UserError(f"{flag} {path} is the folder of {other}; use a new one")
     if os.path.lexists(path):
-        raise UserError(f"{flag} {path} exists already: give a new folder, or remove it first")
+        raise UserError(f"{flag} {path} exists already; use a new folder, or remove it first")
     check_writable(path, flag)
 
 
-def check_space(path: str, flag: str, needed: int) -> None:
-    """Raises UserError unless `needed` bytes are free where `path` is to be."""
-    parent = os.path.abspath(path)
-    while not os.path.isdir(parent):
-        parent = os.path.dirname(parent)
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise UserError(
-            f"{flag} {path} needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk: free some, or "
-            "give a folder on another disk"
-        )
-
-
 @contextlib.contextmanager
-def new_folder(path: str, flag: str) -> Iterator[Path]:
-    """Yields a folder beside `path` that becomes it when the block ends well, and goes when it does not.
+def new_folder(path: str, flag: str, size: int = 0) -> Iterator[Path]:
+    """Yields a folder that gets the name `path` if the block succeeds, and is removed if it fails.
 
-    What an earlier, killed run has left is removed first. Raises UserError when the disk fails, or when another run is
-    writing the same folder.
+    Removes what a killed command left. Raises UserError without `size` bytes of room, when the disk fails, or when
+    another command writes the same folder.
     """
+    free = shutil.disk_usage(existing_parent(path)).free
+    if free < size:
+        needed = f"{flag} {path} needs {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk"
+        raise UserError(f"{needed}; free disk space, or use a folder on another disk")
     partial = Path(f"{os.path.abspath(path)}.partial")
-    try:
-        _remove_leftover(partial, flag)
-        os.makedirs(partial)
-        with open(partial / _MARK, "wb") as mark:
-            fcntl.flock(mark, fcntl.LOCK_EX)
+    mark = partial / _MARK
+    if os.path.lexists(partial):
+        if not mark.is_file():
+            raise UserError(f"{flag}: {partial} exists and was not written by this command; move it")
+        with disk_errors(f"{flag} {path}"), open(mark, "rb") as file:
             try:
-                yield partial
-                (partial / _MARK).unlink()
-                for file in [*partial.iterdir(), partial]:
-                    sync(file)
-                if os.path.lexists(path):
-                    raise UserError(f"{flag} {path} has appeared meanwhile: give another folder")
-                os.rename(partial, path)
-                sync(partial.parent)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{flag} {path} cannot be written ({reason}): free the disk, or give another folder") from error
-
-
-def _remove_leftover(partial: Path, flag: str) -> None:
-    if not os.path.lexists(partial):
-        return
-    if not (partial / _MARK).is_file():
-        raise UserError(f"{flag}: {partial} is in the way, and no run of this command has left it: move it")
-    with open(partial / _MARK, "rb") as mark:
-        try:
-            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{flag}: another run is writing {partial}: wait for it, or stop it") from None
-        shutil.rmtree(partial)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{flag}: another run is writing {partial}; wait for it, or stop it") from None
+    with atomic_folder(path, flag), open(mark, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield partial
+        mark.unlink()
+        if os.path.lexists(path):
+            raise UserError(f"{flag} {path} was created by another process meanwhile; use another folder")
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> None:
-    """Writes tensors, in their order, to safetensors files of at most `max_bytes` of data (or of one larger tensor).
+    """Writes tensors, in order, to safetensors files of at most `max_bytes` of data, unless one tensor is larger.
 
-    One alone is `model.safetensors`; several get numbers and an index. One file's tensors are in memory at a time.
+    A single file is `model.safetensors`; several are numbered and have an index. Holds one file's tensors in memory.
     """
     shard: dict[str, torch.Tensor] = {}
     shards: list[dict[str, int]] = []  # name of a tensor -> bytes
@@ -108,6 +80,6 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_
         size = sum(sum(sizes.values()) for sizes in shards)
         files = {tensor: name for sizes, name in zip(shards, names) for tensor in sizes}
         index = {"metadata": {"total_size": size}, "weight_map": files}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        write_json(str(folder / "model.safetensors.index.json"), index)
     for number, name in enumerate(names, start=1):
         os.rename(folder / f"model-{number:05d}.safetensors", folder / name)
