@@ -93,7 +93,7 @@ def safetensors_with(*offsets: list[int]) -> bytes:
     return len(header).to_bytes(8, "little") + header + bytes(max(end for _, end in offsets))
 
 
-INDICES = ("{", "[]", '{"weight_map": 3}', "{}", '{"weight_map": {"x": "../diff/y"}}')
+INDICES = ("{", "[]", "[" * 200_000, '{"weight_map": 3}', "{}", '{"weight_map": {"x": "../diff/y"}}')
 NOT_SAFETENSORS = (b"", b"x" * 100, b"\x10" + bytes(7) + b'{"a": {}}       ')
 NOT_SAFETENSORS += tuple(safetensors_with([0, 64], x) for x in ([32, 96], [0, 64], [-64, 0], [96, 160]))
 HASHES = {"dtype": "float16", "sha256": {}}
