@@ -10,7 +10,7 @@ pip=(python -m pip --disable-pip-version-check)
 "${pip[@]}" download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
   --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --dest "$folder" \
   hjson==3.1.0 pydantic==2.14.4 pydantic_core==2.50.5 annotated-types==0.8.0 typing-inspection==0.4.5 \
-  typing-extensions==4.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 trl==1.12.0
+  typing-extensions==4.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19
 
 # Without operations built ahead this is a wheel for any machine. The one that is used, CPU Adam, is built at first use
 CUDA_VISIBLE_DEVICES='' DS_ACCELERATOR=cpu DS_BUILD_OPS=0 \

@@ -1,22 +1,24 @@
 """What can befall a run: functions that are called in each of its processes with its rank, before it begins."""
 
+import itertools
 import os
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
+import ppo.build
 import ppo.decoding.scheduler
 import ppo.models
 import ppo.rollout
 import ppo.score
 import ppo.update
 import utils.run.checkpoint
-from tests.faults.kill import PHASES, at_call, once_loaded
 from utils.engine.engine import TrainEngine
 from utils.run.checkpoint import CheckpointWriter
 from utils.run.stop_signal import GRACE
@@ -25,24 +27,70 @@ VICTIM = 1  # the rank that faults happen to
 NAN = float("nan")
 Fault = Callable[[int], None]
 
+# Phase -> what to count calls of, and at which of them, at most, a kill comes (within about two steps).
+PHASES = {
+    "rollout": (ppo.decoding.scheduler._Decoder, "look", 30),
+    "scoring": (ppo.score, "_by_batch", 6),
+    "update": (TrainEngine, "step", 6),
+    "saving": (os, "fsync", 8),  # of files by a thread, of the folder that then gets its name by the main thread
+}
 
-def bad_minibatch(function: str, loss: str, objective: Callable[[Callable], Callable]) -> Fault:
-    """In the fourth minibatch (the second of step 2), which `function` works on, one rank's loss is another.
+
+def nothing(*_) -> None:
+    """No fault."""
+
+
+def before_calls(owner, name: str, acts: dict[int, Callable[[], None]]) -> None:
+    """The n-th call of a function begins with acts[n]()."""
+    function, numbers = getattr(owner, name), itertools.count(1)
+
+    def counted(*args, **kwargs):
+        acts.get(next(numbers), nothing)()
+        return function(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def send(number: int) -> None:
+    """A signal to this process."""
+    os.kill(os.getpid(), number)
+
+
+def once_loaded(install: Callable[[], None]) -> None:
+    """Calls `install` when the run has its models: before that the policy is decoded too, to see if it can be."""
+    load = ppo.build.load_models
+
+    def loaded(*args):
+        models = load(*args)
+        install()
+        return models
+
+    ppo.build.load_models = loaded
+
+
+def at_call(victim: int, phase: str, calls: int, number: int = signal.SIGKILL) -> Fault:
+    """On the rank `victim`, that call of this phase begins with this signal to itself."""
+    install = partial(before_calls, *PHASES[phase][:2], {calls: partial(send, number)})
+
+    def begin(rank: int) -> None:
+        if rank == victim:
+            once_loaded(install) if phase == "rollout" else install()
+
+    return begin
+
+
+def bad_minibatch(function: str, loss: str, spoil: Callable[[Callable], Callable]) -> Fault:
+    """In the fourth minibatch (the second of step 2), which `function` works on, the victim's loss is spoilt.
 
     All ranks compare the weights before and after steps that are not made.
     """
-    backward, good, calls = getattr(ppo.update, function), getattr(ppo.update, loss), 0
-
-    def counted(*args):
-        nonlocal calls
-        calls += 1
-        setattr(ppo.update, loss, objective(good) if calls == 4 else good)
-        return backward(*args)
+    good = getattr(ppo.update, loss)
 
     def begin(rank: int) -> None:
         ppo.update.try_steps = compared(ppo.update.try_steps)
         if rank == VICTIM:
-            setattr(ppo.update, function, counted)
+            put = partial(setattr, ppo.update, loss)
+            before_calls(ppo.update, function, {4: partial(put, spoil(good)), 5: partial(put, good)})
 
     return begin
 
@@ -55,8 +103,7 @@ def compared(try_steps: Callable) -> Callable:
         problem = try_steps(learners)
         if problem:
             for old, (engine, *_) in zip(before, learners, strict=True):
-                for name, tensor in engine.full_state_dict().items():
-                    assert torch.equal(tensor, old[name]), name
+                assert all(torch.equal(tensor, old[name]) for name, tensor in engine.full_state_dict().items())
             print("weights compared: the same", flush=True)
         return problem
 
@@ -73,35 +120,26 @@ def nan_loss(good: Callable) -> Callable:
     return objective
 
 
-def nan_gradient(good: Callable) -> Callable:
-    """The loss is as it should be, and NaN flows back from it."""
+def nan_gradient(place: int) -> Callable[[Callable], Callable]:
+    """The loss is as it should be, and NaN flows back from it into its argument at `place`."""
 
-    def objective(part, logprobs, *args):
-        logprobs.register_hook(lambda gradient: gradient * NAN)
-        return good(part, logprobs, *args)
+    def spoil(good: Callable) -> Callable:
+        def objective(*args):
+            args[place].register_hook(lambda gradient: gradient * NAN)
+            return good(*args)
 
-    return objective
+        return objective
 
-
-def nan_value_gradient(good: Callable) -> Callable:
-    """The value loss is as it should be, and NaN flows back from it."""
-
-    def loss(values, *args):
-        values.register_hook(lambda gradient: gradient * NAN)
-        return good(values, *args)
-
-    return loss
+    return spoil
 
 
 def nan_score(rank: int) -> None:
     """In the second step one score of the victim's is NaN."""
-    score, calls = ppo.score.score, 0
+    score, numbers = ppo.score.score, itertools.count(1)
 
     def broken(*args):
-        nonlocal calls
-        calls += 1
         scores = score(*args)
-        if calls == 2:
+        if next(numbers) == 2:
             scores.scores[1] = NAN
         return scores
 
@@ -113,11 +151,8 @@ def empty_responses(rank: int) -> None:
     """All responses of the victim have no token, not even EOS."""
     decode, sample = ppo.rollout.decode_all, ppo.decoding.scheduler.sample
 
-    def empty(*args):
-        return [row[:0] for row in decode(*args)]
-
     def install() -> None:
-        ppo.rollout.decode_all = empty
+        ppo.rollout.decode_all = lambda *args: [row[:0] for row in decode(*args)]
         ppo.decoding.scheduler.sample = lambda logits, *args: torch.full_like(sample(logits, *args), 2)  # EOS at once
 
     if rank == VICTIM:
@@ -167,45 +202,29 @@ def disk_is_full(rank: int) -> None:
 
 def two_signals(rank: int) -> None:
     """SIGTERM in step 3, and again."""
-    step, calls = TrainEngine.step, 0
-
-    def signalled(*args):
-        nonlocal calls
-        calls += 1
-        if calls in (9, 10):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args)
-
-    TrainEngine.step = signalled
+    before_calls(TrainEngine, "step", dict.fromkeys((9, 10), partial(send, signal.SIGTERM)))
 
 
 def insistent_launcher(rank: int) -> None:
     """In step 3 the victim gets SIGTERM, once more at once, as when two launchers pass it on, and again much later."""
-    step, calls = TrainEngine.step, 0
 
-    def signalled(*args):
-        nonlocal calls
-        calls += 1
-        if calls == 9:
-            for pause in (0.0, 0.0, GRACE + 0.5):
-                time.sleep(pause)
-                print("SIGTERM", flush=True)
-                os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args)
+    def insist() -> None:
+        for pause in (0.0, 0.0, GRACE + 0.5):
+            time.sleep(pause)
+            print("SIGTERM", flush=True)
+            send(signal.SIGTERM)
 
     if rank == VICTIM:
-        TrainEngine.step = signalled
+        before_calls(TrainEngine, "step", {9: insist})
 
 
-def slow_disk(rank: int, begin: Callable[[], None] = lambda: None) -> None:
+def slow_disk(rank: int, begin: Callable[[], None] = nothing) -> None:
     """The thread that writes a rank's files takes longer than a step; in the first checkpoint it calls `begin`."""
-    sync, calls = os.fsync, 0
+    sync, numbers = os.fsync, itertools.count(1)
 
     def slowly(handle: int) -> None:
-        nonlocal calls
         if threading.current_thread() is not threading.main_thread():
-            calls += 1
-            if calls == 1:
+            if next(numbers) == 1:
                 begin()
             time.sleep(0.7)
         sync(handle)
@@ -215,7 +234,7 @@ def slow_disk(rank: int, begin: Callable[[], None] = lambda: None) -> None:
 
 def signal_while_writing(rank: int) -> None:
     """SIGTERM to the victim while the first checkpoint is being written."""
-    slow_disk(rank, lambda: os.kill(os.getpid(), signal.SIGTERM) if rank == VICTIM else None)
+    slow_disk(rank, partial(send, signal.SIGTERM) if rank == VICTIM else nothing)
 
 
 def small_chunks(rank: int) -> None:
@@ -235,15 +254,16 @@ FAULTS = {
 }
 FAULTS |= {
     "NaN loss": bad_minibatch("policy_backward", "policy_objective", nan_loss),
-    "NaN gradient": bad_minibatch("policy_backward", "policy_objective", nan_gradient),
-    "NaN critic gradient": bad_minibatch("critic_backward", "value_loss", nan_value_gradient),
+    "NaN gradient": bad_minibatch("policy_backward", "policy_objective", nan_gradient(1)),
+    "NaN critic gradient": bad_minibatch("critic_backward", "value_loss", nan_gradient(0)),
     "NaN score": nan_score,
-}
-FAULTS |= {
     "empty responses": empty_responses,
     "small chunks": small_chunks,
     "no room": no_room,
     "disk fills in a save": disk_fills_in_a_save,
+    "disk is full": disk_is_full,
+    "two signals": two_signals,
+    "insistent launcher": insistent_launcher,
+    "slow disk": slow_disk,
+    "signal while writing": signal_while_writing,
 }
-FAULTS |= {"disk is full": disk_is_full, "two signals": two_signals, "insistent launcher": insistent_launcher}
-FAULTS |= {"slow disk": slow_disk, "signal while writing": signal_while_writing}

@@ -11,17 +11,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from tests.helpers.tiny_run import REPOSITORY, build_inputs, clean_environment, run_flags
 
-if __name__ == "__main__":
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 MEMORY_GROWTH = 0.01  # of the median, from the first samples after the warm-up to the last
-BOARD_GROWTH = 0.02  # of the bytes a step
+BOARD_GROWTH = 0.02  # of the bytes per step
 FLAGS = {
     "num_rollouts": 4, "batch_size": 4, "rollout_batch_size": 4, "maxlen_prompt": 48, "maxlen_res": 8, "num_samples": 1,
     "lr": 1e-6, "critic_lr": 1e-5, "warmup_steps": 10, "save_per_step": 100, "checkpoint_per_step": 100,
@@ -29,8 +27,7 @@ FLAGS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """What a process holds after a step. memory, board: bytes."""
 
     step: int
@@ -40,35 +37,26 @@ class Sample:
     board: int
 
 
-def sample(process: int, step: int, board: Path) -> Sample:
-    """Reads /proc. Raises OSError when the process has ended."""
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
-    descriptors = len(os.listdir(f"/proc/{process}/fd"))
-    size = sum(file.stat().st_size for file in board.glob("*"))
-    return Sample(step, 1024 * int(status["VmRSS"].split()[0]), descriptors, int(status["Threads"]), size)
-
-
 def watch(argv: list[str], out: Path, log: Path, every: int) -> list[Sample]:
     """Runs train_ppo.py; a sample about every so many steps. AssertionError when it does not end well."""
-    samples, next_step = [], every
+    samples, environment = [], clean_environment() | {"DS_ACCELERATOR": "cpu"}
     with log.open("w") as output:
-        run = subprocess.Popen(
-            [sys.executable, "train_ppo.py", *argv], cwd=REPOSITORY, env=clean_environment(), stdout=output,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    lines, step = None, 0
+        command = [sys.executable, "train_ppo.py", *argv]
+        run = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    metrics, process = out / "metrics.jsonl", Path(f"/proc/{run.pid}")
     while run.poll() is None:
         time.sleep(0.05)
-        if lines is None and (out / "metrics.jsonl").exists():
-            lines = (out / "metrics.jsonl").open("rb")
-        step += lines.read().count(b"\n") if lines else 0
-        if step >= next_step:
-            try:
-                samples.append(sample(run.pid, step, out / "tensorboard"))
-            except (OSError, KeyError):  # it has just ended
-                break
-            next_step = step - step % every + every
-    assert run.wait() == 0, f"exit code {run.returncode}: see {log}\n{log.read_text()[-3000:]}"
+        step = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        if step < every or (samples and step < samples[-1].step + every):
+            continue
+        try:
+            status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+            board = sum(file.stat().st_size for file in (out / "tensorboard").glob("*"))
+            numbers = 1024 * int(status["VmRSS"].split()[0]), len(os.listdir(process / "fd")), int(status["Threads"])
+            samples.append(Sample(step, *numbers, board))
+        except (OSError, KeyError):  # it has just ended
+            break
+    assert run.wait() == 0, f"exit code {run.returncode}: {log.read_text()[-3000:]}"
     return samples
 
 
@@ -76,49 +64,28 @@ def problems(samples: list[Sample], steps: int) -> list[str]:
     """What has grown between the first sixth of the run and its end."""
     settled = [s for s in samples if s.step >= steps / 6]
     share = max(1, len(settled) // 10)
-    first, last = settled[:share], settled[-share:]
-    growth = median(s.memory for s in last) / median(s.memory for s in first) - 1
-    found = [f"resident memory grew by {growth:.2%}"] if growth >= MEMORY_GROWTH else []
+    first, last = (Sample(*map(median, zip(*part, strict=True))) for part in (settled[:share], settled[-share:]))
+    found = [f"resident memory grew by {x:.2%}"] if (x := last.memory / first.memory - 1) >= MEMORY_GROWTH else []
     for name in ("descriptors", "threads"):
-        before, after = (int(median(getattr(s, name) for s in part)) for part in (first, last))
+        before, after = int(getattr(first, name)), int(getattr(last, name))
         found += [f"{name} grew from {before} to {after}"] if after > before else []
-    middle = settled[len(settled) // 2]
-    early, late = board_rate(settled[0], middle), board_rate(middle, settled[-1])
-    found += [f"TensorBoard: {early:.0f} bytes a step, then {late:.0f}"] if late > early * (1 + BOARD_GROWTH) else []
-    print(f"resident memory over the last {settled[-1].step - settled[0].step} steps: {growth:+.2%}; "
-          f"TensorBoard: {early:.0f} bytes a step, then {late:.0f}")  # fmt: skip
+    ends = settled[0], settled[len(settled) // 2], settled[-1]
+    early, late = ((b.board - a.board) / (b.step - a.step) for a, b in pairwise(ends))
+    found += [f"TensorBoard: {early:.0f} bytes per step, then {late:.0f}"] if late > early * (1 + BOARD_GROWTH) else []
     return found
 
 
-def board_rate(start: Sample, end: Sample) -> float:
-    """Bytes a step that went to TensorBoard between two samples."""
-    return (end.board - start.board) / (end.step - start.step)
-
-
-def table(samples: list[Sample], rows: int = 13) -> str:
-    """Some of the samples, evenly spread, the last one among them."""
-    chosen = {round(i * (len(samples) - 1) / (rows - 1)) for i in range(rows)}
-    lines = ["| step | resident memory, MB | descriptors | threads | TensorBoard, MB |", "|---|---|---|---|---|"]
-    for s in (samples[i] for i in sorted(chosen)):
-        lines.append(f"| {s.step} | {s.memory / 1e6:.2f} | {s.descriptors} | {s.threads} | {s.board / 1e6:.2f} |")
-    return "\n".join(lines)
-
-
 def main() -> int:
-    """Prints a table; exit code 1 when something grows."""
+    """Prints the last sample and what has grown; exit code 1 when something has."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=3000)
-    options = parser.parse_args()
+    steps = parser.parse_args().steps
     with tempfile.TemporaryDirectory() as folder:
         inputs, out = build_inputs(Path(folder)), Path(folder) / "run"
-        started = time.perf_counter()
-        argv = run_flags(inputs, out, **FLAGS | {"train_steps": options.steps})
-        samples = watch(argv, out, Path(folder) / "log", max(1, options.steps // 300))
-    print(table(samples))
-    print(f"{options.steps} steps in {time.perf_counter() - started:.0f} s")
-    found = problems(samples, options.steps)
-    for problem in found:
-        print(f"error: {problem}", file=sys.stderr)
+        argv = run_flags(inputs, out, **FLAGS | {"train_steps": steps})
+        samples = watch(argv, out, Path(folder) / "log", max(1, steps // 300))
+    found = problems(samples, steps)
+    print(samples[len(samples) // 6], samples[-1], *found, sep="\n")
     return 1 if found else 0
 
 

@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
-from tests.faults.kill import check_equal
-from tests.faults.scenarios import run_cases
+from tests.faults.scenarios import finished, run_cases
+from tests.helpers.tiny_run import assert_same_run
 
 STEPS = {"train_steps": 5, "ranks": 1, "zero_stage": 0}
 
@@ -21,29 +21,20 @@ def disk(tmp_path_factory):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(inputs, tmp_path_factory):
-    return run_cases(tmp_path_factory.mktemp("whole"), inputs, {"undisturbed": STEPS})["undisturbed"].out
-
-
-def test_a_disk_that_fills_in_a_save_costs_that_checkpoint_alone(inputs, disk, undisturbed, tmp_path):
-    fault = "disk fills in a save"
-    result = run_cases(tmp_path, inputs, {fault: STEPS | {"fault": fault}}, disk)[fault]
-    assert result.codes == [0], result.log[-3000:]
-    assert re.search("the checkpoint of step 2 was not saved: .*No space left.*older ones are as they were", result.log)
-    assert re.search("the checkpoint of step 3 was not saved: it takes .* MB left: make room", result.log)
+def test_a_disk_that_runs_full(inputs, disk, tmp_path):
+    in_save, full = "disk fills in a save", "disk is full"
+    undisturbed = finished(run_cases(tmp_path, inputs, {"undisturbed": STEPS}))["undisturbed"]
+    result = run_cases(tmp_path, inputs, {in_save: STEPS | {"fault": in_save}}, disk)[in_save]
+    finished({in_save: result})
+    assert re.search("checkpoint of step 2 was not saved: .*No space left.*older ones are as they were", result.log)
+    assert re.search("checkpoint of step 3 was not saved: it takes .* MB left", result.log)
     assert sorted(path.name for path in (result.out / "checkpoints").iterdir()) == ["step_1", "step_4", "step_5"]
-    check_equal(result.out, undisturbed)
+    assert_same_run(result.out, undisturbed)
 
-
-def test_a_run_without_any_room_ends_and_goes_on_when_there_is_some(inputs, disk, undisturbed, tmp_path):
-    fault = "disk is full"
-    result = run_cases(tmp_path, inputs, {fault: STEPS | {"fault": fault}}, disk)[fault]
-    assert result.codes == [2], result.log[-3000:]
-    assert "Traceback" not in result.log, result.log[-3000:]
-    assert re.search("error: .* cannot be written: No space left on device; make room and give the same", result.log)
+    result = run_cases(tmp_path, inputs, {full: STEPS | {"fault": full}}, disk)[full]
+    assert result.codes == [2] and "Traceback" not in result.log, result.log[-3000:]
+    assert re.search("error: .* cannot be written: No space left on device", result.log)
     (disk / "filler").unlink()
-    after = run_cases(tmp_path, inputs, {"after": STEPS | {"out": fault}}, disk)["after"]
-    assert after.codes == [0], after.log[-3000:]
-    assert "going on from" in after.log
-    check_equal(result.out, undisturbed)
+    after = run_cases(tmp_path, inputs, {"after": STEPS | {"out": full}}, disk)
+    assert "going on from" in after["after"].log
+    assert_same_run(finished(after)["after"], undisturbed)

@@ -1,17 +1,10 @@
-"""The short form of tests/faults/kill.py: a few kills of one process, and of two ranks."""
+"""The short form of tests/faults/kill.py."""
 
-import subprocess
-import sys
+import pytest
 
-from tests.helpers.tiny_run import REPOSITORY, clean_environment
+from tests.faults.kill import KINDS, kill_and_compare
 
 
-def test_runs_that_are_killed_end_as_if_they_had_not_been():
-    """In a process of its own, which forks before it has any thread."""
-    environment = clean_environment() | {"DS_ACCELERATOR": "cpu"}
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.faults.kill", "--kills", "8"],
-        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert result.stdout.count(" | 1 | 1 | 1 | 1 | equal bit for bit | ") == 2
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs_that_are_killed_end_as_if_they_had_not_been(inputs, tmp_path, kind):
+    kill_and_compare(inputs, tmp_path, kind, kills=4, seed=1)

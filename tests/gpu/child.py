@@ -1,12 +1,11 @@
 """One check in a process of its own:   python -m tests.gpu.child NAME FIGURES [--toy]
 
-Imports what the check needs, then waits for a line on stdin, {"seconds", "out", "demo"}, before it touches the device.
+Imports what the check needs, then waits for a line on stdin, the seconds that it has, before it touches the device.
 Figures go to the file FIGURES as lines of JSON, an error as the key "error" of its last line.
 """
 
 import faulthandler
 import importlib
-import json
 import signal
 import sys
 import traceback
@@ -18,25 +17,23 @@ from tests.gpu.report import Failed, Report
 def main(name: str, file: str, toy: bool) -> None:
     """Exit code 0 where the check has passed."""
     faulthandler.register(signal.SIGUSR1)  # the runner asks for the stacks before it kills
-    error = None
     try:
         module = importlib.import_module(f"tests.gpu.{name}")
         line = sys.stdin.readline()
         if not line:  # the runner has ended
             return
-        report = Report(Path(file), **json.loads(line))
+        report = Report(Path(file), float(line))
         module.check(toy, report)
         report.end()
+        return
     except Failed as failure:
         error = str(failure)
     except (Exception, SystemExit) as failure:  # noqa: BLE001  whatever a check may do wrong is its result
         traceback.print_exc()
         frame = traceback.extract_tb(failure.__traceback__)[-1]
         error = f"{type(failure).__name__}: {failure} ({frame.filename}:{frame.lineno})"
-    if error:
-        with open(file, "a", encoding="utf-8") as out:
-            out.write(json.dumps({"error": error}) + "\n")
-        sys.exit(1)
+    Report(Path(file), 0.0)(error=error)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

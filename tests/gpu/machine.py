@@ -19,10 +19,19 @@ STATE = "name,memory.total,driver_version,pstate,clocks.sm,clocks.mem,power.draw
 def check(toy: bool, report: Report) -> None:
     """Figures: TFLOP/s, TB/s read and written, GB/s of copies, microseconds of the host per kernel that it launches."""
     place = device()
-    report(**software(), cores=os.cpu_count(), host_memory_gib=round(psutil.virtual_memory().total / GIB))
+    compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True) if shutil.which("g++") else None
+    nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else ()
+    report(
+        kernel=platform.release(), cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(),
+        nccl=".".join(map(str, nccl)), nvcc=shutil.which("nvcc"), cores=os.cpu_count(),
+        compiler=compiler and compiler.stdout.splitlines()[0],
+        host_memory_gib=round(psutil.virtual_memory().total / GIB),
+    )  # fmt: skip
     tflops = matrix_rate(place, torch.bfloat16, 256 if toy else None) / 1e12
     report(bf16_tflops=tflops, fp32_tflops=matrix_rate(place, torch.float32, 256 if toy else None) / 1e12)
-    report(nvidia_smi_after_product=nvidia_smi())
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", f"--query-gpu={STATE}", "--format=csv,noheader"]
+        report(nvidia_smi_after_product=subprocess.run(command, capture_output=True, text=True).stdout.strip())
     report(device_copy_tb_per_second=copy_rate(place, TOY_SIZE if toy else None) / 1e12)
     small = torch.zeros(16, device=place)
     report(host_microseconds_per_launch=1e6 * measure(lambda: launches(small), repeats=5).host / 1000)
@@ -43,21 +52,3 @@ def launches(x: torch.Tensor, count: int = 1000) -> None:
     """As many kernels of almost no work."""
     for _ in range(count):
         x.add_(1)
-
-
-def software() -> dict:
-    """Versions beyond those in the first line of gpu.jsonl."""
-    compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True) if shutil.which("g++") else None
-    return {
-        "kernel": platform.release(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None,
-        "nvcc": shutil.which("nvcc"), "g++": compiler.stdout.splitlines()[0] if compiler else None,
-    }  # fmt: skip
-
-
-def nvidia_smi() -> str | None:
-    """nvidia-smi's line about the first GPU: memory, driver, clocks, power."""
-    if not shutil.which("nvidia-smi"):
-        return None
-    command = ["nvidia-smi", f"--query-gpu={STATE}", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()

@@ -1,9 +1,8 @@
-"""An optimizer step of 842M elements, DeepSpeed's own and ours in chunks, and a checkpoint of its 10 GB of state.
+"""An optimizer step of 842M elements, in chunks, and a checkpoint of its 10 GB of state.
 
 842M are an eighth of 7B: what each of eight ranks holds.
 """
 
-import gc
 import json
 import statistics
 import tempfile
@@ -19,7 +18,6 @@ from utils.flags.engine import EngineConfig
 from utils.run.checkpoint import MANIFEST, CheckpointWriter, sha256
 
 STEPS, LR = 4, 1e-3
-TOLERANCE = 1e-2  # of LR: what the weights of both may differ by, as only the gradient's norm is rounded otherwise
 
 
 class Weights(nn.Module):
@@ -37,26 +35,21 @@ class Weights(nn.Module):
 
 
 def check(toy: bool, report) -> None:
-    """Figures: seconds and peak memory of a step of each kind; seconds that a checkpoint takes, that the run waits."""
+    """Figures: seconds and peak memory of a step; seconds that a checkpoint takes, and that the run waits for it."""
     init_distributed()
     rows, columns = ([16, 3], 64) if toy else ([4096] * 50 + [840], 4096)
-    master = {}
-    for kind in ("plain", "chunked"):
-        gc.collect()  # an engine and its optimizer refer to each other
-        before = allocated_gib()
-        engine = TrainEngine(Weights(rows, columns), EngineConfig(), "model")
-        if kind == "plain":  # what utils/engine/chunked_adamw.py puts in the place of DeepSpeed's methods
-            vars(engine.engine.optimizer).pop("step")
-            vars(engine.engine.optimizer).pop("get_grad_norm_direct")
-        steps = [step(engine) for _ in range(STEPS)][1:]  # the first one makes the moments
-        seconds = statistics.median(seconds for seconds, _ in steps)
-        report(**{f"{kind}_s": seconds, f"{kind}_peak_gib": steps[-1][1] - before})
-        master[kind] = engine.engine.optimizer.single_partition_of_fp32_groups[0].detach().cpu()
-        engine = engine if kind == "chunked" else None
-    apart = float((master["plain"] - master["chunked"]).abs().max()) / LR
-    report(elements=len(master["plain"]), largest_difference_in_lr=apart)
-    report.expect(apart <= TOLERANCE, f"weights after {STEPS} steps are {apart:.2g} lr apart, expected {TOLERANCE}")
-    master.clear()
+    before = torch.cuda.memory_allocated() / GIB if torch.cuda.is_initialized() else 0.0
+    engine = TrainEngine(Weights(rows, columns), EngineConfig(), "model")
+    start = engine.engine.optimizer.single_partition_of_fp32_groups[0].detach().cpu().clone()
+    steps = [step(engine) for _ in range(STEPS)][1:]  # the first one makes the moments
+    report(
+        elements=len(start), chunked_s=statistics.median(s for s, _ in steps), chunked_peak_gib=steps[-1][1] - before
+    )
+    moved = (engine.engine.optimizer.single_partition_of_fp32_groups[0].detach().cpu() - start).abs() / LR
+    report(moved_in_lr=float(moved.mean()))  # AdamW with gradients that keep their sign moves each weight by about lr
+    report.expect(
+        0.7 < moved.mean() / STEPS < 1.1, f"weights moved by {moved.mean() / STEPS:.3g} lr per step, expected 1"
+    )
     with tempfile.TemporaryDirectory() as folder:
         writer = CheckpointWriter(folder, {"model": engine}, keep=1)
         # The first one makes the copies in page-locked memory that the second one finds there.
@@ -65,11 +58,6 @@ def check(toy: bool, report) -> None:
                 write(writer, Path(folder) / f"step_{i}", way, report)
         verify(Path(folder), report)
     shutdown_distributed()
-
-
-def allocated_gib() -> float:
-    """On the GPU in use; 0 on a CPU."""
-    return torch.cuda.memory_allocated() / GIB if torch.cuda.is_initialized() else 0.0
 
 
 def step(engine: TrainEngine) -> tuple[float, float]:

@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.gpu.report import Failed, Report
 from tests.gpu.tiny_runs import flags_of, run, start
-from tests.helpers.tiny_run import Inputs, build_inputs, read_metrics
+from tests.helpers.tiny_run import Inputs, build_inputs, final_weights, read_metrics
 from utils.engine.engine import device
 
 # One optimizer step per buffer: all of its ratios are those before the first step.
@@ -80,7 +79,7 @@ def differing(out: Path, expected: Path) -> list[str]:
         for key in row.keys() | other.keys():
             if row.get(key) != other.get(key):
                 found.setdefault(key, f"{key} from step {row['step']}")
-    weights, others = (load_file(run / "final" / "model.safetensors") for run in (out, expected))
+    weights, others = final_weights(out), final_weights(expected)
     return sorted(found.values()) + [name for name in weights if not torch.equal(weights[name], others[name])]
 
 

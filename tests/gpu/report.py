@@ -10,14 +10,10 @@ class Failed(Exception):
 
 
 class Report:
-    """Call it with figures: `report(seconds=1.5)`. They are on the disk at once and survive a time limit.
+    """Call it with figures: `report(seconds=1.5)`. They are on the disk at once and survive a time limit."""
 
-    out: folder for files that are kept. demo: folder of the demo's model, or None.
-    """
-
-    def __init__(self, file: Path, seconds: float, out: str, demo: str | None):
+    def __init__(self, file: Path, seconds: float):
         """file: JSON lines that the runner reads. seconds: until the runner ends the check."""
-        self.out, self.demo = Path(out), Path(demo) if demo else None
         self._file, self._end = file, time.monotonic() + seconds
         self._failures: list[str] = []
 

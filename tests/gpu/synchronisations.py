@@ -10,15 +10,11 @@ from pathlib import Path
 
 import torch
 
-from ppo.build import build
-from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from ppo.decoding.scheduler import _Decoder
 from tests.gpu.report import Report
-from tests.gpu.tiny_runs import flags_of
+from tests.gpu.tiny_runs import flags_of, train
 from tests.helpers.tiny_run import REPOSITORY, build_inputs
-from train_ppo import loop
 from utils.engine.engine import device, shutdown_distributed
-from utils.flags.parser import parse_args
 
 WARNING = "called a synchronizing CUDA operation"  # of torch.cuda.set_sync_debug_mode
 # Of decoding: a forward over prompts, one over new tokens, a look at what has ended. Where a forward is captured as a
@@ -114,23 +110,25 @@ def check(toy: bool, report: Report) -> None:
         expected = 2 if device().type == "cuda" else 1
         report.expect(found == expected, f"the harness has found {found} waits in a trial, expected {expected}")
 
-        flags = flags_of(build_inputs(Path(name)), Path(name) / "run", dtype="bf16", critic_pretrain_steps=0)
-        run = build(parse_args(PPOConfig, flags, PRESETS, AMOUNTS))
-        begin = run.next_prompts
+        def watch_second_step(run) -> None:
+            begin = run.next_prompts
 
-        def next_prompts():
-            waits.counting = run.state.step == 1  # the second step: nothing is set up for the first time
-            return begin()
+            def next_prompts():
+                waits.counting = run.state.step == 1  # the second step: nothing is set up for the first time
+                return begin()
 
-        run.next_prompts = next_prompts
-        with contextlib.closing(run.logger), run.keeper:
-            loop(run)
+            run.next_prompts = next_prompts
+
+        inputs = build_inputs(Path(name))
+        train(flags_of(inputs, Path(name) / "run", dtype="bf16", critic_pretrain_steps=0), watch_second_step)
         shutdown_distributed()
     totals = {phase: counter.total() for phase, counter in waits.lines.items()}
-    report(waits=sum(totals.values()), waits_per_phase=totals, decoding_calls=dict(waits.calls))
-    report(waits_per_line={phase: dict(counter.most_common()) for phase, counter in waits.lines.items()})
     per_call = {part: waits.parts[part] / max(1, waits.calls[part]) for part in PARTS}
-    report(waits_while_capturing=waits.parts["_capture"], other_warnings=dict(waits.others))
-    report(waits_per_token=per_call["_advance"], waits_per_look=per_call["look"], waits_per_fill=per_call["_fill"])
+    report(
+        waits=sum(totals.values()), waits_per_phase=totals, decoding_calls=dict(waits.calls),
+        waits_per_line={phase: dict(counter.most_common()) for phase, counter in waits.lines.items()},
+        waits_while_capturing=waits.parts["_capture"], other_warnings=dict(waits.others),
+        waits_per_token=per_call["_advance"], waits_per_look=per_call["look"], waits_per_fill=per_call["_fill"],
+    )  # fmt: skip
     report.expect(waits.calls["_advance"] > 0, "no token was decoded in the step that was watched")
     report.expect(waits.parts["_advance"] == 0, f"{per_call['_advance']:.2f} waits per forward of new tokens, aim 0")

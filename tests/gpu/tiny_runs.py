@@ -1,11 +1,15 @@
 """Tiny runs of train_ppo.py, in this process or as commands, and how far their metrics are apart."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
 
+from ppo.build import build
+from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from tests.helpers.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flags
-from train_ppo import main
+from train_ppo import loop, main
+from utils.flags.parser import parse_args
 
 # All losses; the critic alone in the first of three steps.
 FLAGS = {
@@ -28,6 +32,14 @@ def run(flags: list[str]) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     return 0
+
+
+def train(flags: list[str], prepare=lambda run: None) -> None:
+    """Runs train_ppo.py's loop in the process group that this process has joined. prepare: is called with the run."""
+    run = build(parse_args(PPOConfig, flags, PRESETS, AMOUNTS))
+    prepare(run)
+    with contextlib.closing(run.logger), run.keeper:
+        loop(run)
 
 
 def start(flags: list[str], log: Path, on_cpu: bool = False) -> subprocess.Popen:

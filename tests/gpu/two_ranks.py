@@ -1,6 +1,5 @@
 """Two ranks on one device over gloo: the metrics are those of one rank, under ZeRO-2 and 3."""
 
-import contextlib
 import datetime
 import json
 import os
@@ -11,14 +10,10 @@ from pathlib import Path
 
 import torch
 
-from ppo.build import build
-from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from tests.gpu.report import Report
-from tests.gpu.tiny_runs import distance, flags_of, start, wait_for
+from tests.gpu.tiny_runs import distance, flags_of, start, train, wait_for
 from tests.helpers.tiny_run import build_inputs, clean_environment
-from train_ppo import loop
 from utils.engine.engine import deepspeed, device, init_distributed, shutdown_distributed
-from utils.flags.parser import parse_args
 from utils.launcher import free_port
 
 TOLERANCE = 1e-4
@@ -49,9 +44,7 @@ def runs(rank: int, port: str, *flags: list[str]) -> None:
     """The work of each rank: tiny runs, one after the other in the same group."""
     join(rank, port)
     for each in flags:
-        run = build(parse_args(PPOConfig, each, PRESETS, AMOUNTS))
-        with contextlib.closing(run.logger), run.keeper:
-            loop(run)
+        train(each)
     shutdown_distributed()
 
 
