@@ -1,6 +1,5 @@
 """Experiments from settings to verdicts, in a tiny world: run, kept, stopped, gone on with, reported."""
 
-import json
 import shutil
 import threading
 import time
@@ -42,75 +41,55 @@ def world(inputs, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def small(tmp_path, monkeypatch):
+@pytest.fixture
+def jobs(tmp_path, monkeypatch):
     """Two settings of 20 steps, one figure, and results of their own."""
-    for name, text in {
-        "base": BASE,
-        "plain": 'preset = "vanilla"\n',
-        "calm": 'based_on = "plain"\nlr = 1e-5\n',
-    }.items():
-        (tmp_path / f"{name}.toml").write_text(text)
-    claim = Claim("KL stays small", [Criterion("KL", of("plain", end("kl_ref")), below=5.0)])
-    figures = {"1": Figure("A figure", {"plain": 2, "calm": 1}, [claim]), "2": Figure("Another", {"missing": 1}, [])}
-    monkeypatch.setattr(settings, "FOLDER", tmp_path)
+    (tmp_path / "base.toml").write_text(BASE)
+    (tmp_path / "plain.toml").write_text('preset = "vanilla"\n')
+    (tmp_path / "calm.toml").write_text('based_on = "plain"\nlr = 1e-5\n')
     (tmp_path / "introduction.md").write_text("Words, `code`.")
-    for module, name, value in (
-        (curves, "RESULTS", tmp_path / "results"), (report, "RESULTS", tmp_path / "results"),
-        (report, "FOLDER", tmp_path), (run, "FIGURES", figures), (report, "FIGURES", figures),
-        (run, "SHOW_EVERY", 0.2),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, name, value)
+    claim = Claim("KL stays small", [Criterion("KL", of("plain", end("kl_ref")), below=5.0)])
+    figures = {"1": Figure("A figure", {"plain": 1, "calm": 1}, [claim]), "2": Figure("Another", {"missing": 1}, [])}
+    for module in (curves, report):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    for module in (run, report):
+        monkeypatch.setattr(module, "FIGURES", figures)
+    for module in (settings, report):
+        monkeypatch.setattr(module, "FOLDER", tmp_path)
+    monkeypatch.setattr(run, "SHOW_EVERY", 0.2)
+    return run.jobs_of(["1"], tmp_path)
 
 
-def test_from_settings_to_verdicts(world, tmp_path, capsys):
-    jobs = run.jobs_of(["1"], tmp_path)
-    assert [(job.setting, job.seed, job.total_steps) for job in jobs] == [
-        ("plain", 1, 21),
-        ("plain", 2, 21),
-        ("calm", 1, 21),
-    ]
-    run.run_all(jobs, world, workers=2)
-    shown = capsys.readouterr().out
-    assert shown.count(": new") == 3 and "3/3 runs, 63/63 steps" in shown
-    plain, calm = curves.load_runs("plain"), curves.load_runs("calm")
-    assert [kept.seed for kept in plain] == [1, 2] and plain[0].steps == 20
-    logged = read_lines(jobs[0].folder / "metrics.jsonl")
-    assert plain[0].end("kl_ref") == pytest.approx(sum(row["kl_ref"] for row in logged[11:]) / 10, rel=1e-3)
-    assert plain[0].curves != calm[0].curves and abs(calm[0].tax) < abs(plain[0].tax)
-
-    run.run_all(jobs, world, workers=1)  # finished runs are not made again
-    assert capsys.readouterr().out.count("the same numbers as before") == 3
-    report.main(["1"])
-    text = (tmp_path / "RESULTS.md").read_text()
-    assert "| KL stays small |  |  | confirmed |" in text and "experiments.run --figure 2`." in text
-    assert (tmp_path / "results" / "figure_1.png").stat().st_size > 10_000
-    page = (tmp_path / "report.html").read_text()
-    assert 'class="confirmed"' in page and "<code>code</code>" in page and "http" not in page
-
-
-def test_a_stopped_run_goes_on(world, tmp_path):
-    """SIGTERM from another thread, as Ctrl-C sends it to the children."""
-    (job,) = [job for job in run.jobs_of(["1"], tmp_path) if job.setting == "calm"]
+def test_from_settings_to_verdicts(jobs, world, tmp_path, capsys):
+    """One run is stopped by SIGTERM, as Ctrl-C sends it to the children, and goes on."""
+    calm = jobs[1]
 
     def stop() -> None:
-        while job.steps < 3:
+        while calm.steps < 3:
             time.sleep(0.02)
-        job.process.terminate()
+        calm.process.terminate()
 
     stopper = threading.Thread(target=stop)
     stopper.start()
-    run.work(job, world, 0.0)
+    run.work(calm, world, 0.0)
     stopper.join()
-    assert 3 <= job.steps < 21 and not job.finished and not curves.load_runs("calm")
-    run.work(job, world, 0.0)
-    assert job.finished and [row["step"] for row in read_lines(job.folder / "metrics.jsonl")] == list(range(1, 22))
-    assert json.loads((job.folder / "config.json").read_text())["resumed_from_step"] >= 3
+    assert 3 <= calm.steps < 21 and not calm.finished and not curves.load_runs("calm")
+
+    run.run_all(jobs, world, workers=1)
+    assert "2/2 runs, 42/42 steps" in capsys.readouterr().out
+    assert [row["step"] for row in read_lines(calm.folder / "metrics.jsonl")] == list(range(1, 22))
+    (kept,) = curves.load_runs("plain")
+    logged = read_lines(jobs[0].folder / "metrics.jsonl")
+    assert kept.end("kl_ref") == pytest.approx(sum(row["kl_ref"] for row in logged[11:]) / 10, rel=1e-3)
+    run.run_all(jobs, world, workers=1)  # finished runs are not made again
+    assert capsys.readouterr().out.count("the same numbers as before") == 2
+    report.main(["1"])
+    assert "| KL stays small |" in (tmp_path / "RESULTS.md").read_text()
+    assert (tmp_path / "results" / "figure_1.png").stat().st_size > 10_000
+    assert "<code>code</code>" in (tmp_path / "report.html").read_text()
 
 
-def test_a_run_that_fails_is_named(world, tmp_path):
+def test_a_run_that_fails_is_named(jobs, world, tmp_path):
     (tmp_path / "plain.toml").write_text("batch_size = 3\n")
-    job = run.jobs_of(["1"], tmp_path)[0]
     with pytest.raises(UserError, match="ended with code 2, see output"):
-        run.work(job, world, 0.0)
-    assert "--batch_size 3" in (job.folder / "output.log").read_text()
+        run.work(run.jobs_of(["1"], tmp_path)[0], world, 0.0)

@@ -8,13 +8,12 @@ import pytest
 from experiments import curves
 from experiments.claims import FIGURES
 from experiments.criteria import Claim, Criterion, between, collapses, holds, of
-from experiments.curves import Run, gold_means, load_runs, read_run, save_run
-from experiments.gold import excess, gold, repetition
-from experiments.mutants import MUTANTS, copy_code, verdicts_on
+from experiments.curves import Run, load_runs, read_run, save_run
+from experiments.gold import gold
+from experiments.mutants import MUTANTS, copy_code
 from experiments.report import alarm_of, fall_of
-from experiments.settings import FOLDER, REPOSITORY, command, load_flags, run_hash
+from experiments.settings import FOLDER, REPOSITORY, command, load_flags
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
-from utils.errors import UserError
 from utils.flags.parser import parse_args
 
 
@@ -25,24 +24,12 @@ def run_of(setting="a", seed=1, **values) -> Run:
     return Run(setting, seed, "h", "c", 1.0, 0.0, made, "AVX512")
 
 
-def test_repetition_counts_long_words_alone():
-    assert repetition(["the", "good", "the", "good", "good", "day"]) == pytest.approx(2 / 3)
-    assert repetition(["the", "the", "the"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("words", "lost"), [(0, 1), (1, 1), (2, 0), (10, 0), (11, 1 / 3), (12, 2 / 3), (13, 1), (99, 1)]
-)
-def test_excess(words, lost):
-    assert excess(words) == pytest.approx(lost)
-
-
 def test_gold_takes_repetition_and_length_off_the_sentiment():
-    # VADER: 1.9 for good; 1.9 / sqrt(1.9 ** 2 + 15)
-    assert gold(["good day"]) == [pytest.approx(0.4404, abs=1e-4)]
+    # VADER: 1.9 for good; 1.9 / sqrt(1.9 ** 2 + 15). Repetition counts long words alone.
+    assert gold(["good day", ""]) == [pytest.approx(0.4404, abs=1e-4), -1.0]
     twice = 3.8 / (3.8**2 + 15) ** 0.5
     assert gold(["good good"]) == [pytest.approx(twice - 0.5, abs=1e-4)]
-    assert gold([""]) == [-1.0]
+    assert gold(["a good day to us all is it"])[0] - gold(["a good day to us all is it for me now"])[0] > 0.3
 
 
 def test_every_setting_is_a_command_line():
@@ -55,13 +42,6 @@ def test_every_setting_is_a_command_line():
         assert len(load_flags(name).items() - load_flags("base").items()) <= 7, name
 
 
-def test_hash_follows_flags_and_seed():
-    assert run_hash("ppo_max", 1) == run_hash("ppo_max", 1) != run_hash("ppo_max", 2)
-    assert run_hash("ppo_max", 1) != run_hash("vanilla", 1)
-    with pytest.raises(UserError, match="no setting nonsense"):
-        load_flags("nonsense")
-
-
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_the_toolkit_but_for_its_mistake(tmp_path, name):
     copy_code(name, tmp_path / "code")
@@ -69,15 +49,6 @@ def test_a_mutant_is_the_toolkit_but_for_its_mistake(tmp_path, name):
     changed = (tmp_path / "code" / file).read_text()
     assert changed != (REPOSITORY / file).read_text() == changed.replace(wrong, right)
     compile(changed, file, "exec")
-    assert (tmp_path / "code" / "train_ppo.py").read_text() == (REPOSITORY / "train_ppo.py").read_text()
-
-
-def test_claims_about_one_setting_alone():
-    runs = [run_of("kl_only", seed=s, kl_ref=5.0 + s / 10, gold=[0.2] * 10 + [0.3 + s / 100] * 10) for s in range(3)]
-    rows = verdicts_on("kl_only", runs).rows
-    assert [row[0] for row in rows[1:]] == [
-        "The KL penalty is stable", "– kl_only: KL at the end, nats a response", "– kl_only: gold, end - start"
-    ]  # fmt: skip
 
 
 def test_verdicts():
@@ -86,59 +57,38 @@ def test_verdicts():
     narrow = {"a": [run_of(seed=s, kl_ref=value) for s, value in enumerate((1.9, 2.0, 2.1))]}
     measure = of("a", lambda run: run.end("kl_ref"))
     assert Criterion("", measure, above=1.0).judge(wide) == ("undecided", 2.0, pytest.approx(2.484, abs=1e-3))
-    assert Criterion("", measure, above=1.0).judge(narrow)[0] == "confirmed"
-    assert Criterion("", measure, above=2.5).judge(narrow)[0] == "refuted"
-    assert Criterion("", measure, below=1.0).judge(narrow)[0] == "refuted"
-    assert Criterion("", measure, below=3.0).judge(narrow)[0] == "confirmed"
+    for bounds, verdict in (({"above": 1.0}, "confirmed"), ({"above": 2.5}, "refuted"), ({"below": 1.0}, "refuted")):
+        assert Criterion("", measure, **bounds).judge(narrow)[0] == verdict
     assert Criterion("", measure, below=3.0).judge({"a": narrow["a"][:1]})[0] == "undecided"
     sound, unsure, wrong = (Criterion("", measure, above=bound) for bound in (1.0, 2.0, 2.5))
-    assert Claim("", [sound, sound]).judge(narrow) == "confirmed"
     assert Claim("", [sound, unsure]).judge(narrow) == "undecided"
     assert Claim("", [unsure, wrong, sound]).judge(narrow) == "refuted"
 
 
-def test_collapse_and_hold():
+def test_collapse_fall_and_alarm():
     sunk = {"a": [run_of(seed=s, kl_ref=90.0 + s, gold=[0.2] * 10 + [-0.5 + s / 100] * 10) for s in range(3)]}
     calm = {"a": [run_of(seed=s, kl_ref=5.0 + s / 10, gold=[0.2] * 10 + [0.3 + s / 100] * 10) for s in range(3)]}
     assert Claim("", collapses("a")).judge(sunk) == Claim("", holds("a")).judge(calm) == "confirmed"
     assert Claim("", collapses("a")).judge(calm) == Claim("", holds("a")).judge(sunk) == "refuted"
+    assert fall_of(run_of(gold=[0.0, 0.5] * 10)) is None
+    fallen = run_of(gold=[0.3] * 10 + [0.1] * 10, kl_ref=[1.0] * 12 + [6.0] * 8)
+    assert fall_of(fallen) == (130, 2.0)  # three of five bins: 0.12 below; of the last of them KL 6
+    others = dict.fromkeys(("perplexity", "eos_fraction", "response_length", "score_std"), 2.0)
+    assert alarm_of(run_of(kl_ref=[15.9] * 20, **others)) is None
+    assert alarm_of(run_of(kl_ref=[15.9] * 12 + [16.1] * 8, **others)) == 130  # a nat per token
 
 
 def test_pairs_are_compared_at_the_same_step():
     runs = {"long": [run_of(gold=[0.1] * 10 + [0.9] * 10)], "short": [run_of(gold=[0.4] * 10)]}
     runs["short"][0].curves["kl_ref"] = [1.0] * 10
-    (difference,) = between("long", "short", lambda run: run.end("gold"))(runs)
-    assert difference == pytest.approx(-0.3)
-
-
-def test_parts_of_a_run():
-    run = run_of(gold=[float(i) for i in range(20)])
-    assert (run.steps, run.start("gold"), run.end("gold"), run.change("gold")) == (200, 0.0, 18.5, 18.5)
-    assert (run.part("gold", 0), run.part("gold", 4)) == (1.5, 17.5)
-    assert run.smooth("gold", 5)[:2] == [2.0, 3.0] and len(run.smooth("gold", 5)) == 16
-    assert run.until(100).curves["gold"] == [float(i) for i in range(10)]
-
-
-def test_the_alarm_goes_off_at_a_nat_a_token():
-    others = dict.fromkeys(("perplexity", "eos_fraction", "response_length", "score_std"), 2.0)
-    assert alarm_of(run_of(kl_ref=[15.9] * 20, **others)) is None
-    assert alarm_of(run_of(kl_ref=[15.9] * 12 + [16.1] * 8, **others)) == 130
-    assert alarm_of(run_of(**others | {"perplexity": [2.0] * 4 + [1.04] * 16})) == 50
-
-
-def test_fall_is_seen_when_fifty_steps_are_worse_than_the_best_fifty():
-    assert fall_of(run_of(gold=[0.0, 0.5] * 10)) is None
-    fallen = run_of(gold=[0.3] * 10 + [0.1] * 10, kl_ref=[1.0] * 12 + [6.0] * 8)
-    assert fall_of(fallen) == (130, 2.0)  # three of five bins: 0.12 below; of the last of them KL 6
+    assert between("long", "short", lambda run: run.end("gold"))(runs) == [pytest.approx(-0.3)]
 
 
 def test_a_finished_run_is_read_in_bins(tmp_path, monkeypatch):
     """Critic pre-training is left out; gold comes from the step's samples; results survive saving."""
     (tmp_path / "config.json").write_text(json.dumps({"critic_pretrain_steps": 2, "git_commit": "abcdefghij"}))
-    numbers = dict.fromkeys(curves.METRICS, 1.0) | dict.fromkeys(
-        ["seconds_rollout", "seconds_score", "seconds_update"], 2
-    )
-    rows = [{"step": s, **numbers, "kl_ref": 10.0 * s, "perplexity": 4.0, "response_length": 2.0} for s in range(1, 23)]
+    numbers = dict.fromkeys([*curves.METRICS, "seconds_rollout", "seconds_score", "seconds_update"], 2.0)
+    rows = [numbers | {"step": s, "kl_ref": 10.0 * s, "perplexity": 4.0} for s in range(1, 23)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     samples = [{"step": s, "answer": answer} for s in range(1, 23) for answer in ("", "good day")]
     (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)))
@@ -147,10 +97,8 @@ def test_a_finished_run_is_read_in_bins(tmp_path, monkeypatch):
     assert run.curves["paper_perplexity"] == [2.0, 2.0]  # exp(ln 4 / 2)
     assert run.curves["gold"] == pytest.approx([(0.4404 - 1) / 2] * 2, abs=1e-4)
     assert (run.seconds, run.tax, run.commit) == (132, 0.12346, "abcdefg")
-    assert gold_means(tmp_path / "samples.jsonl")[5] == pytest.approx((0.4404 - 1) / 2, abs=1e-4)
     monkeypatch.setattr(curves, "RESULTS", tmp_path)
-    save_run(run)
-    save_run(replace(run, seed=1))
-    save_run(replace(run, tax=0.5))
+    for each in (run, replace(run, seed=1), replace(run, tax=0.5)):
+        save_run(each)
     assert load_runs("x") == [replace(run, seed=1), replace(run, tax=0.5)]
     assert load_runs("x", 1) == [replace(run, seed=1)] and load_runs("y") == []
