@@ -49,7 +49,7 @@ def test_checks_that_fail_die_or_hang_leave_a_line_and_no_process(tmp_path):
     package, out = tmp_path / "tests" / "gpu", tmp_path / "out"
     package.mkdir(parents=True)
     (tmp_path / "tests" / "__init__.py").touch()
-    for name in ("__init__", "__main__", "child", "report"):
+    for name in ("__init__", "__main__", "report"):
         shutil.copy(REPOSITORY / "tests" / "gpu" / f"{name}.py", package)
     for name, (body, *_) in FAKES.items():
         (package / f"{name}.py").write_text(

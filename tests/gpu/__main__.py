@@ -1,7 +1,4 @@
-"""Runs the checks of this folder one after the other, each in a process of its own; see tests/gpu.sh.
-
-The process of the next check starts early, so that its imports cost no time. No torch in here.
-"""
+"""Runs the checks of this folder one after the other, each in a process of its own; see tests/gpu.sh. No torch here."""
 
 import argparse
 import contextlib
@@ -19,78 +16,64 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SECONDS = {  # that each check should take on a GPU; it is ended after LIMIT times as many
-    "machine": 35, "parity": 50, "precision": 40, "decoding": 75, "frozen": 35, "passes": 40, "optimizer": 30,
-    "synchronisations": 15, "two_ranks": 40,
+SECONDS = {  # that each check should take on a GPU, imports included; it is ended after LIMIT times as many
+    "machine": 40, "parity": 60, "precision": 50, "decoding": 85, "frozen": 30, "passes": 50, "optimizer": 40,
+    "synchronisations": 25, "two_ranks": 50,
 }  # fmt: skip
 LIMIT = 1.6
 KILL = 2.0  # seconds that ending a check may take
 PACKAGES = ("torch", "transformers", "triton", "deepspeed")
 
 
-class Check:
-    """A check's process, which waits until `run` is called."""
-
-    def __init__(self, name: str, folder: Path, toy: bool, environment: dict[str, str]):
-        """folder: for its figures and its output."""
-        self.name = name
-        self.figures, self.log = folder / f"{name}.jsonl", folder / f"{name}.log"
-        command = [sys.executable, "-m", "tests.gpu.child", name, str(self.figures), *["--toy"] * toy]
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-
-    def run(self, limit: float) -> dict:
-        """Runs the check for at most `limit` seconds; returns its line of gpu.jsonl."""
-        start, error = time.monotonic(), None
-        with contextlib.suppress(BrokenPipeError):  # it has died while importing
-            self.process.stdin.write(f"{limit}\n".encode())
-            self.process.stdin.flush()
-        try:
-            code = self.process.wait(limit)
-        except subprocess.TimeoutExpired:
-            error = f"ended after its limit of {limit:.0f} s"
-            self.process.send_signal(signal.SIGUSR1)  # stacks into the log
-            time.sleep(KILL / 2)
-        self.kill()
-        figures = self._read()
-        told = figures.pop("error", None)
-        if error is None and code:
-            lines = self.log.read_text("utf-8", "replace").strip().splitlines()
-            error = told or f"died with exit code {code}: {lines[-1][-300:] if lines else 'no output'}"
-        seconds = round(time.monotonic() - start, 1)
-        return {"check": self.name, "ok": error is None, "seconds": seconds, "figures": figures, "error": error}
-
-    def kill(self) -> None:
-        """Ends the process and all that it has started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def _read(self) -> dict:
-        figures = {}
-        for line in self.figures.read_text("utf-8").splitlines() if self.figures.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill
-                figures |= json.loads(line)
-        return figures
-
-
 def main() -> int:
     """Exit code 1 where a check has failed."""
-    start = time.monotonic()
-    options = parse_options()
-    out = Path(options.out).absolute()
+    start, options = time.monotonic(), parse_options()
+    out, rows = Path(options.out).absolute(), []
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("gpu.jsonl", "gpu.log"):
-        (out / name).unlink(missing_ok=True)
+    lines, log = out / "gpu.jsonl", out / "gpu.log"
+    lines.write_text(json.dumps(header(options)) + "\n", "utf-8")
+    log.unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as folder:
         environment = environment_of(options, Path(folder))
-        append(out / "gpu.jsonl", json.dumps(header(options)))
-        rows = run_all(options, start, out, Path(folder), environment)
+        for name in options.only or SECONDS:
+            left = start + 60 * options.minutes - time.monotonic() - KILL
+            limit = left if options.cpu else min(left, LIMIT * SECONDS[name])
+            row = {"check": name, "ok": False, "seconds": 0.0, "figures": {}, "error": "no time was left"}
+            if limit > KILL:
+                row |= run(name, Path(folder), log, options.cpu, environment, limit)
+            with open(lines, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{name}: {'ok' if row['ok'] else row['error']} ({row['seconds']:.1f} s)", flush=True)
+            rows.append(row)
     print_table(rows, time.monotonic() - start)
     return int(not all(row["ok"] for row in rows))
+
+
+def run(name: str, folder: Path, log: Path, toy: bool, environment: dict[str, str], limit: float) -> dict:
+    """Runs a check for at most `limit` seconds; returns what its line of gpu.jsonl has to say."""
+    start, file, error = time.monotonic(), folder / f"{name}.jsonl", None
+    file.touch()
+    command = [sys.executable, "-m", "tests.gpu.report", name, str(file), str(limit), *["--toy"] * toy]
+    with open(log, "ab", buffering=0) as output:
+        output.write(f"===== {name}\n".encode())
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+    try:
+        if code := process.wait(limit):
+            error = f"died with exit code {code}: see {log.name}"
+    except subprocess.TimeoutExpired:
+        error = f"ended after its limit of {limit:.0f} s"
+        process.send_signal(signal.SIGUSR1)  # stacks into the log
+        time.sleep(KILL / 2)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and all that it has started
+        process.wait()
+    figures = {}
+    for line in file.read_text("utf-8").split("\n")[:-1]:  # behind the last line end: nothing, or what a kill cut off
+        figures |= json.loads(line)
+    error = figures.pop("error", error)
+    return {"ok": error is None, "seconds": round(time.monotonic() - start, 1), "figures": figures, "error": error}
 
 
 def parse_options() -> argparse.Namespace:
@@ -112,7 +95,6 @@ def environment_of(options: argparse.Namespace, folder: Path) -> dict[str, str]:
     paths = [str(ROOT), environment.get("PYTHONPATH", "")]
     if options.wheels:
         paths.insert(0, str(folder / "wheels"))
-        sys.path.insert(0, paths[0])
         wheels = sorted(map(str, Path(options.wheels).glob("*.whl")))
         install = ["install", "-q", "--no-index", "--no-deps", "--no-compile", "--disable-pip-version-check"]
         subprocess.run([sys.executable, "-m", "pip", *install, "--target", paths[0], *wheels], check=True)
@@ -120,46 +102,17 @@ def environment_of(options: argparse.Namespace, folder: Path) -> dict[str, str]:
     programs = sysconfig.get_path("scripts")  # ninja, which builds CPU Adam, where this Python's are not on PATH
     environment["PATH"] = os.pathsep.join([programs, environment.get("PATH", os.defpath)])
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if options.cpu:
-        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        environment["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run on the CPU
+    if options.cpu:  # TRITON_INTERPRET is read when triton is imported: its kernels run on the CPU
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+        environment["OMP_NUM_THREADS"] = "1"
     else:
         environment.pop("DS_ACCELERATOR", None)
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
     return environment
 
 
-def run_all(options, start: float, out: Path, folder: Path, environment: dict[str, str]) -> list[dict]:
-    """Runs all checks; returns their lines, each of which is written as soon as it is known."""
-    names = [name for name in SECONDS if not options.only or name in options.only]
-    rows, started = [], []
-    try:
-        for i, name in enumerate(names):
-            started += [Check(each, folder, options.cpu, environment) for each in names[len(started) : i + 2]]
-            left = start + 60 * options.minutes - time.monotonic() - KILL
-            limit = left if options.cpu else min(left, LIMIT * SECONDS[name])
-            if limit > KILL:
-                row = started[i].run(limit)
-            else:
-                row = {"check": name, "ok": False, "seconds": 0.0, "figures": {}, "error": "no time was left"}
-            append(out / "gpu.jsonl", json.dumps(row))
-            text = started[i].log.read_text("utf-8", "replace")
-            append(out / "gpu.log", f"===== {name}\n{text[-200_000:]}")
-            print(f"{name}: {'ok' if row['ok'] else row['error']} ({row['seconds']:.1f} s)", flush=True)
-            rows.append(row)
-    finally:
-        for check in started:
-            check.kill()
-    return rows
-
-
-def append(file: Path, text: str) -> None:
-    with open(file, "a", encoding="utf-8") as lines:
-        lines.write(text + "\n")
-
-
 def header(options: argparse.Namespace) -> dict:
-    """The first line of gpu.jsonl: what was run, on what, when."""
+    """The first line of gpu.jsonl: what is run, on what, when."""
     commit, versions = os.environ.get("COMMIT"), {}
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git here, or no repository
         command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
@@ -167,10 +120,11 @@ def header(options: argparse.Namespace) -> dict:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
+    for wheel in Path(options.wheels or "/nowhere").glob("deepspeed-*.whl"):
+        versions["deepspeed"] = wheel.name.split("-")[1]
     return {
         "card": "CPU" if options.cpu else card(), "versions": versions, "python": sys.version.split()[0],
-        "commit": commit, "command": sys.argv[1:],
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit, "command": sys.argv[1:], "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
 
 
@@ -189,9 +143,8 @@ def print_table(rows: list[dict], seconds: float) -> None:
         figures = {key: x for key, x in row["figures"].items() if not isinstance(x, dict | list)}
         shown = (f"{key}={f'{x:.4g}' if isinstance(x, float) else x}" for key, x in figures.items())
         lines = textwrap.wrap(" ".join(shown), 90, break_long_words=False) or [""]
-        print(f"{row['check']:18}{'yes' if row['ok'] else 'NO':>5}{row['seconds']:8.1f}  {lines[0]}")
-        lines = lines[1:] + ([f"error: {row['error']}"] if row["error"] else [])
-        print("".join(f"{'':33}{line}\n" for line in lines), end="")
+        lines += [f"error: {row['error']}"] if row["error"] else []
+        print(f"{row['check']:18}{'yes' if row['ok'] else 'NO':>5}{row['seconds']:8.1f}  " + f"\n{'':33}".join(lines))
     print(f"{sum(row['ok'] for row in rows)} of {len(rows)} checks passed in {seconds:.0f} s")
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.gpu.report import Failed, Report
+from tests.gpu.report import Report
 from tests.gpu.tiny_runs import flags_of, run, start
-from tests.helpers.tiny_run import Inputs, build_inputs, final_weights, read_metrics
+from tests.helpers.tiny_run import build_inputs, final_weights, read_metrics
 from utils.engine.engine import device
 
 # One optimizer step per buffer: all of its ratios are those before the first step.
@@ -23,53 +23,41 @@ RATIO, KL = 0.02, 1e-3  # roundings of bf16 in the logits: by how much the mean 
 
 
 def check(toy: bool, report: Report) -> None:
-    """Figures: the first step's ratio and KL; which metrics do not repeat, with --deterministic and without."""
+    """Figures: the first step's ratio and KL; what does not repeat, with --deterministic and without, and resume."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, said = Path(name), io.StringIO()
         inputs = build_inputs(folder / "inputs")
         flags = flags_of(inputs, folder / "stopped", **BF16 | {"train_steps": 100_000, "checkpoint_per_step": 50_000})
         stopped = start(flags, folder / "stopped.log")
-        # The first of all: --deterministic has to be set before CUDA starts.
-        said = io.StringIO()
-        for run_name, changes in (("first", REPEATABLE), ("second", REPEATABLE), ("third", {}), ("fourth", {})):
-            with contextlib.redirect_stdout(said):
-                code = run(flags_of(inputs, folder / run_name, **BF16 | changes))
-            report.expect(code == 0, f"the {run_name} run ends with exit code {code}")
+        runs = {  # name -> changes and exit code. --deterministic first of all: it has to be set before CUDA starts
+            "first": (REPEATABLE, 0), "second": (REPEATABLE, 0), "resumed": (REPEATABLE | {"max_hours": 1e-9}, 75),
+            "third": ({}, 0), "fourth": ({}, 0),
+        }  # fmt: skip
+        with contextlib.redirect_stdout(said):
+            for each, (changes, expected) in runs.items():
+                code = run(flags_of(inputs, folder / each, **BF16 | changes))
+                report.expect(code == expected, f"the {each} run ends with exit code {code}, expected {expected}")
+            report.expect(run(flags_of(inputs, folder / "resumed", **BF16 | REPEATABLE)) == 0, "a run does not go on")
         print(said.getvalue())
         report(without_deterministic_form=re.findall("--deterministic: (.*) has no", said.getvalue()))
-        start_of_ratio(folder / "first", report)
-        others = differing(folder / "first", folder / "second")
-        report(repeats=not others, not_repeated=others)
-        report.expect(not others, f"with --deterministic {len(others)} differ, such as {others[:5]}")
+        first = read_metrics(folder / "first")[0]
+        off = {"ratio_off_by": first["ratio_mean"] - 1} | {
+            x: first[x] for x in ("approx_kl", "clip_fraction", "kl_ref")
+        }
+        report(**off)  # before the first optimizer step the policy is what has sampled, and the reference
+        for (figure, found), limit in zip(off.items(), (RATIO, KL, 0, 0), strict=True):
+            report.expect(abs(found) <= limit, f"{figure} of the first step is {found}, expected at most {limit}")
+        for figure, a, b in (("repeats", "first", "second"), ("resumes", "first", "resumed")):
+            others = differing(folder / a, folder / b)
+            report(**{figure: not others, f"not_{figure}": others})
+            report.expect(not others, f"{figure}: with --deterministic {len(others)} differ, such as {others[:5]}")
         others = differing(folder / "third", folder / "fourth")
         report(repeats_without_the_flag=not others, not_repeated_without_the_flag=others)
-        resumes(inputs, folder, report)
         model = AutoModelForCausalLM.from_pretrained(folder / "first" / "final").to(device())
         logits = model(torch.tensor([[1, 5, 9]], device=device())).logits
-        report(exported_dtype=str(logits.dtype))
-        report.expect(bool(logits.isfinite().all()), "logits of the exported model are not finite")
-        report.expect(logits.dtype == torch.bfloat16, f"the exported model is {logits.dtype}, expected torch.bfloat16")
+        sound = bool(logits.isfinite().all()) and logits.dtype == torch.bfloat16
+        report.expect(sound, f"logits of the exported model are not finite, or {logits.dtype} instead of bfloat16")
         ends_by_sigterm(stopped, folder / "stopped", report)
-
-
-def start_of_ratio(out: Path, report: Report) -> None:
-    """Before the first optimizer step the policy is what has sampled, and the reference."""
-    first = read_metrics(out)[0]
-    report(ratio_off_by=first["ratio_mean"] - 1, approx_kl=first["approx_kl"], kl_ref=first["kl_ref"])
-    report.expect(abs(first["ratio_mean"] - 1) <= RATIO, f"first ratio {first['ratio_mean']}, expected 1 ± {RATIO}")
-    report.expect(abs(first["approx_kl"]) <= KL, f"first approx_kl {first['approx_kl']}, expected at most {KL}")
-    report.expect(first["clip_fraction"] == 0, f"first clip_fraction {first['clip_fraction']}, expected 0")
-    report.expect(first["kl_ref"] == 0, f"first kl_ref {first['kl_ref']}, expected 0")
-
-
-def resumes(inputs: Inputs, folder: Path, report: Report) -> None:
-    """Stopped after the first step by --max_hours and started again, a run is the one that was not stopped."""
-    out = folder / "resumed"
-    codes = [run(flags_of(inputs, out, **BF16 | REPEATABLE | last)) for last in ({"max_hours": 1e-9}, {})]
-    report.expect(codes == [75, 0], f"stopping and resuming gave exit codes {codes}, expected [75, 0]")
-    others = differing(folder / "first", out)
-    report(resumes=not others, not_resumed=others)
-    report.expect(not others, f"after a resume {len(others)} differ, such as {others[:5]}")
 
 
 def differing(out: Path, expected: Path) -> list[str]:
@@ -88,7 +76,7 @@ def ends_by_sigterm(process, out: Path, report: Report) -> None:
     metrics, log = out / "metrics.jsonl", out.with_suffix(".log")
     while not metrics.exists() or not metrics.read_text():
         if process.poll() is not None or report.seconds_left() < 0:
-            raise Failed(f"the run for SIGTERM has made no step: {log.read_text('utf-8', 'replace')[-500:]}")
+            raise RuntimeError(f"the run for SIGTERM has made no step: {log.read_text('utf-8', 'replace')[-500:]}")
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     sent = time.monotonic()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ppo.build import build
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
+from tests.gpu.report import Report
 from tests.helpers.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flags
 from train_ppo import loop, main
 from utils.flags.parser import parse_args
@@ -17,6 +18,7 @@ FLAGS = {
     "use_entropy_loss": True, "entropy_loss_weight": 0.1, "entropy_clip": 5, "use_ppo_pretrain_loss": True,
     "ppo_pretrain_loss_weight": 0.5, "ppo_pretrain_batch_size": 6, "missing_eos_penalty": 0.5, "checkpoint_per_step": 0,
 }  # fmt: skip
+TOLERANCE = 1e-4  # of metrics in float32, relative
 FLOOR = 0.1  # differences of smaller numbers count as shares of this one
 
 
@@ -61,14 +63,15 @@ def wait_for(process: subprocess.Popen, log: Path, seconds: float) -> int:
     return code
 
 
-def distance(out: Path, expected: Path) -> tuple[float, str]:
-    """The largest relative difference of two runs' metrics, and which metric it is. Infinite where keys differ."""
+def expect_close(out: Path, expected: Path, report: Report) -> None:
+    """Reports the largest relative difference of two runs' metrics, under the run's name, and which metric it is."""
     rows, others = read_metrics(out), read_metrics(expected)
-    if [row.keys() for row in rows] != [row.keys() for row in others] or not rows:
-        return float("inf"), f"{len(rows)} steps of metrics against {len(others)}, or other metrics in them"
-    pairs = [
-        (abs(row[key] - other[key]) / max(abs(other[key]), FLOOR), f"{key} of step {row['step']}")
-        for row, other in zip(rows, others, strict=True)
-        for key in row
-    ]
-    return max(pairs)
+    far, worst = float("inf"), "which metrics there are"
+    if rows and [row.keys() for row in rows] == [row.keys() for row in others]:
+        far, worst = max(
+            (abs(row[key] - other[key]) / max(abs(other[key]), FLOOR), f"{key} of step {row['step']}")
+            for row, other in zip(rows, others, strict=True)
+            for key in row
+        )
+    report(**{out.name: far, f"{out.name}_worst": worst})
+    report.expect(far <= TOLERANCE, f"{out.name}: {worst} is off by {far:.1e}, limit {TOLERANCE}")

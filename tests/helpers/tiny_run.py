@@ -89,7 +89,9 @@ def build_inputs(folder: Path) -> Inputs:
 
 def tiny_reward_model(folder: Path, vocab: int, seed: int = 9) -> Path:
     """A reward model with a tokenizer of `vocab` pieces beside it."""
-    base = tiny_llama_folder(folder.with_name(f"{folder.name}_base"), vocab, seed, **SIZES)
+    base = folder.with_name(f"{folder.name}_base")
+    tiny_llama_folder(base, vocab, seed, tokenizer=False, **SIZES)
+    tiny_tokenizer_folder(base, vocab)
     model = load_scalar_model(str(base), torch.float32, torch.device("cpu"), say=str, seed=vocab)
     save_scalar_model(model, str(folder), tokenizer=load_tokenizer(str(base), "moss_en"))
     return folder
