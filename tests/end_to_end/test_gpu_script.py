@@ -14,7 +14,6 @@ FIGURES = {  # what each check must have found out, at the least
     "parity": {"zero_0", "zero_1", "zero_2", "zero_3", "offload_frozen", "reuse", "offload_optimizer"},
     "precision": {"ratio_off_by", "approx_kl", "repeats", "resumes", "sigterm_exit_code"},
     "decoding": {"tiny_2_24_equal_ragged_ms", "tiny_2_24_ragged_straight_ms", "tiny_2_24_equal_share"},
-    "frozen": {"new_s", "new_once_s"},
     "passes": {"padded_score_share", "joined_update_share", "joined_update_gib_of_planned", "logprobs_apart"},
     "optimizer": {"chunked_s", "moved_in_lr", "background_waited_s", "foreground_gb_per_s"},
     "synchronisations": {"waits_per_token", "waits_per_look", "waits_per_phase"},
@@ -25,7 +24,7 @@ FAKES = {  # check -> its body, and what its line of gpu.jsonl has to say
     "parity": ("report.expect(False, 'got 2')\n    report(after=True)", "got 2", {"after": True}),
     "precision": ("report(before=1)\n    os.kill(os.getpid(), 11)", "exit code -11", {"before": 1}),
     "decoding": ("report(before=1)\n    {}['nothing']", "KeyError: 'nothing'", {"before": 1}),
-    "frozen": ("sys.exit(3)", "SystemExit: 3", {}),
+    "passes": ("sys.exit(3)", "SystemExit: 3", {}),
     "two_ranks": ("report(before=1)\n    time.sleep(60)", "its limit of", {"before": 1}),
 }
 

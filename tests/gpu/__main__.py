@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SECONDS = {  # that each check should take on a GPU, imports included; it is ended after LIMIT times as many
-    "machine": 40, "parity": 60, "precision": 50, "decoding": 85, "frozen": 30, "passes": 50, "optimizer": 40,
+    "machine": 40, "parity": 60, "precision": 50, "decoding": 85, "passes": 50, "optimizer": 40,
     "synchronisations": 25, "two_ranks": 50,
 }  # fmt: skip
 LIMIT = 1.6
