@@ -200,11 +200,6 @@ def disk_is_full(rank: int) -> None:
     CheckpointWriter.save = fills
 
 
-def two_signals(rank: int) -> None:
-    """SIGTERM in step 3, and again."""
-    before_calls(TrainEngine, "step", dict.fromkeys((9, 10), partial(send, signal.SIGTERM)))
-
-
 def insistent_launcher(rank: int) -> None:
     """In step 3 the victim gets SIGTERM, once more at once, as when two launchers pass it on, and again much later."""
 
@@ -256,14 +251,6 @@ FAULTS |= {
     "NaN loss": bad_minibatch("policy_backward", "policy_objective", nan_loss),
     "NaN gradient": bad_minibatch("policy_backward", "policy_objective", nan_gradient(1)),
     "NaN critic gradient": bad_minibatch("critic_backward", "value_loss", nan_gradient(0)),
-    "NaN score": nan_score,
-    "empty responses": empty_responses,
-    "small chunks": small_chunks,
-    "no room": no_room,
-    "disk fills in a save": disk_fills_in_a_save,
-    "disk is full": disk_is_full,
-    "two signals": two_signals,
-    "insistent launcher": insistent_launcher,
-    "slow disk": slow_disk,
-    "signal while writing": signal_while_writing,
 }
+_OTHERS = [nan_score, empty_responses, small_chunks, no_room, disk_fills_in_a_save, disk_is_full, insistent_launcher]
+FAULTS |= {fault.__name__.replace("_", " "): fault for fault in (*_OTHERS, slow_disk, signal_while_writing)}

@@ -12,7 +12,6 @@ CASES = {
     "undisturbed": {},
     "one rank": {"fault": "SIGTERM in scoring"},
     "after one rank": {"out": "one rank"},
-    "twice": {"fault": "two signals", "ranks": 1},
     "again and again": {"fault": "insistent launcher", "patience": 5},
     "slow disk": {"fault": "slow disk"},
     "while writing": {"fault": "signal while writing"},
@@ -43,8 +42,6 @@ def test_a_second_signal_ends_a_process_in_the_middle_of_its_step(results):
 
     A launcher and a scheduler may pass the same wish on twice; who asks again seconds later means it.
     """
-    assert results["twice"].codes == [-15]
-    assert checkpoints(results["twice"]) == ["step_1", "step_2.partial"]
     result = results["again and again"]
     assert result.codes[1] == 143 and result.codes[0] != 0
     assert result.log.count("SIGTERM\n") == 3 and result.log.count("a second signal stops at once") == 1

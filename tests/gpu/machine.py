@@ -34,7 +34,8 @@ def check(toy: bool, report: Report) -> None:
         report(nvidia_smi_after_product=subprocess.run(command, capture_output=True, text=True).stdout.strip())
     report(device_copy_tb_per_second=copy_rate(place, TOY_SIZE if toy else None) / 1e12)
     small = torch.zeros(16, device=place)
-    report(host_microseconds_per_launch=1e6 * measure(lambda: launches(small), repeats=5).host / 1000)
+    host = measure(lambda: [small.add_(1) for _ in range(1000)], repeats=5).host  # kernels of almost no work
+    report(host_microseconds_per_launch=1e6 * host / 1000)
     size = TOY_SIZE if toy else SIZE
     on_device = torch.zeros(size, dtype=torch.uint8, device=place)
     for kind, pinned in (("pageable", False), ("pinned", True)):
@@ -46,9 +47,3 @@ def check(toy: bool, report: Report) -> None:
         rates = {f"{kind}_to_device_gb_per_second": there, f"{kind}_to_host_gb_per_second": back}
         report(**{name: size / timing.device / 1e9 for name, timing in rates.items()})
         report.expect(bool(arrived) and bool(on_host.min() == 2), f"{kind} copies have not brought what they should")
-
-
-def launches(x: torch.Tensor, count: int = 1000) -> None:
-    """As many kernels of almost no work."""
-    for _ in range(count):
-        x.add_(1)
