@@ -17,10 +17,9 @@ REWARD = """
 import os
 import torch
 
-def settings(prompts, answers):
-    with open("{file}", "a") as file:
-        print(torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic,
-              os.environ.get("CUBLAS_WORKSPACE_CONFIG"), os.environ.get("FLASH_ATTENTION_DETERMINISTIC"), file=file)
+def put(prompts, answers):
+    torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))  # one of the few without a deterministic kernel on a CPU
+    print(os.environ.get("CUBLAS_WORKSPACE_CONFIG"), os.environ.get("FLASH_ATTENTION_DETERMINISTIC"))
     return [float(len(answer)) for answer in answers]
 """
 
@@ -32,30 +31,22 @@ def state() -> tuple:
 
 
 def put() -> None:
-    """One of the few operations without a deterministic kernel on a CPU."""
+    """As in REWARD."""
     torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
 
 
-def test_a_run_has_it_on_and_the_same_numbers(inputs, tmp_path):
+def test_a_run_has_it_on_and_the_same_numbers(inputs, tmp_path, capfd):
     before, environment = state(), dict(os.environ)
-    for wanted, said in ((True, "True True :4096:8 1"), (False, "False False None None")):
-        (tmp_path / "reward.py").write_text(REWARD.replace("{file}", str(tmp_path / f"settings {wanted}")))
-        flags = {"reward_fn": f"{tmp_path}/reward.py:settings", "deterministic": wanted, "train_steps": 1}
+    (tmp_path / "reward.py").write_text(REWARD)
+    for wanted, said in ((True, ":4096:8 1\n"), (False, "None None\n")):
+        flags = {"reward_fn": f"{tmp_path}/reward.py:put", "deterministic": wanted, "train_steps": 1}
         main(run_flags(inputs, tmp_path / str(wanted), **flags))
         assert state() == before
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
-        assert set((tmp_path / f"settings {wanted}").read_text().splitlines()) == {said}
+        out = capfd.readouterr().out
+        assert said in out and out.count("--deterministic: put_ has no deterministic form") == wanted  # named once
     assert read_metrics(tmp_path / "True") == read_metrics(tmp_path / "False")
-
-
-def test_an_operation_without_a_deterministic_form_is_named_once(capfd):
-    with repeatable(True):
-        put()
-        put()
-    put()
-    out, err = capfd.readouterr()
-    assert out.count("--deterministic: put_ has no deterministic form") == out.count("\n") == 1 and not err
 
 
 class Model(torch.nn.Module):
