@@ -10,9 +10,8 @@ from experiments.claims import FIGURES
 from experiments.criteria import Claim, Criterion, Figure, collapses, end, holds, of
 from experiments.curves import Run, load_runs, read_run
 from experiments.gold import gold
-from experiments.mutants import MUTANTS, copy_code
 from experiments.report import alarm_of, fall_of
-from experiments.settings import FOLDER, REPOSITORY, command, load_flags
+from experiments.settings import FOLDER, command, load_flags
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from tests.helpers.tiny_run import read_lines
 from utils.flags.parser import parse_args
@@ -57,14 +56,6 @@ def test_every_setting_is_a_command_line():
         config = parse_args(PPOConfig, command(name, 3, FOLDER, FOLDER / "out"), PRESETS, AMOUNTS)
         assert config.seed == 3 and config.maxlen_res == 16
         assert len(load_flags(name).items() - load_flags("base").items()) <= 7, name
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_is_the_toolkit_but_for_its_mistake(tmp_path, name):
-    copy_code(name, tmp_path / "code")
-    file, right, wrong = MUTANTS[name]
-    changed = (tmp_path / "code" / file).read_text()
-    assert changed != (REPOSITORY / file).read_text() == changed.replace(wrong, right)
 
 
 def test_verdicts():
