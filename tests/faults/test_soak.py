@@ -26,6 +26,6 @@ def test_what_grows_is_found(grow, said):
 
 
 def test_a_run_is_watched(inputs, tmp_path):
-    samples = watch(inputs, tmp_path, steps=4)
-    assert len(samples) >= 4 and samples[-1][3] > samples[0][3]
+    samples = watch(inputs, tmp_path, steps=12)
+    assert len(samples) >= 12 and samples[-1][3] > samples[0][3]
     assert all(memory > 50e3 and descriptors > 3 and threads >= 1 for memory, descriptors, threads, _ in samples)
