@@ -27,12 +27,12 @@ VICTIM = 1  # the rank that faults happen to
 NAN = float("nan")
 Fault = Callable[[int], None]
 
-# Phase -> what to count calls of, and at which of them, at most, a kill comes (within about two steps).
+# Phase -> what to count calls of, and at which of them, at most, a kill comes (within about four steps).
 PHASES = {
-    "rollout": (ppo.decoding.scheduler._Decoder, "look", 30),
-    "scoring": (ppo.score, "_by_batch", 6),
-    "update": (TrainEngine, "step", 6),
-    "saving": (os, "fsync", 8),  # of files by a thread, of the folder that then gets its name by the main thread
+    "rollout": (ppo.decoding.scheduler._Decoder, "look", 60),
+    "scoring": (ppo.score, "_by_batch", 12),
+    "update": (TrainEngine, "step", 16),
+    "saving": (os, "fsync", 24),  # of files by a thread, of the folder that then gets its name by the main thread
 }
 
 

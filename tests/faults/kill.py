@@ -21,8 +21,8 @@ KINDS = {"one process": {"ranks": 1, "zero_stage": 0}, "two ranks, ZeRO-2": {"ra
 def kill_and_compare(inputs: Inputs, folder: Path, kind: str, kills: int, seed: int) -> None:
     """AssertionError when a run that was killed so often differs from one that was not."""
     dice, ranks = random.Random(seed), KINDS[kind]["ranks"]
-    steps = {"train_steps": 2 * kills + 2, "keep_checkpoints": 1, "save_per_step": 2, "num_eval_prompts": 2}
-    flags, victims = KINDS[kind] | steps | {"patience": 0}, {}
+    steps = {"train_steps": 4 * kills + 2, "keep_checkpoints": 1, "save_per_step": 2, "num_eval_prompts": 2}
+    flags, victims, resumed = KINDS[kind] | steps | {"patience": 0}, {}, 0
     cases = {"undisturbed": flags}
     for number in range(kills):
         phase, victim = list(PHASES)[number % len(PHASES)], dice.randrange(ranks)
@@ -33,7 +33,9 @@ def kill_and_compare(inputs: Inputs, folder: Path, kind: str, kills: int, seed: 
     for name, victim in victims.items():
         result = results.pop(name)
         assert result.codes[victim] == -signal.SIGKILL, f"{name}: {result.codes}: {result.log[-3000:]}"
+        resumed += "going on from" in result.log
     finished(results)
+    assert resumed or kills < len(PHASES), "no kill came late enough for a checkpoint to go on from"
     assert_same_run(results["killed"].out, results["undisturbed"].out)
 
 
