@@ -27,7 +27,7 @@ def launched(tmp_path):
     """The command line that a recipe runs, with DS_ACCELERATOR and CUDA_VISIBLE_DEVICES of its environment."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name in ("python", "deepspeed"):
+    for name in ("python", "deepspeed", "pdsh"):
         (programs / name).write_text(
             f'#!/bin/sh\necho {name} "$@"; echo "${{DS_ACCELERATOR-}} $CUDA_VISIBLE_DEVICES"\n'
         )
@@ -38,13 +38,14 @@ def launched(tmp_path):
             (programs / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '%s\\n' '{listing}'\n")
         for program in programs.iterdir():
             program.chmod(0o755)
+        settings |= {name: str(tmp_path / value) for name, value in settings.items() if name == "HOSTFILE"}
         unset = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "MASTER_PORT", "NUM_GPUS", "HOSTFILE")
         environment = {key: value for key, value in os.environ.items() if key not in unset}
+        (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
         environment |= {"PATH": f"{programs}:/usr/bin:/bin", "LOG": str(tmp_path / "log")} | settings
-        result = subprocess.run(
-            ["bash", "-c", SCRIPT], cwd=REPOSITORY, env=environment, check=True, capture_output=True, text=True
-        )
-        return tuple(result.stdout.splitlines())
+        result = subprocess.run(["bash", "-c", SCRIPT], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+        assert result.returncode in (0, 2)
+        return tuple((result.stdout or result.stderr).replace(f"{tmp_path}/", "").splitlines())
 
     return run
 
@@ -67,15 +68,39 @@ ONE = "python -m sft.train --lr 1"
         (EIGHT, {"CUDA_VISIBLE_DEVICES": "-1"}, ONE, "cpu -1"),
         (EIGHT, {"CUDA_VISIBLE_DEVICES": ""}, ONE, "cpu "),
         (EIGHT, {"NUM_GPUS": "0"}, ONE, "cpu "),
-        (EIGHT, {"HOSTFILE": "h"}, "deepspeed --num_gpus 8 --hostfile h --module sft.train --lr 1", " "),
+        (EIGHT, {"HOSTFILE": "hosts"}, "deepspeed --num_gpus 8 --hostfile hosts --module sft.train --lr 1", " "),
         (
-            EIGHT, {"HOSTFILE": "h", "MASTER_PORT": "5000", "NUM_GPUS": "1"},
-            "deepspeed --num_gpus 1 --hostfile h --master_port 5000 --module sft.train --lr 1", " ",
+            EIGHT, {"HOSTFILE": "hosts", "MASTER_PORT": "5000", "NUM_GPUS": "1"},
+            "deepspeed --num_gpus 1 --hostfile hosts --master_port 5000 --module sft.train --lr 1", " ",
         ),
     ],
 )  # fmt: skip
 def test_the_gpus_that_were_given_are_those_that_are_used(launched, listing, settings, command, devices):
     assert launched(listing, **settings) == (command, devices)
+
+
+def test_a_hostfile_that_cannot_be_used(launched, tmp_path):
+    """It is missing, there are no GPUs, or the program that reaches several machines is."""
+    assert "there is no such file" in launched(EIGHT, HOSTFILE="h")[0]
+    assert "NUM_GPUS is 0" in launched(None, HOSTFILE="hosts")[0]
+    (tmp_path / "bin" / "pdsh").unlink()
+    assert "pdsh, which is not installed" in launched(EIGHT, HOSTFILE="hosts")[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "start", "code"),
+    [
+        ("run_en.sh --seed 3 --help lr", "--lr FLOAT", 0),
+        ("reward/run.sh --help lr", "--lr FLOAT", 0),
+        ("run_en.sh --reward_fn f.py:f", "error: these paths do not exist", 1),
+    ],
+)
+def test_recipes_answer_without_models(words, start, code):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("_MODEL")} | {"PATH": path}
+    shown = subprocess.run(["bash", *words.split()], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert shown.returncode == code and (shown.stdout or shown.stderr).startswith(start)
+    assert code == 0 or ("CRITIC_MODEL= (with --reward_fn" in shown.stderr and "  REWARD_MODEL" not in shown.stderr)
 
 
 def start_ranks(file: Path, code: str, *, patience: float = 30.0, **environment: str) -> subprocess.Popen:

@@ -95,8 +95,8 @@ def _check_preset(preset: str, presets: dict[str, dict], path: str, of_file: set
     """Raises UserError if a file made with another preset sets flags of presets, which then win over `preset`."""
     if names := sorted(of_file & set().union(*presets.values())):
         raise UserError(
-            f"--preset {preset} has no effect on --{', --'.join(names)}: --config {path}, of another preset, sets them; "
-            "remove these and preset from a copy of the file, or pass the flags that should differ"
+            f"--preset {preset} has no effect on --{', --'.join(names)}: --config {path}, of another preset, has them; "
+            "remove them and preset from a copy of it, or pass the flags that should differ"
         )
 
 
