@@ -56,8 +56,8 @@ def load_preferences(
 ) -> tuple[list[Preference], list[Preference]]:
     """Returns (train, valid) preferences; drops malformed records and reports their counts with `say`.
 
-    Formats: {"chosen", "rejected"} as dialogues with the same history, in lists or Anthropic's text format; {"prompt" or
-    "conversations", "chosen", "rejected"}; {"prompt", "responses"} (ranked_answers.py). Optional columns: "system",
+    Formats: {"chosen", "rejected"} as dialogues with the same history, in lists or Anthropic's text format; {"prompt"
+    or "conversations", "chosen", "rejected"}; {"prompt", "responses"} (ranked_answers.py). Optional columns: "system",
     "subset", "mean preference difference", score lists. margin_columns: columns with a margin, the first that a record
     has; (): no margins. The margin of ranked answers is their score difference. Raises UserError if the data is
     unreadable or nothing is left.
