@@ -42,8 +42,8 @@ class PPOConfig(
 ):  # fmt: skip
     """Align a language model with PPO-max.
 
-    bash run_en.sh [flags] starts this command with the paper's values, some of which differ from the defaults below;
-    bash run_en.sh --demo trains small models. Part I: arXiv 2307.04964, Part II: arXiv 2401.06080
+    bash run_en.sh [flags] starts this command with values of its own, some of which differ from the defaults below;
+    bash run_en.sh --demo trains small models
     """
 
     hint = "see --help; or bash run_en.sh --demo"

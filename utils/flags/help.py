@@ -81,6 +81,8 @@ def overview(config_type: type, every: bool) -> str:
     lines += [f"  --{name} {takes}".rstrip() + f"\n{_wrapped(text, 6)}" for name, (takes, text) in OTHERS.items()]
     if shown < count:
         lines += ["", f"These are {shown} of {count} flags. --help all lists all of them."]
+    if any("Part I" in line for line in lines):
+        lines += ["", "Part I: arXiv 2307.04964. Part II: arXiv 2401.06080."]
     return "\n".join(lines)
 
 
