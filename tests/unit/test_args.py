@@ -154,6 +154,11 @@ def test_one_flag_is_explained(capsys):
         assert not stopped.value.code and capsys.readouterr().out.startswith("--kl_in reward|loss  (default: reward)")
     with pytest.raises(UserError, match="did you mean --kl_in"):
         parsed("--help", "kl_on")
+    with pytest.raises(SystemExit):
+        parsed("--help", "kl_")
+    shown = capsys.readouterr().out
+    assert "--kl_in " in shown and "--kl_estimator " in shown and "--lr " not in shown
+    assert "--reward_model_path TEXT ...  (default: --critic_model_path)" in overview(PPOConfig, every=False)
 
 
 def test_values_of_a_file(tmp_path):
@@ -189,6 +194,10 @@ def test_the_record_of_a_run_gives_its_flags(tmp_path):
     again = parse_args(PPOConfig, ["--config", str(file)], PRESETS, AMOUNTS)
     assert again == config and again.warmup_steps == 2 and not again.overwrite
     assert "batch_size" not in again.given  # a default of that run may give way here too
+    with pytest.raises(UserError, match=r"--preset ppo_max has no effect on .*--kl_penalty_weight"):
+        parsed("--config", str(file), "--preset", "ppo_max")
+    with pytest.raises(UserError, match=r"config.json of another command .* is unknown"):
+        parse_args(SFTConfig, ["--config", str(file)])
 
 
 @pytest.mark.parametrize(

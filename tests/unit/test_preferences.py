@@ -158,3 +158,20 @@ def test_bad_preferences_are_counted(tmp_path, record, reason):
     line = next(line for line in said if reason in line)
     assert line.startswith("preferences: 1 dropped: ")
     assert line.endswith("x.jsonl:2")
+
+
+def test_answers_as_turns_of_sharegpt(tmp_path):
+    hello, what = ({"from": "gpt", "value": text} for text in ("Hello", "What?"))
+    human = {
+        "conversations": [{"from": "human", "value": "Hi"}],
+        "system": "Be brief.",
+        "chosen": hello,
+        "rejected": what,
+    }
+    train, said = load(
+        tmp_path, {"prompt": "Hi", "chosen": [hello], "rejected": [what]}, human,
+        {"prompt": "Hi", "chosen": [hello], "rejected": [{"from": "human", "value": "What?"}]},
+    )  # fmt: skip
+    assert [p.answers for p in train] == [["Hello", "What?"]] * 2
+    assert [p.history for p in train] == [HI, [{"role": "system", "content": "Be brief."}, *HI]]
+    assert any("two turns of the human" in line for line in said)
