@@ -47,13 +47,9 @@ class Preference:
 
 
 def load_preferences(
-    path: str,
-    num_valid: int,
-    seed: int,
-    say: Callable[[str], None] = print,
-    margin_columns: tuple[str, ...] = (),
+    path: str, num_valid: int, seed: int, say: Callable[[str], None] = print, margin_columns: tuple[str, ...] = (),
     lower: bool = False,
-) -> tuple[list[Preference], list[Preference]]:
+) -> tuple[list[Preference], list[Preference]]:  # fmt: skip
     """Returns (train, valid) preferences; drops malformed records and reports their counts with `say`.
 
     Formats: {"chosen", "rejected"} as dialogues with the same history, in lists or Anthropic's text format; {"prompt",

@@ -21,15 +21,9 @@ class Prompt:
 
 
 def load_prompts(
-    path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    max_tokens: int,
-    num_valid: int,
-    seed: int,
-    say: Callable[[str], None] = print,
-    lower: bool = False,
-) -> tuple[list[Prompt], list[Prompt]]:
+    path: str, tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int, num_valid: int, seed: int,
+    say: Callable[[str], None] = print, lower: bool = False,
+) -> tuple[list[Prompt], list[Prompt]]:  # fmt: skip
     """Returns (train, valid) prompts of at most `max_tokens` tokens from data in any format of dialogue_forms.py.
 
     The answer at the end of a dialogue is removed. Prompts that are too long lose their oldest exchanges, and are

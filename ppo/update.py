@@ -10,15 +10,7 @@ import torch
 from data.batching.micro_batch_plan import rank_plan
 from ppo.config import PPOConfig
 from ppo.kl import KL_ESTIMATORS, k3
-from ppo.loss import (
-    entropy_bonus,
-    masked_sum,
-    policy_clipped,
-    policy_loss,
-    policy_ratio,
-    value_clipped,
-    value_loss,
-)
+from ppo.loss import entropy_bonus, masked_sum, policy_clipped, policy_loss, policy_ratio, value_clipped, value_loss
 from ppo.pretrain import PretrainBatch, pretrain_loss
 from ppo.types import Experience
 from utils.distributed import rank, ranks_where, sum_ranks, world_size

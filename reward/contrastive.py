@@ -35,13 +35,9 @@ def contrastive_loss_sum(states: torch.Tensor, items: list[Comparison]) -> torch
 
 @torch.no_grad()
 def cache_gradients(
-    engine: TrainEngine,
-    items: list[Comparison],
-    plan: Plan,
-    length: Callable[[Comparison], int],
-    temperature: float,
+    engine: TrainEngine, items: list[Comparison], plan: Plan, length: Callable[[Comparison], int], temperature: float,
     seeds: random.Random,
-) -> list[Comparison]:
+) -> list[Comparison]:  # fmt: skip
     """Runs the first pass over a step's global batch and returns its items with their `cached_gradient`. Collective.
 
     plan, length: as in the second pass, so that both have the same micro-batches. seeds: source of dropout seeds.

@@ -54,12 +54,9 @@ def encode_preference(
 
 
 def encode_all(
-    preferences: list[Preference],
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    max_tokens: int,
+    preferences: list[Preference], tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int,
     say: Callable[[str], None],
-) -> list[Comparison]:
+) -> list[Comparison]:  # fmt: skip
     """Returns the comparisons that fit; reports what was truncated or dropped, and the subsets that are now empty."""
     places = count()
 

@@ -5,11 +5,9 @@ import torch.nn.functional as F
 
 
 def ranking_losses(
-    chosen_scores: torch.Tensor,
-    rejected_scores: torch.Tensor,
-    margin: float | torch.Tensor = 0.0,
+    chosen_scores: torch.Tensor, rejected_scores: torch.Tensor, margin: float | torch.Tensor = 0.0,
     label_smoothing: float = 0.0,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Returns -(1 - a) logsigmoid(d - m) - a logsigmoid(m - d) per pair, d = chosen - rejected: float32 [pairs].
 
     margin m: a number or [pairs]; label_smoothing a: assumed share of wrong labels. In float32, logsigmoid is finite
@@ -20,11 +18,9 @@ def ranking_losses(
 
 
 def ranking_loss(
-    chosen_scores: torch.Tensor,
-    rejected_scores: torch.Tensor,
-    margin: float | torch.Tensor = 0.0,
+    chosen_scores: torch.Tensor, rejected_scores: torch.Tensor, margin: float | torch.Tensor = 0.0,
     label_smoothing: float = 0.0,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Returns the mean of `ranking_losses` over the pairs: float32 scalar."""
     return ranking_losses(chosen_scores, rejected_scores, margin, label_smoothing).mean()
 

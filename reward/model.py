@@ -60,12 +60,9 @@ class ScalarModel(nn.Module):
         return self.backbone.config
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        nll_mask: torch.Tensor | None = None,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, nll_mask: torch.Tensor | None = None,
         with_states: bool = False,
-    ):
+    ):  # fmt: skip
         """Returns scalars float32 [batch, length], 0 where attention_mask is False; inputs [batch, length].
 
         nll_mask (bool, within attention_mask, False at first positions; needs lm_head): return also the summed NLL of
@@ -110,17 +107,10 @@ def last_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
 
 
 def load_scalar_model(
-    path: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    attn_implementation: str | None = None,
-    tokenizer=None,
-    with_lm_head: bool = False,
-    seed: int = 0,
-    say: Callable[[str], None] = print,
-    flag: str = FLAG,
+    path: str, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None, tokenizer=None,
+    with_lm_head: bool = False, seed: int = 0, say: Callable[[str], None] = print, flag: str = FLAG,
     trained: bool = False,
-) -> ScalarModel:
+) -> ScalarModel:  # fmt: skip
     """Returns the scalar model of a folder or hub id in any of the three layouts, in eval mode.
 
     A missing head is initialised with `seed` (see `new_head_weight`); with `trained` it is an error. tokenizer: resize
@@ -204,12 +194,9 @@ def set_dropout(model: ScalarModel, share: float) -> None:
 
 
 def save_scalar_model(
-    model: ScalarModel,
-    folder: str,
-    state_dict: dict[str, torch.Tensor] | None = None,
-    tokenizer=None,
+    model: ScalarModel, folder: str, state_dict: dict[str, torch.Tensor] | None = None, tokenizer=None,
     center: float = 0.0,
-) -> None:
+) -> None:  # fmt: skip
     """Saves a sequence-classification model with one label, and its tokenizer; `folder` appears when all is written.
 
     state_dict: the gathered `saved_tensors`; default: the model's own. center: score of the model that becomes 0. The

@@ -27,13 +27,9 @@ class AnswerModel(nn.Module):
         self.even_tokens = even_tokens
 
     def forward(
-        self,
-        sequences: torch.Tensor,
-        answer_mask: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        with_hits: bool = False,
-        routed: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, sequences: torch.Tensor, answer_mask: torch.Tensor, positions: torch.Tensor | None = None,
+        with_hits: bool = False, routed: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Returns the summed NLL of the masked tokens, a float32 scalar; all inputs [batch, length], right-padded.
 
         positions: restart at 0 for each packed dialogue. with_hits: return float32 [2], with the number of tokens that

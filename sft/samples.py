@@ -31,12 +31,9 @@ def sample_answers(
     engine.module.eval()
     with nullcontext(engine.module) if together else engine.gathered() as module, quiet_transformers():
         module.lm.generation_config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=min(maxlen_res, window - ids.shape[1]),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=list(stop_ids(tokenizer)),
-            pad_token_id=tokenizer.pad_token_id,
-        )
+            do_sample=False, max_new_tokens=min(maxlen_res, window - ids.shape[1]), bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=list(stop_ids(tokenizer)), pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
         with eager(module):
             sequences = module.lm.generate(ids.to(device()), attention_mask=mask.to(device()), **options)
     answers = sequences[:, ids.shape[1] :].tolist()

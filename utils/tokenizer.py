@@ -38,12 +38,9 @@ _MOSS_CHAT_TEMPLATES = {
 
 
 def load_tokenizer(
-    path: str,
-    template: str | None = None,
-    arguments: dict | None = None,
-    flag: str = FLAG,
+    path: str, template: str | None = None, arguments: dict | None = None, flag: str = FLAG,
     template_flag: str = "--template",
-) -> PreTrainedTokenizerBase:
+) -> PreTrainedTokenizerBase:  # fmt: skip
     """Returns the tokenizer in the folder, `tokenizer.model` file or hub id `path`, prepared for `template`.
 
     SentencePiece encodes for a LLaMA-format `tokenizer.model`; AutoTokenizer loads others, and a chat model's folder

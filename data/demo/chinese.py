@@ -132,21 +132,10 @@ def train_tokenizer(texts: list[str], file: Path) -> None:
 
     with file.open("wb") as stream:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=stream,
-            model_type="bpe",
-            vocab_size=VOCAB_SIZE,
-            character_coverage=0.9995,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            minloglevel=2,
-        )
+            sentence_iterator=iter(texts), model_writer=stream, model_type="bpe", vocab_size=VOCAB_SIZE,
+            character_coverage=0.9995, byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
+        )  # fmt: skip
 
 
 def build_base(folder: Path) -> str:
@@ -164,17 +153,10 @@ def build_base(folder: Path) -> str:
     save_tokenizer(tokenizer, folder)
     torch.manual_seed(SEED)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=688,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        vocab_size=len(tokenizer), hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=688,
+        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     return f"an untrained LLaMA, {model.num_parameters() / 1e6:.1f}M parameters, with a tokenizer of {len(tokenizer)}"

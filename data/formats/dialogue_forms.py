@@ -8,15 +8,9 @@ from data.formats.records import BadRecord
 from data.template import Turns
 
 _ROLES = {
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "system": "system",
-}
+    "user": "user", "human": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant",
+    "bot": "assistant", "model": "assistant", "system": "system",
+}  # fmt: skip
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 

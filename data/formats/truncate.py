@@ -10,12 +10,9 @@ Encoded = TypeVar("Encoded")
 
 
 def encode_fitting(
-    items: Iterable[Item],
-    encode: Callable[[Item], tuple[Encoded | None, int]],
-    what: str,
-    say: Callable[[str], None],
+    items: Iterable[Item], encode: Callable[[Item], tuple[Encoded | None, int]], what: str, say: Callable[[str], None],
     flag: str = "--context_truncate",
-) -> list[Encoded]:
+) -> list[Encoded]:  # fmt: skip
     """Returns the encodings of all items that fit; reports how many were truncated and how many were dropped.
 
     encode: item -> (encoding, or None if its last exchange alone is too long; number of turns removed). Each item has

@@ -63,13 +63,9 @@ class EngineConfig(OptimizerFlags, ForwardConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(
-            self,
-            gradient_clip=(0, None),
-            explosion_limit=(1, None),
-            adam_beta1=(0, 0.999999),
-            adam_beta2=(0, 0.999999),
-            adam_eps=(0, None),
-        )
+            self, gradient_clip=(0, None), explosion_limit=(1, None), adam_beta1=(0, 0.999999),
+            adam_beta2=(0, 0.999999), adam_eps=(0, None),
+        )  # fmt: skip
         if self.zero_stage == 0 and self.dtype == "auto":
             choose(self, "dtype", "fp32", "--zero_stage 0 trains float32 weights only")
         if self.zero_stage == 0 and self.dtype == "bf16":

@@ -48,11 +48,9 @@ def build_parser(config_type: type) -> FlagParser:
 
 
 def parse_args(
-    config_type: type[Config],
-    argv: list[str] | None = None,
-    presets: dict[str, dict] | None = None,
+    config_type: type[Config], argv: list[str] | None = None, presets: dict[str, dict] | None = None,
     amounts: dict[str, str] | None = None,
-) -> Config:
+) -> Config:  # fmt: skip
     """Command line -> config. Flags win over `--config`, which wins over `--preset`, which wins over field defaults.
 
     presets: name -> {field: value}. amounts: switch -> its amount, {"use_x": "x"}: an explicit amount of 0 switches
