@@ -90,9 +90,7 @@ def flip_negative(preferences: list[Preference], say: Callable[[str], None] = pr
     pairs = [pair for preference in preferences for pair in preference.pairs]
     known = sum(pair.strength is not None for pair in pairs)
     if not known:
-        raise UserError(
-            f"--flip_negative: no pair of {FLAG} has a {STRENGTH!r}; use python -m reward.strength to add it"
-        )
+        raise UserError(f"--flip_negative: no pair has a {STRENGTH!r}; use python -m reward.strength to add it")
     tally = Tally("preferences")
     for preference in preferences:
         for pair in preference.pairs:

@@ -125,7 +125,7 @@ class PPOConfig(
         for switch, amount in AMOUNTS.items():
             if getattr(self, switch) and not getattr(self, amount):
                 raise UserError(
-                    f"--{switch} with --{amount} 0 would do nothing: pass a positive number, or --{switch} false"
+                    f"--{switch} with --{amount} 0 does nothing: pass a positive number, or --{switch} false"
                 )
         if self.reuse_sampler_logprobs and (self.topp < 1.0 or self.repetition_penalty != 1.0):
             raise UserError(

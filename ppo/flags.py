@@ -72,8 +72,8 @@ class LengthFlags:
     """Sampling: lengths."""
 
     maxlen_prompt: Common[int] = 2048
-    """Longest prompt and response together, in tokens; longer prompts lose their oldest turns. The default is lowered
-    to the models' window"""
+    """Longest prompt and response together, in tokens; longer prompts lose their oldest turns. Default: at most the
+    models' window"""
     maxlen_res: Common[int] = 512
     """Longest response, in tokens. The default is lowered to half of a short --maxlen_prompt"""
 
@@ -147,21 +147,18 @@ class TrickFlags:
     """PPO-max tricks: scores, KL penalty and advantages."""
 
     use_reward_scaling: bool = True
-    """Divide scores by their running standard deviation (Part I, eq. 18). By itself it does not prevent collapse
-    (Part I, Figure 6)"""
+    """Divide scores by their running standard deviation (Part I, eq. 18, Figure 6: not enough against collapse)"""
     use_reward_norm: bool = True
     """Subtract the running mean from scores before --use_reward_scaling (Part I, eq. 18)"""
     use_reward_clip: bool = True
     """Clip scores after scaling and normalisation to [-reward_clip, reward_clip] (Part I, eq. 18)"""
     reward_clip: Common[float] = 0.3
-    """Clip normalised scores to [-reward_clip, reward_clip], in standard deviations. Part I, Figure 6: 0.3 is stable,
-    0.8 collapses"""
+    """Clip normalised scores to ± this, in standard deviations. Part I, Figure 6: 0.3 is stable, 0.8 collapses"""
     missing_eos_penalty: float = 0.0
     """Penalty on a response that was cut at --maxlen_res, in standard deviations of the score. Subtracted after
     --reward_clip, so that 1 outweighs a clip of 0.3"""
     kl_penalty_weight: Common[float] = 0.05
-    """Weight of the KL penalty per token, between policy and reference (Part I, eq. 19). Part I, Figure 15: 0.05, 0.1
-    and 0.2 are stable"""
+    """Weight of the KL to the reference per token (Part I, eq. 19; Figure 15: 0.05, 0.1 and 0.2 are stable)"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Estimator of the KL. k1: log ratio (Part I, eq. 19); k2: half its square; k3: exp(-k1) - 1 + k1"""
     kl_in: Literal["reward", "loss"] = "reward"
@@ -173,8 +170,7 @@ class TrickFlags:
     gamma: float = 1.0
     """Discount factor per token (Part I, eq. 9); 1: no discount"""
     lam: Common[float] = 0.95
-    """Lambda of generalised advantage estimation (Part I, eq. 9). Part I, Figure 19: 0.9 and 0.95 are stable, 0 and 1
-    are not"""
+    """Lambda of generalised advantage estimation (Part I, eq. 9; Figure 19: 0.9 and 0.95 are stable, 0 and 1 not)"""
     use_advantage_norm: bool = True
     """Normalise the advantages of a buffer to mean 0 and variance 1"""
     use_advantage_clip: bool = False
@@ -232,8 +228,7 @@ class AlarmFlags:
     alarm_score_std: float = 0.0
     """Alarm if the standard deviation of the scores falls below this"""
     skip_bad_batches: int = 0
-    """Minibatches and buffers with a loss, gradient or score that is not finite that are skipped before the run stops.
-    Each is saved to bad_batches/"""
+    """Batches with a loss, gradient or score that is not finite that are skipped, and saved to bad_batches/"""
 
 
 @dataclass

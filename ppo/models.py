@@ -83,7 +83,8 @@ class PolicyModel(nn.Module):
         """
         if not llama_step:
             # With router logits on, the LM's own forward would compute their loss and expect a mask without the cache.
-            return self.lm(**decode, **self._without_routers).logits[:, -1]
+            routers = getattr(self.lm.config, "output_router_logits", False)
+            return self.lm(**decode, **({"output_router_logits": False} if routers else {})).logits[:, -1]
         names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
         return self.logits(new_token_states(self.decoder, *(decode[name] for name in names)))
 
@@ -91,10 +92,6 @@ class PolicyModel(nn.Module):
     def decoder(self) -> nn.Module:
         """The LM without its head."""
         return decoder_of(self.lm)
-
-    @property
-    def _without_routers(self) -> dict[str, bool]:
-        return {"output_router_logits": False} if getattr(self.lm.config, "output_router_logits", False) else {}
 
     @property
     def joins_rows(self) -> bool:

@@ -84,11 +84,8 @@ class ScalarModel(nn.Module):
         if with_states:
             rows = torch.arange(len(hidden), device=hidden.device)
             extras += (hidden[rows, last_index(attention_mask)].float(),)
-        scalars = self._scalars(states, read)
+        scalars = at_tokens(self.head(states).squeeze(-1) - self.score_center, read)
         return (scalars, *extras) if extras else scalars
-
-    def _scalars(self, states: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-        return at_tokens(self.head(states).squeeze(-1) - self.score_center, read)
 
     @property
     def joins_rows(self) -> bool:
@@ -146,9 +143,8 @@ def load_scalar_model(
         weight = new_head_weight(hidden_size, seed)
         say(f"{path}: no reward head; a new one is initialised from N(0, 1/sqrt({hidden_size} + 1)), seed {seed}")
     elif weight.shape[1] != hidden_size:
-        raise UserError(
-            f"{flag}: the reward head in {path} is for hidden size {weight.shape[1]}, not {hidden_size}; copy it again"
-        )
+        wrong = f"is for hidden size {weight.shape[1]}, not {hidden_size}"
+        raise UserError(f"{flag}: the reward head in {path} {wrong}; copy it again")
     if not bool(torch.isfinite(weight).all()):
         raise UserError(f"{flag}: the reward head in {path} is not finite; use an earlier checkpoint")
     center = getattr(model.config, "score_center", 0.0)

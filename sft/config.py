@@ -49,6 +49,4 @@ class SFTConfig(StopFlags, RouterFlags, FitConfig):
             )
         for weight in self.data_weights:
             if not BLOCK * weight >= sum(self.data_weights) > 0 or not math.isfinite(weight):
-                raise UserError(
-                    f"--data_weights {weight:g}: pass positive numbers, none below a thousandth of their sum"
-                )
+                raise UserError(f"--data_weights {weight:g}: pass positive numbers, none below 1/1000 of their sum")

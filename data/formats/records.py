@@ -149,9 +149,7 @@ def _read_folder(folder: Path, flag: str) -> tuple[list[Record], list[Record] | 
     split = {name: [file for file in files if file.stem.endswith(name)] for name in ("train", "valid")}
     if not split["train"]:
         found = ", ".join(file.name for file in files) or "no JSON files at all"
-        raise UserError(
-            f"{flag}: no *train.json or *train.jsonl in {folder} ({found}); rename a file, or pass its path"
-        )
+        raise UserError(f"{flag}: no *train.json or *train.jsonl in {folder} ({found}); rename a file or pass its path")
     train, valid = ([record for file in split[name] for record in read_file(file, flag)] for name in ("train", "valid"))
     return train, valid if split["valid"] else None
 

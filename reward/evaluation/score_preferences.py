@@ -48,9 +48,7 @@ def score_preferences(
     models = [_scored(path, preferences, config, say) for path in config.model]
     common = set.intersection(*({item.place for item in scored.items} for scored in models))
     if not common:
-        raise UserError(
-            f"--data_path {config.data_path}: no preference fits the windows of all models; use shorter ones"
-        )
+        raise UserError(f"--data_path {config.data_path}: no preference fits all models' windows; use shorter ones")
     return [scored.where(lambda item: item.place in common) for scored in models]
 
 

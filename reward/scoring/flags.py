@@ -54,9 +54,7 @@ class RewardFlags(FrozenFlags, StopFlags, ForwardConfig):
             raise UserError(f"--reward_template {unknown}: choose from {', '.join(TEMPLATES)}")
         check_range(self, ensemble_std_coef=(0, None))
         if self.reward_ensemble != "mean" and len(paths) < 2:
-            raise UserError(
-                f"--reward_ensemble {self.reward_ensemble} needs several models: pass --reward_model_path A B C"
-            )
+            raise UserError(f"--reward_ensemble {self.reward_ensemble} needs several models: --reward_model_path A B C")
         if self.reward_ensemble == "mean_minus_std" and not self.ensemble_std_coef:
             raise UserError("--reward_ensemble mean_minus_std with --ensemble_std_coef 0 is the mean: pass more than 0")
 

@@ -165,11 +165,6 @@ def _rewriting(optimizer, zero_stage: int) -> Iterator[None]:
         optimizer.update_lp_params()
 
 
-def num_bytes(tensors: dict[str, torch.Tensor]) -> int:
-    """Returns the bytes that these take on disk, without the header."""
-    return sum(x.numel() * x.element_size() for x in tensors.values())
-
-
 def same_weights(first: nn.Module, second: nn.Module) -> bool:
     """Whether two models of the same architecture have the same weights, bit for bit.
 

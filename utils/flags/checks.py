@@ -24,9 +24,8 @@ def check_required(config) -> None:
     missing = [f"--{name}" for name in config.required if not getattr(config, name)]
     if missing:
         listed = " and ".join(filter(None, [", ".join(missing[:-1]), missing[-1]]))
-        raise UserError(
-            f"{listed} {'are' if missing[1:] else 'is'} missing; pass a value{' for each' * bool(missing[1:])}"
-        )
+        several = len(missing) > 1
+        raise UserError(f"{listed} {'are' if several else 'is'} missing; pass a value{' for each' if several else ''}")
 
 
 def fit_warmup(config) -> None:
@@ -34,9 +33,7 @@ def fit_warmup(config) -> None:
     if config.warmup_steps > config.train_steps:
         replace_default(config, "warmup_steps", config.train_steps // 10, f"--train_steps is {config.train_steps}")
     if config.warmup_steps > config.train_steps:
-        raise UserError(
-            f"--warmup_steps {config.warmup_steps} is longer than --train_steps {config.train_steps}: lower it"
-        )
+        raise UserError(f"--warmup_steps {config.warmup_steps} exceeds --train_steps {config.train_steps}: lower it")
 
 
 def choose(config, name: str, value, reason: str) -> None:

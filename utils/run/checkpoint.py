@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from utils.distributed import gather_objects, is_main, rank
 from utils.engine.engine import TrainEngine
 from utils.engine.memory import fits_on_host
-from utils.engine.state import num_bytes
 from utils.files import remove, replace, sync
 from utils.run.random_state import random_state
 from utils.run.state_file import PIECE, file_pieces, new_buffer, write_file
@@ -82,7 +81,7 @@ class CheckpointWriter:
         self.finish()
         started = time.perf_counter()
         tensors = {name: engine.state_tensors() for name, engine in self._engines.items()}
-        own = sum(map(num_bytes, tensors.values()))
+        own = sum(x.nbytes for named in tensors.values() for x in named.values())
         fits = background and fits_on_host(own - PIECE * len(self._copies))
         shares = gather_objects((own, fits))
         step, size = state["step"], sum(own for own, _ in shares)

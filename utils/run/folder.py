@@ -31,9 +31,7 @@ def check_inputs(path: str, inputs: list[str | None]) -> None:
     real = os.path.realpath(path)
     for source in inputs:
         if source and os.path.exists(source) and os.path.commonpath([real, os.path.realpath(source)]) == real:
-            raise UserError(
-                f"--model_save_path {path} would overwrite {source}, which this run reads; use another path"
-            )
+            raise UserError(f"--model_save_path {path} would overwrite {source}, which this run reads; use another one")
 
 
 def prepare_run_folder(path: str, config, step: int = 0) -> None:

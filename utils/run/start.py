@@ -19,7 +19,7 @@ def start_run(config: RunFlags) -> tuple[Say, Checkpoint | None]:
     Returns a function that prints on rank 0, and the checkpoint to resume from (None: the run starts at step 0).
     """
     init_distributed(config.hang_timeout)
-    say = partial(print, flush=True) if is_main() else _silent
+    say = partial(print, flush=True) if is_main() else lambda text: None
     settle_dtype(config)
     check_outputs(config)
     return say, find_checkpoint(config, say)
@@ -30,7 +30,3 @@ def open_log(config: RunFlags, checkpoint: Checkpoint | None, num_steps: int) ->
     step = begin_folder(config, checkpoint)
     folder = config.model_save_path
     return RunLogger(folder, config.logdir, config.report_to, dataclasses.asdict(config), num_steps, step)
-
-
-def _silent(text: str) -> None:
-    """Prints nothing."""

@@ -1,7 +1,6 @@
 """Output folder of a command, complete or absent, and the safetensors files in it."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -12,9 +11,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import atomic_folder, check_writable, disk_errors, existing_parent, write_json
-
-_MARK = ".being-written"  # in the incomplete folder, locked by the command that writes it
+from utils.files import atomic_folder, check_writable, existing_parent, write_json
 
 
 def check_new_folder(path: str, flag: str, sources: dict[str, str]) -> None:
@@ -31,27 +28,14 @@ def check_new_folder(path: str, flag: str, sources: dict[str, str]) -> None:
 def new_folder(path: str, flag: str, size: int = 0) -> Iterator[Path]:
     """Yields a folder that gets the name `path` if the block succeeds, and is removed if it fails.
 
-    Removes what a killed command left. Raises UserError without `size` bytes of room, when the disk fails, or when
-    another command writes the same folder.
+    Removes what a killed command left. Raises UserError without `size` bytes of room, or when the disk fails.
     """
     free = shutil.disk_usage(existing_parent(path)).free
     if free < size:
         needed = f"{flag} {path} needs {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk"
         raise UserError(f"{needed}; free disk space, or use a folder on another disk")
-    partial = Path(f"{os.path.abspath(path)}.partial")
-    mark = partial / _MARK
-    if os.path.lexists(partial):
-        if not mark.is_file():
-            raise UserError(f"{flag}: {partial} exists and was not written by this command; move it")
-        with disk_errors(f"{flag} {path}"), open(mark, "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{flag}: another run is writing {partial}; wait for it, or stop it") from None
-    with atomic_folder(path, flag), open(mark, "wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield partial
-        mark.unlink()
+    with atomic_folder(path, flag) as partial:
+        yield Path(partial)
         if os.path.lexists(path):
             raise UserError(f"{flag} {path} was created by another process meanwhile; use another folder")
 
