@@ -108,8 +108,7 @@ def mask_earlier_answers(
 ) -> tuple[list[bool], list[int]]:
     """Returns (mask of the answers in the prompt `ids` of `turns`, indices of turns whose answers are not in it).
 
-    An answer is in the prompt if the prompt begins with the dialogue that ends in this answer. This is not so if the
-    template rewrites earlier answers, for example removes their reasoning.
+    These are answers that the template rewrites in the history, for example removes their reasoning.
     """
     end, mask, rewritten = turn_end(tokenizer, "chat"), [False] * len(ids), []
     for k, turn in enumerate(turns):

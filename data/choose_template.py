@@ -29,9 +29,8 @@ def prepare_tokenizer(
 ) -> tuple[PreTrainedTokenizerBase, str]:
     """Returns (tokenizer of `source`, template name); prints the template, the reason for it, and the stop ids.
 
-    models: models that generate or are trained; their generation_config.json can add stop ids. others: further models
-    that read the same ids. Raises UserError if one of these was trained with another template, unless --template is
-    explicit.
+    models: (flag, path) of those that generate or are trained, whose generation_config.json can add stop ids; others:
+    that read the same ids. Raises UserError if one was trained with another template, unless --template is explicit.
     """
     models = list(models)
     for flag, path in [*models, *others]:
@@ -64,10 +63,7 @@ def choose_template(config: TextFlags, tokenizer: PreTrainedTokenizerBase) -> tu
 def stop_reasons(
     tokenizer: PreTrainedTokenizerBase, template: str, stop_tokens: list[str], models: Models
 ) -> dict[int, list[str]]:
-    """Returns stop id -> reasons. stop_tokens: values of --stop_token, which replace all other stop ids.
-
-    The moss templates end answers in EOS only. Raises UserError for a stop token that is not exactly one token.
-    """
+    """Returns stop id -> reasons. stop_tokens: values of --stop_token, one token each, which replace all others."""
     reasons = defaultdict(list)
     if stop_tokens:
         for text in stop_tokens:

@@ -36,9 +36,8 @@ def load_dialogues(
 ) -> tuple[list[Dialogue], list[Dialogue]]:
     """Returns (train, valid) dialogues from data in any format of data/formats/dialogue_forms.py.
 
-    A last question without an answer is removed; records without any answer and malformed ones are dropped. The counts
-    are reported with `say`. Raises UserError if the data cannot be read or no dialogue is left. flag: the flag that
-    gave the path.
+    A last question without an answer is removed; malformed records and those without an answer are dropped and counted.
+    Raises UserError if the data cannot be read or nothing is left. flag: the flag that gave the path.
     """
     return load_items(path, "dialogues", _dialogue_of, num_valid, seed, say, flag, lower)
 
@@ -79,9 +78,8 @@ def encode_dialogues(
 ) -> list[EncodedDialogue]:  # fmt: skip
     """Returns the encodings of all dialogues that fit `max_tokens`; reports how many were truncated and dropped.
 
-    An earlier answer that the template rewrites in the history, for example one whose reasoning it removes, becomes an
-    additional sample that ends in this answer and trains on it only. These samples follow all others. flag: the flag
-    that gave the limit.
+    An earlier answer that the template rewrites in the history becomes an additional sample that ends in it and trains
+    on it only; these follow all others. flag: the flag that gave the limit.
     """
     parts: list[Dialogue] = []
 
@@ -103,10 +101,7 @@ def encode_dialogues(
 def batches(
     sets: list[list[EncodedDialogue]], size: int, seed: int, weights: list[float] | None = None
 ) -> Iterator[list[EncodedDialogue]]:
-    """Yields batches in seeded order without end, the same on all ranks.
-
-    weights: share of the samples per set, each with its own epochs. Without weights, all sets together are one.
-    """
+    """Yields batches in seeded order without end, the same on all ranks. weights: share per set; None: sets are one."""
     merged = [dialogue for items in sets for dialogue in items]
     start = 0
     while True:

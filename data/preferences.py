@@ -22,8 +22,8 @@ MARGIN_COLUMNS = (STRENGTH, "margin")  # columns with a pair's margin, unless a 
 class Pair:
     """Indices of the better and the worse answer of a preference.
 
-    strength: mean score difference over several reward models, if known; negative if they disagree with the label.
-    margin: target score difference of the adaptive margin loss, if known and requested.
+    strength: mean score difference over several reward models, negative if they disagree with the label. margin: target
+    difference of the adaptive margin loss. None if unknown.
     """
 
     better: int
@@ -34,10 +34,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Preference:
-    """Answers to one history, and their pairs: one for two answers, all pairs for a ranked list.
-
-    subset: group in evaluations; source: place of the record.
-    """
+    """Answers to one history, and their pairs. subset: group in evaluations; source: place of the record."""
 
     history: Turns
     answers: list[str]
@@ -52,10 +49,9 @@ def load_preferences(
 ) -> tuple[list[Preference], list[Preference]]:  # fmt: skip
     """Returns (train, valid) preferences; drops malformed records and reports their counts with `say`.
 
-    Formats: {"chosen", "rejected"} as dialogues with the same history, in lists or Anthropic's text format; {"prompt",
-    "chosen", "rejected"}; {"prompt", "responses"} (ranked_answers.py). Optional columns: "subset", "mean preference
-    difference", score lists. margin_columns: columns with a margin, the first that a record has; (): no margins. The
-    margin of ranked answers is their score difference. Raises UserError if the data is unreadable or nothing is left.
+    Formats: {"chosen", "rejected"} as dialogues, in lists or Anthropic's text; {"prompt", "chosen", "rejected"};
+    {"prompt", "responses"} (ranked_answers.py). margin_columns: the first that a record has is its margin; ranked
+    answers have their score difference. Raises UserError if the data is unreadable or nothing is left.
     """
     parse = partial(parse_preference, margin_columns=margin_columns)
     return load_items(path, "preferences", parse, num_valid, seed, say, lower=lower)
@@ -84,8 +80,7 @@ def parse_preference(record: Record, tally: Tally, margin_columns: tuple[str, ..
 def flip_negative(preferences: list[Preference], say: Callable[[str], None] = print) -> list[Preference]:
     """Returns the preferences with the answers of all pairs of negative strength swapped; reports how many.
 
-    Strength and margin of a swapped pair become positive. Part II §2: a negative mean over an ensemble mostly marks a
-    wrong label. Raises UserError if no pair has a strength.
+    Part II §2: a negative mean over an ensemble mostly marks a wrong label. Raises UserError if no pair has a strength.
     """
     pairs = [pair for preference in preferences for pair in preference.pairs]
     known = sum(pair.strength is not None for pair in pairs)

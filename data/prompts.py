@@ -26,9 +26,8 @@ def load_prompts(
 ) -> tuple[list[Prompt], list[Prompt]]:  # fmt: skip
     """Returns (train, valid) prompts of at most `max_tokens` tokens from data in any format of dialogue_forms.py.
 
-    The answer at the end of a dialogue is removed. Prompts that are too long lose their oldest exchanges, and are
-    dropped if the last question alone is too long. All counts are reported with `say`. Raises UserError if the data
-    cannot be read or no prompt is left.
+    The answer at the end of a dialogue is removed. Too long prompts lose their oldest exchanges, or are dropped. Raises
+    UserError if the data cannot be read or no prompt is left.
     """
     parse = partial(_prompt_of, tokenizer=tokenizer, template=template, max_tokens=max_tokens)
     return load_items(path, "prompts", parse, num_valid, seed, say, lower=lower)

@@ -26,8 +26,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: Turns, template: st
 def encode_dialogue(tokenizer: PreTrainedTokenizerBase, turns: Turns, template: str) -> tuple[list[int], list[bool]]:
     """Returns (ids, mask) of a dialogue that ends in an answer; the mask is True at answer tokens and their end tokens.
 
-    The ids begin with exactly `encode_prompt(turns[:-1])`, as in generation, and end as the template ends a turn. What
-    the template writes after the end token (such as a newline) is not in the mask.
+    The ids begin with exactly `encode_prompt(turns[:-1])`; what the template writes after the end token is not in the
+    mask.
     """
     ids, mask, _ = encode_dialogue_parts(tokenizer, turns, template)
     return ids, mask
@@ -36,10 +36,7 @@ def encode_dialogue(tokenizer: PreTrainedTokenizerBase, turns: Turns, template: 
 def encode_dialogue_parts(
     tokenizer: PreTrainedTokenizerBase, turns: Turns, template: str
 ) -> tuple[list[int], list[bool], list[int]]:
-    """Returns (ids, mask, rewritten): as `encode_dialogue`, and the indices of turns whose answers the mask lacks.
-
-    Chat templates can rewrite earlier answers, for example remove their reasoning.
-    """
+    """`encode_dialogue`, and the indices of turns whose answers the template rewrites, so that the mask lacks them."""
     prompt, end, rewritten = encode_prompt(tokenizer, turns[:-1], template), turn_end(tokenizer, template), []
     if template == "chat":
         mask, rewritten = mask_earlier_answers(tokenizer, turns[:-1], prompt)
@@ -64,10 +61,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """Returns the text of response ids without special tokens, stop ids, and ids beyond the vocabulary.
-
-    The last can be sampled from models with a padded embedding.
-    """
+    """Returns the text of response ids without special tokens, stop ids, and ids of a padded embedding."""
     ends = stop_ids(tokenizer)
     known = [i for i in ids if i < len(tokenizer) and i not in ends]
     return tokenizer.decode(known, skip_special_tokens=True).strip()
@@ -116,8 +110,8 @@ def _opening(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
 def _continue(tokenizer: PreTrainedTokenizerBase, text: str, template: str) -> list[int]:
     """Returns the ids of an answer, which starts a stretch after `<|MOSS|>` and continues one after `Assistant:`.
 
-    A token can contain the colon and the start of the answer (such as ":)"), but generation starts after the colon. The
-    answer is therefore encoded after a text that it does not merge with; if there is none, as its own stretch.
+    A token can contain the colon and the start of the answer (":)"), but generation starts after the colon, so the
+    answer is encoded after a text that it does not merge with; if there is none, as its own stretch.
     """
     if template == "moss_en":
         for before in ("Assistant:", "\n", "Assistant"):

@@ -18,11 +18,10 @@ from utils.models.load import check_window, load_causal_lm, window_at
 
 
 def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
-    """Returns (before, after, KL of each plain sample of AFTER to BEFORE).
+    """Returns (before, after, KL of each plain sample of AFTER to BEFORE). Memory: two policies and the reward models.
 
-    before, after: {"rows": texts, "columns": {name: one number per prompt}}. Columns: scores of reward models and
-    function, length, 1 where the response ended before --maxlen_res, its negative log-likelihood under its
-    own policy and under BEFORE. Memory: two policies and the reward models.
+    before, after: {"rows": texts, "columns": {name: one number per prompt}}: scores, length, 1 where the response ended
+    before --maxlen_res, its negative log-likelihood under its own policy and under BEFORE.
     """
     settle_dtype(config)
     named = [("--policies", path) for path in config.policies]

@@ -23,8 +23,8 @@ STEPS = 8
 def choose_decoding(policy: nn.Module, config, what: str, say: Callable[[str], None]) -> None:
     """Sets `policy.decoding` to the first of DECODING by which the policy samples from its own distribution.
 
-    config: the run's flags. Raises UserError, which calls the model `what`, if none does: the cache here holds keys and
-    values only, so states of other kinds are lost between tokens. Every rank chooses the same.
+    The same on all ranks. Raises UserError, which calls the model `what`, if none does: the cache holds keys and values
+    only, so states of other kinds are lost between tokens. config: the run's flags.
     """
     probe = Probe(policy.lm, what)
     settings = policy.decoder.config

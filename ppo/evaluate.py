@@ -21,9 +21,8 @@ def evaluate(
 ) -> tuple[dict[str, float], list[dict]]:  # fmt: skip
     """Returns (metrics, one row per prompt: prompt, answer, score, kl, length, nll), the same on every rank.
 
-    Answers are sampled as in the paper (`EVALUATION`). A prompt has the same random stream in all evaluations of a run,
-    so they can be compared prompt by prompt. If the prompts do not divide by the ranks, some are sampled twice and
-    counted once.
+    Answers are sampled as in the paper (`EVALUATION`), each prompt with the same random stream in all evaluations.
+    Prompts that do not divide by the ranks are padded with repeated ones, which are not counted.
     """
     padded = prompts + [prompts[0]] * (-len(prompts) % world_size())
     share = own_share(padded, list(range(len(padded))))

@@ -34,8 +34,7 @@ CHUNK_ELEMENTS = 1 << 24  # logits held at once: 32 MB in bf16, for any batch an
 class PolicyModel(nn.Module):
     """A causal LM that computes log-probabilities of given tokens, or next-token logits while decoding.
 
-    Logits are computed in chunks, at the given tokens only, in the weights' dtype; results are float32. With several
-    chunks the backward pass computes them again, so [tokens, vocabulary] is never held.
+    Logits are computed in chunks, in the weights' dtype; results are float32. The backward pass computes them again.
     """
 
     def __init__(self, lm: nn.Module, even_tokens: int = 0, router_coef: float = 0.0):
@@ -77,7 +76,7 @@ class PolicyModel(nn.Module):
         return result if routed is None else (*result, router_sums(layers, routed, config.num_experts_per_tok))
 
     def next_logits(self, llama_step: bool = False, **decode) -> torch.Tensor:
-        """Logits after the last of the ids: [batch, vocabulary]. decode: arguments of the LM's own forward.
+        """Logits after the last of the ids, [batch, vocabulary]; decode: arguments of the LM's own forward.
 
         llama_step: the ids are one new token per slot, and go through ppo/decoding/llama_step.py.
         """
@@ -121,9 +120,8 @@ class Models:
 def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print) -> Models:
     """Loads each model once, in config.dtype, onto its device, and creates its engine.
 
-    Host memory holds at most one model's weights per rank at a time (none on GPUs: files are memory-mapped). Policy and
-    reference come from one read, as do critic and reward model if they are the same. Tokenizers are compared before any
-    weights are read.
+    Policy and reference come from one read, as do critic and reward model if they are the same. Host memory holds at
+    most one model's weights per rank. Tokenizers are compared before any weights are read.
     """
     critic_path, critic_flag = config.critic_model_path, "--critic_model_path"
     check_same_tokenizer(critic_path, critic_flag, tokenizer, template_of(tokenizer))

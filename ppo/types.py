@@ -83,10 +83,7 @@ class Scores(Batch):
 
 @dataclass(frozen=True)
 class Experience(Batch):
-    """What the update reads: [batch, length]. old_values and returns are None without a critic.
-
-    Returns are computed from the advantages before these are normalised.
-    """
+    """What the update reads: [batch, length]. old_values and returns are None without a critic."""
 
     sequences: torch.Tensor
     attention_mask: torch.Tensor

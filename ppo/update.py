@@ -46,8 +46,8 @@ def update(
     """Trains for ppo_epochs passes over the buffer in seeded minibatches of batch_size; returns metrics.
 
     lr 0 trains the critic only; critic None trains the policy only. `experience` is the whole buffer, the same on every
-    rank; each rank works on its share of every minibatch, so the result does not depend on the number of ranks.
-    A minibatch whose loss or gradient is not finite or beyond --explosion_limit makes no step; `on_bad` may raise.
+    rank. A minibatch whose loss or gradient is not finite or beyond --explosion_limit makes no step; `on_bad` may
+    raise.
     """
     learners = []
     if lr > 0.0:
@@ -119,7 +119,7 @@ def step_all(learners: list[Learner], problem: str | None = None) -> tuple[Sums,
 def shares(batch: Experience, max_tokens: int, joined: bool = False) -> Iterator[Experience]:
     """Yields this rank's micro-batches of a global minibatch, each cut to its longest row; as many on every rank.
 
-    Where other ranks have one more, it is a sample without response tokens, so that all ranks run the same collectives.
+    If other ranks have one more, it is a sample without response tokens.
     """
     lengths = batch.attention_mask.sum(1).tolist()
     for rows, weight in rank_plan(lengths, max_tokens, world_size(), rank(), joined):
@@ -135,7 +135,7 @@ def policy_backward(
     """Adds the gradient of the policy's whole loss on one minibatch, the pre-training term included, in micro-batches.
 
     Returns this rank's share of (the loss, sums for metrics). The load-balancing loss of each micro-batch is weighted
-    by its share of the minibatch's tokens, prompts included; the pre-training batch has none.
+    by its share of the minibatch's tokens, prompts included.
     """
     num_tokens, routed_tokens = (float(mask.sum()) for mask in (batch.response_mask, batch.attention_mask))
     total, sums, coef = 0.0, {}, policy.module.router_coef
@@ -189,8 +189,7 @@ def critic_backward(
 ) -> tuple[torch.Tensor, Sums]:
     """Adds the gradient of the value loss on one minibatch, in micro-batches. Returns what `policy_backward` does.
 
-    clipped: False while only the critic trains, because clipping would keep its values near the old ones; there is no
-    value_clip_fraction then.
+    clipped: False while only the critic trains, because clipping would keep its values near the old ones.
     """
     num_tokens = float(batch.response_mask.sum())
     clip = config.value_clip if config.use_critic_loss_clip and clipped else 0.0

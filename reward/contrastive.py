@@ -1,9 +1,9 @@
 """The contrastive loss of Part II (SimCSE) over all pairs of an optimizer step, with gradient caching.
 
 The feature of a pair is the difference of the last states of the better and the worse answer; its two views differ by
-dropout; its negatives are all other pairs of the step, over all micro-batches and ranks. A first pass without gradients
-computes all features, the loss, and its gradient with respect to the features. The second pass, with the same dropout,
-backpropagates that gradient (arXiv 2101.06983), so that only the graph of one micro-batch is in memory.
+dropout; its negatives are all other pairs of the step, on all ranks. A first pass without gradients computes features,
+loss, and its gradient with respect to them, which the second pass, with the same dropout, backpropagates (arXiv
+2101.06983). So only the graph of one micro-batch is in memory.
 """
 
 import random

@@ -27,8 +27,8 @@ def encode_preference(
 ) -> tuple[Comparison | None, int]:
     """Returns (comparison, number of turns removed from the history); the oldest go until all answers fit.
 
-    All answers lose the same turns, so that their scores are comparable; answers are not truncated. The comparison is
-    None if the last question with the longest answer is too long.
+    All answers lose the same turns, so that their scores are comparable. The comparison is None if the last question
+    with the longest answer is too long.
     """
     history = preference.history
     while history:
@@ -74,10 +74,7 @@ def encode_all(
 def load_comparisons(
     config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """Returns (train, valid) comparisons of --data_path; --flip_negative applies to the training set only.
-
-    Raises UserError if too few are left for a batch or for validation.
-    """
+    """Returns (train, valid) comparisons of --data_path; --flip_negative applies to the training set only."""
     template, columns = template_of(tokenizer), ()
     if config.use_margin:
         columns = (config.margin_column,) if config.margin_column else MARGIN_COLUMNS

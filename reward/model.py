@@ -1,10 +1,8 @@
 """A decoder with a scalar per token: the reward model (the last scalar) and the critic (all scalars).
 
-Loads three layouts: sequence classification with one label, the published MOSS layout (causal-LM keys plus
-`reward_head.weight`), and a causal LM, which gets a new head. Saves the first, which other tools can load.
-
-`score_center` in config.json is subtracted from all scores. transformers' classifiers have no bias for it, so that
-other tools compute scores that are larger by `score_center`; differences of scores are the same.
+Loads sequence classification with one label, the published MOSS layout (causal-LM keys plus `reward_head.weight`), and
+a causal LM, which gets a new head. Saves the first, which other tools can load. `score_center` in config.json is
+subtracted from all scores, which other tools do not do; differences of scores are the same.
 """
 
 import copy
@@ -65,10 +63,10 @@ class ScalarModel(nn.Module):
     ):  # fmt: skip
         """Returns scalars float32 [batch, length], 0 where attention_mask is False; inputs [batch, length].
 
-        nll_mask (bool, within attention_mask, False at first positions; needs lm_head): return also the summed NLL of
-        these tokens. with_states: return also the float32 states [batch, hidden] of each row's last real token.
-        Inputs are right-padded and the backbone gets no mask: causal attention hides the padding. attention_mask can
-        therefore exclude real tokens whose scalars are not needed.
+        nll_mask (bool, False at first positions; needs lm_head): return also the summed NLL of these tokens.
+        with_states: return also the float32 states [batch, hidden] of each row's last real token. Inputs are
+        right-padded, and causal attention hides the padding; attention_mask can exclude tokens whose scalars are not
+        needed.
         """
         read = attention_mask.bool()
         answers = None if nll_mask is None else before(nll_mask)[read].nonzero().squeeze(1)
@@ -111,8 +109,8 @@ def load_scalar_model(
     """Returns the scalar model of a folder or hub id in any of the three layouts, in eval mode.
 
     A missing head is initialised with `seed` (see `new_head_weight`); with `trained` it is an error. tokenizer: resize
-    or check the vocabulary. flag: the flag that gave the path. Raises UserError for several labels, for a head that
-    does not match, and as `utils.models.load.load_causal_lm` does.
+    or check the vocabulary. flag: the flag that gave the path. Raises UserError for several labels or a head that does
+    not match.
     """
     folder = model_folder(path, flag)
     files = tensor_files(folder, flag)
@@ -195,8 +193,8 @@ def save_scalar_model(
 ) -> None:  # fmt: skip
     """Saves a sequence-classification model with one label, and its tokenizer; `folder` appears when all is written.
 
-    state_dict: the gathered `saved_tensors`; default: the model's own. center: score of the model that becomes 0. The
-    saved pad token does not end answers, because other tools read the score at the last token that is not padding.
+    state_dict: the gathered `saved_tensors`; default: the model's own. center: score that becomes 0. The saved pad
+    token does not end answers, because other tools read the score at the last token that is not padding.
     """
     state = _classifier_tensors(model, saved_tensors(model) if state_dict is None else state_dict)
     config = _classifier_config(model)

@@ -81,10 +81,7 @@ class Evaluation:
 def build_stage(
     config: RewardConfig, model: ScalarModel, tokenizer, train: list[Comparison], answers: list[Comparison] | None
 ) -> Stage:
-    """Returns the reward model's data, loss and evaluation for `utils.run.supervised_loop`.
-
-    answers: as in `Evaluation`.
-    """
+    """Returns the reward model's `Stage`. answers: as in `Evaluation`."""
     min_size = max(MIN_PAIRS, world_size())
     indices = dynamic_batches([item.tokens for item in train], config.batch_size, config.seed, min_size)
     views = 2 if config.simcse_coef else 1

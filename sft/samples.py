@@ -20,9 +20,8 @@ def sample_answers(
 ) -> list[dict[str, str]]:
     """Returns per dialogue its last prompt with special tokens, the model's greedy answer, and the reference answer.
 
-    Decoding is greedy, so that evaluations differ only by the weights. All ranks generate the same answers: this takes
-    no longer than one rank, and ZeRO-3 needs all ranks if the whole weights do not fit. Answers have at most
-    `maxlen_res` tokens, fewer if the longest prompt and its answer reach the `window`. Collective.
+    All ranks generate the same answers, as ZeRO-3 needs all ranks. Answers have at most `maxlen_res` tokens, fewer if
+    the longest prompt and its answer reach the `window`. Collective.
     """
     prompts = [dialogue.ids[: prompt_length(dialogue)] for dialogue in dialogues]
     ids, mask = pad(prompts, tokenizer.pad_token_id, side="left")

@@ -31,10 +31,7 @@ from utils.tokenizer import template_of
 def load_encoded(
     config: SFTConfig, tokenizer, say: Callable[[str], None]
 ) -> tuple[list[list[EncodedDialogue]], list[EncodedDialogue]]:
-    """Returns (one training set per --data_path, all held-out dialogues).
-
-    Raises UserError if too few dialogues are left for a batch.
-    """
+    """Returns (one training set per --data_path, all held-out dialogues). Raises UserError for less than a batch."""
     template = template_of(tokenizer)
     sets, valid = [], []
     for path in config.data_path:
@@ -95,10 +92,9 @@ def build_stage(
     config: SFTConfig, lm: PreTrainedModel, tokenizer, layout: Layout, sets: list[list[EncodedDialogue]],
     shown: list[EncodedDialogue], balance: float = 0.0,
 ) -> Stage:  # fmt: skip
-    """Returns SFT's data, loss and evaluation for `utils.run.supervised_loop`.
+    """Returns SFT's `Stage`. shown: dialogues whose last prompt is answered in each evaluation.
 
-    shown: dialogues whose last prompt is answered in each evaluation. balance: weight of the routers' load-balancing
-    loss, which is weighted per forward pass by its share of the global batch's tokens; 0: none.
+    balance: weight of the routers' load-balancing loss; 0: none.
     """
     generation = lm.generation_config  # the model's own, which `sample_answers` replaces while it generates
 

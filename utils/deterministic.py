@@ -54,9 +54,9 @@ def repeatable(wanted: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def strictly() -> Iterator[None]:
-    """Context of a backward pass in which attention is deterministic: it requires that other kernels raise errors.
+    """Context of a backward pass in which attention is deterministic; does nothing outside of `repeatable`.
 
-    Does nothing outside of `repeatable`. Raises UserError for an operation without a deterministic kernel.
+    Raises UserError for an operation without a deterministic kernel.
     """
     if not torch.are_deterministic_algorithms_enabled():
         yield

@@ -4,5 +4,5 @@
 class UserError(ValueError):
     """A mistake in flags, files or models. The message says what is wrong, where (flag or file:line) and how to fix it.
 
-    Entry points print it as one line and exit with code 2. Every other exception is a bug and keeps its traceback.
+    Entry points print it as one line and exit with code 2.
     """

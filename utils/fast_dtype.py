@@ -25,7 +25,7 @@ def fast_dtype(device: torch.device) -> str:
 def settle_dtype(config) -> None:
     """Sets --dtype auto to bf16 if all ranks multiply it fast, else to fp32; warns if bf16 was asked for and is slow.
 
-    Collective where a process group exists: afterwards all ranks have the same dtype.
+    Collective if there is a process group.
     """
     if config.dtype == "fp32":
         return

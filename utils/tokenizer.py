@@ -43,10 +43,10 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:  # fmt: skip
     """Returns the tokenizer in the folder, `tokenizer.model` file or hub id `path`, prepared for `template`.
 
-    SentencePiece encodes for a LLaMA-format `tokenizer.model`; AutoTokenizer loads others, and a chat model's folder
-    with a `tokenizer.json`. `moss_zh` adds its two tags if absent. Pad: the tokenizer's own if it is neither eos nor
-    bos, else unk, else eos (harmless, since masks come from lengths). arguments: of the chat template. flag: of `path`,
-    for errors. Raises UserError without a usable tokenizer, end token, or a chat template that `template` requires.
+    SentencePiece encodes for a LLaMA-format `tokenizer.model`, AutoTokenizer for others. `moss_zh` adds its two tags if
+    absent. Pad: the tokenizer's own if it is neither eos nor bos, else unk, else eos. arguments: of the chat template.
+    flag: of `path`. Raises UserError without a usable tokenizer, end token, or a chat template that `template`
+    requires.
     """
     if is_hub_id(path):  # AutoTokenizer would not look for a tokenizer.model first
         path = str(download(path, flag, allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"]))
@@ -92,8 +92,8 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: str, flag: str = FLAG) -> int:
     """Returns the number of embedding rows that a model of `vocab_size` rows needs for `tokenizer`.
 
-    It exceeds `vocab_size` only for the tags of moss_zh, for which the caller resizes the embedding. Raises UserError
-    if other tokens exceed it. what: model and flag, as "the policy (--policy_model_path models/sft)".
+    It exceeds `vocab_size` only for the tags of moss_zh. Raises UserError if other tokens exceed it. what: model and
+    flag.
     """
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
     others = sorted((i, token) for token, i in beyond.items() if token not in MOSS_ZH_TAGS)
@@ -108,10 +108,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Writes `tokenizer` so that `load_tokenizer(folder)` and AutoTokenizer give the same ids.
 
-    For SentencePiece it writes `tokenizer.model` unchanged, and a `tokenizer.json` with the same merges. Its
-    `apply_chat_template` gives the prompts of data.template unless a text contains a special token; with moss_en, an
-    answer does not merge with the colon of "Assistant:" (as ":)" would). Other tokenizers are saved unchanged, and may
-    merge there.
+    For SentencePiece it writes `tokenizer.model` unchanged, and a `tokenizer.json` with the same merges, whose
+    `apply_chat_template` gives the prompts of data.template unless a text contains a special token.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

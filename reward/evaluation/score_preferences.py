@@ -40,8 +40,8 @@ def score_preferences(
     """Returns each model's scores of the preferences that fit the windows of all models.
 
     Each model uses its own tokenizer and template; one model is in memory at a time. `place` of an item is its index in
-    `preferences`. Raises UserError for folders that are not reward models, for labels of different meanings, for
-    scores that are not finite, and if no preference fits.
+    `preferences`. Raises UserError for folders that are not reward models of the same labels, and for scores that are
+    not finite.
     """
     settle_dtype(config)
     check_labels(config.model, FLAG)

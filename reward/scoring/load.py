@@ -34,10 +34,7 @@ class Reader:
 
 
 def reward_readers(config: RewardFlags, tokenizer, say: Callable[[str], None]) -> list[Reader]:
-    """Compares tokenizers and templates of a run's reward models with the policy's; reads no weights.
-
-    Raises UserError for missing folders, tokenizers or templates, and for labels of different meanings.
-    """
+    """Compares tokenizers and templates of a run's reward models with the policy's; reads no weights."""
     template = template_of(tokenizer)
     check_labels(config.reward_paths, config.reward_flag)
     readers = []
@@ -91,8 +88,8 @@ def load_ensemble(
 ) -> Ensemble | None:  # fmt: skip
     """Loads and freezes the reward models one after the other; returns None if there are none.
 
-    rows: number of the policy's embeddings. critic: (path, model) of the critic, which is copied if it is also a reward
-    model. freeze: freezes a model, and moves it to host memory if it is offloaded.
+    rows: number of the policy's embeddings. critic: its (path, model), copied if it is also a reward model. freeze:
+    also moves a model to host memory if it is offloaded.
     """
     members = []
     for reader in readers:
@@ -110,11 +107,7 @@ def load_ensemble(
 def load_scalar(
     config: RewardFlags, path: str, tokenizer, rows: int, say: Callable[[str], None], flag: str | None = None
 ) -> ScalarModel:
-    """Loads a critic, or a reward model that reads the policy's ids, with at least `rows` embeddings.
-
-    rows: number of the policy's embeddings (some vocabularies are padded). Raises UserError if its window is too short,
-    or if it is a reward model without a trained head.
-    """
+    """Loads a critic, or a reward model that reads the policy's ids, with at least the policy's `rows` embeddings."""
     flag = flag or config.reward_flag
     model = _load(config, path, flag, tokenizer, say, trained=path in config.reward_paths)
     check_window(model, config.maxlen_prompt, f"{flag} {path}: --maxlen_prompt")

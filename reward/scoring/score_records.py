@@ -31,10 +31,7 @@ TRUNCATED = "longer than a model's window (oldest turns dropped)"
 def load_reward_model(
     path: str, config, say: Callable[[str], None]
 ) -> tuple[ScalarModel, PreTrainedTokenizerBase, str]:
-    """Returns (model, tokenizer, template name) of a --model path, with its own tokenizer unless flags give another.
-
-    config: the flags of reward.score, reward.evaluate or reward.strength.
-    """
+    """Returns (model, tokenizer, template name) of a --model path, with its own tokenizer unless flags give another."""
     flag, dtype, attention = "--model", DTYPES[config.dtype], config.attn_implementation
     source = config.tokenizer_name_or_path or str(model_folder(path, flag))
     tokenizer, template = prepare_tokenizer(config, source, [(flag, path)], say)
@@ -56,10 +53,7 @@ def load_reward_models(config: ScoreConfig, say: Callable[[str], None]) -> list[
 
 
 def score_chunk(members: list[Member], dialogues: list[Turns | str], max_tokens: int) -> list[tuple[list[float], bool]]:
-    """Returns (scores of all models, whether any model truncated it) per dialogue, in order, on all ranks.
-
-    Each rank scores its share of the dialogues with one model after the other.
-    """
+    """Returns (scores of all models, whether any truncated it) per dialogue, in order. Ranks share the work."""
     own = dialogues[rank() :: world_size()]
     columns, cuts = [], []
     for member in members:
@@ -75,11 +69,7 @@ def score_chunk(members: list[Member], dialogues: list[Turns | str], max_tokens:
 def scored_chunks(
     config: ScoreConfig, members: list[Member], records: Iterator[Record], say: Callable[[str], None]
 ) -> Iterator[list[dict]]:
-    """Yields lists of records with their scores.
-
-    A record that cannot be scored gets the score null and the reason under "error". Reports how many there are, and how
-    many were truncated to a model's window. Raises UserError if no record could be scored.
-    """
+    """Yields lists of records with their scores, or score null and the reason under "error"; reports how many."""
     tally, count = Tally("records"), 0
     for chunk in in_chunks(records, config.chunk_size):
         parsed = [parse_record(record, tally) for record in chunk]

@@ -34,10 +34,7 @@ def gradient_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def chunked_step(optimizer) -> None:
-    """Replaces DeepSpeed's `step`, with the same numbers for the same norm. Collective.
-
-    If the norm is not finite, only the gradients are cleared.
-    """
+    """Replaces DeepSpeed's `step`, with the same numbers. A norm that is not finite: only clears gradients."""
     norm = optimizer.scaled_global_norm()
     good = bool(norm.isfinite())
     scale = 1 / ((norm + 1e-6) / optimizer.clip_grad).clamp(min=1) if optimizer.clip_grad else None

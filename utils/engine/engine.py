@@ -118,7 +118,7 @@ class TrainEngine:
     def measure(self) -> float:
         """Sums the gradients over ranks and returns their global norm before clipping, equal on all ranks. Collective.
 
-        Infinite if the norm is not finite or beyond --explosion_limit. `apply` or `drop_gradients` must follow.
+        Infinite if it is beyond --explosion_limit. `apply` or `drop_gradients` must follow.
         """
         self._reduce_gradients()
         self._norm = self._compute_norm()
@@ -241,8 +241,7 @@ class InferenceEngine:
 def keep_while_reduced(optimizer) -> None:
     """Keeps the memory of gradients larger than a bucket until DeepSpeed's stream has summed them over ranks.
 
-    ZeRO-2 reduces those in place, in a stream of its own, and frees them at once on ranks that own no part of them:
-    PyTorch would reuse the memory in the backward pass.
+    ZeRO-2 frees them at once on ranks that own no part of them, and PyTorch would reuse the memory.
     """
     average = optimizer.average_tensor
 

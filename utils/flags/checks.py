@@ -39,7 +39,7 @@ def fit_warmup(config) -> None:
 def choose(config, name: str, value, reason: str) -> None:
     """Sets a flag whose value is auto or a default that does not suit this run; the first rank says so.
 
-    `config.replaced_defaults` keeps the old value, for config.json and for the comparison when a run is resumed.
+    `config.replaced_defaults` keeps the old value, for config.json and for resuming.
     """
     old = getattr(config, name)
     config.replaced_defaults = {name: old} | config.replaced_defaults

@@ -28,7 +28,7 @@ def settle_checkpointing(
 ) -> None:  # fmt: skip
     """Enables gradient checkpointing in as few layers as fit, if the flag is auto. Call it before the first forward.
 
-    model: a supervised stage's, as for `enable_checkpointing`; tokens: of the largest forward; room: `device_room()`.
+    tokens: of the largest forward; room: `device_room()`.
     """
     if config.gradient_checkpoint != "auto":
         return
@@ -84,10 +84,7 @@ def refuse_eager(config: PretrainedConfig) -> None:
 
 
 def layers_kept(decoder: PreTrainedModel, tokens: int, room: int) -> int:
-    """Returns how many of the last layers can keep their activations for `tokens` tokens in `room` bytes.
-
-    decoder: on the meta device.
-    """
+    """Returns how many last layers of a decoder on the meta device can keep their activations in `room` bytes."""
     layers = num_layers(decoder)
     if not decoder.supports_gradient_checkpointing:
         return layers

@@ -36,10 +36,7 @@ def moment_bytes(models: list[list[int]], config: EngineConfig, gpus: int) -> in
 
 
 def backward_bytes(models: list[list[int]], config: EngineConfig, gpus: int) -> tuple[int, int, int]:
-    """Returns bytes per rank in backward passes: (gradients, communication buckets, gathered weights).
-
-    ZeRO-3 allocates the first two permanently.
-    """
+    """Returns bytes per rank in backward passes: (gradients, communication buckets, gathered weights)."""
     stage, element, largest = config.zero_stage, DTYPES[config.dtype].itemsize, max(map(sum, models))
     in_sum = 4 if config.adds_up_in_float32 else element
     # With one rank, bf16 gradients still go through buckets to a float32 sum.

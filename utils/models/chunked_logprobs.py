@@ -51,10 +51,7 @@ def nll_and_hits(
 def by_chunks(
     measure: Callable, states: torch.Tensor, targets: torch.Tensor, lm_head: Callable, chunk: int, even_tokens: int = 0
 ) -> list:
-    """Returns measure(states, targets, lm_head) per chunk; above KEPT chunks, the backward pass recomputes them.
-
-    chunk: rows at most. even_tokens: as in `sum_nll`.
-    """
+    """Returns measure(states, targets, lm_head) per chunk; above KEPT chunks, the backward pass recomputes them."""
     count = max(1, -(-(even_tokens or len(targets)) // chunk))
     parts = zip(states.tensor_split(count), targets.tensor_split(count), strict=True)
     if count > KEPT:
@@ -65,8 +62,7 @@ def by_chunks(
 def logits_bytes(chunk: int, element: int) -> tuple[int, int]:
     """Returns the peak bytes on a GPU of chunked logits: (forward only, forward and backward).
 
-    chunk: logits per chunk; element: bytes per logit. Counts one chunk's gradient, and three float32 numbers per logit
-    of its log-softmax.
+    chunk: logits per chunk; element: bytes per logit. Counts one chunk's gradient and its log-softmax in float32.
     """
     in_float32 = 3 * 4 * FLOATS["cuda"]
     return chunk * element + in_float32, (KEPT + 1) * chunk * element + in_float32

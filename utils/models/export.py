@@ -50,8 +50,7 @@ def write_model(
     """Writes `state` (names of `auto_class`'s model) as safetensors, with config and tokenizer. Call it on one rank.
 
     The config gets the tokenizer's bos, eos and pad ids. generation: settings of the source model; they are written
-    with the tokenizer's ids, and all ids that end an answer as eos. A model on the meta device does the saving, so that
-    the trained one may be split over ranks.
+    with the tokenizer's ids. A model on the meta device does the saving, as the trained one may be split over ranks.
     """
     config = copy.deepcopy(config)
     vars(config).pop("auto_map", None)  # code of the source folder is not run, and not exported

@@ -32,9 +32,9 @@ def load_causal_lm(
 ) -> PreTrainedModel:  # fmt: skip
     """Returns the causal LM in the folder or hub id `path`, in `dtype` on `device`, without dropout, in eval mode.
 
-    tokenizer: its vocabulary is checked, and the embedding grows for the tags of moss_zh. flag: the flag of `path`, for
-    errors. Raises UserError for a folder that is missing, incomplete, damaged or of another vocabulary, and for an
-    architecture whose results here differ from its own forward (utils/models/check.py).
+    tokenizer: its vocabulary is checked, and the embedding grows for the tags of moss_zh. flag: the flag of `path`.
+    Raises UserError for a folder that is missing, damaged or of another vocabulary, and for an architecture whose
+    results here differ from its own forward (utils/models/check.py).
     """
     folder = model_folder(path, flag)
     model = from_folder(AutoModelForCausalLM, folder, dtype, device, attn_implementation, flag, say)
@@ -95,8 +95,8 @@ def _attention_kernel(
 ) -> str | None:
     """Returns the attention kernel to load a model with, None for transformers' choice.
 
-    Raises UserError for a kernel that is not in transformers: "owner/name" is code from the hub. transformers' sdpa
-    kernel ignores caps of attention scores; its flash attention kernels apply them.
+    Raises UserError for one that is not in transformers: "owner/name" is code from the hub. transformers' sdpa ignores
+    caps of attention scores.
     """
     known = sorted(name for name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()) if name.isidentifier())
     if asked and asked not in known:
@@ -162,10 +162,7 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def enable_checkpointing(model: PreTrainedModel, kept: int = 0) -> None:
-    """Enables gradient checkpointing, non-reentrant, which needs no inputs with gradients.
-
-    kept: number of the last layers that keep their activations, which the backward pass frees first.
-    """
+    """Enables gradient checkpointing, non-reentrant, in all layers but the last `kept`."""
     if not model.supports_gradient_checkpointing:
         raise UserError(f"--gradient_checkpoint: {type(model).__name__} does not support it; leave it out")
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -176,8 +173,7 @@ def enable_checkpointing(model: PreTrainedModel, kept: int = 0) -> None:
 def training_mode(model: nn.Module) -> None:
     """Sets training mode in modules with gradient checkpointing, which requires it, and eval mode in all others.
 
-    The update's forward then equals those of rollout and scoring: no dropout, and no routers that sample experts in
-    training mode (PhiMoE).
+    The update's forward then equals that of scoring: no dropout, no routers that sample experts (PhiMoE).
     """
     for module in model.modules():
         module.training = getattr(module, "gradient_checkpointing", False)
@@ -201,10 +197,7 @@ def _window(config: PretrainedConfig) -> int | None:
 
 
 def switching_position(config: PretrainedConfig) -> int | None:
-    """Returns the row length above which rotary frequencies change for every row of the batch, None if they do not.
-
-    LongRoPE (Phi-3 128k) and dynamic scaling change them; the latter, without a length in its config, at the window.
-    """
+    """Returns the row length above which rotary frequencies change for a whole batch (LongRoPE, dynamic), or None."""
     ropes = getattr(config, "rope_parameters", None) or {}
     kinds = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # some have one per layer type
     changing = [rope for rope in kinds if re.search("dynamic|longrope", str(rope.get("rope_type")))]

@@ -64,7 +64,7 @@ def tensor_of(tensors, name: str) -> torch.Tensor:
 def open_weights(file: Path, flag: str) -> Iterator:
     """Yields the memory-mapped tensors of a file: a safetensors handle, or a dict for a .bin.
 
-    A .bin of PyTorch before 1.6 is read whole. Raises UserError for a damaged file or a pickle of other objects.
+    Raises UserError for a damaged file or a pickle of other objects.
     """
     try:
         if file.suffix == ".safetensors":

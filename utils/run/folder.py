@@ -37,7 +37,7 @@ def check_inputs(path: str, inputs: list[str | None]) -> None:
 def prepare_run_folder(path: str, config, step: int = 0) -> None:
     """Creates the folder and writes config.json on rank 0; all ranks wait.
 
-    config: a dataclass of flags. step: removes what an earlier run wrote after this step (0: all of it).
+    step: removes what an earlier run wrote after this step (0: all of it).
     """
     barrier()
     if is_main():

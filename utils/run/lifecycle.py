@@ -55,15 +55,12 @@ class RunLifecycle:
         return restore.newest(self._folder, say)
 
     def finish_checkpoint(self) -> None:
-        """Waits until the checkpoint that is being written is complete. Collective.
-
-        Call it before an error that all ranks raise.
-        """
+        """Completes the checkpoint that is being written, also before an error that all ranks raise. Collective."""
         self._writer.finish()
         self.report_progress("checkpoint")
 
     def after_step(self, state: dict, say: Say) -> None:
-        """Sets `exit_code` if any rank has to stop, and writes a checkpoint if one is due or the run stops. Collective.
+        """Sets `exit_code` if any rank has to stop; writes a checkpoint if one is due or the run stops. Collective.
 
         state: the run's own numbers, JSON, with "step".
         """

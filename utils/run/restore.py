@@ -28,7 +28,7 @@ class Checkpoint:
 def newest(folder: str, say: Say) -> Checkpoint | None:
     """Returns the newest intact checkpoint in a folder, None if there are no checkpoints. Collective.
 
-    Prints and skips damaged ones. Raises UserError when all are damaged, instead of silently starting at step 0.
+    Prints and skips damaged ones. Raises UserError when all are damaged.
     """
     found = gather_objects(all_checkpoints(folder))[0]
     for _, path in found:
@@ -74,10 +74,7 @@ def _damage(path: str) -> str | None:
 
 
 def restore(checkpoint: Checkpoint, engines: Engines) -> None:
-    """Restores engines and random streams; a rank that the checkpoint has no streams of keeps its own. Collective.
-
-    Raises UserError if the engines hold other models.
-    """
+    """Restores engines and random streams; a rank without streams in the checkpoint keeps its own. Collective."""
     for name, engine in engines.items():
         files = sorted(glob(os.path.join(escape(checkpoint.path), f"{name}-rank*.safetensors")))
         try:

@@ -1,7 +1,6 @@
 """The model folders that a weight diff connects: opening, comparison, and the files beside the weights.
 
-Published folders have empty special tokens in their tokenizer config, and a policy's config has ids of another
-tokenizer. Recovered folders get the tokenizer's own ids, so that generation stops at the end token.
+Recovered folders get the tokenizer's own ids, as published configs have none or others.
 """
 
 import math
@@ -143,7 +142,7 @@ def _only_dtype(tensors: dict[str, Stored], flag: str) -> str:
 def check_pair(raw: Side, other: Side, model_type: str) -> None:
     """Raises UserError unless `other` has all tensors of the base `raw`, and its differences have the same shapes.
 
-    other: a diff, or a model to make a diff of. It has to have a reward head exactly if model_type is `reward`.
+    other: a diff, or a model to make a diff of, with a reward head exactly if model_type is `reward`.
     """
     differences = [name for name in other.tensors if is_difference(name)]
     for source, side, names in ((raw, other, raw.tensors), (other, raw, differences)):
@@ -181,8 +180,7 @@ def write_model_files(
 ) -> None:
     """Writes config.json, generation_config.json and the tokenizer's files into `folder`.
 
-    sides: folders to take a tokenizer from, in this order; the recovered model gets the first one's embedding. Raises
-    UserError for a tokenizer that is damaged or larger than the embedding.
+    sides: folders to take a tokenizer from, in this order; the recovered model gets the first one's embedding.
     """
     weights, ids = sides[0], dict(_LLAMA_IDS)
     rows = weights.tensors[_EMBEDDING].shape[0]

@@ -43,7 +43,7 @@ def new_folder(path: str, flag: str, size: int = 0) -> Iterator[Path]:
 def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> None:
     """Writes tensors, in order, to safetensors files of at most `max_bytes` of data, unless one tensor is larger.
 
-    A single file is `model.safetensors`; several are numbered and have an index. Holds one file's tensors in memory.
+    A single file is `model.safetensors`; several are numbered and have an index.
     """
     shard: dict[str, torch.Tensor] = {}
     shards: list[dict[str, int]] = []  # name of a tensor -> bytes

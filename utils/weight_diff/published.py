@@ -16,8 +16,8 @@ class Release:
     """The weight diffs published in one language.
 
     base: name of the base model. totals: model type -> published sum of all tensors of the recovered model in float32,
-    with its rotary buffers; None if none was published. template: name of the template (data/template.py) whose tags
-    the tokenizer needs. default_type: model type if the command line names none.
+    with its rotary buffers, or None. template: whose tags the tokenizer needs. default_type: if the command line names
+    none.
     """
 
     base: str
@@ -29,8 +29,8 @@ class Release:
 def rounding_slack(dtype: str, squares: float) -> float:
     """Returns four standard deviations of the change of a sum when its values are rounded to `dtype`; 0 for float32.
 
-    The error of a rounded value is uniform within half a step, with variance step^2 / 12; a step is at most eps times
-    the value. Published sums are of the values before rounding. squares: sum of the squared values.
+    The error of a rounded value has variance step^2 / 12; a step is at most eps times the value. squares: sum of the
+    squared values.
     """
     return 4 * _EPS[dtype] * math.sqrt(squares / 12)
 

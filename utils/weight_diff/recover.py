@@ -1,10 +1,9 @@
 """Recovers, makes and verifies weight diffs: models published as their difference to LLaMA's weights.
 
-Layout: a tensor whose name contains `layers` is a difference, to be added in float32 to the base's tensor of that name;
-all others (embed_tokens, the final norm, lm_head, reward_head) are whole, and may differ from the base's in shape.
-`make_diff` adds a manifest with the SHA-256 of every tensor and, in float32, patches: base + (model - base) is not the
-model wherever the difference needs more than float32's 24 bits. A patch lists these elements of a tensor: flat indices,
-ascending, and values.
+A tensor whose name contains `layers` is a difference, to be added in float32 to the base's tensor of that name; all
+others are whole, and may differ from the base's in shape. `make_diff` adds a manifest with the SHA-256 of every tensor
+and, in float32, patches: flat indices, ascending, and values of a tensor's elements that base + (model - base) does not
+restore, because the difference needs more than 24 bits.
 """
 
 import math
@@ -34,7 +33,7 @@ def recover(
     """Writes the model `path_tuned`: base `path_raw` + `path_diff`, rounded once to `dtype` (default: the diff's).
 
     Checks it against the diff's manifest; without one, and if `check_sum`, against the sum published for `model_type`.
-    Raises UserError if inputs or result are wrong. After an error or an interrupt there is no `path_tuned`.
+    After an error or an interrupt there is no `path_tuned`.
     """
     check_new_folder(path_tuned, "--path_tuned", {"--path_raw": path_raw, "--path_diff": path_diff})
     raw, diff = open_side(path_raw, "--path_raw"), open_side(path_diff, "--path_diff")
@@ -66,8 +65,7 @@ def make_diff(
 ) -> None:  # fmt: skip
     """Writes the diff `path_diff`, from which `recover` turns `path_raw` into `path_tuned`, and its manifest.
 
-    A float32 diff recovers every bit. A 16-bit diff recovers a rounded model, which the manifest describes. Copies
-    config and tokenizer unchanged. Raises UserError as `recover`.
+    A float32 diff recovers every bit; a 16-bit diff a rounded model. Copies config and tokenizer unchanged.
     """
     check_new_folder(path_diff, "--path_diff", {"--path_raw": path_raw, "--path_tuned": path_tuned})
     raw, tuned = open_side(path_raw, "--path_raw"), open_side(path_tuned, "--path_tuned")
@@ -88,7 +86,7 @@ def make_diff(
 def verify(path_tuned: str, release: Release, model_type: str | None = None, say: Say = print) -> None:
     """Checks a recovered model: every tensor against its manifest, the sum against that published for `model_type`.
 
-    model_type: None with a manifest skips the published sum. Raises UserError if anything differs.
+    model_type: None with a manifest skips the published sum.
     """
     side = open_side(path_tuned, "--path_tuned")
     config, known = model_files.read_config([side]), side.manifest
@@ -118,7 +116,7 @@ def verify(path_tuned: str, release: Release, model_type: str | None = None, say
 def _recovered(raw: Side, diff: Side, base: str, dtype: torch.dtype, totals: list[float]) -> Iterator[Named]:
     """Yields the model's tensors in `dtype`, in the diff's order, and adds sums before rounding to `totals`.
 
-    Compares inputs with the diff's manifest, if there is one. base: name of the right base, for the error.
+    Compares inputs with the diff's manifest, if there is one. base: name of the right base.
     """
     known, of_raw, of_diff, of_patches = diff.manifest, None, None, None
     if known is not None:
