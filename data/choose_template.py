@@ -4,12 +4,12 @@ import inspect
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
 from data.chat import render, template_arguments, turn_end
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.files import read_json
 from utils.flags.text import StopFlags, TextFlags
 from utils.models.load import model_folder
@@ -25,7 +25,7 @@ PROBE = [
 
 
 def prepare_tokenizer(
-    config: TextFlags, source: str, models: Models, say: Callable[[str], None], others: Models = ()
+    config: TextFlags, source: str, models: Models, say: Say, others: Models = ()
 ) -> tuple[PreTrainedTokenizerBase, str]:
     """Returns (tokenizer of `source`, template name); prints the template, the reason for it, and the stop ids.
 
@@ -93,10 +93,7 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     known = tokenizer.get_vocab().get(text)
     ids = tokenizer.encode(text, add_special_tokens=False) if known is None else [known]
     if len(ids) != 1:
-        raise UserError(
-            f"--stop_token {text!r} is not one token of the tokenizer, but {len(ids)}; use a token of its vocabulary, "
-            f"such as {tokenizer.eos_token}"
-        )
+        raise UserError(f"--stop_token {text!r} is not one token, but {len(ids)}; use one, as {tokenizer.eos_token}")
     return ids[0]
 
 

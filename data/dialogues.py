@@ -1,6 +1,6 @@
 """Load and encode dialogues for SFT and for the pre-training (ptx) loss, which train on the assistant's answers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +11,7 @@ from data.formats.truncate import encode_fitting
 from data.order import mixture, order
 from data.prompts import drop_oldest_exchange
 from data.template import Turns, encode_dialogue_parts, last_answer
+from utils.errors import Say
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class EncodedDialogue:
 
 
 def load_dialogues(
-    path: str, num_valid: int, seed: int, say: Callable[[str], None] = print, flag: str = FLAG, lower: bool = False
+    path: str, num_valid: int, seed: int, say: Say = print, flag: str = FLAG, lower: bool = False
 ) -> tuple[list[Dialogue], list[Dialogue]]:
     """Returns (train, valid) dialogues from data in any format of data/formats/dialogue_forms.py.
 
@@ -74,7 +75,7 @@ def encode(
 
 def encode_dialogues(
     tokenizer: PreTrainedTokenizerBase, dialogues: list[Dialogue], template: str, max_tokens: int,
-    say: Callable[[str], None], flag: str = "--context_truncate",
+    say: Say, flag: str = "--context_truncate",
 ) -> list[EncodedDialogue]:  # fmt: skip
     """Returns the encodings of all dialogues that fit `max_tokens`; reports how many were truncated and dropped.
 

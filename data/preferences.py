@@ -1,7 +1,6 @@
 """Load preferences for reward models: a history, answers to it, and pairs of a better and a worse answer."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from data.formats.ranked_answers import is_ranked, ranked_pairs
 from data.formats.records import FLAG, BadRecord, Record, Tally, load_items
 from data.formats.score_columns import STRENGTH, read_number, read_strength
 from data.template import Turns
-from utils.errors import UserError
+from utils.errors import Say, UserError
 
 MARGIN_COLUMNS = (STRENGTH, "margin")  # columns with a pair's margin, unless a flag names another
 
@@ -44,7 +43,7 @@ class Preference:
 
 
 def load_preferences(
-    path: str, num_valid: int, seed: int, say: Callable[[str], None] = print, margin_columns: tuple[str, ...] = (),
+    path: str, num_valid: int, seed: int, say: Say = print, margin_columns: tuple[str, ...] = (),
     lower: bool = False,
 ) -> tuple[list[Preference], list[Preference]]:  # fmt: skip
     """Returns (train, valid) preferences; drops malformed records and reports their counts with `say`.
@@ -77,7 +76,7 @@ def parse_preference(record: Record, tally: Tally, margin_columns: tuple[str, ..
     return Preference(chosen[:-1], answers, [Pair(0, 1, strength, margin)], subset, record.source)
 
 
-def flip_negative(preferences: list[Preference], say: Callable[[str], None] = print) -> list[Preference]:
+def flip_negative(preferences: list[Preference], say: Say = print) -> list[Preference]:
     """Returns the preferences with the answers of all pairs of negative strength swapped; reports how many.
 
     Part II §2: a negative mean over an ensemble mostly marks a wrong label. Raises UserError if no pair has a strength.
@@ -97,7 +96,7 @@ def flip_negative(preferences: list[Preference], say: Callable[[str], None] = pr
     return [replace(p, pairs=[_flipped(pair) for pair in p.pairs]) for p in preferences]
 
 
-def check_margins(preferences: list[Preference], columns: tuple[str, ...], say: Callable[[str], None]) -> None:
+def check_margins(preferences: list[Preference], columns: tuple[str, ...], say: Say) -> None:
     """Reports the number of pairs without a margin, which get margin 0. Raises UserError if no pair has one."""
     tally = Tally("preferences")
     for preference in preferences:
@@ -106,10 +105,7 @@ def check_margins(preferences: list[Preference], columns: tuple[str, ...], say: 
                 tally.add("without a margin, trained with margin 0", preference.source)
     if all(pair.margin is None for preference in preferences for pair in preference.pairs):
         names = " or ".join(map(repr, columns))
-        raise UserError(
-            f"--use_margin: no pair of {FLAG} has a number in the column {names}; pass --margin_column, or remove "
-            "--use_margin"
-        )
+        raise UserError(f"--use_margin: no pair of {FLAG} has a number in the column {names}; pass --margin_column")
     tally.report(say)
 
 

@@ -1,6 +1,5 @@
 """Load prompts for PPO: encoded dialogues that end in a question, within a token limit."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from data.formats.dialogue_forms import parse_turns
 from data.formats.records import BadRecord, Record, Tally, load_items
 from data.template import Turns, encode_prompt
+from utils.errors import Say
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Prompt:
 
 def load_prompts(
     path: str, tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int, num_valid: int, seed: int,
-    say: Callable[[str], None] = print, lower: bool = False,
+    say: Say = print, lower: bool = False,
 ) -> tuple[list[Prompt], list[Prompt]]:  # fmt: skip
     """Returns (train, valid) prompts of at most `max_tokens` tokens from data in any format of dialogue_forms.py.
 

@@ -124,9 +124,7 @@ class PPOConfig(
             raise UserError("--use_ppo_pretrain_loss needs dialogues: pass --ppo_pretrain_data_path")
         for switch, amount in AMOUNTS.items():
             if getattr(self, switch) and not getattr(self, amount):
-                raise UserError(
-                    f"--{switch} with --{amount} 0 does nothing: pass a positive number, or --{switch} false"
-                )
+                raise UserError(f"--{switch} with --{amount} 0 does nothing: pass more than 0, or --{switch} false")
         if self.reuse_sampler_logprobs and (self.topp < 1.0 or self.repetition_penalty != 1.0):
             raise UserError(
                 f"--reuse_sampler_logprobs with --topp {self.topp:g} --repetition_penalty {self.repetition_penalty:g}: "

@@ -1,7 +1,6 @@
 """The models of a run: policy and critic in training engines, reference and reward models frozen."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +18,7 @@ from reward.scoring.load import check_same_tokenizer, load_ensemble, load_scalar
 from utils.distributed import world_size
 from utils.engine.engine import DTYPES, InferenceEngine, TrainEngine, device
 from utils.engine.frozen import shard_frozen, splits_frozen
+from utils.errors import Say
 from utils.models.chunked_logprobs import by_chunks, head_logits, logprobs_and_entropy
 from utils.models.compile import compile_layers
 from utils.models.export import check_names, saved_tensors
@@ -117,7 +117,7 @@ class Models:
         return {name: engine for name, engine in engines.items() if engine is not None}
 
 
-def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print) -> Models:
+def load_models(config: PPOConfig, tokenizer, say: Say = print) -> Models:
     """Loads each model once, in config.dtype, onto its device, and creates its engine.
 
     Policy and reference come from one read, as do critic and reward model if they are the same. Host memory holds at

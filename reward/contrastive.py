@@ -55,13 +55,8 @@ def cache_gradients(
     with torch.enable_grad():
         losses = simcse_losses(*features.unbind(1), temperature)
         (gradient,) = torch.autograd.grad(losses.sum(), features)
-    losses = losses.detach()
+    losses, parts = losses.detach(), [slice(rows.start, rows.stop) for rows in pairs]
     return [
-        replace(
-            item,
-            cached_gradient=CachedGradient(
-                losses[places.start : places.stop], gradient[places.start : places.stop], seed
-            ),
-        )
-        for item, places, seed in zip(items, pairs, own_seeds, strict=True)
+        replace(item, cached_gradient=CachedGradient(losses[part], gradient[part], seed))
+        for item, part, seed in zip(items, parts, own_seeds, strict=True)
     ]

@@ -1,6 +1,5 @@
 """Load preferences and encode them as comparisons; all answers to a prompt are truncated in the same way."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 
@@ -15,7 +14,7 @@ from data.template import encode_dialogue, last_answer
 from reward.batches import MIN_PAIRS, Comparison
 from reward.config import RewardConfig
 from utils.distributed import world_size
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.flags.checks import is_default
 from utils.tokenizer import template_of
 
@@ -55,7 +54,7 @@ def encode_preference(
 
 def encode_all(
     preferences: list[Preference], tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int,
-    say: Callable[[str], None],
+    say: Say,
 ) -> list[Comparison]:  # fmt: skip
     """Returns the comparisons that fit; reports what was truncated or dropped, and the subsets that are now empty."""
     places = count()
@@ -72,7 +71,7 @@ def encode_all(
 
 
 def load_comparisons(
-    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Say
 ) -> tuple[list[Comparison], list[Comparison]]:
     """Returns (train, valid) comparisons of --data_path; --flip_negative applies to the training set only."""
     template, columns = template_of(tokenizer), ()
@@ -99,16 +98,13 @@ def load_comparisons(
     return splits[0], splits[1]
 
 
-def load_center_answers(
-    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
-) -> list[Comparison]:
+def load_center_answers(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Say) -> list[Comparison]:
     """Returns up to CENTER_ANSWERS answers of --center_data_path, chosen by the seed, as comparisons without pairs."""
     flag = "--center_data_path"
     dialogues, _ = load_dialogues(config.center_data_path, 0, config.seed, say, flag)
-    drawn = order(0, min(CENTER_ANSWERS, len(dialogues)), len(dialogues), config.seed)
-    answers = [
-        Preference(d.turns[:-1], [d.turns[-1]["content"]], [], "", d.source) for d in (dialogues[i] for i in drawn)
-    ]
+    indices = order(0, min(CENTER_ANSWERS, len(dialogues)), len(dialogues), config.seed)
+    drawn = (dialogues[i] for i in indices)
+    answers = [Preference(d.turns[:-1], [d.turns[-1]["content"]], [], "", d.source) for d in drawn]
     template = template_of(tokenizer)
     encoded = encode_all(answers, tokenizer, template, config.context_truncate, say)
     if not encoded:

@@ -7,7 +7,6 @@ subtracted from all scores, which other tools do not do; differences of scores a
 
 import copy
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -22,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.models.check import check_forward
 from utils.models.chunked_logprobs import head_logits, sum_nll
 from utils.models.export import check_names, saved_tensors, set_ids, write_model
@@ -103,7 +102,7 @@ def last_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
 
 def load_scalar_model(
     path: str, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None, tokenizer=None,
-    with_lm_head: bool = False, seed: int = 0, say: Callable[[str], None] = print, flag: str = FLAG,
+    with_lm_head: bool = False, seed: int = 0, say: Say = print, flag: str = FLAG,
     trained: bool = False,
 ) -> ScalarModel:  # fmt: skip
     """Returns the scalar model of a folder or hub id in any of the three layouts, in eval mode.
@@ -117,10 +116,7 @@ def load_scalar_model(
     name = next((name for name in HEAD_NAMES if name in files), None)
     weight = None if name is None else read_tensor(files[name], name, flag)
     if weight is None and trained:
-        raise UserError(
-            f"{flag}: {path} has no reward head ({' or '.join(HEAD_NAMES)}) and is not a reward model; train it with "
-            "python -m reward.train"
-        )
+        raise UserError(f"{flag}: {path} has no reward head; train a reward model with python -m reward.train")
     if weight is not None and weight.shape[0] != 1:
         raise UserError(f"{flag}: {path} has {weight.shape[0]} labels; use a reward model, which has one")
     if with_lm_head and name == HEAD_NAMES[0]:

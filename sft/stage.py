@@ -16,7 +16,7 @@ from sft.packed_batches import Layout, PackedRow
 from sft.samples import sample_answers
 from utils.distributed import rank, world_size
 from utils.engine.engine import DTYPES, TrainEngine, device
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.flags.checks import is_default
 from utils.models.compile import compile_layers
 from utils.models.export import check_names, save_causal_lm, saved_tensors
@@ -28,9 +28,7 @@ from utils.tensors import to_device
 from utils.tokenizer import template_of
 
 
-def load_encoded(
-    config: SFTConfig, tokenizer, say: Callable[[str], None]
-) -> tuple[list[list[EncodedDialogue]], list[EncodedDialogue]]:
+def load_encoded(config: SFTConfig, tokenizer, say: Say) -> tuple[list[list[EncodedDialogue]], list[EncodedDialogue]]:
     """Returns (one training set per --data_path, all held-out dialogues). Raises UserError for less than a batch."""
     template = template_of(tokenizer)
     sets, valid = [], []
@@ -121,7 +119,7 @@ def build_stage(
     return replace(stage, evaluate=partial(evaluate_answers, stage=stage))
 
 
-def load(config: SFTConfig, tokenizer, say: Callable[[str], None]) -> tuple[PreTrainedModel, Layout]:
+def load(config: SFTConfig, tokenizer, say: Say) -> tuple[PreTrainedModel, Layout]:
     """Returns (the model to train, configured by the flags; the layout of its batches)."""
     path, dtype = config.hf_model_name_or_path, DTYPES[config.dtype]
     lm = load_causal_lm(path, dtype, device(), config.attn_implementation, tokenizer, say)

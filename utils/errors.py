@@ -1,4 +1,8 @@
-"""The exception for mistakes that the user can fix."""
+"""The exception for mistakes that the user can fix, and the type of functions that print a line for the user."""
+
+from collections.abc import Callable
+
+Say = Callable[[str], None]
 
 
 class UserError(ValueError):

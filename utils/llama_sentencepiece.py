@@ -25,9 +25,8 @@ class SentencePieceTokenizer(SentencePieceBackend):
         """Returns the text of tokens: SentencePiece decodes the parts between added tokens, which are kept verbatim."""
         added = self._added_tokens_encoder
         parts = groupby(tokens, key=lambda token: token in added)
-        return "".join(
-            "".join(part) if is_added else self.sp_model.decode_pieces(list(part)) for is_added, part in parts
-        )
+        decode = self.sp_model.decode_pieces
+        return "".join("".join(part) if is_added else decode(list(part)) for is_added, part in parts)
 
 
 def read_proto(file: Path):

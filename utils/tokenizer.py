@@ -195,10 +195,7 @@ def _chat_template(folder: Path, flag: str) -> str | None:
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         if not isinstance(named.get("default"), str):
-            raise UserError(
-                f"{flag}: {folder} has several chat templates, none of them named default; rename the one to use in "
-                "its tokenizer_config.json"
-            )
+            raise UserError(f"{flag}: {folder} has several chat templates, none of them named default; rename one")
         return named["default"]
     return template
 

@@ -108,9 +108,7 @@ def human(text: str) -> dict:
 def preference_pairs(reviews: list[Review], count: int, rng: random.Random) -> list[dict]:
     """`count` pairs of a positive and a negative review's continuation of one opening; reviews may repeat."""
     sides = [[review for review in reviews if review.positive == positive] for positive in (True, False)]
-    drawn = [
-        [review for _ in range(-(-count // len(side))) for review in rng.sample(side, len(side))] for side in sides
-    ]
+    drawn = [[one for _ in range(-(-count // len(side))) for one in rng.sample(side, len(side))] for side in sides]
     return [
         {"prompt": rng.choice((good, bad)).opening, "chosen": good.rest, "rejected": bad.rest}
         for good, bad in zip(drawn[0][:count], drawn[1][:count], strict=True)

@@ -204,9 +204,7 @@ def build_reward_base(folder: Path, model: Path) -> str:
     lower = AutoModelForCausalLM.from_pretrained(model, dtype="auto", num_hidden_layers=REWARD_LAYERS)
     lower.save_pretrained(folder)
     AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-    return (
-        f"its lower {REWARD_LAYERS} layers, {lower.num_parameters() / 1e6:.0f}M parameters, to train as a reward model"
-    )
+    return f"its lower {REWARD_LAYERS} layers, {lower.num_parameters() / 1e6:.0f}M parameters, for the reward model"
 
 
 def prompt_length(model: Path) -> Callable[[list[str]], int]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from data.formats.json_lines import parse_json_lines, parse_json_list
 from data.order import order
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.hub import is_hub_id
 
 FLAG = "--data_path"
@@ -56,7 +56,7 @@ class Tally:
         """Returns one line per reason: "prompts: 9 dropped: an empty turn; first at x.jsonl:7, then :8, :12, …"."""
         return [f"{self.what}: {n} {reason}; first at {self._where(reason)}" for reason, n in self._counts.items()]
 
-    def report(self, say: Callable[[str], None]) -> None:
+    def report(self, say: Say) -> None:
         """Prints `lines` with `say`."""
         for line in self.lines():
             say(line)
@@ -70,7 +70,7 @@ class Tally:
 
 
 def load_items(
-    path: str, what: str, parse: Callable[[Record, Tally], Item], num_valid: int, seed: int, say: Callable[[str], None],
+    path: str, what: str, parse: Callable[[Record, Tally], Item], num_valid: int, seed: int, say: Say,
     flag: str = FLAG, lower: bool = False,
 ) -> tuple[list[Item], list[Item]]:  # fmt: skip
     """Reads the data at `path`, parses each record and returns (train, valid) items.

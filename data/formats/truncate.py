@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from data.formats.records import Tally
+from utils.errors import Say
 
 Item = TypeVar("Item")
 Encoded = TypeVar("Encoded")
 
 
 def encode_fitting(
-    items: Iterable[Item], encode: Callable[[Item], tuple[Encoded | None, int]], what: str, say: Callable[[str], None],
+    items: Iterable[Item], encode: Callable[[Item], tuple[Encoded | None, int]], what: str, say: Say,
     flag: str = "--context_truncate",
 ) -> list[Encoded]:  # fmt: skip
     """Returns the encodings of all items that fit; reports how many were truncated and how many were dropped.

@@ -144,10 +144,8 @@ class _SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates zeros: masked columns are multiplied by 0 and have to be finite."""
-        slots, columns = self.cache.num_slots, self.cache.num_columns
-        self.keys, self.values = (
-            x.new_zeros(slots, x.shape[1], columns, x.shape[3]) for x in (key_states, value_states)
-        )
+        slots, width = self.cache.num_slots, self.cache.num_columns
+        self.keys, self.values = (x.new_zeros(slots, x.shape[1], width, x.shape[3]) for x in (key_states, value_states))
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):

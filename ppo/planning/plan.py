@@ -7,7 +7,6 @@ tenth of the GPU's memory.
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -21,6 +20,7 @@ from utils.distributed import world_size
 from utils.engine.engine import DTYPES
 from utils.engine.frozen import splits_frozen
 from utils.engine.memory import ROOM, device_room
+from utils.errors import Say
 from utils.flags.checks import choose
 from utils.memory.activation_peak import peak_bytes
 from utils.memory.recompute import layers_kept, num_layers, predicted, recompute_fewest, refuse_eager, training_peak
@@ -137,7 +137,7 @@ def choose_sizes(config: PPOConfig, gpus: int, rows: Rows, free: int) -> Sizes:
     return Sizes(slots, {name: kept(model.decoder) for name, model in models.items()})
 
 
-def fit_to_memory(config: PPOConfig, models: Models, say: Callable[[str], None]) -> None:
+def fit_to_memory(config: PPOConfig, models: Models, say: Say) -> None:
     """Chooses sizes that are auto, after models are loaded and before the first forward. Collective."""
     free = device_room() if "auto" in (config.rollout_batch_size, config.gradient_checkpoint) else None
     if free is not None:
@@ -153,7 +153,7 @@ def measured_sizes(config: PPOConfig, models: Models, free: int) -> Sizes:
     return choose_sizes(config, gpus, rows, free - moment_bytes(trained, config, gpus))
 
 
-def apply_sizes(config: PPOConfig, models: Models, sizes: Sizes, say: Callable[[str], None]) -> None:
+def apply_sizes(config: PPOConfig, models: Models, sizes: Sizes, say: Say) -> None:
     """Sets automatic sizes on the models and prints them."""
     if config.rollout_batch_size == "auto":
         models.policy.module.slots = sizes.slots

@@ -13,7 +13,7 @@ from reward.model import ScalarModel, load_scalar_model
 from reward.scoring.ensemble import Encoding, Ensemble, Frozen, Member, check_labels
 from reward.scoring.flags import RewardFlags
 from utils.engine.engine import DTYPES, device
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.models.load import check_window, model_folder, resize_embeddings, window_of
 from utils.tokenizer import has_tokenizer, load_tokenizer, template_of
 
@@ -33,7 +33,7 @@ class Reader:
     own: tuple | None
 
 
-def reward_readers(config: RewardFlags, tokenizer, say: Callable[[str], None]) -> list[Reader]:
+def reward_readers(config: RewardFlags, tokenizer, say: Say) -> list[Reader]:
     """Compares tokenizers and templates of a run's reward models with the policy's; reads no weights."""
     template = template_of(tokenizer)
     check_labels(config.reward_paths, config.reward_flag)
@@ -84,7 +84,7 @@ def _same_ids(tokenizer, template: str, theirs, their_template: str) -> bool:
 
 def load_ensemble(
     config: RewardFlags, readers: list[Reader], tokenizer, rows: int, freeze: Callable[[nn.Module], Frozen],
-    say: Callable[[str], None], critic: tuple[str, ScalarModel] | None = None,
+    say: Say, critic: tuple[str, ScalarModel] | None = None,
 ) -> Ensemble | None:  # fmt: skip
     """Loads and freezes the reward models one after the other; returns None if there are none.
 
@@ -104,9 +104,7 @@ def load_ensemble(
     return Ensemble(members, config.reward_ensemble, config.ensemble_std_coef) if members else None
 
 
-def load_scalar(
-    config: RewardFlags, path: str, tokenizer, rows: int, say: Callable[[str], None], flag: str | None = None
-) -> ScalarModel:
+def load_scalar(config: RewardFlags, path: str, tokenizer, rows: int, say: Say, flag: str | None = None) -> ScalarModel:
     """Loads a critic, or a reward model that reads the policy's ids, with at least the policy's `rows` embeddings."""
     flag = flag or config.reward_flag
     model = _load(config, path, flag, tokenizer, say, trained=path in config.reward_paths)
@@ -116,7 +114,7 @@ def load_scalar(
     return model
 
 
-def _load(config: RewardFlags, path: str, flag: str, tokenizer, say: Callable[[str], None], trained: bool):
+def _load(config: RewardFlags, path: str, flag: str, tokenizer, say: Say, trained: bool):
     dtype, attention = DTYPES[config.dtype], config.attn_implementation
     return load_scalar_model(
         path, dtype, device(), attention, tokenizer, seed=config.seed, say=say, flag=flag, trained=trained

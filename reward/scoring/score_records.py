@@ -1,7 +1,7 @@
 """Score streams of records with reward models, in chunks, on one or several ranks; used by reward.score."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice, zip_longest
 from statistics import fmean, pstdev
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from reward.scoring.score_flags import ScoreConfig
 from reward.win_rate import count_outcomes, render, wilson_interval
 from utils.distributed import gather_objects, is_main, rank, world_size
 from utils.engine.engine import DTYPES, device
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.fast_dtype import settle_dtype
 from utils.models.load import model_folder, window_of
 
@@ -28,9 +28,7 @@ Item = TypeVar("Item")
 TRUNCATED = "longer than a model's window (oldest turns dropped)"
 
 
-def load_reward_model(
-    path: str, config, say: Callable[[str], None]
-) -> tuple[ScalarModel, PreTrainedTokenizerBase, str]:
+def load_reward_model(path: str, config, say: Say) -> tuple[ScalarModel, PreTrainedTokenizerBase, str]:
     """Returns (model, tokenizer, template name) of a --model path, with its own tokenizer unless flags give another."""
     flag, dtype, attention = "--model", DTYPES[config.dtype], config.attn_implementation
     source = config.tokenizer_name_or_path or str(model_folder(path, flag))
@@ -39,7 +37,7 @@ def load_reward_model(
     return model.requires_grad_(False), tokenizer, template
 
 
-def load_reward_models(config: ScoreConfig, say: Callable[[str], None]) -> list[Member]:
+def load_reward_models(config: ScoreConfig, say: Say) -> list[Member]:
     """Returns the reward models of --model."""
     settle_dtype(config)
     check_labels(config.model, "--model")
@@ -67,7 +65,7 @@ def score_chunk(members: list[Member], dialogues: list[Turns | str], max_tokens:
 
 
 def scored_chunks(
-    config: ScoreConfig, members: list[Member], records: Iterator[Record], say: Callable[[str], None]
+    config: ScoreConfig, members: list[Member], records: Iterator[Record], say: Say
 ) -> Iterator[list[dict]]:
     """Yields lists of records with their scores, or score null and the reason under "error"; reports how many."""
     tally, count = Tally("records"), 0
@@ -96,7 +94,7 @@ def scored_chunks(
     say(f"records: {count} scored")
 
 
-def say_first_prompts(members: list[Member], dialogues: list[Turns | str], say: Callable[[str], None]) -> None:
+def say_first_prompts(members: list[Member], dialogues: list[Turns | str], say: Say) -> None:
     """Prints the first prompt among `dialogues` as each model reads it; texts have no prompt."""
     turns = next((found for found in dialogues if not isinstance(found, str)), None)
     for member in members if turns else []:
@@ -139,9 +137,7 @@ def add_scores(record: Record, found: Turns | str, scores: list[float], column: 
     return own | {column: fmean(scores)} | several
 
 
-def compare(
-    config: ScoreConfig, members: list[Member], streams: list[Iterator[Record]], say: Callable[[str], None]
-) -> tuple[dict, str]:
+def compare(config: ScoreConfig, members: list[Member], streams: list[Iterator[Record]], say: Say) -> tuple[dict, str]:
     """Returns (JSON, text): how often the answer of the first file has the higher score, with 95 % intervals.
 
     Scores are means over the models, or without --model the scores in the files. Raises UserError, with file and line,

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from utils.distributed import world_size
 from utils.engine.engine import DTYPES, TrainEngine
+from utils.errors import Say
 from utils.flags.engine import EngineConfig
 from utils.memory.activation_peak import ATTENTION, peak_bytes
 from utils.memory.zero_bytes import backward_bytes, moment_bytes
@@ -24,7 +25,7 @@ T = TypeVar("T")
 
 def settle_checkpointing(
     engine: TrainEngine, model: PreTrainedModel, config: EngineConfig, tokens: int, room: int | None,
-    say: Callable[[str], None],
+    say: Say,
 ) -> None:  # fmt: skip
     """Enables gradient checkpointing in as few layers as fit, if the flag is auto. Call it before the first forward.
 
@@ -43,7 +44,7 @@ def settle_checkpointing(
     recompute_fewest(model, kept, engine.name, say)
 
 
-def predicted(predict: Callable[[], T], otherwise: T, say: Callable[[str], None]) -> T:
+def predicted(predict: Callable[[], T], otherwise: T, say: Say) -> T:
     """Returns predict(), or `otherwise` if it raises: a failed prediction must not stop a run."""
     try:
         return predict()
@@ -53,7 +54,7 @@ def predicted(predict: Callable[[], T], otherwise: T, say: Callable[[str], None]
         return otherwise
 
 
-def recompute_fewest(model: PreTrainedModel, kept: int, name: str, say: Callable[[str], None]) -> None:
+def recompute_fewest(model: PreTrainedModel, kept: int, name: str, say: Say) -> None:
     """Enables gradient checkpointing in all layers but the last `kept`, if the model supports it. Prints a line."""
     layers = num_layers(model)
     kept = kept if model.supports_gradient_checkpointing else layers

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from utils.distributed import any_rank
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.models.chunked_logprobs import head_logits
 from utils.models.padding_free import decoder_of, joins_rows, states_of
 
@@ -156,9 +156,7 @@ def distance(found: list[torch.Tensor], true: list[torch.Tensor]) -> float:
     return max(float(row.nan_to_num(torch.inf, torch.inf).mean()) for row in rows)
 
 
-def check_forward(
-    model: PreTrainedModel, what: str, say: Callable[[str], None] = print, with_head: bool = True
-) -> None:
+def check_forward(model: PreTrainedModel, what: str, say: Say = print, with_head: bool = True) -> None:
     """Raises UserError if results here would differ from those of the model's own forward. Collective.
 
     If only rows joined end to end differ, prints a line and pads rows from then on. with_head: False for a decoder.

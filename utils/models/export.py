@@ -24,10 +24,7 @@ def check_names(auto_class: type, config: PretrainedConfig, state: dict[str, tor
     other = state.keys() ^ saved_tensors(_shell(auto_class, config, torch.float32)).keys()
     if other:
         names = f"{min(other)} and {len(other) - 1} more" if len(other) > 1 else min(other)
-        raise UserError(
-            f"{what}: a {config.model_type} model cannot be saved as {auto_class.__name__} loads it ({names}); use "
-            "another architecture"
-        )
+        raise UserError(f"{what}: {config.model_type} cannot be saved as {auto_class.__name__} ({names}); use another")
 
 
 def set_ids(config: PretrainedConfig, **ids: int | list[int] | None) -> None:

@@ -6,7 +6,7 @@ Errors are UserErrors that name the flag and the path. No weight keeps its rando
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.files import read_json
 from utils.hub import download_model, is_hub_id
 from utils.models.check import check_forward
@@ -28,7 +28,7 @@ FLAG = "--hf_model_name_or_path"
 
 def load_causal_lm(
     path: str, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None, tokenizer=None,
-    say: Callable[[str], None] = print, flag: str = FLAG,
+    say: Say = print, flag: str = FLAG,
 ) -> PreTrainedModel:  # fmt: skip
     """Returns the causal LM in the folder or hub id `path`, in `dtype` on `device`, without dropout, in eval mode.
 
@@ -90,9 +90,7 @@ def attention_cap(config: PretrainedConfig) -> float | None:
     return getattr(config.get_text_config(), "attn_logit_softcapping", None)
 
 
-def _attention_kernel(
-    asked: str | None, config: PretrainedConfig, folder: Path, flag: str, say: Callable[[str], None]
-) -> str | None:
+def _attention_kernel(asked: str | None, config: PretrainedConfig, folder: Path, flag: str, say: Say) -> str | None:
     """Returns the attention kernel to load a model with, None for transformers' choice.
 
     Raises UserError for one that is not in transformers: "owner/name" is code from the hub. transformers' sdpa ignores
@@ -117,7 +115,7 @@ def _attention_kernel(
 
 def from_folder(
     auto_class: type, folder: Path, dtype: torch.dtype, device: torch.device, attn_implementation: str | None,
-    flag: str, say: Callable[[str], None] = print,
+    flag: str, say: Say = print,
 ) -> PreTrainedModel:  # fmt: skip
     """Calls `auto_class.from_pretrained` in `dtype`. Raises UserError for weights that are missing or not finite."""
     options = {"device_map": {"": device}} if device.type == "cuda" else {}
@@ -132,16 +130,10 @@ def from_folder(
         )  # fmt: skip
     if report["mismatched_keys"]:
         name, stored, wanted = sorted(report["mismatched_keys"])[0]
-        raise UserError(
-            f"{flag}: {folder} holds {name} in shape {list(stored)}, but its config.json has {list(wanted)}; copy the "
-            "folder again"
-        )
+        raise UserError(f"{flag}: {folder} holds {name} in shape {list(stored)}, not {list(wanted)}; copy it again")
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise UserError(
-            f"{flag}: {folder} has no weights for {missing[0]} (and {len(missing) - 1} more); use the folder of a "
-            f"complete {type(model).__name__}"
-        )
+        raise UserError(f"{flag}: {folder} has no weights for {missing[0]} and {len(missing) - 1} more; copy it again")
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise UserError(f"{flag}: {folder} holds weights that are not finite ({name}); use an earlier checkpoint")
@@ -214,7 +206,7 @@ def check_window(model: nn.Module, max_tokens: int, flag: str) -> None:
         raise UserError(f"{flag} {max_tokens}{reason}; use at most {window}")
 
 
-def fit_vocabulary(model: PreTrainedModel, tokenizer, what: str, say: Callable[[str], None]) -> None:
+def fit_vocabulary(model: PreTrainedModel, tokenizer, what: str, say: Say) -> None:
     """Grows the embedding for the tokenizer's moss_zh tags. Raises UserError if other tokens are beyond it."""
     rows = model.get_input_embeddings().weight.shape[0]
     needed = check_vocabulary(tokenizer, rows, what)

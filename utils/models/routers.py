@@ -4,20 +4,20 @@ transformers' decoders record the logits with `output_router_logits=True`, for a
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.models.padding_free import decoder_of
 
 ASK = {"output_router_logits": True}
 ROUTER_METRICS = ("router_aux_loss", "router_max_load", "router_entropy")
 
 
-def router_coef(lm: PreTrainedModel, asked: float | None, what: str, say: Callable[[str], None] = print) -> float:
+def router_coef(lm: PreTrainedModel, asked: float | None, what: str, say: Say = print) -> float:
     """Returns the weight of the load-balancing loss: `asked`, or the config's if None; 0 for a model without routers.
 
     what: flag and path of the model. Raises UserError if a weight is asked for and the decoder records no router

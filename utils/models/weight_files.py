@@ -35,10 +35,7 @@ def tensor_files(folder: Path, flag: str) -> dict[str, Path]:
         if file.is_file():
             with open_weights(file, flag) as tensors:
                 return dict.fromkeys(tensors.keys(), file)
-    raise UserError(
-        f"{flag}: no model.safetensors or pytorch_model.bin in {folder}; use the folder of a model in Hugging Face "
-        "layout (convert Meta's own files first)"
-    )
+    raise UserError(f"{flag}: no model.safetensors or pytorch_model.bin in {folder}; use a Hugging Face model's folder")
 
 
 def _shards_of(index: Path, flag: str) -> dict[str, str]:

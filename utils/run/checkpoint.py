@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from utils.distributed import gather_objects, is_main, rank
 from utils.engine.engine import TrainEngine
 from utils.engine.memory import fits_on_host
+from utils.errors import Say
 from utils.files import remove, replace, sync
 from utils.run.random_state import random_state
 from utils.run.state_file import PIECE, file_pieces, new_buffer, write_file
@@ -32,7 +33,6 @@ from utils.run.state_file import PIECE, file_pieces, new_buffer, write_file
 MANIFEST = "manifest.json"
 LINES = ("metrics.jsonl", "samples.jsonl")  # in the folder that holds checkpoints/
 Engines = dict[str, TrainEngine]
-Say = Callable[[str], None]
 Files = dict[str, Iterable[bytes | torch.Tensor]]  # name -> content
 
 

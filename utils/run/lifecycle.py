@@ -5,9 +5,10 @@ from typing import Self
 
 from utils.distributed import rank, world_size
 from utils.engine.engine import device
+from utils.errors import Say
 from utils.flags.run import RunFlags
 from utils.run import restore
-from utils.run.checkpoint import CheckpointWriter, Engines, Say
+from utils.run.checkpoint import CheckpointWriter, Engines
 from utils.run.random_state import seed_streams
 from utils.run.restore import Checkpoint
 from utils.run.resume import identity

@@ -6,9 +6,9 @@ from glob import escape, glob
 
 from utils.distributed import barrier, gather_objects, rank, world_size
 from utils.engine.state import SharedState
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.files import read_json
-from utils.run.checkpoint import MANIFEST, Engines, Say, all_checkpoints, first_problem, sha256
+from utils.run.checkpoint import MANIFEST, Engines, all_checkpoints, first_problem, sha256
 from utils.run.random_state import set_random_state
 
 

@@ -5,11 +5,11 @@ import json
 import os
 
 from utils.distributed import is_main, world_size
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.files import check_writable, read_json
 from utils.flags.parser import changed_flags
 from utils.flags.run import FREE_ON_RESUME, RunFlags
-from utils.run.checkpoint import Say, all_checkpoints
+from utils.run.checkpoint import all_checkpoints
 from utils.run.folder import check_inputs, holds_run, prepare_run_folder
 from utils.run.logger import tracker_names
 from utils.run.restore import Checkpoint, named, newest

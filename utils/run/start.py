@@ -5,9 +5,9 @@ from functools import partial
 
 from utils.distributed import is_main
 from utils.engine.engine import init_distributed
+from utils.errors import Say
 from utils.fast_dtype import settle_dtype
 from utils.flags.run import RunFlags
-from utils.run.checkpoint import Say
 from utils.run.logger import RunLogger
 from utils.run.restore import Checkpoint
 from utils.run.resume import begin_folder, check_outputs, find_checkpoint

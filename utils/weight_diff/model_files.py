@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.files import first_names, read_json, write_json
 from utils.hub import download_model, is_hub_id
 from utils.models.weight_files import open_weights, tensor_files, tensor_of
@@ -118,10 +118,7 @@ def _stored(folder: Path, flag: str) -> dict[str, Stored]:
                     raise ValueError(f"{name} is not contiguous; save it again as safetensors")
                 outline[name] = Stored(file, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         if absent := [name for name in file_of if file_of[name] == file and name not in outline]:
-            raise UserError(
-                f"{flag}: the index names tensors that are not in {file}: {first_names(absent)}; index and shards are "
-                "not of one model, copy the folder again"
-            )
+            raise UserError(f"{flag}: the index names tensors that are not in {file}: {first_names(absent)}; copy both")
         found |= {name: place for name, place in outline.items() if file_of.get(name) == file}
     return found
 
@@ -154,10 +151,7 @@ def check_pair(raw: Side, other: Side, model_type: str) -> None:
     for name in differences:
         shapes = [list(side.tensors[name].shape) for side in (raw, other)]
         if shapes[0] != shapes[1]:
-            raise UserError(
-                f"{name} has shape {shapes[0]} in {raw.flag} and {shapes[1]} in {other.flag}; use folders of models of "
-                "one size"
-            )
+            raise UserError(f"{name} has shape {shapes[0]} in {raw.flag} and {shapes[1]} in {other.flag}; use one size")
     if (_REWARD_HEAD in other.tensors) != (model_type == "reward"):
         wrong = f"{other.flag} {'lacks' if model_type == 'reward' else 'holds'} {_REWARD_HEAD}"
         raise UserError(f"--model_type {model_type}, but {wrong}; pass the type of the model")
@@ -175,9 +169,7 @@ def read_config(sides: list[Side]) -> dict:
     return config
 
 
-def write_model_files(
-    folder: Path, config: dict, sides: list[Side], dtype: str, template: str, say: Callable[[str], None]
-) -> None:
+def write_model_files(folder: Path, config: dict, sides: list[Side], dtype: str, template: str, say: Say) -> None:
     """Writes config.json, generation_config.json and the tokenizer's files into `folder`.
 
     sides: folders to take a tokenizer from, in this order; the recovered model gets the first one's embedding.

@@ -1,10 +1,9 @@
 """Published weight diffs and their sums. Imports nothing heavy, for --help."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from utils.errors import UserError
+from utils.errors import Say, UserError
 
 DTYPES = ("float16", "bfloat16", "float32")  # of weights
 _EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 0.0}  # relative step of 16-bit rounding
@@ -36,7 +35,7 @@ def rounding_slack(dtype: str, squares: float) -> float:
 
 
 def check_published(
-    total: float, release: Release, model_type: str | None, remedy: str, say: Callable[[str], None], slack: float = 0.0
+    total: float, release: Release, model_type: str | None, remedy: str, say: Say, slack: float = 0.0
 ) -> None:
     """Raises UserError if a sum differs from the one published for the model type. Prints the result."""
     if model_type is None:

@@ -7,12 +7,12 @@ restore, because the difference needs more than 24 bits.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.files import first_names
 from utils.weight_diff import model_files
 from utils.weight_diff.manifest import Hashes, Manifest, TensorHasher, write_manifest
@@ -22,7 +22,6 @@ from utils.weight_diff.published import Release, check_published, check_total, r
 
 CHUNK = 1 << 22  # elements in float32 at a time
 SHARD = 2_000_000_000  # bytes of tensors per file, unless one tensor is larger
-Say = Callable[[str], None]
 Named = tuple[str, torch.Tensor]
 
 
