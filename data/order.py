@@ -9,10 +9,7 @@ BLOCK = 1000  # number of items within which the shares of a mixture are exact
 
 
 def order(start: int, count: int, num_items: int, seed: int) -> list[int]:
-    """Returns the indices of the items at positions `start` to `start + count - 1` of a run over `num_items` items.
-
-    Each epoch is a new permutation that depends on the seed only, the same on all ranks and after resuming.
-    """
+    """Returns the indices of the items at `count` positions from `start` on; each epoch is a new seeded permutation."""
     return [_permutation(seed, k // num_items, num_items)[k % num_items] for k in range(start, start + count)]
 
 

@@ -49,8 +49,5 @@ def evaluate(
 
 
 def is_best(metrics: dict[str, float], best_score: float, max_kl: float) -> bool:
-    """Returns whether an evaluation has the best mean score so far, and a mean KL to the reference of at most max_kl.
-
-    A high score with a large KL is a sign of reward hacking (Part I §5.2).
-    """
+    """Whether the mean score is the best so far and the KL at most max_kl: more means reward hacking (Part I §5.2)."""
     return metrics["kl_ref"] <= max_kl and metrics["score_mean"] > best_score

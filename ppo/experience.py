@@ -15,10 +15,7 @@ from utils.tensors import masked_mean, whiten
 
 
 def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, config: PPOConfig) -> Experience:
-    """Returns the experience of the whole buffer: all ranks' samples, in the same order on every rank.
-
-    `moments` are updated with these scores first.
-    """
+    """Returns the experience of all ranks' samples, the same on every rank. First adds their scores to `moments`."""
     moments.update(scores.scores)
     missing_eos = torch.where(rollout.ended, 0.0, -config.missing_eos_penalty)
     clip = config.reward_clip if config.use_reward_clip else 0.0

@@ -32,16 +32,10 @@ CHUNK_ELEMENTS = 1 << 24  # logits held at once: 32 MB in bf16, for any batch an
 
 
 class PolicyModel(nn.Module):
-    """A causal LM that computes log-probabilities of given tokens, or next-token logits while decoding.
-
-    Logits are computed in chunks, in the weights' dtype; results are float32. The backward pass computes them again.
-    """
+    """A causal LM that computes log-probabilities of given tokens in chunks, or next-token logits while decoding."""
 
     def __init__(self, lm: nn.Module, even_tokens: int = 0, router_coef: float = 0.0):
-        """even_tokens: under ZeRO-3 every rank has to call the head equally often: the most tokens of any forward.
-
-        0: as few calls as the tokens need. router_coef: weight of the load-balancing loss in the update; 0: none.
-        """
+        """even_tokens: as in `sum_nll`. router_coef: weight of the load-balancing loss in the update; 0: none."""
         super().__init__()
         self.lm = lm
         self.even_tokens = even_tokens
@@ -76,10 +70,7 @@ class PolicyModel(nn.Module):
         return result if routed is None else (*result, router_sums(layers, routed, config.num_experts_per_tok))
 
     def next_logits(self, llama_step: bool = False, **decode) -> torch.Tensor:
-        """Logits after the last of the ids, [batch, vocabulary]; decode: arguments of the LM's own forward.
-
-        llama_step: the ids are one new token per slot, and go through ppo/decoding/llama_step.py.
-        """
+        """Logits after the last of the ids, [batch, vocabulary]. llama_step: by ppo/decoding/llama_step.py."""
         if not llama_step:
             # With router logits on, the LM's own forward would compute their loss and expect a mask without the cache.
             routers = getattr(self.lm.config, "output_router_logits", False)

@@ -54,10 +54,7 @@ def load_pretrain(config: PPOConfig, tokenizer, template: str, say: Say) -> Pret
 def pretrain_loss(
     policy: TrainEngine, batch: PretrainBatch, weight: float, max_tokens: int
 ) -> tuple[torch.Tensor, Sums]:
-    """Adds the gradient of weight * (mean NLL over the batch's assistant tokens).
-
-    Returns this rank's share of (that loss, sums for metrics).
-    """
+    """Adds the gradient of weight * (mean NLL of assistant tokens). Returns this rank's share of (loss, sums)."""
     lengths = [len(dialogue.ids) for dialogue in batch]
     num_tokens = sum(sum(dialogue.answer_mask) for dialogue in batch)
     sums = {}

@@ -78,10 +78,7 @@ class PolicySampler:
 
 
 def decoding_options(config: PPOConfig, model: nn.Module, split: bool = False) -> DecodingOptions:
-    """Returns the options for a `PolicyModel`, from the flags and what the model and its device support.
-
-    split: its weights stay split over ranks (ZeRO-3), so all ranks have to call the same modules.
-    """
+    """Returns the options for a `PolicyModel`. split: its weights stay split over ranks (ZeRO-3)."""
     llama_step = model.decoding in ("triton", "llama_step") and not split and can_run_llama_step(model.decoder.config)
     triton = model.decoding == "triton" and llama_step and can_run_triton(model.decoder)
     return DecodingOptions(

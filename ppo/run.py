@@ -159,10 +159,7 @@ class Run:
         self.lifecycle.report_progress(f"export of {name}/")
 
     def after_step(self, rollout: Rollout, scores: Scores, metrics: dict[str, float]) -> None:
-        """Writes metrics and samples; evaluates, exports best/ and writes a checkpoint at steps that ask for it.
-
-        After a collapse, returns to the last checkpoint (--on_collapse rollback). Collective.
-        """
+        """Writes metrics and samples; evaluates, exports best/, writes a checkpoint or rolls back. Collective."""
         config, step = self.config, self.state.step
         signs = alarms(metrics, config)
         if self.eval_prompts and (step % config.save_per_step == 0 or step == config.total_steps):

@@ -117,10 +117,7 @@ def step_all(learners: list[Learner], problem: str | None = None) -> tuple[Sums,
 
 
 def shares(batch: Experience, max_tokens: int, joined: bool = False) -> Iterator[Experience]:
-    """Yields this rank's micro-batches of a global minibatch, each cut to its longest row; as many on every rank.
-
-    If other ranks have one more, it is a sample without response tokens.
-    """
+    """Yields this rank's micro-batches of a global minibatch, each cut to its longest row; as many on every rank."""
     lengths = batch.attention_mask.sum(1).tolist()
     for rows, weight in rank_plan(lengths, max_tokens, world_size(), rank(), joined):
         longest = max(lengths[i] for i in rows)
@@ -187,7 +184,7 @@ def policy_objective(
 def critic_backward(
     critic: TrainEngine, batch: Experience, config: PPOConfig, clipped: bool = True
 ) -> tuple[torch.Tensor, Sums]:
-    """Adds the gradient of the value loss on one minibatch, in micro-batches. Returns what `policy_backward` does.
+    """Adds the gradient of the value loss on one minibatch. Returns what `policy_backward` does.
 
     clipped: False while only the critic trains, because clipping would keep its values near the old ones.
     """

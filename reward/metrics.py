@@ -93,10 +93,7 @@ def accuracy_interval(scored: ScoredItems) -> tuple[float, float]:
 
 
 def calibration(scored: ScoredItems, num_bins: int = BINS) -> list[Bin]:
-    """Returns predicted and observed preference in equal bins of the prediction, without empty bins.
-
-    The prediction is sigmoid(|d|), the probability of the answer with the higher score.
-    """
+    """Returns predicted (sigmoid(|d|)) and observed preference in equal bins of the prediction, without empty bins."""
     index, differences = scored.index, scored.differences
     predicted = torch.sigmoid(differences.abs())
     hits = ranking_hits(scored.scores[index.better], scored.scores[index.worse])

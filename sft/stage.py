@@ -90,10 +90,7 @@ def build_stage(
     config: SFTConfig, lm: PreTrainedModel, tokenizer, layout: Layout, sets: list[list[EncodedDialogue]],
     shown: list[EncodedDialogue], balance: float = 0.0,
 ) -> Stage:  # fmt: skip
-    """Returns SFT's `Stage`. shown: dialogues whose last prompt is answered in each evaluation.
-
-    balance: weight of the routers' load-balancing loss; 0: none.
-    """
+    """Returns SFT's `Stage`. shown: dialogues to answer in evaluations. balance: weight of the load-balancing loss."""
     generation = lm.generation_config  # the model's own, which `sample_answers` replaces while it generates
 
     def save(state: dict[str, torch.Tensor], folder: str) -> None:

@@ -54,10 +54,7 @@ def repeatable(wanted: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def strictly() -> Iterator[None]:
-    """Context of a backward pass in which attention is deterministic; does nothing outside of `repeatable`.
-
-    Raises UserError for an operation without a deterministic kernel.
-    """
+    """Context of a deterministic backward pass in `repeatable`. UserError for an operation without such a kernel."""
     if not torch.are_deterministic_algorithms_enabled():
         yield
         return

@@ -108,10 +108,7 @@ def atomic_file(path: str, flag: str = "") -> Iterator[IO[str]]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str, flag: str = "") -> Iterator[str]:
-    """Yields a new folder that replaces `path` if the block succeeds, and is removed if it fails. Call it on one rank.
-
-    Raises UserError, which names `flag` and the path, for an error of the disk.
-    """
+    """Yields a folder that replaces `path` if the block succeeds; call it on one rank. Disk errors become UserErrors."""
     partial = f"{os.path.abspath(path)}.partial"
     with disk_errors(f"{flag} {path}".lstrip()):
         remove(partial)

@@ -39,9 +39,9 @@ def whiten(
 
 
 def token_logprobs(logits: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
-    """Returns log p(token t | tokens < t) at index t, 0 at index 0.
+    """Returns log p(token t | tokens < t) at index t, 0 at index 0: float32 [batch, length].
 
-    logits: [batch, length, vocabulary], sequences: [batch, length] -> float32 [batch, length].
+    logits: [batch, length, vocabulary], sequences: [batch, length].
     """
     logprobs = torch.log_softmax(logits[:, :-1].float(), dim=-1)
     picked = logprobs.gather(-1, sequences[:, 1:, None]).squeeze(-1)

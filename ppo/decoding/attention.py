@@ -56,10 +56,7 @@ AttentionMaskInterface.register(SDPA_GROUPED, sdpa_mask)
 
 
 def can_group(config) -> bool:
-    """Whether decoding can replace this config's attention (sdpa or flash attention) by `grouped_attention`.
-
-    Flash attention of transformers copies the whole cache in each layer, and waits for the GPU.
-    """
+    """Whether decoding can replace this config's attention (sdpa or flash attention) by `grouped_attention`."""
     if attention_cap(config):
         return False  # PyTorch's attention cannot cap scores
     return uses_sdpa(config) or is_flash_attention_requested(config)

@@ -59,10 +59,7 @@ def new_token_states(
 
 
 def _by_pytorch(cache: SlotCache, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor) -> Callable:
-    """Returns a function of (attention module, query, key, value before rotation) that computes a layer's attention.
-
-    query, key, value and the result: [slots, heads, size].
-    """
+    """Returns a function of (attention module, query, key, value), all [slots, heads, size], with PyTorch's kernel."""
     sin = sin[..., : sin.shape[-1] // 2]
     # PyTorch's kernel would convert a bool mask to this in every layer.
     mask = torch.zeros_like(mask, dtype=cos.dtype).masked_fill_(~mask, -torch.inf)[:, None, None]

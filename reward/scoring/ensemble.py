@@ -69,10 +69,7 @@ def score_dialogues(
 
 @dataclass
 class Frozen:
-    """A model that is not trained. offload: keep its weights in host memory (pinned with a GPU) between uses.
-
-    Models with sharded weights are offloaded by `shard_frozen` instead.
-    """
+    """A model that is not trained. offload: keep its weights, unless they are sharded, in host memory between uses."""
 
     model: nn.Module
     offload: bool

@@ -239,10 +239,7 @@ class InferenceEngine:
 
 
 def keep_while_reduced(optimizer) -> None:
-    """Keeps the memory of gradients larger than a bucket until DeepSpeed's stream has summed them over ranks.
-
-    ZeRO-2 frees them at once on ranks that own no part of them, and PyTorch would reuse the memory.
-    """
+    """Keeps the memory of large gradients, which ZeRO-2 frees at once, until DeepSpeed's stream has summed them."""
     average = optimizer.average_tensor
 
     def average_kept(gradient: torch.Tensor, *args):

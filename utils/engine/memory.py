@@ -42,10 +42,7 @@ def device_room() -> int | None:
 
 
 def host_copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Returns a copy of each tensor in host memory, page-locked with a GPU, so that copies to it need no staging.
-
-    The copies share buffers, because PyTorch rounds each page-locked allocation up to a power of two.
-    """
+    """Returns copies in host memory, in shared page-locked buffers with a GPU, so that copies to it need no staging."""
     sizes = [-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in tensors]
     left, copies, place = sum(sizes), [], 0
     buffer = torch.empty(0, dtype=torch.uint8)

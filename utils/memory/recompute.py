@@ -27,10 +27,7 @@ def settle_checkpointing(
     engine: TrainEngine, model: PreTrainedModel, config: EngineConfig, tokens: int, room: int | None,
     say: Say,
 ) -> None:  # fmt: skip
-    """Enables gradient checkpointing in as few layers as fit, if the flag is auto. Call it before the first forward.
-
-    tokens: of the largest forward; room: `device_room()`.
-    """
+    """If the flag is auto, recomputes as few layers as fit. tokens: of the largest forward; room: `device_room()`."""
     if config.gradient_checkpoint != "auto":
         return
     kept = num_layers(model)

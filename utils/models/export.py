@@ -24,7 +24,8 @@ def check_names(auto_class: type, config: PretrainedConfig, state: dict[str, tor
     other = state.keys() ^ saved_tensors(_shell(auto_class, config, torch.float32)).keys()
     if other:
         names = f"{min(other)} and {len(other) - 1} more" if len(other) > 1 else min(other)
-        raise UserError(f"{what}: {config.model_type} cannot be saved as {auto_class.__name__} ({names}); use another")
+        wrong = f"a {config.model_type} model cannot be saved as {auto_class.__name__} ({names})"
+        raise UserError(f"{what}: {wrong}; use another architecture")
 
 
 def set_ids(config: PretrainedConfig, **ids: int | list[int] | None) -> None:

@@ -14,10 +14,7 @@ MAX_SIZE = 192  # of a head; larger ones need more shared memory in the backward
 
 
 def options_of(function: Callable | None) -> dict | None:
-    """Returns the arguments of `varlen_attn` for causal attention with shared key heads, None if it lacks them.
-
-    PyTorch 2.11 supports shared key heads without an argument; later versions need `enable_gqa`.
-    """
+    """Returns the arguments of `varlen_attn` for causal attention with shared key heads, None if it lacks them."""
     names = inspect.signature(function).parameters if function else ()
     if not {"window_size", "scale"} <= set(names):
         return None

@@ -59,10 +59,7 @@ def tensor_of(tensors, name: str) -> torch.Tensor:
 
 @contextlib.contextmanager
 def open_weights(file: Path, flag: str) -> Iterator:
-    """Yields the memory-mapped tensors of a file: a safetensors handle, or a dict for a .bin.
-
-    Raises UserError for a damaged file or a pickle of other objects.
-    """
+    """Yields the memory-mapped tensors of a file: a safetensors handle, or a dict for a .bin. Raises UserError."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:

@@ -35,10 +35,7 @@ def check_inputs(path: str, inputs: list[str | None]) -> None:
 
 
 def prepare_run_folder(path: str, config, step: int = 0) -> None:
-    """Creates the folder and writes config.json on rank 0; all ranks wait.
-
-    step: removes what an earlier run wrote after this step (0: all of it).
-    """
+    """Writes config.json, and removes what an earlier run wrote after `step` (0: all of it). Collective."""
     barrier()
     if is_main():
         description = run_description(config) | {"resumed_from_step": step}

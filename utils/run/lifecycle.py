@@ -61,10 +61,7 @@ class RunLifecycle:
         self.report_progress("checkpoint")
 
     def after_step(self, state: dict, say: Say) -> None:
-        """Sets `exit_code` if any rank has to stop; writes a checkpoint if one is due or the run stops. Collective.
-
-        state: the run's own numbers, JSON, with "step".
-        """
+        """Writes a checkpoint of `state`, JSON, if one is due; sets `exit_code` if any rank has to stop. Collective."""
         self.report_progress("step")
         step, every = state["step"], self._config.checkpoint_per_step
         code = self._stop.exit_code(device())

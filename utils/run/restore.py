@@ -26,10 +26,7 @@ class Checkpoint:
 
 
 def newest(folder: str, say: Say) -> Checkpoint | None:
-    """Returns the newest intact checkpoint in a folder, None if there are no checkpoints. Collective.
-
-    Prints and skips damaged ones. Raises UserError when all are damaged.
-    """
+    """Returns a folder's newest intact checkpoint, or None. Raises UserError if all are damaged. Collective."""
     found = gather_objects(all_checkpoints(folder))[0]
     for _, path in found:
         problem = first_problem(_damage(path))

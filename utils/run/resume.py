@@ -83,10 +83,7 @@ def _same_config(config: RunFlags) -> bool:
 
 
 def find_checkpoint(config: RunFlags, say: Say) -> Checkpoint | None:
-    """Returns the checkpoint to resume from by --resume and --overwrite, None to start at step 0. Collective.
-
-    Raises UserError, which names the flag, if flags differ, unless --resume_with_changes is set.
-    """
+    """Returns the checkpoint to resume from, or None. Raises UserError if flags differ from its own. Collective."""
     if config.resume not in ("auto", "never"):
         checkpoint = named(config.resume)
     elif config.resume == "auto" and not config.overwrite:

@@ -26,10 +26,7 @@ def check_new_folder(path: str, flag: str, sources: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: str, flag: str, size: int = 0) -> Iterator[Path]:
-    """Yields a folder that gets the name `path` if the block succeeds, and is removed if it fails.
-
-    Removes what a killed command left. Raises UserError without `size` bytes of room, or when the disk fails.
-    """
+    """Yields a folder that gets the name `path` if the block succeeds. Raises UserError without `size` bytes of room."""
     free = shutil.disk_usage(existing_parent(path)).free
     if free < size:
         needed = f"{flag} {path} needs {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk"
@@ -41,10 +38,7 @@ def new_folder(path: str, flag: str, size: int = 0) -> Iterator[Path]:
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> None:
-    """Writes tensors, in order, to safetensors files of at most `max_bytes` of data, unless one tensor is larger.
-
-    A single file is `model.safetensors`; several are numbered and have an index.
-    """
+    """Writes tensors, in order, to safetensors files of at most `max_bytes` of data, unless one tensor is larger."""
     shard: dict[str, torch.Tensor] = {}
     shards: list[dict[str, int]] = []  # name of a tensor -> bytes
 

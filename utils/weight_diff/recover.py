@@ -83,10 +83,7 @@ def make_diff(
 
 
 def verify(path_tuned: str, release: Release, model_type: str | None = None, say: Say = print) -> None:
-    """Checks a recovered model: every tensor against its manifest, the sum against that published for `model_type`.
-
-    model_type: None with a manifest skips the published sum.
-    """
+    """Checks a recovered model against its manifest and, without one or with `model_type`, the published sum."""
     side = open_side(path_tuned, "--path_tuned")
     config, known = model_files.read_config([side]), side.manifest
     hasher, dtype = None, side.dtype
@@ -113,10 +110,7 @@ def verify(path_tuned: str, release: Release, model_type: str | None = None, say
 
 
 def _recovered(raw: Side, diff: Side, base: str, dtype: torch.dtype, totals: list[float]) -> Iterator[Named]:
-    """Yields the model's tensors in `dtype`, in the diff's order, and adds sums before rounding to `totals`.
-
-    Compares inputs with the diff's manifest, if there is one. base: name of the right base.
-    """
+    """Yields the model's tensors in `dtype`, and adds sums before rounding to `totals`. base: name of the right base."""
     known, of_raw, of_diff, of_patches = diff.manifest, None, None, None
     if known is not None:
         wrong_base = f"{{}} of --path_raw is not the tensor that this diff was made against; use {base}"
