@@ -23,7 +23,7 @@ def fast_dtype(device: torch.device) -> str:
 
 
 def settle_dtype(config) -> None:
-    """Sets --dtype auto to bf16 if all ranks multiply it fast, else to fp32; warns if bf16 was asked for and is slow."""
+    """Sets --dtype auto to bf16 if all ranks multiply it fast, else to fp32; warns of a given bf16 that is slow."""
     if config.dtype == "fp32":
         return
     place = own_device()

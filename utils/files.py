@@ -108,7 +108,7 @@ def atomic_file(path: str, flag: str = "") -> Iterator[IO[str]]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str, flag: str = "") -> Iterator[str]:
-    """Yields a folder that replaces `path` if the block succeeds; call it on one rank. Disk errors become UserErrors."""
+    """Yields a folder that replaces `path` if the block succeeds. Call it on one rank. Raises UserError."""
     partial = f"{os.path.abspath(path)}.partial"
     with disk_errors(f"{flag} {path}".lstrip()):
         remove(partial)

@@ -49,7 +49,7 @@ def chunked_step(optimizer) -> None:
 def adam_in_chunks(
     adam: torch.optim.AdamW, i: int, master: torch.Tensor, gradients: list[torch.Tensor], scale: torch.Tensor | None
 ) -> None:
-    """Makes one step of parameter group i. gradients: cover its flat weights `master`, and are multiplied by `scale`."""
+    """Makes one step of parameter group i. gradients: cover its flat weights `master`; multiplied by `scale`."""
     group, state = adam.param_groups[i], adam.state[adam.param_groups[i]["params"][0]]
     if not state:
         state["step"] = torch.zeros((), device=master.device)

@@ -53,7 +53,7 @@ def read_manifest(folder: Path, flag: str) -> Manifest | None:
 
 
 class TensorHasher:
-    """Collects hashes of CPU tensors in `found`. Raises UserError(mismatch.format(name)) if one differs from `expected`."""
+    """Collects hashes of CPU tensors in `found`. UserError(mismatch.format(name)) if one differs from `expected`."""
 
     def __init__(self, expected: dict[str, str] | None = None, mismatch: str = "{}"):
         self.found: dict[str, str] = {}

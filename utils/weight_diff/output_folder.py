@@ -26,7 +26,7 @@ def check_new_folder(path: str, flag: str, sources: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: str, flag: str, size: int = 0) -> Iterator[Path]:
-    """Yields a folder that gets the name `path` if the block succeeds. Raises UserError without `size` bytes of room."""
+    """Yields a folder that gets the name `path` if the block succeeds. UserError without `size` bytes of room."""
     free = shutil.disk_usage(existing_parent(path)).free
     if free < size:
         needed = f"{flag} {path} needs {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk"

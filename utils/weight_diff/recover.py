@@ -110,7 +110,7 @@ def verify(path_tuned: str, release: Release, model_type: str | None = None, say
 
 
 def _recovered(raw: Side, diff: Side, base: str, dtype: torch.dtype, totals: list[float]) -> Iterator[Named]:
-    """Yields the model's tensors in `dtype`, and adds sums before rounding to `totals`. base: name of the right base."""
+    """Yields the model's tensors in `dtype`; adds sums before rounding to `totals`. base: name of the right base."""
     known, of_raw, of_diff, of_patches = diff.manifest, None, None, None
     if known is not None:
         wrong_base = f"{{}} of --path_raw is not the tensor that this diff was made against; use {base}"
