@@ -15,16 +15,10 @@ from utils.flags.run import RunFlags
 PRESETS = {
     "ppo_max": {},
     "vanilla": {
-        "use_reward_scaling": False,
-        "use_reward_norm": False,
-        "use_reward_clip": False,
-        "use_critic_loss_clip": False,
-        "use_advantage_norm": False,
-        "kl_penalty_weight": 0.0,
-        "gradient_clip": 0.0,
-        "critic_pretrain_steps": 0,
+        "use_reward_scaling": False, "use_reward_norm": False, "use_reward_clip": False, "use_critic_loss_clip": False,
+        "use_advantage_norm": False, "kl_penalty_weight": 0.0, "gradient_clip": 0.0, "critic_pretrain_steps": 0,
     },
-}
+}  # fmt: skip
 AMOUNTS = {
     "use_reward_clip": "reward_clip",
     "use_advantage_clip": "advantage_clip",
@@ -136,11 +130,9 @@ class PPOConfig(
     def check_world(self, world_size: int, vocab_size: int) -> None:
         """Checks that need the number of ranks and the size of the vocabulary. Raises UserError."""
         for name in ("num_rollouts", "batch_size", "ppo_pretrain_batch_size"):
-            if getattr(self, name) % world_size and (name != "ppo_pretrain_batch_size" or self.use_ppo_pretrain_loss):
-                raise UserError(
-                    f"--{name} {getattr(self, name)} does not divide by the {world_size} processes: sizes count "
-                    "samples over all of them; pass a multiple"
-                )
+            value = getattr(self, name)
+            if value % world_size and (name != "ppo_pretrain_batch_size" or self.use_ppo_pretrain_loss):
+                raise UserError(f"--{name} {value} does not divide by the {world_size} processes; pass a multiple")
         if self.use_entropy_loss and self.entropy_clip > math.log(vocab_size):
             raise UserError(
                 f"--entropy_clip {self.entropy_clip:g} can never be reached: entropy is at most "

@@ -83,13 +83,10 @@ def decoding_options(config: PPOConfig, model: nn.Module, split: bool = False) -
     triton = model.decoding == "triton" and llama_step and can_run_triton(model.decoder)
     return DecodingOptions(
         max_slots=model.slots if config.rollout_batch_size == "auto" else config.rollout_batch_size,
-        prefill_tokens=config.micro_batch_tokens,
-        cache_tokens=config.rollout_cache_tokens,
-        steps_per_check=4 if device().type == "cuda" else 1,
-        llama_step=llama_step,
-        triton=triton,
+        prefill_tokens=config.micro_batch_tokens, cache_tokens=config.rollout_cache_tokens,
+        steps_per_check=4 if device().type == "cuda" else 1, llama_step=llama_step, triton=triton,
         cuda_graphs=triton and is_capturable(model.decoder),
-    )
+    )  # fmt: skip
 
 
 def assemble(

@@ -39,14 +39,10 @@ def encode_preference(
             mask = sides[0][1]
             answer = last_answer(mask)
             comparison = Comparison(
-                answers=[ids for ids, _ in sides],
-                prompt_length=answer.start,
+                [ids for ids, _ in sides], answer.start, [(pair.better, pair.worse) for pair in preference.pairs],
+                [pair.margin or 0.0 for pair in preference.pairs], preference.subset, preference.source,
                 suffix_length=len(mask) - answer.stop,
-                pairs=[(pair.better, pair.worse) for pair in preference.pairs],
-                margins=[pair.margin or 0.0 for pair in preference.pairs],
-                subset=preference.subset,
-                source=preference.source,
-            )
+            )  # fmt: skip
             return comparison, len(preference.history) - len(history)
         history = drop_oldest_exchange(history)
     return None, 0

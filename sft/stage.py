@@ -30,16 +30,12 @@ from utils.tokenizer import template_of
 
 def load_encoded(config: SFTConfig, tokenizer, say: Say) -> tuple[list[list[EncodedDialogue]], list[EncodedDialogue]]:
     """Returns (one training set per --data_path, all held-out dialogues). Raises UserError for less than a batch."""
-    template = template_of(tokenizer)
-    sets, valid = [], []
+    template, max_tokens, sets, valid = template_of(tokenizer), config.context_truncate, [], []
     for path in config.data_path:
         splits = load_dialogues(path, config.num_valid, config.seed, say, lower=is_default(config, "num_valid"))
-        own, held_out = (encode_dialogues(tokenizer, split, template, config.context_truncate, say) for split in splits)
+        own, held_out = (encode_dialogues(tokenizer, split, template, max_tokens, say) for split in splits)
         if not own:
-            raise UserError(
-                f"--data_path {path}: no dialogue is short enough for --context_truncate {config.context_truncate}; "
-                "raise it"
-            )
+            raise UserError(f"--data_path {path}: no dialogue fits --context_truncate {max_tokens}; raise it")
         sets.append(own)
         valid += held_out
     total = sum(map(len, sets))
