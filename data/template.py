@@ -4,10 +4,9 @@ moss_en   <s>Human:question</s>Assistant:answer</s>Human:…
 moss_zh   <s><|Human|>question</s><|MOSS|>answer</s><|Human|>…
 chat      the tokenizer's own chat template: data/chat.py
 
-In the moss templates, each stretch between special tokens is encoded separately, with SentencePiece's dummy prefix,
-and `</s>` follows each utterance. Special tokens written out in a text stay text; in the history of a chat template
-they become tokens, because the template returns plain text. The moss models have no system role: a system turn is put
-before the first question, with an empty line in between.
+In the moss templates, each stretch between special tokens is encoded separately, with SentencePiece's dummy prefix.
+Special tokens written out in a text stay text; in the history of a chat template they become tokens. The moss models
+have no system role: a system turn is put before the first question, with an empty line in between.
 """
 
 from transformers import PreTrainedTokenizerBase

@@ -44,9 +44,8 @@ class Sampler(Protocol):
 class PolicySampler:
     """Samples with the policy's own engine; config.rollout_batch_size sequences at once, continuously refilled.
 
-    Under ZeRO-3 the weights are gathered once if they fit (--gather_for_generation); otherwise all ranks step together
-    until the last response has ended. measure: return a `MeasuredRollout` if tokens are drawn from the policy's own
-    distribution. watch: as for `Decoder`.
+    Under ZeRO-3 the weights are gathered once if they fit (--gather_for_generation); otherwise all ranks step together.
+    measure: return a `MeasuredRollout` if tokens are drawn from the policy's own distribution. watch: as for `Decoder`.
     """
 
     policy: TrainEngine | InferenceEngine

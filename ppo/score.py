@@ -26,9 +26,8 @@ def score(
 ) -> Scores:  # fmt: skip
     """Computes the `Scores` of a rollout, in forwards of at most micro_batch_tokens tokens, equally many on every rank.
 
-    temperature: that of sampling, for log-probabilities of policy and reference. with_values: False leaves out the
-    critic. The policy does no forward if the sampler measured the rollout, and the reference none while its weights
-    equal the policy's.
+    temperature: that of sampling, for log-probabilities. with_values: False leaves out the critic. The policy does no
+    forward if the sampler measured the rollout, and the reference none while its weights equal the policy's.
     """
     policy, critic = models.policy, models.critic
     policy.module.eval()

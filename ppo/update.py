@@ -46,8 +46,7 @@ def update(
     """Trains for ppo_epochs passes over the buffer in seeded minibatches of batch_size; returns metrics.
 
     lr 0 trains the critic only; critic None trains the policy only. `experience` is the whole buffer, the same on every
-    rank. A minibatch whose loss or gradient is not finite or beyond --explosion_limit makes no step; `on_bad` may
-    raise.
+    rank. A minibatch with a loss or gradient beyond --explosion_limit makes no step; `on_bad` may raise.
     """
     learners = []
     if lr > 0.0:

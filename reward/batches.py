@@ -27,9 +27,8 @@ class CachedGradient:
 class Comparison:
     """Encoded answers to one prompt, and the pairs to compare; without pairs, the answers are only scored.
 
-    answers: ids of whole dialogues, which share their first `prompt_length` ids. pairs: (better index, worse index);
-    margins: one per pair. place: index of the preference in the encoded list. suffix_length: ids after the end token,
-    which no loss counts.
+    answers: ids of whole dialogues, which share their first `prompt_length` ids. pairs: (better index, worse index).
+    place: index of the preference in the encoded list. suffix_length: ids after the end token, which no loss counts.
     """
 
     answers: list[list[int]]

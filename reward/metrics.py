@@ -158,8 +158,7 @@ def agreement(models: list[ScoredItems]) -> dict[str, float]:
     """Returns the agreement of several models on the same comparisons.
 
     pairwise: share of pairs on which two models prefer the same answer, averaged over pairs of models. unanimous: share
-    on which all agree. strength_std: mean population standard deviation of the score difference over models (Part II
-    §2). accuracy: of the mean score difference.
+    on which all agree. strength_std: mean population standard deviation over models (Part II §2).
     """
     weights = models[0].index.weights
     differences = torch.stack([scored.differences for scored in models])  # [models, pairs]

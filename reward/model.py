@@ -60,12 +60,11 @@ class ScalarModel(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, nll_mask: torch.Tensor | None = None,
         with_states: bool = False,
     ):  # fmt: skip
-        """Returns scalars float32 [batch, length], 0 where attention_mask is False; inputs [batch, length].
+        """Returns scalars float32 [batch, length], 0 where attention_mask is False. Inputs are right-padded.
 
         nll_mask (bool, False at first positions; needs lm_head): return also the summed NLL of these tokens.
-        with_states: return also the float32 states [batch, hidden] of each row's last real token. Inputs are
-        right-padded, and causal attention hides the padding; attention_mask can exclude tokens whose scalars are not
-        needed.
+        with_states: return also the float32 states [batch, hidden] of each row's last real token. attention_mask can
+        exclude tokens whose scalars are not needed: causal attention needs no mask.
         """
         read = attention_mask.bool()
         answers = None if nll_mask is None else before(nll_mask)[read].nonzero().squeeze(1)
@@ -107,9 +106,8 @@ def load_scalar_model(
 ) -> ScalarModel:  # fmt: skip
     """Returns the scalar model of a folder or hub id in any of the three layouts, in eval mode.
 
-    A missing head is initialised with `seed` (see `new_head_weight`); with `trained` it is an error. tokenizer: resize
-    or check the vocabulary. flag: the flag that gave the path. Raises UserError for several labels or a head that does
-    not match.
+    A missing head is initialised with `seed`; with `trained` it is an error. tokenizer: resize or check the vocabulary.
+    flag: the flag that gave the path. Raises UserError for several labels or a head that does not match.
     """
     folder = model_folder(path, flag)
     files = tensor_files(folder, flag)

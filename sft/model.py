@@ -55,9 +55,8 @@ class AnswerModel(nn.Module):
 def packing_failure(lm: PreTrainedModel, what: str) -> str | None:
     """Returns why packed dialogues would affect each other in this model, or None if they do not.
 
-    State-space layers, convolutions and attention with its own mask can mix dialogues, most visibly in the first tokens
-    after a boundary. A second test replaces the first dialogue, which must not change the others; it detects small
-    effects. what: the model's name in messages.
+    State-space layers and attention with its own mask can mix dialogues, most visibly after a boundary. A second test
+    replaces the first dialogue, which must not change the others. what: the model's name in messages.
     """
     probe = Probe(lm, what)
     first, second, third = map(len, probe.rows)

@@ -45,8 +45,7 @@ def load_tokenizer(
 
     SentencePiece encodes for a LLaMA-format `tokenizer.model`, AutoTokenizer for others. `moss_zh` adds its two tags if
     absent. Pad: the tokenizer's own if it is neither eos nor bos, else unk, else eos. arguments: of the chat template.
-    flag: of `path`. Raises UserError without a usable tokenizer, end token, or a chat template that `template`
-    requires.
+    flag: of `path`. Raises UserError without a usable tokenizer, end token or chat template.
     """
     if is_hub_id(path):  # AutoTokenizer would not look for a tokenizer.model first
         path = str(download(path, flag, allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"]))

@@ -62,9 +62,8 @@ def _fill(order: list[int], lengths: list[int], max_tokens: int) -> list[list[in
 def balance(lengths: list[int], num_ranks: int, most: int | None = None) -> list[list[int]]:
     """Distributes indices over ranks with about equal token totals; deterministic.
 
-    Each item, longest first, goes to the rank with the fewest tokens so far (greedy scheduling: at most 4/3 of the
-    optimal maximum without `most`). Each rank gets at least one item if there are enough. Indices of a rank ascend.
-    most: maximum number of items per rank; `most * num_ranks` must be at least the number of items.
+    Each item, longest first, goes to the rank with the fewest tokens so far. Each rank gets at least one item if there
+    are enough. most: maximum number of items per rank; `most * num_ranks` must be at least the number of items.
     """
     most = len(lengths) if most is None else most
     assert most * num_ranks >= len(lengths)

@@ -73,11 +73,10 @@ def load_items(
     path: str, what: str, parse: Callable[[Record, Tally], Item], num_valid: int, seed: int, say: Say,
     flag: str = FLAG, lower: bool = False,
 ) -> tuple[list[Item], list[Item]]:  # fmt: skip
-    """Reads the data at `path`, parses each record and returns (train, valid) items.
+    """Reads the data at `path`, parses each record and returns (train, valid) items. flag: the flag that gave the path.
 
     valid: of *valid* files or the hub's validation split; without them, `num_valid` items chosen by the seed (lower: a
-    tenth of all if that is more than half). Records for which `parse` raises BadRecord are dropped and counted. Raises
-    UserError if the data cannot be read or no item is left. flag: the flag that gave the path.
+    tenth of all if that is more than half). Records for which `parse` raises BadRecord are dropped and counted.
     """
     train_records, valid_records = read_records(path, flag)
     tally = Tally(what)

@@ -1,8 +1,7 @@
 """Forward of one new token per slot through a decoder of LLaMA's kind: matrix products and little else.
 
-In decoding, the small operations around the matrix products take most of the time. A layer of transformers runs about
-fifty, each a kernel launch on a GPU, besides masks and wrappers. A layer here runs about twenty, or sixteen with the
-kernels of ragged_attention.py. Results differ by rounding only.
+In decoding, small operations around the matrix products take most of the time. A layer of transformers runs about
+fifty, each a kernel launch; a layer here about twenty, or sixteen with the kernels of ragged_attention.py.
 """
 
 import importlib.util

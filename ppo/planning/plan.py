@@ -1,9 +1,8 @@
 """`train_ppo.py --plan`: predicts the memory of a run from shapes alone, without reading weights.
 
 Assumptions: GPUs; a run after its first optimizer step; attention that keeps no [length, length] scores; prompts and
-responses of full length; reward models that read the policy's ids. Activations are counted by running the decoder on
-the meta device. Not counted: the CUDA context, what libraries allocate, fragmentation; so a plan fits if it leaves a
-tenth of the GPU's memory.
+responses of full length; reward models that read the policy's ids. Activations are counted on the meta device. Not
+counted: the CUDA context, libraries, fragmentation; so a plan fits if it leaves a tenth of the memory.
 """
 
 import os

@@ -38,8 +38,7 @@ def score_preferences(preferences: list[Preference], config: EvaluationFlags, sa
     """Returns each model's scores of the preferences that fit the windows of all models.
 
     Each model uses its own tokenizer and template; one model is in memory at a time. `place` of an item is its index in
-    `preferences`. Raises UserError for folders that are not reward models of the same labels, and for scores that are
-    not finite.
+    `preferences`. Raises UserError for folders that are not reward models of the same labels.
     """
     settle_dtype(config)
     check_labels(config.model, FLAG)

@@ -1,9 +1,8 @@
 """The state of an engine that an exact resume needs: float32 weights and Adam's moments, as this rank holds them.
 
 DeepSpeed's `load_checkpoint` unpickles files; this is plain tensors for safetensors. `weight/NAME/START` is the part of
-the flat parameter NAME that begins at element START, `exp_avg/…` and `exp_avg_sq/…` are its moments, `step` is the
-number of Adam's steps, if any. Any number of ranks in any ZeRO stage can load it. Buffers are those of the model's
-folder.
+the flat parameter NAME from element START on, `exp_avg/…` and `exp_avg_sq/…` are its moments, `step` is the number of
+Adam's steps, if any. Any number of ranks in any ZeRO stage can load it. Buffers are those of the model's files.
 """
 
 import contextlib

@@ -32,8 +32,8 @@ class Probe:
     """A few rows and the model's own outputs for each: logits of a causal LM, or states of a decoder.
 
     `true` holds [length, n] per row. `tolerance` is MARGIN times the model's deviation when embeddings change by the
-    dtype's epsilon, because rounding errors grow with depth, and jump if a router changes its choice of experts. Raises
-    UserError, which names the model `what`, if the model does not run.
+    dtype's epsilon: rounding errors grow with depth. Raises UserError, which calls the model `what`, if it does not
+    run.
     """
 
     @torch.no_grad()

@@ -33,8 +33,7 @@ def load_causal_lm(
     """Returns the causal LM in the folder or hub id `path`, in `dtype` on `device`, without dropout, in eval mode.
 
     tokenizer: its vocabulary is checked, and the embedding grows for the tags of moss_zh. flag: the flag of `path`.
-    Raises UserError for a folder that is missing, damaged or of another vocabulary, and for an architecture whose
-    results here differ from its own forward (utils/models/check.py).
+    Raises UserError for a folder that is damaged, and for an architecture that fails utils/models/check.py.
     """
     folder = model_folder(path, flag)
     model = from_folder(AutoModelForCausalLM, folder, dtype, device, attn_implementation, flag, say)

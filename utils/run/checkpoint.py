@@ -1,8 +1,7 @@
 """Writes checkpoints: `checkpoints/step_N/` holds all that a resumed run needs to continue exactly.
 
 Files: `state.json` (the run's own numbers and flags), `<engine>-rank<r>.safetensors`, `random-rank<r>.json`, and
-`manifest.json` with size and SHA-256 of the others. Loading them cannot run code. The folder gets its name once all
-files are on the disk.
+`manifest.json` with size and SHA-256 of the others. The folder gets its name once all files are on the disk.
 """
 
 import contextlib

@@ -29,9 +29,8 @@ class BadStep(UserError):
 class Stage:
     """What a stage learns: sums over items, and the counts that divide them.
 
-    `sums(engine, items)` returns float32 scalars by name; `counts(items)` their denominators, which every rank computes
-    from the data. The loss is the sum of `loss_weights[name] * sum / count` over the whole global batch, so
-    micro-batches and ranks do not change it.
+    `sums(engine, items)` returns float32 scalars by name; `counts(items)` their denominators, from the data. The loss
+    is the sum of `loss_weights[name] * sum / count` over the global batch: micro-batches and ranks do not change it.
     """
 
     batches: Iterator[list[Item]]

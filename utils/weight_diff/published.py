@@ -15,8 +15,7 @@ class Release:
     """The weight diffs published in one language.
 
     base: name of the base model. totals: model type -> published sum of all tensors of the recovered model in float32,
-    with its rotary buffers, or None. template: whose tags the tokenizer needs. default_type: if the command line names
-    none.
+    with its rotary buffers, or None. template: whose tags the tokenizer needs. default_type: of models, if any.
     """
 
     base: str

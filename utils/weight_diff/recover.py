@@ -2,8 +2,7 @@
 
 A tensor whose name contains `layers` is a difference, to be added in float32 to the base's tensor of that name; all
 others are whole, and may differ from the base's in shape. `make_diff` adds a manifest with the SHA-256 of every tensor
-and, in float32, patches: flat indices, ascending, and values of a tensor's elements that base + (model - base) does not
-restore, because the difference needs more than 24 bits.
+and, in float32, patches: flat indices, ascending, and values of elements that need more than 24 bits.
 """
 
 import math
