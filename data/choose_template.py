@@ -120,10 +120,8 @@ def _check_same_template(
     if other is None or (other == template and (other != "chat" or _rendered(theirs) == _rendered(tokenizer))):
         return
     name = "another chat template" if other == template else f"the template {other}"
-    raise UserError(
-        f"{flag} {path} was trained with {name}, and this run uses {template}, {why}; use a model and a tokenizer "
-        f"that agree, or pass --template {' or '.join(sorted({template, other}))}"
-    )
+    agree = f"use a model and a tokenizer that agree, or pass --template {' or '.join(sorted({template, other}))}"
+    raise UserError(f"{flag} {path} was trained with {name}, and this run uses {template}, {why}; {agree}")
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -71,10 +71,8 @@ class PPOConfig(
         if self.num_rollouts > num_prompts >= least:
             replace_default(self, "num_rollouts", num_prompts // least * least, reason)
         if self.num_rollouts > num_prompts:
-            raise UserError(
-                f"--num_rollouts {self.num_rollouts} needs more prompts than the {num_prompts} of --data_path "
-                f"{self.data_path}: lower it (to a multiple of --batch_size), or add prompts"
-            )
+            problem = f"--num_rollouts {self.num_rollouts} needs more prompts than the {num_prompts} of --data_path"
+            raise UserError(f"{problem} {self.data_path}: lower it (to a multiple of --batch_size), or add prompts")
 
     @property
     def preset_values(self) -> dict:
@@ -134,7 +132,5 @@ class PPOConfig(
             if value % world_size and (name != "ppo_pretrain_batch_size" or self.use_ppo_pretrain_loss):
                 raise UserError(f"--{name} {value} does not divide by the {world_size} processes; pass a multiple")
         if self.use_entropy_loss and self.entropy_clip > math.log(vocab_size):
-            raise UserError(
-                f"--entropy_clip {self.entropy_clip:g} can never be reached: entropy is at most "
-                f"ln({vocab_size}) = {math.log(vocab_size):.2f}; lower it"
-            )
+            limit = f"entropy is at most ln({vocab_size}) = {math.log(vocab_size):.2f}"
+            raise UserError(f"--entropy_clip {self.entropy_clip:g} can never be reached: {limit}; lower it")

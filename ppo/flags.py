@@ -18,8 +18,7 @@ class DataFlags:
     policy_model_path: Common[str] = ""
     """SFT model to align: a Hugging Face folder or hub id. It is also the reference of the KL penalty"""
     critic_model_path: Common[str] = ""
-    """Reward model that the critic starts from; a causal LM gets a new head. It also scores the responses, unless
-    --reward_model_path or --reward_fn is given"""
+    """Reward model that the critic starts from. It also scores, unless --reward_model_path or --reward_fn is given"""
     reward_fn: Common[str | None] = None
     """Python function file.py:name that scores responses: (prompts, answers) -> a number per answer. THE FILE IS RUN.
     Without --reward_model_path it replaces the reward model; with it, both scores are added"""
@@ -37,8 +36,7 @@ class TrainingFlags:
     """Training: length, batch sizes and learning rates."""
 
     preset: Common[Literal["ppo_max", "vanilla"]] = "ppo_max"
-    """Set of defaults. ppo_max: the tricks of Part I, §5.4; vanilla: plain PPO, of whose tricks only the clipped
-    surrogate is on. Flags win over it"""
+    """Set of defaults. ppo_max: the tricks of Part I, §5.4; vanilla: plain PPO with a clipped surrogate"""
     train_steps: Common[int] = 1000
     """Steps that train the policy; each samples --num_rollouts responses and makes --ppo_epochs passes over them"""
     critic_pretrain_steps: Common[int] = 10
@@ -186,8 +184,7 @@ class LossFlags:
     use_policy_loss_clip: bool = True
     """Clip the probability ratio of the policy loss to [1 - pg_clip, 1 + pg_clip] (Part I, eq. 15)"""
     pg_clip: Common[float] = 0.2
-    """Largest distance of the probability ratio from 1 under --use_policy_loss_clip. By itself it does not prevent
-    collapse (Part I, Figures 17 and 18)"""
+    """Largest distance of the ratio from 1 under --use_policy_loss_clip. Not enough by itself (Part I, Figure 17)"""
     use_critic_loss_clip: bool = True
     """Clip values in the value loss to the old values plus or minus value_clip (Part I, eq. 16)"""
     value_clip: float = 0.2

@@ -45,9 +45,8 @@ def load_pretrain(config: PPOConfig, tokenizer, template: str, say: Say) -> Pret
     dialogues, _ = load_dialogues(config.ppo_pretrain_data_path, 0, config.seed, say, FLAG)
     encoded = encode_dialogues(tokenizer, dialogues, template, config.maxlen_prompt, say, "--maxlen_prompt")
     if not encoded:
-        raise UserError(
-            f"{FLAG} {config.ppo_pretrain_data_path}: no dialogue fits --maxlen_prompt {config.maxlen_prompt}; raise it"
-        )
+        limit = f"--maxlen_prompt {config.maxlen_prompt}"
+        raise UserError(f"{FLAG} {config.ppo_pretrain_data_path}: no dialogue fits {limit}; raise it")
     return PretrainStream(batches([encoded], config.ppo_pretrain_batch_size, config.seed))
 
 

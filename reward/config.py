@@ -62,8 +62,7 @@ class RewardConfig(RewardLossFlags, RewardSaveFlags, FitConfig):
     lr: Common[float] = 5e-6
     """Peak learning rate. Part I: 5e-6"""
     batch_size: Common[int] = 32
-    """Pairs or ranked prompts per optimizer step at the mean length, over all GPUs. A step takes 4 to 128, by their
-    token count"""
+    """Pairs or ranked prompts per optimizer step at the mean length, over all GPUs; a step takes 4 to 128"""
 
     @property
     def larger_is_better(self) -> bool:

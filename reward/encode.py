@@ -82,15 +82,11 @@ def load_comparisons(
     splits = [encode_all(split, tokenizer, template, config.context_truncate, say) for split in (train, valid)]
     config.fit_batch(len(splits[0]), max(MIN_PAIRS, world_size()))
     if len(splits[0]) < config.batch_size:
-        raise UserError(
-            f"--data_path {config.data_path}: {len(splits[0])} pairs to train on are fewer than --batch_size "
-            f"{config.batch_size}; add data, lower --batch_size or raise --context_truncate"
-        )
+        few = f"{len(splits[0])} pairs to train on are fewer than --batch_size {config.batch_size}"
+        raise UserError(f"--data_path {config.data_path}: {few}; add data, lower it or raise --context_truncate")
     if valid and not splits[1]:
-        raise UserError(
-            f"--data_path {config.data_path}: no held-out pair fits --context_truncate {config.context_truncate}; "
-            "raise it, or use --num_valid 0 without a *valid* file"
-        )
+        limit = f"--context_truncate {config.context_truncate}"
+        raise UserError(f"--data_path {config.data_path}: no held-out pair fits {limit}; raise it (or --num_valid 0)")
     return splits[0], splits[1]
 
 

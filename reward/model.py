@@ -126,10 +126,8 @@ def load_scalar_model(
     backbone, lm_head = (model.base_model, model.get_output_embeddings()) if with_lm_head else (model, None)
     check_forward(model.to(device), f"{flag} {path}", say, with_lm_head)
     if type(model.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise UserError(
-            f"{flag}: {path} is a {model.config.model_type} model, for which transformers has no sequence "
-            "classification, the layout in which scalar models are saved; use another architecture"
-        )
+        kind = f"a {model.config.model_type} model, which transformers has no sequence classification for"
+        raise UserError(f"{flag}: {path} is {kind}: it cannot be saved; use another architecture")
     hidden_size = backbone.config.get_text_config().hidden_size
     if weight is None:
         weight = new_head_weight(hidden_size, seed)

@@ -41,10 +41,8 @@ def load_encoded(config: SFTConfig, tokenizer, say: Say) -> tuple[list[list[Enco
     total = sum(map(len, sets))
     config.fit_batch(total, world_size())
     if total < config.batch_size:
-        raise UserError(
-            f"--data_path {' '.join(config.data_path)}: {total} dialogues to train on are fewer than --batch_size "
-            f"{config.batch_size}; add data or lower --batch_size"
-        )
+        few = f"{total} dialogues to train on are fewer than --batch_size {config.batch_size}"
+        raise UserError(f"--data_path {' '.join(config.data_path)}: {few}; add data or lower --batch_size")
     return sets, valid
 
 

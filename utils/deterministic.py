@@ -64,9 +64,7 @@ def strictly() -> Iterator[None]:
     except RuntimeError as error:
         if not (found := NO_KERNEL.search(str(error))):
             raise
-        raise UserError(
-            f"--deterministic: {found[1]}, in the backward pass of this model, has no deterministic kernel; leave the "
-            "flag out, or pass --attn_implementation eager"
-        ) from error
+        wrong = f"{found[1]}, in the backward pass of this model, has no deterministic kernel"
+        raise UserError(f"--deterministic: {wrong}; leave the flag out, or pass --attn_implementation eager") from error
     finally:
         torch.use_deterministic_algorithms(True, warn_only=True)

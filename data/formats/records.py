@@ -92,10 +92,8 @@ def load_items(
             say(f"{what}: the default of {num_valid} held-out records is lowered, as there are {len(train)}")
             num_valid = max(1, len(train) // 10)
         if num_valid >= len(train):
-            raise UserError(
-                f"{flag} {path}: {len(train)} usable {what} are too few to hold out {num_valid} for validation; "
-                "add data, add a *valid.json file, or hold out fewer"
-            )
+            problem = f"{len(train)} usable {what} are too few to hold out {num_valid} for validation"
+            raise UserError(f"{flag} {path}: {problem}; add data, add a *valid.json file, or hold out fewer")
         chosen = order(0, len(train), len(train), seed)
         valid = [train[i] for i in sorted(chosen[:num_valid])]
         train = [train[i] for i in sorted(chosen[num_valid:])]

@@ -129,10 +129,8 @@ def check_labels(paths: list[str], flag: str) -> None:
     meanings = [_label_meaning(path, flag) for path in paths]
     for path, meaning in zip(paths, meanings, strict=True):
         if meaning != meanings[0]:
-            raise UserError(
-                f"{flag}: the scores of {path} mean {meaning}, those of {paths[0]} {meanings[0]}; use models with the "
-                "same meaning, or set the same id2label and problem_type in their config.json"
-            )
+            what = f"the scores of {path} mean {meaning}, those of {paths[0]} {meanings[0]}"
+            raise UserError(f"{flag}: {what}; set the same id2label and problem_type in config.json, or use others")
 
 
 def _label_meaning(path: str, flag: str) -> str:

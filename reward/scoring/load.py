@@ -68,10 +68,8 @@ def _own_encoding(path: str, flag: str, source: str | None, name: str | None, to
     if _same_ids(tokenizer, template, theirs, name or template):
         return None
     if borrowed:
-        raise UserError(
-            f"--reward_template is missing: {path} has another tokenizer than the policy, without a chat template; "
-            "give the template that it was trained with"
-        )
+        problem = f"{path} has another tokenizer than the policy, without a chat template"
+        raise UserError(f"--reward_template is missing: {problem}; give the template that it was trained with")
     return theirs, name
 
 
@@ -129,7 +127,5 @@ def check_same_tokenizer(path: str, flag: str, tokenizer, template: str) -> None
     template = template if template == "moss_zh" else None  # only its tags change ids
     theirs = load_tokenizer(str(folder), template, flag=flag)
     if not tokenizer.get_vocab().items() <= theirs.get_vocab().items():
-        raise UserError(
-            f"{flag} {path} was trained with another tokenizer than the policy's, whose ids the critic reads; "
-            "give a critic with the policy's vocabulary, and this model as --reward_model_path, which may differ"
-        )
+        other = "another tokenizer than the policy's, whose ids the critic reads"
+        raise UserError(f"{flag} {path} was trained with {other}; give another critic, and this as --reward_model_path")

@@ -100,10 +100,8 @@ def _attention_kernel(asked: str | None, config: PretrainedConfig, folder: Path,
         raise UserError(f"--attn_implementation {asked} is unknown; use one of {', '.join(known)}")
     for part in (config, config.get_text_config()):
         if not asked and part._attn_implementation and part._attn_implementation not in known:
-            raise UserError(
-                f"{flag}: {folder}/config.json asks for the attention kernel {part._attn_implementation!r}, which is "
-                "code from the hub; remove it there, or pass --attn_implementation sdpa"
-            )
+            asks = f"asks for the attention kernel {part._attn_implementation!r}, code from the hub"
+            raise UserError(f"{flag}: {folder}/config.json {asks}; remove it, or pass --attn_implementation sdpa")
     cap = attention_cap(config)
     if cap and asked in (None, "sdpa"):
         change = "sdpa ignores" if asked else "eager is used, since sdpa ignores"

@@ -144,10 +144,8 @@ def check_pair(raw: Side, other: Side, model_type: str) -> None:
     differences = [name for name in other.tensors if is_difference(name)]
     for source, side, names in ((raw, other, raw.tensors), (other, raw, differences)):
         if missing := [name for name in names if name not in side.tensors]:
-            raise UserError(
-                f"{side.flag} lacks {len(missing)} tensors that {source.flag} has: {first_names(missing)}; use folders "
-                "of models of one architecture"
-            )
+            lack = f"lacks {len(missing)} tensors that {source.flag} has: {first_names(missing)}"
+            raise UserError(f"{side.flag} {lack}; use folders of models of one architecture")
     for name in differences:
         shapes = [list(side.tensors[name].shape) for side in (raw, other)]
         if shapes[0] != shapes[1]:
