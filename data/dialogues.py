@@ -109,6 +109,5 @@ def batches(
         if weights is None:
             yield [merged[i] for i in order(start, size, len(merged), seed)]
         else:
-            places = mixture(start, size, [len(items) for items in sets], weights, seed)
-            yield [sets[k][i] for k, i in places]
+            yield [sets[k][i] for k, i in mixture(start, size, [len(items) for items in sets], weights, seed)]
         start += size

@@ -53,8 +53,7 @@ class RunState:
         """Restores what `state_dict` returned."""
         self.step, self.next_place, self.left_out = state["step"], state["next_place"], state["left_out"]
         self.moments.load_state_dict(state["moments"])
-        self.best_score = state["best_score"]
-        self.rollbacks = state["rollbacks"]
+        self.best_score, self.rollbacks = state["best_score"], state["rollbacks"]
         self.critic_center = state.get("critic_center")
         if self.pretrain:
             self.pretrain.go_to(state["pretrain_place"])

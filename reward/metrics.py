@@ -13,13 +13,9 @@ from reward.loss import ranking_hits, ranking_losses
 from reward.win_rate import wilson_interval
 
 LARGER_IS_BETTER = {
-    "accuracy": True,
-    "worst_subset_accuracy": True,
-    "loss": False,
-    "score_difference": True,
-    "calibration_error": False,
-    "length_bias": False,
-}
+    "accuracy": True, "worst_subset_accuracy": True, "loss": False, "score_difference": True,
+    "calibration_error": False, "length_bias": False,
+}  # fmt: skip
 BINS = 10  # bins of predicted preference from 1/2 to 1
 
 

@@ -126,10 +126,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     config = {
         # This class loads tokenizer.json unchanged; the LLaMA class would rebuild it and change ids.
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokenizer.bos_token,
-        "eos_token": tokenizer.eos_token,
-        "unk_token": tokenizer.unk_token,
-        "pad_token": tokenizer.pad_token,
+        **{name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")},
         "added_tokens_decoder": added,
         "clean_up_tokenization_spaces": False,
         "chat_template": tokenizer.chat_template,
@@ -185,12 +182,8 @@ def _from_sentencepiece(file: Path, flag: str) -> SentencePieceTokenizer:
 
 def _chat_template(folder: Path, flag: str) -> str | None:
     """Returns the chat template in a tokenizer's folder, the default one of several. Raises UserError without it."""
-    jinja = folder / "chat_template.jinja"
-    template = (
-        jinja.read_text("utf-8")
-        if jinja.is_file()
-        else _read_json(folder / "tokenizer_config.json", flag).get("chat_template")
-    )
+    jinja, config = folder / "chat_template.jinja", _read_json(folder / "tokenizer_config.json", flag)
+    template = jinja.read_text("utf-8") if jinja.is_file() else config.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         if not isinstance(named.get("default"), str):

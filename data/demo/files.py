@@ -10,7 +10,7 @@ from utils.errors import UserError
 
 
 def output_folder(description: str, argv: list[str] | None) -> Path:
-    """The value of --out, the one flag of the demos' preparation."""
+    """Returns the value of --out, the only flag of the demos' preparation."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to fill; parts that are there are kept")
     return parser.parse_args(argv).out
