@@ -38,7 +38,8 @@ def choose_decoding(policy: nn.Module, config, what: str, say: Say) -> None:
             return
         if way != DECODING[-1]:
             say(f"{what}: {way} decoding is not used: it fails with {probe.kind} ({failure})")
-    raise UserError(f"{what}: {probe.kind} cannot be decoded with a cache of keys and values ({failure}); use another")
+    problem = f"{probe.kind} cannot be decoded with a cache of keys and values ({failure})"
+    raise UserError(f"{what}: {problem}: SFT works with it, PPO does not; give another model")
 
 
 def _distance(policy: nn.Module, probe: Probe, config) -> float:
