@@ -1,6 +1,5 @@
 """Scoring: which number comes from which position, and micro-batches."""
 
-import pytest
 import torch
 
 from ppo.score import score
@@ -35,24 +34,6 @@ def test_value_of_a_token_is_read_before_it_and_the_score_after_the_last():
         last = models.reward.members[0].model.model(closed, torch.ones_like(closed).bool())[0, -1]
         torch.testing.assert_close(scores.scores[i], last, atol=1e-5, rtol=1e-4)
     assert not scores.old_values[~ROLLOUT.response_mask].any()
-
-
-@pytest.mark.parametrize("micro_batch_tokens", [1, 17, 40])
-def test_micro_batches_change_nothing(micro_batch_tokens):
-    models, prompts = tiny_models(), prompts_of(*PROMPTS)
-    whole = score(ROLLOUT, prompts, models, None, token_ids(), 1.0, ppo_config())
-    parts = score(ROLLOUT, prompts, models, None, token_ids(), 1.0, ppo_config(micro_batch_tokens=micro_batch_tokens))
-    for name in vars(whole):
-        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), atol=1e-5, rtol=1e-4)
-
-
-def test_entropy_is_the_models_own():
-    models = tiny_models()
-    entropy = score(ROLLOUT, prompts_of(*PROMPTS), models, None, token_ids(), 1.0, ppo_config()).entropy
-    logits = models.policy.module.lm(ROLLOUT.sequences).logits[:, :-1]
-    expected = torch.distributions.Categorical(logits=logits).entropy()
-    mask = ROLLOUT.response_mask
-    torch.testing.assert_close(entropy[mask], expected[mask[:, 1:]], atol=1e-5, rtol=1e-5)
 
 
 def test_reward_function_is_added_to_the_reward_model_or_stands_alone():

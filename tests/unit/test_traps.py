@@ -1,7 +1,7 @@
 """The traps of PPO implementations that no other file tests. By number, with the tests of the others:
 
-1 to 5: here. 6 temperature: test_fast_paths.py. 7 score and KL per token: test_rewards.py. 8 shaping before KL:
-test_experience.py. 9 masks of GAE and whitening: test_advantages.py, test_masked.py. 10 gradients whatever the
+1 to 5: here. 6 temperature: test_fast_paths.py. 7 score and KL per token: test_numerics.py. 8 shaping before KL:
+test_experience.py. 9 masks of GAE and whitening: test_numerics.py, test_masked.py. 10 gradients whatever the
 micro-batches and ranks: test_update.py. 11 truncated responses: test_experience.py. 12 entropy clip:
 tests/bad_inputs/ppo.yaml. 13 perplexity: test_experience.py. 14 separate steps: test_update.py, test_engine.py. 15
 random streams: here. 16 equally many forwards: test_reward_models.py, test_batching.py. 17 the rule for best/: here.

@@ -1,18 +1,19 @@
-"""Masked tensor functions, by hand."""
+"""Masked tensor functions by hand; running mean and deviation against numpy, and where there is no deviation."""
 
+import json
 import math
 
+import numpy
 import pytest
 import torch
 
+from utils.moments import RunningMoments
 from utils.tensors import (
     at_tokens,
     before_tokens,
     last_index,
     masked_mean,
     position_ids,
-    shift_to_next,
-    token_logprobs,
     whiten,
 )
 
@@ -49,14 +50,6 @@ def test_whiten_over_two_ranks_equals_one_batch():
     torch.testing.assert_close(whitened, whiten(both, torch.ones(2, 2).bool())[:1])
 
 
-def test_token_logprobs_shifts_by_one_and_is_float32():
-    # Before token 1 the logits say log 1, log 3; before token 2 they are equal. The last row is not read.
-    logits = torch.tensor([[[0.0, math.log(3)], [5.0, 5.0], [NAN, NAN]]]).bfloat16()
-    logprobs = token_logprobs(logits, torch.tensor([[1, 1, 0]]))
-    assert logprobs.dtype == torch.float32
-    torch.testing.assert_close(logprobs, torch.tensor([[0.0, math.log(0.75), math.log(0.5)]]), atol=2e-3, rtol=0)
-
-
 def test_before_and_at_tokens_are_each_others_places():
     mask = torch.tensor([[False, False, True, True], [False, True, False, False]])
     states = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]])
@@ -67,10 +60,6 @@ def test_before_and_at_tokens_are_each_others_places():
     assert at_tokens(before_tokens(states, nothing), nothing).tolist() == [[0] * 4] * 2
 
 
-def test_shift_to_next():
-    assert shift_to_next(torch.tensor([[1.0, 2.0, 3.0]])).tolist() == [[0.0, 1.0, 2.0]]
-
-
 def test_position_ids_with_padding_anywhere():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 1, 1]]).bool()
     assert position_ids(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2], [0, 0, 0, 1, 2]]
@@ -79,3 +68,55 @@ def test_position_ids_with_padding_anywhere():
 def test_last_index():
     mask = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]).bool()
     assert last_index(mask).tolist() == [2, 0, 3, 0]
+
+
+def moments_of(*batches: list[float], sum_ranks=lambda x: x) -> RunningMoments:
+    moments = RunningMoments()
+    for batch in batches:
+        moments.update(torch.tensor(batch), sum_ranks)
+    return moments
+
+
+def test_batches_of_any_size_equal_everything_at_once():
+    numbers = numpy.random.default_rng(0).normal(5, 3, 57).tolist()
+    moments = moments_of(numbers[:1], numbers[1:20], numbers[20:21], numbers[21:])
+    assert moments.mean == pytest.approx(numpy.mean(numbers), rel=1e-5)
+    assert moments.std == pytest.approx(numpy.std(numbers, ddof=1), rel=1e-5)
+    assert moments.count == 57
+
+
+def test_far_from_zero_the_deviation_survives_float32():
+    assert moments_of([1e4 + 1, 1e4 + 2], [1e4 + 3]).std == pytest.approx(1.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("batches", [[], [[7.0]], [[7.0, 7.0], [7.0]]])
+def test_deviation_is_one_where_there_is_none(batches):
+    moments = moments_of(*batches)
+    assert moments.std == 1.0
+    assert moments.mean == (7.0 if batches else 0.0)
+
+
+@pytest.mark.parametrize(("number", "size"), [(0.1, 24), (1e4 / 3, 128)])
+def test_equal_numbers_have_none_whatever_their_rounding(number, size):
+    for batches in ([[number] * size], [[number] * size] * 3):
+        assert moments_of(*batches).std == 1.0
+        assert moments_of(*batches).mean == pytest.approx(number, rel=1e-6)
+    # But a small one is one:
+    assert moments_of([0.1, 0.10001] * 64).std == pytest.approx(5.02e-6, rel=0.01)
+
+
+def test_ranks_are_summed():
+    # Two ranks with the same two numbers: mean 2, squares 4 over n - 1 = 3.
+    moments = moments_of([1.0, 3.0], sum_ranks=lambda x: 2 * x)
+    assert (moments.count, moments.mean) == (4, 2.0)
+    assert moments.std == pytest.approx((4 / 3) ** 0.5)
+
+
+def test_state_goes_through_json_and_continues_identically():
+    kept = moments_of([1.0, 2.0, 4.0])
+    restored = RunningMoments()
+    restored.load_state_dict(json.loads(json.dumps(kept.state_dict())))
+    for moments in (kept, restored):
+        moments.update(torch.tensor([8.0, -1.0]))
+    assert restored.state_dict() == kept.state_dict()
+    assert restored.std == pytest.approx(numpy.std([1, 2, 4, 8, -1], ddof=1))
