@@ -163,7 +163,7 @@ MUTANTS = [Mutant(*mutant) for mutant in (
     ("value clip while the critic trains alone", "if config.use_critic_loss_clip and clipped else 0.0",
      "if config.use_critic_loss_clip else 0.0", "unit/test_critic_pretraining.py"),
     ("best policy whatever its KL", 'metrics["kl_ref"] <= max_kl and', "True and", "unit/test_traps.py"),
-    ("cosine ends at zero", "return FLOOR + (1 - FLOOR) * 0.5", "return 0.5", "unit/test_schedule.py"),
+    ("cosine ends at zero", "return FLOOR + (1 - FLOOR) * 0.5", "return 0.5", "unit/test_run.py"),
     # Reward model and SFT
     ("margin added", "difference = chosen_scores.float() - rejected_scores.float() - margin",
      "difference = chosen_scores.float() - rejected_scores.float() + margin", "unit/test_reward_loss.py"),
@@ -211,9 +211,9 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "_permutation(seed, 0, num_items)", "unit/test_batching.py"),
     # Runs: resume, checkpoints, signals
     ("resume forgets the place in the prompts", '"step": self.step, "next_place": self.next_place,',
-     '"step": self.step, "next_place": 0,', "unit/test_run_state.py"),
+     '"step": self.step, "next_place": 0,', "unit/test_run.py"),
     ("resume forgets Python's random state", "random.setstate((version, tuple(numbers), gauss))", "pass",
-     "unit/test_random_state.py"),
+     "unit/test_run.py"),
     ("resume restarts Adam's step count", "steps = int(state.step)", "steps = 0", "end_to_end/test_resume.py"),
     ("a supervised run resumes with the first batches", "for _ in range(done):", "for _ in range(0):",
      "end_to_end/test_resume.py::test_supervised_stages_resume_too"),
@@ -227,8 +227,8 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "unit/test_checkpoint.py"),
     ("files are not waited for", "os.fsync(file.fileno())", "pass", "unit/test_checkpoint.py"),
     ("signals are not heard", "self._code, self._since = 128 + number, time.monotonic()",
-     "self._since = time.monotonic()", "unit/test_stop.py"),
-    ("the watchdog sleeps", "self._idle += tick", "pass", "unit/test_watchdog.py"),
+     "self._since = time.monotonic()", "unit/test_run.py"),
+    ("the watchdog sleeps", "self._idle += tick", "pass", "unit/test_run.py"),
     ("a run is overwritten", "if holds_run(path) and not config.overwrite and not _can_resume(config):", "if False:",
      "end_to_end/test_bad_input.py::test_an_existing_run_is_kept"),
     # Weight diffs and hostile files
@@ -244,7 +244,7 @@ MUTANTS = [Mutant(*mutant) for mutant in (
     # Plans and flags
     ("plan without Adam's second moment", "else 12 * sum(-(-n // gpus) for n in numels)",
      "else 8 * sum(-(-n // gpus) for n in numels)", "unit/test_plan.py"),
-    ("auto slots ignore memory", "fitting = max(1, free // slot)", "fitting = prompts", "unit/test_auto.py"),
+    ("auto slots ignore memory", "fitting = max(1, free // slot)", "fitting = prompts", "unit/test_plan.py"),
     ("bf16 without ZeRO", 'if self.zero_stage == 0 and self.dtype == "bf16":', "if False:",
      "bad_inputs/test_corpus.py"),
     ("lists of words only", '"nargs": "+", "type": get_args(kind)[0]', '"nargs": "+", "type": str',

@@ -149,10 +149,11 @@ def test_the_probe_tries_kernels_and_graphs_and_leaves_out_kernels_that_fail(rec
     def fail(*_):
         raise CompilationError("no C compiler")
 
-    policy, said = policy_of().to(torch.bfloat16), []
+    heads = {"head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    policy, said = tiny_policy(max_position_embeddings=256, **heads).to(torch.bfloat16), []
     choose_decoding(policy, ppo_config(), "M", said.append)
     assert policy.decoding == "triton" and said == [] and set(recorded) == {4}
-    policy.float()
+    policy = policy_of()
     for attend in (fail, lambda query, *_: query):
         monkeypatch.setattr(ppo.decoding.ragged_attention, "attend", attend)
         choose_decoding(policy, ppo_config(), "M", said.append)
