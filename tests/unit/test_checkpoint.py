@@ -31,14 +31,25 @@ def flip_a_byte(checkpoint: Path) -> None:
     path.write_bytes(content)
 
 
+def change_manifest(change: Callable[[dict], dict]) -> Callable[[Path], None]:
+    def damage(checkpoint: Path) -> None:
+        shutil.copy(checkpoint / "state.json", checkpoint.parent / "x")
+        file = checkpoint / "manifest.json"
+        file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+    return damage
+
+
 DAMAGE = {
-    r"critic-rank0.safetensors does not match its SHA-256": flip_a_byte,
+    "critic-rank0.safetensors does not match its SHA-256": flip_a_byte,
     r"policy-rank0.safetensors has 1000 bytes, not \d+": lambda path: os.truncate(
         path / "policy-rank0.safetensors", 1000
     ),
     "random-rank0.json is missing": lambda path: (path / "random-rank0.json").unlink(),
     "manifest.json is missing": lambda path: (path / "manifest.json").unlink(),
     "manifest.json is not a manifest": lambda path: os.truncate(path / "manifest.json", 20),
+    "manifest.json names no state.json": change_manifest(lambda entries: {"random-rank0.json": entries["state.json"]}),
+    "x is missing": change_manifest(lambda entries: entries | {"../x": entries["state.json"]}),
 }
 
 
@@ -97,17 +108,6 @@ def test_all_is_on_the_disk_before_the_name_says_so(checkpoints, disk_calls, bac
         ("renamed", "step_3.partial", "step_3"), ("synced", checkpoints.name),
         ("renamed", "step_1", "step_1.partial"),
     ]  # fmt: skip
-
-
-def test_a_manifest_names_the_state_and_files_of_its_own_folder(checkpoints):
-    manifest = checkpoints / "step_2" / "manifest.json"
-    entries = json.loads(manifest.read_text())
-    said: list[str] = []
-    for changed in ({"random-rank0.json": entries["random-rank0.json"]}, entries | {"../x": entries["state.json"]}):
-        shutil.copy(checkpoints / "step_2" / "state.json", checkpoints / "x")
-        manifest.write_text(json.dumps(changed))
-        assert newest(str(checkpoints), said.append).step == 1
-    assert "manifest.json names no state.json" in said[0] and "x is missing" in said[1]
 
 
 def test_a_full_disk_leaves_the_run_going_and_the_older_checkpoint_whole(tmp_path):
@@ -185,13 +185,7 @@ def test_a_machine_without_room_for_a_copy_writes_at_once(tmp_path):
     assert torch.equal(load_file(tmp_path / "step_1" / "policy-rank0.safetensors")["w"], state["w"])
 
 
-def test_a_node_of_very_many_ranks_has_no_room_for_copies(tmp_path, monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2**40))
-    save(tmp_path, 1, small(4000), background=True)
-    assert (tmp_path / "step_1").exists()  # without `finish`
-
-
-@pytest.mark.parametrize("size", [8, 24, 1000, 10**6])
+@pytest.mark.parametrize("size", [8, 1000, 10**6])
 def test_a_file_in_pieces_is_what_safetensors_reads(tmp_path, size):
     """Also where tensors and buffers end at other places; types of every width, a scalar and an empty one."""
     tensors = {
@@ -209,12 +203,6 @@ def test_a_file_in_pieces_is_what_safetensors_reads(tmp_path, size):
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-
-
-def test_memory_that_was_taken_before_stays_free_for_the_next_step(monkeypatch):
-    torch.ones(1 << 28, dtype=torch.uint8)  # 256 MB, freed at once
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(free_host_memory() >> 27))  # 128 MB for this rank
-    assert free_host_memory() > 1 << 26 and not fits_on_host(0)
 
 
 def test_room_for_a_copy_is_what_node_and_control_groups_leave(tmp_path):
