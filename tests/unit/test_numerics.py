@@ -82,41 +82,6 @@ def test_penalty_for_a_missing_end_comes_after_the_clipping():
     torch.testing.assert_close(shaped, torch.tensor([0.3, -0.7, -1.3]))
 
 
-def run_gae(rewards: list[float], values: list[float], gamma: float, lam: float, mask: list[int] | None = None):
-    mask = torch.tensor([mask or [1] * len(rewards)]).bool()
-    advantages, returns = gae(torch.tensor([rewards]), torch.tensor([values]), mask, gamma, lam)
-    return advantages[0], returns[0]
-
-
-def test_gae_without_lambda():
-    values = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    advantages, returns = run_gae([0.0, 0.0, 1.0, 0.0], values.tolist(), 0.5, 0.0)
-    torch.testing.assert_close(advantages, torch.tensor([0.5, 0.0, 0.5, -3.0]))
-    torch.testing.assert_close(returns, advantages + values)
-
-
-def test_gae_with_lambda():
-    gamma, lam = 0.9, 0.95
-    _, returns = run_gae([0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0], gamma, lam)
-    torch.testing.assert_close(returns, torch.tensor([gamma**3 * lam**2, gamma**2 * lam, gamma, 1.0]))
-
-
-@pytest.mark.parametrize("strange", [999.0, float("nan")])
-def test_gae_reads_neither_gaps_nor_padding(strange):
-    rewards, values = [0.1, -0.2, 0.3, 1.0], [0.5, 0.4, -0.3, 0.2]
-    plain, plain_returns = run_gae(rewards, values, 0.9, 0.8)
-    mask = [0, 1, 0, 1, 1, 0, 0, 1, 0]
-    at = [i for i, inside in enumerate(mask) if inside]
-    wide_rewards, wide_values = [strange] * 9, [strange] * 9
-    for i, reward, value in zip(at, rewards, values):
-        wide_rewards[i], wide_values[i] = reward, value
-    advantages, returns = run_gae(wide_rewards, wide_values, 0.9, 0.8, mask)
-    torch.testing.assert_close(advantages[at], plain)
-    torch.testing.assert_close(returns[at], plain_returns)
-    outside = [i for i, inside in enumerate(mask) if not inside]
-    assert advantages[outside].tolist() == returns[outside].tolist() == [0.0] * len(outside)
-
-
 def test_gae_equals_a_loop_in_float64_on_ragged_rows():
     generator = torch.Generator().manual_seed(1)
     for length in (1, 2, 63, 64, 65, 300):

@@ -11,7 +11,6 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import tests.helpers.varlen
 import utils.models.padding_free
-from ppo.decoding.attention import can_group
 from ppo.decoding_check import choose_decoding
 from ppo.models import PolicyModel
 from sft.model import packing_failure
@@ -102,13 +101,6 @@ def test_scales_and_caps_behind_the_head_are_known(family, changes):
     check_forward(lm, "M")
 
 
-def test_what_is_not_known_behind_the_head_is_refused():
-    with pytest.raises(UserError, match=r"^M: HyperCLOVAXForCausalLM changes its logits after the head .*head_logits"):
-        check_forward(lm_of("hyperclovax", logits_scaling=0.5), "M")
-    with pytest.raises(UserError, match="BertLMHeadModel changes its logits after the head"):
-        check_forward(lm_of("bert"), "M")
-
-
 def test_decoders_that_get_decoder_does_not_give():
     for family in ("llama4_text", "modernbert-decoder", "gemma3"):
         lm = lm_of(family)
@@ -117,18 +109,29 @@ def test_decoders_that_get_decoder_does_not_give():
     assert decoding_of(lm_of("llama4_text")) == "grouped"
 
 
-def test_models_that_are_not_causal_are_refused():
-    with pytest.raises(UserError, match=r"^M: XLMWithLMHeadModel attends to later tokens"):
-        check_forward(lm_of("xlm"), "M")
-    with pytest.raises(UserError, match=r"^M: XLMModel attends to later tokens"):
-        check_forward(AutoModel.from_config(tiny_config("xlm")).eval(), "M", with_head=False)
-
-
-def test_a_model_that_does_not_run_is_refused():
+def broken_llama() -> PreTrainedModel:
     lm = lm_of("llama")
     lm.model.forward = lambda **_: {}["pixel_values"]
-    with pytest.raises(UserError, match=r"^M: LlamaForCausalLM does not run on text .*KeyError: .pixel_values"):
-        check_forward(lm, "M")
+    return lm
+
+
+@pytest.mark.parametrize(
+    ("build", "problem"),
+    [
+        (lambda: lm_of("hyperclovax", logits_scaling=0.5), "HyperCLOVAXForCausalLM changes its logits after the head"),
+        (lambda: lm_of("bert"), "BertLMHeadModel changes its logits after the head"),
+        (lambda: lm_of("xlm"), "XLMWithLMHeadModel attends to later tokens"),
+        (broken_llama, "LlamaForCausalLM does not run on text .*KeyError: .pixel_values"),
+    ],
+)
+def test_models_that_cannot_be_used_are_refused(build, problem):
+    with pytest.raises(UserError, match=f"^M: {problem}"):
+        check_forward(build(), "M")
+
+
+def test_a_backbone_that_is_not_causal_is_refused():
+    with pytest.raises(UserError, match=r"^M: XLMModel attends to later tokens"):
+        check_forward(AutoModel.from_config(tiny_config("xlm")).eval(), "M", with_head=False)
 
 
 def test_rows_that_may_not_be_joined_are_padded(monkeypatch):
@@ -180,16 +183,6 @@ def test_a_router_that_draws_its_experts_in_training_does_not_in_the_update():
     training_mode(lm)
     assert torch.equal(lm(input_ids=ids).logits, true)
     assert all(layer.training for layer in lm.model.layers)
-
-
-def test_a_cap_of_attention_needs_a_kernel_that_has_it():
-    """Scores of Gemma 2 are capped in eager attention; ours takes the place of none."""
-    capped, plain = (lm_of("gemma2", kernel=kernel) for kernel in ("eager", "sdpa"))
-    assert not can_group(capped.config) and not can_group(plain.config)
-    assert decoding_of(capped) == "transformers"
-    ids = Probe(capped, "M").rows[0][None]
-    with torch.no_grad():
-        assert distance(list(capped(ids).logits), list(plain(ids).logits)) > 1e-3
 
 
 def test_the_model_and_the_random_state_are_as_before():

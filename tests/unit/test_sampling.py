@@ -65,15 +65,6 @@ def test_a_token_of_probability_zero_is_never_drawn(uniform):
     assert token.item() == (1 if uniform < 0.5 else 3)
 
 
-def test_draws_do_not_depend_on_the_batch():
-    generator = torch.Generator().manual_seed(0)
-    logits, places = torch.randn(6, 50, generator=generator), torch.arange(100, 106)
-    together = sample(logits, uniforms(1, places, 0), PLAIN, None)
-    alone = torch.cat([sample(logits[i : i + 1], uniforms(1, places[i : i + 1], 0), PLAIN, None) for i in range(6)])
-    turned = sample(logits.flip(0), uniforms(1, places.flip(0), 0), PLAIN, None).flip(0)
-    assert together.tolist() == alone.tolist() == turned.tolist()
-
-
 @pytest.mark.parametrize(
     ("topp", "expected"),
     [
@@ -105,14 +96,6 @@ def test_repetition_penalty_by_hand():
     logits = torch.tensor([[2.0, -2.0, 2.0, -2.0, 0.0]])
     seen = torch.tensor([[True, True, False, False, True]])
     assert penalise_repetition(logits, seen, 4.0).tolist() == [[0.5, -8.0, 2.0, -2.0, 0.0]]
-
-
-def test_penalty_comes_before_the_temperature():
-    logits = torch.tensor([[2.0, 2.0]])
-    tokens = draw(logits, Sampling(temperature=0.5, repetition_penalty=2.0), seen=torch.tensor([[True, False]]))
-    # 2 / 2 against 2, both over 0.5: a log-odds of 2
-    share = 1 / (1 + math.exp(2))
-    assert chi_square(tokens, torch.tensor([share, 1 - share])) < 10.8
 
 
 def test_defaults_are_plain_and_evaluation_is_the_papers():

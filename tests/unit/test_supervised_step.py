@@ -19,7 +19,7 @@ from data.batching.micro_batch_plan import rank_plan
 from data.dialogues import EncodedDialogue
 from reward.batches import Comparison
 from reward.config import RewardConfig
-from reward.contrastive import cache_gradients, contrastive_loss_sum, pair_features
+from reward.contrastive import cache_gradients, pair_features
 from reward.forward import best_answer_mask, forward_answers, score_comparisons
 from reward.loss import simcse_losses
 from reward.model import ScalarHead, ScalarModel, last_scores, new_head_weight, set_dropout
@@ -232,15 +232,3 @@ def test_the_two_views_differ_by_dropout_and_repeat_with_their_seed():
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert (first[0] - first[1]).abs().max() > 1e-3
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_an_item_keeps_its_place_in_the_sum():
-    """With a cached gradient of ones, the gradient of each feature is 1 and the value is the sum of the losses."""
-    items = cache_gradients(ENGINE, comparisons(), lambda lengths: [([0, 1, 2], 1.0)], length, 1.0, random.Random(0))
-    states, cache = torch.randn(2, 7, 32, requires_grad=True), items[1].cached_gradient
-    ones = replace(items[1], cached_gradient=replace(cache, gradient=torch.ones_like(cache.gradient)))
-    value = contrastive_loss_sum(states[:, 2:5], [ones])
-    value.backward()
-    torch.testing.assert_close(value, cache.losses.sum())
-    # Answer 2 of the list is better twice; answer 0 once better, once worse; answer 1 worse twice.
-    assert states.grad[:, 2:5].amax(dim=(0, 2)).tolist() == [0, -2, 2]
