@@ -75,7 +75,7 @@ def test_without_a_deviation_values_are_only_shifted(values, rewards):
     assert scale == 1.0 and shift == pytest.approx(3.0 - float(torch.tensor(values).mean()))
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_scaled_weight_is_what_forward_and_optimizer_see(stage):
     init_distributed()
     engine = TrainEngine(tiny_scalar_model(), ppo_config(zero_stage=stage), "critic")

@@ -5,12 +5,20 @@ import torch
 from transformers import AutoModel
 
 from sft.model import AnswerModel
+from tests.architectures.configs import tiny_config
 from tests.helpers.parts import rollout_by_hand, tiny_policy
 from tests.helpers.tiny import tiny_llama, tiny_llama_config
 from utils.engine.engine import TrainEngine
 from utils.flags.engine import EngineConfig
 from utils.memory.activation_peak import ATTENTION, LiveBytes, peak_bytes
-from utils.memory.recompute import layers_kept, on_meta, settle_checkpointing, training_peak
+from utils.memory.recompute import (
+    layers_kept,
+    on_meta,
+    predicted,
+    recompute_fewest,
+    settle_checkpointing,
+    training_peak,
+)
 from utils.models.chunked_logprobs import CHUNK, logits_bytes
 from utils.models.compile import layers_of
 from utils.models.load import enable_checkpointing, training_mode
@@ -67,6 +75,16 @@ def test_layers_are_kept_as_real_passes_allow():
     assert decoder.config._attn_implementation == ATTENTION and real.config._attn_implementation == "sdpa"
     assert [layers_kept(decoder, 256, int(share * counter.peak)) for share in (0.95, 1.05)] == [2, 3]
     assert [layers_kept(decoder, 256, room) for room in (0, 10**12)] == [0, 6]
+
+
+def test_models_whose_passes_cannot_be_predicted_or_recomputed_keep_going():
+    said, eager = [], AutoModel.from_config(tiny_llama_config(100), attn_implementation="eager")
+    assert predicted(lambda: layers_kept(on_meta(eager), 256, 10**12), 0, said.append) == 0
+    recompute_fewest(AutoModel.from_config(tiny_config("ctrl")), 0, "model", said.append)
+    assert said == [
+        "cannot predict the memory of this model's passes (ValueError: eager attention)",
+        "--gradient_checkpoint auto: the model recomputes 0 of 1 layers",
+    ]
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])

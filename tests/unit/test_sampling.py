@@ -19,9 +19,8 @@ def chi_square(tokens: torch.Tensor, probs: torch.Tensor) -> float:
     return float(((seen - expected).square()[possible] / expected[possible]).sum())
 
 
-def draw(logits: torch.Tensor, sampling: Sampling = PLAIN, seed: int = 3, seen: torch.Tensor | None = None):
-    rows = logits.expand(len(MANY), -1)
-    return sample(rows, uniforms(seed, MANY, 0), sampling, None if seen is None else seen.expand(len(MANY), -1))
+def draw(logits: torch.Tensor, sampling: Sampling = PLAIN) -> torch.Tensor:
+    return sample(logits.expand(len(MANY), -1), uniforms(3, MANY, 0), sampling, None)
 
 
 def test_uniforms_are_in_range_and_even():

@@ -1,10 +1,11 @@
 """The traps of PPO implementations that no other file tests. By number, with the tests of the others:
 
-1 to 5: here. 6 temperature: test_fast_paths.py. 7 score and KL per token: test_numerics.py. 8 shaping before KL:
-test_experience.py. 9 masks of GAE and whitening: test_numerics.py, test_masked.py. 10 gradients whatever the
-micro-batches and ranks: test_update.py. 11 truncated responses: test_experience.py. 12 entropy clip:
-tests/bad_inputs/ppo.yaml. 13 perplexity: test_experience.py. 14 separate steps: test_update.py, test_engine.py. 15
-random streams: here. 16 equally many forwards: test_reward_models.py, test_batching.py. 17 the rule for best/: here.
+1 special ids: here. 2 left padding: test_decoding.py. 3 short responses: here. 4 ratio of 1: here. 5 float32: here.
+6 temperature: test_fast_paths.py. 7 score and KL per token: test_numerics.py. 8 shaping before KL: test_experience.py.
+9 masks of GAE and whitening: test_numerics.py, test_masked.py. 10 gradients whatever the micro-batches and ranks:
+test_update.py. 11 truncated responses: test_experience.py. 12 entropy clip: tests/bad_inputs/ppo.yaml. 13 perplexity:
+test_experience.py. 14 separate steps: test_update.py, test_engine.py. 15 random streams: test_sampling.py,
+test_decoding.py. 16 equally many forwards: test_reward_models.py, test_batching.py. 17 the rule for best/: here.
 """
 
 import math
@@ -12,10 +13,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import utils.models.padding_free
-from ppo.decoding.sampling import Sampling, uniforms
+from ppo.decoding.sampling import Sampling
 from ppo.evaluate import is_best
 from ppo.models import PolicyModel
 from ppo.rollout import PolicySampler, response_ids
@@ -49,23 +49,6 @@ def test_trap_01_special_ids_inside_a_response_do_not_shorten_it():
         assert any(2 in ids for ids in responses)
         masked = rollout.attention_mask & ~rollout.response_mask
         assert [row[mask].tolist() for row, mask in zip(rollout.sequences, masked)] == prompts.ids
-
-
-@pytest.mark.parametrize("positions", ["rotary", "learned"])
-def test_trap_02_left_padding_changes_no_logits(positions):
-    """Rotary positions are relative, so that only learned ones show a wrong offset."""
-    learned = GPT2Config(vocab_size=24, n_positions=64, n_embd=32, n_layer=2, n_head=2)
-    policy = tiny_policy() if positions == "rotary" else PolicyModel(GPT2LMHeadModel(learned).eval())
-    seen = []
-    policy.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    rollout = PolicySampler(InferenceEngine(policy), token_ids(eos=-1), ppo_config())(
-        prompts_of(*PROMPTS), Sampling(), 0
-    )
-    by_length = sorted(range(4), key=lambda i: -len(PROMPTS[i]))
-    for row, i in enumerate(by_length):
-        whole = rollout.sequences[i][rollout.attention_mask[i]]
-        alone = policy.lm(whole[None]).logits[0, len(PROMPTS[i]) - 1 : -1]
-        torch.testing.assert_close(torch.stack([logits[row] for logits in seen]), alone, atol=1e-4, rtol=1e-4)
 
 
 def test_trap_03_eos_counts_nothing_after_it_and_short_responses_work():
@@ -112,20 +95,6 @@ def test_trap_05_float32_from_bf16_logits_and_no_logits_for_prompts(monkeypatch)
     sampler = PolicySampler(InferenceEngine(policy), token_ids(eos=-1), ppo_config(maxlen_res=3))
     sampler(prompts_of(*PROMPTS), Sampling(), 0)
     assert [output[..., 0].numel() for output in made] == [4, 4, 4]
-
-
-def test_trap_15_random_streams_differ_and_never_restart():
-    # Two ranks with two places each, three steps: every (place, position) draws a number of its own.
-    places = [torch.arange(4 * step + 2 * rank, 4 * step + 2 * rank + 2) for step in range(3) for rank in range(2)]
-    numbers = torch.cat([uniforms(42, own, position) for own in places for position in range(16)])
-    assert len(numbers.unique()) == 3 * 4 * 16
-    sampler = PolicySampler(InferenceEngine(tiny_policy()), token_ids(eos=-1), ppo_config(maxlen_res=16))
-    same = [[1, 7]] * 4
-    rollouts = [sampler(prompts_of(*same, first_place=place), Sampling(), 42) for place in (0, 4)]
-    answers = [tuple(ids) for rollout in rollouts for ids in response_ids(rollout)]
-    assert len(set(answers)) == 8
-    alone = sampler(prompts_of([1, 7], first_place=6), Sampling(), 42)
-    assert tuple(response_ids(alone)[0]) == answers[6]  # neither batch nor rank changes a stream
 
 
 def test_trap_17_best_needs_a_higher_score_and_a_small_kl():
