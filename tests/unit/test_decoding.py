@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
 
 from ppo.decoding import attention as grouped_attention
 from ppo.decoding.attention import grouped
@@ -15,7 +15,9 @@ from ppo.decoding.kv_cache import _SlotLayer
 from ppo.decoding.sampling import EVALUATION, Sampling, uniforms
 from ppo.decoding.scheduler import Decoder, DecodingOptions
 from ppo.models import PolicyModel
-from tests.helpers.parts import EOS, VOCAB_SIZE, tiny_policy, token_ids
+from ppo.rollout import decoding_options
+from tests.helpers.parts import EOS, VOCAB_SIZE, ppo_config, tiny_policy, token_ids
+from tests.helpers.tiny import SIZES, tiny_llama_config
 
 GENERATOR = torch.Generator().manual_seed(0)
 LENGTHS = [3, 30, 1, 7, 7, 19, 12, 2, 26, 5, 9, 14, 40]
@@ -23,6 +25,7 @@ PROMPTS = [torch.randint(0, VOCAB_SIZE, (length,), generator=GENERATOR).tolist()
 LIMITS = [24, 3, 40, 1, 24, 9, 24, 33, 24, 2, 24, 16, 24]
 PLACES = list(range(100, 113))
 CPU = torch.device("cpu")
+YARN = {"rope_type": "yarn", "factor": 3.0, "rope_theta": 10000.0}
 GREEDY = Sampling(temperature=0.01)  # the likeliest token is hundreds of nats above the next
 ROOMS = [
     DecodingOptions(4, 64),
@@ -112,27 +115,34 @@ def test_the_cache_is_gone_when_decoding_ends(monkeypatch):
         gc.enable()
 
 
-def bloom() -> BloomForCausalLM:
-    return BloomForCausalLM(BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=2, n_head=4))
+SMALL = {"vocab_size": VOCAB_SIZE, "hidden_size": 32}
+OTHERS = {  # name -> (config, whether our own step runs it)
+    "ALiBi": (BloomConfig(**SMALL, n_layer=2, n_head=4), False),
+    "learned positions": (GPT2Config(vocab_size=VOCAB_SIZE, n_positions=128, n_embd=32, n_layer=2, n_head=2), False),
+    "window, shared heads": (MistralConfig(**SIZES | SMALL | {"sliding_window": 6}), False),
+    "biases": (Qwen2Config(**SIZES | SMALL), True),
+    "more biases, stretched positions": (
+        tiny_llama_config(**SMALL, attention_bias=True, mlp_bias=True, rope_parameters=YARN), True,
+    ),
+    "norms of heads of another size": (Qwen3Config(**SIZES | SMALL | {"head_dim": 12}), True),
+}  # fmt: skip
 
 
-def gpt2() -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, n_positions=128, n_embd=32, n_layer=2, n_head=2))
-
-
-def mistral() -> MistralForCausalLM:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return MistralForCausalLM(MistralConfig(vocab_size=VOCAB_SIZE, intermediate_size=48, sliding_window=6, **sizes))
-
-
-@pytest.mark.parametrize("build", [bloom, gpt2, mistral], ids=["ALiBi", "learned positions", "window, shared heads"])
-def test_other_positions_and_attention(build):
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_positions_and_attention(name):
+    config, llama_step = OTHERS[name]
     torch.manual_seed(1)
-    policy = PolicyModel(build().eval())
-    for parameter in policy.parameters():
-        parameter.data.mul_(4.0)  # far from uniform, so that a wrong position shows
-    before = policy.lm.config._attn_implementation
-    assert decode(policy, Sampling(), 3, DecodingOptions(4, 64)) == plain_decode(policy, Sampling(), 3)
+    policy = PolicyModel(AutoModelForCausalLM.from_config(config).eval())
+    for parameter in policy.parameters():  # far from uniform, so that a wrong position shows; biases that are not 0
+        parameter.data.mul_(4.0).add_(0.2 * torch.randn_like(parameter))
+    assert decoding_options(ppo_config(), policy).llama_step is llama_step
+    assert not decoding_options(ppo_config(), policy, True).llama_step  # weights are split over ranks
+    before, forwards = policy.lm.config._attn_implementation, []
+    policy.decoder.register_forward_pre_hook(lambda *_: forwards.append(1))
+    options = DecodingOptions(64, 1000, llama_step=llama_step)
+    found = decode(policy, Sampling(), 3, options)
+    assert (len(forwards) == 1) is llama_step  # over the prompts
+    assert found == plain_decode(policy, Sampling(), 3)
     assert policy.lm.config._attn_implementation == before
 
 

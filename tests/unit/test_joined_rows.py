@@ -1,17 +1,22 @@
-"""Variable-length attention of joined rows against rows one by one in float64: a GPU runs the kernel, too."""
+"""Joined rows: what is run, and variable-length attention against rows one by one in float64.
+
+On a CPU a plain function stands for the kernel; tests marked `gpu` run the kernel itself.
+"""
 
 import copy
 import warnings
 
 import pytest
 import torch
-from transformers import AutoModel
+from torch import nn
+from transformers import AttentionInterface, AutoModel, GPT2Config, MistralConfig, Qwen2Config
 
 import tests.helpers.varlen
+import utils.models.padding_free
 import utils.models.varlen
 from ppo.loss import policy_ratio
 from ppo.models import PolicyModel
-from tests.helpers.tiny import tiny_llama, tiny_llama_config
+from tests.helpers.tiny import SIZES, tiny_llama, tiny_llama_config
 from tests.helpers.varlen import causal_rows
 from utils.models.load import enable_checkpointing, training_mode
 from utils.models.padding_free import has_varlen_kernel, joins_rows, states_of
@@ -186,3 +191,59 @@ def test_gradients_are_repeatable_where_deterministic_algorithms_are_asked_for(h
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(x, y) for run in runs[1:] for x, y in zip(run, runs[0], strict=True))
+
+
+@pytest.fixture
+def some_read() -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids, and three positions that are read, in two of the rows."""
+    ids, read = rows(torch.device("cpu"))
+    read[:] = False
+    read[0, 2] = read[2, 5] = read[2, 7] = True
+    return ids, read
+
+
+def plain_decoder(config):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModel.from_config(config).eval()
+
+
+def test_only_what_is_read_and_what_comes_before_it_is_run(some_read):
+    decoder, (ids, read), seen = plain_decoder(tiny_llama_config()), some_read, []
+    expected = decoder(input_ids=ids).last_hidden_state[read]
+    decoder.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    decoder.rotary_emb.register_forward_pre_hook(lambda module, args: seen.append(args[1].tolist()))
+    torch.testing.assert_close(states_of(decoder, ids, read), expected, atol=1e-5, rtol=1e-5)
+    # 3 and 8 tokens, and one of each row of which nothing is read.
+    assert seen == [(1, 3 + 1 + 8 + 1 + 1), [[0, 1, 2, 0, *range(8), 0, 0]]]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SIZES | {"sliding_window": 6}),
+        Qwen2Config(**SIZES | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+        GPT2Config(vocab_size=400, n_positions=256, n_embd=32, n_layer=2, n_head=2),
+    ],
+    ids=["sliding window", "sliding window in some layers", "another architecture"],
+)
+def test_others_run_padded(config, some_read):
+    decoder, (ids, read) = plain_decoder(config), some_read
+    assert not joins_rows(decoder)
+    torch.testing.assert_close(states_of(decoder, ids, read), decoder(ids).last_hidden_state[read])
+
+
+def test_short_rows_of_bf16_are_attended_in_float32():
+    """The output is rounded once, at the end."""
+    generator = torch.Generator().manual_seed(0)
+    lengths, heads, size = [40, 7], 2, 16
+    states = torch.randn(3, 1, heads, sum(lengths), size, generator=generator).bfloat16()
+    mask = torch.tensor(lengths).view(1, 1, 1, -1)
+    attend = AttentionInterface()[utils.models.padding_free.SDPA_JOINED]
+    found, _ = attend(nn.Module(), *states, mask, is_causal=True)
+    assert found.dtype == torch.bfloat16
+    for row, part in zip(found[0].split(lengths), states.double().split(lengths, dim=3), strict=True):
+        query, key, value = part[:, 0]
+        scores = (query @ key.mT / size**0.5).masked_fill(torch.ones(2 * [len(row)]).triu(1).bool(), -torch.inf)
+        expected = (scores.softmax(-1) @ value).transpose(0, 1).bfloat16()
+        assert float((row != expected).float().mean()) < 0.01
