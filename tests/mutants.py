@@ -77,6 +77,7 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "unit/test_decoding.py"),
     ("cache: the mask of an old slot stays", "self.mask[self.rows, : self.end - width] = False", "pass",
      "unit/test_decoding.py"),
+    ("heads of a new token are not normed", 'if hasattr(attention, "q_norm"):', "if False:", "unit/test_decoding.py"),
     ("ragged kernel reads from column 0", "start = tl.minimum(tl.load(first + slot), stop - 1)", "start = stop - stop",
      "unit/test_ragged_attention.py"),
     # Scores

@@ -1,4 +1,7 @@
-"""KL estimators, token rewards, GAE and losses: numbers worked by hand, plain loops, and padding that holds NaN."""
+"""KL estimators, token rewards, GAE and losses by hand, in plain loops, and with NaN in the padding.
+
+Compared with the numbers of the released code in tests/golden.
+"""
 
 import math
 
@@ -7,7 +10,7 @@ import torch
 
 from ppo.advantages import gae
 from ppo.kl import KL_ESTIMATORS
-from ppo.loss import entropy_bonus, policy_clipped, policy_loss, value_clipped, value_loss
+from ppo.loss import entropy_bonus, policy_loss, value_clipped, value_loss
 from ppo.rewards import shape_scores, token_rewards
 from utils.moments import RunningMoments
 
@@ -107,20 +110,11 @@ def test_operations_of_gae_do_not_grow_with_the_length():
     assert len(profile.events()) < 300  # with the views, and those within others
 
 
-RATIO = torch.tensor([[0.5, 1.0, 1.5]])
-ADVANTAGES = torch.tensor([[1.0, -1.0, 2.0]])
-ALL = torch.ones(1, 3).bool()
 NAN = float("nan")
 
 
 def randoms(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def test_surrogate_by_hand():
-    for clip, last in ((0.2, 2.4), (0.0, 3.0)):  # min(.5, .8), min(-1, -1), min(3, 2.4); 0 switches the clip off
-        loss = policy_loss(RATIO.log(), torch.zeros(1, 3), ADVANTAGES, ALL, clip, 3.0)
-        assert float(loss) == pytest.approx(-(0.5 - 1 + last) / 3)
 
 
 def test_policy_gradient_against_a_plain_loop():
@@ -137,12 +131,6 @@ def test_policy_gradient_against_a_plain_loop():
         total = total - ratio * advantage / 4
     total.backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
-
-
-def test_what_counts_as_clipped():
-    """A ratio too high with A > 0, or too low with A < 0."""
-    ratio, advantages = torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.1]]), torch.tensor([[1.0, -1.0, 1.0, -1.0, 3.0]])
-    assert policy_clipped(ratio, advantages, 0.2).tolist() == [[True, False, False, True, False]]
 
 
 @pytest.mark.parametrize(
