@@ -18,8 +18,9 @@ from utils.engine.engine import TrainEngine, init_distributed
     ("flags", "first", "expected"),
     [
         # The critic trains alone at its full rate, and keeps it while the policy warms up.
-        ({"critic_pretrain_steps": 8, "warmup_steps": 4}, 7, [(0.0, 1.0), (0.25, 1.0), (0.5, 1.0)]),
-        ({"critic_pretrain_steps": 40, "warmup_steps": 4}, 0, [(0.0, x) for x in (0.25, 0.5, 0.75, 1.0, 1.0)]),
+        ({"critic_pretrain_steps": 8, "warmup_steps": 4}, 0, [(0.0, 1.0)] * 8 + [(0.25, 1.0), (0.5, 1.0)]),
+        # Its own warm-up is a tenth of these steps.
+        ({"critic_pretrain_steps": 40, "warmup_steps": 2}, 0, [(0.0, x) for x in (0.25, 0.5, 0.75, 1.0, 1.0)]),
         ({"critic_pretrain_steps": 0, "warmup_steps": 4}, 0, [(x, x) for x in (0.25, 0.5, 0.75, 1.0)]),
         ({"critic_pretrain_steps": 8, "warmup_steps": 4}, 58, [((4 / 51) ** 0.5,) * 2]),  # inverse_sqrt, both alike
     ],
