@@ -77,6 +77,8 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "unit/test_decoding.py"),
     ("cache: the mask of an old slot stays", "self.mask[self.rows, : self.end - width] = False", "pass",
      "unit/test_decoding.py"),
+    ("cache: the device does not hear of new prompts", "self.lengths += lengths\n        self.first_is_old = True",
+     "self.lengths += lengths", "unit/test_step_graphs.py"),
     ("heads of a new token are not normed", 'if hasattr(attention, "q_norm"):', "if False:", "unit/test_decoding.py"),
     ("ragged kernel reads from column 0", "start = tl.minimum(tl.load(first + slot), stop - 1)", "start = stop - stop",
      "unit/test_ragged_attention.py"),
@@ -247,7 +249,8 @@ MUTANTS = [Mutant(*mutant) for mutant in (
     # Plans and flags
     ("plan without Adam's second moment", "else 12 * sum(-(-n // gpus) for n in numels)",
      "else 8 * sum(-(-n // gpus) for n in numels)", "unit/test_plan.py"),
-    ("auto slots ignore memory", "fitting = max(1, free // slot)", "fitting = prompts", "unit/test_plan.py"),
+    ("auto slots ignore memory", "fitting = max(1, free // slot)", "fitting = prompts",
+     "unit/test_plan.py::test_slots_of_7b_are_those_worked_out_by_hand"),
     ("bf16 without ZeRO", 'if self.zero_stage == 0 and self.dtype == "bf16":', "if False:",
      "bad_inputs/test_corpus.py"),
     ("lists of words only", '"nargs": "+", "type": get_args(kind)[0]', '"nargs": "+", "type": str',

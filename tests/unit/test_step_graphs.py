@@ -17,6 +17,7 @@ import ppo.decoding.ragged_attention
 import ppo.decoding_check
 import ppo.rollout
 from ppo.decoding.cuda_graphs import StepGraphs
+from ppo.decoding.kv_cache import SlotCache
 from ppo.decoding.sampling import EVALUATION, Sampling
 from ppo.decoding.scheduler import Decoder, DecodingOptions
 from ppo.decoding_check import choose_decoding
@@ -107,6 +108,32 @@ def test_a_graph_that_cannot_be_made_is_left_out(monkeypatch):
     expected = Decoder(*work, DecodingOptions(5, 64, llama_step=True), torch.device("cpu")).run()
     assert [row.tolist() for row in found] == [row.tolist() for row in expected]
     assert len(StepGraphs.failed) == 1
+
+
+def test_the_device_knows_what_each_slot_holds():
+    """After new prompts, freed slots, and columns that move."""
+    cache = SlotCache(4, 20, torch.device("cpu"))
+
+    def check() -> None:
+        mask = cache.advance()
+        assert cache.newest == cache.end - 1
+        columns = torch.arange(20)
+        held = (columns >= cache.first[:, None]) & (columns <= cache.newest)
+        assert torch.equal(held[: cache.live, cache.read], mask)
+        assert torch.equal(held.sum(1), torch.tensor(cache.lengths + [0] * (4 - cache.live)))
+
+    cache.append(torch.tensor([[False, True, True], [True, True, True]]), [2, 3], None)
+    check()
+    cache.append(torch.tensor([[True] * 6, [False] * 5 + [True]]), [6, 1], None)  # columns move to the right
+    for _ in range(3):
+        check()
+    cache.keep([0, 3])
+    for _ in range(12):  # and back to the left
+        check()
+    cache.append(torch.tensor([[True, True]]), [2], None)
+    check()
+    cache.keep([2])
+    check()
 
 
 @pytest.fixture
