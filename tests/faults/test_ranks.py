@@ -38,7 +38,7 @@ def test_a_rank_that_dies_or_stands_still_ends_the_other_with_its_stacks(deaths,
 
 
 BAD = {
-    "NaN loss": r"the loss of the policy is not finite; no weights were changed \(policy_loss, rank 1\)",
+    "NaN loss": r"the loss of the policy is not finite .rank 1.; no weights were changed",
     "NaN gradient": r"the gradient of the policy is not finite, or beyond --explosion_limit \(rank 1\); no weights",
     "nan score": r"the score of response 2 of this step is not finite \(rank 1\)",  # its second prompt
 }
