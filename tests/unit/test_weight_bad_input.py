@@ -13,7 +13,6 @@ import shutil
 import signal
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,19 +71,9 @@ def binary(change):
     return lambda folders: save_bin(folders, change(random_weights(1)))
 
 
-def weights(change, side: str = "diff"):
-    """Damage that changes the weights of a side."""
-    return lambda folders: save_folder(folders / side, change(load_folder(folders / side)))
-
-
 def file(name: str, content: bytes | str):
     """Damage that writes a file."""
     return lambda folders: (folders / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def unreadable_even_for_root(folders: Path) -> None:
-    (folders / "raw" / "model.safetensors").unlink()
-    (folders / "raw" / "model.safetensors").symlink_to("/proc/self/mem")
 
 
 def safetensors_with(*offsets: list[int]) -> bytes:
@@ -93,27 +82,18 @@ def safetensors_with(*offsets: list[int]) -> bytes:
     return len(header).to_bytes(8, "little") + header + bytes(max(end for _, end in offsets))
 
 
-INDICES = ("{", "[]", "[" * 200_000, '{"weight_map": 3}', "{}", '{"weight_map": {"x": "../diff/y"}}')
+INDICES = ("{", "[" * 200_000, '{"weight_map": 3}', '{"weight_map": {"x": "../diff/y"}}')
 NOT_SAFETENSORS = (b"", b"x" * 100, b"\x10" + bytes(7) + b'{"a": {}}       ')
-NOT_SAFETENSORS += tuple(safetensors_with([0, 64], x) for x in ([32, 96], [0, 64], [-64, 0], [96, 160]))
-HASHES = {"dtype": "float16", "sha256": {}}
-MANIFESTS = (3, {}, {"total": 1}, {"total": 1, "raw": HASHES, "tuned": HASHES})
-MANIFESTS += ({"total": 1, "tuned": HASHES | {"dtype": "int8"}},)
+NOT_SAFETENSORS += tuple(safetensors_with([0, 64], x) for x in ([32, 96], [-64, 0], [96, 160]))
+MANIFESTS = (3, {"total": 1, "tuned": {"dtype": "int8", "sha256": {}}})
 DAMAGE = [
     ("--path_raw: no model.safetensors or pytorch_model.bin", lambda x: (x / "raw" / "model.safetensors").unlink()),
-    ("--path_raw: .*safetensors is not readable", unreadable_even_for_root),
     *((r"--path_raw: .*index\.json is .*damaged", file("raw/model.safetensors.index.json", x)) for x in INDICES),
     *((r"--path_raw: .*safetensors is .*refused", file("raw/model.safetensors", x)) for x in NOT_SAFETENSORS),
     (f"{BIN}not a state dict", binary(lambda x: {"state_dict": x})),
-    (f"{BIN}not a state dict", binary(lambda x: [1, 2])),
     (f"{BIN}{UP_PROJ} is not contiguous", binary(lambda x: x | {UP_PROJ: x[UP_PROJ].T})),
     (f"{BIN}{UP_PROJ} is not contiguous", binary(lambda x: x | {UP_PROJ: torch.zeros(1).expand(1 << 33)})),
     (f"{BIN}its pickle asks for torch.nn.modules.linear", binary(lambda x: torch.nn.Linear(2, 2))),
-    ("--path_diff lacks 8 tensors that --path_raw has: (.*, ){4}.* and 3 more",
-     weights(lambda x: {"model.embed_tokens.weight": x["model.embed_tokens.weight"]})),
-    (r"--path_diff mixes dtypes: .*float32 \(.*up_proj", weights(lambda x: x | {UP_PROJ: x[UP_PROJ].float()})),
-    *((f"{UP_PROJ} of the recovered .* NaN or Inf", weights(lambda x, y=y: x | {UP_PROJ: x[UP_PROJ] + y}, side))
-      for side, y in (("raw", torch.nan), ("diff", torch.inf), ("diff", -torch.inf))),
     ("values beyond the range of float16; pass --dtype float32",
      lambda x: [save_folder(x / side, constant_weights(4e4, torch.float16)) for side in ("raw", "diff")]),
     *(("--path_diff: .*weight_manifest.json is .*damaged", file("diff/weight_manifest.json", json.dumps(x)))
@@ -130,20 +110,20 @@ def test_damaged_folders(folders, refused, pattern, damage):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kept", ["absent name", None, 0, 3, 40, 0.5, -1])
+@pytest.mark.parametrize("kept", ["absent name", None, 40, -1])
 def test_missing_or_truncated_shard(folders, refused, layout, kept):
     shutil.rmtree(folders / "diff")
     save_folder(folders / "diff", random_weights(2, torch.float16), layout, shards=2)
     (shard,), (index,) = (list((folders / "diff").glob(name)) for name in ("*-00001-of-00002.*", "*.index.json"))
     content, names = shard.read_bytes(), json.loads(index.read_text())
     if kept == "absent name":
-        index.write_text(json.dumps({"weight_map": names["weight_map"] | {f"x{i}": shard.name for i in range(7)}}))
-        refused("--path_diff: the index names tensors that are not in .*: x0, x1, x2, x3, x4 and 2 more;")
+        index.write_text(json.dumps({"weight_map": names["weight_map"] | {"x0": shard.name}}))
+        refused("--path_diff: the index names tensors that are not in .*: x0;")
     elif kept is None:
         shard.unlink()
         refused(f"--path_diff: .*diff lacks {shard.name}, which its index names")
     else:
-        shard.write_bytes(content[: int(kept * len(content)) if 0 < kept < 1 else kept])
+        shard.write_bytes(content[:kept])
         refused(f"--path_diff: .*{shard.name} is .*truncated.*copy it again")
 
 
@@ -153,11 +133,6 @@ def test_target_is_an_input(folders, refused, flag):
     (folders / "link").symlink_to(source)
     for target in (folders / "link", source / ".." / source.name):
         refused(f"--path_tuned .* is the folder of --{flag}", path_tuned=target)
-
-
-def test_no_space(refused, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
-    refused(r"--path_tuned .* needs .* GB, but .* GB are free")
 
 
 def test_the_disk_fills_up(refused):
@@ -182,7 +157,6 @@ def repacked(content: bytes, compression: int = zipfile.ZIP_STORED, **changed) -
 
 REPACKED = [
     ("do not agree", {"data0": lambda data: data[:-2]}),
-    ("do not agree", {"data0": lambda data: data + b"xx"}),
     ("do not agree", {"datapkl": lambda pickled: pickled.replace(b"Kd", b"K\xc8")}),  # 200 elements, not 100
     ("big-endian", {"byteorder": lambda _: b"big"}),
     ("compressed", {"compression": zipfile.ZIP_DEFLATED}),
@@ -199,10 +173,8 @@ def test_a_storage_that_is_not_its_record_is_refused(folders, refused, pattern, 
 
 PATCHES = [
     lambda index, value: (index + 10**6, value),
-    lambda index, value: (index - 10**6, value),
     lambda index, value: (index.flip(0), value),
     lambda index, value: (index, value[1:].clone()),
-    lambda index, value: (index.long(), value),
     lambda index, value: (index,),
 ]
 
