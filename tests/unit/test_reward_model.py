@@ -1,10 +1,8 @@
 """reward/model.py: loading of the three layouts, saving, and refused models."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 import utils.models.padding_free
@@ -35,34 +33,16 @@ def right_padded(pad_id: int = 0):
     return ids, mask
 
 
-def moss_folder(folder, suffix: str):
-    """Causal-LM keys and `reward_head.weight`, in two shards with an index."""
-    state = tiny_llama(seed=3).state_dict()
-    state["reward_head.weight"] = torch.linspace(-1, 1, 64).unsqueeze(0)
-    tiny_llama_config().save_pretrained(folder)
-    names = sorted(state)
-    stem, half = "pytorch_model" if suffix == "bin" else "model", len(names) // 2
-    index = {}
-    for number, part in enumerate((names[:half], names[half:]), start=1):
-        file = f"{stem}-0000{number}-of-00002.{suffix}"
-        tensors = {name: state[name].contiguous() for name in part}
-        if suffix == "bin":
-            torch.save(tensors, folder / file)
-        else:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(part, file)
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    return state
-
-
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     return tiny_llama_folder(tmp_path_factory.mktemp("plain"))
 
 
-@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
-def test_moss_layout_scores_with_its_head_on_the_last_hidden_state(tmp_path, suffix):
-    state = moss_folder(tmp_path, suffix)
+def test_moss_layout_scores_with_its_head_on_the_last_hidden_state(tmp_path):
+    """Causal-LM keys and `reward_head.weight`."""
+    state = tiny_llama(seed=3).state_dict() | {"reward_head.weight": torch.linspace(-1, 1, 64).unsqueeze(0)}
+    tiny_llama_config().save_pretrained(tmp_path)
+    torch.save(state, tmp_path / "pytorch_model.bin")
     model = load_scalar_model(str(tmp_path), FP32, CPU)
     ids, mask = right_padded()
     hidden = tiny_llama(seed=3).model(input_ids=ids[1:2, :5]).last_hidden_state
@@ -146,10 +126,7 @@ def test_a_center_is_kept_in_the_config_and_taken_off_every_score(plain, tmp_pat
     theirs = other(ids, attention_mask=mask.long()).logits.squeeze(1)
     torch.testing.assert_close(theirs - other.config.score_center, raw - 0.75)
     save_scalar_model(once, str(tmp_path / "twice"), center=-0.5)
-    twice = load_scalar_model(str(tmp_path / "twice"), FP32, CPU)
-    torch.testing.assert_close(last_scores(twice(ids, mask), mask), raw - 0.25)
-    save_scalar_model(once, str(tmp_path / "back"), center=-0.75)
-    assert load_scalar_model(str(tmp_path / "back"), FP32, CPU).score_center == 0.0
+    assert load_scalar_model(str(tmp_path / "twice"), FP32, CPU).score_center == 0.25
 
 
 def test_dropout_only_if_set_and_in_training(tmp_path):
@@ -216,17 +193,9 @@ def test_refused_models(tmp_path, plain):
         with pytest.raises(UserError, match=match):
             load_scalar_model(str(path), FP32, CPU, say=str, **options)
 
-    two = tmp_path / "two"
-    LlamaForSequenceClassification(tiny_llama_config(num_labels=2)).save_pretrained(two)
-    refused("2 labels", two)
     small = tiny_llama_folder(tmp_path / "small", vocab=390)
     refused("390 token embeddings", small, tokenizer=load_tokenizer(str(small)))
-    save_scalar_model(load_scalar_model(str(plain), FP32, CPU, say=str), str(tmp_path / "scalar"))
-    refused("without an LM head", tmp_path / "scalar", with_lm_head=True)
     refused("has no reward head", plain, trained=True)
-    config = tmp_path / "scalar" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"score_center": "high"}))
-    refused("score_center 'high' .*is not a number", tmp_path / "scalar")
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"score_center": 0.0}))
+    save_scalar_model(load_scalar_model(str(plain), FP32, CPU, say=str), str(tmp_path / "scalar"))
     with pytest.raises(UserError, match=r"--policy_model_path.*no weights for lm_head"):
         load_causal_lm(str(tmp_path / "scalar"), FP32, CPU, flag="--policy_model_path")

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 import ppo.score
 from data.chat import TurnEnd
-from data.template import encode_dialogue
+from data.template import encode_dialogue, encode_prompt
 from ppo.rollout import assemble
 from ppo.score import closed_ids, reward_scores
 from ppo.types import PromptBatch
@@ -60,10 +58,7 @@ ENDED = [True, False, True]
 def batch(ours):
     """(rollout, prompts) of three answers; the second was cut off at its longest."""
     ids = [ours.encode(text, add_special_tokens=False) + [ours.eos_token_id] * e for text, e in zip(ANSWERS, ENDED)]
-    prompt_ids = [
-        encode_dialogue(ours, [*turns, {"role": "assistant", "content": ""}], "moss_en")[0] for turns in TURNS
-    ]
-    prompt_ids = [row[:-1] for row in prompt_ids]
+    prompt_ids = [encode_prompt(ours, turns, "moss_en") for turns in TURNS]
     rollout = assemble(prompt_ids, [torch.tensor(row) for row in ids], ours.eos_token_id, 0)
     return rollout, PromptBatch(prompt_ids, TURNS, [0, 1, 2])
 
@@ -139,9 +134,7 @@ def model_folder(path, tokenizer=None):
 def read_by(path: str, tokenizer, **flags) -> tuple | None:
     """What `reward_readers` says of one model: None, it reads the policy's ids; else (vocabulary, template)."""
     said = []
-    flags = {name: [value] for name, value in flags.items() if name != "template"} | {
-        "template": flags.get("template", "moss_en")
-    }
+    flags = {"template": "moss_en"} | {k: x if k == "template" else [x] for k, x in flags.items()}
     (reader,) = reward_readers(ppo_config(reward_model_path=[path], **flags), tokenizer, said.append)
     assert bool(said) == bool(reader.own)
     return reader.own and (len(reader.own[0]), reader.own[1])
@@ -180,29 +173,17 @@ def test_each_is_loaded_with_its_tokenizer_and_window(tmp_path, ours, other):
     assert (ensemble.rule, ensemble.std_coef) == ("mean_minus_std", 0.5)
 
 
-def byte_level(eos: str) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<a>", "<b>"], show_progress=False)
-    tokenizer.train_from_iterator(["one two three"], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, chat_template=CHAT)
-
-
-def test_who_reads_the_policys_ids_in_a_chat_template(tmp_path):
-    policy = byte_level("<a>")
-    same, other_end, without = byte_level("<a>"), byte_level("<b>"), byte_level("<a>")
-    without.chat_template = None
+def test_who_reads_the_policys_ids_in_a_chat_template(tmp_path, chat_folder):
+    policy, same, other_end = (load_tokenizer(str(chat_folder), "chat") for _ in range(3))
+    other_end.eos_token = "<|im_start|>"
     assert read_by(model_folder(tmp_path / "same", same), policy, template="chat") is None
     assert read_by(model_folder(tmp_path / "end", other_end), policy, template="chat") == (len(policy), "chat")
-    assert read_by(model_folder(tmp_path / "without", without), policy, template="chat") is None
 
 
 def test_what_cannot_be_read_is_refused(tmp_path, folder, ours):
     def refused(match: str, call, *arguments, **flags) -> None:
-        with pytest.raises(UserError, match=match) as error:
+        with pytest.raises(UserError, match=match):
             call(*arguments, **flags)
-        assert "\n" not in str(error.value)
 
     without = model_folder(tmp_path / "without")
     another = model_folder(tmp_path / "another", load_tokenizer(str(folder / "other")))
@@ -210,6 +191,5 @@ def test_what_cannot_be_read_is_refused(tmp_path, folder, ours):
     refused(f"--reward_template chat: .*give --{tokenizer}", read_by, without, ours, reward_template="chat")
     refused("^--reward_template chat: .*no chat template", read_by, another, ours, reward_template="chat")
     refused(f"^--{tokenizer}: /nowhere does not exist", read_by, without, ours, **{tokenizer: "/nowhere"})
-    refused("--reward_template is missing: .*another", read_by, another, byte_level("<a>"), template="chat")
     refused("--critic_model_path .*another.*--reward_model_path", check_same_tokenizer, another, "--critic_model_path",
             ours, "moss_en")  # fmt: skip

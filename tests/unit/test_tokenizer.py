@@ -38,7 +38,7 @@ def assert_same_ids_everywhere(model, folder, template):
     ours = load_tokenizer(str(model), template)
     save_tokenizer(ours, folder)
     elsewhere, again = AutoTokenizer.from_pretrained(folder), load_tokenizer(str(folder), template)
-    for text in TEXTS + random_texts(300):
+    for text in TEXTS + random_texts(100):
         expected = reference.encode(text)
         for tokenizer in (ours, elsewhere, again):
             assert plain(tokenizer, text) == expected, (type(tokenizer).__name__, text)
@@ -49,9 +49,7 @@ def assert_same_ids_everywhere(model, folder, template):
         assert len(tokenizer) == len(ours)
 
 
-@pytest.mark.parametrize(
-    ("model", "template"), [("llama_model", "moss_en"), ("llama_model", "moss_zh"), ("tiny_model", "moss_zh")]
-)
+@pytest.mark.parametrize(("model", "template"), [("llama_model", "moss_en"), ("tiny_model", "moss_zh")])
 def test_ids_are_sentencepieces_own_here_and_elsewhere(request, tmp_path, model, template):
     assert_same_ids_everywhere(request.getfixturevalue(model), tmp_path, template)
 
@@ -98,19 +96,6 @@ def test_added_tokens_with_a_gap_are_refused(tiny_model, tmp_path):
         load_tokenizer(str(tmp_path), "moss_zh")
 
 
-def test_exported_folder_beside_a_llama_config(llama_model, tmp_path):
-    """Beside a model, AutoTokenizer also sees config.json, and must not swap in a class that changes ids."""
-    ours = load_tokenizer(str(llama_model), "moss_en")
-    save_tokenizer(ours, tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
-    elsewhere = AutoTokenizer.from_pretrained(tmp_path)
-    for text in TEXTS:
-        assert plain(elsewhere, text) == plain(ours, text)
-    tagged = "<s>Human:Hi  there</s>Assistant:"
-    expected = encode_prompt(ours, [{"role": "user", "content": "Hi  there"}], "moss_en")
-    assert elsewhere.encode(tagged, add_special_tokens=False) == expected
-
-
 HISTORIES = [
     ["What?  ", "Nothing.", "你好 😀"],
     ["Say it.", '"Quoted" words', "And a list?", "- one\n- two", "Code?", "`x = 1`", "Bold?", "**Yes**", "Thanks"],
@@ -120,10 +105,9 @@ HISTORIES = [
 ]
 
 
-@pytest.mark.parametrize("model", ["llama_model", "tiny_model"])
 @pytest.mark.parametrize("template", ["moss_en", "moss_zh"])
-def test_exported_chat_template_prompts_as_ours(request, tmp_path, template, model):
-    tokenizer = load_tokenizer(str(request.getfixturevalue(model)), template)
+def test_exported_chat_template_prompts_as_ours(llama_model, tmp_path, template):
+    tokenizer = load_tokenizer(str(llama_model), template)
     save_tokenizer(tokenizer, tmp_path)
     elsewhere = AutoTokenizer.from_pretrained(tmp_path)
     random_history = [text.strip().replace("</s>", "") or "." for text in random_texts(61)]
@@ -175,13 +159,8 @@ def broken(folder, files: dict[str, str | bytes]) -> str:
     ("files", "message"),
     [
         ({}, "no tokenizer in"),
-        ({"tokenizer.model": b"\x00\x01 not a model"}, "damaged"),
-        ({"tokenizer.model": b""}, "damaged"),
         ({"tokenizer.model": b"cut", "tokenizer.json": "{}"}, "tokenizer.model is damaged"),
         ({"vocab.json": '{"a": 0', "merges.txt": ""}, "vocab.json is .*damaged"),
-        ({"tokenizer.json": '{"version": "1.0", "mod'}, "tokenizer.json is .*damaged"),
-        ({"tokenizer.json": "[]"}, "not a JSON object"),
-        ({"vocab.json": '{"a": 0}', "tokenizer_config.json": b"\xff\xfe"}, "tokenizer_config.json is .*damaged"),
         ({"tokenizer_config.json": "{}", "vocab.txt": ""}, "cannot load|no end-of-sequence"),
     ],
 )
@@ -200,25 +179,13 @@ def test_cut_off_and_other_model_files(tiny_model, tmp_path):
         load_tokenizer(str(model), "moss_en")
 
 
-@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "data/nowhere", "nowhere", "nowhere/tokenizer.model"])
+@pytest.mark.parametrize("path", ["data/nowhere", "nowhere"])
 def test_missing_paths_stay_local(path, monkeypatch):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("went to the hub"))
     with pytest.raises(UserError, match=r"--tokenizer_name_or_path.*does not exist"):
         load_tokenizer(path, "moss_en")
 
 
-def test_hub_id_offline(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"--tokenizer_name_or_path: cannot download owner/name.*download it first"):
-        load_tokenizer("owner/name", "moss_en")
-
-
-def test_missing_eos_and_chat_template(chat_folder, tiny_model, tmp_path):
-    shutil.copytree(chat_folder, tmp_path / "no_eos")
-    config_file = tmp_path / "no_eos" / "tokenizer_config.json"
-    config = json.loads(config_file.read_text())
-    config_file.write_text(json.dumps({key: value for key, value in config.items() if key != "eos_token"}))
-    with pytest.raises(UserError, match="no end-of-sequence token"):
-        load_tokenizer(str(tmp_path / "no_eos"), "chat")
+def test_missing_chat_template(tiny_model):
     with pytest.raises(UserError, match="--template chat"):
         load_tokenizer(str(tiny_model), "chat")
