@@ -11,7 +11,6 @@ from data.dialogues import encode, load_dialogues
 from data.formats.dialogue_forms import parse_turns
 from data.formats.json_lines import parse_json_lines, parse_json_list
 from data.formats.records import BadRecord
-from data.formats.stream import dialogue_or_text, stream_records
 from data.preferences import load_preferences
 from data.prompts import load_prompts
 from reward.encode import encode_preference
@@ -125,24 +124,6 @@ def test_fuzz_preferences(folder, tokenizer, records, ascii_only, num_valid):
 
 
 @fuzz
-@given(st.lists(dialogue_records, max_size=6), st.booleans(), st.sampled_from(["auto", "json", "text"]))
-def test_fuzz_stream(folder, records, ascii_only, form):
-    file = folder / "stream.jsonl"
-    file.write_bytes(lines_of(records, ascii_only))
-    with ends():
-        found = list(stream_records(str(file), "--input", form))
-    assert [record.source for record in found] == [f"{file}:{k}" for k in range(1, len(records) + 1)]
-    for record in found:
-        try:
-            turns = dialogue_or_text(record.value)
-        except BadRecord as error:
-            assert "\n" not in str(error)
-            continue
-        assert isinstance(turns, str) or turns[-1]["role"] == "assistant"
-        assert isinstance(turns, list) or turns.strip() == turns != ""
-
-
-@fuzz
 @given(dialogue_records, st.booleans())
 def test_fuzz_turns(value, empty_answer):
     """What comes out can be encoded, and goes in again as it is."""
@@ -194,16 +175,3 @@ def test_fuzz_damaged_json(folder, content, parse):
     else:
         expected = [json.loads(line) for line in text.split("\n") if line.strip()]
     assert repr([value for value, _ in found]) == repr(expected)  # NaN is not equal to itself
-
-
-def test_fuzz_knows_a_lost_record(folder):
-    """The check itself detects a loader that loses a record silently."""
-
-    def loses_one(path, num_valid, say):
-        train, valid = load_dialogues(path, num_valid, 0, say)
-        return train[1:], valid
-
-    records = [["a", "b"], ["c", "d"]]
-    check_loader(lambda path, n, say: load_dialogues(path, n, 0, say), "dialogues", records, True, 0, folder)
-    with pytest.raises(AssertionError):
-        check_loader(loses_one, "dialogues", records, True, 0, folder)

@@ -1,16 +1,16 @@
 """Templates on arbitrary texts: the mask covers the answers, and a dialogue begins with its prompt."""
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data.chat import turn_end
-from data.template import decode_answer, encode_dialogue, encode_prompt, encode_text, last_answer
+from data.template import decode_answer, encode_dialogue, encode_prompt, last_answer
 from reward.scoring.ensemble import Encoding
 from tests.helpers.fuzzing import ends, search, texts, whole
 from utils.tokenizer import MOSS_ZH_TAGS, load_tokenizer
 
-KINDS = ["llama moss_en", "llama moss_zh", "tiny moss_en", "tiny moss_zh", "chat moss_en", "chat moss_zh", "chat chat"]
+KINDS = ["llama moss_en", "llama moss_zh", "chat moss_en", "chat chat"]
 fuzz_each = search(parts=len(KINDS))
 SPACE_MARK = "▁"  # SentencePiece's own name for a space: it comes back as one
 
@@ -89,13 +89,3 @@ def test_fuzz_window(setting, drawn, window):
         ids, cut = encoding(turns)
     assert len(ids) <= window and tuple(ids[-len(end.ids) :]) == end.ids
     assert cut == (len(Encoding(tokenizer, template, None)(turns)[0]) > window)
-
-
-@fuzz_each
-@given(contents)
-def test_fuzz_text(setting, text):
-    tokenizer, _ = setting
-    assume(SPACE_MARK not in text)
-    ids = encode_text(tokenizer, text)
-    assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
-    assert decode_answer(tokenizer, ids) == text

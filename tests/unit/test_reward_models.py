@@ -175,6 +175,7 @@ def test_each_is_loaded_with_its_tokenizer_and_window(tmp_path, ours, other):
 
 def test_who_reads_the_policys_ids_in_a_chat_template(tmp_path, chat_folder):
     policy, same, other_end = (load_tokenizer(str(chat_folder), "chat") for _ in range(3))
+    policy.chat_template = same.chat_template = other_end.chat_template = CHAT
     other_end.eos_token = "<|im_start|>"
     assert read_by(model_folder(tmp_path / "same", same), policy, template="chat") is None
     assert read_by(model_folder(tmp_path / "end", other_end), policy, template="chat") == (len(policy), "chat")
