@@ -33,61 +33,11 @@ def test_snownlp_tells_reviews_apart_and_calls_nothing_neutral():
     assert empty == 0.5
 
 
-def test_messages_of_one_speaker_are_one_turn():
-    said = {"messages": [[{"text": "Hi  there"}, {"text": "you"}], [{"text": " \n"}]]}
-    assert english.conversation_turns(said) == ["Hi there you", ""]
-
-
-def test_the_longest_context_that_fits_is_taken_and_the_human_speaks_first():
-    short, long = ["word " * 4] * 4, ["word " * 30] * 4
-    found = list(english.exchanges([short, long], [0, 1], words, random.Random(0)))
-    assert sorted(len(exchange.context) for exchange in found) == [1, 1, 1, 1, 1, 3]
-    assert all(words(exchange.context) <= english.MAX_PROMPT_TOKENS for exchange in found)
-    roles = [message["role"] for message in english.messages(["a", "b", "c"])]
-    assert roles == ["system", "user", "assistant", "user"]
-
-
-@pytest.mark.parametrize("text", ["", "see https://example.org", "what the FUCK is this", "shitty"])
-def test_unclean_turns_are_refused(text):
-    assert not english.is_clean(text)
-
-
-def test_replies_have_2_to_24_words():
-    lengths = {count: english.is_reply(" ".join(["word"] * count)) for count in (1, 2, 24, 25)}
-    assert lengths == {1: False, 2: True, 24: True, 25: False}
-
-
 def test_the_higher_score_is_chosen_and_close_pairs_are_left_out():
     pair = english.label("fine", "bad", ["hello"], (-0.2, 0.2))
     assert (pair["chosen"][-1]["content"], pair["rejected"][-1]["content"]) == ("bad", "fine")
     assert pair["chosen"][:-1] == pair["rejected"][:-1] == english.messages(["hello"])
     assert english.label("fine", "bad", ["hello"], (0.3, 0.01)) is None
-
-
-def test_a_pair_never_comes_from_one_conversation_and_has_as_many_words_on_either_side():
-    conversations = [[*chat(number), "what a great and lovely thing"] for number in range(4)]
-    replies = [(number, turn) for number in range(4) for turn in conversations[number][1:]]
-    candidates = english.exchanges(conversations, [0, 1, 2, 3], words, random.Random(1))
-    pairs = english.preference_pairs(candidates, replies, 10, random.Random(2))
-    assert pairs
-    for pair in pairs:
-        chosen, rejected = (pair[side][-1]["content"] for side in ("chosen", "rejected"))
-        assert "great" in chosen
-        assert "terrible" in rejected
-        assert chosen.split()[-3] != rejected.split()[-3]
-        assert len(chosen.split()) == len(rejected.split())
-
-
-def test_prompts_are_unique_apart_from_case_and_punctuation():
-    said = [english.Exchange([text], "reply", 0) for text in ("How are you?", "how are you", "Fine, thanks a lot")]
-    taken = english.take_unique(said, 5, seen=set())
-    assert [exchange.context[0] for exchange in taken] == ["How are you?", "Fine, thanks a lot"]
-
-
-def test_conversations_are_in_one_part_only():
-    parts = english.split_conversations(95, random.Random(0))
-    assert {name: len(members) for name, members in parts.items()} == {"prompts": 9, "preferences": 9, "train": 77}
-    assert sorted(index for members in parts.values() for index in members) == list(range(95))
 
 
 def test_written_english_files_are_disjoint_and_repeatable(tmp_path, monkeypatch):
@@ -111,29 +61,6 @@ def test_written_english_files_are_disjoint_and_repeatable(tmp_path, monkeypatch
     for other in ("train.json", "train.jsonl", "valid.jsonl"):
         assert conversations(files[other])
         assert not held_out & conversations(files[other])
-
-
-def test_reviews_are_12_to_80_characters_and_mostly_chinese():
-    assert chinese.is_review("房间很干净，服务员也热情。")
-    assert not chinese.is_review("房间很干净，服务好。")
-    assert not chinese.is_review("好" * 81)
-    assert not chinese.is_review("房间 is very clean, 服务 good")
-
-
-def test_a_review_is_cut_after_its_opening_clause():
-    review = chinese.split_review("房间很干净，服务员也热情，会再来。", True)
-    assert (review.opening, review.rest) == ("房间很干净，", "服务员也热情，会再来。")
-    assert chinese.split_review("这家酒店的房间真的非常非常干净舒服", True) is None
-    assert chinese.split_review("差，房间很旧", False) is None
-
-
-def test_texts_with_both_labels_are_left_out():
-    assert chinese.unique_texts(["甲", "乙 ", "甲", ""], ["乙", "丙", ""]) == {"甲": True, "丙": False}
-
-
-def test_excerpts_are_whole_sentences_that_fit():
-    sentence = "好" * 29 + "。"
-    assert chinese.excerpts(sentence * 5) == [sentence * 2, sentence * 2, sentence]
 
 
 def make_reviews(count: int) -> list[chinese.Review]:
