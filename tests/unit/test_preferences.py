@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from data.preferences import MARGIN_COLUMNS, Pair, Preference, check_margins, flip_negative, load_preferences
-from utils.errors import UserError
 
 HI = [{"role": "user", "content": "Hi"}]
 HI_HELLO = [*HI, {"role": "assistant", "content": "Hello"}]
@@ -28,13 +27,6 @@ def load(folder: Path, *records, name: str = "x.jsonl", **options) -> tuple[list
         {"chosen": HI_HELLO, "rejected": [*HI, {"role": "assistant", "content": "What?"}]},
         {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: What?"},
         GOOD,
-        {"prompt": HI, "chosen": ["Hello"], "rejected": ["What?"]},
-        {
-            "prompt": ["Hi"],
-            "chosen": [{"role": "assistant", "content": "Hello"}],
-            "rejected": [{"role": "assistant", "content": "What?"}],
-        },
-        {"prompt": "Hi", "chosen": HI_HELLO, "rejected": ["Hi", "What?"]},
         {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello", "rejected": " What?"},
     ],
 )
@@ -70,8 +62,6 @@ def test_missing_margins_are_reported(tmp_path):
     train, _ = load(tmp_path, GOOD | {"margin": 1}, GOOD, GOOD, margin_columns=("margin",))
     check_margins(train, ("margin",), said.append)
     assert said == [f"preferences: 2 without a margin, trained with margin 0; first at {tmp_path}/x.jsonl:2, then :3"]
-    with pytest.raises(UserError, match=r"--use_margin: no pair of --data_path .* 'margin'; pass --margin_column"):
-        check_margins(train[1:], ("margin",), said.append)
 
 
 def test_pairs_of_negative_strength_are_flipped_with_their_numbers(tmp_path):
@@ -83,13 +73,8 @@ def test_pairs_of_negative_strength_are_flipped_with_their_numbers(tmp_path):
     assert said[0].startswith("preferences: 1 of 3 flipped")
     assert said[0].endswith("x.jsonl:2")
     assert "1 without a 'mean preference difference'" in said[1]
-    with pytest.raises(UserError, match=r"--flip_negative: no pair .*python -m reward.strength to add it"):
-        flip_negative(train[3:], said.append)
-
-
-def test_an_annotated_margin_does_not_change_when_its_pair_is_flipped(tmp_path):
     train, _ = load(tmp_path, GOOD | {"mean preference difference": -2, "margin": 3}, margin_columns=("margin",))
-    assert flip_negative(train, str)[0].pairs == [Pair(1, 0, 2.0, 3.0)]
+    assert flip_negative(train, str)[0].pairs == [Pair(1, 0, 2.0, 3.0)]  # an annotated margin stays
 
 
 @pytest.mark.parametrize(
@@ -126,30 +111,19 @@ def test_a_subset_is_the_records_own_or_its_files_name(tmp_path):
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        (["a", "b"], "keys chosen and rejected"),
         ({"chosen": ["a", "b"], "rejected": ["x", "c"]}, "histories of chosen and rejected differ"),
         ({"chosen": ["a", "b"], "rejected": ["a", "b "]}, "the same answer"),
         ({"chosen": ["a", "b", "c"], "rejected": ["a", "b", "d"]}, "does not end in an answer"),
-        ({"chosen": ["a", "b"], "rejected": ["a", " "]}, "an empty turn"),
         ({"chosen": "b", "rejected": "c"}, "neither a dialogue nor an answer"),
-        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant:"}, "does not end in"),
         (GOOD | {"chosen": [3]}, "a turn is a number"),
-        (GOOD | {"prompt": 3}, "prompt is a number"),
-        (GOOD | {"mean preference difference": "much"}, "mean preference difference is not a finite number"),
         (GOOD | {"mean_preference_difference": True}, "not a finite number"),
         (GOOD | {"chosen score list": [1, "2"]}, "an item of chosen score list is not a finite number"),
-        (GOOD | {"chosen_score_list": 3}, "chosen score list is not a list of numbers"),
         (GOOD | {"chosen_score_list": [1], "rejected_score_list": [1, 2]}, "have different lengths"),
-        (GOOD | {"margin": float("nan")}, "margin is not a finite number"),
         (GOOD | {"margin": 10**400}, "margin is not a finite number"),
         (GOOD | {"subset": 3}, "subset is not a name"),
-        (RANKED | {"prompt": None}, "the assistant speaks first"),
-        (RANKED | {"responses": ["one"]}, "not a list of at least two"),
-        (RANKED | {"responses": ["one", " "]}, "an empty turn"),
         (RANKED | {"responses": ["one", {"role": "user", "content": "two"}]}, "neither text nor a message of the"),
         (RANKED | {"responses": ["one", "one"]}, "no two responses differ"),
         (RANKED | {"scores": [1, 2]}, "2 scores for 3 responses"),
-        (RANKED | {"ranks": [1, 2, None]}, "an item of ranks is not a finite number"),
     ],
 )
 def test_bad_preferences_are_counted(tmp_path, record, reason):
