@@ -10,7 +10,6 @@ from utils.errors import UserError
     ("returned", "message"),
     [
         ([1.0], "returned 1 numbers for 2 answers"),
-        (["a", "b"], "list of numbers"),
         (None, "list of numbers"),
         ([0.0, float("nan")], "nan for answer 1"),
     ],
@@ -20,7 +19,7 @@ def test_reward_function_that_returns_something_else(returned, message):
         call_reward_fn(lambda prompts, answers: returned, [[], []], ["x", "y"], finite=True)
 
 
-@pytest.mark.parametrize("spec", ["nowhere.py:f", "f", "FILE:absent"])
+@pytest.mark.parametrize("spec", ["f", "FILE:absent"])
 def test_reward_function_that_is_not_there(spec, tmp_path):
     file = tmp_path / "scores.py"
     file.write_text("def present(prompts, answers):\n    return [1.0] * len(answers)\n", encoding="utf-8")
