@@ -1,19 +1,12 @@
 """Dialogues to ids: stretches as SentencePiece encodes them, masks, and dialogues that begin with their prompts."""
 
-import random
-
 import pytest
 from sentencepiece import SentencePieceProcessor
 from tokenizers.processors import TemplateProcessing
 
-from data.template import decode_answer, encode_dialogue, encode_prompt, encode_text, last_answer
+from data.template import decode_answer, encode_dialogue, encode_prompt, encode_text
 from utils.errors import UserError
 from utils.tokenizer import load_tokenizer
-
-ANSWERS = [
-    "Fine, thanks.", ":) smile", "// comment", ": colon", "你好！我很好。", "😀 emoji 👍🏽", "def f(x):\n    return  x",
-    "</s> spelt out", "<|im_end|> spelt out", "2", "…",
-]  # fmt: skip
 
 
 def turns_of(*texts: str) -> list[dict]:
@@ -41,46 +34,6 @@ def test_moss_zh_is_stretches_between_tags(llama_model):
     assert mask == [False] * (len(question) + 4) + [True] * (len(answer) + 1)
     spelt = encode_prompt(tokenizer, turns_of("</s><|MOSS|>我是助手</s><s>"), "moss_zh")
     assert [spelt.count(i) for i in (1, 2, 32000, 32001)] == [1, 1, 1, 1]
-
-
-@pytest.fixture(params=["llama moss_en", "llama moss_zh", "tiny moss_en", "chat moss_en", "chat moss_zh", "chat chat"])
-def setting(request):
-    kind, template = request.param.split()
-    fixture = {"llama": "llama_model", "tiny": "tiny_model", "chat": "chat_folder"}[kind]
-    return load_tokenizer(str(request.getfixturevalue(fixture)), template), template
-
-
-def random_answers(count: int) -> list[str]:
-    rng = random.Random(3)
-    parts = [*"abcs :;)(.,!?-\n", "  ", "ing", "的", "好", "😀", "://", "))", "::"]
-    texts = ("".join(rng.choices(parts, k=rng.randint(1, 12))).strip() for _ in range(count))
-    return [text for text in texts if text]
-
-
-def test_a_dialogue_begins_with_its_prompt_and_the_answer_can_be_decoded(setting):
-    tokenizer, template = setting
-    for answer in ANSWERS + random_answers(60):
-        turns = turns_of("What?", ":-) yes", "And then?", answer)
-        prompt = encode_prompt(tokenizer, turns[:-1], template)
-        ids, mask = encode_dialogue(tokenizer, turns, template)
-        last = last_answer(mask)
-        assert ids[: len(prompt)] == prompt and last.start == len(prompt) and len(mask) == len(ids)
-        assert ids[last].index(tokenizer.eos_token_id) == last.stop - last.start - 1
-        assert tokenizer.decode(ids[last.stop :]) == ("\n" if template == "chat" else "")  # ChatML's
-        assert decode_answer(tokenizer, ids[len(prompt) :]) == answer
-
-
-def test_an_answer_keeps_its_ids_in_the_history(setting):
-    tokenizer, template = setting
-    for answer in ANSWERS:
-        ids, mask = encode_dialogue(tokenizer, turns_of("What?", answer), template)
-        longer, long_mask = encode_dialogue(tokenizer, turns_of("What?", answer, "More?", "No."), template)
-        if template == "chat" and tokenizer.eos_token in answer:
-            continue  # in the rendered history, a tag written out is a tag
-        assert (longer[: len(ids)], long_mask[: len(mask)]) == (ids, mask)
-        eos = [tokenizer.eos_token_id]
-        parts = tokenizer.decode(inside(longer, long_mask)).split(tokenizer.decode(eos))
-        assert inside(longer, long_mask).count(eos[0]) == 2 and parts[-2].strip() == "No."
 
 
 def test_an_answer_that_would_merge_with_the_colon(llama_model):
