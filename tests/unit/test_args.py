@@ -130,10 +130,9 @@ def test_one_flag_is_explained(capsys):
     text = " ".join(explain(PPOConfig, "reward_clip").split())
     assert text.startswith("--reward_clip FLOAT (default: 0.3) group: PPO-max tricks Clip normalised scores")
     assert "Part I, Figure 6" in text
-    for flags in (["--lr", "1", "--help", "--kl_in"], ["-h", "kl_in"]):
-        with pytest.raises(SystemExit) as stopped:
-            parsed(*flags)
-        assert not stopped.value.code and capsys.readouterr().out.startswith("--kl_in reward|loss  (default: reward)")
+    with pytest.raises(SystemExit) as stopped:
+        parsed("--lr", "1", "--help", "--kl_in")
+    assert not stopped.value.code and capsys.readouterr().out.startswith("--kl_in reward|loss  (default: reward)")
     with pytest.raises(UserError, match="did you mean --kl_in"):
         parsed("--help", "kl_on")
 
@@ -274,8 +273,10 @@ MODULES = [
 ]
 
 
-@pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--dtpye", 2)])
+@pytest.mark.parametrize(
+    ("module", "flag", "code"),
+    [("merge_weight_en", "--help", 0), *((m, *case) for m in MODULES for case in (("--help", 0), ("--dtpye", 2)))],
+)
 def test_help_and_wrong_flags_import_nothing_heavy(module, flag, code):
     """Imports of torch, transformers and deepspeed take seconds."""
     words, environment = [sys.executable, "-c", PROBE, module, flag], clean_environment()
@@ -287,4 +288,4 @@ def test_help_and_wrong_flags_import_nothing_heavy(module, flag, code):
     if code:
         assert result.stderr == "error: --dtpye is unknown; did you mean --dtype? (see --help)\n"
     else:
-        assert first.startswith(f"usage: python -m {module} ")
+        assert first.startswith("usage: ") and module in first
