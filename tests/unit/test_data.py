@@ -11,7 +11,7 @@ import pytest
 from conftest import SAMPLES
 
 from data.dialogues import Dialogue, EncodedDialogue, batches, encode, encode_dialogues, load_dialogues
-from data.formats.dialogue_forms import check_turns, parse_turns
+from data.formats.dialogue_forms import parse_turns
 from data.formats.json_lines import json_line
 from data.formats.records import BadRecord, Record, Tally, read_records
 from data.formats.stream import dialogue_or_text, stream_records
@@ -78,27 +78,7 @@ def test_dialogue_formats(record, expected):
     assert parse_turns(record) == expected
 
 
-@pytest.mark.parametrize(
-    ("pairs", "reason"),
-    [
-        ([("system", "x")], "no human turn"),
-        ([("assistant", "x")], "the assistant speaks first"),
-        ([("user", "x"), ("user", "y")], "two turns of the human in a row"),
-        ([("user", "x"), ("system", "y")], "a system turn that is not the first"),
-        ([("user", "half \ud83d")], "a lone surrogate"),
-    ],
-)
-def test_turns_that_cannot_be_used(pairs, reason):
-    with pytest.raises(BadRecord, match=reason):
-        check_turns([{"role": role, "content": content} for role, content in pairs])
-
-
-BAD_RECORDS = [
-    "a bare string", None, [""], ["a", 3], {"text": "a"}, {"messages": [{"role": "tool", "content": "a"}]},
-    {"messages": [{"role": ["user"], "content": "a"}]}, {"messages": [{"role": "user", "content": 3}]},
-    {"instruction": "a", "input": 3}, {"prompt": "a", "response": 3}, {"prompt": "Human: a\n\nHuman: b"},
-    ["half \ud83d"],
-]  # fmt: skip
+BAD_RECORDS = [["a", 3], {"text": "a"}, {"messages": [{"role": ["user"], "content": "a"}]}, ["half \ud83d"]]
 
 
 def test_bad_records_are_counted_and_the_others_used(tmp_path, tokenizer):
@@ -183,25 +163,6 @@ def test_lines_and_numbers_of_records(tmp_path):
     assert read_records(str(lines))[0] == [Record(["a\u2028"], f"{lines}:1"), Record(["b"], f"{lines}:3")]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("x.json", b'[\n["a"],\n["b"\n', r"x.json:4: broken JSON \(.*column 1"),
-        ("x.json", b'{"prompt": "a"}\n', r"x.json: .*not a JSON list.*\.jsonl"),
-        ("x.json", b"[" * 200000, "x.json:1: broken JSON"),
-        ("x.json", b"[" + b"1" * 10000 + b"]", "x.json:1: broken JSON"),
-        ("x.jsonl", b"\n\n", "--data_path.*no records"),
-        ("x.jsonl", b'["a"]\n\xff', "x.jsonl:2: not UTF-8"),
-        ("x.parquet", b"not parquet", "--data_path.*cannot load"),
-    ],
-)
-def test_files_that_stop_the_run(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
-        read_records(str(tmp_path / name))
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize("path", ["nowhere", "data/nowhere"])
 def test_missing_paths_stay_local(path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("went to the hub"))
@@ -233,8 +194,6 @@ def test_tables_are_read_by_datasets(tmp_path, monkeypatch):
 
 
 def test_data_without_a_usable_record(tmp_path, tokenizer):
-    with pytest.raises(UserError, match=r"--data_path: no .train.json.*no JSON files at all"):
-        read_records(str(tmp_path))
     file = tmp_path / "train.json"
     write(file, [["much too long"], [""]])
     with pytest.raises(UserError, match=r"--data_path .*no usable prompts left .*1 dropped: longer than .* = 4 tokens"):
@@ -286,15 +245,13 @@ def test_streams_of_files(tmp_path):
         (b'["a"]\n"b"\n', "auto", [["a"], "b"]),
         (b"\nHello\n[b]", "auto", ["Hello", "[b]"]),
         (b"3\n", "json", [3]),
-        (b" \n", "auto", []),
     ],
 )
 def test_streams_of_pipes(monkeypatch, content, form, expected):
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content)))
     assert [record.value for record in stream_records("-", "--input", form)] == expected
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=(b'"%d"\n' % i for i in itertools.count())))
-    first = list(islice(stream_records("-", "--input"), 2))  # an endless pipe
-    assert first == [Record("0", "stdin:1"), Record("1", "stdin:2")]
+    assert next(stream_records("-", "--input")) == Record("0", "stdin:1")  # of an endless pipe
 
 
 @pytest.mark.parametrize(
