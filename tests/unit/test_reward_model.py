@@ -186,16 +186,3 @@ def test_nll_of_the_answer_is_the_causal_lms_own(plain):
     logprobs = tiny_llama()(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
     expected = -logprobs[answer[:, 1:]].sum()
     torch.testing.assert_close(model(ids, mask, answer)[1], expected)
-
-
-def test_refused_models(tmp_path, plain):
-    def refused(match: str, path, **options):
-        with pytest.raises(UserError, match=match):
-            load_scalar_model(str(path), FP32, CPU, say=str, **options)
-
-    small = tiny_llama_folder(tmp_path / "small", vocab=390)
-    refused("390 token embeddings", small, tokenizer=load_tokenizer(str(small)))
-    refused("has no reward head", plain, trained=True)
-    save_scalar_model(load_scalar_model(str(plain), FP32, CPU, say=str), str(tmp_path / "scalar"))
-    with pytest.raises(UserError, match=r"--policy_model_path.*no weights for lm_head"):
-        load_causal_lm(str(tmp_path / "scalar"), FP32, CPU, flag="--policy_model_path")

@@ -97,7 +97,6 @@ def test_added_tokens_with_a_gap_are_refused(tiny_model, tmp_path):
 
 
 HISTORIES = [
-    ["What?  ", "Nothing.", "你好 😀"],
     ["Say it.", '"Quoted" words', "And a list?", "- one\n- two", "Code?", "`x = 1`", "Bold?", "**Yes**", "Thanks"],
     ["你好，今天天气怎么样？", "很好！", "那明天呢？", "“晴”。", "谢谢"],
     ["Smile", ":) // ::", "Again", "Assistant: :)", "Assistant: // Human: go on"],
@@ -149,31 +148,11 @@ def test_hub_ids_and_paths():
         assert not is_hub_id(path), path
 
 
-def broken(folder, files: dict[str, str | bytes]) -> str:
-    for name, content in files.items():
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return str(folder)
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({}, "no tokenizer in"),
-        ({"tokenizer.model": b"cut", "tokenizer.json": "{}"}, "tokenizer.model is damaged"),
-        ({"vocab.json": '{"a": 0', "merges.txt": ""}, "vocab.json is .*damaged"),
-        ({"tokenizer_config.json": "{}", "vocab.txt": ""}, "cannot load|no end-of-sequence"),
-    ],
-)
-def test_bad_folders(tmp_path, files, message):
-    with pytest.raises(UserError, match=message) as error:
-        load_tokenizer(broken(tmp_path, files), "moss_en")
-    assert "--tokenizer_name_or_path" in str(error.value)
-
-
 def test_cut_off_and_other_model_files(tiny_model, tmp_path):
     content = tiny_model.read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"^--model: .* damaged"):
-        load_tokenizer(broken(tmp_path, {"tokenizer.model": content[: len(content) // 2]}), "moss_en", flag="--model")
+        load_tokenizer(str(tmp_path), "moss_en", flag="--model")
     model = train_sentencepiece(tmp_path, add_dummy_prefix=False)
     with pytest.raises(UserError, match=r"--tokenizer_name_or_path: .*not in LLaMA's format"):
         load_tokenizer(str(model), "moss_en")
@@ -184,8 +163,3 @@ def test_missing_paths_stay_local(path, monkeypatch):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("went to the hub"))
     with pytest.raises(UserError, match=r"--tokenizer_name_or_path.*does not exist"):
         load_tokenizer(path, "moss_en")
-
-
-def test_missing_chat_template(tiny_model):
-    with pytest.raises(UserError, match="--template chat"):
-        load_tokenizer(str(tiny_model), "chat")
