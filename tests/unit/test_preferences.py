@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data.preferences import MARGIN_COLUMNS, Pair, Preference, check_margins, flip_negative, load_preferences
+from data.preferences import MARGIN_COLUMNS, Pair, Preference, flip_negative, load_preferences
 
 HI = [{"role": "user", "content": "Hi"}]
 HI_HELLO = [*HI, {"role": "assistant", "content": "Hello"}]
@@ -57,13 +57,6 @@ def test_a_margin_is_the_strength_unless_a_column_is_named(tmp_path):
     assert margins(margin_columns=("my gap",)) == [None, None, None, 7.0]
 
 
-def test_missing_margins_are_reported(tmp_path):
-    said = []
-    train, _ = load(tmp_path, GOOD | {"margin": 1}, GOOD, GOOD, margin_columns=("margin",))
-    check_margins(train, ("margin",), said.append)
-    assert said == [f"preferences: 2 without a margin, trained with margin 0; first at {tmp_path}/x.jsonl:2, then :3"]
-
-
 def test_pairs_of_negative_strength_are_flipped_with_their_numbers(tmp_path):
     records = [GOOD | {"mean preference difference": x} for x in (1, -2, 0)] + [GOOD]
     train, _ = load(tmp_path, *records, margin_columns=MARGIN_COLUMNS)
@@ -105,19 +98,3 @@ def test_a_subset_is_the_records_own_or_its_files_name(tmp_path):
     train, valid = load_preferences(str(tmp_path), 0, 0, str)
     assert [preference.subset for preference in train] == ["helpful", "red team", "all"]
     assert [preference.subset for preference in valid] == ["helpful"]
-
-
-@pytest.mark.parametrize(
-    ("record", "reason"),
-    [
-        ({"chosen": "b", "rejected": "c"}, "neither a dialogue nor an answer"),
-        (GOOD | {"chosen score list": [1, "2"]}, "an item of chosen score list is not a finite number"),
-        (RANKED | {"responses": ["one", {"role": "user", "content": "two"}]}, "neither text nor a message of the"),
-    ],
-)
-def test_bad_preferences_are_counted(tmp_path, record, reason):
-    train, said = load(tmp_path, GOOD, record, GOOD | {"my gap": "not read"}, margin_columns=MARGIN_COLUMNS)
-    assert len(train) == 2
-    line = next(line for line in said if reason in line)
-    assert line.startswith("preferences: 1 dropped: ")
-    assert line.endswith("x.jsonl:2")

@@ -34,25 +34,23 @@ def test_large_differences_in_bf16_are_finite():
 
 
 def test_a_tie_counts_half():
-    hits = ranking_hits(torch.tensor([1.0, 0.0, 2.0, 5.0]), torch.tensor([0.0, 1.0, 2.0, 4.0]))
-    assert hits.tolist() == [1, 0, 0.5, 1]
+    hits = ranking_hits(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 1.0, 2.0]))
+    assert hits.tolist() == [1, 0, 0.5]
 
 
 def test_simcse_by_hand():
-    """Cosines of two orthogonal pairs, independent of lengths; and [[1, 0.6], [0, 0.8]], rows are first views."""
+    """Cosines of two orthogonal pairs, independent of lengths; [[1, 0.6], [0, 0.8]], rows are first views; one pair."""
     first, second = torch.tensor([[3.0, 0.0], [0.0, 0.1]]), torch.tensor([[1.0, 0.0], [0.0, 7.0]])
     assert simcse_losses(first, second, 0.05).tolist() == pytest.approx([softplus(-20)] * 2, abs=1e-6)
     second = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     expected = [math.log(math.exp(1) + math.exp(0.6)) - 1, math.log(1 + math.exp(0.8)) - 0.8]
     assert simcse_losses(first, second, 1.0).tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_simcse_of_one_pair_and_of_zero_features():
     assert simcse_losses(torch.ones(1, 4), -torch.ones(1, 4), 0.05).tolist() == [0.0]
+
+
+def test_the_gradient_of_simcse_at_zero_features_is_finite():
     zero = torch.zeros(3, 4, requires_grad=True)
-    losses = simcse_losses(zero, torch.ones(3, 4), 0.05)
-    assert losses.tolist() == pytest.approx([math.log(3)] * 3)
-    losses.sum().backward()
+    simcse_losses(zero, torch.ones(3, 4), 0.05).sum().backward()
     assert zero.grad.abs().max() < 1e5
 
 

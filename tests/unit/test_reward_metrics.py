@@ -16,7 +16,6 @@ from reward.metrics import (
     calibration,
     calibration_error,
     evaluation_metrics,
-    length_preference,
     mean_best_score,
 )
 
@@ -66,14 +65,6 @@ def test_calibration_compares_predicted_with_observed_in_bins():
     assert calibration_error([low, high]) == pytest.approx((4 * 0.03 + 2 * 0.47) / 6)
 
 
-def test_how_often_the_longer_answer_is_better_and_how_often_it_is_preferred():
-    """Longer better and preferred; longer worse but preferred; a tie of scores; equal lengths."""
-    scored = ScoredItems(
-        [item((5, 2)), item((2, 5)), item((5, 2)), item((4, 4))], torch.tensor([2.0, 1.0, 1.0, 2.0, 3.0, 3.0, 9.0, 1.0])
-    )
-    assert length_preference(scored) == pytest.approx(((1 + 0 + 1 + 0.5) / 4, (1 + 1 + 0.5 + 0.5) / 4))
-
-
 def test_metrics_of_an_evaluation_with_subsets():
     metrics = evaluation_metrics(pairs(2.0, -1.0, 0.0, 3.0, subsets="aabb"))
     losses = [math.log1p(math.exp(-d)) for d in (2, -1, 0, 3)]
@@ -106,9 +97,8 @@ def test_agreement_of_three_models():
 def test_the_report_of_a_model_and_of_two():
     """Differences 0, 1, 2, 3 and -4; in the last one the longer answer is better and the shorter preferred."""
     scored = pairs(0.0, 1.0, 2.0, 3.0, subsets="aabb")
-    scored = ScoredItems(
-        [*scored.items, item((4, 2), subset="b")], torch.cat([scored.scores, torch.tensor([1.0, 5.0])])
-    )
+    items, scores = [*scored.items, item((4, 2), subset="b")], [*scored.scores.tolist(), 1.0, 5.0]
+    scored = ScoredItems(items, torch.tensor(scores))
     report = model_report(scored)
     quantiles = {"0.05": -3.2, "0.25": 0.0, "0.5": 1.0, "0.75": 2.0, "0.95": 2.8}
     assert report["score_difference_quantiles"] == pytest.approx(quantiles)

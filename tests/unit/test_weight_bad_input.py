@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from merge_weight_en import RELEASE as ENGLISH
 from merge_weight_zh import RELEASE as CHINESE
+from tests.helpers.tiny_run import as_argv
 from tests.helpers.weights import LAYOUTS, constant_weights, load_folder, random_weights, save_folder
 from utils.weight_diff import output_folder
 from utils.weight_diff.commands import run
@@ -38,8 +39,8 @@ def folders(tmp_path) -> Path:
 
 def command_line(tmp_path, command="recover", **changes) -> list[str]:
     """A command for a policy, with flags changed (None leaves one out)."""
-    flags = {f"path_{name}": tmp_path / name for name in ("raw", "diff", "tuned")} | {"model_type": "policy"} | changes
-    return [command, *(word for name, x in flags.items() if x is not None for word in (f"--{name}", str(x)))]
+    flags = {f"path_{name}": tmp_path / name for name in ("raw", "diff", "tuned")} | {"model_type": "policy"}
+    return [command, *as_argv(flags | changes)]
 
 
 @pytest.fixture
