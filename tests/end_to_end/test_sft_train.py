@@ -1,8 +1,6 @@
 """`python -m sft.train` on tiny models: losses, evaluations, samples, and folders that transformers loads."""
 
-import json
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -173,16 +171,3 @@ def test_a_model_that_would_mix_packed_dialogues_is_trained_without(base, tmp_pa
     assert said not in capsys.readouterr().out
     asked, off = (read_lines(tmp_path / run / "metrics.jsonl") for run in ("asked", "off"))
     assert len(asked) == 2 and [row["loss"] for row in asked] == [row["loss"] for row in off]
-
-
-def test_a_loss_that_explodes_stops_the_run_before_the_step(base, tmp_path, capsys):
-    out = tmp_path / "out"
-    with pytest.raises(SystemExit) as stopped:
-        main(flags(base, out, explosion_limit=2))
-    assert stopped.value.code == 2
-    batch = out / "bad_batches" / "step_1.json"
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(r"error: the loss is [56].*--explosion_limit.*no step was made.*step 1, batch in", error)
-    rows = json.loads(batch.read_text())
-    assert sum(len(row["dialogues"]) for row in rows) == 4
-    assert not (out / "checkpoints").exists()

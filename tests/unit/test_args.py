@@ -20,7 +20,6 @@ from utils.flags.fields import default_of
 from utils.flags.help import explain, field_help, overview
 from utils.flags.other_names import OURS, explain_unknown
 from utils.flags.parser import changed_flags, entry_point, parse_args
-from utils.run.folder import run_description
 
 RELEASED_FLAGS = """
     --tokenizer_name_or_path X --policy_model_path X --critic_model_path X --model_save_path X --data_path X --seed 42
@@ -151,15 +150,6 @@ def test_mistakes_in_a_file_name_the_place(tmp_path):
             parsed("--config", str(file))
 
 
-def test_the_record_of_a_run_gives_its_flags(tmp_path):
-    config = parsed("--preset", "vanilla", "--train_steps", "20", "--lam", "0.9", "--reward_model_path", "A", "B")
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(run_description(config) | {"resumed_from_step": 0, "overwrite": True}))
-    again = parse_args(PPOConfig, ["--config", str(file)], PRESETS, AMOUNTS)
-    assert again == config and again.warmup_steps == 2 and not again.overwrite
-    assert "batch_size" not in again.given  # a default of that run may give way here too
-
-
 @pytest.mark.parametrize(
     ("flags", "name", "value", "explicit"),
     [
@@ -176,19 +166,6 @@ def test_defaults_give_way_and_explicit_values_are_refused(flags, name, value, e
     assert f"--{name} " in capsys.readouterr().out
     with pytest.raises(UserError, match=f"--{name}"):
         parsed(*flags.split(), f"--{name}", explicit)
-
-
-def test_defaults_give_way_to_few_prompts_and_short_windows():
-    config = parsed()
-    config.fit_prompts(11, world_size=2)
-    config.fit_window(300)
-    assert (config.num_rollouts, config.batch_size, config.maxlen_prompt, config.maxlen_res) == (10, 10, 300, 150)
-    config = parsed("--batch_size", "4", "--maxlen_prompt", "2048")
-    config.fit_prompts(11, world_size=2)
-    config.fit_window(300)
-    assert (config.num_rollouts, config.maxlen_prompt) == (8, 2048)  # the model refuses 2048 when it is loaded
-    with pytest.raises(UserError, match="--num_rollouts 128 needs more prompts than the 11"):
-        parsed("--num_rollouts", "128").fit_prompts(11, world_size=1)
 
 
 def test_changed_flags_give_the_same_config():

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import curves
 from experiments.claims import FIGURES
-from experiments.criteria import Claim, Criterion, collapses, of, stable
+from experiments.criteria import Claim, Criterion, of
 from experiments.curves import Run, gold_means, load_runs, read_run, save_run
 from experiments.gold import excess, gold, repetition
 from experiments.mutants import MUTANTS, copy_code
@@ -69,13 +69,6 @@ def test_verdicts():
     sound, unsure, wrong = (Criterion("", measure, above=bound) for bound in (1.0, 2.0, 2.5))
     assert Claim("", [sound, unsure]).evaluate(narrow) == "undecided"
     assert Claim("", [unsure, wrong, sound]).evaluate(narrow) == "refuted"
-
-
-def test_collapse_and_hold():
-    sunk = {"a": [run_of(seed=s, kl_ref=90.0 + s, gold=[0.2] * 10 + [-0.5 + s / 100] * 10) for s in range(3)]}
-    calm = {"a": [run_of(seed=s, kl_ref=5.0 + s / 10, gold=[0.2] * 10 + [0.3 + s / 100] * 10) for s in range(3)]}
-    assert Claim("", collapses("a")).evaluate(sunk) == Claim("", stable("a")).evaluate(calm) == "confirmed"
-    assert Claim("", collapses("a")).evaluate(calm) == Claim("", stable("a")).evaluate(sunk) == "refuted"
 
 
 def test_a_finished_run_is_read_in_bins(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from ppo.types import PromptBatch
 from reward.model import load_scalar_model, save_scalar_model
 from reward.scoring.ensemble import Encoding, Ensemble, Frozen, Member
 from reward.scoring.load import check_same_tokenizer, load_ensemble, reward_readers
-from tests.helpers.parts import PROMPTS, RESPONSES, ppo_config, rollout_by_hand, tiny_scalar_model
+from tests.helpers.parts import ppo_config, tiny_scalar_model
 from tests.helpers.tiny import VOCAB, tiny_llama_folder, tiny_tokenizer_folder
 from utils.errors import UserError
 from utils.tokenizer import load_tokenizer, save_tokenizer
@@ -105,14 +105,6 @@ def test_every_rank_does_as_many_forwards_on_the_detour(ours, other, batch, monk
     scores, _ = reward_scores(rollout, prompts, Ensemble([detour]), ours, 1000)
     assert len(calls) == 5 and {shape[0] for shape in calls[1:]} == {1}
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
-
-
-def test_a_response_cut_off_gets_an_eos_within_the_window():
-    rollout = rollout_by_hand()  # the third response is empty, the fourth was cut off: 5 + 8 tokens
-    whole = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES)]
-    end = TurnEnd((2,), 2)
-    assert closed_ids(rollout, end) == closed_ids(rollout, end, 14) == [*whole[:2], [*whole[2], 2], [*whole[3], 2]]
-    assert closed_ids(rollout, end, 13)[3] == [*whole[3][:-1], 2]
 
 
 def test_a_response_is_closed_as_the_template_ends_a_turn():

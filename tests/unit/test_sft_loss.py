@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sft.loss import answer_loss
-from utils.models.chunked_logprobs import head_logits, nll_and_hits, sum_nll
+from utils.models.chunked_logprobs import head_logits, sum_nll
 
 
 def case(batch: int = 3, length: int = 7, width: int = 8, vocab: int = 11):
@@ -38,15 +38,6 @@ def test_chunks_give_the_loss_and_gradient_of_a_plain_cross_entropy(chunk):
     assert sum_nll(hidden, sequences, mask, head, chunk=chunk).item() == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(ours.grad, theirs.grad)
     torch.testing.assert_close(our_weight_grad, head.weight.grad)
-
-
-def test_hits_are_the_tokens_that_were_the_likeliest():
-    # Logits are the states themselves: the first three rows favour pieces 1, 0 and 1; the tokens are 1, 1 and 1.
-    hidden = torch.tensor([[[0.0, 2.0], [3.0, 1.0], [0.0, 2.0], [9.0, 9.0]]])
-    mask = torch.tensor([[False, True, True, True]])
-    nll, hits = nll_and_hits(hidden, torch.tensor([[0, 1, 1, 1]]), mask, nn.Identity(), chunk=1)
-    assert hits.item() == 2
-    assert nll.item() == pytest.approx(2 * math.log(1 + math.exp(-2)) + math.log(1 + math.exp(2)), rel=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7])

@@ -70,13 +70,6 @@ def test_special_ids_of_a_bare_file_and_of_a_published_folder_with_empty_ones(ll
         assert ids == (0, 1, 2, 0) and len(tokenizer) == 32000
 
 
-def test_moss_zh_tags_get_the_published_ids(llama_model, tiny_model):
-    tags = ["<|Human|>", "<|MOSS|>"]
-    assert load_tokenizer(str(llama_model), "moss_zh").convert_tokens_to_ids(tags) == [32000, 32001]
-    assert load_tokenizer(str(tiny_model), "moss_zh").convert_tokens_to_ids(tags) == [1500, 1501]
-    assert tags[0] not in load_tokenizer(str(tiny_model), "moss_en").get_vocab()
-
-
 def test_recorded_added_tokens_keep_their_ids(tiny_model, tmp_path):
     shutil.copy(tiny_model, tmp_path / "tokenizer.model")
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|MOSS|>": 1501, "[PAD]": 1502, "<|Human|>": 1500}))
@@ -138,8 +131,6 @@ def test_check_vocabulary(tiny_model):
     assert check_vocabulary(tokenizer, 1502, "m") == 1502
     assert check_vocabulary(tokenizer, 1536, "m") == 1536  # a padded embedding stays
     assert check_vocabulary(tokenizer, 1500, "m") == 1502  # the tags resize it
-    with pytest.raises(UserError, match=r"policy \(--policy_model_path x\) has 1400 .*--tokenizer_name_or_path.* 99 "):
-        check_vocabulary(tokenizer, 1400, "policy (--policy_model_path x)")
 
 
 def test_hub_ids_and_paths():
