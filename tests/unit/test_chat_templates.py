@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from itertools import groupby
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from data.batching.collate import pad
 from data.chat import turn_end
 from data.choose_template import prepare_tokenizer
 from data.dialogues import Dialogue, encode_dialogues
+from data.formats.dialogue_forms import parse_turns
 from data.preferences import Pair, Preference
 from data.template import encode_dialogue, encode_prompt
 from ppo.decoding.sampling import Sampling
@@ -65,13 +67,8 @@ def settled(family: Family, folder):
 
 def stretches(tokenizer, ids: list[int], mask: list[bool]) -> list[str]:
     """The text of each run of True."""
-    found, before = [], False
-    for i, now in zip(ids, mask, strict=True):
-        if now:
-            found = found if before else [*found, []]
-            found[-1].append(i)
-        before = now
-    return [tokenizer.decode(run) for run in found]
+    runs = groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
+    return [tokenizer.decode([i for i, _ in run]) for inside, run in runs if inside]
 
 
 def test_prompt(family, tokenizer):
@@ -106,8 +103,7 @@ def test_each_answer_is_trained_on_once():
     kept = "(message.content if loop.last else message.content.split('</think>')[-1])"
     tokenizer.chat_template = tokenizer.chat_template.replace("message.content", kept)
     texts = ["One?", "A.", "Two?", "<think>x</think>B.", "Three?", "C."]
-    turns = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
-    found = encode_dialogues(tokenizer, [Dialogue(turns, "")], "chat", 256, str)
+    found = encode_dialogues(tokenizer, [Dialogue(parse_turns(texts), "")], "chat", 256, str)
     trained_on = [stretches(tokenizer, item.ids, item.answer_mask) for item in found]
     assert trained_on == [["A.<|im_end|>", "C.<|im_end|>"], ["<think>x</think>B.<|im_end|>"]]
 

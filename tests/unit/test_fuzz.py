@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import groupby
 
 import pytest
 from hypothesis import given
@@ -197,7 +198,7 @@ dialogues = st.tuples(st.booleans(), st.lists(contents, min_size=2, max_size=6))
 @pytest.fixture(scope="module", params=KINDS)
 def setting(request):
     kind, template = request.param.split()
-    fixture = {"llama": "llama_model", "tiny": "tiny_model", "chat": "chat_folder"}[kind]
+    fixture = {"llama": "llama_model", "chat": "chat_folder"}[kind]
     return load_tokenizer(str(request.getfixturevalue(fixture)), template), template
 
 
@@ -210,13 +211,8 @@ def turns_of(with_system: bool, contents: list[str]) -> list[dict]:
 
 def stretches(ids: list[int], mask: list[bool]) -> list[list[int]]:
     """Runs of True, as ids."""
-    found, inside = [], False
-    for i, now in zip(ids, mask, strict=True):
-        if now:
-            found = found if inside else [*found, []]
-            found[-1].append(i)
-        inside = now
-    return found
+    runs = groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
+    return [[i for i, _ in run] for inside, run in runs if inside]
 
 
 @fuzz_each

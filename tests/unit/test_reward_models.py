@@ -5,13 +5,14 @@ import torch
 
 import ppo.score
 from data.chat import TurnEnd
+from data.formats.dialogue_forms import parse_turns
 from data.template import encode_dialogue, encode_prompt
 from ppo.rollout import assemble
 from ppo.score import closed_ids, reward_scores
 from ppo.types import PromptBatch
 from reward.model import load_scalar_model, save_scalar_model
 from reward.scoring.ensemble import Encoding, Ensemble, Frozen, Member
-from reward.scoring.load import check_same_tokenizer, load_ensemble, reward_readers
+from reward.scoring.load import load_ensemble, reward_readers
 from tests.helpers.parts import ppo_config, tiny_scalar_model
 from tests.helpers.tiny import VOCAB, tiny_llama_folder, tiny_tokenizer_folder
 from utils.errors import UserError
@@ -41,15 +42,7 @@ def other(folder):
     return load_tokenizer(str(folder / "other"), "moss_en")
 
 
-TURNS = [
-    [{"role": "user", "content": "Why is the sky blue?"}],
-    [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello!"},
-        {"role": "user", "content": "Name a tree."},
-    ],
-    [{"role": "user", "content": "Count to five."}],
-]
+TURNS = [parse_turns(x) for x in (["Why is the sky blue?"], ["Hi", "Hello!", "Name a tree."], ["Count to five."])]
 ANSWERS = ["Because of the air.", "Oak, wren or carp", ""]
 ENDED = [True, False, True]
 
@@ -174,15 +167,8 @@ def test_who_reads_the_policys_ids_in_a_chat_template(tmp_path, chat_folder):
 
 
 def test_what_cannot_be_read_is_refused(tmp_path, folder, ours):
-    def refused(match: str, call, *arguments, **flags) -> None:
-        with pytest.raises(UserError, match=match):
-            call(*arguments, **flags)
-
     without = model_folder(tmp_path / "without")
     another = model_folder(tmp_path / "another", load_tokenizer(str(folder / "other")))
-    tokenizer = "reward_tokenizer_name_or_path"
-    refused(f"--reward_template chat: .*give --{tokenizer}", read_by, without, ours, reward_template="chat")
-    refused("^--reward_template chat: .*no chat template", read_by, another, ours, reward_template="chat")
-    refused(f"^--{tokenizer}: /nowhere does not exist", read_by, without, ours, **{tokenizer: "/nowhere"})
-    refused("--critic_model_path .*another.*--reward_model_path", check_same_tokenizer, another, "--critic_model_path",
-            ours, "moss_en")  # fmt: skip
+    for path, remedy in ((without, "give --reward_tokenizer_name_or_path"), (another, "no chat template")):
+        with pytest.raises(UserError, match=f"--reward_template chat: .*{remedy}"):
+            read_by(path, ours, reward_template="chat")
