@@ -3,8 +3,8 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from data.template import encode_dialogue, encode_prompt
 from merge_weight_en import RELEASE as ENGLISH
 from reward.model import last_scores, load_scalar_model, new_head_weight
 from tests.helpers.tiny import tiny_llama, tiny_tokenizer_folder
-from tests.helpers.tiny_run import REPOSITORY, SIZES, clean_environment, read_metrics, run_flags
+from tests.helpers.tiny_run import REPOSITORY, SIZES, as_argv, clean_environment, read_metrics, run_flags
 from tests.helpers.weights import load_folder, published_diff, save_folder
 from train_ppo import main
 from utils.tokenizer import load_tokenizer
@@ -49,8 +49,7 @@ def publish(folder: Path, weights: dict[str, torch.Tensor], config: dict, layout
     return folder
 
 
-@dataclass(frozen=True)
-class Trio:
+class Trio(NamedTuple):
     """Recovered folders, and the weights that they must hold."""
 
     folders: dict[str, Path]
@@ -71,9 +70,7 @@ def trio(tmp_path_factory) -> Trio:
         diff = published_diff(raw, weights)
         publish(place / name / "diff", diff, WRONG_IDS if name == "policy" else IDS, "zip")
         folders[name] = place / name / "recover"
-        expected[name] = {
-            key: (raw[key].float() + value.float() if "layers" in key else value.float()) for key, value in diff.items()
-        }
+        expected[name] = {k: x.float() + raw[k].float() if "layers" in k else x.float() for k, x in diff.items()}
     totals = {name: sum(v.double().sum().item() for v in w.values()) + ROTARY for name, w in expected.items()}
     release = Release(ENGLISH.base, totals | {"policy": None}, ENGLISH.template)
     for name in ("sft", "reward"):
@@ -83,17 +80,16 @@ def trio(tmp_path_factory) -> Trio:
 
 
 def command(place: Path, name: str, *more: str) -> list[str]:
-    paths = {"raw": place / "raw", "diff": place / name / "diff", "tuned": place / name / "recover"}
-    flags = [text for flag, path in paths.items() for text in (f"--path_{flag}", str(path))]
-    return ["recover", *flags, "--model_type", name, *more]
+    paths = {"path_raw": place / "raw", "path_diff": place / name / "diff", "path_tuned": place / name / "recover"}
+    return ["recover", *as_argv(paths | {"model_type": name}), *more]
 
 
 @pytest.fixture(scope="module")
 def by_script(trio):
     """The policy, recovered as a user does it; what the process said, and every module that it imported."""
     argv = [sys.executable, "-X", "importtime", "merge_weight_en.py", *command(trio.published, "policy")]
-    environment = clean_environment()
-    result = subprocess.run(argv, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=150)
+    options = {"cwd": REPOSITORY, "env": clean_environment(), "capture_output": True, "text": True}
+    result = subprocess.run(argv, **options, timeout=150)
     assert result.returncode == 0, result.stderr[-2000:]
     return result
 
