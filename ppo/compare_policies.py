@@ -13,8 +13,8 @@ from ppo.user_reward import call_reward_fn, load_reward_fn
 from reward.scoring.ensemble import Frozen
 from reward.scoring.load import load_ensemble, reward_readers
 from utils.engine.engine import DTYPES, InferenceEngine, device
-from utils.fast_dtype import settle_dtype
 from utils.models.load import check_window, load_causal_lm, window_at
+from utils.run.start import choose_dtype
 
 
 def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
@@ -24,7 +24,7 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     function, length, 1 where the response ended before --maxlen_res, its negative log-likelihood under its
     own policy and under BEFORE. Memory: two policies and the reward models.
     """
-    settle_dtype(config)
+    choose_dtype(config)
     named = [("--policies", path) for path in config.policies]
     tokenizer, template = prepare_tokenizer(config, config.tokenizer_name_or_path or config.policies[0], named, print)
     for flag, path in named:

@@ -33,7 +33,7 @@ sys.dont_write_bytecode = True
 ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = ("ppo/", "reward/", "sft/", "data/", "utils/", "train_ppo.py", "merge_")
 PACKAGES = ("pytest", "safetensors.torch", "transformers.models.llama.modeling_llama")
-PACKAGES += ("deepspeed.runtime.zero.muon.muon_optimizer",)  # takes seconds, as in tests/faults/kill.py
+PACKAGES += ("deepspeed.runtime.zero.muon.muon_optimizer",)  # takes seconds, as in tests/faults/scenarios.py
 LIMIT = 1800  # seconds that one call of pytest may take: the first one runs all tests that mutants name
 
 
@@ -254,9 +254,9 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "unit/test_args.py"),
     # Two ranks
     ("gradients averaged over ranks", "self.engine.backward(loss * world_size())", "self.engine.backward(loss)",
-     "distributed/test_sft_two_ranks.py"),
+     "distributed/test_engine_ranks.py::test_two_ranks_add_gradients_up_in_float32"),
     ("ranks' samples out of order", "gather_rows(rows)[order]", "gather_rows(rows)",
-     "distributed/test_reward_models_two_ranks.py"),
+     "distributed/test_two_ranks.py::test_several_reward_models_score_as_on_one_process"),
     ("one rank stops alone", "return max_ranks(self._asked or late, device)", "return self._asked or late",
      "faults/test_signals.py::test_a_signal_to_one_rank_stops_both_after_the_step"),
 )]

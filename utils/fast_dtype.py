@@ -9,8 +9,6 @@ import time
 import torch
 
 from utils.device import device as own_device
-from utils.distributed import any_rank, is_main
-from utils.flags.checks import choose
 
 SIZE, ROUNDS, TOLERANCE = 192, 3, 4.0  # of the matrices; the fastest counts; slower than float32 by this is slow
 
@@ -20,22 +18,6 @@ def fast_dtype(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if _seconds(torch.bfloat16) < TOLERANCE * _seconds(torch.float32) else "fp32"
-
-
-def settle_dtype(config) -> None:
-    """Sets --dtype auto to bf16 if all ranks multiply it fast, else to fp32; warns if bf16 was asked for and is slow.
-
-    Collective where a process group exists: afterwards all ranks have the same dtype.
-    """
-    if config.dtype == "fp32":
-        return
-    place = own_device()
-    name, is_slow = place.type.upper(), any_rank(fast_dtype(place) != "bf16", place)
-    if config.dtype == "auto":
-        reason = f"this {name} multiplies bf16 {'in software' if is_slow else 'fast'}"
-        choose(config, "dtype", "fp32" if is_slow else "bf16", reason)
-    elif is_slow and is_main():
-        print(f"warning: this {name} multiplies bf16 in software, many times slower than --dtype fp32", flush=True)
 
 
 def _seconds(dtype: torch.dtype) -> float:

@@ -16,8 +16,8 @@ from reward.scoring.ensemble import check_labels
 from reward.scoring.score_records import load_reward_model
 from utils.engine.engine import InferenceEngine
 from utils.errors import UserError
-from utils.fast_dtype import settle_dtype
 from utils.models.load import check_window, window_of
+from utils.run.start import choose_dtype
 
 FLAG = "--model"
 
@@ -43,7 +43,7 @@ def score_preferences(
     `preferences`. Raises UserError for folders that are not reward models, for labels of different meanings, for
     scores that are not finite, and if no preference fits.
     """
-    settle_dtype(config)
+    choose_dtype(config)
     check_labels(config.model, FLAG)
     models = [_scored(path, preferences, config, say) for path in config.model]
     common = set.intersection(*({item.place for item in scored.items} for scored in models))

@@ -21,8 +21,8 @@ from reward.win_rate import count_outcomes, render, wilson_interval
 from utils.distributed import gather_objects, is_main, rank, world_size
 from utils.engine.engine import DTYPES, device
 from utils.errors import UserError
-from utils.fast_dtype import settle_dtype
 from utils.models.load import model_folder, window_of
+from utils.run.start import choose_dtype
 
 Item = TypeVar("Item")
 TRUNCATED = "longer than a model's window (oldest turns dropped)"
@@ -44,7 +44,7 @@ def load_reward_model(
 
 def load_reward_models(config: ScoreConfig, say: Callable[[str], None]) -> list[Member]:
     """Returns the reward models of --model."""
-    settle_dtype(config)
+    choose_dtype(config)
     check_labels(config.model, "--model")
     members = []
     for path in config.model:

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, PreTrainedModel
 
@@ -72,6 +72,12 @@ class Case:
         """Without the special ids, of which some embeddings make zeros."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(3, self.plain.config.get_text_config().vocab_size, (length,), generator=generator)
+
+    @torch.no_grad()
+    def answers_loss(self) -> torch.Tensor:
+        """The plain loss of all answers, summed over their tokens."""
+        pairs = zip(self.rows, self.starts, strict=True)
+        return sum(-plain.logprobs_of(self.plain, row)[0][start - 1 :].sum() for row, start in pairs)
 
     def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(sequences, attention_mask, response_mask) of the rows, right-padded."""
@@ -167,21 +173,17 @@ def decoding(case: Case, policy, config) -> None:
 
 def sft(case: Case, scratch: Path) -> str:
     """sft.train's model: the loss of packed and of single dialogues."""
-    config = SFTConfig(context_truncate=MOST_TOKENS, **flags(case))
-    lm, layout = load_sft(config, case.tokenizer, lambda _: None)
+    lm, layout = load_sft(SFTConfig(**flags(case)), case.tokenizer, lambda _: None)
     model = AnswerModel(lm)
-    answers = [[i >= start for i in range(len(row))] for row, start in zip(case.rows, case.starts)]
     dialogues = [
-        EncodedDialogue(ids=row.tolist(), answer_mask=mask, source="") for row, mask in zip(case.rows, answers)
+        EncodedDialogue(ids=row.tolist(), answer_mask=[i >= start for i in range(len(row))], source="")
+        for row, start in zip(case.rows, case.starts)
     ]
     with torch.no_grad():
-        true = sum(
-            -plain.logprobs_of(case.plain, row)[0][start - 1 :].sum() for row, start in zip(case.rows, case.starts)
-        )
         for packed in (False, True)[: 1 + layout.packing]:
-            layout = Layout(packing=packed, flat=False, max_tokens=MOST_TOKENS)
-            loss = model(*layout.collate(layout.rows(dialogues, 1)))
-            near(f"loss{' of packed dialogues' * packed}", loss, true, SUM_TOLERANCE)
+            own = Layout(packing=packed, flat=False, max_tokens=MOST_TOKENS)
+            loss = model(*own.collate(own.rows(dialogues, 1)))
+            near(f"loss{' of packed dialogues' * packed}", loss, case.answers_loss(), SUM_TOLERANCE)
     causal(case)
     return "" if layout.packing else "not packed"
 
@@ -190,16 +192,13 @@ def sft(case: Case, scratch: Path) -> str:
 def causal(case: Case) -> None:
     """No token sees a later one: next-token losses are of a model that cannot read its targets."""
     row, half = case.rows[0], ROW_LENGTHS[0] // 2
-    near(
-        "logits without the tokens behind",
-        plain.logits_of(case.plain, row[:half]),
-        plain.logits_of(case.plain, row)[:half],
-    )
+    whole = plain.logits_of(case.plain, row)[:half]
+    near("logits without the tokens behind", plain.logits_of(case.plain, row[:half]), whole)
 
 
 def reward(case: Case, scratch: Path) -> None:
     """reward.train's model: a new head, every scalar; saved and loaded by transformers and by us."""
-    model = load_reward(reward_config(case, 0.0), case.tokenizer, lambda _: None)
+    model = load_reward(RewardConfig(**flags(case)), case.tokenizer, lambda _: None)
     backbone = plain.load_plain(case.folder, AutoModel)
     sequences, real, _ = case.padded()
     head = model.head.weight.float()[0]
@@ -217,34 +216,23 @@ def reward(case: Case, scratch: Path) -> None:
 
 def reward_lm(case: Case, scratch: Path) -> None:
     """reward.train's model with a language-model loss."""
-    model = load_reward(reward_config(case, 1.0), case.tokenizer, lambda _: None)
+    model = load_reward(RewardConfig(reward_lm_loss_factor=1.0, **flags(case)), case.tokenizer, lambda _: None)
     sequences, real, answer = case.padded()
     with torch.no_grad():
-        true = sum(
-            -plain.logprobs_of(case.plain, row)[0][start - 1 :].sum() for row, start in zip(case.rows, case.starts)
-        )
-        near("loss", model(sequences, real, answer)[1], true, SUM_TOLERANCE)
-
-
-def reward_config(case: Case, factor: float) -> RewardConfig:
-    """The flags of a small reward.train."""
-    return RewardConfig(reward_lm_loss_factor=factor, context_truncate=MOST_TOKENS, **flags(case))
+        near("loss", model(sequences, real, answer)[1], case.answers_loss(), SUM_TOLERANCE)
 
 
 def flags(case: Case) -> dict:
     """Those that both trainers share."""
-    return {"hf_model_name_or_path": str(case.folder), "data_path": ["D"], "dtype": "fp32"}
-
-
-def tensor_names(folder: Path) -> set[str]:
-    """Of all tensors in its safetensors files."""
-    return {name for file in folder.glob("*.safetensors") for name in safe_open(file, "pt").keys()}  # noqa: SIM118
+    folder = str(case.folder)
+    return {"hf_model_name_or_path": folder, "data_path": ["D"], "dtype": "fp32", "context_truncate": MOST_TOKENS}
 
 
 @torch.no_grad()
 def exported(case: Case, folder: Path) -> None:
     """The folder has the tensors and the logits of the source."""
-    if odd := tensor_names(case.folder) ^ tensor_names(folder):
+    before, after = (set().union(*map(load_file, x.glob("*.safetensors"))) for x in (case.folder, folder))
+    if odd := before ^ after:
         raise Wrong(f"export: {len(odd)} tensor names differ from the source's, as {min(odd)}")
     again = load_causal_lm(str(folder), torch.float32, CPU, None, case.tokenizer, lambda _: None)
     row = case.rows[0]

@@ -28,10 +28,7 @@ MOST_LAYERS = 6
 SIZES = [
     (r"(decoder_)?vocab_size(_per_layer_input)?", VOCAB),
     (r".*_vocab_size|.*_hash_byte_group_vocab", 16),
-    (
-        r"hidden_size(_global)?|d_model|n_embd|emb_dim|embedding_dim|embedding_size|word_embed_proj_dim|lru_width",
-        HIDDEN,
-    ),
+    (r"hidden_size(_global)?|d_model|n_embd|emb_dim|embedding_(dim|size)|word_embed_proj_dim|lru_width", HIDDEN),
     (r"hidden_size_per_layer_input|laurel_rank|.*_rank|.*lowrank", 16),
     (r"num_attention_heads|n_heads?|num_heads|attention_heads|.*coder_attention_heads|swa_num_attention_heads", 4),
     (r"num_(global_)?key_value_heads|num_kv_heads|swa_num_key_value_heads|num_query_groups", 2),
@@ -105,35 +102,25 @@ EXCEPTIONS["qwen4_exp"] = EXCEPTIONS["qwen4_exp_text"]
 
 # What people's checkpoints set that the defaults of their family leave out: name -> (family, changes).
 LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 48}
+LLAMA_3 = ROPE | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+PHI_3 = {"sliding_window": None, "rope_parameters": LONG_ROPE}
 VARIANTS: dict[str, tuple[str, dict]] = {
     "bert-encoder": ("bert", {"is_decoder": False}),
     "deepseek_v3-whole-query": ("deepseek_v3", {"q_lora_rank": None}),
     "falcon-alibi": ("falcon", {"alibi": True}),
     "falcon-new-decoder": ("falcon", {"new_decoder_architecture": True}),
-    "gemma4-experts": (
-        "gemma4_text",
-        {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
-    ),
+    "gemma4-experts": ("gemma4_text", {"enable_moe_block": True, "top_k_experts": 2} | EXPERTS),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
     "llama-dynamic": ("llama", {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 2.0}}),
     "llama-linear": ("llama", {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 2.0}}),
-    "llama-llama3": (
-        "llama",
-        {"rope_parameters": ROPE | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
-        | {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
-    ),
-    "llama-yarn": (
-        "llama",
-        {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
-    ),
+    "llama-llama3": ("llama", {"rope_parameters": LLAMA_3 | {"original_max_position_embeddings": 16}}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
     "mistral-whole": ("mistral", {"sliding_window": None}),
-    "phi3-longrope": (
-        "phi3", {"sliding_window": None, "original_max_position_embeddings": 64, "rope_parameters": LONG_ROPE}
-    ),
-    "phi3-longrope-beyond": (
-        "phi3", {"sliding_window": None, "original_max_position_embeddings": 32, "rope_parameters": LONG_ROPE}
-    ),
+    "phi3-longrope": ("phi3", PHI_3 | {"original_max_position_embeddings": 64}),
+    "phi3-longrope-beyond": ("phi3", PHI_3 | {"original_max_position_embeddings": 32}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}),
     "qwen3_moe-dense-layers": ("qwen3_moe", {"mlp_only_layers": [0], "norm_topk_prob": True}),
     "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),

@@ -6,6 +6,7 @@ import traceback
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -20,8 +21,7 @@ from utils.models.load import quiet_transformers
 KINDS = ("equal", "refused", "wrong", "not built")  # from good to bad, but for the last
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """Of one stage. text: how it ran where it is equal, else the refusal's line or the difference."""
 
     kind: str
@@ -50,12 +50,8 @@ class Outcome:
         """One line: the stages of this kind by what they say."""
         if self.kind in ("equal", "not built"):
             return f"{self.name} {self.kind}{': ' * bool(self.reason)}{self.reason}"
-        said: dict[str, list[str]] = {}
-        for stage, result in self.stages.items():
-            if result.kind == self.kind:
-                said.setdefault(result.text, []).append(stage)
-        parts = (f"{text} ({', '.join(stages)})" for text, stages in said.items())
-        return f"{self.name} {self.kind}: {'; '.join(parts)}"
+        said = [f"{result.text} ({stage})" for stage, result in self.stages.items() if result.kind == self.kind]
+        return f"{self.name} {self.kind}: {'; '.join(said)}"
 
 
 def check_family(name: str, scratch: Path) -> Outcome:
@@ -64,7 +60,12 @@ def check_family(name: str, scratch: Path) -> Outcome:
     init_distributed()
     with quiet_transformers():
         try:
-            case = build(name, folder / "source", critic_folder(scratch))
+            config = tiny_config(name)
+            if config.is_encoder_decoder:
+                raise NoDecoder("an encoder-decoder")
+            save_folder(config, folder / "source")
+            case = Case(folder / "source", critic_folder(scratch))
+            case.plain.eval()  # has transformers load it again
         except Exception as error:  # noqa: BLE001 - whatever transformers has against it is the finding
             outcome.reason = f"{type(error).__name__}: {first_line(error)}".removeprefix("NoDecoder: ")
         else:
@@ -72,17 +73,6 @@ def check_family(name: str, scratch: Path) -> Outcome:
     shutil.rmtree(folder, ignore_errors=True)
     outcome.seconds = time.monotonic() - begin
     return outcome
-
-
-def build(name: str, folder: Path, critic: Path) -> Case:
-    """Saves a tiny model of the family, and has transformers load it again."""
-    config = tiny_config(name)
-    if config.is_encoder_decoder:
-        raise NoDecoder("an encoder-decoder")
-    save_folder(config, folder)
-    case = Case(folder, critic)
-    case.plain.eval()
-    return case
 
 
 @cache
@@ -103,20 +93,8 @@ def run(check, case: Case, folder: Path) -> Result:
         return Result("wrong", str(error))
     except Exception as error:  # noqa: BLE001 - as it says above
         place = traceback.extract_tb(error.__traceback__)[-1]
-        return Result(
-            "wrong", f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}: {first_line(error)}"
-        )
-
-
-def counts(outcomes: list[Outcome]) -> list[str]:
-    """Lines of how many are equal, refused, wrong and not built; over all stages, then for each."""
-
-    def line(kinds: list[str]) -> str:
-        return ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)
-
-    built = [outcome for outcome in outcomes if outcome.stages]
-    stages = [f"{stage}: {line([outcome.stages[stage].kind for outcome in built])}" for stage in STAGES]
-    return [f"{len(outcomes)} names: {line([outcome.kind for outcome in outcomes])}", *stages]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        return Result("wrong", f"{type(error).__name__} at {where}: {first_line(error)}")
 
 
 def first_line(error: Exception) -> str:

@@ -1,7 +1,6 @@
-"""Two ranks do what one process does: same metrics, same policy, same end."""
+"""train_ppo.py on two ranks does what it does on one: same metrics, same policy, same samples."""
 
 import json
-import re
 import time
 from pathlib import Path
 
@@ -10,8 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from tests.faults.scenarios import finished, run_cases
-from tests.helpers.ranks import launch
-from tests.helpers.tiny_run import read_lines, read_metrics, run_flags
+from tests.helpers.tiny_run import (
+    assert_close,
+    final_weights,
+    read_lines,
+    read_metrics,
+    run_flags,
+    tiny_reward_model,
+)
 from train_ppo import main
 
 START = time.time()
@@ -23,124 +28,91 @@ FLAGS = {
     "entropy_loss_weight": 0.1, "entropy_clip": 5, "use_ppo_pretrain_loss": True, "ppo_pretrain_loss_weight": 0.5,
     "ppo_pretrain_batch_size": 6, "missing_eos_penalty": 0.5,
 }  # fmt: skip
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "final" / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def one_process(inputs, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("one") / "run"
-    main(run_flags(inputs, out, ppo_pretrain_data_path=inputs.dialogues, **FLAGS))
-    return out
-
-
-ZERO_2 = {"zero_stage": 2}
-GATHERED = {"zero_stage": 3, "gather_for_generation": "always"}
+REWARDS = {"reward_ensemble": "mean_minus_std", "train_steps": 1, "micro_batch_tokens": 45, "maxlen_res": 16}
 TOGETHER = {"zero_stage": 3, "gather_for_generation": "never", "offload_frozen": True}
 BF16 = {"dtype": "bf16", "lr": 1e-3, "train_steps": 1}  # before a rounding can change what is sampled
 SETTINGS = {
-    "ZeRO-2": ZERO_2,
-    "gathered": GATHERED,
+    "ZeRO-2": {"zero_stage": 2},
+    "gathered": {"zero_stage": 3, "gather_for_generation": "always"},
     "together": TOGETHER,
     "together, measured": TOGETHER | {"reuse_sampler_logprobs": True},
+    # Logits come in pieces, and ranks have different numbers of tokens: each piece more would wait for ever.
     "small chunks": {"zero_stage": 3, "gradient_checkpoint": True, "fault": "small chunks"},
-    "small chunks, ZeRO-1": {"zero_stage": 1, "offload_frozen": True, "fault": "small chunks"},
-    "bf16, ZeRO-2": ZERO_2 | BF16,
-    "bf16, gathered": GATHERED | BF16,
+    "small chunks, ZeRO-1": {
+        "zero_stage": 1,
+        "offload_frozen": True,
+        "fault": "small chunks",
+    },  # of the reference alone
+    "bf16, ZeRO-2": {"zero_stage": 2} | BF16,
+    "bf16, gathered": {"zero_stage": 3, "gather_for_generation": "always"} | BF16,
 }
 
 
 @pytest.fixture(scope="module")
-def two_ranks(inputs, tmp_path_factory) -> dict[str, Path]:
-    """The folders of the finished runs by setting."""
+def rewards(inputs, tmp_path_factory) -> dict:
+    """Flags of an ensemble of two, of which one has a tokenizer of its own."""
+    other = tiny_reward_model(tmp_path_factory.mktemp("reward") / "other", vocab=370)
+    return REWARDS | {"reward_model_path": [inputs.reward, other]}
+
+
+@pytest.fixture(scope="module")
+def runs(inputs, rewards, tmp_path_factory) -> dict[str, Path]:
+    """Folders of the runs by setting; "alone" and "rewards alone" are those of one process."""
+    folder = tmp_path_factory.mktemp("runs")
+    main(run_flags(inputs, folder / "alone", ppo_pretrain_data_path=inputs.dialogues, **FLAGS))
+    main(run_flags(inputs, folder / "rewards alone", zero_stage=3, **rewards))
     own = {"num_eval_prompts": 3, "checkpoint_per_step": None, "keep_checkpoints": None}
     flags = own | FLAGS | {"ppo_pretrain_data_path": inputs.dialogues}
     cases = {name: flags | settings for name, settings in SETTINGS.items()}
-    return finished(run_cases(tmp_path_factory.mktemp("two"), inputs, cases))
+    cases |= {f"rewards {stage}": own | rewards | {"zero_stage": stage} for stage in (2, 3)}
+    return finished(run_cases(folder, inputs, cases)) | {x: folder / x for x in ("alone", "rewards alone")}
 
 
-@pytest.mark.parametrize("setting", ["ZeRO-2", "gathered"])
-def test_two_ranks_equal_one_process(one_process, two_ranks, inputs, setting):
+@pytest.mark.parametrize("setting", [name for name in SETTINGS if "bf16" not in name])
+def test_two_ranks_equal_one_process(runs, inputs, setting):
     """Measured over three steps: metrics differ by at most 9e-7 (gradient norms of 10 included), weights by 1e-6."""
-    out = two_ranks[setting]
-    rows, expected = read_metrics(out), read_metrics(one_process)
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    assert rows[0] == pytest.approx(expected[0], rel=1e-6, abs=1e-6)  # only the critic has moved
-    for row, one in zip(rows[1:], expected[1:], strict=True):
-        assert row == pytest.approx(one, rel=1e-5, abs=5e-6)
-    before, after, one = load_file(inputs.policy / "model.safetensors"), weights(out), weights(one_process)
+    out = runs[setting]
+    assert json.loads((out / "config.json").read_text())["world_size"] == 2
+    assert_close(out, runs["alone"])
+    first, expected = read_metrics(out)[0], read_metrics(runs["alone"])[0]
+    assert first == pytest.approx(expected, rel=1e-6, abs=1e-6)  # only the critic has moved
+    before, after, one = (
+        load_file(inputs.policy / "model.safetensors"),
+        final_weights(out),
+        final_weights(runs["alone"]),
+    )
     assert after.keys() == one.keys() == before.keys()
     for name, tensor in after.items():
         torch.testing.assert_close(tensor, one[name], rtol=0, atol=1e-5)
     assert max((one[name] - before[name]).abs().max() for name in one) > 1e-4  # what those 1e-5 are to be held against
-    config = json.loads((out / "config.json").read_text())
-    assert config["world_size"] == 2
-    for sample, one in zip(read_lines(out / "samples.jsonl"), read_lines(one_process / "samples.jsonl"), strict=True):
+    for sample, one in zip(read_lines(out / "samples.jsonl"), read_lines(runs["alone"] / "samples.jsonl"), strict=True):
         numbers = {name for name, value in one.items() if isinstance(value, float)}
         assert all(sample[name] == pytest.approx(one[name], rel=1e-5, abs=5e-6) for name in numbers)
         assert all(sample[name] == one[name] for name in one.keys() - numbers)
-    left = [file.name for file in Path("/dev/shm").glob("deepspeed*") if file.stat().st_mtime >= START]
-    assert not left, "DeepSpeed's shared memory outlives the run"
 
 
-def test_generating_together_equals_generating_with_gathered_weights(two_ranks):
-    gathered, together = two_ranks["gathered"], two_ranks["together"]
-    for row, expected in zip(read_metrics(together), read_metrics(gathered), strict=True):
-        assert row == pytest.approx(expected, rel=1e-5, abs=5e-6)
-    samples = [[row["answer"] for row in read_lines(out / "samples.jsonl")] for out in (gathered, together)]
-    assert samples[0] == samples[1]
-    for name, tensor in weights(together).items():
-        torch.testing.assert_close(tensor, weights(gathered)[name], rtol=0, atol=1e-5)
+def test_shared_memory_does_not_outlive_the_runs(runs):
+    assert not [file.name for file in Path("/dev/shm").glob("deepspeed*") if file.stat().st_mtime >= START]
 
 
-def test_the_samplers_own_logprobs_where_ranks_generate_together(one_process, two_ranks):
-    out = two_ranks["together, measured"]
-    for row, expected in zip(read_metrics(out), read_metrics(one_process), strict=True):
-        assert row == pytest.approx(expected, rel=1e-5, abs=5e-6)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_several_reward_models_score_as_on_one_process(runs, stage):
+    """Ranks plan different numbers of micro-batches, and other ones for the other tokenizer."""
+    assert read_metrics(runs["rewards alone"])[0]["eval_score_disagreement"] > 0
+    assert_close(runs[f"rewards {stage}"], runs["rewards alone"])
 
 
-@pytest.mark.parametrize("setting", ["small chunks", "small chunks, ZeRO-1"])
-def test_a_split_head_is_called_equally_often_on_every_rank(one_process, two_ranks, setting):
-    """Logits come in pieces, and ranks have different numbers of tokens: each piece more would wait for ever.
-
-    Under ZeRO-1 the reference alone is split.
-    """
-    for row, expected in zip(read_metrics(two_ranks[setting]), read_metrics(one_process), strict=True):
-        assert row == pytest.approx(expected, rel=1e-5, abs=5e-6)
-
-
-def test_a_score_that_is_not_finite_on_one_rank_stops_both(inputs, tmp_path):
-    out = tmp_path / "run"
-    function = f"{inputs.reward_file}:nan_for_rain"
-    result = launch(run_flags(inputs, out, reward_fn=function))
-    assert result.returncode != 0
-    assert "Traceback" not in result.stderr
-    for rank in (0, 1):
-        assert re.search(rf"error \[rank {rank}\]: the score of response \d of this step is not finite", result.stderr)
-    assert re.search(
-        r"is not finite \(rank [01]\).*\[step 1, batch in .*bad_batches/step_1_1.safetensors\]", result.stderr
-    )
-    assert (out / "bad_batches" / "step_1_1.safetensors").exists()
-    assert {file.name for file in out.iterdir()} <= {"config.json", "tensorboard", "bad_batches"}
-
-
-def assert_equal_in_bf16(inputs, weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_equal_in_bf16(inputs, run: Path, expected: Path) -> None:
     """They went the same way. One that Adam moves by the sign of a gradient near 0 may have gone the other way."""
-    start = load_file(inputs.policy / "model.safetensors")
-    assert weights.keys() == expected.keys() == start.keys()
-    assert {x.dtype for x in weights.values()} == {torch.bfloat16}
-    parts = ([x[name].float().flatten() for name in start] for x in (weights, expected, start))
+    weights, start = final_weights(run), load_file(inputs.policy / "model.safetensors")
+    assert weights.keys() == start.keys() and {x.dtype for x in weights.values()} == {torch.bfloat16}
+    parts = ([x[name].float().flatten() for name in start] for x in (weights, final_weights(expected), start))
     whole, wanted, before = map(torch.cat, parts)
     assert (whole - wanted).norm() < 0.05 * (wanted - before).norm()
 
 
-def test_stages_export_the_same_policy_in_bf16_on_two_ranks(inputs, two_ranks):
-    assert_equal_in_bf16(inputs, weights(two_ranks["bf16, gathered"]), weights(two_ranks["bf16, ZeRO-2"]))
-
-
-def test_stages_export_the_same_policy_in_bf16_on_one(inputs, tmp_path):
+def test_stages_export_the_same_policy_in_bf16(inputs, runs, tmp_path):
+    assert_equal_in_bf16(inputs, runs["bf16, gathered"], runs["bf16, ZeRO-2"])
     for name, stage in (("expected", 2), ("run", 1)):
         main(run_flags(inputs, tmp_path / name, zero_stage=stage, **BF16))
-    assert_equal_in_bf16(inputs, weights(tmp_path / "run"), weights(tmp_path / "expected"))
+    assert_equal_in_bf16(inputs, tmp_path / "run", tmp_path / "expected")

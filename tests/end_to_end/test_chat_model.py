@@ -13,14 +13,11 @@ import reward.train
 import sft.train
 import train_ppo
 from tests.helpers.families import FAMILIES, family_config, family_tokenizer
-from tests.helpers.tiny_run import HELD_OUT, PROMPTS, as_argv, read_lines, run_flags, write_json
+from tests.helpers.tiny_run import PROMPTS, as_argv, fit_flags, read_lines, refusal, run_flags, write_json
 
 FAMILY = FAMILIES["ChatML, a base model's EOS"]
 SETTINGS = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05}
-SHOWN = r'first prompt as the model sees it: "<|im_start|>user\n'
-FIT = {
-    "dtype": "fp32", "train_steps": 1, "warmup_steps": 1, "batch_size": 4, "context_truncate": 128, "num_valid": 2,
-}  # fmt: skip
+FIT = {"train_steps": 1, "num_valid": 2}
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +39,6 @@ def data(tmp_path_factory):
     dialogues = [[prompt[0], f"Fine question {i}."] for i, prompt in enumerate(PROMPTS)]
     write_json(folder / "dialogues.json", dialogues)
     write_json(folder / "pairs.json", [{"prompt": q, "chosen": a, "rejected": "No."} for q, a in dialogues])
-    (folder / "prompts").mkdir()
-    write_json(folder / "prompts" / "train.json", PROMPTS)
-    write_json(folder / "prompts" / "valid.json", HELD_OUT)
     return folder
 
 
@@ -52,16 +46,15 @@ def data(tmp_path_factory):
 def judge(model, data, tmp_path_factory):
     """A reward model trained from it."""
     out = tmp_path_factory.mktemp("judge") / "run"
-    flags = FIT | {"hf_model_name_or_path": model, "data_path": data / "pairs.json", "model_save_path": out}
-    reward.train.main(as_argv(flags | {"reward_lm_loss_factor": 1}))
+    reward.train.main(fit_flags(model, data / "pairs.json", out, **FIT, reward_lm_loss_factor=1))
     return out / "final"
 
 
 def assert_chat(text: str) -> None:
     """The command has said which template, what ends an answer, and what the model sees."""
-    assert ": template chat, the tokenizer's own chat template (--template auto)\n" in text
+    assert ": template chat, the tokenizer's own chat template" in text
     assert "'<|im_end|>' (311: the template's end of a turn" in text and "'<|endoftext|>' (309: EOS" in text
-    assert SHOWN in text
+    assert r'first prompt as the model sees it: "<|im_start|>user\n' in text
 
 
 def assert_kept(folder, model) -> None:
@@ -74,8 +67,7 @@ def assert_kept(folder, model) -> None:
 
 
 def test_sft(model, data, tmp_path, capsys):
-    flags = {"hf_model_name_or_path": model, "data_path": data / "dialogues.json", "model_save_path": tmp_path / "run"}
-    sft.train.main(as_argv(FIT | flags | {"num_samples": 1}))
+    sft.train.main(fit_flags(model, data / "dialogues.json", tmp_path / "run", **FIT, num_samples=1))
     assert_chat(capsys.readouterr().out)
     assert_kept(tmp_path / "run" / "final", model)
     (row,) = read_lines(tmp_path / "run" / "samples.jsonl")
@@ -85,37 +77,26 @@ def test_sft(model, data, tmp_path, capsys):
 
 def test_reward_model(model, data, judge, capsys):
     assert AutoTokenizer.from_pretrained(judge).chat_template == AutoTokenizer.from_pretrained(model).chat_template
-    flags = {"model": judge, "data_path": data / "pairs.json", "dtype": "fp32"}
-    reward.evaluate.main(as_argv(flags))
+    reward.evaluate.main(as_argv({"model": judge, "data_path": data / "pairs.json", "dtype": "fp32"}))
     assert_chat(capsys.readouterr().out)
     reward.score.main(as_argv({"model": judge, "input": data / "dialogues.json", "dtype": "fp32"}))
     assert_chat(capsys.readouterr().err)
 
 
-def test_ppo_and_its_comparison(model, data, judge, inputs, tmp_path, capsys):
-    changes = {"policy_model_path": model, "critic_model_path": judge, "data_path": data / "prompts"}
-    train_ppo.main(run_flags(inputs, tmp_path / "run", **changes, train_steps=1, maxlen_prompt=120))
+def test_ppo_and_its_comparison(model, judge, inputs, tmp_path, capsys):
+    changes = {"policy_model_path": model, "critic_model_path": judge, "train_steps": 1, "maxlen_prompt": 120}
+    train_ppo.main(run_flags(inputs, tmp_path / "run", **changes))
     assert_chat(capsys.readouterr().out)
     assert_kept(tmp_path / "run" / "final", model)
     flags = {
-        "policies": [model, tmp_path / "run" / "final"], "reward_model_path": judge, "data_path": data / "prompts",
+        "policies": [model, tmp_path / "run" / "final"], "reward_model_path": judge, "data_path": inputs.prompts,
         "dtype": "fp32", "maxlen_prompt": 120, "maxlen_res": 12,
     }  # fmt: skip
     ppo.compare.main(as_argv(flags))
     assert_chat(capsys.readouterr().out)
 
 
-def test_models_of_two_templates_are_not_mixed(model, data, judge, inputs, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        train_ppo.main(run_flags(inputs, tmp_path / "run", critic_model_path=judge))  # the policy has no chat template
-    error = capsys.readouterr().err
-    assert f"error: --critic_model_path {judge} was trained with the template chat" in error
-    assert error.count("\n") == 1
+def test_models_of_two_templates_are_not_mixed(judge, inputs, tmp_path, capfd):
+    error = refusal(train_ppo.main, run_flags(inputs, tmp_path / "run", critic_model_path=judge), capfd)
+    assert f"--critic_model_path {judge} was trained with the template chat" in error  # the policy has none
     assert not (tmp_path / "run").exists()
-
-
-def test_a_source_without_settings_gets_ids_alone(inputs, tmp_path):
-    train_ppo.main(run_flags(inputs, tmp_path / "run", train_steps=1, num_eval_prompts=0))
-    generation = json.loads((tmp_path / "run" / "final" / "generation_config.json").read_text())
-    del generation["transformers_version"]
-    assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.helpers.tiny_run import read_lines, read_metrics, run_flags
+from tests.helpers.tiny_run import final_weights, read_lines, read_metrics, refusal, run_flags
 from train_ppo import main
 
 FLAGS = {"train_steps": 5, "checkpoint_per_step": 2, "num_eval_prompts": 0, "alarm_score_std": 1e-6}
@@ -19,22 +18,21 @@ ALIKE = """
 buffers = 0
 
 def vowels(prompts, answers):
+    global buffers
+    buffers += 1
     return [sum(letter in "aeiou" for letter in answer) / (1 + len(answer)) for answer in answers]
 
 def third(prompts, answers):
-    global buffers
-    buffers += 1
-    return [0.5 for _ in answers] if buffers == 3 else vowels(prompts, answers)
-
-def good_then_alike(prompts, answers):  # called for a step's buffer, then for its evaluation: step 3's, then step 4
-    global buffers
-    buffers += 1
-    return [9.0 for _ in answers] if buffers in (7, 8) else [x + 8 * (buffers == 6) for x in vowels(prompts, answers)]
+    scores = vowels(prompts, answers)
+    return [0.5 for _ in answers] if buffers == 3 else scores
 
 def from_third(prompts, answers):
-    global buffers
-    buffers += 1
-    return [0.5 for _ in answers] if buffers >= 3 else vowels(prompts, answers)
+    scores = vowels(prompts, answers)
+    return [0.5 for _ in answers] if buffers >= 3 else scores
+
+def good_then_alike(prompts, answers):  # called for a step's buffer, then for its evaluation: step 3's, then step 4
+    scores = vowels(prompts, answers)
+    return [9.0 for _ in answers] if buffers in (7, 8) else [x + 8 * (buffers == 6) for x in scores]
 """
 
 
@@ -43,14 +41,6 @@ def functions(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("functions") / "alike.py"
     file.write_text(ALIKE)
     return file
-
-
-def stopped(argv: list[str], capfd) -> str:
-    """The one line with which a run ended."""
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
-    return next(line for line in capfd.readouterr().err.splitlines() if line.startswith("error: "))
 
 
 def test_every_alarm_warns(inputs, tmp_path, capfd):
@@ -64,11 +54,17 @@ def test_every_alarm_warns(inputs, tmp_path, capfd):
 
 
 def test_an_alarm_stops_the_run_where_it_is_to(inputs, functions, tmp_path, capfd):
+    """At once, or after as many rollbacks as are allowed, or where there is no checkpoint to go back to."""
     out = tmp_path / "run"
-    error = stopped(run_flags(inputs, out, **FLAGS, reward_fn=f"{functions}:third", on_collapse="stop"), capfd)
-    assert re.search(r"step 3 looks like a collapse: score_std 0 is past --alarm_score_std 1e-06", error)
+    argv = run_flags(inputs, out, **FLAGS, reward_fn=f"{functions}:third", on_collapse="stop")
+    assert "step 3 looks like a collapse: score_std 0 is past --alarm_score_std 1e-06" in refusal(main, argv, capfd)
     assert [row["step"] for row in read_metrics(out)] == [1, 2, 3]
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_2"]
+    flags = FLAGS | {"reward_fn": f"{functions}:from_third", "on_collapse": "rollback"}
+    for every, rollbacks in ((2, 3), (4, 0)):
+        argv = run_flags(inputs, tmp_path / f"run{every}", **flags | {"checkpoint_per_step": every})
+        error = refusal(main, argv, capfd)
+        assert re.search(rf"step 3 looks like a collapse: .*--on_collapse rollback, {rollbacks} rollbacks", error)
 
 
 def change_state(checkpoint: Path, **changes) -> None:
@@ -86,29 +82,20 @@ def test_a_rollback_is_the_last_checkpoint_with_the_prompts_that_come_next(input
     main(run_flags(inputs, out, **FLAGS, reward_fn=f"{functions}:third", on_collapse="rollback"))
     text = capfd.readouterr().out
     assert "warning: step 3 looks like a collapse: score_std 0" in text
-    assert "back at step 2, rollback 1 of 3, with new prompts" in text
+    assert "back at step 2, rollback 1 of 3" in text
     assert [row["step"] for row in read_metrics(out)] == [1, 2, 3, 4, 5]
     assert sorted({row["step"] for row in read_lines(out / "samples.jsonl")}) == [1, 2, 3, 4, 5]
     assert json.loads((out / "checkpoints" / "step_4" / "state.json").read_text())["rollbacks"] == 1
 
-    other = tmp_path / "other"
+    other, expected = tmp_path / "other", tmp_path / "expected"
     flags = FLAGS | {"reward_fn": f"{functions}:vowels"}
     main(run_flags(inputs, other, **flags))
     assert read_metrics(other)[:2] == read_metrics(out)[:2]
     change_state(other / "checkpoints" / "step_2", next_place=3 * 8)  # passes over the buffer that rang
-    expected = tmp_path / "expected"
     main(run_flags(inputs, expected, **flags, resume=other / "checkpoints" / "step_2"))
     assert read_metrics(out)[2:] == read_metrics(expected)
-    weights, others = (load_file(run / "final" / "model.safetensors") for run in (out, expected))
+    weights, others = final_weights(out), final_weights(expected)
     assert all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
-
-
-def test_a_run_that_collapses_again_and_again_stops(inputs, functions, tmp_path, capfd):
-    flags = FLAGS | {"reward_fn": f"{functions}:from_third", "on_collapse": "rollback"}
-    error = stopped(run_flags(inputs, tmp_path / "run", **flags), capfd)
-    assert re.search(r"step 3 looks like a collapse: score_std 0 .*\(--on_collapse rollback, 3 rollbacks\)", error)
-    error = stopped(run_flags(inputs, tmp_path / "early", **flags | {"checkpoint_per_step": 4}), capfd)
-    assert "0 rollbacks" in error  # there is no checkpoint to go back to
 
 
 def test_a_collapse_is_never_the_best(inputs, functions, tmp_path, capfd):

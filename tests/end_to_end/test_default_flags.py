@@ -40,11 +40,11 @@ def test_ppo_then_its_config_json_and_its_resume(inputs, tmp_path, capfd):
     for again in (argv, ["--config", str(run / "config.json")]):
         shutil.rmtree(run / "final")
         train_ppo.main(again)
-        assert f"going on from {run}/checkpoints/step_2" in capfd.readouterr().out
+        assert f"resuming from {run}/checkpoints/step_2" in capfd.readouterr().out
     with pytest.raises(SystemExit):
         shutil.rmtree(run / "final")
         train_ppo.main([*argv, "--maxlen_res", "99"])
-    assert "--maxlen_res 99 is not what" in capfd.readouterr().err
+    assert "--maxlen_res 99 differs from" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])

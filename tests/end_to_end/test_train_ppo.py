@@ -1,9 +1,7 @@
-"""A whole tiny run: what it writes, that it repeats, how it starts and how it is stopped."""
+"""A whole tiny run: what it writes, that it repeats, what leaves its numbers alone, how it is stopped."""
 
-import html
 import json
 import math
-import re
 import signal
 import subprocess
 import sys
@@ -14,11 +12,20 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import ppo.score
 from data.template import encode_prompt
-from ppo import report
-from tests.helpers.tiny_run import HELD_OUT, REPOSITORY, clean_environment, read_lines, read_metrics, run_flags
+from tests.helpers.tiny_run import (
+    HELD_OUT,
+    REPOSITORY,
+    assert_close,
+    clean_environment,
+    read_lines,
+    read_metrics,
+    run_flags,
+)
 from train_ppo import main
 from utils.engine.memory import device_room
+from utils.engine.state import same_weights
 from utils.tokenizer import load_tokenizer
 
 METRICS = {
@@ -38,44 +45,27 @@ def run(inputs, tmp_path_factory):
     return out
 
 
-def test_the_report_of_a_run(run):
-    report.main([str(run)])
-    page = (run / "report.html").read_text("utf-8")
-    rows = read_lines(run / "samples.jsonl")
-    assert all(f"<td>{html.escape(row['answer'])}</td><td>{row['score']}</td>" in page for row in rows[-12:])
-    assert (run / "curves.png").stat().st_size > 10_000
-
-
-def test_metrics_of_every_step(run):
+def test_metrics_samples_and_tensorboard(run):
     rows = read_lines(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
         assert row.keys() >= METRICS
         assert all(math.isfinite(row[name]) for name in METRICS)
-    assert rows[0]["kl_ref"] == 0.0  # the first responses come from the reference itself
+    assert rows[0]["kl_ref"] == 0.0 != rows[1]["kl_ref"]  # the first responses come from the reference itself
     assert rows[0]["perplexity"] == rows[0]["perplexity_ref"]
     assert rows[0]["lr_policy"] == 1e-4
     assert rows[1]["lr_policy"] == pytest.approx(1e-4 / math.sqrt(2))  # inverse square root after one step of warm-up
-    assert rows[1]["kl_ref"] != 0.0
     assert 0.0 < rows[0]["eos_fraction"] < 1.0  # the inputs are such that both endings occur
 
+    samples = read_lines(run / "samples.jsonl")
+    assert [row["step"] for row in samples if not row.get("held_out")] == [1] * 4 + [2] * 4
+    assert all(isinstance(row["answer"], str) and math.isfinite(row["score"]) for row in samples)
+    assert [row["prompt"] for row in samples if row.get("held_out")] == [question for (question,) in HELD_OUT] * 2
 
-def test_samples(run):
-    rows = read_lines(run / "samples.jsonl")
-    trained = [row for row in rows if not row.get("held_out")]
-    assert [row["step"] for row in trained] == [1] * 4 + [2] * 4
-    assert all(isinstance(row["answer"], str) and math.isfinite(row["score"]) for row in rows)
-    held_out = [row["prompt"] for row in rows if row.get("held_out")]
-    assert held_out == [question for (question,) in HELD_OUT] * 2
-
-
-def test_tensorboard_holds_the_same_numbers(run):
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    scalars = events.Scalars("score_mean")
-    assert [event.step for event in scalars] == [1, 2]
-    expected = [row["score_mean"] for row in read_lines(run / "metrics.jsonl")]
-    assert [event.value for event in scalars] == pytest.approx(expected, rel=1e-6)
+    scalars = {event.step: event.value for event in events.Scalars("score_mean")}
+    assert scalars == pytest.approx({row["step"]: row["score_mean"] for row in rows}, rel=1e-6)
     assert "samples/text_summary" in events.Tags()["tensors"]
 
 
@@ -83,31 +73,25 @@ def test_tensorboard_holds_the_same_numbers(run):
 def test_exported_folders_load_elsewhere(run, inputs, name):
     model = AutoModelForCausalLM.from_pretrained(run / name)
     before = AutoModelForCausalLM.from_pretrained(inputs.policy)
-    assert model.generation_config.eos_token_id == 2
-    assert model.generation_config.bos_token_id == 1
-    generation = model.generation_config  # nothing of the run's own --maxlen_res, nor of its evaluations
-    sampling = (generation.max_new_tokens, generation.temperature, generation.top_p, generation.repetition_penalty)
-    assert sampling == (None, None, None, None)
+    settings = model.generation_config  # nothing of the run's own --maxlen_res, nor of its evaluations
+    assert (settings.eos_token_id, settings.bos_token_id, settings.max_new_tokens) == (2, 1, None)
+    assert settings.temperature is settings.top_p is settings.repetition_penalty is None
     assert model.dtype == before.dtype
     moved = (model.lm_head.weight - before.lm_head.weight).abs().max()
     assert 0.0 < moved < 1e-3  # Adam's steps are about the learning rate: four of 1e-4
-    tokenizer = AutoTokenizer.from_pretrained(run / name)
-    ours = load_tokenizer(str(inputs.policy), "moss_en")
+    tokenizer, ours = AutoTokenizer.from_pretrained(run / name), load_tokenizer(str(inputs.policy), "moss_en")
     text = "How do I bake  bread? 你好 🙂"
     assert tokenizer(text, add_special_tokens=False).input_ids == ours(text, add_special_tokens=False).input_ids
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
-    turns = [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": ":)"},
-        {"role": "user", "content": "?"},
-    ]
+    roles = ("user", "assistant", "user")
+    turns = [{"role": role, "content": text} for role, text in zip(roles, ("Hi", ":)", "?"), strict=True)]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     assert prompt == encode_prompt(ours, turns, "moss_en")
     assert not list(run.glob("*.partial"))
 
 
 def test_a_seed_repeats_the_run_and_another_does_not(run, inputs, tmp_path):
-    main(run_flags(inputs, tmp_path / "again"))
+    main(run_flags(inputs, tmp_path / "again", train_steps=1, seed=8))
+    main(run_flags(inputs, tmp_path / "again", overwrite=True))  # nothing of the earlier run is left
     main(run_flags(inputs, tmp_path / "other", seed=8))
     assert read_metrics(tmp_path / "again") == read_metrics(run)
     assert read_metrics(tmp_path / "other")[0]["score_mean"] != read_metrics(run)[0]["score_mean"]
@@ -118,18 +102,36 @@ def test_a_seed_repeats_the_run_and_another_does_not(run, inputs, tmp_path):
     "changes",
     [
         {"rollout_batch_size": 8, "micro_batch_tokens": 4000},
-        {"gradient_checkpoint": True},
         {"rollout_batch_size": "auto", "gradient_checkpoint": "auto"},
         {"offload_frozen": True},
         {"zero_stage": 0},
         {"zero_stage": 1},
+        {"reuse_sampler_logprobs": True},
+        {"compile": True, "gradient_checkpoint": True},
     ],
     ids=str,
 )
 def test_what_changes_speed_and_memory_changes_no_number(run, inputs, tmp_path, changes):
+    torch._dynamo.reset()
     main(run_flags(inputs, tmp_path / "run", **changes))
-    for row, expected in zip(read_metrics(tmp_path / "run"), read_metrics(run), strict=True):
-        assert row == pytest.approx(expected, rel=1e-4, abs=2e-5)
+    assert_close(tmp_path / "run", run, rel=1e-4, abs=1e-4 if "compile" in changes else 2e-5)
+    if changes.keys() & {"compile", "reuse_sampler_logprobs"}:
+        assert read_metrics(tmp_path / "run") != read_metrics(run)  # else they were not on
+
+
+def test_one_pass_for_policy_and_reference_while_they_are_the_same(inputs, tmp_path, monkeypatch):
+    """In the critic's own step, its evaluation, and the first of the policy's."""
+    asked = []
+
+    def never(policy, reference):
+        asked.append(same_weights(policy, reference))
+        return False
+
+    main(run_flags(inputs, tmp_path / "one", critic_pretrain_steps=1))
+    monkeypatch.setattr(ppo.score, "same_weights", never)
+    main(run_flags(inputs, tmp_path / "two", critic_pretrain_steps=1))
+    assert read_metrics(tmp_path / "one") == read_metrics(tmp_path / "two")
+    assert asked == [True, True, True, False, False, False]  # a step and its evaluation, three times
 
 
 @pytest.mark.gpu
@@ -138,38 +140,15 @@ def test_sizes_come_from_the_memory_of_a_gpu(run, inputs, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "--rollout_batch_size auto: 8 sequences are decoded at once on each GPU" in printed  # a slot for each prompt
     assert printed.count("recomputes 0 of 2 layers") == 2
-    for row, expected in zip(read_metrics(tmp_path / "run"), read_metrics(run), strict=True):
-        assert row == pytest.approx(expected, rel=1e-4, abs=2e-5)
+    assert_close(tmp_path / "run", run, rel=1e-4, abs=2e-5)
     assert 0 < device_room() < 0.9 * torch.cuda.get_device_properties(0).total_memory
 
 
-def test_overwrite_leaves_nothing_of_the_earlier_run(inputs, tmp_path):
-    out = tmp_path / "run"
-    main(run_flags(inputs, out))
-    main(run_flags(inputs, out, train_steps=1, overwrite=True))
-    assert [row["step"] for row in read_metrics(out)] == [1]
-
-
-def test_as_a_user_types_it(run, inputs, tmp_path):
-    command = [sys.executable, "train_ppo.py", *run_flags(inputs, tmp_path / "run")]
-    result = subprocess.run(
-        command, cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True, timeout=150
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "Traceback" not in result.stderr
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["argv"] == command[1:]
-    assert "--maxlen_res 12" in result.stdout and "--temperature" not in result.stdout
-    for row, expected in zip(read_metrics(tmp_path / "run"), read_metrics(run), strict=True):
-        assert row == pytest.approx(expected, rel=1e-4, abs=2e-5)
-
-
 @pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
-def test_a_signal_saves_after_the_step_and_leaves_no_debris(inputs, tmp_path, number, code, name):
-    out = tmp_path / "run"
+def test_a_signal_to_a_command_saves_after_the_step_and_leaves_no_debris(inputs, tmp_path, number, code, name):
+    out, pipes = tmp_path / "run", {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, "train_ppo.py", *run_flags(inputs, out, train_steps=100000)]
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=clean_environment(), **pipes)
     try:
         deadline = time.monotonic() + 120
         while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
@@ -179,28 +158,18 @@ def test_a_signal_saves_after_the_step_and_leaves_no_debris(inputs, tmp_path, nu
     finally:
         process.kill()
     assert process.returncode == code
-    assert "stopping at the end of this step" in stderr
-    assert "Traceback" not in stderr
+    assert "stopping at the end of this step" in stderr and "Traceback" not in stderr
     steps = len(read_metrics(out))
     assert f"stopped by {name} after step {steps}; the same command resumes" in stdout
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step_{steps}"]
     written = {path.name for path in out.iterdir()}
     assert written <= {"config.json", "metrics.jsonl", "samples.jsonl", "tensorboard", "best", "checkpoints"}
-
-
-def test_out_of_time_saves_and_says_so_by_its_code(inputs, tmp_path):
-    out = tmp_path / "run"
-    with pytest.raises(SystemExit) as stopped:
-        main(run_flags(inputs, out, train_steps=5, max_hours=1e-9))
-    assert stopped.value.code == 75
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_1"]
-    assert not (out / "final").exists()
+    assert json.loads((out / "config.json").read_text())["argv"] == command[1:]
+    assert "--maxlen_res 12" in stdout and "--temperature" not in stdout
 
 
 def test_out_of_time_after_the_last_step_is_a_finished_run(inputs, tmp_path, capfd):
-    out = tmp_path / "run"
-    main(run_flags(inputs, out, train_steps=1, max_hours=1e-9))
-    assert (out / "final" / "model.safetensors").exists()
-    printed = capfd.readouterr().out
-    assert "stopped by" not in printed
-    assert re.search(r"step 1/1: score -?\d+\.\d\d, KL 0\.00, length \d+\.\d, ended \d+%, 0 s left ▁", printed)
+    """Else its code is 75: tests/end_to_end/test_resume.py."""
+    main(run_flags(inputs, tmp_path / "run", train_steps=1, max_hours=1e-9))
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+    assert "stopped by" not in capfd.readouterr().out

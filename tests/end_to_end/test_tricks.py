@@ -5,13 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ppo.run
-from tests.helpers.tiny_run import HELD_OUT, read_lines, read_metrics, run_flags, write_json
+from tests.helpers.tiny_run import final_weights, read_lines, read_metrics, run_flags, write_json
 from train_ppo import main
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ bos_token if loop.first }}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +58,6 @@ def test_each_switch_moves_its_number(run_with, changes, moved):
     assert rows[0]["score_mean"] == baseline[0]["score_mean"]  # the first responses are the same
 
 
-def test_an_entropy_below_the_clip_only_gets_the_bonus(run_with):
-    """Every token of the tiny policy has less than 5.9 nats: that clip changes nothing, one of 0.01 stops the push."""
-    unclipped = run_with(use_entropy_loss=True, entropy_loss_weight=1)
-    assert run_with(use_entropy_loss=True, entropy_loss_weight=1, entropy_clip=5.9) == unclipped
-    stopped = run_with(use_entropy_loss=True, entropy_loss_weight=1, entropy_clip=1e-6)
-    assert all_of(stopped, "grad_norm_policy") == pytest.approx(all_of(run_with(), "grad_norm_policy"), rel=1e-4)
-
-
 def test_vanilla_is_all_switches_off(run_with):
     flags = ("use_reward_scaling", "use_reward_norm", "use_reward_clip", "use_critic_loss_clip", "use_advantage_norm")
     by_hand = run_with(**dict.fromkeys(flags, "false"), kl_penalty_weight=0, gradient_clip=0)
@@ -79,31 +66,25 @@ def test_vanilla_is_all_switches_off(run_with):
 
 def test_evaluation_samples_as_the_paper_does_whatever_training_does(inputs, tmp_path):
     """Trap 6: other sampling flags give other answers in training, and the same ones in the evaluation."""
-    rows, answers = [], []
+    evaluated, answers = [], []
     for flags in ({}, {"temperature": 0.5, "topp": 0.5, "repetition_penalty": 1.5}):
-        out = tmp_path / f"run{len(rows)}"
+        out = tmp_path / f"run{len(answers)}"
         main(run_flags(inputs, out, critic_pretrain_steps=1, train_steps=1, **flags))
-        rows.append({name: x for name, x in read_metrics(out)[0].items() if name.startswith("eval_")})
+        evaluated.append({name: x for name, x in read_metrics(out)[0].items() if name.startswith("eval_")})
         samples = [row for row in read_lines(out / "samples.jsonl") if row["step"] == 1]
-        answers.append(
-            [[row["answer"] for row in samples if row.get("held_out", False) is part] for part in (False, True)]
-        )
-    assert rows[0] == rows[1]
-    (trained, held_out), (other_trained, other_held_out) = answers
-    assert held_out == other_held_out and trained != other_trained
+        answers.append([[row["answer"] for row in samples if bool(row.get("held_out")) is x] for x in (False, True)])
+    assert evaluated[0] == evaluated[1]
+    assert answers[0][0] != answers[1][0] and answers[0][1] == answers[1][1]
 
 
 def test_critic_pretraining_leaves_the_policy_alone(inputs, tmp_path):
-    out = tmp_path / "run"
-    main(run_flags(inputs, out, critic_pretrain_steps=2, train_steps=1, best_max_kl=0))
-    rows = read_metrics(out)
-    assert [row["lr_policy"] for row in rows] == [0.0, 0.0, 1e-4]
+    main(run_flags(inputs, tmp_path / "run", critic_pretrain_steps=2, train_steps=1, best_max_kl=0))
+    rows = read_metrics(tmp_path / "run")
+    assert all_of(rows, "lr_policy") == [0.0, 0.0, 1e-4]
     assert "policy_loss" not in rows[0]
-    assert all(row["grad_norm_critic"] > 0 for row in rows)
-    for row in rows[:2]:
-        assert row["kl_ref"] == row["eval_kl_ref"] == 0.0
-    assert rows[2]["eval_kl_ref"] != 0.0
-    assert rows[2]["kl_ref"] == 0.0  # its responses were sampled before the first step of the policy
+    assert min(all_of(rows, "grad_norm_critic")) > 0
+    assert all_of(rows, "kl_ref") == [0.0] * 3  # those of the third were sampled before the policy's first step
+    assert all_of(rows[:2], "eval_kl_ref") == [0.0] * 2 and rows[2]["eval_kl_ref"] != 0.0
 
 
 def test_reward_function_alone_and_with_a_reward_model(inputs, run_with):
@@ -114,14 +95,6 @@ def test_reward_function_alone_and_with_a_reward_model(inputs, run_with):
     assert both["score_mean"] == pytest.approx(alone["score_mean"] + model["score_mean"], abs=1e-5)
 
 
-def test_pretraining_loss_joins_the_policy_step(inputs, run_with):
-    flags = {"ppo_pretrain_data_path": inputs.dialogues, "ppo_pretrain_batch_size": 4}
-    ptx = run_with(use_ppo_pretrain_loss=True, ppo_pretrain_loss_weight=1, **flags)
-    assert ptx[0]["pretrain_loss"] > 1.0  # nats a token of a random model
-    assert ptx[0]["grad_norm_policy"] != pytest.approx(run_with()[0]["grad_norm_policy"], rel=1e-3)
-    assert ptx[0]["value_loss"] == run_with()[0]["value_loss"]  # the critic has no part in it
-
-
 def test_chinese_tags_resize_the_embedding(inputs, tmp_path, capsys):
     out = tmp_path / "run"
     prompts = write_json(tmp_path / "prompts.json", [["你好"], ["今天天气怎么样?"], ["讲一个故事"], ["再见"]] * 3)
@@ -130,20 +103,6 @@ def test_chinese_tags_resize_the_embedding(inputs, tmp_path, capsys):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out / "final"), AutoTokenizer.from_pretrained(out / "final")
     assert model.get_input_embeddings().weight.shape == (402, 32)
     assert tokenizer.convert_tokens_to_ids(["<|Human|>", "<|MOSS|>"]) == [400, 401]
-
-
-def test_chat_template(inputs, tmp_path):
-    settings = tmp_path / "tokenizer"
-    settings.mkdir()
-    (settings / "tokenizer.model").write_bytes((inputs.policy / "tokenizer.model").read_bytes())
-    write_json(settings / "tokenizer_config.json", {"chat_template": CHAT_TEMPLATE})
-    out = tmp_path / "run"
-    main(run_flags(inputs, out, template="chat", tokenizer_name_or_path=settings))
-    tokenizer = AutoTokenizer.from_pretrained(out / "final")
-    turns = [{"role": "user", "content": HELD_OUT[0][0]}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert text == "<s>user: What is a good name for a cat?</s>assistant:"
-    assert len(read_lines(out / "metrics.jsonl")) == 2
 
 
 def test_best_is_the_policy_that_the_rule_names(inputs, tmp_path, capsys, monkeypatch):
@@ -158,14 +117,13 @@ def test_best_is_the_policy_that_the_rule_names(inputs, tmp_path, capsys, monkey
         metrics, rows = measure(*args)
         return metrics | dict(zip(("score_mean", "kl_ref"), next(judged), strict=True)), rows
 
-    def weights(run: str) -> torch.Tensor:
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / run)
-        return torch.cat([x.flatten() for x in model.state_dict().values()])
+    def weights(run: str, name: str) -> torch.Tensor:
+        return torch.cat([x.flatten() for x in final_weights(tmp_path / run, name).values()])
 
     flags = {"alarm_kl": 0, "alarm_perplexity": 0}
     main(run_flags(inputs, tmp_path / "three", train_steps=3, **flags))
     monkeypatch.setattr(ppo.run, "evaluate", evaluate)
     main(run_flags(inputs, tmp_path / "four", train_steps=4, best_max_kl=5.8, **flags))
     assert "best/ = highest eval_score_mean with eval_kl_ref of at most 5.8 nats" in capsys.readouterr().out
-    assert torch.equal(weights("four/best"), weights("three/final"))
-    assert not torch.equal(weights("four/best"), weights("four/final"))
+    assert torch.equal(weights("four", "best"), weights("three", "final"))
+    assert not torch.equal(weights("four", "best"), weights("four", "final"))

@@ -1,21 +1,24 @@
 """What can befall a run: functions that are called in each of its processes with its rank, before it begins."""
 
+import itertools
 import os
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
+import ppo.build
 import ppo.decoding.scheduler
 import ppo.models
+import ppo.rollout
 import ppo.score
 import ppo.update
 import utils.run.checkpoint
-from tests.faults.kill import PHASES, at_call, once_loaded
 from utils.engine.engine import TrainEngine
 from utils.run.checkpoint import CheckpointWriter
 from utils.run.stop_signal import GRACE
@@ -24,24 +27,70 @@ VICTIM = 1  # the rank that faults happen to
 NAN = float("nan")
 Fault = Callable[[int], None]
 
+# Phase -> what to count calls of, and at which of them, at most, a kill comes (within about four steps).
+PHASES = {
+    "rollout": (ppo.decoding.scheduler.Decoder, "_free_ended", 60),
+    "scoring": (ppo.score, "_by_batch", 12),
+    "update": (TrainEngine, "apply", 16),
+    "saving": (os, "fsync", 24),  # of files by a thread, of the folder that then gets its name by the main thread
+}
 
-def bad_minibatch(function: str, loss: str, objective: Callable[[Callable], Callable]) -> Fault:
-    """In the fourth minibatch (the second of step 2), which `function` works on, one rank's loss is another.
+
+def nothing(*_) -> None:
+    """No fault."""
+
+
+def before_calls(owner, name: str, acts: dict[int, Callable[[], None]]) -> None:
+    """The n-th call of a function begins with acts[n]()."""
+    function, numbers = getattr(owner, name), itertools.count(1)
+
+    def counted(*args, **kwargs):
+        acts.get(next(numbers), nothing)()
+        return function(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def send(number: int) -> None:
+    """A signal to this process."""
+    os.kill(os.getpid(), number)
+
+
+def once_loaded(install: Callable[[], None]) -> None:
+    """Calls `install` when the run has its models: before that the policy is decoded too, to see if it can be."""
+    load = ppo.build.load_models
+
+    def loaded(*args):
+        models = load(*args)
+        install()
+        return models
+
+    ppo.build.load_models = loaded
+
+
+def at_call(victim: int, phase: str, calls: int, number: int = signal.SIGKILL) -> Fault:
+    """On the rank `victim`, that call of this phase begins with this signal to itself."""
+    install = partial(before_calls, *PHASES[phase][:2], {calls: partial(send, number)})
+
+    def begin(rank: int) -> None:
+        if rank == victim:
+            once_loaded(install) if phase == "rollout" else install()
+
+    return begin
+
+
+def bad_minibatch(function: str, loss: str, spoil: Callable[[Callable], Callable]) -> Fault:
+    """In the fourth minibatch (the second of step 2), which `function` works on, the victim's loss is spoilt.
 
     All ranks compare the weights before and after steps that are not made.
     """
-    backward, good, calls = getattr(ppo.update, function), getattr(ppo.update, loss), 0
-
-    def counted(*args):
-        nonlocal calls
-        calls += 1
-        setattr(ppo.update, loss, objective(good) if calls == 4 else good)
-        return backward(*args)
+    good = getattr(ppo.update, loss)
 
     def begin(rank: int) -> None:
         ppo.update.step_all = compared(ppo.update.step_all)
         if rank == VICTIM:
-            setattr(ppo.update, function, counted)
+            put = partial(setattr, ppo.update, loss)
+            before_calls(ppo.update, function, {4: partial(put, spoil(good)), 5: partial(put, good)})
 
     return begin
 
@@ -49,13 +98,12 @@ def bad_minibatch(function: str, loss: str, objective: Callable[[Callable], Call
 def compared(step_all: Callable) -> Callable:
     """Fails when a step that was not made has changed weights."""
 
-    def steps(learners, problem):
+    def steps(learners, problem=None):
         before = [learner.engine.full_state_dict() for learner in learners]
         norms, problem = step_all(learners, problem)
         if problem:
             for old, learner in zip(before, learners, strict=True):
-                for name, tensor in learner.engine.full_state_dict().items():
-                    assert torch.equal(tensor, old[name]), name
+                assert all(torch.equal(tensor, old[name]) for name, tensor in learner.engine.full_state_dict().items())
             print("weights compared: the same", flush=True)
         return norms, problem
 
@@ -63,44 +111,35 @@ def compared(step_all: Callable) -> Callable:
 
 
 def nan_loss(good: Callable) -> Callable:
-    """The loss is NaN."""
+    """The loss and what is reported of it is NaN."""
 
     def objective(*args):
         loss, sums = good(*args)
-        return loss * NAN, sums
+        return loss * NAN, sums | {"policy_loss": sums["policy_loss"] * NAN}
 
     return objective
 
 
-def nan_gradient(good: Callable) -> Callable:
-    """The loss is as it should be, and NaN flows back from it."""
+def nan_gradient(place: int) -> Callable[[Callable], Callable]:
+    """The loss is as it should be, and NaN flows back from it into its argument at `place`."""
 
-    def objective(part, logprobs, *args):
-        logprobs.register_hook(lambda gradient: gradient * NAN)
-        return good(part, logprobs, *args)
+    def spoil(good: Callable) -> Callable:
+        def objective(*args):
+            args[place].register_hook(lambda gradient: gradient * NAN)
+            return good(*args)
 
-    return objective
+        return objective
 
-
-def nan_value_gradient(good: Callable) -> Callable:
-    """The value loss is as it should be, and NaN flows back from it."""
-
-    def loss(values, *args):
-        values.register_hook(lambda gradient: gradient * NAN)
-        return good(values, *args)
-
-    return loss
+    return spoil
 
 
 def nan_score(rank: int) -> None:
     """In the second step one score of the victim's is NaN."""
-    score, calls = ppo.score.score, 0
+    score, numbers = ppo.score.score, itertools.count(1)
 
     def broken(*args):
-        nonlocal calls
-        calls += 1
         scores = score(*args)
-        if calls == 2:
+        if next(numbers) == 2:
             scores.scores[1] = NAN
         return scores
 
@@ -112,11 +151,8 @@ def empty_responses(rank: int) -> None:
     """All responses of the victim have no token, not even EOS."""
     run, sample = ppo.decoding.scheduler.Decoder.run, ppo.decoding.scheduler.sample
 
-    def empty(*args):
-        return [row[:0] for row in run(*args)]
-
     def install() -> None:
-        ppo.decoding.scheduler.Decoder.run = empty
+        ppo.decoding.scheduler.Decoder.run = lambda *args: [row[:0] for row in run(*args)]
         ppo.decoding.scheduler.sample = lambda logits, *args: torch.full_like(sample(logits, *args), 2)  # EOS at once
 
     if rank == VICTIM:
@@ -164,47 +200,26 @@ def disk_is_full(rank: int) -> None:
     CheckpointWriter.save = fills
 
 
-def two_signals(rank: int) -> None:
-    """SIGTERM in step 3, and again."""
-    step, calls = TrainEngine.step, 0
-
-    def signalled(*args):
-        nonlocal calls
-        calls += 1
-        if calls in (9, 10):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args)
-
-    TrainEngine.step = signalled
-
-
 def insistent_launcher(rank: int) -> None:
     """In step 3 the victim gets SIGTERM, once more at once, as when two launchers pass it on, and again much later."""
-    step, calls = TrainEngine.step, 0
 
-    def signalled(*args):
-        nonlocal calls
-        calls += 1
-        if calls == 9:
-            for pause in (0.0, 0.0, GRACE + 0.5):
-                time.sleep(pause)
-                print("SIGTERM", flush=True)
-                os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args)
+    def insist() -> None:
+        for pause in (0.0, 0.0, GRACE + 0.5):
+            time.sleep(pause)
+            print("SIGTERM", flush=True)
+            send(signal.SIGTERM)
 
     if rank == VICTIM:
-        TrainEngine.step = signalled
+        before_calls(TrainEngine, "apply", {9: insist})
 
 
-def slow_disk(rank: int, begin: Callable[[], None] = lambda: None) -> None:
+def slow_disk(rank: int, begin: Callable[[], None] = nothing) -> None:
     """The thread that writes a rank's files takes longer than a step; in the first checkpoint it calls `begin`."""
-    sync, calls = os.fsync, 0
+    sync, numbers = os.fsync, itertools.count(1)
 
     def slowly(handle: int) -> None:
-        nonlocal calls
         if threading.current_thread() is not threading.main_thread():
-            calls += 1
-            if calls == 1:
+            if next(numbers) == 1:
                 begin()
             time.sleep(0.7)
         sync(handle)
@@ -214,7 +229,7 @@ def slow_disk(rank: int, begin: Callable[[], None] = lambda: None) -> None:
 
 def signal_while_writing(rank: int) -> None:
     """SIGTERM to the victim while the first checkpoint is being written."""
-    slow_disk(rank, lambda: os.kill(os.getpid(), signal.SIGTERM) if rank == VICTIM else None)
+    slow_disk(rank, partial(send, signal.SIGTERM) if rank == VICTIM else nothing)
 
 
 def small_chunks(rank: int) -> None:
@@ -234,15 +249,8 @@ FAULTS = {
 }
 FAULTS |= {
     "NaN loss": bad_minibatch("policy_backward", "policy_objective", nan_loss),
-    "NaN gradient": bad_minibatch("policy_backward", "policy_objective", nan_gradient),
-    "NaN critic gradient": bad_minibatch("critic_backward", "value_loss", nan_value_gradient),
-    "NaN score": nan_score,
+    "NaN gradient": bad_minibatch("policy_backward", "policy_objective", nan_gradient(1)),
+    "NaN critic gradient": bad_minibatch("critic_backward", "value_loss", nan_gradient(0)),
 }
-FAULTS |= {
-    "empty responses": empty_responses,
-    "small chunks": small_chunks,
-    "no room": no_room,
-    "disk fills in a save": disk_fills_in_a_save,
-}
-FAULTS |= {"disk is full": disk_is_full, "two signals": two_signals, "insistent launcher": insistent_launcher}
-FAULTS |= {"slow disk": slow_disk, "signal while writing": signal_while_writing}
+_OTHERS = [nan_score, empty_responses, small_chunks, no_room, disk_fills_in_a_save, disk_is_full, insistent_launcher]
+FAULTS |= {fault.__name__.replace("_", " "): fault for fault in (*_OTHERS, slow_disk, signal_while_writing)}

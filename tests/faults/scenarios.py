@@ -2,37 +2,44 @@
 
     python -m tests.faults.scenarios CASES.json
 
-A case: {"module": with a `main`, "argv": for it, "ranks": 2, "fault": a name in FAULTS or null, "patience": seconds,
-"log": file}. Prints the exit codes of each as JSON.
+A case: "module" and "function", called with the words "argv" (main) or with these arguments (others); "ranks";
+"fault": a name in FAULTS, or the arguments of at_call; "patience": seconds; "log": file. Prints exit codes as JSON.
 """
 
 import importlib
 import json
 import os
-import subprocess
+import signal
 import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - takes seconds, which every engine in a fork would pay
 import torch
+from tqdm import tqdm
 
-from tests.faults.faults import FAULTS
-from tests.faults.kill import nothing, start, wait
-from tests.helpers.tiny_run import REPOSITORY, Inputs, clean_environment, run_flags
+from tests.faults.faults import FAULTS, Fault, at_call, nothing
+from tests.helpers.tiny_run import Inputs, run_flags, run_module
+from utils.launcher import free_port
 
-DEFAULTS = {"module": "train_ppo", "ranks": 2, "fault": None, "patience": 60}
+LIMIT = 300  # seconds for a run to come to its end
+DEFAULTS = {"module": "train_ppo", "function": "main", "ranks": 2, "fault": None, "patience": 60}
 SMALL = {"train_steps": 3, "checkpoint_per_step": 1, "keep_checkpoints": 3, "num_eval_prompts": 0}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a case left."""
+    """What a case left. codes: of its ranks, negative for signals; log: of all of them; out: the run's folder."""
 
-    codes: list[int]  # of both ranks, negative for signals
-    log: str  # of both
+    codes: list[int]
+    log: str
     out: Path
 
 
@@ -54,23 +61,68 @@ def run_forked(folder: Path, rows: dict[str, dict]) -> dict[str, Result]:
     """Name -> result. A row: "argv", and what differs from DEFAULTS. Packages are imported once for all of them."""
     cases = [DEFAULTS | row | {"log": str(folder / f"{name}.log".replace(" ", "_"))} for name, row in rows.items()]
     (folder / "cases.json").write_text(json.dumps(cases))
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.faults.scenarios", str(folder / "cases.json")],
-        cwd=REPOSITORY, env=clean_environment() | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True,
-        timeout=600,
-    )  # fmt: skip
+    result = run_module("tests.faults.scenarios", folder / "cases.json", timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
-    codes = json.loads(result.stdout.splitlines()[-1])
-    outs = (Path(case["argv"][case["argv"].index("--model_save_path") + 1]) for case in cases)
-    found = zip(rows, codes, cases, outs, strict=True)
-    return {name: Result(code, Path(case["log"]).read_text(), out) for name, code, case, out in found}
+    found = {}
+    for name, case, codes in zip(rows, cases, json.loads(result.stdout.splitlines()[-1]), strict=True):
+        argv = case["argv"]
+        out = Path(argv[argv.index("--model_save_path") + 1]) if case["function"] == "main" else folder
+        found[name] = Result(codes, Path(case["log"]).read_text(), out)
+    return found
 
 
 def finished(results: dict[str, Result]) -> dict[str, Path]:
-    """Name -> folder, of runs on two ranks. AssertionError unless all have come to their end."""
+    """Name -> folder. AssertionError unless all runs have come to their end on all ranks."""
     for name, result in results.items():
-        assert result.codes == [0, 0], f"{name}: {result.log[-3000:]}"
+        assert not any(result.codes), f"{name}: {result.codes}: {result.log[-3000:]}"
     return {name: result.out for name, result in results.items()}
+
+
+def start(run: Callable[[], None], ranks: int, log: Path, fault: Fault = nothing) -> list[int]:
+    """Forks a process per rank, each of which calls `fault` with its rank and then `run`. Returns their ids."""
+    port, children = free_port(), []
+    for rank in range(ranks):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        code = 1
+        try:
+            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(handle, 1)
+            os.dup2(handle, 2)
+            if ranks > 1:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            tqdm.set_lock(threading.RLock())  # its own is shared by forked processes: who is killed would keep it
+            fault(rank)
+            run()
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code
+        except BaseException:  # noqa: BLE001 - whatever it is, this process must not go on as the parent
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return children
+
+
+def wait(children: list[int], patience: float) -> list[int]:
+    """Exit codes, negative for signals. `patience` seconds after one has ended badly the others are killed."""
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + LIMIT
+    while len(codes) < len(children):
+        for child in set(children) - codes.keys():
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        if any(codes.values()):
+            deadline = min(deadline, time.monotonic() + patience)
+        if time.monotonic() > deadline:
+            for child in set(children) - codes.keys():
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[child] for child in children]
 
 
 def main() -> None:
@@ -78,9 +130,11 @@ def main() -> None:
     torch.set_num_threads(1)  # before the first tensor: a process that has threads must not be forked
     codes = []
     for case in json.loads(Path(sys.argv[1]).read_text()):
-        fault = FAULTS[case["fault"]] if case["fault"] else nothing
-        run = importlib.import_module(case["module"]).main
-        children = start(lambda run=run, argv=case["argv"]: run(argv), case["ranks"], Path(case["log"]), fault)
+        fault = case["fault"] or nothing
+        fault = FAULTS[fault] if isinstance(fault, str) else at_call(*fault) if isinstance(fault, list) else fault
+        run = getattr(importlib.import_module(case["module"]), case["function"])
+        words = [case["argv"]] if case["function"] == "main" else case["argv"]
+        children = start(lambda run=run, words=words: run(*words), case["ranks"], Path(case["log"]), fault)
         codes.append(wait(children, case["patience"]))
     print(json.dumps(codes))
 

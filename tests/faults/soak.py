@@ -1,27 +1,22 @@
-"""Thousands of steps of a tiny run, watched from outside:   python -m tests.faults.soak --steps 3000
+"""Thousands of steps of a tiny run, watched from its reward function:   python -m tests.faults.soak --steps 3000
 
-The real train_ppo.py in a process of its own, with evaluations and checkpoints on the way. Its resident memory, file
-descriptors, threads and the bytes of its TensorBoard file have to stay flat: after the first sixth, memory may grow by
-less than 1 %, descriptors and threads not at all, and a step may not write more than it did before.
+With evaluations and checkpoints on the way, resident memory, file descriptors, threads and the bytes of the TensorBoard
+file have to stay flat: after the first sixth, memory may grow by less than 1 %, descriptors and threads not at all, and
+a step may not write more than it did before.
 """
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from tests.helpers.tiny_run import REPOSITORY, build_inputs, clean_environment, run_flags
-
-if __name__ == "__main__":
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+from tests.helpers.tiny_run import Inputs, build_inputs, run_flags, run_module
 
 MEMORY_GROWTH = 0.01  # of the median, from the first samples after the warm-up to the last
-BOARD_GROWTH = 0.02  # of the bytes a step
+BOARD_GROWTH = 0.02  # of the bytes per step
 FLAGS = {
     "num_rollouts": 4, "batch_size": 4, "rollout_batch_size": 4, "maxlen_prompt": 48, "maxlen_res": 8, "num_samples": 1,
     "lr": 1e-6, "critic_lr": 1e-5, "warmup_steps": 10, "save_per_step": 100, "checkpoint_per_step": 100,
@@ -29,97 +24,48 @@ FLAGS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Sample:
-    """What a process holds after a step. memory, board: bytes."""
-
-    step: int
-    memory: int
-    descriptors: int
-    threads: int
-    board: int
-
-
-def sample(process: int, step: int, board: Path) -> Sample:
-    """Reads /proc. Raises OSError when the process has ended."""
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
-    descriptors = len(os.listdir(f"/proc/{process}/fd"))
-    size = sum(file.stat().st_size for file in board.glob("*"))
-    return Sample(step, 1024 * int(status["VmRSS"].split()[0]), descriptors, int(status["Threads"]), size)
+def watched(prompts, answers) -> list[float]:
+    """A reward function: a line of memory in KB, descriptors, threads and bytes goes to the file that SOAK names."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    board = sum(file.stat().st_size for file in Path(os.environ["SOAK"]).with_name("run").glob("tensorboard/*"))
+    numbers = status["VmRSS"].split()[0], len(os.listdir("/proc/self/fd")), int(status["Threads"]), board
+    with open(os.environ["SOAK"], "a") as file:
+        print(*numbers, file=file)
+    return [answer.count("e") / 8 for answer in answers]
 
 
-def watch(argv: list[str], out: Path, log: Path, every: int) -> list[Sample]:
-    """Runs train_ppo.py; a sample about every so many steps. AssertionError when it does not end well."""
-    samples, next_step = [], every
-    with log.open("w") as output:
-        run = subprocess.Popen(
-            [sys.executable, "train_ppo.py", *argv], cwd=REPOSITORY, env=clean_environment(), stdout=output,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    lines, step = None, 0
-    while run.poll() is None:
-        time.sleep(0.05)
-        if lines is None and (out / "metrics.jsonl").exists():
-            lines = (out / "metrics.jsonl").open("rb")
-        step += lines.read().count(b"\n") if lines else 0
-        if step >= next_step:
-            try:
-                samples.append(sample(run.pid, step, out / "tensorboard"))
-            except (OSError, KeyError):  # it has just ended
-                break
-            next_step = step - step % every + every
-    assert run.wait() == 0, f"exit code {run.returncode}: see {log}\n{log.read_text()[-3000:]}"
-    return samples
+def watch(inputs: Inputs, folder: Path, steps: int) -> list[tuple[int, ...]]:
+    """(memory, descriptors, threads, bytes) at each call of the reward function. AssertionError when a run fails."""
+    argv = run_flags(inputs, folder / "run", **FLAGS | {"train_steps": steps, "reward_fn": f"{__file__}:watched"})
+    result = run_module("train_ppo", *argv, timeout=36000, SOAK=str(folder / "samples"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [tuple(map(int, line.split())) for line in (folder / "samples").read_text().splitlines()]
 
 
-def problems(samples: list[Sample], steps: int) -> list[str]:
+def problems(samples: list[tuple[int, ...]]) -> list[str]:
     """What has grown between the first sixth of the run and its end."""
-    settled = [s for s in samples if s.step >= steps / 6]
+    settled = samples[len(samples) // 6 :]
     share = max(1, len(settled) // 10)
-    first, last = settled[:share], settled[-share:]
-    growth = median(s.memory for s in last) / median(s.memory for s in first) - 1
+    first, last = ([median(column) for column in zip(*part)] for part in (settled[:share], settled[-share:]))
+    growth = last[0] / first[0] - 1
     found = [f"resident memory grew by {growth:.2%}"] if growth >= MEMORY_GROWTH else []
-    for name in ("descriptors", "threads"):
-        before, after = (int(median(getattr(s, name) for s in part)) for part in (first, last))
-        found += [f"{name} grew from {before} to {after}"] if after > before else []
-    middle = settled[len(settled) // 2]
-    early, late = board_rate(settled[0], middle), board_rate(middle, settled[-1])
-    found += [f"TensorBoard: {early:.0f} bytes a step, then {late:.0f}"] if late > early * (1 + BOARD_GROWTH) else []
-    print(f"resident memory over the last {settled[-1].step - settled[0].step} steps: {growth:+.2%}; "
-          f"TensorBoard: {early:.0f} bytes a step, then {late:.0f}")  # fmt: skip
-    return found
-
-
-def board_rate(start: Sample, end: Sample) -> float:
-    """Bytes a step that went to TensorBoard between two samples."""
-    return (end.board - start.board) / (end.step - start.step)
-
-
-def table(samples: list[Sample], rows: int = 13) -> str:
-    """Some of the samples, evenly spread, the last one among them."""
-    chosen = {round(i * (len(samples) - 1) / (rows - 1)) for i in range(rows)}
-    lines = ["| step | resident memory, MB | descriptors | threads | TensorBoard, MB |", "|---|---|---|---|---|"]
-    for s in (samples[i] for i in sorted(chosen)):
-        lines.append(f"| {s.step} | {s.memory / 1e6:.2f} | {s.descriptors} | {s.threads} | {s.board / 1e6:.2f} |")
-    return "\n".join(lines)
+    names = zip(("descriptors", "threads"), first[1:], last[1:], strict=False)
+    found += [f"{name} grew from {before:.0f} to {after:.0f}" for name, before, after in names if after > before]
+    half = len(settled) // 2
+    early, late = ((b[3] - a[3]) / half for a, b in pairwise((settled[0], settled[half], settled[2 * half - 1])))
+    return found + ([f"TensorBoard: {early:.0f} bytes, then {late:.0f}"] if late > early * (1 + BOARD_GROWTH) else [])
 
 
 def main() -> int:
-    """Prints a table; exit code 1 when something grows."""
+    """Prints samples and what has grown; exit code 1 when something has."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=3000)
-    options = parser.parse_args()
+    steps = parser.parse_args().steps
     with tempfile.TemporaryDirectory() as folder:
-        inputs, out = build_inputs(Path(folder)), Path(folder) / "run"
-        started = time.perf_counter()
-        argv = run_flags(inputs, out, **FLAGS | {"train_steps": options.steps})
-        samples = watch(argv, out, Path(folder) / "log", max(1, options.steps // 300))
-    print(table(samples))
-    print(f"{options.steps} steps in {time.perf_counter() - started:.0f} s")
-    found = problems(samples, options.steps)
-    for problem in found:
-        print(f"error: {problem}", file=sys.stderr)
-    return 1 if found else 0
+        samples = watch(build_inputs(Path(folder)), Path(folder), steps)
+    found = problems(samples)
+    print("KB, descriptors, threads, bytes:", samples[len(samples) // 6], samples[-1], *found, sep="\n")
+    return bool(found)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,47 @@
-"""The short form of tests/faults/kill.py: a few kills of one process, and of two ranks."""
+"""Runs that are killed, and runs whose disk (of 64 MiB) is full, go on as if nothing had been."""
 
+import re
 import subprocess
-import sys
 
-from tests.helpers.tiny_run import REPOSITORY, clean_environment
+import pytest
+
+from tests.faults.kill import KINDS, kill_and_compare
+from tests.faults.scenarios import finished, run_cases
+from tests.helpers.tiny_run import assert_same_run
+
+STEPS = {"train_steps": 5, "ranks": 1, "zero_stage": 0}
 
 
-def test_runs_that_are_killed_end_as_if_they_had_not_been():
-    """In a process of its own, which forks before it has any thread."""
-    environment = clean_environment() | {"DS_ACCELERATOR": "cpu"}
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.faults.kill", "--kills", "8"],
-        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert result.stdout.count(" | 1 | 1 | 1 | 1 | equal bit for bit | ") == 2
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs_that_are_killed(inputs, tmp_path, kind):
+    """The short form of tests/faults/kill.py."""
+    kill_and_compare(inputs, tmp_path, kind, kills=4, seed=1)
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("disk")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs: run it as root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_runs_full(inputs, disk, tmp_path):
+    in_save, full = "disk fills in a save", "disk is full"
+    undisturbed = finished(run_cases(tmp_path, inputs, {"undisturbed": STEPS}))["undisturbed"]
+    result = run_cases(tmp_path, inputs, {in_save: STEPS | {"fault": in_save}}, disk)[in_save]
+    finished({in_save: result})
+    assert re.search("checkpoint of step 2 was not saved: .*No space left.*older ones are as they were", result.log)
+    assert re.search("checkpoint of step 3 was not saved: it takes .* MB left", result.log)
+    assert sorted(path.name for path in (result.out / "checkpoints").iterdir()) == ["step_1", "step_4", "step_5"]
+    assert_same_run(result.out, undisturbed)
+
+    result = run_cases(tmp_path, inputs, {full: STEPS | {"fault": full}}, disk)[full]
+    assert result.codes == [2] and "Traceback" not in result.log, result.log[-3000:]
+    assert re.search("error: .* cannot be written: No space left on device", result.log)
+    (disk / "filler").unlink()
+    after = run_cases(tmp_path, inputs, {"after": STEPS | {"out": full}}, disk)
+    assert "resuming from" in after["after"].log
+    assert_same_run(finished(after)["after"], undisturbed)

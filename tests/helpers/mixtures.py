@@ -15,15 +15,15 @@ MIXTURES = {
 }
 
 
+@torch.no_grad()
 def tiny_mixture(kind: str = "mixtral", vocab: int = VOCAB, seed: int = 0, **changes) -> PreTrainedModel:
     """Float32, with routers that are far from even; the global random state is left alone."""
     config = type(MIXTURES[kind])(**MIXTURES[kind].to_dict() | {"vocab_size": vocab} | changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         lm = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for weight in router_weights(lm):
-            weight.mul_(20.0)
+    for weight in router_weights(lm):
+        weight.mul_(20.0)
     return lm
 
 
@@ -32,11 +32,11 @@ def router_weights(lm: PreTrainedModel) -> list[torch.nn.Parameter]:
     return [parameter for name, parameter in lm.named_parameters() if name.endswith(".gate.weight")]
 
 
+@torch.no_grad()
 def mixture_folder(folder: Path) -> Path:
     """A random Mixtral whose answers are of many lengths, with the tiny tokenizer."""
     lm = tiny_mixture(seed=1)
-    with torch.no_grad():
-        lm.lm_head.weight.mul_(5.0)
-        lm.lm_head.weight[lm.config.eos_token_id].mul_(3.0)
+    lm.lm_head.weight.mul_(5.0)
+    lm.lm_head.weight[lm.config.eos_token_id].mul_(3.0)
     lm.save_pretrained(folder)
     return tiny_tokenizer_folder(folder)

@@ -2,13 +2,18 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file
 
 from reward.model import load_scalar_model, save_scalar_model
 from tests.helpers.tiny import tiny_llama, tiny_llama_folder, tiny_tokenizer_folder
+from utils.tokenizer import load_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 TIMES = ("seconds_", "samples_per_second", "tokens_per_second")
@@ -82,6 +87,16 @@ def build_inputs(folder: Path) -> Inputs:
     return Inputs(policy, other, folder / "reward", prompts, dialogues, reward_file)
 
 
+def tiny_reward_model(folder: Path, vocab: int, seed: int = 9) -> Path:
+    """A reward model with a tokenizer of `vocab` pieces beside it."""
+    base = folder.with_name(f"{folder.name}_base")
+    tiny_llama_folder(base, vocab, seed, tokenizer=False, **SIZES)
+    tiny_tokenizer_folder(base, vocab)
+    model = load_scalar_model(str(base), torch.float32, torch.device("cpu"), say=str, seed=vocab)
+    save_scalar_model(model, str(folder), tokenizer=load_tokenizer(str(base), "moss_en"))
+    return folder
+
+
 def policy_folder(folder: Path, seed: int) -> Path:
     """A random policy that is far from uniform and often ends early, so that responses are of many lengths."""
     model = tiny_llama(seed=seed, **SIZES)
@@ -108,6 +123,15 @@ def run_flags(inputs: Inputs, out: Path, **changes) -> list[str]:
         "maxlen_res": 12, "save_per_step": 1, "num_eval_prompts": 3, "seed": 7,
     } | changes  # fmt: skip
     return as_argv(flags)
+
+
+def fit_flags(base: Path, data: Path, out: Path, **changes) -> list[str]:
+    """A command line of sft.train or reward.train: three steps in float32."""
+    flags = {
+        "hf_model_name_or_path": base, "data_path": data, "model_save_path": out, "dtype": "fp32", "train_steps": 3,
+        "warmup_steps": 1, "batch_size": 4, "context_truncate": 128, "lr": 1e-3,
+    }  # fmt: skip
+    return as_argv(flags | changes)
 
 
 def as_argv(flags: dict) -> list[str]:
@@ -138,3 +162,45 @@ def clean_environment() -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key not in group}
     path = os.pathsep.join([str(REPOSITORY), kept.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return kept | settings | {"PYTHONPATH": path}
+
+
+def run_module(name: str, *words: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+    """Runs `python -m name words` from the repository's folder, on the CPU."""
+    command = [sys.executable, "-m", name, *map(str, words)]
+    settings = clean_environment() | {"DS_ACCELERATOR": "cpu"} | environment
+    return subprocess.run(command, cwd=REPOSITORY, env=settings, capture_output=True, text=True, timeout=timeout)
+
+
+def refusal(main, argv: list[str], capfd) -> str:
+    """The line "error: …" of a command that has to end with exit code 2."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    lines = capfd.readouterr().err.splitlines()
+    assert stopped.value.code == 2, lines
+    (line,) = (line for line in lines if line.startswith("error: "))
+    return line
+
+
+def final_weights(run: Path, name: str = "final") -> dict[str, torch.Tensor]:
+    """Tensors of the model that a run has exported."""
+    return load_file(run / name / "model.safetensors")
+
+
+def assert_close(out: Path, expected: Path, rel: float = 1e-5, abs: float = 5e-6) -> None:
+    """Metrics of two runs are equal but for roundings."""
+    rows, others = read_metrics(out), read_metrics(expected)
+    assert len(rows) == len(others) > 0
+    for row, other in zip(rows, others, strict=True):
+        assert row == pytest.approx(other, rel=rel, abs=abs)
+
+
+def assert_same_run(out: Path, expected: Path, *folders: str) -> None:
+    """Metrics, samples and exported weights (of `final`, and of other folders) of two runs are equal bit for bit."""
+    assert read_metrics(out) == read_metrics(expected)
+    if (expected / "samples.jsonl").exists():
+        assert read_lines(out / "samples.jsonl") == read_lines(expected / "samples.jsonl")
+    for folder in ("final", *folders):
+        weights, others = final_weights(out, folder), final_weights(expected, folder)
+        assert weights.keys() == others.keys()
+        assert [name for name, tensor in weights.items() if not torch.equal(tensor, others[name])] == []

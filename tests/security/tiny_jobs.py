@@ -15,12 +15,9 @@ LOCAL = ("127.", "localhost", "::1", "0.0.0.0")
 
 def no_network(event: str, arguments: tuple) -> None:
     """An audit hook: connections and look-ups of names are for this machine alone."""
-    if event == "socket.connect":
-        target = arguments[1]
-    elif event in ("socket.getaddrinfo", "socket.sendto"):
-        target = arguments[:1] if event == "socket.getaddrinfo" else arguments[1]
-    else:
+    if event not in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
         return
+    target = arguments[:1] if event == "socket.getaddrinfo" else arguments[1]
     host = target[0] if isinstance(target, tuple) else None  # a path: a socket of this machine
     if host is not None and not str(host).startswith(LOCAL):
         print(f"an attempt to reach {host}", file=sys.stderr, flush=True)
@@ -40,14 +37,8 @@ from tests.bad_inputs.test_corpus import command_line  # noqa: E402
 from tests.helpers.tiny_run import write_json  # noqa: E402
 from utils.weight_diff.commands import run as merge  # noqa: E402
 
-HOSTILE = [
-    "$(touch {folder}/ran)",
-    "`touch {folder}/ran`",
-    "'; touch {folder}/ran; '",
-    "../../ran",
-    "| touch ran",
-    "{{{{ 7 }}}}",
-]
+HOSTILE = ["$(touch {folder}/ran)", "`touch {folder}/ran`", "'; touch {folder}/ran; '", "../../ran", "| touch ran"]
+HOSTILE += ["{{{{ 7 }}}}"]
 
 
 def hostile_data(folder: Path) -> None:

@@ -9,7 +9,7 @@ from tests.helpers.parts import ppo_config
 from tests.helpers.tiny import tiny_llama
 from tests.helpers.tiny_run import read_metrics, run_flags
 from train_ppo import main
-from utils.deterministic import repeatable
+from utils.deterministic import repeatable, strictly
 from utils.engine.engine import TrainEngine
 from utils.errors import UserError
 
@@ -17,11 +17,9 @@ REWARD = """
 import os
 import torch
 
-def settings(prompts, answers):
-    names = ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC")
-    with open("{file}", "a") as file:
-        print(torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic, file=file)
-        print(*(os.environ.get(name) for name in names), file=file)
+def put(prompts, answers):
+    torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))  # one of the few without a deterministic kernel on a CPU
+    print(os.environ.get("CUBLAS_WORKSPACE_CONFIG"), os.environ.get("FLASH_ATTENTION_DETERMINISTIC"))
     return [float(len(answer)) for answer in answers]
 """
 
@@ -33,57 +31,36 @@ def state() -> tuple:
 
 
 def put() -> None:
-    """One of the few operations without a deterministic kernel on a CPU."""
+    """As in REWARD."""
     torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
 
 
 def test_a_run_has_it_on_and_the_same_numbers(inputs, tmp_path, capfd):
     before, environment = state(), dict(os.environ)
-    for wanted in (True, False):
-        (tmp_path / "reward.py").write_text(REWARD.replace("{file}", str(tmp_path / f"settings {wanted}")))
-        flags = {"reward_fn": f"{tmp_path}/reward.py:settings", "deterministic": wanted, "train_steps": 1}
+    (tmp_path / "reward.py").write_text(REWARD)
+    for wanted, said in ((True, ":4096:8 1\n"), (False, "None None\n")):
+        flags = {"reward_fn": f"{tmp_path}/reward.py:put", "deterministic": wanted, "train_steps": 1}
         main(run_flags(inputs, tmp_path / str(wanted), **flags))
         assert state() == before
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
-    assert set((tmp_path / "settings True").read_text().splitlines()) == {"True True", ":4096:8 1"}
-    assert set((tmp_path / "settings False").read_text().splitlines()) == {"False False", "None None"}
+        out = capfd.readouterr().out
+        assert said in out and out.count("--deterministic: put_ has no deterministic form") == wanted  # named once
     assert read_metrics(tmp_path / "True") == read_metrics(tmp_path / "False")
 
 
-def test_an_operation_without_a_deterministic_form_is_named_once(capfd):
-    with repeatable(True):
-        put()
-        put()
-    put()
-    text = "--deterministic: put_ has no deterministic kernel; its results may vary\n"
-    assert capfd.readouterr() == (text, "")
-
-
-class Putting(torch.autograd.Function):
-    """Has such an operation in its backward pass alone."""
-
-    @staticmethod
-    def forward(context, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(context, gradient):
-        put()
-        return gradient
-
-
 class Model(torch.nn.Module):
-    """A language model's logits."""
+    """The sum of squares of a language model's logits. broken: with such an operation in its backward pass alone."""
 
     def __init__(self, broken: bool):
         super().__init__()
         self.lm, self.broken = tiny_llama(), broken
 
     def forward(self, ids):
-        """The sum of squares of its logits."""
         logits = self.lm(ids).logits
-        return (Putting.apply(logits) if self.broken else logits).square().sum()
+        if self.broken:
+            logits.register_hook(lambda gradient: put())
+        return logits.square().sum()
 
 
 def test_a_backward_pass_is_strict_and_says_what_it_cannot_repeat(single_process):
@@ -105,15 +82,13 @@ def test_a_backward_pass_is_strict_and_says_what_it_cannot_repeat(single_process
 @pytest.mark.gpu
 def test_gradients_of_attention_repeat(single_process):
     """Two backward passes over the same long rows are equal bit for bit."""
-    shape = (2, 8, 2048, 64)
-    query, key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+    inputs = [torch.randn(2, 8, 2048, 64, **options) for _ in range(3)]
 
     def gradients() -> list[torch.Tensor]:
-        from utils.deterministic import strictly
-
-        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        output = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
         with strictly():
-            return torch.autograd.grad(output.float().square().sum(), (query, key, value))
+            return torch.autograd.grad(output.float().square().sum(), inputs)
 
     with repeatable(True):
         first = gradients()

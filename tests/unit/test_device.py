@@ -1,6 +1,5 @@
 """The device of a process: DS_ACCELERATOR=cpu keeps everything on the CPU, whatever GPUs there are."""
 
-import re
 import subprocess
 import sys
 
@@ -32,10 +31,8 @@ torch.cuda._lazy_init = refuse
 def run_there(code: str, *argv: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs the code in a process that believes it has two GPUs."""
     before = {key: value for key, value in clean_environment().items() if key != "DS_ACCELERATOR"}
-    return subprocess.run(
-        [sys.executable, "-c", GPU_MACHINE + code, *argv],
-        cwd=REPOSITORY, env=before | environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    command, options = [sys.executable, "-c", GPU_MACHINE + code, *argv], {"capture_output": True, "text": True}
+    return subprocess.run(command, cwd=REPOSITORY, env=before | environment, timeout=120, **options)
 
 
 def test_each_process_has_the_gpu_that_its_launcher_names():
@@ -46,14 +43,12 @@ def test_each_process_has_the_gpu_that_its_launcher_names():
 
 
 def test_more_processes_than_gpus_are_a_mistake_of_the_user():
-    code = (
-        "from utils.engine.engine import init_distributed as join\ntry: join()\nexcept Exception as e: print(repr(e))"
-    )
+    code = "from utils.engine.engine import init_distributed as x\ntry: x()\nexcept Exception as e: print(repr(e))"
     result = run_there(code, LOCAL_RANK="2", RANK="2", WORLD_SIZE="3", DS_ACCELERATOR="cuda")
-    assert re.search(r"UserError.*local rank 2 has no GPU.* 2.*NUM_GPUS", result.stdout), result.stderr
+    assert "UserError('local rank 2 has no GPU, there are 2" in result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("zero_stage", [1, 3])
 def test_deepspeed_does_not_wait_for_the_device_in_forwards_and_steps(single_process, monkeypatch, zero_stage):
     """Its throughput timer would from the third step on."""
     from deepspeed.accelerator import get_accelerator
@@ -61,16 +56,14 @@ def test_deepspeed_does_not_wait_for_the_device_in_forwards_and_steps(single_pro
     waits = []
     monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: waits.append(1))
     engine = TrainEngine(tiny_policy(), ppo_config(zero_stage=zero_stage), "policy")
-    ids = torch.tensor([[1, 5, 7, 9]])
     for _ in range(4):
-        logprobs, _ = engine(ids, torch.tensor([[False, True, True, True]]))
-        engine.backward(logprobs.sum())
+        engine.backward(engine(torch.tensor([[1, 5, 7]]), torch.tensor([[False, True, True]]))[0].sum())
         engine.measure()
         engine.apply(1e-3)
     assert not waits
 
 
-def test_a_run_that_is_told_to_use_the_cpu_starts_no_gpu(inputs, tmp_path, capfd):
+def test_a_run_that_is_told_to_use_the_cpu_starts_no_gpu(inputs, tmp_path):
     """And its numbers are those of a machine without any: checkpoints and evaluation included."""
     code = "from train_ppo import main; main(sys.argv[1:])"
     flags = {"train_steps": 1, "checkpoint_per_step": 1}
@@ -78,7 +71,7 @@ def test_a_run_that_is_told_to_use_the_cpu_starts_no_gpu(inputs, tmp_path, capfd
     assert result.returncode == 0, result.stderr[-3000:]
     main(run_flags(inputs, tmp_path / "here", **flags))
     assert read_metrics(tmp_path / "there") == read_metrics(tmp_path / "here")
-    assert '"devices": [\n    "' in (text := (tmp_path / "there" / "config.json").read_text()) and "CPU cores" in text
+    assert "CPU cores" in (tmp_path / "there" / "config.json").read_text()
 
 
 @pytest.mark.gpu

@@ -5,7 +5,8 @@ import torch
 
 from tests.helpers.parts import ppo_config
 from utils import fast_dtype as module
-from utils.fast_dtype import fast_dtype, settle_dtype
+from utils.fast_dtype import fast_dtype
+from utils.run.start import choose_dtype
 
 CPU = torch.device("cpu")
 
@@ -22,7 +23,7 @@ def test_bf16_is_taken_where_it_costs_no_more(monkeypatch, capsys, times, dtype)
     assert fast_dtype(CPU) == dtype
     for asked, settled in (("auto", dtype), ("bf16", "bf16"), ("fp32", "fp32")):
         config = ppo_config(dtype=asked, zero_stage=2)
-        settle_dtype(config)
+        choose_dtype(config)
         assert config.dtype == settled
         assert config.replaced_defaults.get("dtype") == ("auto" if asked == "auto" else None)
         assert ("warning" in capsys.readouterr().out) == (asked == "bf16" and dtype == "fp32")

@@ -68,6 +68,7 @@ class RunLogger:
         self.board = self._board(step)
         self.trackers = [_tracker(name, folder, config) for name in tracker_names(report_to)]
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
+        self._first, self._started = step, time.perf_counter()
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Writes a step's numbers to metrics.jsonl (NaN as null), TensorBoard, the trackers and the progress bar."""
@@ -93,7 +94,8 @@ class RunLogger:
             shown = {key: f"{values[key]:.3g}" for key in ("loss", "accuracy") if key in values}
             self.bar.set_postfix(shown | {"curve": curve}, refresh=False)
         else:
-            left = self.bar.format_dict["elapsed"] / max(1, step - self.bar.initial) * (self.bar.total - step)
+            elapsed = time.perf_counter() - self._started
+            left = elapsed / max(1, step - self._first) * (self.bar.total - step)
             self.say(
                 f"step {step}/{self.bar.total}: score {values[name]:.2f}, KL {values['kl_ref']:.2f}, length "
                 f"{values['response_length']:.1f}, ended {values['eos_fraction']:.0%}, {left:.0f} s left {curve}"

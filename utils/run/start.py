@@ -3,9 +3,11 @@
 import dataclasses
 from functools import partial
 
-from utils.distributed import is_main
+from utils.device import device as own_device
+from utils.distributed import any_rank, is_main
 from utils.engine.engine import init_distributed
-from utils.fast_dtype import settle_dtype
+from utils.fast_dtype import fast_dtype
+from utils.flags.checks import choose
 from utils.flags.run import RunFlags
 from utils.run.checkpoint import Say
 from utils.run.logger import RunLogger
@@ -20,7 +22,7 @@ def start_run(config: RunFlags) -> tuple[Say, Checkpoint | None]:
     """
     init_distributed(config.hang_timeout)
     say = partial(print, flush=True) if is_main() else _silent
-    settle_dtype(config)
+    choose_dtype(config)
     check_outputs(config)
     return say, find_checkpoint(config, say)
 
@@ -34,3 +36,19 @@ def open_log(config: RunFlags, checkpoint: Checkpoint | None, num_steps: int) ->
 
 def _silent(text: str) -> None:
     """Prints nothing."""
+
+
+def choose_dtype(config) -> None:
+    """Sets --dtype auto to bf16 if all ranks multiply it fast, else to fp32; warns if bf16 was asked for and is slow.
+
+    Collective where a process group exists: afterwards all ranks have the same dtype.
+    """
+    if config.dtype == "fp32":
+        return
+    place = own_device()
+    name, is_slow = place.type.upper(), any_rank(fast_dtype(place) != "bf16", place)
+    if config.dtype == "auto":
+        reason = f"this {name} multiplies bf16 {'in software' if is_slow else 'fast'}"
+        choose(config, "dtype", "fp32" if is_slow else "bf16", reason)
+    elif is_slow and is_main():
+        print(f"warning: this {name} multiplies bf16 in software, many times slower than --dtype fp32", flush=True)
