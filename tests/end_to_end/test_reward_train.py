@@ -17,7 +17,7 @@ from reward.config import RewardConfig
 from reward.stage import load
 from reward.train import main
 from tests.helpers.tiny import SAMPLES, tiny_llama_folder
-from tests.helpers.tiny_run import as_argv, read_lines
+from tests.helpers.tiny_run import fit_flags, read_lines
 from utils.tokenizer import load_tokenizer
 
 DATA = SAMPLES / "en" / "preferences"
@@ -29,10 +29,9 @@ def base(tmp_path_factory) -> Path:
 
 
 def flags(base: Path, out: Path, **changes) -> list[str]:
-    return as_argv({
-        "hf_model_name_or_path": base, "data_path": DATA, "model_save_path": out, "train_steps": 6, "warmup_steps": 2,
-        "batch_size": 4, "context_truncate": 256, "lr": 1e-3, "save_per_step": 3, "dtype": "fp32",
-    } | changes)  # fmt: skip
+    return fit_flags(
+        base, DATA, out, **{"context_truncate": 256, "train_steps": 6, "warmup_steps": 2, "save_per_step": 3} | changes
+    )
 
 
 @pytest.fixture(scope="module")

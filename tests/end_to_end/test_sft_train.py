@@ -13,7 +13,7 @@ from data.order import mixture
 from data.template import decode_answer, encode_dialogue, encode_prompt
 from sft.train import main
 from tests.helpers.tiny import SAMPLES, tiny_llama, tiny_llama_folder
-from tests.helpers.tiny_run import as_argv, read_lines, write_json
+from tests.helpers.tiny_run import fit_flags, read_lines, write_json
 from utils.tokenizer import load_tokenizer
 
 DATA = SAMPLES / "en" / "dialogues"
@@ -25,10 +25,9 @@ def base(tmp_path_factory) -> Path:
 
 
 def flags(base: Path, out: Path, **changes) -> list[str]:
-    return as_argv({
-        "hf_model_name_or_path": base, "data_path": DATA, "model_save_path": out, "train_steps": 4, "warmup_steps": 1,
-        "batch_size": 4, "context_truncate": 256, "lr": 3e-3, "save_per_step": 2, "dtype": "fp32",
-    } | changes)  # fmt: skip
+    return fit_flags(
+        base, DATA, out, **{"context_truncate": 256, "train_steps": 4, "lr": 3e-3, "save_per_step": 2} | changes
+    )
 
 
 @pytest.fixture(scope="module")
