@@ -63,19 +63,19 @@ def test_verdicts():
     wide = {"a": [run_of(seed=s, kl_ref=value) for s, value in enumerate((1.0, 2.0, 3.0))]}
     narrow = {"a": [run_of(seed=s, kl_ref=value) for s, value in enumerate((1.9, 2.0, 2.1))]}
     measure = of("a", lambda run: run.end("kl_ref"))
-    assert Criterion("", measure, above=1.0).judge(wide) == ("undecided", 2.0, pytest.approx(2.484, abs=1e-3))
+    assert Criterion("", measure, above=1.0).evaluate(wide) == ("undecided", 2.0, pytest.approx(2.484, abs=1e-3))
     for bounds, verdict in (({"above": 1.0}, "confirmed"), ({"above": 2.5}, "refuted"), ({"below": 1.0}, "refuted")):
-        assert Criterion("", measure, **bounds).judge(narrow)[0] == verdict
+        assert Criterion("", measure, **bounds).evaluate(narrow)[0] == verdict
     sound, unsure, wrong = (Criterion("", measure, above=bound) for bound in (1.0, 2.0, 2.5))
-    assert Claim("", [sound, unsure]).judge(narrow) == "undecided"
-    assert Claim("", [unsure, wrong, sound]).judge(narrow) == "refuted"
+    assert Claim("", [sound, unsure]).evaluate(narrow) == "undecided"
+    assert Claim("", [unsure, wrong, sound]).evaluate(narrow) == "refuted"
 
 
 def test_collapse_fall_and_alarm():
     sunk = {"a": [run_of(seed=s, kl_ref=90.0 + s, gold=[0.2] * 10 + [-0.5 + s / 100] * 10) for s in range(3)]}
     calm = {"a": [run_of(seed=s, kl_ref=5.0 + s / 10, gold=[0.2] * 10 + [0.3 + s / 100] * 10) for s in range(3)]}
-    assert Claim("", collapses("a")).judge(sunk) == Claim("", stable("a")).judge(calm) == "confirmed"
-    assert Claim("", collapses("a")).judge(calm) == Claim("", stable("a")).judge(sunk) == "refuted"
+    assert Claim("", collapses("a")).evaluate(sunk) == Claim("", stable("a")).evaluate(calm) == "confirmed"
+    assert Claim("", collapses("a")).evaluate(calm) == Claim("", stable("a")).evaluate(sunk) == "refuted"
     assert fall_of(run_of(gold=[0.0, 0.5] * 10)) is None
     fallen = run_of(gold=[0.3] * 10 + [0.1] * 10, kl_ref=[1.0] * 12 + [6.0] * 8)
     assert fall_of(fallen) == (130, 2.0)  # three of five bins: 0.12 below; of the last of them KL 6
@@ -126,7 +126,7 @@ def test_from_settings_to_verdicts(inputs, tmp_path, monkeypatch, capsys):
     assert kept.end("kl_ref") == pytest.approx(sum(row["kl_ref"] for row in logged[11:]) / 10, rel=1e-3)
     assert abs(calm.tax) < abs(kept.tax)
     run.run_all(jobs, world, workers=1)  # finished runs are not made again
-    assert capsys.readouterr().out.count("the same numbers as before") == 2
+    assert capsys.readouterr().out.count("same results as before") == 2
     report.main(["1"])
     assert "| KL stays small |" in (tmp_path / "RESULTS.md").read_text()
     assert (tmp_path / "results" / "figure_1.png").stat().st_size > 10_000
