@@ -9,8 +9,9 @@ NUM_GPUS=${NUM_GPUS:-$(count_gpus)} # on each machine; 0: one process on the CPU
 HOSTFILE=${HOSTFILE:-}              # DeepSpeed's list of machines, when there are several
 
 POLICY_MODEL=${POLICY_MODEL:-models/moss-rlhf-sft-model-7B-en/recover}
-REWARD_MODEL=${REWARD_MODEL:-models/moss-rlhf-reward-model-7B-en/recover} # scores the answers
-CRITIC_MODEL=${CRITIC_MODEL:-$REWARD_MODEL}                              # where the critic starts from
+# Scores the answers; with --reward_fn the function does, and a REWARD_MODEL only if one is set
+REWARD_MODEL=${REWARD_MODEL:-$(has_flag --reward_fn "$@" || echo models/moss-rlhf-reward-model-7B-en/recover)}
+CRITIC_MODEL=$(flag_value --critic_model_path "${CRITIC_MODEL:-$REWARD_MODEL}" "$@") # where the critic starts from
 TOKENIZER=${TOKENIZER:-$POLICY_MODEL}
 DATA=${DATA:-data/ppo_data} # a folder with *train.json(l) and *valid.json(l), a file, or a hub id
 OUTPUT=${OUTPUT:-outputs/ppo_en}
@@ -94,13 +95,17 @@ demo() { # "$@" goes to train_ppo.py
   end_demo "$output"
 }
 
-if [[ ${1:-} == --demo ]]; then
-  shift
-  demo "$@"
+answer_help train_ppo.py "$@"
+if has_flag --demo "$@"; then
+  WORDS=()
+  for word in "$@"; do
+    [[ $word == --demo ]] || WORDS+=("$word")
+  done
+  demo "${WORDS[@]}"
   exit
 fi
 
-require_models en POLICY_MODEL REWARD_MODEL CRITIC_MODEL TOKENIZER DATA
+has_flag --plan "$@" || require_models en POLICY_MODEL ${REWARD_MODEL:+REWARD_MODEL} CRITIC_MODEL TOKENIZER DATA
 activate_repository_venv
 use_devices "$NUM_GPUS"
 mkdir -p "$OUTPUT"
@@ -111,7 +116,7 @@ ARGS=(
   --preset ppo_max # with TRICKS below; vanilla: plain PPO without them
   --lang en        # template for a tokenizer without a chat template: <s>Human:question</s>Assistant:
   --policy_model_path "$POLICY_MODEL"
-  --reward_model_path "$REWARD_MODEL"
+  ${REWARD_MODEL:+--reward_model_path "$REWARD_MODEL"}
   --critic_model_path "$CRITIC_MODEL"
   --tokenizer_name_or_path "$TOKENIZER"
   --data_path "$DATA"
@@ -187,5 +192,8 @@ TRICKS=(
 )
 if [[ $(flag_value --preset ppo_max "${ARGS[@]}" "$@") == ppo_max ]]; then
   ARGS+=("${TRICKS[@]}")
+fi
+if has_flag --reward_fn "$@"; then
+  echo "scores: --reward_fn $(flag_value --reward_fn '' "$@")${REWARD_MODEL:+, added to those of $REWARD_MODEL}"
 fi
 launch "$OUTPUT/train.log" train_ppo.py "${ARGS[@]}" "$@"

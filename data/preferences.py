@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.formats.dialogue_forms import check_turns, from_hh, is_hh, parse_history, parse_turns
+from data.formats.dialogue_forms import check_turns, from_hh, is_hh, parse_history, parse_turns, with_system
 from data.formats.json_lines import has_lone_surrogate
 from data.formats.ranked_answers import is_ranked, ranked_pairs
 from data.formats.records import FLAG, BadRecord, Record, Tally, load_items
@@ -56,10 +56,11 @@ def load_preferences(
 ) -> tuple[list[Preference], list[Preference]]:
     """Returns (train, valid) preferences; drops malformed records and reports their counts with `say`.
 
-    Formats: {"chosen", "rejected"} as dialogues with the same history, in lists or Anthropic's text format; {"prompt",
-    "chosen", "rejected"}; {"prompt", "responses"} (ranked_answers.py). Optional columns: "subset", "mean preference
-    difference", score lists. margin_columns: columns with a margin, the first that a record has; (): no margins. The
-    margin of ranked answers is their score difference. Raises UserError if the data is unreadable or nothing is left.
+    Formats: {"chosen", "rejected"} as dialogues with the same history, in lists or Anthropic's text format; {"prompt"
+    or "conversations", "chosen", "rejected"}; {"prompt", "responses"} (ranked_answers.py). Optional columns: "system",
+    "subset", "mean preference difference", score lists. margin_columns: columns with a margin, the first that a record
+    has; (): no margins. The margin of ranked answers is their score difference. Raises UserError if the data is
+    unreadable or nothing is left.
     """
     parse = partial(parse_preference, margin_columns=margin_columns)
     return load_items(path, "preferences", parse, num_valid, seed, say, lower=lower)
@@ -136,7 +137,8 @@ def _sides_of(value: Any) -> tuple[Turns, Turns]:
     """Returns the dialogues of chosen and rejected, which differ only in the last answer."""
     if not isinstance(value, dict) or "chosen" not in value or "rejected" not in value:
         raise BadRecord("not an object with the keys chosen and rejected, or prompt and responses")
-    prompt = parse_history(value["prompt"]) if value.get("prompt") is not None else []
+    history = next((value[key] for key in ("prompt", "conversations") if value.get(key) is not None), [])
+    prompt = with_system(parse_history(history), value) if history != [] else []
     chosen, rejected = (_dialogue(value[key], key, prompt) for key in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise BadRecord("the histories of chosen and rejected differ")
@@ -151,9 +153,10 @@ def _dialogue(value: Any, key: str, prompt: Turns) -> Turns:
         turns = check_turns(from_hh(value))
     elif isinstance(value, str) and prompt:
         turns = check_turns([*prompt, {"role": "assistant", "content": value}])
-    elif isinstance(value, list) and len(value) == 1 and prompt:
-        answer = value[0].get("content") if isinstance(value[0], dict) else value[0]
-        turns = _dialogue(answer, key, prompt) if isinstance(answer, str) else parse_turns(value)
+    elif isinstance(value, dict) and prompt:
+        turns = check_turns([*prompt, *parse_history([value])])
+    elif isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | dict) and prompt:
+        turns = _dialogue(value[0], key, prompt)
     elif isinstance(value, list):
         turns = parse_turns(value)
     else:

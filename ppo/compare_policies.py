@@ -21,8 +21,8 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     """Returns (before, after, KL of each plain sample of AFTER to BEFORE).
 
     before, after: {"rows": texts, "columns": {name: one number per prompt}}. Columns: scores of reward models and
-    function, length, 1 where the response ended before --maxlen_res, its negative log-likelihood under its
-    own policy and under BEFORE. Memory: two policies and the reward models.
+    function, length, 1 where the response ended with an end token, its negative log-likelihood under its own
+    policy and under BEFORE. Memory: two policies and the reward models.
     """
     choose_dtype(config)
     named = [("--policies", path) for path in config.policies]

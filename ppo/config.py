@@ -40,8 +40,13 @@ class PPOConfig(
     flags.DataFlags, flags.TrainingFlags, flags.TrickFlags, flags.LossFlags, flags.LengthFlags, flags.SamplingFlags,
     flags.AlarmFlags, flags.DecodingFlags, flags.GatherFlags, RewardFlags, RouterFlags, RunFlags, flags.PlanFlags,
 ):  # fmt: skip
-    """Align a language model with PPO-max."""
+    """Align a language model with PPO-max.
 
+    bash run_en.sh [flags] starts this command with values of its own, some of which differ from the defaults below;
+    bash run_en.sh --demo trains small models
+    """
+
+    hint = "see --help; or bash run_en.sh --demo"
     required = ("policy_model_path", "critic_model_path", "data_path", "model_save_path")
 
     reward_model_path: Common[list[str]] = field(default_factory=list)

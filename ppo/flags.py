@@ -166,7 +166,8 @@ class TrickFlags:
     """Estimator of the KL. k1: log ratio (Part I, eq. 19); k2: half its square; k3: exp(-k1) - 1 + k1"""
     kl_in: Literal["reward", "loss"] = "reward"
     """Place of the KL penalty. reward: subtracted from each token's reward (Part I, eq. 19); loss: added to the loss.
-    The gradient is that of KL(policy, reference), but for loss with k3 that of KL(reference, policy)"""
+    In the reward, k1 alone gives the gradient of KL(policy, reference); in the loss, k2 does and k3 gives that of
+    KL(reference, policy), on samples of the current policy"""
     critic_init_scale: float = 0.3
     """Standard deviation of the critic's first values, as a share of that of the first returns. Its head is scaled and
     shifted once, before training; 0: the head stays as loaded"""

@@ -10,7 +10,6 @@ import io
 import json
 from pathlib import Path
 
-from reward.evaluation.plots import check_plots
 from utils.errors import UserError
 from utils.files import atomic_file, check_output_file, read_json
 from utils.flags.parser import FlagParser, entry_point
@@ -41,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run (its --model_save_path)")
     parser.add_argument("--output", type=Path, help="page to write; default: report.html in the first RUN")
     arguments = parser.parse_args(argv)
+    from reward.evaluation.plots import check_plots  # imports torch, which takes seconds
+
     runs = {str(folder): read_run(folder) for folder in arguments.runs}
     output = arguments.output or arguments.runs[0] / "report.html"
     check_plots()

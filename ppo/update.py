@@ -93,7 +93,8 @@ def backward_all(learners: list[Learner], batch: Experience, limit: float) -> tu
         losses.append(loss)
         own |= sums
     scalars = [*losses, *itertools.chain(*own.values())]
-    totals = sum_ranks(torch.stack([x.float() for x in scalars])).tolist()
+    place = losses[0].device
+    totals = sum_ranks(torch.stack([torch.as_tensor(x, dtype=torch.float32, device=place) for x in scalars])).tolist()
     pairs = totals[len(losses) :]
     sums = dict(zip(own, zip(pairs[::2], pairs[1::2], strict=True), strict=True))
     for learner, loss, total in zip(learners, losses, totals, strict=False):

@@ -106,11 +106,11 @@ def pair_index(items: list[Comparison]) -> PairIndex:
 def dynamic_batches(
     lengths: list[int], batch_size: int, seed: int, min_size: int = MIN_PAIRS, max_size: int = MAX_PAIRS
 ) -> Iterator[list[int]]:
-    """Yields batches of indices without end; the total length of a batch is at most batch_size * mean length.
+    """Yields batches of indices without end, each of `min_size` to `max_size` items.
 
-    A batch has many short items or few long ones, on average slightly fewer than `batch_size` (10 % fewer at 8), but
-    at least `min_size` and at most `max_size`. The batches depend only on lengths and seed, so that they are the same
-    on all ranks and after resuming.
+    A batch takes items as long as their total length is at most batch_size * mean length, so it has many short items
+    or few long ones. The mean number is slightly below `batch_size` (10 % at 8). The batches depend only on lengths
+    and seed, so that they are the same on all ranks and after resuming.
     """
     budget = batch_size * sum(lengths) / len(lengths)
     position = 0

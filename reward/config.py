@@ -50,7 +50,7 @@ class RewardSaveFlags:
     """Metric on held-out pairs that chooses best/: the largest accuracy, worst_subset_accuracy or score_difference, or
     the smallest of the others. rm_loss and rm_acc are older names of loss and accuracy"""
     delimiter: str | None = None
-    """End of every utterance; must be the tokenizer's EOS token, which is the default"""
+    """End of every utterance; must be the tokenizer's EOS token. Default: that token"""
 
 
 @dataclass

@@ -70,8 +70,8 @@ class ScalarModel(nn.Module):
 
         nll_mask (bool, within attention_mask, False at first positions; needs lm_head): return also the summed NLL of
         these tokens. with_states: return also the float32 states [batch, hidden] of each row's last real token.
-        Inputs are right-padded and the backbone gets no mask: causal attention hides the padding. attention_mask can
-        therefore exclude real tokens whose scalars are not needed.
+        Inputs are right-padded and the backbone gets no mask, because no real token attends to padding after it.
+        attention_mask only selects the scalars that are returned, so it may exclude real tokens too.
         """
         read = attention_mask.bool()
         answers = None if nll_mask is None else before(nll_mask)[read].nonzero().squeeze(1)

@@ -13,6 +13,7 @@ TOKENIZER=${TOKENIZER:-$MODEL}
 DATA=${DATA:-data/preference_data} # a folder with *train.json(l) and *valid.json(l), a file, or a hub id
 OUTPUT=${OUTPUT:-outputs/reward}
 
+answer_help '-m reward.train' "$@"
 activate_repository_venv
 use_devices "$NUM_GPUS"
 OUTPUT=$(flag_value --model_save_path "$OUTPUT" "$@")
@@ -68,4 +69,8 @@ EVALUATION=(
   --dtype "$(flag_value --dtype auto "$@")"
   --output "$OUTPUT/evaluation"
 )
+for flag in --lang --template --chat_template_kwargs --context_truncate; do # the text is that of the training
+  value=$(flag_value "$flag" '' "${ARGS[@]}" "$@")
+  [[ -z $value ]] || EVALUATION+=("$flag" "$value")
+done
 NUM_GPUS=0 launch "$OUTPUT/evaluation.log" -m reward.evaluate "${EVALUATION[@]}"

@@ -14,6 +14,7 @@ read -ra DATA <<<"${DATA:-data/sft_data}"     # folders of *train.json(l) and *v
 read -ra WEIGHTS <<<"${DATA_WEIGHTS:-}"       # a share of the samples for each; none: every dialogue once an epoch
 OUTPUT=$(flag_value --model_save_path "${OUTPUT:-outputs/sft}" "$@")
 
+answer_help '-m sft.train' "$@"
 activate_repository_venv
 use_devices "$NUM_GPUS"
 mkdir -p "$OUTPUT"

@@ -22,7 +22,20 @@ use_threads() { # $1: processes on this machine. Shares its cores out, unless OM
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
 }
 
+check_hosts() { # $1: number of GPUs. Stops with an error unless HOSTFILE is empty or can be used
+  local problem=
+  if [[ ! -f $HOSTFILE ]]; then
+    problem="there is no such file; give a list of machines, one line such as 'node1 slots=8' for each"
+  elif (($1 == 0)); then
+    problem='NUM_GPUS is 0; set it to the number of GPUs of each machine, or leave HOSTFILE empty'
+  elif (($(grep -c '^[^#[:space:]]' "$HOSTFILE") > 1)) && ! command -v pdsh >/dev/null; then
+    problem='DeepSpeed starts the other machines with pdsh, which is not installed here'
+  fi
+  [[ -z $problem ]] || { echo "error: HOSTFILE=$HOSTFILE: $problem" >&2 && exit 2; }
+}
+
 use_devices() { # $1: number of GPUs; without any, DeepSpeed is told to use the CPU
+  [[ -z ${HOSTFILE:-} ]] || check_hosts "$1"
   if (($1 == 0)); then
     export DS_ACCELERATOR=cpu
     # Keep freed memory, for all threads alike: giving tensors back to the system and taking them again costs 15 to 35 %
@@ -92,7 +105,7 @@ require_models() { # $1: en or zh; then names of variables. Stops with an error 
   shift
   for name in "$@"; do
     is_there "${!name}" && continue
-    missing+=("  $name=${!name}")
+    missing+=("  $name=${!name:- (with --reward_fn alone: give the model from which the critic starts)}")
     for type in sft reward; do # of the default paths, whose models are published as differences to LLaMA's weights
       if [[ $name == [PR]* && ${!name} == "models/moss-rlhf-$type-model-7B-$language/recover" ]]; then
         recover+=("$(recover_command "$language" "${!name}" "$type")")
@@ -117,7 +130,7 @@ begin_demo() { # $1: output folder. One process, on the first GPU if there is on
   # Sets DTYPE, of all models
   # shellcheck disable=SC1091
   source utils/setup.sh demo
-  use_devices "$((NUM_GPUS > 0))"
+  HOSTFILE='' use_devices "$((NUM_GPUS > 0))"
   NUM_GPUS=0 # from here on: no launcher
   export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
   DTYPE=$(python -m utils.fast_dtype)
@@ -140,6 +153,25 @@ run_once() { # $1: folder that the stage ends with; $2: log file; then as for la
 end_demo() { # $1: output folder
   python -m ppo.report "$1"
   echo "Everything is in $1; all metrics: tensorboard --logdir $1/tensorboard"
+}
+
+has_flag() { # $1: flag; then a command line. Whether the flag is there
+  local flag=$1 word
+  shift
+  for word in "$@"; do
+    [[ $word != "$flag" && $word != "$flag="* ]] || return 0
+  done
+  return 1
+}
+
+answer_help() { # $1: what python is to run; then flags. With --help among them, prints the command's help and stops
+  local command
+  read -ra command <<<"$1"
+  shift
+  if has_flag --help "$@" || has_flag -h "$@"; then
+    activate_repository_venv
+    exec python "${command[@]}" "$@"
+  fi
 }
 
 flag_value() { # $1: flag; $2: default; then a command line. Prints the flag's last value there

@@ -25,7 +25,7 @@ def parse_turns(value: Any, empty_answer: bool = False) -> Turns:
 
     Formats: a list of strings (human first) or of messages; {"messages"}; {"conversations"} (ShareGPT); {"instruction",
     "input", "output"} (Alpaca); {"prompt"} and {"prompt", "response"}, where the prompt is a list as above or text,
-    plain or in Anthropic's format ("\\n\\nHuman: … \\n\\nAssistant: …").
+    plain or in Anthropic's format ("\\n\\nHuman: … \\n\\nAssistant: …"). A text in "system" becomes the system turn.
     """
     if isinstance(value, list):
         return check_turns(_from_list(value), empty_answer)
@@ -33,15 +33,23 @@ def parse_turns(value: Any, empty_answer: bool = False) -> Turns:
         raise BadRecord(f"neither a list nor an object but {_kind(value)}")
     for key in ("messages", "conversations"):
         if key in value:
-            return check_turns(_from_list(_expect(value, key, list)), empty_answer)
+            return check_turns(with_system(_from_list(_expect(value, key, list)), value), empty_answer)
     if "instruction" in value:
-        return check_turns(_from_alpaca(value), empty_answer)
+        return check_turns(with_system(_from_alpaca(value), value), empty_answer)
     if "prompt" not in value:
         raise BadRecord("none of the keys messages, conversations, instruction, prompt")
     turns = parse_history(value["prompt"])
     if value.get("response") is not None:
         turns = [*turns, {"role": "assistant", "content": _expect(value, "response", str)}]
-    return check_turns(turns, empty_answer)
+    return check_turns(with_system(turns, value), empty_answer)
+
+
+def with_system(turns: Turns, record: dict) -> Turns:
+    """Returns the turns with the text of the record's column "system" in front, unless they have a system turn."""
+    text = record.get("system")
+    if not isinstance(text, str) or not text.strip() or any(turn["role"] == "system" for turn in turns):
+        return turns
+    return [{"role": "system", "content": text}, *turns]
 
 
 def parse_history(prompt: Any) -> Turns:

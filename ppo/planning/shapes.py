@@ -57,7 +57,10 @@ def shapes(path: str, flag: str, dtype: torch.dtype, head: str) -> Shapes:
         with torch.device("meta"):
             model = kind.from_config(settings, dtype=dtype, attn_implementation=ATTENTION)
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {path}: no model's config.json there ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{flag} {path}: no model's config.json there, the only file of a model that --plan needs ({reason})"
+        ) from error
     numels = [p.numel() for p in model.parameters()]
     if head == "lm":
         return Shapes(numels, decoder_of(model), True)

@@ -34,7 +34,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(inputs, tmp_path, capfd):
     cut_back(run, 1)
     two = run_cases(tmp_path, inputs, {"two": flags | {"zero_stage": 3, "out": "run"}})
     finished(two)
-    assert "resumed with another number of processes: 2, not 1. The run is the same but for roundings" in two["two"].log
+    assert "resumed with another number of processes: 2, not 1" in two["two"].log
     assert "resumed with another --zero_stage: 3, not 0" in two["two"].log
     assert len(list((run / "checkpoints" / "step_2").glob("critic-rank*.safetensors"))) == 2
     cut_back(run, 2)

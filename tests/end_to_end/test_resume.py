@@ -90,7 +90,7 @@ def test_what_may_not_go_on_is_refused_by_name(finished, inputs, tmp_path, capfd
     before = (out / "metrics.jsonl").read_bytes()
     for name, value in {"seed": 8, "lr": 1e-5, "policy_model_path": inputs.other_policy}.items():
         error = refusal(main, run_flags(inputs, out, **flags | {name: value}), capfd)
-        assert re.search(f"--{name}  .*differs from .*step_2 .*--resume_with_changes.*--overwrite", error)
+        assert re.search(f"--{name} .*differs from .*step_2 .*--resume_with_changes.*--overwrite", error)
     assert "already holds a run" in refusal(main, run_flags(inputs, out, **flags, resume="never"), capfd)
     error = refusal(main, run_flags(inputs, tmp_path / "new", **flags, resume="/nowhere"), capfd)
     assert "--resume" in error and "/nowhere" in error
@@ -130,7 +130,7 @@ def test_a_named_checkpoint(finished, inputs, tmp_path, capsys):
     assert checkpoints(out) == ["step_2", "step_3"]
     assert read_metrics(out) == read_metrics(expected)[:3]
     assert not (out / "final").exists()
-    assert "after step 3; the same command with --resume auto goes on from its checkpoint" in capsys.readouterr().out
+    assert "after step 3; the same command with --resume auto resumes from its checkpoint" in capsys.readouterr().out
     main(run_flags(inputs, out, **flags))
     assert_same_run(out, expected, "best")
 

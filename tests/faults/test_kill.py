@@ -33,7 +33,7 @@ def test_a_disk_that_runs_full(inputs, disk, tmp_path):
     undisturbed = finished(run_cases(tmp_path, inputs, {"undisturbed": STEPS}))["undisturbed"]
     result = run_cases(tmp_path, inputs, {in_save: STEPS | {"fault": in_save}}, disk)[in_save]
     finished({in_save: result})
-    assert re.search("checkpoint of step 2 was not saved: .*No space left.*older ones are as they were", result.log)
+    assert re.search("checkpoint of step 2 was not saved: .*No space left.*older ones are intact", result.log)
     assert re.search("checkpoint of step 3 was not saved: it takes .* MB left", result.log)
     assert sorted(path.name for path in (result.out / "checkpoints").iterdir()) == ["step_1", "step_4", "step_5"]
     assert_same_run(result.out, undisturbed)

@@ -20,6 +20,7 @@ from utils.flags.fields import default_of
 from utils.flags.help import explain, field_help, overview
 from utils.flags.other_names import OURS, explain_unknown
 from utils.flags.parser import changed_flags, entry_point, parse_args
+from utils.run.folder import run_description
 
 RELEASED_FLAGS = """
     --tokenizer_name_or_path X --policy_model_path X --critic_model_path X --model_save_path X --data_path X --seed 42
@@ -130,6 +131,11 @@ def test_one_flag_is_explained(capsys):
     assert not stopped.value.code and capsys.readouterr().out.startswith("--kl_in reward|loss  (default: reward)")
     with pytest.raises(UserError, match="did you mean --kl_in"):
         parsed("--help", "kl_on")
+    with pytest.raises(SystemExit):
+        parsed("--help", "kl_")
+    shown = capsys.readouterr().out
+    assert "--kl_in " in shown and "--kl_estimator " in shown and "--lr " not in shown
+    assert "--reward_model_path TEXT ...  (default: --critic_model_path)" in overview(PPOConfig, every=False)
 
 
 def test_values_of_a_file(tmp_path):
@@ -147,6 +153,19 @@ def test_mistakes_in_a_file_name_the_place(tmp_path):
         file.write_text(text)
         with pytest.raises(UserError, match=f"^--config {file}{place}"):
             parsed("--config", str(file))
+
+
+def test_the_record_of_a_run_gives_its_flags(tmp_path):
+    config = parsed("--preset", "vanilla", "--train_steps", "20", "--lam", "0.9", "--reward_model_path", "A", "B")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(run_description(config) | {"resumed_from_step": 0, "overwrite": True}))
+    again = parse_args(PPOConfig, ["--config", str(file)], PRESETS, AMOUNTS)
+    assert again == config and again.warmup_steps == 2 and not again.overwrite
+    assert "batch_size" not in again.given  # a default of that run may give way here too
+    with pytest.raises(UserError, match=r"--preset ppo_max has no effect on .*--kl_penalty_weight"):
+        parsed("--config", str(file), "--preset", "ppo_max")
+    with pytest.raises(UserError, match=r"config.json of another command .* is unknown"):
+        parse_args(SFTConfig, ["--config", str(file)])
 
 
 @pytest.mark.parametrize(

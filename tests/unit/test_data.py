@@ -265,3 +265,11 @@ def test_streams_of_pipes(monkeypatch, content, form, expected):
 )
 def test_dialogues_and_texts_to_score(value, expected):
     assert dialogue_or_text(value) == expected
+
+
+def test_the_system_column_is_the_system_turn_unless_there_is_one():
+    system = [{"role": "system", "content": "Be brief."}]
+    shared_gpt = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+    assert parse_turns(shared_gpt | {"system": "Be brief."}) == [*system, *HI_HELLO]
+    assert parse_turns({"messages": [*system, *HI], "system": "Be long."}) == [*system, *HI]
+    assert parse_turns(shared_gpt | {"system": " "}) == parse_turns(shared_gpt | {"system": None}) == HI_HELLO

@@ -45,7 +45,7 @@ def test_a_run_has_it_on_and_the_same_numbers(inputs, tmp_path, capfd):
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         out = capfd.readouterr().out
-        assert said in out and out.count("--deterministic: put_ has no deterministic form") == wanted  # named once
+        assert said in out and out.count("--deterministic: put_ has no deterministic kernel") == wanted  # named once
     assert read_metrics(tmp_path / "True") == read_metrics(tmp_path / "False")
 
 

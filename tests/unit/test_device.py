@@ -45,7 +45,7 @@ def test_each_process_has_the_gpu_that_its_launcher_names():
 def test_more_processes_than_gpus_are_a_mistake_of_the_user():
     code = "from utils.engine.engine import init_distributed as x\ntry: x()\nexcept Exception as e: print(repr(e))"
     result = run_there(code, LOCAL_RANK="2", RANK="2", WORLD_SIZE="3", DS_ACCELERATOR="cuda")
-    assert "UserError('local rank 2 has no GPU, there are 2" in result.stdout, result.stderr
+    assert "UserError('local rank 2 has no GPU; this node has 2" in result.stdout, result.stderr
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])

@@ -18,7 +18,7 @@ READMES = ("README.md", "README.zh.md")
 # Of the parser itself; one for all switches; the worked example; another library's; of torchrun, sbatch and srun.
 OTHER_FLAGS = {"--help", "--config", "--debug", "--use_x", "--dual_clip", "--learning_rate"}
 OTHER_FLAGS |= {"--nnodes", "--nproc_per_node", "--node_rank", "--master_addr", "--master_port"}
-OTHER_FLAGS |= {"--nodes", "--ntasks", "--gpus"}
+OTHER_FLAGS |= {"--nodes", "--ntasks", "--gpus", "--cpus", "--signal"}
 
 
 def text_of(document: str) -> str:

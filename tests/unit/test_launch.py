@@ -34,6 +34,7 @@ def launched(tmp_path):
     programs = tmp_path / "bin"
     programs.mkdir()
     say = '#!/bin/sh\necho {} "$@"; echo "${{DS_ACCELERATOR-}} $CUDA_VISIBLE_DEVICES"\n'
+    (programs / "pdsh").touch(0o755)
 
     def run(listing: str | None, **settings: str) -> tuple[str, str]:
         scripts = {name: say.format(name) for name in ("python", "deepspeed")}
@@ -44,10 +45,14 @@ def launched(tmp_path):
             (programs / name).chmod(0o755)
         unset = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "MASTER_PORT", "NUM_GPUS", "HOSTFILE")
         environment = {key: value for key, value in os.environ.items() if key not in unset}
+        (tmp_path / "h").write_text("a slots=8\nb slots=8\n")
         environment |= {"PATH": f"{programs}:/usr/bin:/bin", "LOG": str(tmp_path / "log")} | settings
+        if "HOSTFILE" in settings:
+            environment["HOSTFILE"] = str(tmp_path / settings["HOSTFILE"])
         command = ["bash", "-c", SCRIPT]
-        result = subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True, text=True)
-        return tuple(result.stdout.splitlines())
+        result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+        assert result.returncode == (0 if result.stdout else 2)
+        return tuple((result.stdout or result.stderr).replace(f"{tmp_path}/", "").splitlines())
 
     return run
 
@@ -70,6 +75,30 @@ def launched(tmp_path):
 )
 def test_the_gpus_that_were_given_are_those_that_are_used(launched, listing, settings, command, devices):
     assert launched(listing, **settings) == (command, devices)
+
+
+def test_a_hostfile_that_cannot_be_used(launched, tmp_path):
+    """It is missing, there are no GPUs, or the program that reaches several machines is."""
+    assert "there is no such file" in launched(EIGHT, HOSTFILE="nowhere")[0]
+    assert "NUM_GPUS is 0" in launched(EIGHT, HOSTFILE="h", NUM_GPUS="0")[0]
+    (tmp_path / "bin" / "pdsh").unlink()
+    assert "pdsh, which is not installed" in launched(EIGHT, HOSTFILE="h")[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "start", "code"),
+    [
+        ("run_en.sh --seed 3 --help lr", "--lr FLOAT", 0),
+        ("reward/run.sh --help lr", "--lr FLOAT", 0),
+        ("run_en.sh --reward_fn f.py:f", "error: these paths do not exist", 1),
+    ],
+)
+def test_recipes_answer_without_models(words, start, code):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("_MODEL")} | {"PATH": path}
+    shown = subprocess.run(["bash", *words.split()], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert shown.returncode == code and (shown.stdout or shown.stderr).startswith(start)
+    assert code == 0 or ("CRITIC_MODEL= (with --reward_fn" in shown.stderr and "  REWARD_MODEL" not in shown.stderr)
 
 
 def start_ranks(file: Path, code: str, *, patience: float = 30.0, **environment: str) -> subprocess.Popen:

@@ -98,3 +98,20 @@ def test_a_subset_is_the_records_own_or_its_files_name(tmp_path):
     train, valid = load_preferences(str(tmp_path), 0, 0, str)
     assert [preference.subset for preference in train] == ["helpful", "red team", "all"]
     assert [preference.subset for preference in valid] == ["helpful"]
+
+
+def test_answers_as_turns_of_sharegpt(tmp_path):
+    hello, what = ({"from": "gpt", "value": text} for text in ("Hello", "What?"))
+    human = {
+        "conversations": [{"from": "human", "value": "Hi"}],
+        "system": "Be brief.",
+        "chosen": hello,
+        "rejected": what,
+    }
+    train, said = load(
+        tmp_path, {"prompt": "Hi", "chosen": [hello], "rejected": [what]}, human,
+        {"prompt": "Hi", "chosen": [hello], "rejected": [{"from": "human", "value": "What?"}]},
+    )  # fmt: skip
+    assert [p.answers for p in train] == [["Hello", "What?"]] * 2
+    assert [p.history for p in train] == [HI, [{"role": "system", "content": "Be brief."}, *HI]]
+    assert any("two turns of the human" in line for line in said)

@@ -167,7 +167,8 @@ class TrainEngine:
     def _separate_norm_from_step(self) -> Callable[[], torch.Tensor]:
         """Returns the function that computes the global norm; the optimizer's step then reads `_norm` instead.
 
-        DeepSpeed computes the norm inside the step, where a second model's norm cannot stop it any more.
+        DeepSpeed computes the norm inside the step. That is too late to skip the step when the other model's gradient
+        is bad.
         """
         optimizer = self._optimizer
         if self.zero_stage == 0:
@@ -241,8 +242,8 @@ class InferenceEngine:
 def keep_while_reduced(optimizer) -> None:
     """Keeps the memory of gradients larger than a bucket until DeepSpeed's stream has summed them over ranks.
 
-    ZeRO-2 reduces those in place, in a stream of its own, and frees them at once on ranks that own no part of them:
-    PyTorch would reuse the memory in the backward pass.
+    ZeRO-2 reduces those in place, in a stream of its own, and frees them at once on ranks that own no part of them.
+    The backward pass would then reuse the memory while the reduction still reads it.
     """
     average = optimizer.average_tensor
 

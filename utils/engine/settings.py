@@ -11,8 +11,8 @@ BUCKET = 50_000_000  # elements of a gradient bucket on a GPU (100 MB in bf16); 
 def deepspeed_config(config: EngineConfig, offload_weights: bool = False) -> dict:
     """Returns DeepSpeed's JSON configuration.
 
-    `managed_gradient_accumulation` is off: the caller decides after how many micro-batches a step follows.
-    offload_weights: keep the shards of ZeRO-3 in host memory.
+    `managed_gradient_accumulation` is off: the caller decides how many micro-batches belong to a step.
+    offload_weights: keep each rank's share of the weights in host memory (ZeRO-3).
     """
     bucket = BUCKET if on_gpu() else BUCKET // 10
     zero = {"stage": config.zero_stage, "contiguous_gradients": True, "reduce_bucket_size": bucket}

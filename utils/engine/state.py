@@ -3,7 +3,8 @@
 DeepSpeed's `load_checkpoint` unpickles files. Here the state is plain tensors for safetensors: `weight/NAME/START` is
 the part of the flat parameter NAME that begins at element START, `exp_avg/…` and `exp_avg_sq/…` are Adam's moments of
 it, and `step` is the number of Adam's steps, if there are any. Any number of ranks in any ZeRO stage can load it.
-The weights that the forward reads follow from the float32 ones. Buffers are those of the model's folder.
+The bf16 weights of the forward are not saved: they are the rounded float32 ones. Neither are buffers, which training
+does not change and the model's folder contains.
 """
 
 import contextlib

@@ -26,6 +26,7 @@ def check_required(config) -> None:
         listed = " and ".join(filter(None, [", ".join(missing[:-1]), missing[-1]]))
         raise UserError(
             f"{listed} {'are' if missing[1:] else 'is'} missing; pass a value{' for each' * bool(missing[1:])}"
+            + f" ({config.hint})" * (not config.given)
         )
 
 

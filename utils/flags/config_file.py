@@ -9,7 +9,9 @@ from utils.errors import UserError
 from utils.flags.other_names import explain_unknown
 
 # Keys of a run's config.json that are no flags (utils/run/folder.py writes them), and flags about that run's start.
-RECORD = ("argv", "versions", "git_commit", "devices", "world_size", "resumed_from_step", "replaced_defaults")
+RECORD = (
+    "argv", "versions", "git_commit", "devices", "world_size", "threads", "resumed_from_step", "replaced_defaults"
+)  # fmt: skip
 STARTS = ("overwrite", "resume", "resume_with_changes")
 
 
@@ -30,6 +32,9 @@ def read_config_file(path: str, parse: Callable[[list[str]], dict], known: set[s
                 raise UserError(explain_unknown([f"--{key}"], known))
             given |= parse([f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"])
         except UserError as error:
+            if is_record and key not in known:
+                program = "/".join(str(values["argv"][0]).split("/")[-2:])
+                error = f"this is the config.json of another command or version ({program}): {error}"
             found = re.search(rf"^[\s{{]*[\"']?{re.escape(str(key))}[\"']?\s*:", text, re.MULTILINE)
             line = text.count("\n", 0, found.start(0) + len(found[0])) + 1 if found else 1
             raise UserError(f"--config {path}:{line}: {error}") from None

@@ -1,4 +1,4 @@
-"""What `--help`, `--help all` and `--help FLAG` print. Texts are the docstrings under the fields, read from source."""
+"""What `--help`, `--help all` and `--help WORD` print. Texts are the docstrings under the fields, read from source."""
 
 import ast
 import dataclasses
@@ -18,7 +18,8 @@ OTHERS = {
     "config": ("FILE", "YAML or JSON file with values of flags, such as the config.json of a run; flags on the command "
                "line win over it"),
     "debug": ("", "Show the traceback of an error in flags, files or data too"),
-    "help": ("[FLAG|all]", "List the flags that most people use, explain one flag, or list all flags"),
+    "help": ("[FLAG|WORD|all]", "List the flags that most people use, explain one flag, list those with WORD in their "
+             "name, or list all"),
 }  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def groups_of(config_type: type) -> dict[str, list[dataclasses.Field]]:
 
 
 def show_help(config_type: type, topic: str) -> None:
-    """Prints the help of a command. topic: "" for the flags that most people use, "all", or a flag."""
+    """Prints the help of a command. topic: "", "all", a flag, or part of the names of flags."""
     name = topic.removeprefix("--")
     fields = {field.name for field in dataclasses.fields(config_type)}
     if name in OTHERS:
@@ -60,27 +61,40 @@ def show_help(config_type: type, topic: str) -> None:
         print(explain(config_type, name))
     elif name in ("", "all"):
         print(overview(config_type, every=name == "all"))
+    elif found := [field for field in dataclasses.fields(config_type) if name in field.name]:
+        print("\n".join([f"flags with {name} in their name", *_entries(config_type, found)]))
     else:
         raise UserError(explain_unknown([f"--{name}"], fields | set(OTHERS)))
 
 
 def overview(config_type: type, every: bool) -> str:
     """All flags of a command by group, or those that most people use: the first sentence and the default of each."""
-    texts, count, shown = field_help(config_type), 0, 0
+    count, shown = 0, 0
     needed = "".join(f"--{name} ... " for name in config_type.required if not getattr(config_type, name, None))
-    lines = [f"usage: {program()} {needed}[flags]", "", (config_type.__doc__ or "").split("\n")[0]]
+    lines = [f"usage: {program()} {needed}[flags]", "", inspect.getdoc(config_type) or ""]
     for heading, fields in groups_of(config_type).items():
         listed = [field for field in fields if every or is_common(field)]
         count, shown = count + len(fields), shown + len(listed)
         lines += ["", heading] if listed else []
-        for field in listed:
-            first, *_ = re.split(r"(?<!\.)\.(?: (?=[A-Z])|$)", texts[field.name])  # an ellipsis ends no sentence
-            lines += [f"  {_title(config_type, field)}", _wrapped(first, 6)]
+        lines += _entries(config_type, listed)
     lines += ["", "General"]
     lines += [f"  --{name} {takes}".rstrip() + f"\n{_wrapped(text, 6)}" for name, (takes, text) in OTHERS.items()]
     if shown < count:
         lines += ["", f"These are {shown} of {count} flags. --help all lists all of them."]
+    if any("Part I" in line for line in lines):
+        lines += ["", "Part I: arXiv 2307.04964. Part II: arXiv 2401.06080."]
     return "\n".join(lines)
+
+
+def _entries(config_type: type, fields: list[dataclasses.Field]) -> list[str]:
+    texts, lines = field_help(config_type), []
+    for field in fields:
+        lines += [f"  {_title(config_type, field)}", _wrapped(_sentence(texts[field.name]), 6)]
+    return lines
+
+
+def _sentence(text: str) -> str:
+    return re.split(r"(?<!\.)\.(?: (?=[A-Z])|$)", text)[0]  # an ellipsis ends no sentence
 
 
 def explain(config_type: type, name: str) -> str:
@@ -100,8 +114,9 @@ def _title(config_type: type, field: dataclasses.Field) -> str:
     default = default_of(field)
     required = field.name in config_type.required and not default
     default = str(default).lower() if isinstance(default, bool) else default
-    text = "required" if required else f"default: {'none' if default in (None, []) else default}"
-    return f"--{field.name} {values_of(field)}  ({text})"
+    if default in (None, []):  # the text says what is computed in place of it
+        default = _sentence(field_help(config_type)[field.name].partition("Default: ")[2]) or "none"
+    return f"--{field.name} {values_of(field)}  ({'required' if required else f'default: {default}'})"
 
 
 def _home(config_type: type, name: str) -> type:

@@ -30,9 +30,13 @@ class FlagParser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         """As argparse's. The error for an unknown flag names the flag that was probably meant."""
-        values, unknown = self.parse_known_args(args, namespace)
+        args = list(sys.argv[1:] if args is None else args)
+        known = {name.removeprefix("--") for action in self._actions for name in action.option_strings}
+        names = {word: word.split("=")[0].removeprefix("--") for word in args if word.startswith("--")}
+        values, unknown = None, [word for word, name in names.items() if name not in known and " " not in name]
+        if not unknown:  # else argparse would name missing flags first
+            values, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            known = {name.removeprefix("--") for action in self._actions for name in action.option_strings}
             raise UserError(explain_unknown(unknown, known))
         return values
 
@@ -62,7 +66,10 @@ def parse_args(
     argv = list(sys.argv[1:] if argv is None else argv)
     for place, word in enumerate(argv):
         if word in ("-h", "--help"):
-            show_help(config_type, (argv[place + 1 :] or [""])[0])
+            try:
+                show_help(config_type, (argv[place + 1 :] or [""])[0])
+            except BrokenPipeError:  # the reader has closed the pipe (`| head`); do not flush to it at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
     parser = build_parser(config_type)
     given = vars(parser.parse_args(argv))
@@ -71,6 +78,8 @@ def parse_args(
     if path := given.pop("config", None):
         names = {field.name for field in dataclasses.fields(config_type)}
         values, of_file = read_config_file(path, lambda words: vars(parser.parse_args(words)), names)
+        if presets and values.get("preset") not in (None, given.get("preset", values.get("preset"))):
+            _check_preset(given["preset"], presets, path, values.keys() - given.keys())
         given, chosen = values | given, chosen | of_file
     values = {}
     if presets:
@@ -80,6 +89,15 @@ def parse_args(
     config.given = frozenset(chosen)  # before __init__, whose checks ask for it
     config.__init__(**values | given)
     return config
+
+
+def _check_preset(preset: str, presets: dict[str, dict], path: str, of_file: set[str]) -> None:
+    """Raises UserError if a file made with another preset sets flags of presets, which then win over `preset`."""
+    if names := sorted(of_file & set().union(*presets.values())):
+        raise UserError(
+            f"--preset {preset} has no effect on --{', --'.join(names)}: --config {path}, of another preset, has them; "
+            "remove them and preset from a copy of it, or pass the flags that should differ"
+        )
 
 
 def changed_flags(config) -> str:

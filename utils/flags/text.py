@@ -14,6 +14,7 @@ class TextFlags:
     """Text: how a dialogue becomes tokens."""
 
     required: ClassVar[tuple[str, ...]] = ()  # flags that must have a value
+    hint: ClassVar[str] = "see --help"  # for a command line without flags
     given: ClassVar[frozenset[str]] = frozenset()  # flags that the user gave; `parse_args` sets it
     replaced_defaults: ClassVar[dict] = {}  # flag -> default, where `replace_default` chose another value
 

@@ -94,6 +94,7 @@ def run_description(config) -> dict:
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
         "git_commit": _git_commit(),
         "devices": gpus or [f"{os.cpu_count()} CPU cores"],
+        "threads": os.environ.get("OMP_NUM_THREADS"),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }
 

@@ -20,7 +20,7 @@ LEVELS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: list[float], width: int = 20) -> str:
-    """A curve in one line of text, the lowest value as ▁, the highest as █; at most `width` values, evenly spaced."""
+    """Returns a curve as text, from ▁ (lowest value) to █ (highest), of at most `width` values, evenly spaced."""
     every = -(-len(values) // width)
     shown, low, high = values[(len(values) - 1) % every :: every], min(values), max(values)
     return "".join(LEVELS[int((len(LEVELS) - 1) * (value - low) / ((high - low) or 1) + 0.5)] for value in shown)
@@ -84,7 +84,7 @@ class RunLogger:
         self._show(step, values)
 
     def _show(self, step: int, values: dict[str, float]) -> None:
-        """A line per step of PPO; loss and accuracy of other stages in the progress bar. Both with a small curve."""
+        """Prints a line per step of PPO; shows loss and accuracy of other stages in the progress bar. Adds a curve."""
         name = "score_mean" if "score_mean" in values else "loss"
         if not math.isfinite(values.get(name, math.nan)):
             return

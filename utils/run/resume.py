@@ -14,7 +14,8 @@ from utils.run.folder import check_inputs, holds_run, prepare_run_folder
 from utils.run.logger import tracker_names
 from utils.run.restore import Checkpoint, named, newest
 
-# May change on resume: they affect rounding, and the random streams of each rank (dropout, --reward_fn), nothing else.
+# May change on resume, with a message: the run stays the same except for rounding and for the random streams of each
+# rank, which dropout and --reward_fn use.
 SPLIT = ("world_size", "zero_stage", "offload_optimizer", "deterministic")
 
 
