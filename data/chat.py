@@ -106,11 +106,7 @@ def _without_opened_tag(tokenizer: PreTrainedTokenizerBase, text: str, prompt: l
 def mask_earlier_answers(
     tokenizer: PreTrainedTokenizerBase, turns: Turns, ids: list[int]
 ) -> tuple[list[bool], list[int]]:
-    """Returns (mask of the answers in the prompt `ids` of `turns`, indices of turns whose answers are not in it).
-
-    An answer is in the prompt if the prompt begins with the dialogue that ends in this answer. This is not so if the
-    template rewrites earlier answers, for example removes their reasoning.
-    """
+    """Returns (mask of the answers in the prompt `ids` of `turns`, indices of turns whose answers were rewritten)."""
     end, mask, rewritten = turn_end(tokenizer, "chat"), [False] * len(ids), []
     for k, turn in enumerate(turns):
         if turn["role"] != "assistant":

@@ -4,12 +4,12 @@ import inspect
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
 from data.chat import render, template_arguments, turn_end
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.files import read_json
 from utils.flags.text import StopFlags, TextFlags
 from utils.models.load import model_folder
@@ -25,13 +25,12 @@ PROBE = [
 
 
 def prepare_tokenizer(
-    config: TextFlags, source: str, models: Models, say: Callable[[str], None], others: Models = ()
+    config: TextFlags, source: str, models: Models, say: Say, others: Models = ()
 ) -> tuple[PreTrainedTokenizerBase, str]:
     """Returns (tokenizer of `source`, template name); prints the template, the reason for it, and the stop ids.
 
-    models: models that generate or are trained; their generation_config.json can add stop ids. others: further models
-    that read the same ids. Raises UserError if one of these was trained with another template, unless --template is
-    explicit.
+    models: (flag, path) of those that generate or are trained, whose generation_config.json can add stop ids; others:
+    that read the same ids. Raises UserError if one was trained with another template, unless --template is explicit.
     """
     models = list(models)
     for flag, path in [*models, *others]:
@@ -64,10 +63,7 @@ def choose_template(config: TextFlags, tokenizer: PreTrainedTokenizerBase) -> tu
 def stop_reasons(
     tokenizer: PreTrainedTokenizerBase, template: str, stop_tokens: list[str], models: Models
 ) -> dict[int, list[str]]:
-    """Returns stop id -> reasons. stop_tokens: values of --stop_token, which replace all other stop ids.
-
-    The moss templates end answers in EOS only. Raises UserError for a stop token that is not exactly one token.
-    """
+    """Returns stop id -> reasons. stop_tokens: values of --stop_token, one token each, which replace all others."""
     reasons = defaultdict(list)
     if stop_tokens:
         for text in stop_tokens:
@@ -97,10 +93,7 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     known = tokenizer.get_vocab().get(text)
     ids = tokenizer.encode(text, add_special_tokens=False) if known is None else [known]
     if len(ids) != 1:
-        raise UserError(
-            f"--stop_token {text!r} is not one token of the tokenizer, but {len(ids)}; use a token of its vocabulary, "
-            f"such as {tokenizer.eos_token}"
-        )
+        raise UserError(f"--stop_token {text!r} is not one token, but {len(ids)}; use one, as {tokenizer.eos_token}")
     return ids[0]
 
 
@@ -127,10 +120,8 @@ def _check_same_template(
     if other is None or (other == template and (other != "chat" or _rendered(theirs) == _rendered(tokenizer))):
         return
     name = "another chat template" if other == template else f"the template {other}"
-    raise UserError(
-        f"{flag} {path} was trained with {name}, and this run uses {template}, {why}; use a model and a tokenizer "
-        f"that agree, or pass --template {' or '.join(sorted({template, other}))}"
-    )
+    agree = f"use a model and a tokenizer that agree, or pass --template {' or '.join(sorted({template, other}))}"
+    raise UserError(f"{flag} {path} was trained with {name}, and this run uses {template}, {why}; {agree}")
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase) -> list[str]:

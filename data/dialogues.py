@@ -1,6 +1,6 @@
 """Load and encode dialogues for SFT and for the pre-training (ptx) loss, which train on the assistant's answers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +11,7 @@ from data.formats.truncate import encode_fitting
 from data.order import mixture, order
 from data.prompts import drop_oldest_exchange
 from data.template import Turns, encode_dialogue_parts, last_answer
+from utils.errors import Say
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,12 @@ class EncodedDialogue:
 
 
 def load_dialogues(
-    path: str, num_valid: int, seed: int, say: Callable[[str], None] = print, flag: str = FLAG, lower: bool = False
+    path: str, num_valid: int, seed: int, say: Say = print, flag: str = FLAG, lower: bool = False
 ) -> tuple[list[Dialogue], list[Dialogue]]:
     """Returns (train, valid) dialogues from data in any format of data/formats/dialogue_forms.py.
 
-    A last question without an answer is removed; records without any answer and malformed ones are dropped. The counts
-    are reported with `say`. Raises UserError if the data cannot be read or no dialogue is left. flag: the flag that
-    gave the path.
+    A last question without an answer is removed; malformed records and those without an answer are dropped and counted.
+    Raises UserError if the data cannot be read or nothing is left. flag: the flag that gave the path.
     """
     return load_items(path, "dialogues", _dialogue_of, num_valid, seed, say, flag, lower)
 
@@ -75,13 +75,12 @@ def encode(
 
 def encode_dialogues(
     tokenizer: PreTrainedTokenizerBase, dialogues: list[Dialogue], template: str, max_tokens: int,
-    say: Callable[[str], None], flag: str = "--context_truncate",
+    say: Say, flag: str = "--context_truncate",
 ) -> list[EncodedDialogue]:  # fmt: skip
     """Returns the encodings of all dialogues that fit `max_tokens`; reports how many were truncated and dropped.
 
-    An earlier answer that the template rewrites in the history, for example one whose reasoning it removes, becomes an
-    additional sample that ends in this answer and trains on it only. These samples follow all others. flag: the flag
-    that gave the limit.
+    An earlier answer that the template rewrites in the history becomes an additional sample that ends in it and trains
+    on it only; these follow all others. flag: the flag that gave the limit.
     """
     parts: list[Dialogue] = []
 
@@ -103,16 +102,12 @@ def encode_dialogues(
 def batches(
     sets: list[list[EncodedDialogue]], size: int, seed: int, weights: list[float] | None = None
 ) -> Iterator[list[EncodedDialogue]]:
-    """Yields batches in seeded order without end, the same on all ranks.
-
-    weights: share of the samples per set, each with its own epochs. Without weights, all sets together are one.
-    """
+    """Yields batches in seeded order without end, the same on all ranks. weights: share per set; None: sets are one."""
     merged = [dialogue for items in sets for dialogue in items]
     start = 0
     while True:
         if weights is None:
             yield [merged[i] for i in order(start, size, len(merged), seed)]
         else:
-            places = mixture(start, size, [len(items) for items in sets], weights, seed)
-            yield [sets[k][i] for k, i in places]
+            yield [sets[k][i] for k, i in mixture(start, size, [len(items) for items in sets], weights, seed)]
         start += size

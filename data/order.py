@@ -9,11 +9,7 @@ BLOCK = 1000  # number of items within which the shares of a mixture are exact
 
 
 def order(start: int, count: int, num_items: int, seed: int) -> list[int]:
-    """Returns the indices of the items at positions `start` to `start + count - 1` of a run over `num_items` items.
-
-    Each epoch is a new permutation, so that each item is seen once before any is repeated. A resumed run needs only
-    `start`, and all ranks compute the same list. `count` can extend over several epochs.
-    """
+    """Returns the indices of the items at `count` positions from `start` on; each epoch is a new seeded permutation."""
     return [_permutation(seed, k // num_items, num_items)[k % num_items] for k in range(start, start + count)]
 
 
@@ -27,9 +23,8 @@ def _permutation(seed: int, epoch: int, num_items: int) -> tuple[int, ...]:
 def mixture(start: int, count: int, sizes: list[int], weights: list[float], seed: int) -> list[tuple[int, int]]:
     """Returns (set, index in the set) for positions `start` to `start + count - 1` of a run over several sets.
 
-    sizes: items per set. weights: share of each set, independent of its size, exact to 1 / BLOCK within each BLOCK
-    positions. Each set has its own epochs as in `order`, so that a small set with a large weight is repeated more
-    often. Raises ValueError for a share below 1 / BLOCK.
+    sizes: items per set; weights: share of each, exact to 1 / BLOCK within each BLOCK positions. Each set has its own
+    epochs as in `order`. Raises ValueError for a share below 1 / BLOCK.
     """
     quotas = _quotas(weights)
     places = []

@@ -1,7 +1,6 @@
 """Load preferences for reward models: a history, answers to it, and pairs of a better and a worse answer."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from data.formats.ranked_answers import is_ranked, ranked_pairs
 from data.formats.records import FLAG, BadRecord, Record, Tally, load_items
 from data.formats.score_columns import STRENGTH, read_number, read_strength
 from data.template import Turns
-from utils.errors import UserError
+from utils.errors import Say, UserError
 
 MARGIN_COLUMNS = (STRENGTH, "margin")  # columns with a pair's margin, unless a flag names another
 
@@ -22,8 +21,8 @@ MARGIN_COLUMNS = (STRENGTH, "margin")  # columns with a pair's margin, unless a 
 class Pair:
     """Indices of the better and the worse answer of a preference.
 
-    strength: mean score difference over several reward models, if known; negative if they disagree with the label.
-    margin: target score difference of the adaptive margin loss, if known and requested.
+    strength: mean score difference over several reward models, negative if they disagree with the label. margin: target
+    difference of the adaptive margin loss. None if unknown.
     """
 
     better: int
@@ -34,10 +33,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Preference:
-    """Answers to one history, and their pairs: one for two answers, all pairs for a ranked list.
-
-    subset: group in evaluations; source: place of the record.
-    """
+    """Answers to one history, and their pairs. subset: group in evaluations; source: place of the record."""
 
     history: Turns
     answers: list[str]
@@ -47,13 +43,9 @@ class Preference:
 
 
 def load_preferences(
-    path: str,
-    num_valid: int,
-    seed: int,
-    say: Callable[[str], None] = print,
-    margin_columns: tuple[str, ...] = (),
+    path: str, num_valid: int, seed: int, say: Say = print, margin_columns: tuple[str, ...] = (),
     lower: bool = False,
-) -> tuple[list[Preference], list[Preference]]:
+) -> tuple[list[Preference], list[Preference]]:  # fmt: skip
     """Returns (train, valid) preferences; drops malformed records and reports their counts with `say`.
 
     Formats: {"chosen", "rejected"} as dialogues with the same history, in lists or Anthropic's text format; {"prompt"
@@ -86,18 +78,15 @@ def parse_preference(record: Record, tally: Tally, margin_columns: tuple[str, ..
     return Preference(chosen[:-1], answers, [Pair(0, 1, strength, margin)], subset, record.source)
 
 
-def flip_negative(preferences: list[Preference], say: Callable[[str], None] = print) -> list[Preference]:
+def flip_negative(preferences: list[Preference], say: Say = print) -> list[Preference]:
     """Returns the preferences with the answers of all pairs of negative strength swapped; reports how many.
 
-    Strength and margin of a swapped pair become positive. Part II §2: a negative mean over an ensemble mostly marks a
-    wrong label. Raises UserError if no pair has a strength.
+    Part II §2: a negative mean over an ensemble mostly marks a wrong label. Raises UserError if no pair has a strength.
     """
     pairs = [pair for preference in preferences for pair in preference.pairs]
     known = sum(pair.strength is not None for pair in pairs)
     if not known:
-        raise UserError(
-            f"--flip_negative: no pair of {FLAG} has a {STRENGTH!r}; use python -m reward.strength to add it"
-        )
+        raise UserError(f"--flip_negative: no pair has a {STRENGTH!r}; use python -m reward.strength to add it")
     tally = Tally("preferences")
     for preference in preferences:
         for pair in preference.pairs:
@@ -109,7 +98,7 @@ def flip_negative(preferences: list[Preference], say: Callable[[str], None] = pr
     return [replace(p, pairs=[_flipped(pair) for pair in p.pairs]) for p in preferences]
 
 
-def check_margins(preferences: list[Preference], columns: tuple[str, ...], say: Callable[[str], None]) -> None:
+def check_margins(preferences: list[Preference], columns: tuple[str, ...], say: Say) -> None:
     """Reports the number of pairs without a margin, which get margin 0. Raises UserError if no pair has one."""
     tally = Tally("preferences")
     for preference in preferences:
@@ -118,10 +107,7 @@ def check_margins(preferences: list[Preference], columns: tuple[str, ...], say: 
                 tally.add("without a margin, trained with margin 0", preference.source)
     if all(pair.margin is None for preference in preferences for pair in preference.pairs):
         names = " or ".join(map(repr, columns))
-        raise UserError(
-            f"--use_margin: no pair of {FLAG} has a number in the column {names}; pass --margin_column, or remove "
-            "--use_margin"
-        )
+        raise UserError(f"--use_margin: no pair of {FLAG} has a number in the column {names}; pass --margin_column")
     tally.report(say)
 
 

@@ -1,6 +1,5 @@
 """Load prompts for PPO: encoded dialogues that end in a question, within a token limit."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from data.formats.dialogue_forms import parse_turns
 from data.formats.records import BadRecord, Record, Tally, load_items
 from data.template import Turns, encode_prompt
+from utils.errors import Say
 
 
 @dataclass(frozen=True)
@@ -21,20 +21,13 @@ class Prompt:
 
 
 def load_prompts(
-    path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    max_tokens: int,
-    num_valid: int,
-    seed: int,
-    say: Callable[[str], None] = print,
-    lower: bool = False,
-) -> tuple[list[Prompt], list[Prompt]]:
+    path: str, tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int, num_valid: int, seed: int,
+    say: Say = print, lower: bool = False,
+) -> tuple[list[Prompt], list[Prompt]]:  # fmt: skip
     """Returns (train, valid) prompts of at most `max_tokens` tokens from data in any format of dialogue_forms.py.
 
-    The answer at the end of a dialogue is removed. Prompts that are too long lose their oldest exchanges, and are
-    dropped if the last question alone is too long. All counts are reported with `say`. Raises UserError if the data
-    cannot be read or no prompt is left.
+    The answer at the end of a dialogue is removed. Too long prompts lose their oldest exchanges, or are dropped. Raises
+    UserError if the data cannot be read or no prompt is left.
     """
     parse = partial(_prompt_of, tokenizer=tokenizer, template=template, max_tokens=max_tokens)
     return load_items(path, "prompts", parse, num_valid, seed, say, lower=lower)

@@ -4,10 +4,9 @@ moss_en   <s>Human:question</s>Assistant:answer</s>Human:…
 moss_zh   <s><|Human|>question</s><|MOSS|>answer</s><|Human|>…
 chat      the tokenizer's own chat template: data/chat.py
 
-In the moss templates, each stretch between special tokens is encoded separately, with SentencePiece's dummy prefix,
-and `</s>` follows each utterance. Special tokens written out in a text stay text; in the history of a chat template
-they become tokens, because the template returns plain text. The moss models have no system role: a system turn is put
-before the first question, with an empty line in between.
+In the moss templates, each stretch between special tokens is encoded separately, with SentencePiece's dummy prefix.
+Special tokens written out in a text stay text; in the history of a chat template they become tokens. The moss models
+have no system role: a system turn is put before the first question, with an empty line in between.
 """
 
 from transformers import PreTrainedTokenizerBase
@@ -26,8 +25,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: Turns, template: st
 def encode_dialogue(tokenizer: PreTrainedTokenizerBase, turns: Turns, template: str) -> tuple[list[int], list[bool]]:
     """Returns (ids, mask) of a dialogue that ends in an answer; the mask is True at answer tokens and their end tokens.
 
-    The ids begin with exactly `encode_prompt(turns[:-1])`, as in generation, and end as the template ends a turn. What
-    the template writes after the end token (such as a newline) is not in the mask.
+    The ids begin with exactly `encode_prompt(turns[:-1])`; what the template writes after the end token is not in the
+    mask.
     """
     ids, mask, _ = encode_dialogue_parts(tokenizer, turns, template)
     return ids, mask
@@ -36,10 +35,7 @@ def encode_dialogue(tokenizer: PreTrainedTokenizerBase, turns: Turns, template: 
 def encode_dialogue_parts(
     tokenizer: PreTrainedTokenizerBase, turns: Turns, template: str
 ) -> tuple[list[int], list[bool], list[int]]:
-    """Returns (ids, mask, rewritten): as `encode_dialogue`, and the indices of turns whose answers the mask lacks.
-
-    Chat templates can rewrite earlier answers, for example remove their reasoning.
-    """
+    """`encode_dialogue`, and the indices of turns whose answers the template rewrites, so that the mask lacks them."""
     prompt, end, rewritten = encode_prompt(tokenizer, turns[:-1], template), turn_end(tokenizer, template), []
     if template == "chat":
         mask, rewritten = mask_earlier_answers(tokenizer, turns[:-1], prompt)
@@ -64,10 +60,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """Returns the text of response ids without special tokens, stop ids, and ids beyond the vocabulary.
-
-    The last can be sampled from models with a padded embedding.
-    """
+    """Returns the text of response ids without special tokens, stop ids, and ids of a padded embedding."""
     ends = stop_ids(tokenizer)
     known = [i for i in ids if i < len(tokenizer) and i not in ends]
     return tokenizer.decode(known, skip_special_tokens=True).strip()
@@ -116,8 +109,8 @@ def _opening(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
 def _continue(tokenizer: PreTrainedTokenizerBase, text: str, template: str) -> list[int]:
     """Returns the ids of an answer, which starts a stretch after `<|MOSS|>` and continues one after `Assistant:`.
 
-    A token can contain the colon and the start of the answer (such as ":)"), but generation starts after the colon. The
-    answer is therefore encoded after a text that it does not merge with; if there is none, as its own stretch.
+    A token can contain the colon and the start of the answer (":)"), but generation starts after the colon, so the
+    answer is encoded after a text that it does not merge with; if there is none, as its own stretch.
     """
     if template == "moss_en":
         for before in ("Assistant:", "\n", "Assistant"):

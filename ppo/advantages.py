@@ -8,9 +8,8 @@ def gae(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (advantages, returns) of the response tokens (Schulman et al. 2016; Part I eq. 9). All [batch, length].
 
-    δ_t = R_t + γ V_next - V_t, A_t = δ_t + γ λ A_next, returns = A + V. next is the next *response* token, so gaps and
-    padding are not read; V and A are 0 after the last token. Computed in float64 in about log2(longest response)
-    passes: after pass k, A_t is the sum over the next 2^k tokens.
+    δ_t = R_t + γ V_next - V_t, A_t = δ_t + γ λ A_next, returns = A + V; next: the next *response* token, after the last
+    one V = A = 0. Computed in float64 in log2(longest response) passes: after pass k, A_t sums the next 2^k tokens.
     """
     width = max(1, int(response_mask.sum(1).max()))
     order = (~response_mask).byte().argsort(dim=1, stable=True)[:, :width]  # response tokens first, in order

@@ -47,9 +47,7 @@ def build(config: PPOConfig) -> Run:
         if state.critic_center is not None:
             models.critic.module.score_center = state.critic_center
     logger = open_log(config, begin, config.total_steps)
-    logger.say(
-        f"best/ = highest eval_score_mean with eval_kl_ref of at most {config.best_max_kl:g} nats (--best_max_kl)"
-    )
+    logger.say(f"best/ = highest eval_score_mean with eval_kl_ref up to {config.best_max_kl:g} nats (--best_max_kl)")
     sampling = Sampling(config.temperature, config.topp, config.repetition_penalty)
     if not sampling.from_model:
         logger.say("warning: with --topp or --repetition_penalty, ratio and KL are those of the model without them")

@@ -1,8 +1,7 @@
 """Two policies on the same held-out prompts: `python -m ppo.compare --policies BEFORE AFTER --data_path PROMPTS ...`.
 
-Answers are drawn as in evaluation (Part I §6.1), each prompt with the same random stream for both policies. The table
-has means with 95 % intervals (bootstrap over prompts); the KL of AFTER to BEFORE is taken on plain samples of AFTER,
-since only those estimate it rightly.
+Answers are drawn as in evaluation (Part I §6.1), with the same random streams for both. The table has means with 95 %
+intervals (bootstrap over prompts); the KL of AFTER to BEFORE is estimated on plain samples of AFTER.
 """
 
 from ppo.compare_flags import CompareConfig
@@ -34,8 +33,8 @@ def main(argv: list[str] | None = None) -> None:
 def compare(before: dict, after: dict, kl: list[float], seed: int) -> dict[str, dict[str, list[float]]]:
     """Metric -> {"before", "after", "difference"} -> [estimate, low, high]: bootstrap over prompts, the same for both.
 
-    before, after: {"columns": {name: a number a prompt}} with columns length, nll (a response) and those that end in
-    score; kl: a number a prompt, of AFTER.
+    before, after: {"columns": {name: one number per prompt}}; names that begin with nll, per response, become
+    perplexities. kl: one number per prompt, of AFTER.
     """
     import numpy
 

@@ -15,16 +15,10 @@ from utils.flags.run import RunFlags
 PRESETS = {
     "ppo_max": {},
     "vanilla": {
-        "use_reward_scaling": False,
-        "use_reward_norm": False,
-        "use_reward_clip": False,
-        "use_critic_loss_clip": False,
-        "use_advantage_norm": False,
-        "kl_penalty_weight": 0.0,
-        "gradient_clip": 0.0,
-        "critic_pretrain_steps": 0,
+        "use_reward_scaling": False, "use_reward_norm": False, "use_reward_clip": False, "use_critic_loss_clip": False,
+        "use_advantage_norm": False, "kl_penalty_weight": 0.0, "gradient_clip": 0.0, "critic_pretrain_steps": 0,
     },
-}
+}  # fmt: skip
 AMOUNTS = {
     "use_reward_clip": "reward_clip",
     "use_advantage_clip": "advantage_clip",
@@ -82,10 +76,8 @@ class PPOConfig(
         if self.num_rollouts > num_prompts >= least:
             replace_default(self, "num_rollouts", num_prompts // least * least, reason)
         if self.num_rollouts > num_prompts:
-            raise UserError(
-                f"--num_rollouts {self.num_rollouts} needs more prompts than the {num_prompts} of --data_path "
-                f"{self.data_path}: lower it (to a multiple of --batch_size), or add prompts"
-            )
+            problem = f"--num_rollouts {self.num_rollouts} needs more prompts than the {num_prompts} of --data_path"
+            raise UserError(f"{problem} {self.data_path}: lower it (to a multiple of --batch_size), or add prompts")
 
     @property
     def preset_values(self) -> dict:
@@ -129,9 +121,7 @@ class PPOConfig(
             raise UserError("--use_ppo_pretrain_loss needs dialogues: pass --ppo_pretrain_data_path")
         for switch, amount in AMOUNTS.items():
             if getattr(self, switch) and not getattr(self, amount):
-                raise UserError(
-                    f"--{switch} with --{amount} 0 would do nothing: pass a positive number, or --{switch} false"
-                )
+                raise UserError(f"--{switch} with --{amount} 0 does nothing: pass more than 0, or --{switch} false")
         if self.reuse_sampler_logprobs and (self.topp < 1.0 or self.repetition_penalty != 1.0):
             raise UserError(
                 f"--reuse_sampler_logprobs with --topp {self.topp:g} --repetition_penalty {self.repetition_penalty:g}: "
@@ -143,13 +133,9 @@ class PPOConfig(
     def check_world(self, world_size: int, vocab_size: int) -> None:
         """Checks that need the number of ranks and the size of the vocabulary. Raises UserError."""
         for name in ("num_rollouts", "batch_size", "ppo_pretrain_batch_size"):
-            if getattr(self, name) % world_size and (name != "ppo_pretrain_batch_size" or self.use_ppo_pretrain_loss):
-                raise UserError(
-                    f"--{name} {getattr(self, name)} does not divide by the {world_size} processes: sizes count "
-                    "samples over all of them; pass a multiple"
-                )
+            value = getattr(self, name)
+            if value % world_size and (name != "ppo_pretrain_batch_size" or self.use_ppo_pretrain_loss):
+                raise UserError(f"--{name} {value} does not divide by the {world_size} processes; pass a multiple")
         if self.use_entropy_loss and self.entropy_clip > math.log(vocab_size):
-            raise UserError(
-                f"--entropy_clip {self.entropy_clip:g} can never be reached: entropy is at most "
-                f"ln({vocab_size}) = {math.log(vocab_size):.2f}; lower it"
-            )
+            limit = f"entropy is at most ln({vocab_size}) = {math.log(vocab_size):.2f}"
+            raise UserError(f"--entropy_clip {self.entropy_clip:g} can never be reached: {limit}; lower it")

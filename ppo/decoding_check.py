@@ -1,7 +1,6 @@
 """Chooses how a policy decodes: the fastest way that samples from the distribution that scoring computes."""
 
 import copy
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -13,18 +12,18 @@ from ppo.decoding.sampling import Sampling
 from ppo.rollout import DECODING, PolicySampler
 from ppo.types import PromptBatch
 from utils.engine.engine import InferenceEngine
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.models.check import FAILURES, Probe, distance
 
 PROMPTS = (19, 16, 7, 3)  # tokens
 STEPS = 8
 
 
-def choose_decoding(policy: nn.Module, config, what: str, say: Callable[[str], None]) -> None:
+def choose_decoding(policy: nn.Module, config, what: str, say: Say) -> None:
     """Sets `policy.decoding` to the first of DECODING by which the policy samples from its own distribution.
 
-    config: the run's flags. Raises UserError, which calls the model `what`, if none does: the cache here holds keys and
-    values only, so states of other kinds are lost between tokens. Every rank chooses the same.
+    The same on all ranks. Raises UserError, which calls the model `what`, if none does: the cache holds keys and values
+    only, so states of other kinds are lost between tokens. config: the run's flags.
     """
     probe = Probe(policy.lm, what)
     settings = policy.decoder.config
@@ -39,10 +38,8 @@ def choose_decoding(policy: nn.Module, config, what: str, say: Callable[[str], N
             return
         if way != DECODING[-1]:
             say(f"{what}: {way} decoding is not used: it fails with {probe.kind} ({failure})")
-    raise UserError(
-        f"{what}: {probe.kind} cannot be decoded with a cache of keys and values ({failure}): SFT works with it, PPO "
-        "does not; give another model"
-    )
+    problem = f"{probe.kind} cannot be decoded with a cache of keys and values ({failure})"
+    raise UserError(f"{what}: {problem}: SFT works with it, PPO does not; give another model")
 
 
 def _distance(policy: nn.Module, probe: Probe, config) -> float:

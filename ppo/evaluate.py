@@ -21,9 +21,8 @@ def evaluate(
 ) -> tuple[dict[str, float], list[dict]]:  # fmt: skip
     """Returns (metrics, one row per prompt: prompt, answer, score, kl, length, nll), the same on every rank.
 
-    Answers are sampled as in the paper (`EVALUATION`). A prompt has the same random stream in all evaluations of a run,
-    so they can be compared prompt by prompt. If the prompts do not divide by the ranks, some are sampled twice and
-    counted once.
+    Answers are sampled as in the paper (`EVALUATION`), each prompt with the same random stream in all evaluations.
+    Prompts that do not divide by the ranks are padded with repeated ones, which are not counted.
     """
     padded = prompts + [prompts[0]] * (-len(prompts) % world_size())
     share = own_share(padded, list(range(len(padded))))
@@ -50,8 +49,5 @@ def evaluate(
 
 
 def is_best(metrics: dict[str, float], best_score: float, max_kl: float) -> bool:
-    """Returns whether an evaluation has the best mean score so far, and a mean KL to the reference of at most max_kl.
-
-    A high score with a large KL is a sign of reward hacking (Part I §5.2).
-    """
+    """Whether the mean score is the best so far and the KL at most max_kl: more means reward hacking (Part I §5.2)."""
     return metrics["kl_ref"] <= max_kl and metrics["score_mean"] > best_score

@@ -15,10 +15,7 @@ from utils.tensors import masked_mean, whiten
 
 
 def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, config: PPOConfig) -> Experience:
-    """Returns the experience of the whole buffer: all ranks' samples, in the same order on every rank.
-
-    Updates `moments` with these scores first, so all are normalised with the same statistics, which include them.
-    """
+    """Returns the experience of all ranks' samples, the same on every rank. First adds their scores to `moments`."""
     moments.update(scores.scores)
     missing_eos = torch.where(rollout.ended, 0.0, -config.missing_eos_penalty)
     clip = config.reward_clip if config.use_reward_clip else 0.0
@@ -45,7 +42,7 @@ def with_values(experience: Experience, old_values: torch.Tensor | None, config:
 def value_scale(experience: Experience, config: PPOConfig) -> tuple[float, float]:
     """Returns (scale, shift) after which values have the returns' mean and --critic_init_scale times their deviation.
 
-    Returns are sums of future rewards (λ = 1), which do not depend on the values. The scale is 1 if a deviation is 0.
+    Returns here are sums of future rewards (λ = 1), which do not depend on values. scale is 1 if a deviation is 0.
     """
     mask = experience.response_mask
     returns = gae(experience.rewards, experience.old_values, mask, config.gamma, lam=1.0)[1][mask]
@@ -93,10 +90,7 @@ def as_floats(values: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def member_metrics(scores: Scores) -> dict[str, torch.Tensor]:
-    """Metrics of several reward models: mean of each, disagreement; share of dialogues that were truncated for one.
-
-    Empty for a single reward model that reads the policy's ids.
-    """
+    """Metrics of several reward models: mean of each, disagreement; share of dialogues that were truncated for one."""
     values, members = {}, scores.member_scores
     if members.shape[1] > 1:
         values |= {f"score_mean_{i}": column.mean() for i, column in enumerate(members.unbind(1), start=1)}
@@ -107,10 +101,7 @@ def member_metrics(scores: Scores) -> dict[str, torch.Tensor]:
 
 
 def negative_kl_warning(rollout: Rollout, scores: Scores) -> str | None:
-    """Returns a warning if this buffer's mean KL is below 0 by more than three standard errors, else None.
-
-    Then sampling and scoring disagree, or top-p and penalty, which scoring ignores, are strong.
-    """
+    """Returns a warning if this buffer's mean KL is below 0 by more than three standard errors, else None."""
     kl = k1(scores.old_logprobs, scores.ref_logprobs).sum(1)
     if len(kl) < 32 or float(kl.mean() + 3 * kl.std() / len(kl) ** 0.5) >= 0:
         return None

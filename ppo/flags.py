@@ -18,8 +18,7 @@ class DataFlags:
     policy_model_path: Common[str] = ""
     """SFT model to align: a Hugging Face folder or hub id. It is also the reference of the KL penalty"""
     critic_model_path: Common[str] = ""
-    """Reward model that the critic starts from; a causal LM gets a new head. It also scores the responses, unless
-    --reward_model_path or --reward_fn is given"""
+    """Reward model that the critic starts from. It also scores, unless --reward_model_path or --reward_fn is given"""
     reward_fn: Common[str | None] = None
     """Python function file.py:name that scores responses: (prompts, answers) -> a number per answer. THE FILE IS RUN.
     Without --reward_model_path it replaces the reward model; with it, both scores are added"""
@@ -37,8 +36,7 @@ class TrainingFlags:
     """Training: length, batch sizes and learning rates."""
 
     preset: Common[Literal["ppo_max", "vanilla"]] = "ppo_max"
-    """Set of defaults. ppo_max: the tricks of Part I, §5.4; vanilla: plain PPO, of whose tricks only the clipped
-    surrogate is on. Flags win over it"""
+    """Set of defaults. ppo_max: the tricks of Part I, §5.4; vanilla: plain PPO with a clipped surrogate"""
     train_steps: Common[int] = 1000
     """Steps that train the policy; each samples --num_rollouts responses and makes --ppo_epochs passes over them"""
     critic_pretrain_steps: Common[int] = 10
@@ -72,8 +70,8 @@ class LengthFlags:
     """Sampling: lengths."""
 
     maxlen_prompt: Common[int] = 2048
-    """Longest prompt and response together, in tokens; longer prompts lose their oldest turns. The default is lowered
-    to the models' window"""
+    """Longest prompt and response together, in tokens; longer prompts lose their oldest turns. Default: at most the
+    models' window"""
     maxlen_res: Common[int] = 512
     """Longest response, in tokens. The default is lowered to half of a short --maxlen_prompt"""
 
@@ -147,21 +145,18 @@ class TrickFlags:
     """PPO-max tricks: scores, KL penalty and advantages."""
 
     use_reward_scaling: bool = True
-    """Divide scores by their running standard deviation (Part I, eq. 18). By itself it does not prevent collapse
-    (Part I, Figure 6)"""
+    """Divide scores by their running standard deviation (Part I, eq. 18, Figure 6: not enough against collapse)"""
     use_reward_norm: bool = True
     """Subtract the running mean from scores before --use_reward_scaling (Part I, eq. 18)"""
     use_reward_clip: bool = True
     """Clip scores after scaling and normalisation to [-reward_clip, reward_clip] (Part I, eq. 18)"""
     reward_clip: Common[float] = 0.3
-    """Clip normalised scores to [-reward_clip, reward_clip], in standard deviations. Part I, Figure 6: 0.3 is stable,
-    0.8 collapses"""
+    """Clip normalised scores to ± this, in standard deviations. Part I, Figure 6: 0.3 is stable, 0.8 collapses"""
     missing_eos_penalty: float = 0.0
     """Penalty on a response that was cut at --maxlen_res, in standard deviations of the score. Subtracted after
     --reward_clip, so that 1 outweighs a clip of 0.3"""
     kl_penalty_weight: Common[float] = 0.05
-    """Weight of the KL penalty per token, between policy and reference (Part I, eq. 19). Part I, Figure 15: 0.05, 0.1
-    and 0.2 are stable"""
+    """Weight of the KL to the reference per token (Part I, eq. 19; Figure 15: 0.05, 0.1 and 0.2 are stable)"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Estimator of the KL. k1: log ratio (Part I, eq. 19); k2: half its square; k3: exp(-k1) - 1 + k1"""
     kl_in: Literal["reward", "loss"] = "reward"
@@ -174,8 +169,7 @@ class TrickFlags:
     gamma: float = 1.0
     """Discount factor per token (Part I, eq. 9); 1: no discount"""
     lam: Common[float] = 0.95
-    """Lambda of generalised advantage estimation (Part I, eq. 9). Part I, Figure 19: 0.9 and 0.95 are stable, 0 and 1
-    are not"""
+    """Lambda of generalised advantage estimation (Part I, eq. 9; Figure 19: 0.9 and 0.95 are stable, 0 and 1 not)"""
     use_advantage_norm: bool = True
     """Normalise the advantages of a buffer to mean 0 and variance 1"""
     use_advantage_clip: bool = False
@@ -191,8 +185,7 @@ class LossFlags:
     use_policy_loss_clip: bool = True
     """Clip the probability ratio of the policy loss to [1 - pg_clip, 1 + pg_clip] (Part I, eq. 15)"""
     pg_clip: Common[float] = 0.2
-    """Largest distance of the probability ratio from 1 under --use_policy_loss_clip. By itself it does not prevent
-    collapse (Part I, Figures 17 and 18)"""
+    """Largest distance of the ratio from 1 under --use_policy_loss_clip. Not enough by itself (Part I, Figure 17)"""
     use_critic_loss_clip: bool = True
     """Clip values in the value loss to the old values plus or minus value_clip (Part I, eq. 16)"""
     value_clip: float = 0.2
@@ -233,8 +226,7 @@ class AlarmFlags:
     alarm_score_std: float = 0.0
     """Alarm if the standard deviation of the scores falls below this"""
     skip_bad_batches: int = 0
-    """Minibatches and buffers with a loss, gradient or score that is not finite that are skipped before the run stops.
-    Each is saved to bad_batches/"""
+    """Batches with a loss, gradient or score that is not finite that are skipped, and saved to bad_batches/"""
 
 
 @dataclass

@@ -18,13 +18,9 @@ def policy_ratio(logprobs: torch.Tensor, old_logprobs: torch.Tensor, response_ma
 
 
 def policy_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    response_mask: torch.Tensor,
-    clip: float,
-    num_tokens: float,
-) -> torch.Tensor:
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, response_mask: torch.Tensor,
+    clip: float, num_tokens: float,
+) -> torch.Tensor:  # fmt: skip
     """Returns Σ -min(ρ A, clip(ρ, 1-ε, 1+ε) A) / num_tokens (Part I eq. 15). clip 0: the unclipped surrogate -ρ A."""
     ratio = policy_ratio(logprobs, old_logprobs, response_mask)
     surrogate = ratio * advantages
@@ -34,13 +30,9 @@ def policy_loss(
 
 
 def value_loss(
-    values: torch.Tensor,
-    old_values: torch.Tensor,
-    returns: torch.Tensor,
-    response_mask: torch.Tensor,
-    clip: float,
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, response_mask: torch.Tensor, clip: float,
     num_tokens: float,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Returns Σ ½ max((V - R)², (clip(V, V_old ± c) - R)²) / num_tokens (Part I eq. 16). clip 0: no clipping."""
     values = torch.where(response_mask, values, 0.0)  # a NaN outside would reach the gradient as 0 * NaN
     squares = (values - returns).square()

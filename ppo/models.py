@@ -1,7 +1,6 @@
 """The models of a run: policy and critic in training engines, reference and reward models frozen."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +18,7 @@ from reward.scoring.load import check_same_tokenizer, load_ensemble, load_scalar
 from utils.distributed import world_size
 from utils.engine.engine import DTYPES, InferenceEngine, TrainEngine, device
 from utils.engine.frozen import shard_frozen, splits_frozen
+from utils.errors import Say
 from utils.models.chunked_logprobs import by_chunks, head_logits, logprobs_and_entropy
 from utils.models.compile import compile_layers
 from utils.models.export import check_names, saved_tensors
@@ -32,17 +32,10 @@ CHUNK_ELEMENTS = 1 << 24  # logits held at once: 32 MB in bf16, for any batch an
 
 
 class PolicyModel(nn.Module):
-    """A causal LM that computes log-probabilities of given tokens, or next-token logits while decoding.
-
-    Logits are computed in chunks, at the given tokens only, in the weights' dtype; results are float32. With several
-    chunks the backward pass computes them again, so [tokens, vocabulary] is never held.
-    """
+    """A causal LM that computes log-probabilities of given tokens in chunks, or next-token logits while decoding."""
 
     def __init__(self, lm: nn.Module, even_tokens: int = 0, router_coef: float = 0.0):
-        """even_tokens: under ZeRO-3 every rank has to call the head equally often: the most tokens of any forward.
-
-        0: as few calls as the tokens need. router_coef: weight of the load-balancing loss in the update; 0: none.
-        """
+        """even_tokens: as in `sum_nll`. router_coef: weight of the load-balancing loss in the update; 0: none."""
         super().__init__()
         self.lm = lm
         self.even_tokens = even_tokens
@@ -77,13 +70,11 @@ class PolicyModel(nn.Module):
         return result if routed is None else (*result, router_sums(layers, routed, config.num_experts_per_tok))
 
     def next_logits(self, llama_step: bool = False, **decode) -> torch.Tensor:
-        """Logits after the last of the ids: [batch, vocabulary]. decode: arguments of the LM's own forward.
-
-        llama_step: the ids are one new token per slot, and go through ppo/decoding/llama_step.py.
-        """
+        """Logits after the last of the ids, [batch, vocabulary]. llama_step: by ppo/decoding/llama_step.py."""
         if not llama_step:
             # With router logits on, the LM's own forward would compute their loss and expect a mask without the cache.
-            return self.lm(**decode, **self._without_routers).logits[:, -1]
+            routers = getattr(self.lm.config, "output_router_logits", False)
+            return self.lm(**decode, **({"output_router_logits": False} if routers else {})).logits[:, -1]
         names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
         return self.logits(new_token_states(self.decoder, *(decode[name] for name in names)))
 
@@ -91,10 +82,6 @@ class PolicyModel(nn.Module):
     def decoder(self) -> nn.Module:
         """The LM without its head."""
         return decoder_of(self.lm)
-
-    @property
-    def _without_routers(self) -> dict[str, bool]:
-        return {"output_router_logits": False} if getattr(self.lm.config, "output_router_logits", False) else {}
 
     @property
     def joins_rows(self) -> bool:
@@ -121,12 +108,11 @@ class Models:
         return {name: engine for name, engine in engines.items() if engine is not None}
 
 
-def load_models(config: PPOConfig, tokenizer, say: Callable[[str], None] = print) -> Models:
+def load_models(config: PPOConfig, tokenizer, say: Say = print) -> Models:
     """Loads each model once, in config.dtype, onto its device, and creates its engine.
 
-    Host memory holds at most one model's weights per rank at a time (none on GPUs: files are memory-mapped). Policy and
-    reference come from one read, as do critic and reward model if they are the same. Tokenizers are compared before any
-    weights are read.
+    Policy and reference come from one read, as do critic and reward model if they are the same. Host memory holds at
+    most one model's weights per rank. Tokenizers are compared before any weights are read.
     """
     critic_path, critic_flag = config.critic_model_path, "--critic_model_path"
     check_same_tokenizer(critic_path, critic_flag, tokenizer, template_of(tokenizer))

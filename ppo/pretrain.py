@@ -1,6 +1,6 @@
 """The pre-training (ptx) loss: next-token loss on ordinary dialogues, against the alignment tax (Part I eq. 17)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Self
 
 import torch
@@ -12,7 +12,7 @@ from ppo.config import PPOConfig
 from ppo.loss import masked_sum
 from utils.distributed import rank, world_size
 from utils.engine.engine import TrainEngine, device
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.sums import Sums, add
 from utils.tensors import to_device
 
@@ -40,24 +40,20 @@ class PretrainStream:
             next(self)
 
 
-def load_pretrain(config: PPOConfig, tokenizer, template: str, say: Callable[[str], None]) -> PretrainStream:
+def load_pretrain(config: PPOConfig, tokenizer, template: str, say: Say) -> PretrainStream:
     """Returns an endless, seeded stream of batches, epoch by epoch; reports what --maxlen_prompt cuts or drops."""
     dialogues, _ = load_dialogues(config.ppo_pretrain_data_path, 0, config.seed, say, FLAG)
     encoded = encode_dialogues(tokenizer, dialogues, template, config.maxlen_prompt, say, "--maxlen_prompt")
     if not encoded:
-        raise UserError(
-            f"{FLAG} {config.ppo_pretrain_data_path}: no dialogue fits --maxlen_prompt {config.maxlen_prompt}; raise it"
-        )
+        limit = f"--maxlen_prompt {config.maxlen_prompt}"
+        raise UserError(f"{FLAG} {config.ppo_pretrain_data_path}: no dialogue fits {limit}; raise it")
     return PretrainStream(batches([encoded], config.ppo_pretrain_batch_size, config.seed))
 
 
 def pretrain_loss(
     policy: TrainEngine, batch: PretrainBatch, weight: float, max_tokens: int
 ) -> tuple[torch.Tensor, Sums]:
-    """Adds the gradient of weight * (mean NLL over the batch's assistant tokens).
-
-    Returns this rank's share of (that loss, sums for metrics).
-    """
+    """Adds the gradient of weight * (mean NLL of assistant tokens). Returns this rank's share of (loss, sums)."""
     lengths = [len(dialogue.ids) for dialogue in batch]
     num_tokens = sum(sum(dialogue.answer_mask) for dialogue in batch)
     sums = {}

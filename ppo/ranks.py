@@ -10,10 +10,7 @@ from utils.engine.engine import device
 
 
 def own_share(prompts: list[Prompt], places: list[int]) -> PromptBatch:
-    """Returns this rank's share of the prompts, whose number is a multiple of the number of ranks.
-
-    All shares have the same number of prompts, and about the same number of tokens, as ranks wait for the slowest.
-    """
+    """Returns this rank's share of the prompts: equally many on each rank, with about the same number of tokens."""
     own = balance([len(prompt.ids) for prompt in prompts], world_size(), len(prompts) // world_size())[rank()]
     chosen = [prompts[i] for i in own]
     return PromptBatch([p.ids for p in chosen], [p.turns for p in chosen], [places[i] for i in own])

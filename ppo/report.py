@@ -1,7 +1,7 @@
 """Report of PPO runs, finished or in progress: `python -m ppo.report RUN [RUN ...] [--output report.html]`.
 
-Reads the files that a run writes to its folder, and comparison.json of `ppo.compare` where there is one. Writes one
-HTML page without links to other files, and the picture in it as curves.png beside it.
+Reads a run's folder and comparison.json of `ppo.compare`. Writes one self-contained HTML page, and curves.png beside
+it.
 """
 
 import base64
@@ -56,10 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_run(folder: Path) -> dict:
-    """Returns {"config", "metrics", "samples", "comparison"} of a run. Raises UserError where there is nothing to show.
-
-    metrics, samples: one dictionary per line; comparison: None where the run has none.
-    """
+    """Returns {"config", "metrics", "samples", "comparison" (or None)} of a run; UserError without a step of PPO."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not the folder of a run (no config.json there): give its --model_save_path")
     metrics = read_lines(folder / "metrics.jsonl")

@@ -11,9 +11,8 @@ def shape_scores(
 ) -> torch.Tensor:
     """Returns clip((score - mean) / std, -clip, clip) with running statistics (Part I eq. 18). [batch] -> [batch].
 
-    center: subtract the mean and divide; scale: divide only; clip 0: no clipping. moments: already updated with these
-    scores. missing_eos [batch]: added after clipping, in standard deviations (0, or minus the penalty of a truncated
-    response).
+    center: subtract the mean and divide; scale: divide only; clip 0: no clipping. moments: already updated. missing_eos
+    [batch]: added after clipping, in standard deviations (0, or minus the penalty of a truncated response).
     """
     if center:
         scores = scores - moments.mean
@@ -28,7 +27,6 @@ def token_rewards(scores: torch.Tensor, kl: torch.Tensor, response_mask: torch.T
     """Returns R_t = -kl_coef · kl_t, plus the score at the last response token (Part I eq. 19).
 
     scores [batch], shaped and clipped; kl, response_mask [batch, length] -> [batch, length], 0 outside the response.
-    The rewards of an empty response are all 0.
     """
     rewards = (-kl_coef * kl).masked_fill(~response_mask, 0.0)
     last = last_index(response_mask)

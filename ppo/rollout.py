@@ -29,10 +29,10 @@ DECODING = ("triton", "llama_step", "grouped", "transformers")
 
 
 class Sampler(Protocol):
-    """Samples one response per prompt of this rank. Every rank calls it at the same time.
+    """Samples one response per prompt of this rank with the policy's newest weights. Called by all ranks together.
 
-    Copying the policy's newest weights to where they are sampled from is part of the call. A sampler that also computes
-    the policy's log-probabilities of its tokens returns a `MeasuredRollout`, and `score` takes them from there.
+    A sampler that also computes the policy's log-probabilities returns a `MeasuredRollout`, from which `score` takes
+    them.
     """
 
     def __call__(self, prompts: PromptBatch, sampling: Sampling, seed: int) -> Rollout:
@@ -44,10 +44,8 @@ class Sampler(Protocol):
 class PolicySampler:
     """Samples with the policy's own engine; config.rollout_batch_size sequences at once, continuously refilled.
 
-    Under ZeRO-3 the weights are gathered once if they fit (--gather_for_generation); otherwise all ranks step together
-    until the last response has ended. Memory: the key-value cache of rollout_batch_size x 9/8 (longest prompt +
-    maxlen_res) tokens, or --rollout_cache_tokens. measure: return a `MeasuredRollout` where tokens are drawn from the
-    policy's own distribution. watch: as for `Decoder`.
+    Under ZeRO-3 the weights are gathered once if they fit (--gather_for_generation); otherwise all ranks step together.
+    measure: return a `MeasuredRollout` if tokens are drawn from the policy's own distribution. watch: as for `Decoder`.
     """
 
     policy: TrainEngine | InferenceEngine
@@ -79,30 +77,21 @@ class PolicySampler:
 
 
 def decoding_options(config: PPOConfig, model: nn.Module, split: bool = False) -> DecodingOptions:
-    """Returns the options for a `PolicyModel`, from the flags and what the model and its device support.
-
-    split: its weights stay split over ranks (ZeRO-3), so all ranks have to call the same modules.
-    """
+    """Returns the options for a `PolicyModel`. split: its weights stay split over ranks (ZeRO-3)."""
     llama_step = model.decoding in ("triton", "llama_step") and not split and can_run_llama_step(model.decoder.config)
     triton = model.decoding == "triton" and llama_step and can_run_triton(model.decoder)
     return DecodingOptions(
         max_slots=model.slots if config.rollout_batch_size == "auto" else config.rollout_batch_size,
-        prefill_tokens=config.micro_batch_tokens,
-        cache_tokens=config.rollout_cache_tokens,
-        steps_per_check=4 if device().type == "cuda" else 1,
-        llama_step=llama_step,
-        triton=triton,
+        prefill_tokens=config.micro_batch_tokens, cache_tokens=config.rollout_cache_tokens,
+        steps_per_check=4 if device().type == "cuda" else 1, llama_step=llama_step, triton=triton,
         cuda_graphs=triton and is_capturable(model.decoder),
-    )
+    )  # fmt: skip
 
 
 def assemble(
     prompts: list[list[int]], responses: list[torch.Tensor], stops: int | tuple[int, ...], pad_id: int
 ) -> Rollout:
-    """Joins each prompt and its response, which may be empty, in a right-padded rollout with masks from their lengths.
-
-    stops: the id, or ids, that end a response.
-    """
+    """Joins prompts and their responses in a right-padded rollout. stops: the id, or ids, that end a response."""
     device = responses[0].device
     sizes = [len(prompt) for prompt in prompts]
     together = to_device(torch.tensor([i for prompt in prompts for i in prompt], dtype=torch.int64), device)

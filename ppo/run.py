@@ -53,8 +53,7 @@ class RunState:
         """Restores what `state_dict` returned."""
         self.step, self.next_place, self.left_out = state["step"], state["next_place"], state["left_out"]
         self.moments.load_state_dict(state["moments"])
-        self.best_score = state["best_score"]
-        self.rollbacks = state["rollbacks"]
+        self.best_score, self.rollbacks = state["best_score"], state["rollbacks"]
         self.critic_center = state.get("critic_center")
         if self.pretrain:
             self.pretrain.go_to(state["pretrain_place"])
@@ -95,8 +94,8 @@ class Run:
     def learning_rates(self, step: int) -> dict[str, float]:
         """Returns {"policy": learning rate, "critic": learning rate} of a step, counted from 0.
 
-        While only the critic trains, the policy's is 0, and the critic's reaches --critic_lr after a warm-up over a
-        tenth of these steps. It keeps that value while the policy warms up, and then decays with the policy's.
+        While only the critic trains, the policy's is 0 and the critic's warms up over a tenth of these steps. It stays
+        at --critic_lr while the policy warms up, and then decays with the policy's.
         """
         config, alone = self.config, self.config.critic_pretrain_steps
         if step < alone:
@@ -112,9 +111,8 @@ class Run:
     def fit_critic(self, experience: Experience) -> Experience:
         """Rescales the critic's values to the returns at the first step of critic pre-training; returns new experience.
 
-        Raw scores of the reward model that a critic starts from are larger than returns of normalised scores, and a few
-        optimizer steps do not change that. Scales the head's weight and shifts `score_center` (`value_scale`).
-        Collective.
+        A critic's first values are raw scores, larger than returns of normalised scores, and a few optimizer steps do
+        not change that. Scales the head's weight and shifts `score_center` (`value_scale`). Collective.
         """
         config, state, critic = self.config, self.state, self.models.critic
         wanted = critic and config.critic_pretrain_steps and config.critic_init_scale and state.step == 0
@@ -128,10 +126,7 @@ class Run:
         return with_values(experience, values, config)
 
     def refuses(self, rollout: Rollout, scores: Scores, own: torch.Tensor) -> bool:
-        """Returns whether the buffer is left out because of a bad score. own: this rank's scores.
-
-        The step is then done with the next prompts.
-        """
+        """Whether the buffer is left out for a bad score; the step then takes new prompts. own: this rank's scores."""
         problem = score_problem(scores.scores, self.config.explosion_limit, own)
         if problem:
             self.leave_out(problem, rollout, scores)
@@ -163,11 +158,7 @@ class Run:
         self.lifecycle.report_progress(f"export of {name}/")
 
     def after_step(self, rollout: Rollout, scores: Scores, metrics: dict[str, float]) -> None:
-        """Writes metrics and samples; evaluates, exports best/ and writes a checkpoint at steps that ask for it.
-
-        Checks for signals to stop. After a collapse, returns to the last checkpoint (--on_collapse rollback).
-        Collective.
-        """
+        """Writes metrics and samples; evaluates, exports best/, writes a checkpoint or rolls back. Collective."""
         config, step = self.config, self.state.step
         signs = alarms(metrics, config)
         if self.eval_prompts and (step % config.save_per_step == 0 or step == config.total_steps):
@@ -183,8 +174,7 @@ class Run:
     def _collapses(self, signs: list[str]) -> bool:
         """Prints alarms; returns whether --on_collapse rollback restored the last checkpoint. Collective.
 
-        Prompts and random streams are not reset, since the same ones would lead to the same collapse. Neither is best/,
-        which may hold a policy from after the checkpoint.
+        Prompts and random streams are not reset, since they would lead to the same collapse. Neither is best/.
         """
         config, state = self.config, self.state
         if not signs:
@@ -207,10 +197,7 @@ class Run:
         return True
 
     def evaluate(self, may_be_best: bool) -> dict[str, float]:
-        """Returns metrics on held-out prompts, keys `eval_...`; exports best/ if they are the best. Collective.
-
-        may_be_best: False for a step that looks like a collapse.
-        """
+        """Returns metrics on held-out prompts, keys `eval_...`; exports best/ if they are the best. Collective."""
         metrics, rows = evaluate(
             self.eval_prompts, self.sampler, self.models, self.reward_fn, self.tokenizer, self.config
         )

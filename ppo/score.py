@@ -24,10 +24,9 @@ def score(
     rollout: Rollout, prompts: PromptBatch, models: Models, reward_fn: RewardFunction | None,
     tokenizer, temperature: float, config: PPOConfig, with_values: bool = True,
 ) -> Scores:  # fmt: skip
-    """Computes the `Scores` of a rollout, in forwards of at most micro_batch_tokens tokens.
+    """Computes the `Scores` of a rollout, in forwards of at most micro_batch_tokens tokens, equally many on every rank.
 
-    temperature: that of sampling, for log-probabilities of policy and reference. with_values: False leaves out the
-    critic. Every rank does the same number of forwards. Memory: the activations of one micro-batch. The policy does no
+    temperature: that of sampling, for log-probabilities. with_values: False leaves out the critic. The policy does no
     forward if the sampler measured the rollout, and the reference none while its weights equal the policy's.
     """
     policy, critic = models.policy, models.critic
@@ -69,7 +68,7 @@ def reward_scores(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns `member_scores` and `truncated` of `Scores`: the raw scores of one reward model after the other.
 
-    A reward model with the policy's tokenizer and template reads the sampled ids. For another one the answers are
+    A reward model with the policy's tokenizer and template reads the sampled ids; for another one the answers are
     decoded, and encoded again with their prompts. Every rank does the same number of forwards.
     """
     scores = truncated = torch.zeros(len(rollout), 0, device=rollout.sequences.device)
@@ -92,8 +91,8 @@ def reward_scores(
 def closed_ids(rollout: Rollout, end: TurnEnd, window: int | None = None) -> list[list[int]]:
     """Returns prompt and response of each row, ended as the template ends a turn; for the reward model only.
 
-    It was trained on whole answers, so its score is defined at an end token only (--missing_eos_penalty is the cost of
-    a missing end). The template's end replaces another stop id, and the last tokens of a row that fills the window.
+    It was trained on whole answers, so its score is defined at an end token only. The template's end replaces another
+    stop id, and the last tokens of a row that fills the window.
     """
     rows = zip(rollout.sequences.tolist(), rollout.attention_mask.sum(1).tolist(), rollout.ended.tolist(), strict=True)
     closed = []

@@ -65,11 +65,10 @@ class MeasuredRollout(Rollout):
 
 @dataclass(frozen=True)
 class Scores(Batch):
-    """What the models compute for a rollout, float32; [batch, length] unless stated.
+    """What the models compute for a rollout, float32; [batch, length] unless stated. old_values: None without a critic.
 
     entropy: of the sampling policy before each response token, nats. scores [batch]: what the policy learns from.
-    member_scores [batch, reward models]: of each reward model. truncated bool [batch, reward models that encode answers
-    again]: the dialogue was too long for that model's window. old_values: None without a critic.
+    member_scores [batch, reward models]. truncated bool [batch, reward models that encode answers again].
     """
 
     old_logprobs: torch.Tensor
@@ -83,10 +82,7 @@ class Scores(Batch):
 
 @dataclass(frozen=True)
 class Experience(Batch):
-    """What the update reads: [batch, length]. old_values and returns are None without a critic.
-
-    Returns are computed from the advantages before these are normalised.
-    """
+    """What the update reads: [batch, length]. old_values and returns are None without a critic."""
 
     sequences: torch.Tensor
     attention_mask: torch.Tensor

@@ -10,15 +10,7 @@ import torch
 from data.batching.micro_batch_plan import rank_plan
 from ppo.config import PPOConfig
 from ppo.kl import KL_ESTIMATORS, k3
-from ppo.loss import (
-    entropy_bonus,
-    masked_sum,
-    policy_clipped,
-    policy_loss,
-    policy_ratio,
-    value_clipped,
-    value_loss,
-)
+from ppo.loss import entropy_bonus, masked_sum, policy_clipped, policy_loss, policy_ratio, value_clipped, value_loss
 from ppo.pretrain import PretrainBatch, pretrain_loss
 from ppo.types import Experience
 from utils.distributed import rank, ranks_where, sum_ranks, world_size
@@ -54,8 +46,7 @@ def update(
     """Trains for ppo_epochs passes over the buffer in seeded minibatches of batch_size; returns metrics.
 
     lr 0 trains the critic only; critic None trains the policy only. `experience` is the whole buffer, the same on every
-    rank; each rank works on its share of every minibatch, so the result does not depend on the number of ranks.
-    A minibatch whose loss or gradient is not finite or beyond --explosion_limit makes no step; `on_bad` may raise.
+    rank. A minibatch with a loss or gradient beyond --explosion_limit makes no step; `on_bad` may raise.
     """
     learners = []
     if lr > 0.0:
@@ -126,10 +117,7 @@ def step_all(learners: list[Learner], problem: str | None = None) -> tuple[Sums,
 
 
 def shares(batch: Experience, max_tokens: int, joined: bool = False) -> Iterator[Experience]:
-    """Yields this rank's micro-batches of a global minibatch, each cut to its longest row; as many on every rank.
-
-    Where other ranks have one more, it is a sample without response tokens, so that all ranks run the same collectives.
-    """
+    """Yields this rank's micro-batches of a global minibatch, each cut to its longest row; as many on every rank."""
     lengths = batch.attention_mask.sum(1).tolist()
     for rows, weight in rank_plan(lengths, max_tokens, world_size(), rank(), joined):
         longest = max(lengths[i] for i in rows)
@@ -144,7 +132,7 @@ def policy_backward(
     """Adds the gradient of the policy's whole loss on one minibatch, the pre-training term included, in micro-batches.
 
     Returns this rank's share of (the loss, sums for metrics). The load-balancing loss of each micro-batch is weighted
-    by its share of the minibatch's tokens, prompts included; the pre-training batch has none.
+    by its share of the minibatch's tokens, prompts included.
     """
     num_tokens, routed_tokens = (float(mask.sum()) for mask in (batch.response_mask, batch.attention_mask))
     total, sums, coef = 0.0, {}, policy.module.router_coef
@@ -196,10 +184,9 @@ def policy_objective(
 def critic_backward(
     critic: TrainEngine, batch: Experience, config: PPOConfig, clipped: bool = True
 ) -> tuple[torch.Tensor, Sums]:
-    """Adds the gradient of the value loss on one minibatch, in micro-batches. Returns what `policy_backward` does.
+    """Adds the gradient of the value loss on one minibatch. Returns what `policy_backward` does.
 
-    clipped: False while only the critic trains, because clipping would keep its values near the old ones; there is no
-    value_clip_fraction then.
+    clipped: False while only the critic trains, because clipping would keep its values near the old ones.
     """
     num_tokens = float(batch.response_mask.sum())
     clip = config.value_clip if config.use_critic_loss_clip and clipped else 0.0

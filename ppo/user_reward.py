@@ -37,10 +37,7 @@ def load_reward_fn(spec: str) -> RewardFunction:
 def call_reward_fn(
     reward_fn: RewardFunction, prompts: list[list[dict]], answers: list[str], finite: bool = False
 ) -> list[float]:
-    """Returns one number per answer. prompts: the turns of each dialogue; the function gets copies of them.
-
-    Raises UserError if the function fails or returns anything else; with `finite` also for NaN and infinity.
-    """
+    """Returns one number per answer. Raises UserError for anything else, and with `finite` for NaN and infinity."""
     try:
         scores = reward_fn(copy.deepcopy(prompts), list(answers))
     except (Exception, SystemExit) as error:

@@ -27,9 +27,8 @@ class CachedGradient:
 class Comparison:
     """Encoded answers to one prompt, and the pairs to compare; without pairs, the answers are only scored.
 
-    answers: ids of whole dialogues, which share their first `prompt_length` ids. pairs: (better index, worse index);
-    margins: one per pair. subset, source: as in data.preferences. place: index of the preference in the encoded list.
-    suffix_length: number of ids after the end token, which no loss counts.
+    answers: ids of whole dialogues, which share their first `prompt_length` ids. pairs: (better index, worse index).
+    place: index of the preference in the encoded list. suffix_length: ids after the end token, which no loss counts.
     """
 
     answers: list[list[int]]
@@ -108,9 +107,8 @@ def dynamic_batches(
 ) -> Iterator[list[int]]:
     """Yields batches of indices without end, each of `min_size` to `max_size` items.
 
-    A batch takes items as long as their total length is at most batch_size * mean length, so it has many short items
-    or few long ones. The mean number is slightly below `batch_size` (10 % at 8). The batches depend only on lengths
-    and seed, so that they are the same on all ranks and after resuming.
+    A batch has many short items or few long ones, at least `min_size` and at most `max_size`. The batches depend on
+    lengths and seed only, so that they are the same on all ranks and after resuming.
     """
     budget = batch_size * sum(lengths) / len(lengths)
     position = 0

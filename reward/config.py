@@ -18,11 +18,9 @@ class RewardLossFlags:
     reward_lm_loss_factor: Common[float] = 0.0
     """Weight (beta) of the language-model loss on the chosen answer. Part I, eq. 2: 1"""
     use_margin: Common[bool] = False
-    """Subtract each pair's margin from its score difference (Part II: adaptive margin). A pair without one has margin
-    0"""
+    """Subtract each pair's margin, if it has one, from its score difference (Part II: adaptive margin)"""
     margin_column: str | None = None
-    """Name of the margin in the records; spaces may be underscores. Default: `mean preference difference`, else
-    `margin`"""
+    """Name of the margin in the records. Default: `mean preference difference` (or with underscores), else `margin`"""
     label_smoothing: Common[float] = 0.0
     """Probability that a label is wrong, at least 0 and below 0.5 (Part II: label smoothing)"""
     flip_negative: Common[bool] = False
@@ -64,8 +62,7 @@ class RewardConfig(RewardLossFlags, RewardSaveFlags, FitConfig):
     lr: Common[float] = 5e-6
     """Peak learning rate. Part I: 5e-6"""
     batch_size: Common[int] = 32
-    """Pairs or ranked prompts per optimizer step at the mean length, over all GPUs. A step takes 4 to 128, by their
-    token count"""
+    """Pairs or ranked prompts per optimizer step at the mean length, over all GPUs; a step takes 4 to 128"""
 
     @property
     def larger_is_better(self) -> bool:

@@ -1,9 +1,9 @@
 """The contrastive loss of Part II (SimCSE) over all pairs of an optimizer step, with gradient caching.
 
 The feature of a pair is the difference of the last states of the better and the worse answer; its two views differ by
-dropout; its negatives are all other pairs of the step, over all micro-batches and ranks. A first pass without gradients
-computes all features, the loss, and its gradient with respect to the features. The second pass, with the same dropout,
-backpropagates that gradient (arXiv 2101.06983), so that only the graph of one micro-batch is in memory.
+dropout; its negatives are all other pairs of the step, on all ranks. A first pass without gradients computes features,
+loss, and its gradient with respect to them, which the second pass, with the same dropout, backpropagates (arXiv
+2101.06983). So only the graph of one micro-batch is in memory.
 """
 
 import random
@@ -35,13 +35,9 @@ def contrastive_loss_sum(states: torch.Tensor, items: list[Comparison]) -> torch
 
 @torch.no_grad()
 def cache_gradients(
-    engine: TrainEngine,
-    items: list[Comparison],
-    plan: Plan,
-    length: Callable[[Comparison], int],
-    temperature: float,
+    engine: TrainEngine, items: list[Comparison], plan: Plan, length: Callable[[Comparison], int], temperature: float,
     seeds: random.Random,
-) -> list[Comparison]:
+) -> list[Comparison]:  # fmt: skip
     """Runs the first pass over a step's global batch and returns its items with their `cached_gradient`. Collective.
 
     plan, length: as in the second pass, so that both have the same micro-batches. seeds: source of dropout seeds.
@@ -59,13 +55,8 @@ def cache_gradients(
     with torch.enable_grad():
         losses = simcse_losses(*features.unbind(1), temperature)
         (gradient,) = torch.autograd.grad(losses.sum(), features)
-    losses = losses.detach()
+    losses, parts = losses.detach(), [slice(rows.start, rows.stop) for rows in pairs]
     return [
-        replace(
-            item,
-            cached_gradient=CachedGradient(
-                losses[places.start : places.stop], gradient[places.start : places.stop], seed
-            ),
-        )
-        for item, places, seed in zip(items, pairs, own_seeds, strict=True)
+        replace(item, cached_gradient=CachedGradient(losses[part], gradient[part], seed))
+        for item, part, seed in zip(items, parts, own_seeds, strict=True)
     ]

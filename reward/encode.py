@@ -1,6 +1,5 @@
 """Load preferences and encode them as comparisons; all answers to a prompt are truncated in the same way."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 
@@ -15,7 +14,7 @@ from data.template import encode_dialogue, last_answer
 from reward.batches import MIN_PAIRS, Comparison
 from reward.config import RewardConfig
 from utils.distributed import world_size
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.flags.checks import is_default
 from utils.tokenizer import template_of
 
@@ -27,8 +26,8 @@ def encode_preference(
 ) -> tuple[Comparison | None, int]:
     """Returns (comparison, number of turns removed from the history); the oldest go until all answers fit.
 
-    All answers lose the same turns, so that their scores are comparable; answers are not truncated. The comparison is
-    None if the last question with the longest answer is too long.
+    All answers lose the same turns, so that their scores are comparable. The comparison is None if the last question
+    with the longest answer is too long.
     """
     history = preference.history
     while history:
@@ -40,26 +39,19 @@ def encode_preference(
             mask = sides[0][1]
             answer = last_answer(mask)
             comparison = Comparison(
-                answers=[ids for ids, _ in sides],
-                prompt_length=answer.start,
+                [ids for ids, _ in sides], answer.start, [(pair.better, pair.worse) for pair in preference.pairs],
+                [pair.margin or 0.0 for pair in preference.pairs], preference.subset, preference.source,
                 suffix_length=len(mask) - answer.stop,
-                pairs=[(pair.better, pair.worse) for pair in preference.pairs],
-                margins=[pair.margin or 0.0 for pair in preference.pairs],
-                subset=preference.subset,
-                source=preference.source,
-            )
+            )  # fmt: skip
             return comparison, len(preference.history) - len(history)
         history = drop_oldest_exchange(history)
     return None, 0
 
 
 def encode_all(
-    preferences: list[Preference],
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    max_tokens: int,
-    say: Callable[[str], None],
-) -> list[Comparison]:
+    preferences: list[Preference], tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int,
+    say: Say,
+) -> list[Comparison]:  # fmt: skip
     """Returns the comparisons that fit; reports what was truncated or dropped, and the subsets that are now empty."""
     places = count()
 
@@ -75,12 +67,9 @@ def encode_all(
 
 
 def load_comparisons(
-    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Say
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """Returns (train, valid) comparisons of --data_path; --flip_negative applies to the training set only.
-
-    Raises UserError if too few are left for a batch or for validation.
-    """
+    """Returns (train, valid) comparisons of --data_path; --flip_negative applies to the training set only."""
     template, columns = template_of(tokenizer), ()
     if config.use_margin:
         columns = (config.margin_column,) if config.margin_column else MARGIN_COLUMNS
@@ -93,28 +82,21 @@ def load_comparisons(
     splits = [encode_all(split, tokenizer, template, config.context_truncate, say) for split in (train, valid)]
     config.fit_batch(len(splits[0]), max(MIN_PAIRS, world_size()))
     if len(splits[0]) < config.batch_size:
-        raise UserError(
-            f"--data_path {config.data_path}: {len(splits[0])} pairs to train on are fewer than --batch_size "
-            f"{config.batch_size}; add data, lower --batch_size or raise --context_truncate"
-        )
+        few = f"{len(splits[0])} pairs to train on are fewer than --batch_size {config.batch_size}"
+        raise UserError(f"--data_path {config.data_path}: {few}; add data, lower it or raise --context_truncate")
     if valid and not splits[1]:
-        raise UserError(
-            f"--data_path {config.data_path}: no held-out pair fits --context_truncate {config.context_truncate}; "
-            "raise it, or use --num_valid 0 without a *valid* file"
-        )
+        limit = f"--context_truncate {config.context_truncate}"
+        raise UserError(f"--data_path {config.data_path}: no held-out pair fits {limit}; raise it (or --num_valid 0)")
     return splits[0], splits[1]
 
 
-def load_center_answers(
-    config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
-) -> list[Comparison]:
+def load_center_answers(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Say) -> list[Comparison]:
     """Returns up to CENTER_ANSWERS answers of --center_data_path, chosen by the seed, as comparisons without pairs."""
     flag = "--center_data_path"
     dialogues, _ = load_dialogues(config.center_data_path, 0, config.seed, say, flag)
-    drawn = order(0, min(CENTER_ANSWERS, len(dialogues)), len(dialogues), config.seed)
-    answers = [
-        Preference(d.turns[:-1], [d.turns[-1]["content"]], [], "", d.source) for d in (dialogues[i] for i in drawn)
-    ]
+    indices = order(0, min(CENTER_ANSWERS, len(dialogues)), len(dialogues), config.seed)
+    drawn = (dialogues[i] for i in indices)
+    answers = [Preference(d.turns[:-1], [d.turns[-1]["content"]], [], "", d.source) for d in drawn]
     template = template_of(tokenizer)
     encoded = encode_all(answers, tokenizer, template, config.context_truncate, say)
     if not encoded:

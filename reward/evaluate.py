@@ -1,8 +1,6 @@
 """Evaluate reward models:   python -m reward.evaluate --model A [B …] --data_path PREFERENCES [--output FOLDER]
 
-Reports accuracy overall and per subset, calibration, the distribution of score differences, length bias and, for
-several models, their agreement, on held-out preferences (the *valid* files of a folder, otherwise all data). Prints a
-table and writes evaluation.json and plots to --output.
+Uses the *valid* files of a folder, otherwise all data. Prints a table; writes evaluation.json and plots to --output.
 """
 
 import os

@@ -20,10 +20,10 @@ Plan = Callable[[list[int]], Iterable[tuple[list[int], float]]]  # lengths -> (i
 
 @dataclass(frozen=True)
 class RewardOutput:
-    """Outputs for all answers of a batch, in order.
+    """Outputs for all answers of a batch, in order. scores: [answers]. nll: summed over the tokens of the best answers.
 
-    scores: [answers]. nll: summed over the tokens of the best answers, if requested. states: last states under two
-    dropout masks, [2, answers, hidden], if a dropout seed was given; scores and nll are then those of the first.
+    states: last states under two dropout masks, [2, answers, hidden], if a dropout seed was given; scores and nll are
+    then those of the first.
     """
 
     scores: torch.Tensor

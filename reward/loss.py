@@ -5,26 +5,22 @@ import torch.nn.functional as F
 
 
 def ranking_losses(
-    chosen_scores: torch.Tensor,
-    rejected_scores: torch.Tensor,
-    margin: float | torch.Tensor = 0.0,
+    chosen_scores: torch.Tensor, rejected_scores: torch.Tensor, margin: float | torch.Tensor = 0.0,
     label_smoothing: float = 0.0,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Returns -(1 - a) logsigmoid(d - m) - a logsigmoid(m - d) per pair, d = chosen - rejected: float32 [pairs].
 
-    margin m: a number or [pairs]; label_smoothing a: assumed share of wrong labels. In float32, logsigmoid is finite
-    where log(sigmoid) is not. Part I eq. 2 (with corrected signs); Part II: adaptive margin and label smoothing.
+    margin m: a number or [pairs]; label_smoothing a: assumed share of wrong labels. Part I eq. 2 (with corrected
+    signs); Part II: adaptive margin and label smoothing.
     """
     difference = chosen_scores.float() - rejected_scores.float() - margin
     return -(1 - label_smoothing) * F.logsigmoid(difference) - label_smoothing * F.logsigmoid(-difference)
 
 
 def ranking_loss(
-    chosen_scores: torch.Tensor,
-    rejected_scores: torch.Tensor,
-    margin: float | torch.Tensor = 0.0,
+    chosen_scores: torch.Tensor, rejected_scores: torch.Tensor, margin: float | torch.Tensor = 0.0,
     label_smoothing: float = 0.0,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Returns the mean of `ranking_losses` over the pairs: float32 scalar."""
     return ranking_losses(chosen_scores, rejected_scores, margin, label_smoothing).mean()
 
@@ -37,8 +33,7 @@ def ranking_hits(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) -> 
 def simcse_losses(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
     """Returns -log softmax_j(cos(first_i, second_j) / temperature) at j = i per pair: float32 [pairs].
 
-    first, second: [pairs, hidden], views of each pair under different dropout; the other pairs are the negatives. 0 for
-    a single pair. SimCSE (arXiv 2104.08821) eq. 4; in Part II the features are differences of last hidden states.
+    first, second: [pairs, hidden], views of each pair under different dropout. SimCSE (arXiv 2104.08821) eq. 4.
     """
     first, second = (F.normalize(x.float(), dim=1, eps=1e-3) for x in (first, second))  # bounds the gradient at 0
     similarity = first @ second.T / temperature

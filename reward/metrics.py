@@ -13,13 +13,9 @@ from reward.loss import ranking_hits, ranking_losses
 from reward.win_rate import wilson_interval
 
 LARGER_IS_BETTER = {
-    "accuracy": True,
-    "worst_subset_accuracy": True,
-    "loss": False,
-    "score_difference": True,
-    "calibration_error": False,
-    "length_bias": False,
-}
+    "accuracy": True, "worst_subset_accuracy": True, "loss": False, "score_difference": True,
+    "calibration_error": False, "length_bias": False,
+}  # fmt: skip
 BINS = 10  # bins of predicted preference from 1/2 to 1
 
 
@@ -93,11 +89,7 @@ def accuracy_interval(scored: ScoredItems) -> tuple[float, float]:
 
 
 def calibration(scored: ScoredItems, num_bins: int = BINS) -> list[Bin]:
-    """Returns predicted and observed preference in equal bins of the prediction, without empty bins.
-
-    The prediction is sigmoid(|d|), the probability of the answer with the higher score; observed is the share of labels
-    that agree.
-    """
+    """Returns predicted (sigmoid(|d|)) and observed preference in equal bins of the prediction, without empty bins."""
     index, differences = scored.index, scored.differences
     predicted = torch.sigmoid(differences.abs())
     hits = ranking_hits(scored.scores[index.better], scored.scores[index.worse])
@@ -128,10 +120,7 @@ def mean_best_score(scored: ScoredItems) -> float:
 
 
 def length_preference(scored: ScoredItems) -> tuple[float, float]:
-    """Returns (share of pairs whose longer answer is labelled better, share whose longer answer has the higher score).
-
-    Ties count half, and so do pairs of equal length in both shares.
-    """
+    """Returns (share of pairs whose longer answer is labelled better, whose longer answer has the higher score)."""
     index, lengths, scores = scored.index, scored.lengths, scored.scores
     better, worse = lengths[index.better], lengths[index.worse]
     longer_better = ranking_hits(better, worse)
@@ -143,8 +132,7 @@ def length_preference(scored: ScoredItems) -> tuple[float, float]:
 def evaluation_metrics(scored: ScoredItems) -> dict[str, float]:
     """Returns the metrics of LARGER_IS_BETTER, the length correlation, and with several subsets their accuracies.
 
-    loss: -logsigmoid(d) without margin and label smoothing, so that runs are comparable. length_bias: absolute
-    correlation of score and length over all answers.
+    loss: -logsigmoid(d), without margin and smoothing. length_bias: absolute correlation of score and length.
     """
     index = scored.index
     better, worse = scored.scores[index.better], scored.scores[index.worse]
@@ -165,9 +153,8 @@ def evaluation_metrics(scored: ScoredItems) -> dict[str, float]:
 def agreement(models: list[ScoredItems]) -> dict[str, float]:
     """Returns the agreement of several models on the same comparisons.
 
-    pairwise: share of pairs on which two models prefer the same answer, averaged over pairs of models (a tie against a
-    preference counts half). unanimous: share on which all models agree. strength_std: mean population standard
-    deviation of the score difference over models (Part II §2). accuracy: of the mean score difference.
+    pairwise: share of pairs on which two models prefer the same answer, averaged over pairs of models. unanimous: share
+    on which all agree. strength_std: mean population standard deviation over models (Part II §2).
     """
     weights = models[0].index.weights
     differences = torch.stack([scored.differences for scored in models])  # [models, pairs]

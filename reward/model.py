@@ -1,15 +1,12 @@
 """A decoder with a scalar per token: the reward model (the last scalar) and the critic (all scalars).
 
-Loads three layouts: sequence classification with one label, the published MOSS layout (causal-LM keys plus
-`reward_head.weight`), and a causal LM, which gets a new head. Saves the first, which other tools can load.
-
-`score_center` in config.json is subtracted from all scores. transformers' classifiers have no bias for it, so that
-other tools compute scores that are larger by `score_center`; differences of scores are the same.
+Loads sequence classification with one label, the published MOSS layout (causal-LM keys plus `reward_head.weight`), and
+a causal LM, which gets a new head. Saves the first, which other tools can load. `score_center` in config.json is
+subtracted from all scores, which other tools do not do; differences of scores are the same.
 """
 
 import copy
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -24,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.models.check import check_forward
 from utils.models.chunked_logprobs import head_logits, sum_nll
 from utils.models.export import check_names, saved_tensors, set_ids, write_model
@@ -60,18 +57,14 @@ class ScalarModel(nn.Module):
         return self.backbone.config
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        nll_mask: torch.Tensor | None = None,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, nll_mask: torch.Tensor | None = None,
         with_states: bool = False,
-    ):
-        """Returns scalars float32 [batch, length], 0 where attention_mask is False; inputs [batch, length].
+    ):  # fmt: skip
+        """Returns scalars float32 [batch, length], 0 where attention_mask is False. Inputs are right-padded.
 
-        nll_mask (bool, within attention_mask, False at first positions; needs lm_head): return also the summed NLL of
-        these tokens. with_states: return also the float32 states [batch, hidden] of each row's last real token.
-        Inputs are right-padded and the backbone gets no mask, because no real token attends to padding after it.
-        attention_mask only selects the scalars that are returned, so it may exclude real tokens too.
+        nll_mask (bool, False at first positions; needs lm_head): return also the summed NLL of these tokens.
+        with_states: return also the float32 states [batch, hidden] of each row's last real token. attention_mask can
+        exclude tokens whose scalars are not needed: causal attention needs no mask.
         """
         read = attention_mask.bool()
         answers = None if nll_mask is None else before(nll_mask)[read].nonzero().squeeze(1)
@@ -87,11 +80,8 @@ class ScalarModel(nn.Module):
         if with_states:
             rows = torch.arange(len(hidden), device=hidden.device)
             extras += (hidden[rows, last_index(attention_mask)].float(),)
-        scalars = self._scalars(states, read)
+        scalars = at_tokens(self.head(states).squeeze(-1) - self.score_center, read)
         return (scalars, *extras) if extras else scalars
-
-    def _scalars(self, states: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-        return at_tokens(self.head(states).squeeze(-1) - self.score_center, read)
 
     @property
     def joins_rows(self) -> bool:
@@ -110,32 +100,21 @@ def last_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
 
 
 def load_scalar_model(
-    path: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    attn_implementation: str | None = None,
-    tokenizer=None,
-    with_lm_head: bool = False,
-    seed: int = 0,
-    say: Callable[[str], None] = print,
-    flag: str = FLAG,
+    path: str, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None, tokenizer=None,
+    with_lm_head: bool = False, seed: int = 0, say: Say = print, flag: str = FLAG,
     trained: bool = False,
-) -> ScalarModel:
+) -> ScalarModel:  # fmt: skip
     """Returns the scalar model of a folder or hub id in any of the three layouts, in eval mode.
 
-    A missing head is initialised with `seed` (see `new_head_weight`); with `trained` it is an error. tokenizer: resize
-    or check the vocabulary. flag: the flag that gave the path. Raises UserError for several labels, for a head that
-    does not match, and as `utils.models.load.load_causal_lm` does.
+    A missing head is initialised with `seed`; with `trained` it is an error. tokenizer: resize or check the vocabulary.
+    flag: the flag that gave the path. Raises UserError for several labels or a head that does not match.
     """
     folder = model_folder(path, flag)
     files = tensor_files(folder, flag)
     name = next((name for name in HEAD_NAMES if name in files), None)
     weight = None if name is None else read_tensor(files[name], name, flag)
     if weight is None and trained:
-        raise UserError(
-            f"{flag}: {path} has no reward head ({' or '.join(HEAD_NAMES)}) and is not a reward model; train it with "
-            "python -m reward.train"
-        )
+        raise UserError(f"{flag}: {path} has no reward head; train a reward model with python -m reward.train")
     if weight is not None and weight.shape[0] != 1:
         raise UserError(f"{flag}: {path} has {weight.shape[0]} labels; use a reward model, which has one")
     if with_lm_head and name == HEAD_NAMES[0]:
@@ -147,18 +126,15 @@ def load_scalar_model(
     backbone, lm_head = (model.base_model, model.get_output_embeddings()) if with_lm_head else (model, None)
     check_forward(model.to(device), f"{flag} {path}", say, with_lm_head)
     if type(model.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise UserError(
-            f"{flag}: {path} is a {model.config.model_type} model, for which transformers has no sequence "
-            "classification, the layout in which scalar models are saved; use another architecture"
-        )
+        kind = f"a {model.config.model_type} model, which transformers has no sequence classification for"
+        raise UserError(f"{flag}: {path} is {kind}: it cannot be saved; use another architecture")
     hidden_size = backbone.config.get_text_config().hidden_size
     if weight is None:
         weight = new_head_weight(hidden_size, seed)
         say(f"{path}: no reward head; a new one is initialised from N(0, 1/sqrt({hidden_size} + 1)), seed {seed}")
     elif weight.shape[1] != hidden_size:
-        raise UserError(
-            f"{flag}: the reward head in {path} is for hidden size {weight.shape[1]}, not {hidden_size}; copy it again"
-        )
+        wrong = f"is for hidden size {weight.shape[1]}, not {hidden_size}"
+        raise UserError(f"{flag}: the reward head in {path} {wrong}; copy it again")
     if not bool(torch.isfinite(weight).all()):
         raise UserError(f"{flag}: the reward head in {path} is not finite; use an earlier checkpoint")
     center = getattr(model.config, "score_center", 0.0)
@@ -204,16 +180,13 @@ def set_dropout(model: ScalarModel, share: float) -> None:
 
 
 def save_scalar_model(
-    model: ScalarModel,
-    folder: str,
-    state_dict: dict[str, torch.Tensor] | None = None,
-    tokenizer=None,
+    model: ScalarModel, folder: str, state_dict: dict[str, torch.Tensor] | None = None, tokenizer=None,
     center: float = 0.0,
-) -> None:
+) -> None:  # fmt: skip
     """Saves a sequence-classification model with one label, and its tokenizer; `folder` appears when all is written.
 
-    state_dict: the gathered `saved_tensors`; default: the model's own. center: score of the model that becomes 0. The
-    saved pad token does not end answers, because other tools read the score at the last token that is not padding.
+    state_dict: the gathered `saved_tensors`; default: the model's own. center: score that becomes 0. The saved pad
+    token does not end answers, because other tools read the score at the last token that is not padding.
     """
     state = _classifier_tensors(model, saved_tensors(model) if state_dict is None else state_dict)
     config = _classifier_config(model)

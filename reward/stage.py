@@ -17,6 +17,7 @@ from reward.metrics import evaluation_metrics, mean_best_score
 from reward.model import ScalarModel, check_scalar_export, load_scalar_model, save_scalar_model, set_dropout
 from utils.distributed import rank, world_size
 from utils.engine.engine import DTYPES, TrainEngine, device
+from utils.errors import Say
 from utils.models.compile import compile_layers
 from utils.models.load import FLAG, check_window, enable_checkpointing
 from utils.run.supervised_loop import Stage
@@ -81,10 +82,7 @@ class Evaluation:
 def build_stage(
     config: RewardConfig, model: ScalarModel, tokenizer, train: list[Comparison], answers: list[Comparison] | None
 ) -> Stage:
-    """Returns the reward model's data, loss and evaluation for `utils.run.supervised_loop`.
-
-    answers: as in `Evaluation`.
-    """
+    """Returns the reward model's `Stage`. answers: as in `Evaluation`."""
     min_size = max(MIN_PAIRS, world_size())
     indices = dynamic_batches([item.tokens for item in train], config.batch_size, config.seed, min_size)
     views = 2 if config.simcse_coef else 1
@@ -116,7 +114,7 @@ def build_stage(
     )
 
 
-def load(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> ScalarModel:
+def load(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Say) -> ScalarModel:
     """Returns the model to train, configured by the flags."""
     path, dtype, attention = config.hf_model_name_or_path, DTYPES[config.dtype], config.attn_implementation
     with_lm = config.reward_lm_loss_factor > 0

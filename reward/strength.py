@@ -1,9 +1,7 @@
 """Measure preference strength:   python -m reward.strength --model A B C … --data_path PREFERENCES --output FOLDER
 
 Several reward models, trained on the same preferences with different seeds, score both answers of each pair (Part II
-§2). Adds to each record the mean and standard deviation of the score difference and all scores, in the columns that
-`reward.train --flip_negative` and `--use_margin` read. The output has the files of the input (as .jsonl) and can be the
-next --data_path. Also writes a plot and prints a histogram.
+§2). Adds mean and deviation of the score difference and all scores to each record, for `reward.train`.
 """
 
 import os

@@ -4,6 +4,7 @@ Loss: -E[log sigmoid(chosen - rejected)] + beta * cross entropy of the chosen an
 with the options of Part II as flags: margin, label smoothing, flipped labels, contrastive loss.
 """
 
+import contextlib
 import sys
 
 from reward.config import RewardConfig
@@ -38,15 +39,12 @@ def train(config: RewardConfig) -> None:
         raise UserError("--center_scores needs an evaluation; add a *valid* file, or use --num_valid above 0")
     answers = load_center_answers(config, tokenizer, say) if config.center_data_path else None
     model = load(config, tokenizer, say)
-    log = open_log(config, start, config.train_steps)
-    try:
+    with contextlib.closing(open_log(config, start, config.train_steps)) as log:
         engine = TrainEngine(model, config, "reward model")
         stage = build_stage(config, model, tokenizer, items, answers)
         tokens = max(config.micro_batch_tokens, *map(stage.length, items))
         settle_checkpointing(engine, model.backbone, config, tokens, device_room(), log.say)
         code = fit(engine, stage, held_out_items, config, log, start)
-    finally:
-        log.close()
     shutdown_distributed()
     if code:
         sys.exit(code)

@@ -12,10 +12,7 @@ def count_outcomes(differences: list[float], tie_margin: float) -> dict[str, int
 
 
 def wilson_interval(count: int, total: int, level: float = 0.95) -> tuple[float, float, float]:
-    """Returns (share, low, high) with Wilson's score interval, which is valid for shares near 0 and 1.
-
-    Wilson 1927: (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n).
-    """
+    """Returns (share, low, high) with Wilson's score interval (1927), which is valid for shares near 0 and 1."""
     z = NormalDist().inv_cdf(0.5 + level / 2)
     share = count / total
     centre, scale = share + z**2 / (2 * total), 1 + z**2 / total

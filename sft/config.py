@@ -42,13 +42,10 @@ class SFTConfig(StopFlags, RouterFlags, FitConfig):
             raise UserError("--data_path contains an empty name: pass folders, files or hub ids")
         if not self.data_weights:
             return
-        if len(self.data_weights) != len(self.data_path):
+        if (count := len(self.data_weights)) != len(self.data_path):
             raise UserError(
-                f"--data_weights has {len(self.data_weights)} values for {len(self.data_path)} of --data_path: "
-                "pass one each"
+                f"--data_weights has {count} values for {len(self.data_path)} of --data_path: pass one each"
             )
         for weight in self.data_weights:
             if not BLOCK * weight >= sum(self.data_weights) > 0 or not math.isfinite(weight):
-                raise UserError(
-                    f"--data_weights {weight:g}: pass positive numbers, none below a thousandth of their sum"
-                )
+                raise UserError(f"--data_weights {weight:g}: pass positive numbers, none below 1/1000 of their sum")

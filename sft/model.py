@@ -27,17 +27,13 @@ class AnswerModel(nn.Module):
         self.even_tokens = even_tokens
 
     def forward(
-        self,
-        sequences: torch.Tensor,
-        answer_mask: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        with_hits: bool = False,
-        routed: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, sequences: torch.Tensor, answer_mask: torch.Tensor, positions: torch.Tensor | None = None,
+        with_hits: bool = False, routed: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Returns the summed NLL of the masked tokens, a float32 scalar; all inputs [batch, length], right-padded.
 
-        positions: restart at 0 for each packed dialogue. with_hits: return float32 [2], with the number of tokens that
-        are the most likely ones. routed: bool, tokens for router statistics; `router_sums` of them are appended.
+        positions: restart at 0 for each packed dialogue. with_hits: append the number of tokens that are the most
+        likely ones. routed: bool, tokens for router statistics; append their `router_sums`.
         """
         # Causal attention hides right padding, and kernels are fastest without a mask. transformers masks packed
         # dialogues from restarting positions, but only if it gets no other mask.
@@ -59,9 +55,8 @@ class AnswerModel(nn.Module):
 def packing_failure(lm: PreTrainedModel, what: str) -> str | None:
     """Returns why packed dialogues would affect each other in this model, or None if they do not.
 
-    State-space layers, convolutions and attention with its own mask can mix dialogues, most visibly in the first tokens
-    after a boundary, which are compared separately. A second test replaces the first dialogue, which must not change
-    the others; it detects small effects that bf16 rounding hides in the first. what: the model's name in messages.
+    State-space layers and attention with its own mask can mix dialogues, most visibly after a boundary. A second test
+    replaces the first dialogue, which must not change the others. what: the model's name in messages.
     """
     probe = Probe(lm, what)
     first, second, third = map(len, probe.rows)

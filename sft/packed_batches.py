@@ -39,11 +39,9 @@ class PackedRow:
 class Layout:
     """How dialogues are arranged in rows.
 
-    packing: several dialogues per row. flat: one row of up to `max_tokens` per forward pass. joined: the model runs
-    without padding (utils/models/padding_free.py), with one dialogue per row.
-    Kernels with a mask (sdpa, eager, flex) compute row length ** 2 entries per row, so that packed rows are only as
-    long as the batch's longest dialogue. Flash attention gets the boundaries of dialogues; its cost does not depend on
-    the row length, and one row needs no padding.
+    packing: several dialogues per row. flat: one row of up to `max_tokens` per forward pass, for flash attention, whose
+    cost does not depend on the row length; other kernels get rows as long as the batch's longest dialogue. joined: the
+    model runs without padding (utils/models/padding_free.py), with one dialogue per row.
     """
 
     packing: bool
@@ -68,7 +66,7 @@ class Layout:
     def collate(self, rows: list[PackedRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Returns (sequences, answer_mask, positions), each [rows, length] and right-padded; one row if flat.
 
-        positions is None if each row is one dialogue: the model's own positions are the same, without a mask.
+        positions is None if each row is one dialogue.
         """
         rows = self._laid_out(rows)
         ids, _ = pad([list(chain.from_iterable(d.ids for d in row.dialogues)) for row in rows], 0)

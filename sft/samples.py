@@ -20,9 +20,8 @@ def sample_answers(
 ) -> list[dict[str, str]]:
     """Returns per dialogue its last prompt with special tokens, the model's greedy answer, and the reference answer.
 
-    Decoding is greedy, so that evaluations differ only by the weights. All ranks generate the same answers: this takes
-    no longer than one rank, and ZeRO-3 needs all ranks if the whole weights do not fit. Answers have at most
-    `maxlen_res` tokens, fewer if the longest prompt and its answer reach the `window`. Collective.
+    All ranks generate the same answers, as ZeRO-3 needs all ranks. Answers have at most `maxlen_res` tokens, fewer if
+    the longest prompt and its answer reach the `window`. Collective.
     """
     prompts = [dialogue.ids[: prompt_length(dialogue)] for dialogue in dialogues]
     ids, mask = pad(prompts, tokenizer.pad_token_id, side="left")
@@ -31,12 +30,9 @@ def sample_answers(
     engine.module.eval()
     with nullcontext(engine.module) if together else engine.gathered() as module, quiet_transformers():
         module.lm.generation_config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=min(maxlen_res, window - ids.shape[1]),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=list(stop_ids(tokenizer)),
-            pad_token_id=tokenizer.pad_token_id,
-        )
+            do_sample=False, max_new_tokens=min(maxlen_res, window - ids.shape[1]), bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=list(stop_ids(tokenizer)), pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
         with eager(module):
             sequences = module.lm.generate(ids.to(device()), attention_mask=mask.to(device()), **options)
     answers = sequences[:, ids.shape[1] :].tolist()

@@ -16,7 +16,7 @@ from sft.packed_batches import Layout, PackedRow
 from sft.samples import sample_answers
 from utils.distributed import rank, world_size
 from utils.engine.engine import DTYPES, TrainEngine, device
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.flags.checks import is_default
 from utils.models.compile import compile_layers
 from utils.models.export import check_names, save_causal_lm, saved_tensors
@@ -28,32 +28,21 @@ from utils.tensors import to_device
 from utils.tokenizer import template_of
 
 
-def load_encoded(
-    config: SFTConfig, tokenizer, say: Callable[[str], None]
-) -> tuple[list[list[EncodedDialogue]], list[EncodedDialogue]]:
-    """Returns (one training set per --data_path, all held-out dialogues).
-
-    Raises UserError if too few dialogues are left for a batch.
-    """
-    template = template_of(tokenizer)
-    sets, valid = [], []
+def load_encoded(config: SFTConfig, tokenizer, say: Say) -> tuple[list[list[EncodedDialogue]], list[EncodedDialogue]]:
+    """Returns (one training set per --data_path, all held-out dialogues). Raises UserError for less than a batch."""
+    template, max_tokens, sets, valid = template_of(tokenizer), config.context_truncate, [], []
     for path in config.data_path:
         splits = load_dialogues(path, config.num_valid, config.seed, say, lower=is_default(config, "num_valid"))
-        own, held_out = (encode_dialogues(tokenizer, split, template, config.context_truncate, say) for split in splits)
+        own, held_out = (encode_dialogues(tokenizer, split, template, max_tokens, say) for split in splits)
         if not own:
-            raise UserError(
-                f"--data_path {path}: no dialogue is short enough for --context_truncate {config.context_truncate}; "
-                "raise it"
-            )
+            raise UserError(f"--data_path {path}: no dialogue fits --context_truncate {max_tokens}; raise it")
         sets.append(own)
         valid += held_out
     total = sum(map(len, sets))
     config.fit_batch(total, world_size())
     if total < config.batch_size:
-        raise UserError(
-            f"--data_path {' '.join(config.data_path)}: {total} dialogues to train on are fewer than --batch_size "
-            f"{config.batch_size}; add data or lower --batch_size"
-        )
+        few = f"{total} dialogues to train on are fewer than --batch_size {config.batch_size}"
+        raise UserError(f"--data_path {' '.join(config.data_path)}: {few}; add data or lower --batch_size")
     return sets, valid
 
 
@@ -95,11 +84,7 @@ def build_stage(
     config: SFTConfig, lm: PreTrainedModel, tokenizer, layout: Layout, sets: list[list[EncodedDialogue]],
     shown: list[EncodedDialogue], balance: float = 0.0,
 ) -> Stage:  # fmt: skip
-    """Returns SFT's data, loss and evaluation for `utils.run.supervised_loop`.
-
-    shown: dialogues whose last prompt is answered in each evaluation. balance: weight of the routers' load-balancing
-    loss, which is weighted per forward pass by its share of the global batch's tokens; 0: none.
-    """
+    """Returns SFT's `Stage`. shown: dialogues to answer in evaluations. balance: weight of the load-balancing loss."""
     generation = lm.generation_config  # the model's own, which `sample_answers` replaces while it generates
 
     def save(state: dict[str, torch.Tensor], folder: str) -> None:
@@ -125,7 +110,7 @@ def build_stage(
     return replace(stage, evaluate=partial(evaluate_answers, stage=stage))
 
 
-def load(config: SFTConfig, tokenizer, say: Callable[[str], None]) -> tuple[PreTrainedModel, Layout]:
+def load(config: SFTConfig, tokenizer, say: Say) -> tuple[PreTrainedModel, Layout]:
     """Returns (the model to train, configured by the flags; the layout of its batches)."""
     path, dtype = config.hf_model_name_or_path, DTYPES[config.dtype]
     lm = load_causal_lm(path, dtype, device(), config.attn_implementation, tokenizer, say)

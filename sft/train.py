@@ -3,6 +3,7 @@
 The loss is the next-token loss on the assistant's tokens, up to the end of each turn.
 """
 
+import contextlib
 import sys
 
 from sft.config import SFTConfig
@@ -34,15 +35,12 @@ def train(config: SFTConfig) -> None:
     say(first_prompt(tokenizer, sets[0][0].ids[: prompt_length(sets[0][0])]))
     lm, layout = load(config, tokenizer, say)
     balance = router_coef(lm, config.router_aux_loss_coef, f"{FLAG} {config.hf_model_name_or_path}", say)
-    log = open_log(config, start, config.train_steps)
-    try:
+    with contextlib.closing(open_log(config, start, config.train_steps)) as log:
         engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")
         tokens = max(config.micro_batch_tokens, config.context_truncate)
         settle_checkpointing(engine, lm, config, tokens, device_room(), log.say)
         stage = build_stage(config, lm, tokenizer, layout, sets, evenly_spaced(valid, config.num_samples), balance)
         code = fit(engine, stage, layout.rows(valid, world_size()), config, log, start)
-    finally:
-        log.close()
     shutdown_distributed()
     if code:
         sys.exit(code)

@@ -54,10 +54,7 @@ def repeatable(wanted: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def strictly() -> Iterator[None]:
-    """Context of a backward pass in which attention is deterministic: it requires that other kernels raise errors.
-
-    Does nothing outside of `repeatable`. Raises UserError for an operation without a deterministic kernel.
-    """
+    """Context of a deterministic backward pass in `repeatable`. UserError for an operation without such a kernel."""
     if not torch.are_deterministic_algorithms_enabled():
         yield
         return
@@ -67,9 +64,7 @@ def strictly() -> Iterator[None]:
     except RuntimeError as error:
         if not (found := NO_KERNEL.search(str(error))):
             raise
-        raise UserError(
-            f"--deterministic: {found[1]}, in the backward pass of this model, has no deterministic kernel; leave the "
-            "flag out, or pass --attn_implementation eager"
-        ) from error
+        wrong = f"{found[1]}, in the backward pass of this model, has no deterministic kernel"
+        raise UserError(f"--deterministic: {wrong}; leave the flag out, or pass --attn_implementation eager") from error
     finally:
         torch.use_deterministic_algorithms(True, warn_only=True)

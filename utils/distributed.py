@@ -63,10 +63,9 @@ def ranks_where(flag: bool) -> str:
 
 
 def gather_rows(x: torch.Tensor) -> torch.Tensor:
-    """Returns the rows of all ranks in rank order, on all ranks.
+    """Returns the rows of all ranks in rank order, on all ranks. x: [rows, ...], with equally many rows on all ranks.
 
-    x: [rows, ...], with the same number of rows and dtype on all ranks; sizes of dimension 1 may differ, and are padded
-    with 0 (False) to the largest.
+    Sizes of dimension 1 may differ, and are padded with 0 (False) to the largest.
     """
     if world_size() == 1:
         return x

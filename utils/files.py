@@ -14,10 +14,7 @@ from utils.errors import UserError
 
 
 def read_json(file: str | Path, flag: str = "") -> dict:
-    """Returns the object in a JSON file.
-
-    Raises OSError or ValueError if it cannot be read or is something else; with `flag`, a UserError that names it.
-    """
+    """Returns the object in a JSON file. Raises OSError or ValueError; with `flag`, a UserError that names it."""
     try:
         content = json.loads(Path(file).read_text("utf-8"))
         if not isinstance(content, dict):
@@ -83,10 +80,10 @@ def disk_errors(what: str, advice: str = "free disk space, or use another path")
 
 @contextlib.contextmanager
 def atomic_file(path: str, flag: str = "") -> Iterator[IO[str]]:
-    """Yields a text file that replaces `path` if the block succeeds, and is removed if it fails.
+    """Yields a text file that replaces `path` if the block succeeds, and is removed if it fails. Call it on one rank.
 
-    Call it on one rank. Creates missing folders. Keeps a symbolic link and replaces the file that it points to; writes
-    directly to a device or pipe. Raises UserError, which names `flag`, for an error of the disk.
+    Creates missing folders, follows a symbolic link, and writes directly to a device or pipe. Raises UserError, which
+    names `flag`, for an error of the disk.
     """
     with disk_errors(f"{flag} {path}".lstrip()):
         if _is_special(path):
@@ -111,10 +108,7 @@ def atomic_file(path: str, flag: str = "") -> Iterator[IO[str]]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str, flag: str = "") -> Iterator[str]:
-    """Yields a new folder that replaces `path` if the block succeeds, and is removed if it fails.
-
-    Call it on one rank. Raises UserError, which names `flag` and the path, for an error of the disk.
-    """
+    """Yields a folder that replaces `path` if the block succeeds. Call it on one rank. Raises UserError."""
     partial = f"{os.path.abspath(path)}.partial"
     with disk_errors(f"{flag} {path}".lstrip()):
         remove(partial)

@@ -14,8 +14,7 @@ _DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".parquet", ".txt", ".model", ".ggu
 def is_hub_id(path: str) -> bool:
     """Whether `path` is a hub id `owner/name` rather than a local path, which must not reach the network.
 
-    Not a hub id: an existing path, a name with a file suffix, a single word, and a name whose first part is a local
-    folder (`models/sft` next to a folder `models`).
+    Not so: an existing path, a name with a file suffix, and a name whose first part is a local folder.
     """
     path = str(path)
     if os.path.exists(path) or "/" not in path or not _HUB_ID.fullmatch(path):

@@ -39,7 +39,7 @@ use_devices() { # $1: number of GPUs; without any, DeepSpeed is told to use the 
   if (($1 == 0)); then
     export DS_ACCELERATOR=cpu
     # Keep freed memory, for all threads alike: giving tensors back to the system and taking them again costs 15 to 35 %
-    # of a step. With an arena a thread, large ones would go back all the same, or leave holes
+    # of a step. With one arena per thread, large ones would go back all the same, or leave holes
     export MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=67108864
   fi
   use_threads "$(($1 > 1 ? $1 : 1))"

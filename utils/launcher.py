@@ -1,8 +1,7 @@
 """Starts one process per GPU of this machine: python -m utils.launcher 4 train_ppo.py --lr 1e-6 (or: 4 -m sft.train)
 
 Exits with the code of the first rank that fails. Forwards signals, then waits without a time limit, so that ranks can
-finish a checkpoint. The launchers of DeepSpeed and PyTorch kill ranks 30 seconds after a signal; PyTorch's turns every
-exit code into 1; DeepSpeed's replaces CUDA_VISIBLE_DEVICES and rejects UUIDs in it.
+finish a checkpoint. DeepSpeed's and PyTorch's launchers kill ranks 30 seconds after a signal.
 """
 
 import os
@@ -17,10 +16,7 @@ PATIENCE = 30.0  # seconds after which the other ranks are killed once one has f
 
 
 def free_port() -> int:
-    """Returns a free TCP port below those of outgoing connections.
-
-    MASTER_PORT's usual default would be the same for all runs of a machine.
-    """
+    """Returns a free TCP port below those of outgoing connections, so that several runs share a machine."""
     while True:
         port = random.SystemRandom().randrange(15_000, 32_000)
         with socket.socket() as probe:

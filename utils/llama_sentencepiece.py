@@ -25,9 +25,8 @@ class SentencePieceTokenizer(SentencePieceBackend):
         """Returns the text of tokens: SentencePiece decodes the parts between added tokens, which are kept verbatim."""
         added = self._added_tokens_encoder
         parts = groupby(tokens, key=lambda token: token in added)
-        return "".join(
-            "".join(part) if is_added else self.sp_model.decode_pieces(list(part)) for is_added, part in parts
-        )
+        decode = self.sp_model.decode_pieces
+        return "".join("".join(part) if is_added else decode(list(part)) for is_added, part in parts)
 
 
 def read_proto(file: Path):
@@ -46,10 +45,7 @@ def is_llama_format(proto) -> bool:
 
 
 def load_sentencepiece(file: Path) -> SentencePieceTokenizer:
-    """Returns a tokenizer with the model file's own bos, eos and unk; published configs have empty ones.
-
-    It adds no BOS, since the templates contain it.
-    """
+    """Returns a tokenizer with the model file's own bos, eos and unk (published configs have none). Adds no BOS."""
     sp = SentencePieceProcessor(str(file))
     names = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
     special = {name: sp.id_to_piece(i) for name, i in names.items() if i >= 0}
@@ -59,8 +55,8 @@ def load_sentencepiece(file: Path) -> SentencePieceTokenizer:
 def to_tokenizer_json(tokenizer: SentencePieceTokenizer, opening: str | None = None) -> Tokenizer:
     """Returns an equal encoder of the `tokenizers` library: same ids, normalisation, byte fallback and added tokens.
 
-    Each part between special tokens gets the dummy prefix, as in our templates. Adds no BOS. If a part begins with
-    `opening`, no piece crosses the end of `opening`, as in generation.
+    Each part between special tokens gets the dummy prefix, as in our templates. If a part begins with `opening`, no
+    piece crosses the end of `opening`, as in generation.
     """
     proto = import_protobuf().ModelProto.FromString(tokenizer.sp_model.serialized_model_proto())
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
@@ -89,8 +85,7 @@ def to_tokenizer_json(tokenizer: SentencePieceTokenizer, opening: str | None = N
 def _merges(proto) -> list[tuple[str, str]]:
     """Returns all pairs of pieces whose union is a piece, highest score first.
 
-    SentencePiece merges the neighbours whose union has the highest score; a merge list encodes the same order as ranks.
-    Omits pieces that are never merged (control, byte, unknown, unused).
+    SentencePiece merges the neighbours whose union has the highest score; a merge list encodes this order as ranks.
     """
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
     merges = [

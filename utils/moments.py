@@ -10,8 +10,7 @@ from utils.tensors import identity
 class RunningMoments:
     """Mean and sample standard deviation of a growing set of numbers (Chan et al. 1979, pairwise update).
 
-    `mean`, `std` and `count` are Python numbers. `std` is 1 for fewer than two numbers, or equal ones, so that dividing
-    by it is safe.
+    `mean`, `std` and `count` are Python numbers. `std` is 1 for fewer than two different numbers: safe to divide by.
     """
 
     def __init__(self):

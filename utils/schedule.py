@@ -9,9 +9,8 @@ FLOOR = 0.1  # final factor of cosine and linear decay
 def lr_factor(step: int, warmup_steps: int, total_steps: int, schedule: str) -> float:
     """Returns the factor of the peak learning rate at `step`, counted from 0.
 
-    Linear warm-up, (step + 1) / warmup_steps, reaches 1 at its last step. Then inverse_sqrt: sqrt(warmup_steps /
-    (step + 1)); cosine and linear: decay to 0.1 at step total_steps - 1; constant: 1. Raises ValueError for an unknown
-    schedule and for a negative warmup_steps. Without warm-up, step 0 has the peak.
+    Linear warm-up, (step + 1) / warmup_steps, reaches 1 at its last step. Then inverse_sqrt: sqrt(warmup_steps / (step
+    + 1)); cosine and linear: decay to 0.1 at step total_steps - 1; constant: 1.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"--lr_schedule {schedule}: must be one of {', '.join(SCHEDULES)}")

@@ -27,8 +27,7 @@ def whiten(
 ) -> torch.Tensor:
     """Returns x with mean 0 and population variance 1 over the masked entries of all ranks, and 0 elsewhere.
 
-    x, mask: [batch, length] -> float32 like x. Adds 1e-6 to the variance, so that a single entry gives 0.
-    sum_ranks: sums a tensor over ranks.
+    x, mask: [batch, length] -> float32 like x. Adds 1e-6 to the variance. sum_ranks: sums a tensor over ranks.
     """
     mask = mask.bool()
     x = x.float().masked_fill(~mask, 0.0)
@@ -40,10 +39,9 @@ def whiten(
 
 
 def token_logprobs(logits: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
-    """Returns log p(token t | tokens < t) at index t, 0 at index 0.
+    """Returns log p(token t | tokens < t) at index t, 0 at index 0: float32 [batch, length].
 
-    logits: [batch, length, vocabulary], sequences: [batch, length] -> float32 [batch, length]. Peak memory: one float32
-    copy of `logits`.
+    logits: [batch, length, vocabulary], sequences: [batch, length].
     """
     logprobs = torch.log_softmax(logits[:, :-1].float(), dim=-1)
     picked = logprobs.gather(-1, sequences[:, 1:, None]).squeeze(-1)
@@ -51,10 +49,7 @@ def token_logprobs(logits: torch.Tensor, sequences: torch.Tensor) -> torch.Tenso
 
 
 def before_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Returns the states that predict the masked tokens: token t is predicted at t - 1.
-
-    states: [batch, length, ...], mask: [batch, length], False at index 0 -> [n, ...].
-    """
+    """Returns the states that predict the masked tokens, of t - 1 for token t. [batch, length, ...] -> [n, ...]."""
     return states[:, :-1][mask[:, 1:]]
 
 

@@ -38,18 +38,14 @@ _MOSS_CHAT_TEMPLATES = {
 
 
 def load_tokenizer(
-    path: str,
-    template: str | None = None,
-    arguments: dict | None = None,
-    flag: str = FLAG,
+    path: str, template: str | None = None, arguments: dict | None = None, flag: str = FLAG,
     template_flag: str = "--template",
-) -> PreTrainedTokenizerBase:
+) -> PreTrainedTokenizerBase:  # fmt: skip
     """Returns the tokenizer in the folder, `tokenizer.model` file or hub id `path`, prepared for `template`.
 
-    SentencePiece encodes for a LLaMA-format `tokenizer.model`; AutoTokenizer loads others, and a chat model's folder
-    with a `tokenizer.json`. `moss_zh` adds its two tags if absent. Pad: the tokenizer's own if it is neither eos nor
-    bos, else unk, else eos (harmless, since masks come from lengths). arguments: of the chat template. flag: of `path`,
-    for errors. Raises UserError without a usable tokenizer, end token, or a chat template that `template` requires.
+    SentencePiece encodes for a LLaMA-format `tokenizer.model`, AutoTokenizer for others. `moss_zh` adds its two tags if
+    absent. Pad: the tokenizer's own if it is neither eos nor bos, else unk, else eos. arguments: of the chat template.
+    flag: of `path`. Raises UserError without a usable tokenizer, end token or chat template.
     """
     if is_hub_id(path):  # AutoTokenizer would not look for a tokenizer.model first
         path = str(download(path, flag, allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"]))
@@ -95,8 +91,8 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: str, flag: str = FLAG) -> int:
     """Returns the number of embedding rows that a model of `vocab_size` rows needs for `tokenizer`.
 
-    It exceeds `vocab_size` only for the tags of moss_zh, for which the caller resizes the embedding. Raises UserError
-    if other tokens exceed it. what: model and flag, as "the policy (--policy_model_path models/sft)".
+    It exceeds `vocab_size` only for the tags of moss_zh. Raises UserError if other tokens exceed it. what: model and
+    flag.
     """
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
     others = sorted((i, token) for token, i in beyond.items() if token not in MOSS_ZH_TAGS)
@@ -111,10 +107,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Writes `tokenizer` so that `load_tokenizer(folder)` and AutoTokenizer give the same ids.
 
-    For SentencePiece it writes `tokenizer.model` unchanged, and a `tokenizer.json` with the same merges. Its
-    `apply_chat_template` gives the prompts of data.template unless a text contains a special token; with moss_en, an
-    answer does not merge with the colon of "Assistant:" (as ":)" would). Other tokenizers are saved unchanged, and may
-    merge there.
+    For SentencePiece it writes `tokenizer.model` unchanged, and a `tokenizer.json` with the same merges, whose
+    `apply_chat_template` gives the prompts of data.template unless a text contains a special token.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,10 +126,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     config = {
         # This class loads tokenizer.json unchanged; the LLaMA class would rebuild it and change ids.
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokenizer.bos_token,
-        "eos_token": tokenizer.eos_token,
-        "unk_token": tokenizer.unk_token,
-        "pad_token": tokenizer.pad_token,
+        **{name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")},
         "added_tokens_decoder": added,
         "clean_up_tokenization_spaces": False,
         "chat_template": tokenizer.chat_template,
@@ -191,19 +182,12 @@ def _from_sentencepiece(file: Path, flag: str) -> SentencePieceTokenizer:
 
 def _chat_template(folder: Path, flag: str) -> str | None:
     """Returns the chat template in a tokenizer's folder, the default one of several. Raises UserError without it."""
-    jinja = folder / "chat_template.jinja"
-    template = (
-        jinja.read_text("utf-8")
-        if jinja.is_file()
-        else _read_json(folder / "tokenizer_config.json", flag).get("chat_template")
-    )
+    jinja, config = folder / "chat_template.jinja", _read_json(folder / "tokenizer_config.json", flag)
+    template = jinja.read_text("utf-8") if jinja.is_file() else config.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         if not isinstance(named.get("default"), str):
-            raise UserError(
-                f"{flag}: {folder} has several chat templates, none of them named default; rename the one to use in "
-                "its tokenizer_config.json"
-            )
+            raise UserError(f"{flag}: {folder} has several chat templates, none of them named default; rename one")
         return named["default"]
     return template
 

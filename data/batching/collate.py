@@ -26,9 +26,8 @@ def pad(sequences: list[list[int]], pad_id: int, side: str = "right") -> tuple[t
 def micro_batches(lengths: list[int], max_tokens: int, num_ranks: int = 1, joined: bool = False) -> list[list[int]]:
     """Splits indices into batches whose padded size, len(batch) * longest, is at most `max_tokens`.
 
-    Returns the split of the sorted sequences with the fewest padded tokens, plus FORWARD_COST per batch. The longest
-    come first, so that memory peaks at once. A sequence longer than `max_tokens` is a batch of its own. Each index
-    occurs once. joined: the forward pass runs without padding, so that `max_tokens` limits real tokens.
+    Returns the split of the sorted sequences, longest first, with the fewest padded tokens plus FORWARD_COST per batch.
+    A sequence longer than `max_tokens` is a batch of its own. joined: passes have no padding: count real tokens.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     forward_cost = FORWARD_COST if num_ranks == 1 else SHARED_FORWARD_COST
@@ -63,9 +62,8 @@ def _fill(order: list[int], lengths: list[int], max_tokens: int) -> list[list[in
 def balance(lengths: list[int], num_ranks: int, most: int | None = None) -> list[list[int]]:
     """Distributes indices over ranks with about equal token totals; deterministic.
 
-    Each item, longest first, goes to the rank with the fewest tokens so far (greedy scheduling: at most 4/3 of the
-    optimal maximum without `most`). Each rank gets at least one item if there are enough. Indices of a rank ascend.
-    most: maximum number of items per rank; `most * num_ranks` must be at least the number of items.
+    Each item, longest first, goes to the rank with the fewest tokens so far. Each rank gets at least one item if there
+    are enough. most: maximum number of items per rank; `most * num_ranks` must be at least the number of items.
     """
     most = len(lengths) if most is None else most
     assert most * num_ranks >= len(lengths)

@@ -8,9 +8,8 @@ def rank_plan(
 ) -> list[tuple[list[int], float]]:
     """Returns the micro-batches of `rank` as (indices, weight); all ranks have equally many, as ZeRO requires.
 
-    lengths: of all items of the global batch. All weights are 1, and each index occurs once over all ranks, except
-    that a rank with fewer micro-batches ends with dummy ones: the shortest item with weight 0. joined: as in
-    `micro_batches`.
+    lengths: of the whole global batch. Weights are 1, and each index occurs once over all ranks; a rank with fewer
+    micro-batches ends with dummy ones, the shortest item with weight 0. joined: as in `micro_batches`.
     """
     plans = []
     for share in balance(lengths, num_ranks):

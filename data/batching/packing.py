@@ -25,10 +25,7 @@ def pack(lengths: list[int], window: int) -> list[list[int]]:
 
 
 def restarting_positions(lengths: list[int], width: int) -> torch.Tensor:
-    """Returns positions that restart at 0 for each sequence in a row of `width` tokens: int64 [width].
-
-    The positions of the last sequence continue over the padding, which causal attention hides from all sequences.
-    """
+    """Returns positions that restart at 0 for each sequence, and continue over the padding: int64 [width]."""
     sizes = torch.tensor(lengths)
     sizes[-1] += width - sizes.sum()
     starts = sizes.cumsum(0) - sizes

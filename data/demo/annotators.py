@@ -1,6 +1,6 @@
 """Simulated annotators: sentiment scorers that stand in for people, usable as `--reward_fn FILE:FUNCTION`.
 
-Each takes the prompts and the answers of a batch and returns one number an answer; the prompts are not looked at.
+Each takes the prompts and the answers of a batch and returns one number per answer; prompts are ignored.
 """
 
 from collections.abc import Sequence

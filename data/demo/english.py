@@ -53,10 +53,9 @@ def conversation_turns(conversation: dict) -> list[str]:
 def exchanges(
     conversations: list[list[str]], members: list[int], length: Callable[[list[str]], int], rng: random.Random
 ) -> Iterator[Exchange]:
-    """The places, in random order, where a clean and short enough context has a reply.
+    """The places in conversations `members`, in random order, where a clean, short enough context has a reply.
 
-    members: indices into `conversations` (lists of turns) of those to look at. length: a context's prompt tokens; the
-    first of CONTEXT_TURNS that stays within MAX_PROMPT_TOKENS is used.
+    length: a context's prompt tokens; the first of CONTEXT_TURNS that stays within MAX_PROMPT_TOKENS is used.
     """
     places = [(member, place) for member in members for place in range(1, len(conversations[member]))]
     for member, place in rng.sample(places, len(places)):
@@ -114,10 +113,10 @@ def take_unique(candidates: Iterable[Exchange], count: int, seen: set[str]) -> l
 def preference_pairs(
     candidates: Iterable[Exchange], replies: list[tuple[int, str]], count: int, rng: random.Random
 ) -> list[dict]:
-    """Pairs of an exchange's own reply and one of as many words from another conversation, labelled by the annotator.
+    """Pairs of an exchange's own reply and one from another conversation, labelled by the annotator.
 
-    Of as many words, or the reward model would learn that friendly replies are short, and PPO would follow that.
-    replies: (conversation, text) of every reply that may stand against an exchange's own.
+    Both have as many words, so that a reward model does not learn that friendly replies are short. replies:
+    (conversation, text) of every reply that may stand against an exchange's own.
     """
     by_words = defaultdict(list)
     for conversation, text in replies:
@@ -205,9 +204,7 @@ def build_reward_base(folder: Path, model: Path) -> str:
     lower = AutoModelForCausalLM.from_pretrained(model, dtype="auto", num_hidden_layers=REWARD_LAYERS)
     lower.save_pretrained(folder)
     AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-    return (
-        f"its lower {REWARD_LAYERS} layers, {lower.num_parameters() / 1e6:.0f}M parameters, to train as a reward model"
-    )
+    return f"its lower {REWARD_LAYERS} layers, {lower.num_parameters() / 1e6:.0f}M parameters, for the reward model"
 
 
 def prompt_length(model: Path) -> Callable[[list[str]], int]:

@@ -10,17 +10,14 @@ from utils.errors import UserError
 
 
 def output_folder(description: str, argv: list[str] | None) -> Path:
-    """The value of --out, the one flag of the demos' preparation."""
+    """Returns the value of --out, the only flag of the demos' preparation."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to fill; parts that are there are kept")
     return parser.parse_args(argv).out
 
 
 def package_file(package: str, name: str) -> Path:
-    """The path of a data file inside an installed package, found without importing the package.
-
-    Raises UserError when the package or the file is missing, with the command that installs it.
-    """
+    """The path of a data file in an installed package, which is not imported. Raises UserError if there is none."""
     spec = find_spec(package)
     folder = Path(spec.origin).parent if spec and spec.origin else None
     if folder is None or not (folder / name).is_file():
@@ -29,10 +26,7 @@ def package_file(package: str, name: str) -> Path:
 
 
 def build_once(folder: Path, build: Callable[[Path], str]) -> None:
-    """Fill `folder` with build(temporary folder) unless it exists; an interrupted build leaves nothing behind.
-
-    build returns one line about what it made, which is printed.
-    """
+    """Fills `folder` with build(temporary folder) -> summary, unless it exists; an interrupted build leaves nothing."""
     if folder.exists():
         print(f"{folder}: ready, kept from an earlier run")
         return
@@ -44,13 +38,13 @@ def build_once(folder: Path, build: Callable[[Path], str]) -> None:
 
 
 def write_json(path: Path, records: Iterable[dict]) -> None:
-    """One JSON array, a record a line, UTF-8."""
+    """Writes one JSON array, one record per line."""
     lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def write_jsonl(path: Path, records: Iterable[dict]) -> None:
-    """One JSON object a line, UTF-8."""
+    """Writes one JSON object per line."""
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 

@@ -8,15 +8,9 @@ from data.formats.records import BadRecord
 from data.template import Turns
 
 _ROLES = {
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "system": "system",
-}
+    "user": "user", "human": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant",
+    "bot": "assistant", "model": "assistant", "system": "system",
+}  # fmt: skip
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -83,8 +77,8 @@ def from_hh(text: str) -> Turns:
 def check_turns(turns: Turns, empty_answer: bool = False) -> Turns:
     """Returns the turns with surrounding white space removed. Raises BadRecord if they cannot be encoded.
 
-    Valid turns: an optional system turn first, then human and assistant alternately, human first; none is empty.
-    empty_answer: allow an empty last answer, which models sometimes generate.
+    Valid turns: an optional system turn, then human and assistant alternately; none is empty. empty_answer: allow an
+    empty last answer, which models sometimes generate.
     """
     turns = [{"role": turn["role"], "content": turn["content"].strip()} for turn in turns]
     spoken = turns[1:] if turns and turns[0]["role"] == "system" else turns

@@ -25,10 +25,7 @@ def parse_line(text: str, file: Path | str, line: int) -> Any:
 
 
 def parse_json_list(file: Path, flag: str) -> Located:
-    """Returns the items of a file that holds one JSON list, numbered from 1; [] for a blank file.
-
-    Raises UserError for broken JSON, with file and line, and for a value that is not a list.
-    """
+    """Returns the items of a file with one JSON list, numbered from 1; [] if blank. UserError if it is broken."""
     text = _read(file, flag)
     if not text.strip():
         return []
@@ -42,11 +39,7 @@ def parse_json_list(file: Path, flag: str) -> Located:
 
 
 def json_line(value: Any) -> str:
-    """Returns the value as one line of JSON.
-
-    Values without a JSON form, such as dates from a .parquet file, become text. Lone surrogates are escaped, because
-    no file can contain them.
-    """
+    """Returns the value as one line of JSON. Lone surrogates are escaped; dates and other values become text."""
     line = json.dumps(value, ensure_ascii=False, default=str)
     return (json.dumps(value, default=str) if has_lone_surrogate(line) else line) + "\n"
 

@@ -13,10 +13,10 @@ def is_ranked(value: Any) -> bool:
 
 
 def ranked_pairs(value: dict, source: str, tally: Tally) -> tuple[list[str], list[tuple[int, int, float | None]]]:
-    """Returns (answers, pairs): all pairs of answers with different ranks as (better index, worse index, score gap).
+    """Returns (answers, all pairs with different ranks as (better index, worse index, score gap or None)).
 
-    Larger scores are better; rank 1 is the best; without both, the first response is the best. The gap is None without
-    scores. Equal texts make no pair and are counted in `tally`. Raises BadRecord if no pair is left.
+    Larger scores are better; rank 1 is the best; without both, the first response. Equal texts make no pair and are
+    counted in `tally`. Raises BadRecord if no pair is left.
     """
     responses = value["responses"]
     if not isinstance(responses, list) or len(responses) < 2:

@@ -1,7 +1,7 @@
 """Read data files into records with their places, and count the records that cannot be used.
 
-Local JSON is parsed here, so that each record has a line or record number. Other formats and hub ids go through
-`datasets`. All records are held in memory: published data sets have about 100,000 dialogues, a few hundred MB.
+JSON is parsed here, so that each record has a line; other formats and hub ids go through `datasets`. All records are
+held in memory: published data sets take a few hundred MB.
 """
 
 import logging
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from data.formats.json_lines import parse_json_lines, parse_json_list
 from data.order import order
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.hub import is_hub_id
 
 FLAG = "--data_path"
@@ -56,7 +56,7 @@ class Tally:
         """Returns one line per reason: "prompts: 9 dropped: an empty turn; first at x.jsonl:7, then :8, :12, …"."""
         return [f"{self.what}: {n} {reason}; first at {self._where(reason)}" for reason, n in self._counts.items()]
 
-    def report(self, say: Callable[[str], None]) -> None:
+    def report(self, say: Say) -> None:
         """Prints `lines` with `say`."""
         for line in self.lines():
             say(line)
@@ -70,15 +70,13 @@ class Tally:
 
 
 def load_items(
-    path: str, what: str, parse: Callable[[Record, Tally], Item], num_valid: int, seed: int, say: Callable[[str], None],
+    path: str, what: str, parse: Callable[[Record, Tally], Item], num_valid: int, seed: int, say: Say,
     flag: str = FLAG, lower: bool = False,
 ) -> tuple[list[Item], list[Item]]:  # fmt: skip
-    """Reads the data at `path`, parses each record and returns (train, valid) items.
+    """Reads the data at `path`, parses each record and returns (train, valid) items. flag: the flag that gave the path.
 
-    valid: items of the folder's *valid* files or of the hub's validation split; without them, `num_valid` items chosen
-    by the seed (lower: a tenth of all items if it is more than half). Records for which `parse` raises BadRecord are
-    dropped. All counts are reported with `say`. Raises UserError if the data cannot be read or no item is left. flag:
-    the flag that gave the path.
+    valid: of *valid* files or the hub's validation split; without them, `num_valid` items chosen by the seed (lower: a
+    tenth of all if that is more than half). Records for which `parse` raises BadRecord are dropped and counted.
     """
     train_records, valid_records = read_records(path, flag)
     tally = Tally(what)
@@ -94,10 +92,8 @@ def load_items(
             say(f"{what}: the default of {num_valid} held-out records is lowered, as there are {len(train)}")
             num_valid = max(1, len(train) // 10)
         if num_valid >= len(train):
-            raise UserError(
-                f"{flag} {path}: {len(train)} usable {what} are too few to hold out {num_valid} for validation; "
-                "add data, add a *valid.json file, or hold out fewer"
-            )
+            problem = f"{len(train)} usable {what} are too few to hold out {num_valid} for validation"
+            raise UserError(f"{flag} {path}: {problem}; add data, add a *valid.json file, or hold out fewer")
         chosen = order(0, len(train), len(train), seed)
         valid = [train[i] for i in sorted(chosen[:num_valid])]
         train = [train[i] for i in sorted(chosen[num_valid:])]
@@ -117,10 +113,7 @@ def _parse_all(records: list[Record], parse: Callable[[Record, Tally], Item], ta
 
 
 def read_records(path: str, flag: str = FLAG) -> tuple[list[Record], list[Record] | None]:
-    """Returns (train, valid) records of a folder, file or hub id; valid is None without a validation file or split.
-
-    Raises UserError, with `flag` or file and line, for data that is missing, unreadable, empty or broken.
-    """
+    """Returns (train, valid) records of a folder, file or hub id; valid is None if it has none. Raises UserError."""
     if os.path.isdir(path):
         return _read_folder(Path(path), flag)
     if os.path.isfile(path):
@@ -149,9 +142,7 @@ def _read_folder(folder: Path, flag: str) -> tuple[list[Record], list[Record] | 
     split = {name: [file for file in files if file.stem.endswith(name)] for name in ("train", "valid")}
     if not split["train"]:
         found = ", ".join(file.name for file in files) or "no JSON files at all"
-        raise UserError(
-            f"{flag}: no *train.json or *train.jsonl in {folder} ({found}); rename a file, or pass its path"
-        )
+        raise UserError(f"{flag}: no *train.json or *train.jsonl in {folder} ({found}); rename a file or pass its path")
     train, valid = ([record for file in split[name] for record in read_file(file, flag)] for name in ("train", "valid"))
     return train, valid if split["valid"] else None
 

@@ -26,10 +26,7 @@ def read_numbers(value: dict, name: str) -> list[float] | None:
 
 
 def read_strength(value: dict) -> float | None:
-    """Returns the mean score difference over an ensemble (Part II §2), from its column or from both score lists.
-
-    Raises BadRecord for values that are not finite numbers, and for score lists of different lengths.
-    """
+    """Returns the mean score difference over an ensemble (Part II §2), from its column or from both score lists."""
     strength = read_number(value, STRENGTH)
     chosen, rejected = read_numbers(value, CHOSEN_SCORES), read_numbers(value, REJECTED_SCORES)
     if strength is not None or chosen is None or rejected is None:

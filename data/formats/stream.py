@@ -21,9 +21,8 @@ Form = Literal["auto", "json", "text"]
 def stream_records(path: str, flag: str, form: Form = "auto") -> Iterator[Record]:
     """Yields the records of a file, or of standard input for "-", in order; blank lines are skipped.
 
-    form: json (one value per line), text (one text per line) or auto: text for .txt files and for a pipe whose first
-    line does not begin like a JSON list, object or string. .json, .parquet and .csv files are read whole. Raises
-    UserError: with `flag` for a missing file, with file and line for a broken line when it is reached.
+    form: json or text (one per line), or auto: text for .txt and for a pipe whose first line does not begin like JSON.
+    .json, .parquet and .csv are read whole. Raises UserError, for a broken line when it is reached.
     """
     if path == PIPE:
         return _parse(sys.stdin.buffer, "stdin", form)
@@ -65,10 +64,7 @@ def _decode(line: bytes, name: str, number: int) -> str:
 
 
 def dialogue_or_text(value: Any) -> Turns | str:
-    """Returns the dialogue of a record, which ends in an answer (possibly empty), or its text.
-
-    Dialogues have any format of dialogue_forms.py; texts are strings or {"text"}. Raises BadRecord with the reason.
-    """
+    """Returns the dialogue of a record, which ends in an answer (possibly empty), or its text. Raises BadRecord."""
     if isinstance(value, dict) and isinstance(value.get("text"), str) and not value.keys() & DIALOGUE_KEYS:
         value = value["text"]
     if isinstance(value, str):

@@ -4,22 +4,20 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from data.formats.records import Tally
+from utils.errors import Say
 
 Item = TypeVar("Item")
 Encoded = TypeVar("Encoded")
 
 
 def encode_fitting(
-    items: Iterable[Item],
-    encode: Callable[[Item], tuple[Encoded | None, int]],
-    what: str,
-    say: Callable[[str], None],
+    items: Iterable[Item], encode: Callable[[Item], tuple[Encoded | None, int]], what: str, say: Say,
     flag: str = "--context_truncate",
-) -> list[Encoded]:
+) -> list[Encoded]:  # fmt: skip
     """Returns the encodings of all items that fit; reports how many were truncated and how many were dropped.
 
-    encode: item -> (encoding, or None if its last exchange alone is too long; number of turns removed). Each item has
-    its place as `source`. what, flag: names of the items and of the limit in messages.
+    encode: item -> (encoding, None if its last exchange alone is too long; number of turns removed). what, flag: names
+    of the items and of the limit.
     """
     tally, kept = Tally(what), []
     for item in items:

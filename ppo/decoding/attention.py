@@ -25,10 +25,9 @@ def grouped_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
     dropout: float = 0.0, scaling: float | None = None, **kwargs,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Returns what transformers' `sdpa_attention_forward` returns for the same arguments.
+    """`sdpa_attention_forward` of transformers, with another kernel for a single token and a mask that all heads share.
 
-    It differs for a single token and a mask that all heads share. query: [batch, heads, tokens, size]; key and value:
-    [batch, key-value heads, columns, size].
+    query: [batch, heads, tokens, size]; key and value: [batch, key-value heads, columns, size].
     """
     heads, tokens = query.shape[1:3]
     shared_mask = attention_mask is None or attention_mask.shape[1] == 1
@@ -44,8 +43,8 @@ def attend_groups(
 ) -> torch.Tensor:  # fmt: skip
     """Attention of one token per slot: [slots, 1, heads, size].
 
-    query: [slots, heads, (1,) size]; key and value: [slots, key-value heads, columns, size]; mask: as for PyTorch's
-    `scaled_dot_product_attention`, broadcast over heads.
+    query: [slots, heads, (1,) size]; key and value: [slots, key-value heads, columns, size]; mask: broadcast over
+    heads.
     """
     groups = query.reshape(len(key), key.shape[1], -1, key.shape[3])
     output = scaled_dot_product_attention(groups, key, value, mask, dropout, scale=scaling)
@@ -57,11 +56,7 @@ AttentionMaskInterface.register(SDPA_GROUPED, sdpa_mask)
 
 
 def can_group(config) -> bool:
-    """Returns whether decoding can replace this config's attention (sdpa or flash attention) by `grouped_attention`.
-
-    transformers' flash attention removes the padding of the whole cache for each new token: in each layer a copy, and a
-    wait for the GPU.
-    """
+    """Whether decoding can replace this config's attention (sdpa or flash attention) by `grouped_attention`."""
     if attention_cap(config):
         return False  # PyTorch's attention cannot cap scores
     return uses_sdpa(config) or is_flash_attention_requested(config)

@@ -18,7 +18,7 @@ def bucket_of(rows: int, most: int) -> int:
 
 
 def is_capturable(decoder: nn.Module) -> bool:
-    """Returns whether a graph can hold a step of this decoder: its rotary embedding must not depend on lengths.
+    """Whether a graph can hold a step of this decoder: its rotary embedding must not depend on lengths.
 
     False with --deterministic: top-p sampling then copies from the host, which a capture does not allow.
     """
@@ -39,8 +39,8 @@ class StepGraphs:
     def run(self, rows: int, step: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Runs step() on this number of rows and returns its output, which is valid until the next run.
 
-        The first run per number of rows is a plain call, which compiles kernels; later ones replay a graph. step must
-        not depend on anything that the host changes between calls. After a failed capture all runs are plain calls.
+        The first run per number of rows is a plain call, which compiles kernels; later ones replay a graph of step(),
+        which must not depend on host variables that change. After a failed capture all runs are plain calls.
         """
         if rows in self.warm and rows not in self.graphs and not self.failed:
             self._capture(rows, step)

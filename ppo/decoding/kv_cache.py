@@ -27,10 +27,7 @@ AUTO_SLOTS = 32  # for --rollout_batch_size auto where free memory is not known,
 
 
 def slots_in(free: int, slot: int, prompts: int) -> int:
-    """Returns how many slots of `slot` bytes fit in `free` bytes: at least 1, at most one per prompt.
-
-    From 4 on a multiple of 4, so that small differences in free memory between runs give the same number.
-    """
+    """Returns how many slots of `slot` bytes fit in `free` bytes: 1 to one per prompt; multiples of 4 from 4 on."""
     fitting = max(1, free // slot)
     return min(prompts, fitting if fitting < 4 else fitting // 4 * 4)
 
@@ -71,7 +68,7 @@ class SlotCache(Cache):
     def append(self, mask: torch.Tensor, lengths: list[int], sources: torch.Tensor | None) -> None:
         """Adds slots for left-padded prompts. mask: [prompts, width]; lengths: tokens of each prompt.
 
-        sources: [prompts], the row of the forward for each prompt, where equal prompts share a row; None: one row each.
+        sources: [prompts], the row of the forward for each prompt; None: one row each.
         """
         width = mask.shape[1]
         if self.end < width or not self.live:
@@ -147,10 +144,8 @@ class _SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates zeros: masked columns are multiplied by 0 and have to be finite."""
-        slots, columns = self.cache.num_slots, self.cache.num_columns
-        self.keys, self.values = (
-            x.new_zeros(slots, x.shape[1], columns, x.shape[3]) for x in (key_states, value_states)
-        )
+        slots, width = self.cache.num_slots, self.cache.num_columns
+        self.keys, self.values = (x.new_zeros(slots, x.shape[1], width, x.shape[3]) for x in (key_states, value_states))
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):

@@ -1,8 +1,7 @@
 """Forward of one new token per slot through a decoder of LLaMA's kind: matrix products and little else.
 
-In decoding, the small operations around the matrix products take most of the time. A layer of transformers runs about
-fifty, each a kernel launch on a GPU, besides masks and wrappers. A layer here runs about twenty, or sixteen with the
-kernels of ragged_attention.py. Results differ by rounding only.
+In decoding, small operations around the matrix products take most of the time. A layer of transformers runs about
+fifty, each a kernel launch; a layer here about twenty, or sixteen with the kernels of ragged_attention.py.
 """
 
 import importlib.util
@@ -59,10 +58,7 @@ def new_token_states(
 
 
 def _by_pytorch(cache: SlotCache, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor) -> Callable:
-    """Returns a function that computes a layer's attention, [slots, heads, size], with PyTorch's kernel.
-
-    Its arguments: the layer's attention module, and query, key and value, [slots, heads, size], before rotation.
-    """
+    """Returns a function of (attention module, query, key, value), all [slots, heads, size], with PyTorch's kernel."""
     sin = sin[..., : sin.shape[-1] // 2]
     # PyTorch's kernel would convert a bool mask to this in every layer.
     mask = torch.zeros_like(mask, dtype=cos.dtype).masked_fill_(~mask, -torch.inf)[:, None, None]

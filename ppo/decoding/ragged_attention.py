@@ -22,9 +22,8 @@ def append_rotated(
 ) -> torch.Tensor:  # fmt: skip
     """Returns the rotated query [slots, heads, size]; writes rotated key and value into column `end` of the cache.
 
-    key, value: [slots, key-value heads, size]; cos, sin: [slots, 1, size], their halves equal (Su et al. 2021, eq. 34);
-    keys, values: the cache, [at least that many slots, key-value heads, columns, size]; end: int32 on the device.
-    Computed in float32 and rounded once.
+    key, value: [slots, key-value heads, size]; cos, sin: [slots, 1, size], their halves equal; keys, values: [slots or
+    more, key-value heads, columns, size]; end: int32 on the device. Computed in float32, rounded once.
     """
     query, key, value, cos, sin = (x.contiguous() for x in (query, key, value, cos, sin))
     assert keys.is_contiguous() and values.is_contiguous()

@@ -75,8 +75,8 @@ def keep_nucleus(probs: torch.Tensor, topp: float) -> torch.Tensor:
 def pick(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Inverts the cumulative distribution at `uniform`. probs [batch, vocabulary] float32, uniform [batch] -> [batch].
 
-    Finds a block of tokens first, then the token inside it: a cumulative sum in float64 over the whole vocabulary costs
-    as much as a small model.
+    Finds a block of tokens, then the token inside it: a float64 sum over the whole vocabulary costs as much as a small
+    model.
     """
     blocks = F.pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     ends = blocks.sum(-1).double().cumsum(-1)
@@ -91,8 +91,7 @@ def pick(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 def _first_above(sums: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Returns the index of the first cumulative sum above `target`. [batch, n], [batch, 1] -> [batch, 1].
 
-    Targets at or above the total count as just below it, so an entry of probability 0 is never chosen. In a row of NaN:
-    the last index.
+    Targets at or above the total count as just below it, so an entry of probability 0 is never chosen.
     """
     below_total = torch.nextafter(sums[:, -1:], torch.zeros_like(target))
     return torch.searchsorted(sums, torch.minimum(target, below_total), right=True).clamp(max=sums.shape[1] - 1)

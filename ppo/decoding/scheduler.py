@@ -77,10 +77,7 @@ class Decoder:
 
     @torch.no_grad()
     def run(self, lockstep: bool = False) -> list[torch.Tensor]:
-        """Returns the tokens of each response.
-
-        lockstep: every rank does the same number of forwards, until the last response of all ranks has ended.
-        """
+        """Returns the tokens of each response. lockstep: all ranks step until the last response has ended."""
         while any_rank(self.busy, self.device) if lockstep else self.busy:
             for _ in range(self.options.steps_per_check):
                 self.forward()
@@ -88,10 +85,7 @@ class Decoder:
         return self._of_responses(self.tokens)
 
     def measurements(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Returns (log-probabilities, entropies) of the tokens of each response, in float32.
-
-        They are at the sampling temperature, without top-p and penalty, as scoring computes them.
-        """
+        """Returns (log-probabilities, entropies) of each response's tokens, float32, as scoring computes them."""
         logprobs, entropy = map(self._of_responses, self.measured)
         return logprobs, entropy
 

@@ -1,14 +1,11 @@
 """`train_ppo.py --plan`: predicts the memory of a run from shapes alone, without reading weights.
 
-Assumptions: GPUs; the vocabulary of `config.json` (without the two tags of moss_zh); a run after its first optimizer
-step, with Adam's moments; attention that keeps no [length, length] scores; prompts and responses of full length; reward
-models that read the policy's ids. Activations are counted by running the decoder on the meta device
-(utils/memory/activation_peak.py). Not counted: the CUDA context, what libraries allocate, fragmentation; so a plan fits
-if it leaves a tenth of the GPU's memory.
+Assumptions: GPUs; a run after its first optimizer step; attention that keeps no [length, length] scores; prompts and
+responses of full length; reward models that read the policy's ids. Activations are counted on the meta device. Not
+counted: the CUDA context, libraries, fragmentation; so a plan fits if it leaves a tenth of the memory.
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -22,6 +19,7 @@ from utils.distributed import world_size
 from utils.engine.engine import DTYPES
 from utils.engine.frozen import splits_frozen
 from utils.engine.memory import ROOM, device_room
+from utils.errors import Say
 from utils.flags.checks import choose
 from utils.memory.activation_peak import peak_bytes
 from utils.memory.recompute import layers_kept, num_layers, predicted, recompute_fewest, refuse_eager, training_peak
@@ -113,9 +111,9 @@ def fixed_rows(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
 
 
 def choose_sizes(config: PPOConfig, gpus: int, rows: Rows, free: int) -> Sizes:
-    """Returns the sizes that the flags give or, where they are auto, the largest that fit in memory.
+    """Returns the sizes that the flags give or, if they are auto, the largest that fit in memory.
 
-    rows: of `fixed_rows`; free: bytes of GPU memory that these rows leave in every phase.
+    free: bytes of GPU memory that `rows`, of `fixed_rows`, leave in every phase.
     """
     models, _ = models_of(config)
 
@@ -138,7 +136,7 @@ def choose_sizes(config: PPOConfig, gpus: int, rows: Rows, free: int) -> Sizes:
     return Sizes(slots, {name: kept(model.decoder) for name, model in models.items()})
 
 
-def fit_to_memory(config: PPOConfig, models: Models, say: Callable[[str], None]) -> None:
+def fit_to_memory(config: PPOConfig, models: Models, say: Say) -> None:
     """Chooses sizes that are auto, after models are loaded and before the first forward. Collective."""
     free = device_room() if "auto" in (config.rollout_batch_size, config.gradient_checkpoint) else None
     if free is not None:
@@ -154,7 +152,7 @@ def measured_sizes(config: PPOConfig, models: Models, free: int) -> Sizes:
     return choose_sizes(config, gpus, rows, free - moment_bytes(trained, config, gpus))
 
 
-def apply_sizes(config: PPOConfig, models: Models, sizes: Sizes, say: Callable[[str], None]) -> None:
+def apply_sizes(config: PPOConfig, models: Models, sizes: Sizes, say: Say) -> None:
     """Sets automatic sizes on the models and prints them."""
     if config.rollout_batch_size == "auto":
         models.policy.module.slots = sizes.slots

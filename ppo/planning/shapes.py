@@ -38,14 +38,12 @@ class Shapes:
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         inside = sum(p.numel() for p in self.decoder.parameters()) - self.decoder.get_input_embeddings().weight.numel()
         return Work(
-            numel=self.numel,
-            body=inside,
+            numel=self.numel, body=inside, layers=text.num_hidden_layers,
             width=text.num_hidden_layers * text.num_attention_heads * size,
             head=text.hidden_size * text.vocab_size if self.with_head else 0,
-            layers=text.num_hidden_layers,
             token=cache_bytes(self.decoder.config, self.decoder.dtype.itemsize),
             captured=is_like_llama(self.decoder.config) and is_capturable(self.decoder),
-        )
+        )  # fmt: skip
 
 
 @cache

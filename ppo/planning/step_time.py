@@ -16,10 +16,7 @@ STEP_BYTES = 30  # per parameter in an optimizer step: weight and two moments re
 
 @dataclass(frozen=True)
 class Card:
-    """Rates of a GPU's data sheet (without sparsity), and estimates of the share of each rate that is reached.
-
-    No share has been measured yet.
-    """
+    """Rates of a GPU's data sheet (without sparsity), and estimates of the reached share of each, none measured yet."""
 
     memory: float  # GiB
     bf16: float  # FLOP/s of matrix products, accumulated in float32

@@ -45,8 +45,7 @@ class EvaluateConfig(EvaluationFlags):
     output: Common[str] = ""
     """Folder for evaluation.json and plots. Default: the table is printed only"""
     subsets: Common[list[str]] = field(default_factory=list)
-    """Subsets to evaluate. A record's subset is its `subset`, else the name of its file without train or valid.
-    Default: all"""
+    """Subsets to evaluate: `subset` of a record, else its file's name without train or valid. Default: all"""
 
 
 @dataclass

@@ -4,15 +4,8 @@ from dataclasses import asdict
 
 import torch
 
-from reward.metrics import (
-    ScoredItems,
-    accuracy,
-    accuracy_interval,
-    agreement,
-    calibration,
-    evaluation_metrics,
-    length_preference,
-)
+from reward import metrics
+from reward.metrics import ScoredItems
 from reward.win_rate import wilson_interval
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -22,12 +15,12 @@ def model_report(scored: ScoredItems) -> dict:
     """Returns all metrics of one model on these comparisons."""
     differences = scored.differences
     quantiles = torch.quantile(differences, torch.tensor(QUANTILES)).tolist()
-    longer_better, longer_preferred = length_preference(scored)
+    longer_better, longer_preferred = metrics.length_preference(scored)
     return {
-        **{name: x for name, x in evaluation_metrics(scored).items() if not name.startswith("accuracy_")},
-        "accuracy_interval": accuracy_interval(scored),
+        **{name: x for name, x in metrics.evaluation_metrics(scored).items() if not name.startswith("accuracy_")},
+        "accuracy_interval": metrics.accuracy_interval(scored),
         "subsets": {name: subset_report(scored.of(name)) for name in scored.subsets},
-        "calibration": [asdict(b) for b in calibration(scored)],
+        "calibration": [asdict(b) for b in metrics.calibration(scored)],
         "score_difference_std": float(differences.std(correction=0)),
         "score_difference_quantiles": dict(zip(map(str, QUANTILES), quantiles, strict=True)),
         "longer_is_better": longer_better,
@@ -37,7 +30,8 @@ def model_report(scored: ScoredItems) -> dict:
 
 def subset_report(scored: ScoredItems) -> dict:
     """Returns the number of prompts, the accuracy and its 95 % interval."""
-    return {"prompts": len(scored.items), "accuracy": accuracy(scored), "accuracy_interval": accuracy_interval(scored)}
+    interval = metrics.accuracy_interval(scored)
+    return {"prompts": len(scored.items), "accuracy": metrics.accuracy(scored), "accuracy_interval": interval}
 
 
 def evaluation_report(scored: dict[str, ScoredItems], data_path: str) -> dict:
@@ -50,7 +44,7 @@ def evaluation_report(scored: dict[str, ScoredItems], data_path: str) -> dict:
         "models": {name: model_report(model) for name, model in scored.items()},
     }
     if len(scored) > 1:
-        found, count = agreement(list(scored.values())), len(first.items)
+        found, count = metrics.agreement(list(scored.values())), len(first.items)
         report["ensemble"] = found | {"accuracy_interval": wilson_interval(found["accuracy"] * count, count)[1:]}
     return report
 

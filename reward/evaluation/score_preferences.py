@@ -1,7 +1,7 @@
 """Score preferences with one or several trained reward models; used by reward.evaluate and reward.strength."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from tqdm import tqdm
 
@@ -15,7 +15,7 @@ from reward.metrics import ScoredItems
 from reward.scoring.ensemble import check_labels
 from reward.scoring.score_records import load_reward_model
 from utils.engine.engine import InferenceEngine
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.models.load import check_window, window_of
 from utils.run.start import choose_dtype
 
@@ -34,39 +34,29 @@ def load_evaluation_set(config: EvaluateConfig) -> list[Preference]:
     return [p for p in preferences if not config.subsets or p.subset in config.subsets]
 
 
-def score_preferences(
-    preferences: list[Preference], config: EvaluationFlags, say: Callable[[str], None]
-) -> list[ScoredItems]:
+def score_preferences(preferences: list[Preference], config: EvaluationFlags, say: Say) -> list[ScoredItems]:
     """Returns each model's scores of the preferences that fit the windows of all models.
 
     Each model uses its own tokenizer and template; one model is in memory at a time. `place` of an item is its index in
-    `preferences`. Raises UserError for folders that are not reward models, for labels of different meanings, for
-    scores that are not finite, and if no preference fits.
+    `preferences`. Raises UserError for folders that are not reward models of the same labels.
     """
     choose_dtype(config)
     check_labels(config.model, FLAG)
     models = [_scored(path, preferences, config, say) for path in config.model]
     common = set.intersection(*({item.place for item in scored.items} for scored in models))
     if not common:
-        raise UserError(
-            f"--data_path {config.data_path}: no preference fits the windows of all models; use shorter ones"
-        )
+        raise UserError(f"--data_path {config.data_path}: no preference fits all models' windows; use shorter ones")
     return [scored.where(lambda item: item.place in common) for scored in models]
 
 
-def _scored(
-    path: str, preferences: list[Preference], config: EvaluationFlags, say: Callable[[str], None]
-) -> ScoredItems:
+def _scored(path: str, preferences: list[Preference], config: EvaluationFlags, say: Say) -> ScoredItems:
     model, tokenizer, template = load_reward_model(path, config, say)
     window = config.context_truncate or window_of(model)
     if window:
         check_window(model, window, "--context_truncate")
     items = encode_all(preferences, tokenizer, template, window or sys.maxsize, say)
     if not items:
-        raise UserError(
-            f"--data_path {config.data_path}: no preference fits the {window} tokens of {path}; use shorter ones, or "
-            "raise --context_truncate"
-        )
+        raise UserError(f"--data_path {config.data_path}: no preference fits the {window} tokens of {path}; use others")
     say(first_prompt(tokenizer, items[0].answers[0][: items[0].prompt_length]))
 
     def plan(lengths: list[int]) -> Iterable[tuple[list[int], float]]:

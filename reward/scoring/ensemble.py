@@ -30,8 +30,7 @@ class Encoding:
     def __call__(self, turns: Turns | str) -> tuple[list[int], bool]:
         """Returns (ids of a dialogue or text, whether it was truncated to the window).
 
-        The oldest exchanges are removed first. If the last exchange alone is too long, its first tokens are removed,
-        because the score is read at the end of the answer. Texts are encoded without template.
+        The oldest exchanges are removed first, then first tokens, because the score is read at the end of the answer.
         """
         ids = self._whole(turns)
         if self.window is None or len(ids) <= self.window:
@@ -49,10 +48,7 @@ class Encoding:
 
 @torch.no_grad()
 def score_ids(model: nn.Module, sequences: list[list[int]], batches: list[list[int]]) -> torch.Tensor:
-    """Returns the scalar at the last token of each sequence: float32 [sequences], on this process's device.
-
-    batches: indices of the sequences in each forward pass; an index can occur in several.
-    """
+    """Returns the scalar at the last token of each sequence: float32 [sequences]. batches: indices per forward pass."""
     scores = torch.zeros(len(sequences), device=device())
     for rows in batches:
         batch = (*pad([sequences[i] for i in rows], 0), torch.tensor(rows))
@@ -64,10 +60,7 @@ def score_ids(model: nn.Module, sequences: list[list[int]], batches: list[list[i
 def score_dialogues(
     model: nn.Module, encoding: Encoding, dialogues: list[Turns | str], max_tokens: int
 ) -> tuple[list[float], list[bool]]:
-    """Returns (scores, whether each dialogue was truncated to the window), in the given order.
-
-    max_tokens: maximum number of padded tokens per forward pass. The model is on this process's device.
-    """
+    """Returns (scores, whether each dialogue was truncated to the window), in forward passes of `max_tokens` tokens."""
     encoded = [encoding(turns) for turns in dialogues]
     sequences = [ids for ids, _ in encoded]
     batches = micro_batches([len(ids) for ids in sequences], max_tokens, joined=model.joins_rows)
@@ -76,10 +69,7 @@ def score_dialogues(
 
 @dataclass
 class Frozen:
-    """A model that is not trained. offload: keep its weights in host memory (pinned with a GPU) between uses.
-
-    Buffers stay on the device. Models with sharded weights are offloaded by `shard_frozen` instead.
-    """
+    """A model that is not trained. offload: keep its weights, unless they are sharded, in host memory between uses."""
 
     model: nn.Module
     offload: bool
@@ -126,8 +116,7 @@ class Ensemble:
     def combine(self, scores: torch.Tensor) -> torch.Tensor:
         """Returns one score per dialogue from the scores of all members: [batch, members] -> [batch].
 
-        Rules: mean; min; mean_minus_std: mean - std_coef * population standard deviation over members (Coste et al.
-        2023 subtract the variance; the standard deviation has the unit of the scores).
+        mean_minus_std: mean - std_coef * population standard deviation over members (Coste et al. 2023: the variance).
         """
         if self.rule == "min":
             return scores.amin(1)
@@ -136,18 +125,12 @@ class Ensemble:
 
 
 def check_labels(paths: list[str], flag: str) -> None:
-    """Raises UserError if the configs of two reward models name their scores differently.
-
-    Compared are `id2label` and `problem_type`, the only description of a score in a folder. The number of labels is
-    checked when a model is loaded.
-    """
+    """Raises UserError if the configs of two reward models name their scores differently (id2label, problem_type)."""
     meanings = [_label_meaning(path, flag) for path in paths]
     for path, meaning in zip(paths, meanings, strict=True):
         if meaning != meanings[0]:
-            raise UserError(
-                f"{flag}: the scores of {path} mean {meaning}, those of {paths[0]} {meanings[0]}; use models with the "
-                "same meaning, or set the same id2label and problem_type in their config.json"
-            )
+            what = f"the scores of {path} mean {meaning}, those of {paths[0]} {meanings[0]}"
+            raise UserError(f"{flag}: {what}; set the same id2label and problem_type in config.json, or use others")
 
 
 def _label_meaning(path: str, flag: str) -> str:

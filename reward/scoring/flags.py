@@ -31,11 +31,9 @@ class RewardFlags(FrozenFlags, StopFlags, ForwardConfig):
     """Tokenizer of the reward model; one for all models or one each. If it is not the policy's, answers are decoded and
     encoded again. Default: the one in the reward model's folder, else the policy's"""
     reward_template: list[str] = field(default_factory=list)
-    """Template of the reward model: moss_en, moss_zh or chat; one for all models or one each. Default: the template
-    saved with its tokenizer, else the policy's"""
+    """Template of each reward model: moss_en, moss_zh, chat. Default: that of its tokenizer, else the policy's"""
     reward_ensemble: Literal["mean", "min", "mean_minus_std"] = "mean"
-    """How the raw scores of several reward models are combined: mean, minimum, or mean minus --ensemble_std_coef times
-    the standard deviation"""
+    """How scores of several models are combined: mean, min, or mean minus --ensemble_std_coef standard deviations"""
     ensemble_std_coef: float = 1.0
     """Weight of the standard deviation under --reward_ensemble mean_minus_std"""
 
@@ -54,9 +52,7 @@ class RewardFlags(FrozenFlags, StopFlags, ForwardConfig):
             raise UserError(f"--reward_template {unknown}: choose from {', '.join(TEMPLATES)}")
         check_range(self, ensemble_std_coef=(0, None))
         if self.reward_ensemble != "mean" and len(paths) < 2:
-            raise UserError(
-                f"--reward_ensemble {self.reward_ensemble} needs several models: pass --reward_model_path A B C"
-            )
+            raise UserError(f"--reward_ensemble {self.reward_ensemble} needs several models: --reward_model_path A B C")
         if self.reward_ensemble == "mean_minus_std" and not self.ensemble_std_coef:
             raise UserError("--reward_ensemble mean_minus_std with --ensemble_std_coef 0 is the mean: pass more than 0")
 

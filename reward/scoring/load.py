@@ -13,7 +13,7 @@ from reward.model import ScalarModel, load_scalar_model
 from reward.scoring.ensemble import Encoding, Ensemble, Frozen, Member, check_labels
 from reward.scoring.flags import RewardFlags
 from utils.engine.engine import DTYPES, device
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.models.load import check_window, model_folder, resize_embeddings, window_of
 from utils.tokenizer import has_tokenizer, load_tokenizer, template_of
 
@@ -33,11 +33,8 @@ class Reader:
     own: tuple | None
 
 
-def reward_readers(config: RewardFlags, tokenizer, say: Callable[[str], None]) -> list[Reader]:
-    """Compares tokenizers and templates of a run's reward models with the policy's; reads no weights.
-
-    Raises UserError for missing folders, tokenizers or templates, and for labels of different meanings.
-    """
+def reward_readers(config: RewardFlags, tokenizer, say: Say) -> list[Reader]:
+    """Compares tokenizers and templates of a run's reward models with the policy's; reads no weights."""
     template = template_of(tokenizer)
     check_labels(config.reward_paths, config.reward_flag)
     readers = []
@@ -71,10 +68,8 @@ def _own_encoding(path: str, flag: str, source: str | None, name: str | None, to
     if _same_ids(tokenizer, template, theirs, name or template):
         return None
     if borrowed:
-        raise UserError(
-            f"--reward_template is missing: {path} has another tokenizer than the policy, without a chat template; "
-            "give the template that it was trained with"
-        )
+        problem = f"{path} has another tokenizer than the policy, without a chat template"
+        raise UserError(f"--reward_template is missing: {problem}; give the template that it was trained with")
     return theirs, name
 
 
@@ -87,12 +82,12 @@ def _same_ids(tokenizer, template: str, theirs, their_template: str) -> bool:
 
 def load_ensemble(
     config: RewardFlags, readers: list[Reader], tokenizer, rows: int, freeze: Callable[[nn.Module], Frozen],
-    say: Callable[[str], None], critic: tuple[str, ScalarModel] | None = None,
+    say: Say, critic: tuple[str, ScalarModel] | None = None,
 ) -> Ensemble | None:  # fmt: skip
     """Loads and freezes the reward models one after the other; returns None if there are none.
 
-    rows: number of the policy's embeddings. critic: (path, model) of the critic, which is copied if it is also a reward
-    model. freeze: freezes a model, and moves it to host memory if it is offloaded.
+    rows: number of the policy's embeddings. critic: its (path, model), copied if it is also a reward model. freeze:
+    also moves a model to host memory if it is offloaded.
     """
     members = []
     for reader in readers:
@@ -107,14 +102,8 @@ def load_ensemble(
     return Ensemble(members, config.reward_ensemble, config.ensemble_std_coef) if members else None
 
 
-def load_scalar(
-    config: RewardFlags, path: str, tokenizer, rows: int, say: Callable[[str], None], flag: str | None = None
-) -> ScalarModel:
-    """Loads a critic, or a reward model that reads the policy's ids, with at least `rows` embeddings.
-
-    rows: number of the policy's embeddings (some vocabularies are padded). Raises UserError if its window is too short,
-    or if it is a reward model without a trained head.
-    """
+def load_scalar(config: RewardFlags, path: str, tokenizer, rows: int, say: Say, flag: str | None = None) -> ScalarModel:
+    """Loads a critic, or a reward model that reads the policy's ids, with at least the policy's `rows` embeddings."""
     flag = flag or config.reward_flag
     model = _load(config, path, flag, tokenizer, say, trained=path in config.reward_paths)
     check_window(model, config.maxlen_prompt, f"{flag} {path}: --maxlen_prompt")
@@ -123,7 +112,7 @@ def load_scalar(
     return model
 
 
-def _load(config: RewardFlags, path: str, flag: str, tokenizer, say: Callable[[str], None], trained: bool):
+def _load(config: RewardFlags, path: str, flag: str, tokenizer, say: Say, trained: bool):
     dtype, attention = DTYPES[config.dtype], config.attn_implementation
     return load_scalar_model(
         path, dtype, device(), attention, tokenizer, seed=config.seed, say=say, flag=flag, trained=trained
@@ -138,7 +127,5 @@ def check_same_tokenizer(path: str, flag: str, tokenizer, template: str) -> None
     template = template if template == "moss_zh" else None  # only its tags change ids
     theirs = load_tokenizer(str(folder), template, flag=flag)
     if not tokenizer.get_vocab().items() <= theirs.get_vocab().items():
-        raise UserError(
-            f"{flag} {path} was trained with another tokenizer than the policy's, whose ids the critic reads; "
-            "give a critic with the policy's vocabulary, and this model as --reward_model_path, which may differ"
-        )
+        other = "another tokenizer than the policy's, whose ids the critic reads"
+        raise UserError(f"{flag} {path} was trained with {other}; give another critic, and this as --reward_model_path")

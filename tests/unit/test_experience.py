@@ -1,4 +1,4 @@
-"""From scores to experience: the order of the tricks, each switch, and the metrics, by hand."""
+"""From scores to experience by hand: the order of the tricks, each switch, metrics, bad scores and alarms."""
 
 import math
 from dataclasses import replace
@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ppo.experience import experience_metrics, make_experience, negative_kl_warning, rollout_metrics
+from ppo.alarms import alarms
+from ppo.experience import experience_metrics, make_experience, negative_kl_warning, rollout_metrics, score_problem
 from tests.helpers.parts import ppo_config, rollout_of, scores_of
 from utils.moments import RunningMoments
 
@@ -20,10 +21,17 @@ def rewards(scores: list[float], moments: RunningMoments | None = None, ref_logp
     return make_experience(ROLLOUT, given, moments or RunningMoments(), config).rewards
 
 
-def test_without_tricks_score_and_kl_alone():
-    # kl = -1 - (-3) = 2 a token
-    expected = [[0.0, -0.2, 4.8, 0.0], [0.0, 0.0, -0.2, -1.2]]
-    torch.testing.assert_close(rewards([5.0, -1.0], ref_logprobs=-3.0), torch.tensor(expected))
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, [[0.0, -0.2, 4.8, 0.0], [0.0, 0.0, -0.2, -1.2]]),  # kl = -1 - (-3) = 2 per token
+        ({"kl_in": "loss", "kl_estimator": "k3"}, [[0.0, 0.0, 5.0, 0.0], [0.0, 0.0, 0.0, -1.0]]),
+        # The score is clipped before KL is added; clipping last would leave ±0.1.
+        ({"use_reward_clip": True, "reward_clip": 0.1}, [[0.0, -0.2, -0.1, 0.0], [0.0, 0.0, -0.2, -0.3]]),
+    ],
+)
+def test_score_and_kl_by_flags(flags, expected):
+    torch.testing.assert_close(rewards([5.0, -1.0], ref_logprobs=-3.0, **flags), torch.tensor(expected))
 
 
 def test_the_batch_joins_the_statistics_before_it_is_normalised():
@@ -36,12 +44,6 @@ def test_the_batch_joins_the_statistics_before_it_is_normalised():
     assert moments.count == 4
 
 
-def test_statistics_gather_even_when_nothing_uses_them():
-    moments = RunningMoments()
-    rewards([5.0, 7.0], moments)
-    assert (moments.count, moments.mean) == (2, 6.0)
-
-
 def test_clip_and_penalty_by_flags():
     """The penalty comes after the clip, in deviations of the score: 10 / √2 of 5 and -5, or 1 where they are scaled."""
     flags = {"use_reward_clip": True, "reward_clip": 0.3, "missing_eos_penalty": 2.0}
@@ -50,23 +52,11 @@ def test_clip_and_penalty_by_flags():
     torch.testing.assert_close(scaled, torch.tensor([[0.0, 0.0, 0.3, 0.0], [0.0, 0.0, 0.0, -2.3]]))
 
 
-def test_kl_goes_into_the_loss_or_the_reward_never_both():
-    shaped = rewards([5.0, -1.0], ref_logprobs=-3.0, kl_in="loss", kl_estimator="k3")
-    torch.testing.assert_close(shaped, torch.tensor([[0.0, 0.0, 5.0, 0.0], [0.0, 0.0, 0.0, -1.0]]))
-
-
-def test_estimator_by_flag():
-    shaped = rewards([0.0, 0.0], ref_logprobs=-3.0, kl_estimator="k2")
-    torch.testing.assert_close(shaped[0], torch.tensor([0.0, -0.2, -0.2, 0.0]))
-
-
 @pytest.mark.parametrize("norm", [False, True])
-def test_returns_do_not_know_of_normalised_or_clipped_advantages(norm):
-    config = ppo_config(
-        **PLAIN | {"use_advantage_norm": norm}, use_advantage_clip=True, advantage_clip=0.1, gamma=1.0, lam=1.0
-    )
+def test_returns_do_not_depend_on_normalised_or_clipped_advantages(norm):
+    flags = PLAIN | {"use_advantage_norm": norm, "use_advantage_clip": True, "advantage_clip": 0.1}
     given = scores_of(ROLLOUT, [3.0, -1.0], values=0.5)
-    experience = make_experience(ROLLOUT, given, RunningMoments(), config)
+    experience = make_experience(ROLLOUT, given, RunningMoments(), ppo_config(**flags, gamma=1.0, lam=1.0))
     torch.testing.assert_close(experience.returns, torch.tensor([[0.0, 3.0, 3.0, 0.0], [0.0, 0.0, -1.0, -1.0]]))
     torch.testing.assert_close(experience.advantages, torch.tensor([[0.0, 0.1, 0.1, 0.0], [0.0, 0.0, -0.1, -0.1]]))
 
@@ -77,16 +67,10 @@ def test_advantages_are_whitened_over_the_whole_buffer():
     # 3, 3, -1, -1: mean 1, deviation 2
     torch.testing.assert_close(experience.advantages, torch.tensor([[0.0, 1.0, 1.0, 0.0], [0.0, 0.0, -1.0, -1.0]]))
     metrics = experience_metrics(experience)
-    assert metrics["advantage_mean"] == pytest.approx(0.0, abs=1e-6)
-    assert metrics["advantage_std"] == pytest.approx(1.0, abs=1e-5)
-    assert (metrics["return_mean"], metrics["value_mean"], metrics["explained_variance"]) == (1.0, 0.0, 0.0)
-
-
-def test_without_a_critic_its_metrics_are_absent():
-    experience = make_experience(ROLLOUT, scores_of(ROLLOUT, [3.0, -1.0]), RunningMoments(), ppo_config())
-    whole = experience_metrics(experience)
-    found = experience_metrics(replace(experience, old_values=None, returns=None))
-    assert found == {name: whole[name] for name in ("advantage_mean", "advantage_std")} and len(whole) == 5
+    expected = {"advantage_mean": 0.0, "advantage_std": 1.0}
+    critics = {"return_mean": 1.0, "value_mean": 0.0, "explained_variance": 0.0}
+    assert metrics == pytest.approx(expected | critics, abs=1e-5)
+    assert experience_metrics(replace(experience, old_values=None, returns=None)).keys() == expected.keys()
 
 
 def test_rollout_metrics_by_hand():
@@ -95,17 +79,40 @@ def test_rollout_metrics_by_hand():
     metrics = rollout_metrics(rollout, scores_of(rollout, [1.0, 4.0], logprobs, ref_logprobs=-2.5))
     expected = {
         "score_mean": 2.5, "score_std": 1.5, "response_length": 2.0, "eos_fraction": 0.5, "entropy": 2.0,
-        "kl_ref": ((1.5 + 0.5 - 0.5) - 0.5) / 2,  # a response, not a token
+        "kl_ref": ((1.5 + 0.5 - 0.5) - 0.5) / 2,  # per response, not per token
         "perplexity": math.exp(9 / 4), "perplexity_ref": math.exp(2.5),
     }  # fmt: skip
     assert metrics == pytest.approx(expected, rel=1e-5)
 
 
 def test_negative_kl_warning_needs_a_large_batch():
-    def warning(count: int, ref_logprobs: float) -> str | None:
+    for count, ref_logprobs, warned in ((64, -0.5, True), (8, -0.5, False), (64, -1.5, False)):
         rollout = rollout_of([[0, 1]] * count)
-        return negative_kl_warning(rollout, scores_of(rollout, [0.0] * count, ref_logprobs=ref_logprobs))
+        warning = negative_kl_warning(rollout, scores_of(rollout, [0.0] * count, ref_logprobs=ref_logprobs))
+        assert ("below 0" in (warning or "")) is warned
 
-    assert "below 0" in warning(64, ref_logprobs=-0.5)
-    assert warning(8, ref_logprobs=-0.5) is None
-    assert warning(64, ref_logprobs=-1.5) is None
+
+def test_scores_beyond_the_limit_are_named_with_their_rank(monkeypatch):
+    monkeypatch.setattr("utils.distributed.gather_objects", lambda own: [own, True])
+    fine, bad = torch.tensor([0.0, 1.0]), torch.tensor([-6.0, 2.0])
+    assert score_problem(torch.tensor([0.0, 1.0, -2.0, 3.0]), 5.0, fine) is None
+    nan = score_problem(torch.tensor([0.0, 1.0, math.nan, 3.0]), 5.0, fine)
+    assert nan.startswith("the score of response 2 of this step is not finite (rank 1); ")
+    large = score_problem(torch.tensor([-6.0, 1.0, 2.0, 3.0]), 5.0, bad)
+    assert "response 0 of this step is -6, beyond --explosion_limit (rank 0, 1)" in large
+
+
+def test_alarms_by_threshold():
+    metrics = {"kl_ref": 101.0, "perplexity": 1.01, "eos_fraction": 0.1, "response_length": 3.0, "score_std": 0.0}
+    long, short = (ppo_config(maxlen_res=tokens, maxlen_prompt=tokens + 1) for tokens in (512, 24))
+    flags = {"alarm_kl": 0, "alarm_perplexity": 0}
+    others = {"alarm_eos": 0.2, "alarm_length": 4, "alarm_score_std": 1e-3}
+    for changes, config, expected in (
+        ({"kl_ref": 25.0, "perplexity": 2.0}, long, []),
+        ({"kl_ref": 25.0, "perplexity": 2.0}, short, ["kl_ref 25 is past --alarm_kl 24"]),
+        ({}, long, ["kl_ref 101 is past --alarm_kl 100", "perplexity 1.01 is past --alarm_perplexity 1.05"]),
+        ({}, ppo_config(**flags), []),
+    ):
+        assert alarms(metrics | changes, config) == expected
+    found = alarms(metrics, ppo_config(**flags | others))
+    assert [text.split()[0] for text in found] == ["eos_fraction", "response_length", "score_std"]

@@ -1,4 +1,4 @@
-"""`--plan` against what real engines hold, against sizes worked out by hand, and against real passes."""
+"""`--plan` against what real engines hold and sizes worked out by hand, and the sizes that `auto` chooses."""
 
 import json
 from collections.abc import Iterable
@@ -6,22 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModel
 
-from ppo.experience import make_experience
+from ppo.decoding.kv_cache import AUTO_SLOTS
 from ppo.models import PolicyModel
-from ppo.planning.plan import TOKEN, plan
-from ppo.planning.shapes import models_of
+from ppo.planning.plan import Sizes, apply_sizes, choose_sizes, fit_to_memory, plan, prefill_peak
+from ppo.planning.shapes import LOGIT, models_of
 from ppo.planning.step_time import phases
-from ppo.score import score
-from tests.helpers.parts import PROMPTS, ppo_config, prompts_of, rollout_by_hand, tiny_models, token_ids
-from tests.helpers.tiny import tiny_llama, tiny_llama_config
+from ppo.rollout import decoding_options
+from tests.helpers.parts import ppo_config, tiny_models
+from tests.helpers.tiny import tiny_llama
 from train_ppo import main
 from utils.engine.engine import DTYPES, TrainEngine
-from utils.memory.activation_peak import ATTENTION, LiveBytes, peak_bytes
 from utils.memory.zero_bytes import gradient_bytes, optimizer_bytes, weight_bytes
-from utils.models.load import enable_checkpointing
-from utils.moments import RunningMoments
 
 LLAMA_7B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -34,11 +30,9 @@ POLICY_7B, CRITIC_7B = DECODER_7B + 32000 * 4096, DECODER_7B + 4096
 
 
 @pytest.fixture
-def folder_7b(tmp_path):
-    folder = tmp_path / "llama-7b"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(LLAMA_7B))
-    return folder
+def paths_7b(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    return {"policy_model_path": str(tmp_path), "critic_model_path": str(tmp_path), "dtype": "bf16", "zero_stage": 2}
 
 
 def held(tensors: Iterable[torch.Tensor | None]) -> int:
@@ -58,8 +52,7 @@ def gradients(engine: TrainEngine) -> Iterable[torch.Tensor | None]:
     yield getattr(optimizer, "grad_partitions_flat_buffer", None)
 
 
-ENGINES = [(0, "fp32", "bf16"), (2, "fp32", "bf16"), (1, "bf16", "bf16"), (2, "bf16", "bf16"), (3, "bf16", "bf16")]
-ENGINES += [(2, "bf16", "fp32"), (3, "bf16", "fp32")]
+ENGINES = [(0, "fp32", "bf16"), (1, "bf16", "bf16"), (2, "bf16", "bf16"), (3, "bf16", "bf16"), (3, "bf16", "fp32")]
 
 
 @pytest.mark.parametrize(("zero_stage", "dtype", "grad_accum_dtype"), ENGINES)
@@ -92,11 +85,10 @@ def rows_and_host(flags: dict, gpus: int, **changes) -> tuple[dict, dict]:
     return found.rows, found.host
 
 
-def test_sizes_of_7b_are_those_worked_out_by_hand(folder_7b):
-    paths = {"policy_model_path": str(folder_7b), "critic_model_path": str(folder_7b)}
+def test_sizes_of_7b_are_those_worked_out_by_hand(paths_7b):
     sizes = {"rollout_batch_size": 16, "num_rollouts": 128, "batch_size": 32, "maxlen_prompt": 2048, "maxlen_res": 512}
-    flags = paths | sizes | {"dtype": "bf16", "gradient_checkpoint": True}
-    rows, host = rows_and_host(flags, 8, zero_stage=2)
+    flags = paths_7b | sizes | {"gradient_checkpoint": True}
+    rows, host = rows_and_host(flags, 8)
     assert rows["weights of the policy"] == [2 * POLICY_7B] * 4
     assert rows["weights of the critic"] == [2 * CRITIC_7B] * 4
     assert rows["weights of the reference"] == [2 * POLICY_7B // 8 + 2 * NORMS_7B] * 4
@@ -107,7 +99,7 @@ def test_sizes_of_7b_are_those_worked_out_by_hand(folder_7b):
     assert rows["key-value cache"] == [16 * (2048 + 256) * 32 * 2 * 4096 * 2, 0, 0, 0]
     assert host == {"final/ being written (first process only)": 2 * POLICY_7B}
 
-    rows, _ = rows_and_host(flags, 8, zero_stage=2, grad_accum_dtype="fp32")
+    rows, _ = rows_and_host(flags, 8, grad_accum_dtype="fp32")
     assert rows["gradients of policy and critic"] == [0, 0] + [4 * (POLICY_7B + CRITIC_7B) // 8] * 2
 
     whole = 2 * (POLICY_7B + CRITIC_7B)
@@ -124,70 +116,34 @@ def test_sizes_of_7b_are_those_worked_out_by_hand(folder_7b):
     assert host["optimizer, with float32 gradients"] == 16 * (POLICY_7B + CRITIC_7B) // 8
 
 
-def test_activations_of_a_checkpointed_layer_are_its_input(folder_7b):
-    """With checkpointing 32 layers keep 32 x 4096 numbers a token, beside the layer that is being recomputed."""
-    sizes = {"maxlen_prompt": 2048, "maxlen_res": 512, "micro_batch_tokens": 8192, "dtype": "bf16", "zero_stage": 2}
-    paths = {"policy_model_path": str(folder_7b), "critic_model_path": str(folder_7b)}
-    found = {}
-    for checkpointing in (False, True):
-        rows, _ = rows_and_host(sizes | paths, 1, gradient_checkpoint=checkpointing)
-        found[checkpointing] = rows["activations"][2]
-    inputs = 8192 * 32 * 4096 * 2
-    one_layer = found[False] / 32
-    assert inputs + one_layer < found[True] < inputs + 2 * one_layer
+def test_activations_of_a_checkpointed_layer_are_its_input(paths_7b):
+    """With checkpointing 32 layers keep 32 x 4096 numbers per token, beside the layer that is being recomputed."""
+    flags = paths_7b | {"maxlen_prompt": 2048, "maxlen_res": 512, "micro_batch_tokens": 8192}
+    kept, recomputed = (
+        rows_and_host(flags, 1, gradient_checkpoint=checkpointing)[0]["activations"][2]
+        for checkpointing in (False, True)
+    )
+    inputs, one_layer = 8192 * 32 * 4096 * 2, kept / 32
+    assert inputs + one_layer < recomputed < inputs + 2 * one_layer
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("backward", [False, True])
-def test_a_pass_on_shapes_takes_what_a_real_one_takes(backward, checkpointing):
-    config = tiny_llama_config(1000, hidden_size=256, intermediate_size=700, num_hidden_layers=4)
-    with torch.device("meta"):
-        shapes = AutoModel.from_config(config, attn_implementation=ATTENTION).train()
-    real = AutoModel.from_config(config).train()
-    if checkpointing:
-        enable_checkpointing(shapes)
-        enable_checkpointing(real)
-    for parameter in real.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    with torch.set_grad_enabled(backward), LiveBytes() as counter:
-        hidden = real(input_ids=torch.zeros(2, 128, dtype=torch.int64), use_cache=False).last_hidden_state
-        if backward:
-            hidden.backward(torch.ones_like(hidden))
-    assert peak_bytes(shapes, 2, 128, backward) == pytest.approx(counter.peak, rel=0.05)
-
-
-def test_live_bytes_forget_what_was_freed():
-    x = torch.ones(1000)
-    with LiveBytes() as counter:
-        y = x * 2
-        z = y + 1
-        del y
-        z = z * z
-        x.view(10, 100).add_(1)  # nothing new
-    assert counter.peak == 8000
-
-
-def test_seconds_of_7b_are_those_worked_out_by_hand(folder_7b):
+def test_seconds_of_7b_are_those_worked_out_by_hand(paths_7b):
     """128 texts of 512 + 512 tokens on 8 H100s: 16 per GPU in two micro-batches, four optimizer steps.
 
     FLOPs per forward of policy and reference: 2 x 6.4763e9 x 16,384, in attention 2 x 131,072 x 1,024^2 x 16, in the
     head 2 x 131.07e6 x 8,192, in all 2.1876e14; of critic and reward model 2.1661e14.
     """
-    paths = {"policy_model_path": str(folder_7b), "critic_model_path": str(folder_7b)}
-    sizes = {"num_rollouts": 128, "batch_size": 32, "maxlen_prompt": 1024, "maxlen_res": 512}
-    flags = paths | sizes | {"dtype": "bf16", "zero_stage": 2}
+    sizes = {"num_rollouts": 128, "batch_size": 32, "maxlen_prompt": 1024, "maxlen_res": 512, "plan_gpu": "h100"}
 
-    def found(
-        card: str, gpus: int = 8, slots: int = 16, recomputed: float = 1.0, captured: bool = True, **changes
-    ) -> dict:
-        config = ppo_config(**flags | {"plan_gpu": card} | changes)
+    def found(gpus: int = 8, slots: int = 16, recomputed: float = 1.0, captured: bool = True, **changes) -> dict:
+        config = ppo_config(**paths_7b | sizes | changes)
         models, rewards = models_of(config)
         trained = {name: replace(model.work, captured=captured) for name, model in models.items()}
         assert models["policy"].work.captured
         works = (trained, [model.work for model in rewards])
         return {phase.name: phase for phase in phases(config, gpus, *works, slots, recomputed)}
 
-    h100 = found("h100")
+    h100 = found()
     floors = {
         "prompts": 1.0721e14 / 989e12,
         "new tokens": 512 * 13.215e9 / 3.35e12 + 8192 * 768 * 524288 / 3.35e12,  # weights, cache
@@ -205,45 +161,72 @@ def test_seconds_of_7b_are_those_worked_out_by_hand(folder_7b):
     assert {name: phase.seconds for name, phase in h100.items()} == pytest.approx(seconds, rel=1e-3)
     assert [phase.bound for phase in h100.values()] == ["matrix products", "memory"] + 2 * ["matrix products"]
     again = 512 * 13.215e9 / (0.85 * 3.35e12)  # with half the slots the weights are read twice as often
-    assert found("h100", slots=8)["new tokens"].seconds == pytest.approx(seconds["new tokens"] + again, rel=1e-3)
-    eager = found("h100", captured=False)["new tokens"]
+    assert found(slots=8)["new tokens"].seconds == pytest.approx(seconds["new tokens"] + again, rel=1e-3)
+    eager = found(captured=False)["new tokens"]
     assert (eager.seconds, eager.bound) == (pytest.approx(512 * 32 * 23 * 11e-6), "launches")
-    update = found("h100", recomputed=0.0)["update"].seconds
+    update = found(recomputed=0.0)["update"].seconds
     assert update == pytest.approx(seconds["update"] - 4.3537e14 / (0.56 * 989e12), rel=1e-3)
 
-    alone, offloaded = (found("h100", gpus=1, offload_frozen=offload)["scoring"] for offload in (False, True))
+    alone, offloaded = (found(gpus=1, offload_frozen=offload)["scoring"] for offload in (False, True))
     copied = 2 * 13.346e9 / (0.8 * 64e9)  # reference and reward model, once
     assert offloaded.seconds - alone.seconds == pytest.approx(copied, rel=1e-3)
-    waiting = found("h100", offload_frozen=True)["scoring"].seconds
+    waiting = found(offload_frozen=True)["scoring"].seconds
     assert waiting - h100["scoring"].seconds == pytest.approx(2 * copied / 8, rel=1e-3)  # a share in each micro-batch
 
 
-def test_the_buffer_is_what_the_stages_hand_on():
-    models, config, rollout = tiny_models(), ppo_config(), rollout_by_hand()
-    scores = score(rollout, prompts_of(*PROMPTS), models, None, token_ids(), 1.0, config)
-    experience = make_experience(rollout, scores, RunningMoments(), config)
-    tensors = [x for batch in (rollout, scores, experience) for x in vars(batch).values()]
-    per_token = [x for x in tensors if x.shape == rollout.sequences.shape]
-    assert held(per_token) == TOKEN * rollout.sequences.numel()
-
-
-def test_the_command_prints_a_verdict_and_starts_nothing(folder_7b, tmp_path, capsys):
-    """7B on eight cards of 80 GiB: not as it is by default, but with checkpointing and offloaded frozen models."""
+def test_the_command_prints_a_verdict_and_starts_nothing(paths_7b, tmp_path, capsys):
+    """7B on eight cards of 80 GiB does not fit by default, but with checkpointing and offloaded frozen models."""
     out = tmp_path / "run"
-    flags = ["--policy_model_path", folder_7b, "--critic_model_path", folder_7b, "--data_path", tmp_path / "none"]
-    flags = [*map(str, flags), "--model_save_path", str(out), "--plan", "--plan_gpus", "8"]
-    main([*flags, "--rollout_batch_size", "16"])
+    others = {"data_path": tmp_path / "none", "model_save_path": out, "plan_gpus": 8, "rollout_batch_size": 16}
+    flags = ["--plan", *(f"--{name}={value}" for name, value in (paths_7b | others).items())]
+    main(flags)
     printed = capsys.readouterr().out
     assert "GiB on each of 8 GPU(s), ZeRO-2, bf16, 16 slots, 0 of 32 layers of the policy recomputed" in printed
     assert "DOES NOT FIT" in printed and "--gradient_checkpoint True: " in printed
     assert "Seconds of a buffer on a100" in printed and "checkpoint" in printed.splitlines()[-1]
-    main([*flags, "--rollout_batch_size", "16", "--gradient_checkpoint", "--offload_frozen"])
+    main([*flags, "--gradient_checkpoint", "--offload_frozen"])
     assert "\nFITS: " in capsys.readouterr().out
     assert not out.exists()
 
 
-def test_a_folder_without_a_config_is_named(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--policy_model_path", str(tmp_path), "--critic_model_path", "C", "--data_path", "D", "--plan"])
-    assert stopped.value.code == 2
-    assert f"--policy_model_path {tmp_path}: no model's config.json there" in capsys.readouterr().err
+def test_slots_of_7b_are_those_worked_out_by_hand(paths_7b):
+    """A token's keys and values are 32 x 2 x 4096 numbers in bf16; a slot of 2,048 tokens has 2,048 + 256 columns."""
+    config = ppo_config(**paths_7b, rollout_batch_size="auto", num_rollouts=1024, maxlen_prompt=2048, maxlen_res=512)
+    slot = 2304 * 32 * 2 * 4096 * 2 * 33 // 32 + LOGIT * 32000 + 8 * 512
+    prefill = prefill_peak(config, models_of(config)[0]["policy"], 1024)
+    rows = {"in every phase": [7] * 4, "in the rollout": [5, 0, 0, 0]}
+    assert choose_sizes(config, 8, rows, prefill + 24 * slot + 5).slots == 24
+    assert choose_sizes(config, 8, rows, prefill + 24 * slot + 4).slots == 20
+    assert choose_sizes(config, 8, rows, prefill + 10**15).slots == 128  # one a prompt
+    few = ppo_config(**paths_7b, rollout_batch_size="auto", maxlen_prompt=2048, rollout_cache_tokens=7000)
+    assert choose_sizes(few, 1, rows, 10**15).slots == 3
+    fixed = ppo_config(**paths_7b, rollout_batch_size=48, num_rollouts=1024, maxlen_prompt=2048)
+    assert choose_sizes(fixed, 8, rows, 0).slots == 48
+
+
+def test_a_plan_with_auto_fits_its_card_and_no_larger_size_would(paths_7b, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B | {"num_hidden_layers": 6}))
+    sizes = {"num_rollouts": 1024, "batch_size": 32, "maxlen_prompt": 2048, "maxlen_res": 512, "offload_frozen": True}
+    auto = {"rollout_batch_size": "auto", "gradient_checkpoint": "auto", "plan_gpu": "4090"}
+    config = ppo_config(**paths_7b, **sizes, **auto, micro_batch_tokens=16384)
+    chosen = plan(config, 8).sizes
+    assert 8 < chosen.slots < 128 and 0 < chosen.kept["policy"] < 6
+
+    def fits(**changes) -> list[bool]:
+        totals = plan(replace(config, **changes), 8).totals
+        return [totals[phase] <= 0.9 * 24 * 2**30 for phase in (0, 2)]
+
+    assert fits() == [True, True]
+    assert fits(rollout_batch_size=chosen.slots + 16, gradient_checkpoint=False) == [False, False]
+    larger = plan(replace(config, plan_gpu_memory=30), 8).sizes
+    assert larger.slots > chosen.slots and larger.kept["policy"] > chosen.kept["policy"]
+
+
+def test_sizes_reach_the_models_and_are_said():
+    models, said = tiny_models(), []
+    config = ppo_config(rollout_batch_size="auto", gradient_checkpoint="auto")
+    fit_to_memory(config, models, said.append)  # on a CPU
+    assert not said and decoding_options(config, models.policy.module).max_slots == AUTO_SLOTS
+    apply_sizes(config, models, Sizes(24, {"policy": 1, "critic": 2}), said.append)
+    assert decoding_options(config, models.policy.module).max_slots == 24
+    assert ["1 of 2 layers" in text for text in said] == [False, True, False] and "24 sequences" in said[0]

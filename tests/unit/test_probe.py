@@ -1,6 +1,6 @@
-"""What is asked of a model before a run: does each way in which it is run give its own plain forward's numbers?
+"""Checks of a model before a run: each way of running it gives the numbers of its own plain forward.
 
-Models are real and tiny, of the families that transformers has; nothing in them is as it is initialised.
+Models are real, tiny and randomised, of the families that transformers has.
 """
 
 import copy
@@ -11,10 +11,8 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import tests.helpers.varlen
 import utils.models.padding_free
-from ppo.decoding.attention import can_group
 from ppo.decoding_check import choose_decoding
 from ppo.models import PolicyModel
-from ppo.rollout import DECODING, decoding_options
 from sft.model import packing_failure
 from tests.architectures.configs import tiny_config
 from tests.architectures.folders import randomise
@@ -27,20 +25,25 @@ from utils.models.padding_free import decoder_of
 FASTEST = {"llama": "llama_step", "qwen3": "llama_step", "gpt_oss": "transformers"} | dict.fromkeys(
     ("gpt2", "mixtral", "gemma3_text", "deepseek_v3"), "grouped"
 )
-WITHOUT_KEYS = ("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma")  # states are lost from token to token
-OTHER_CACHE = ("qwen3_next", "qwen3_5_text", "jamba", "lfm2", "bamba", "granitemoehybrid", "falcon_h1")  # these crash
-SCALED = {"cohere": {"logit_scale": 0.5}, "granite": {"logits_scaling": 3.0}, "falcon_h1": {"lm_head_multiplier": 0.5}}
-CAPPED = {"gemma2": {"final_logit_softcapping": 2.0}, "recurrent_gemma": {"logits_soft_cap": 2.0}, "xlstm": {}}
+WITHOUT_KEYS = ("mamba", "rwkv", "recurrent_gemma")  # states are lost from token to token
+OTHER_CACHE = ("qwen3_next", "jamba", "lfm2", "falcon_h1")  # these crash
+BEHIND_THE_HEAD = {
+    "cohere": {"logit_scale": 0.5},
+    "granite": {"logits_scaling": 3.0},
+    "falcon_h1": {"lm_head_multiplier": 0.5},
+    "gemma2": {"final_logit_softcapping": 2.0},
+    "xlstm": {},
+}
 
 
-def lm_of(family: str, dtype: torch.dtype = torch.float32, kernel: str | None = None, **changes) -> PreTrainedModel:
+def lm_of(family: str, dtype: torch.dtype = torch.float32, **changes) -> PreTrainedModel:
     config = without_dropout(tiny_config(family))
     for name, value in changes.items():
         assert hasattr(config, name)
         setattr(config, name, value)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kernel).eval()
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         randomise(lm)
     return lm.to(dtype)
 
@@ -51,8 +54,9 @@ def decoding_of(lm: PreTrainedModel, said: list[str] | None = None) -> str:
     return policy.decoding
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FASTEST)
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((family, torch.float32) for family in FASTEST), ("llama", torch.bfloat16)]
+)
 def test_right_models_pass_by_their_fastest_way(family, dtype):
     lm, said = lm_of(family, dtype), []
     check_forward(lm, "M", said.append)
@@ -60,17 +64,17 @@ def test_right_models_pass_by_their_fastest_way(family, dtype):
     assert said == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_falcon_decodes_with_its_own_attention(dtype):
+def test_falcon_decodes_with_its_own_attention():
     """It asks for the name of its attention's implementation, and takes ours for none."""
-    policy, said = PolicyModel(lm_of("falcon", dtype)), []
-    choose_decoding(policy, ppo_config(), "--policies M", said.append)
-    assert policy.decoding == "transformers"
+    said = []
+    assert decoding_of(lm_of("falcon"), said) == "transformers"
     assert len(said) == 1 and said[0].startswith("--policies M: grouped decoding is not used: it fails with Falcon")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", [*WITHOUT_KEYS, *OTHER_CACHE])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, torch.float32) for family in (*WITHOUT_KEYS, *OTHER_CACHE)), ("mamba", torch.bfloat16)],
+)
 def test_models_with_another_state_than_keys_and_values_are_refused_for_decoding_alone(family, dtype):
     lm = lm_of(family, dtype)
     check_forward(lm, "M")
@@ -87,15 +91,7 @@ def test_what_bf16_leaves_in_doubt_is_decided_in_float32_and_the_weights_stay():
     assert all(x.dtype == before[name].dtype and torch.equal(x, before[name]) for name, x in lm.state_dict().items())
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "rwkv", "jamba"])
-def test_so_they_are_in_bf16(family):
-    lm = lm_of(family, torch.bfloat16)
-    check_forward(lm, "M")
-    with pytest.raises(UserError, match="cannot be decoded"):
-        decoding_of(lm)
-
-
-@pytest.mark.parametrize(("family", "changes"), [*SCALED.items(), *CAPPED.items()])
+@pytest.mark.parametrize(("family", "changes"), BEHIND_THE_HEAD.items())
 def test_scales_and_caps_behind_the_head_are_known(family, changes):
     lm = lm_of(family, **changes)
     probe = Probe(lm, "M")
@@ -105,33 +101,36 @@ def test_scales_and_caps_behind_the_head_are_known(family, changes):
     check_forward(lm, "M")
 
 
-def test_what_is_not_known_behind_the_head_is_refused():
-    with pytest.raises(UserError, match=r"^M: HyperCLOVAXForCausalLM changes its logits after the head .*head_logits"):
-        check_forward(lm_of("hyperclovax", logits_scaling=0.5), "M")
-    with pytest.raises(UserError, match="BertLMHeadModel changes its logits after the head"):
-        check_forward(lm_of("bert"), "M")
-
-
 def test_decoders_that_get_decoder_does_not_give():
     for family in ("llama4_text", "modernbert-decoder", "gemma3"):
-        lm = lm_of(family)
-        assert decoder_of(lm)(input_ids=torch.tensor([[3, 4]])).last_hidden_state.shape[:2] == (1, 2)
+        assert decoder_of(lm_of(family))(input_ids=torch.tensor([[3, 4]])).last_hidden_state.shape[:2] == (1, 2)
     check_forward(lm_of("llama4_text"), "M")
     assert decoding_of(lm_of("llama4_text")) == "grouped"
 
 
-def test_models_that_are_not_causal_are_refused():
-    with pytest.raises(UserError, match=r"^M: XLMWithLMHeadModel attends to later tokens"):
-        check_forward(lm_of("xlm"), "M")
-    with pytest.raises(UserError, match=r"^M: XLMModel attends to later tokens"):
-        check_forward(AutoModel.from_config(tiny_config("xlm")).eval(), "M", with_head=False)
-
-
-def test_a_model_that_does_not_run_is_refused():
+def broken_llama() -> PreTrainedModel:
     lm = lm_of("llama")
     lm.model.forward = lambda **_: {}["pixel_values"]
-    with pytest.raises(UserError, match=r"^M: LlamaForCausalLM does not run on text .*KeyError: .pixel_values"):
-        check_forward(lm, "M")
+    return lm
+
+
+@pytest.mark.parametrize(
+    ("build", "problem"),
+    [
+        (lambda: lm_of("hyperclovax", logits_scaling=0.5), "HyperCLOVAXForCausalLM changes its logits after the head"),
+        (lambda: lm_of("bert"), "BertLMHeadModel changes its logits after the head"),
+        (lambda: lm_of("xlm"), "XLMWithLMHeadModel attends to later tokens"),
+        (broken_llama, "LlamaForCausalLM does not run on text .*KeyError: .pixel_values"),
+    ],
+)
+def test_models_that_cannot_be_used_are_refused(build, problem):
+    with pytest.raises(UserError, match=f"^M: {problem}"):
+        check_forward(build(), "M")
+
+
+def test_a_backbone_that_is_not_causal_is_refused():
+    with pytest.raises(UserError, match=r"^M: XLMModel attends to later tokens"):
+        check_forward(AutoModel.from_config(tiny_config("xlm")).eval(), "M", with_head=False)
 
 
 def test_rows_that_may_not_be_joined_are_padded(monkeypatch):
@@ -163,50 +162,26 @@ def test_rows_are_padded_where_the_kernel_for_joined_ones_does_not_run(monkeypat
     assert not PolicyModel(lm).joins_rows
 
 
-def test_the_way_of_decoding_is_taken():
-    policy, used = PolicyModel(lm_of("llama")), []
-    for way in DECODING:
-        policy.decoding = way
-        used.append(decoding_options(ppo_config(), policy).llama_step)
-    assert used == [True, True, False, False]
+@pytest.mark.parametrize("family", ["falcon", "mamba", "rwkv", "jamba", "gpt_oss", "llama4_text"])
+def test_packed_dialogues_that_would_see_each_other(family):
+    assert "standard deviations" in packing_failure(lm_of(family, torch.bfloat16), "M")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "family", ["falcon", "mamba", "rwkv", "jamba", "lfm2", "gpt_oss", "llama4_text", "bamba", "falcon_h1"]
-)
-def test_packed_dialogues_that_would_see_each_other(family, dtype):
-    assert "standard deviations" in packing_failure(lm_of(family, dtype), "M")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3_text", "deepseek_v3"])
+def test_packed_dialogues_that_do_not(family):
+    assert packing_failure(lm_of(family, torch.bfloat16), "M") is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3_text", "mixtral", "deepseek_v3"])
-def test_packed_dialogues_that_do_not(family, dtype):
-    assert packing_failure(lm_of(family, dtype), "M") is None
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_router_that_draws_its_experts_in_training_does_not_in_the_update(checkpointing):
+def test_a_router_that_draws_its_experts_in_training_does_not_in_the_update():
     lm = lm_of("phimoe", router_jitter_noise=0.5)  # draws among nearly all
     ids = Probe(lm, "M").rows[0][None]
     true = lm(input_ids=ids).logits
-    if checkpointing:
-        enable_checkpointing(lm)
+    enable_checkpointing(lm)
     lm.train()
     assert distance(list(lm(input_ids=ids).logits), list(true)) > 1e-3
     training_mode(lm)
     assert torch.equal(lm(input_ids=ids).logits, true)
-    assert [layer.training for layer in lm.model.layers] == [checkpointing] * len(lm.model.layers)
-
-
-def test_a_cap_of_attention_needs_a_kernel_that_has_it():
-    """Scores of Gemma 2 are capped in eager attention; ours takes the place of none."""
-    capped, plain = (lm_of("gemma2", kernel=kernel) for kernel in ("eager", "sdpa"))
-    assert not can_group(capped.config) and not can_group(plain.config)
-    assert decoding_of(capped) == "transformers"
-    ids = Probe(capped, "M").rows[0][None]
-    with torch.no_grad():
-        assert distance(list(capped(ids).logits), list(plain(ids).logits)) > 1e-3
+    assert all(layer.training for layer in lm.model.layers)
 
 
 def test_the_model_and_the_random_state_are_as_before():

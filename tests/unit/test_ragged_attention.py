@@ -42,20 +42,19 @@ def on_device(*numbers: int) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
 
 
-@pytest.mark.parametrize("splits", [1, 3, None])
 @pytest.mark.parametrize(
-    ("heads", "shared", "size", "dtype"),
+    ("heads", "shared", "size", "dtype", "splits"),
     [
-        (2, 2, 16, torch.float32),
-        (6, 2, 16, torch.float32),
-        (2, 2, 64, torch.bfloat16),
-        (1, 1, 128, torch.bfloat16),
-        (2, 1, 256, torch.float32),
-        (8, 1, 128, torch.float16),  # stands for bf16, which Triton's interpreter multiplies as integers
-        (20, 1, 64, torch.float16),
-        pytest.param(6, 2, 64, torch.bfloat16, marks=needs_gpu),
-        pytest.param(32, 8, 128, torch.bfloat16, marks=needs_gpu),
-        pytest.param(4, 1, 256, torch.bfloat16, marks=needs_gpu),
+        (2, 2, 16, torch.float32, 1),
+        (6, 2, 16, torch.float32, 3),
+        (2, 2, 64, torch.bfloat16, None),
+        (1, 1, 128, torch.bfloat16, 1),
+        (2, 1, 256, torch.float32, 3),
+        (8, 1, 128, torch.float16, 3),  # stands for bf16, which Triton's interpreter multiplies as integers
+        (20, 1, 64, torch.float16, None),
+        *(pytest.param(6, 2, 64, torch.bfloat16, splits, marks=needs_gpu) for splits in (1, 3, None)),
+        *(pytest.param(32, 8, 128, torch.bfloat16, splits, marks=needs_gpu) for splits in (1, None)),
+        *(pytest.param(4, 1, 256, torch.bfloat16, splits, marks=needs_gpu) for splits in (1, None)),
     ],
 )
 def test_attention_reads_what_each_slot_holds(heads, shared, size, dtype, splits):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ppo.decoding.sampling import EVALUATION, Sampling, keep_nucleus, penalise_repetition, sample, uniforms
+from tests.helpers.parts import ppo_config
 
 PLAIN = Sampling()
 MANY = torch.arange(40_000)
@@ -18,18 +19,16 @@ def chi_square(tokens: torch.Tensor, probs: torch.Tensor) -> float:
     return float(((seen - expected).square()[possible] / expected[possible]).sum())
 
 
-def draw(logits: torch.Tensor, sampling: Sampling = PLAIN, seed: int = 3, seen: torch.Tensor | None = None):
-    rows = logits.expand(len(MANY), -1)
-    return sample(rows, uniforms(seed, MANY, 0), sampling, None if seen is None else seen.expand(len(MANY), -1))
+def draw(logits: torch.Tensor, sampling: Sampling = PLAIN) -> torch.Tensor:
+    return sample(logits.expand(len(MANY), -1), uniforms(3, MANY, 0), sampling, None)
 
 
-def test_uniforms_are_in_range_even_and_repeatable():
+def test_uniforms_are_in_range_and_even():
     numbers = uniforms(1, MANY, 5)
     assert numbers.dtype == torch.float64
     assert 0.0 <= float(numbers.min()) < float(numbers.max()) < 1.0
     # Ten equal bins: chi-square with 9 degrees of freedom exceeds 27.9 once in a thousand.
     assert chi_square((numbers * 10).long(), torch.full((10,), 0.1)) < 27.9
-    assert torch.equal(numbers, uniforms(1, MANY, 5))
 
 
 def test_uniforms_never_repeat_over_places_positions_and_seeds():
@@ -46,14 +45,7 @@ def test_neighbouring_streams_are_uncorrelated(shift):
     assert abs(correlation) < 4 / math.sqrt(len(MANY))
 
 
-def test_a_place_has_its_own_number_whatever_the_batch():
-    places = torch.tensor([5, 0, 9, 2])
-    together = uniforms(1, places, 4)
-    assert torch.equal(together, torch.cat([uniforms(1, place[None], 4) for place in places]))
-    assert torch.equal(together.flip(0), uniforms(1, places.flip(0), 4))
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_frequencies_are_the_softmax(temperature):
     logits = torch.tensor([[2.0, -1.0, 0.0, 1.0, float("-inf"), -3.0]])
     tokens = draw(logits, Sampling(temperature=temperature))
@@ -72,15 +64,6 @@ def test_a_token_of_probability_zero_is_never_drawn(uniform):
     assert token.item() == (1 if uniform < 0.5 else 3)
 
 
-def test_draws_do_not_depend_on_the_batch():
-    generator = torch.Generator().manual_seed(0)
-    logits, places = torch.randn(6, 50, generator=generator), torch.arange(100, 106)
-    together = sample(logits, uniforms(1, places, 0), PLAIN, None)
-    alone = torch.cat([sample(logits[i : i + 1], uniforms(1, places[i : i + 1], 0), PLAIN, None) for i in range(6)])
-    turned = sample(logits.flip(0), uniforms(1, places.flip(0), 0), PLAIN, None).flip(0)
-    assert together.tolist() == alone.tolist() == turned.tolist()
-
-
 @pytest.mark.parametrize(
     ("topp", "expected"),
     [
@@ -96,13 +79,6 @@ def test_nucleus_by_hand(topp, expected):
     torch.testing.assert_close(kept, torch.tensor([expected]))
 
 
-def test_a_wide_nucleus_is_kept_whole():
-    probs = torch.full((1, 4000), 1 / 4000)
-    kept = keep_nucleus(probs, 0.5)
-    assert abs(int((kept > 0).sum()) - 2000) <= 1
-    torch.testing.assert_close(kept.sum(), torch.tensor(1.0))
-
-
 def test_a_large_vocabulary_is_inverted_as_by_running_sums():
     """Over many blocks, an incomplete one at the end, against sums over all of it in float64."""
     generator = torch.Generator().manual_seed(0)
@@ -115,28 +91,15 @@ def test_a_large_vocabulary_is_inverted_as_by_running_sums():
     assert torch.isfinite(logits[tokens]).all()
 
 
-def test_sampling_stays_in_the_nucleus():
-    probs = torch.tensor([[0.15, 0.5, 0.3, 0.05]])
-    tokens = draw(probs.log(), Sampling(topp=0.6))
-    assert chi_square(tokens, torch.tensor([0.0, 0.625, 0.375, 0.0])) < 10.8  # one degree of freedom, p = 0.001
-    assert set(tokens.tolist()) == {1, 2}
-
-
 def test_repetition_penalty_by_hand():
     logits = torch.tensor([[2.0, -2.0, 2.0, -2.0, 0.0]])
     seen = torch.tensor([[True, True, False, False, True]])
     assert penalise_repetition(logits, seen, 4.0).tolist() == [[0.5, -8.0, 2.0, -2.0, 0.0]]
 
 
-def test_penalty_comes_before_the_temperature():
-    logits = torch.tensor([[2.0, 2.0]])
-    tokens = draw(logits, Sampling(temperature=0.5, repetition_penalty=2.0), seen=torch.tensor([[True, False]]))
-    # 2 / 2 against 2, both over 0.5: a log-odds of 2
-    share = 1 / (1 + math.exp(2))
-    assert chi_square(tokens, torch.tensor([share, 1 - share])) < 10.8
-
-
 def test_defaults_are_plain_and_evaluation_is_the_papers():
+    flags = ppo_config()
+    assert Sampling(flags.temperature, flags.topp, flags.repetition_penalty) == PLAIN == Sampling(1.0, 1.0, 1.0)
     assert Sampling(temperature=0.5).from_model
     assert (EVALUATION.topp, EVALUATION.temperature, EVALUATION.repetition_penalty) == (0.9, 0.8, 1.1)
     assert not any(sampling.from_model for sampling in (Sampling(topp=0.9), Sampling(repetition_penalty=1.1)))

@@ -1,10 +1,24 @@
-"""Scoring: which number comes from which position, and micro-batches."""
+"""Scoring: which number comes from which position; --reuse_sampler_logprobs keeps what scoring would compute."""
 
 import pytest
 import torch
 
+from ppo.decoding.sampling import EVALUATION, Sampling
+from ppo.decoding.scheduler import Decoder, DecodingOptions
+from ppo.rollout import PolicySampler, assemble, with_measured
 from ppo.score import score
-from tests.helpers.parts import EOS, PROMPTS, RESPONSES, ppo_config, prompts_of, rollout_by_hand, tiny_models, token_ids
+from ppo.types import MeasuredRollout, Rollout
+from tests.helpers.parts import (
+    EOS,
+    PAD,
+    PROMPTS,
+    RESPONSES,
+    ppo_config,
+    prompts_of,
+    rollout_by_hand,
+    tiny_models,
+    token_ids,
+)
 
 ROLLOUT = rollout_by_hand()
 
@@ -35,24 +49,6 @@ def test_value_of_a_token_is_read_before_it_and_the_score_after_the_last():
         last = models.reward.members[0].model.model(closed, torch.ones_like(closed).bool())[0, -1]
         torch.testing.assert_close(scores.scores[i], last, atol=1e-5, rtol=1e-4)
     assert not scores.old_values[~ROLLOUT.response_mask].any()
-
-
-@pytest.mark.parametrize("micro_batch_tokens", [1, 17, 40])
-def test_micro_batches_change_nothing(micro_batch_tokens):
-    models, prompts = tiny_models(), prompts_of(*PROMPTS)
-    whole = score(ROLLOUT, prompts, models, None, token_ids(), 1.0, ppo_config())
-    parts = score(ROLLOUT, prompts, models, None, token_ids(), 1.0, ppo_config(micro_batch_tokens=micro_batch_tokens))
-    for name in vars(whole):
-        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), atol=1e-5, rtol=1e-4)
-
-
-def test_entropy_is_the_models_own():
-    models = tiny_models()
-    entropy = score(ROLLOUT, prompts_of(*PROMPTS), models, None, token_ids(), 1.0, ppo_config()).entropy
-    logits = models.policy.module.lm(ROLLOUT.sequences).logits[:, :-1]
-    expected = torch.distributions.Categorical(logits=logits).entropy()
-    mask = ROLLOUT.response_mask
-    torch.testing.assert_close(entropy[mask], expected[mask[:, 1:]], atol=1e-5, rtol=1e-5)
 
 
 def test_reward_function_is_added_to_the_reward_model_or_stands_alone():
@@ -95,3 +91,38 @@ def test_without_a_critic_there_are_no_values():
     assert found.old_values is None
     row = found.rows([1]).map(lambda x: x + 0)
     assert row.old_values is None and torch.equal(row.old_logprobs, whole.old_logprobs[1:2])
+
+
+A, B, C = [1, 7, 8], [1, 3, 4, 5, 6, 7, 8, 9], [1, 9]
+BATCH, LIMITS = prompts_of(A, B, A, C, B, A, C), [8, 1, 5, 8, 8, 2, 8]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(
+    "options", [DecodingOptions(8, 64, steps_per_check=3), DecodingOptions(2, 64, llama_step=True)], ids=str
+)
+def test_sampler_and_scoring_agree(options, temperature):
+    models, sampling, forwards = tiny_models(), Sampling(temperature), []
+    work = (models.policy, BATCH.ids, BATCH.places, LIMITS, sampling, 7, token_ids(), options, torch.device("cpu"))
+    decoder = Decoder(*work, measure=True)
+    tokens, (logprobs, entropy) = decoder.run(), decoder.measurements()
+    assert [row.tolist() for row in tokens] == [row.tolist() for row in Decoder(*work).run()]
+    lengths = [len(row) for row in tokens]
+    assert min(lengths) == 1 and max(lengths) > 4
+    tokens[3], logprobs[3], entropy[3] = tokens[3][:0], logprobs[3][:0], entropy[3][:0]
+    measured = with_measured(assemble(BATCH.ids, tokens, EOS, PAD), logprobs, entropy)
+    plain = Rollout(*(getattr(measured, name) for name in Rollout.__dataclass_fields__))
+    models.policy.module.register_forward_hook(lambda *_: forwards.append(1))
+    arguments = BATCH, models, None, token_ids(), temperature, ppo_config(micro_batch_tokens=20)
+    reused = score(measured, *arguments)
+    assert not forwards
+    scored = score(plain, *arguments)
+    assert len(forwards) > 1 and not torch.equal(scored.old_logprobs, scored.ref_logprobs)
+    for name in vars(scored):
+        torch.testing.assert_close(getattr(reused, name), getattr(scored, name), atol=1e-5, rtol=1e-5)
+
+
+def test_evaluation_is_not_measured():
+    """Its log-probabilities are not the policy's, which has to compute them."""
+    sampler = PolicySampler(tiny_models().policy, token_ids(), ppo_config(), measure=True)
+    assert type(sampler(BATCH, Sampling(), 7)) is MeasuredRollout and type(sampler(BATCH, EVALUATION, 7)) is Rollout

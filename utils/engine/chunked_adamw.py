@@ -34,10 +34,7 @@ def gradient_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def chunked_step(optimizer) -> None:
-    """Replaces DeepSpeed's `step`, with the same numbers for the same norm. Collective.
-
-    If the norm is not finite, only the gradients are cleared.
-    """
+    """Replaces DeepSpeed's `step`, with the same numbers. A norm that is not finite: only clears gradients."""
     norm = optimizer.scaled_global_norm()
     good = bool(norm.isfinite())
     scale = 1 / ((norm + 1e-6) / optimizer.clip_grad).clamp(min=1) if optimizer.clip_grad else None
@@ -52,10 +49,7 @@ def chunked_step(optimizer) -> None:
 def adam_in_chunks(
     adam: torch.optim.AdamW, i: int, master: torch.Tensor, gradients: list[torch.Tensor], scale: torch.Tensor | None
 ) -> None:
-    """Makes one step of parameter group i.
-
-    master: its weights, flat; gradients: tensors that cover them in this order, to be multiplied by `scale`.
-    """
+    """Makes one step of parameter group i. gradients: cover its flat weights `master`; multiplied by `scale`."""
     group, state = adam.param_groups[i], adam.state[adam.param_groups[i]["params"][0]]
     if not state:
         state["step"] = torch.zeros((), device=master.device)

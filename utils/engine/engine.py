@@ -45,9 +45,8 @@ def init_distributed(hang_timeout: float = 0.0) -> None:
     if device().type == "cuda":
         gpus = torch.cuda.device_count()
         if device().index >= gpus:
-            raise UserError(
-                f"local rank {device().index} has no GPU; this node has {gpus}. Start one process per GPU (NUM_GPUS)"
-            )
+            what = f"local rank {device().index} has no GPU; this node has {gpus}"
+            raise UserError(f"{what}. Start one process per GPU (NUM_GPUS)")
         torch.cuda.set_device(device())
     if not torch.distributed.is_initialized():
         if device().type == "cpu":
@@ -119,7 +118,7 @@ class TrainEngine:
     def measure(self) -> float:
         """Sums the gradients over ranks and returns their global norm before clipping, equal on all ranks. Collective.
 
-        Infinite if the norm is not finite or beyond --explosion_limit. `apply` or `drop_gradients` must follow.
+        Infinite if it is beyond --explosion_limit. `apply` or `drop_gradients` must follow.
         """
         self._reduce_gradients()
         self._norm = self._compute_norm()
@@ -200,7 +199,8 @@ class TrainEngine:
         """Returns name -> whole tensor in host memory on rank 0, {} elsewhere. Collective, gathers one by one."""
         state = {}
         for name, tensor in saved_tensors(self.module).items():
-            with whole_parameter(tensor):
+            split = hasattr(tensor, "ds_id")  # by ZeRO-3; buffers never are
+            with deepspeed.zero.GatheredParameters([tensor]) if split else contextlib.nullcontext():
                 if is_main():
                     state[name] = tensor.detach().to("cpu", copy=True)
         return state
@@ -240,11 +240,7 @@ class InferenceEngine:
 
 
 def keep_while_reduced(optimizer) -> None:
-    """Keeps the memory of gradients larger than a bucket until DeepSpeed's stream has summed them over ranks.
-
-    ZeRO-2 reduces those in place, in a stream of its own, and frees them at once on ranks that own no part of them.
-    The backward pass would then reuse the memory while the reduction still reads it.
-    """
+    """Keeps the memory of large gradients, which ZeRO-2 frees at once, until DeepSpeed's stream has summed them."""
     average = optimizer.average_tensor
 
     def average_kept(gradient: torch.Tensor, *args):
@@ -252,10 +248,3 @@ def keep_while_reduced(optimizer) -> None:
         average(gradient, *args)
 
     optimizer.average_tensor = average_kept
-
-
-def whole_parameter(parameter: torch.Tensor):
-    """Context in which a parameter that ZeRO-3 has split is whole on every rank. Buffers are never split."""
-    if hasattr(parameter, "ds_id"):
-        return deepspeed.zero.GatheredParameters([parameter])
-    return contextlib.nullcontext()

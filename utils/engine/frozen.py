@@ -18,10 +18,10 @@ def splits_frozen(zero_stage: int, ranks: int) -> bool:
 
 
 def shard_frozen(module: nn.Module, config: EngineConfig, offload: bool = False) -> nn.Module:
-    """Prepares a model for scoring; where `splits_frozen`, its weights are split over the ranks.
+    """Prepares a model for scoring; if `splits_frozen`, its weights are split over the ranks.
 
-    A split model gathers its weights layer by layer in each forward, so all ranks must call it equally often.
-    offload: its shards stay in host memory. A model that is not split stays where it is.
+    A split model gathers its weights layer by layer in each forward, so all ranks must call it equally often. offload:
+    its shards stay in host memory.
     """
     module.requires_grad_(False).eval()
     if not splits_frozen(config.zero_stage, world_size()):

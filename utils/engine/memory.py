@@ -34,9 +34,7 @@ def free_memory() -> int:
 
 
 def device_room() -> int | None:
-    """Returns the bytes that each rank may still use on its GPU: ROOM of its memory less what is in use, at the minimum
-    over ranks. None on a CPU. Collective.
-    """
+    """Returns the bytes that each rank may still use of ROOM of its GPU's memory, None on a CPU. Collective."""
     if device().type == "cpu":
         return None
     spare = free_memory() - int((1 - ROOM) * torch.cuda.mem_get_info()[1])
@@ -44,11 +42,7 @@ def device_room() -> int | None:
 
 
 def host_copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Returns a copy of each tensor in host memory, page-locked with a GPU, so that copies to it need no staging.
-
-    The copies share buffers of BUFFER bytes, because PyTorch rounds each page-locked allocation up to a power of two.
-    If the system locks no more memory, ordinary memory is used, with a warning.
-    """
+    """Returns copies in host memory, in shared page-locked buffers with a GPU, so that copies to it need no staging."""
     sizes = [-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in tensors]
     left, copies, place = sum(sizes), [], 0
     buffer = torch.empty(0, dtype=torch.uint8)
@@ -71,10 +65,7 @@ def _page_locked(size: int) -> torch.Tensor:
 
 
 def fits_on_host(size: int) -> bool:
-    """Whether this process may use `size` bytes more and still has room for its highest memory use so far.
-
-    A tenth of `size` is left as a margin.
-    """
+    """Whether this process may use 1.1 * `size` bytes more and still has room for its highest memory use so far."""
     now, peak = psutil.Process().memory_info().rss, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return 1.1 * size + max(peak - now, 0) <= free_host_memory()
 

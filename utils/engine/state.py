@@ -80,10 +80,9 @@ def state_tensors(optimizer, zero_stage: int, rank: int, names: dict[nn.Paramete
 
 
 class SharedState:
-    """Files whose tensors are named `KIND/PARAMETER/START`, each a part of a flat parameter, and `step`, a scalar.
+    """Files of `KIND/PARAMETER/START`, parts of flat parameters, and `step`. Reads only what is asked for.
 
-    Reads only what is asked for. `moments`: the kinds besides `weight`; before the first step there are none, and
-    `step` is None.
+    `moments`: the kinds besides `weight`; before the first step there are none, and `step` is None.
     """
 
     def __init__(self, paths: list[str]):
@@ -118,10 +117,7 @@ class SharedState:
 
 @torch.no_grad()
 def load_state(optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, str], state: SharedState) -> None:
-    """Restores what `state_tensors` returned, on any number of ranks. Collective.
-
-    Raises KeyError if the state is of another model.
-    """
+    """Restores what `state_tensors` returned, on any number of ranks. KeyError for another model's. Collective."""
     state.check_sizes({name: getattr(p, "ds_numel", p.numel()) for p, name in names.items()})
     inner = optimizer.optimizer if zero_stage else optimizer
     masters = _masters(optimizer, zero_stage)
@@ -166,16 +162,8 @@ def _rewriting(optimizer, zero_stage: int) -> Iterator[None]:
         optimizer.update_lp_params()
 
 
-def num_bytes(tensors: dict[str, torch.Tensor]) -> int:
-    """Returns the bytes that these take on disk, without the header."""
-    return sum(x.numel() * x.element_size() for x in tensors.values())
-
-
 def same_weights(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two models of the same architecture have the same weights, bit for bit.
-
-    Either may be split over ranks; this rank then compares the part that it holds.
-    """
+    """Whether two models have the same weights, bit for bit; of those that are split, this rank compares its part."""
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     return all(torch.equal(a, b.to(a.device)) for a, b in itertools.starmap(_held_of_both, pairs))
 

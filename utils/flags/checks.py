@@ -35,15 +35,13 @@ def fit_warmup(config) -> None:
     if config.warmup_steps > config.train_steps:
         replace_default(config, "warmup_steps", config.train_steps // 10, f"--train_steps is {config.train_steps}")
     if config.warmup_steps > config.train_steps:
-        raise UserError(
-            f"--warmup_steps {config.warmup_steps} is longer than --train_steps {config.train_steps}: lower it"
-        )
+        raise UserError(f"--warmup_steps {config.warmup_steps} exceeds --train_steps {config.train_steps}: lower it")
 
 
 def choose(config, name: str, value, reason: str) -> None:
     """Sets a flag whose value is auto or a default that does not suit this run; the first rank says so.
 
-    `config.replaced_defaults` keeps the old value, for config.json and for the comparison when a run is resumed.
+    `config.replaced_defaults` keeps the old value, for config.json and for resuming.
     """
     old = getattr(config, name)
     config.replaced_defaults = {name: old} | config.replaced_defaults

@@ -16,7 +16,7 @@ STARTS = ("overwrite", "resume", "resume_with_changes")
 
 
 def read_config_file(path: str, parse: Callable[[list[str]], dict], known: set[str]) -> tuple[dict[str, Any], set[str]]:
-    """(flag -> value, the flags that a user chose). In the config.json of a run nobody knows which were chosen: none.
+    """Returns (flag -> value, the flags that a user chose); none are known to be chosen in the config.json of a run.
 
     parse: a command line -> values by flag; known: names of flags. null stands for the default. Raises UserError, with
     file and line, for keys that are no flags and for values that a flag does not take.

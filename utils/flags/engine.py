@@ -28,8 +28,7 @@ class OptimizerFlags:
     """Global gradient norm that each model's gradient is clipped to; 0: no clipping. Part of PPO-max, and by itself not
     enough to prevent collapse (Part I, Figures 17 and 18)"""
     explosion_limit: float = 1e9
-    """Largest absolute loss, score or global gradient norm with which a step is made; a larger one counts as not
-    finite"""
+    """Largest absolute loss, score or global gradient norm of a step; a larger one counts as not finite"""
     adam_beta1: float = 0.9
     """Decay rate of AdamW's first moment"""
     adam_beta2: float = 0.95
@@ -63,25 +62,17 @@ class EngineConfig(OptimizerFlags, ForwardConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(
-            self,
-            gradient_clip=(0, None),
-            explosion_limit=(1, None),
-            adam_beta1=(0, 0.999999),
-            adam_beta2=(0, 0.999999),
-            adam_eps=(0, None),
-        )
+            self, gradient_clip=(0, None), explosion_limit=(1, None), adam_beta1=(0, 0.999999),
+            adam_beta2=(0, 0.999999), adam_eps=(0, None),
+        )  # fmt: skip
         if self.zero_stage == 0 and self.dtype == "auto":
             choose(self, "dtype", "fp32", "--zero_stage 0 trains float32 weights only")
         if self.zero_stage == 0 and self.dtype == "bf16":
-            raise UserError(
-                "--zero_stage 0 trains float32 weights only: pass --dtype fp32 with it, or use --zero_stage 1"
-            )
+            raise UserError("--zero_stage 0 trains float32 weights only: pass --dtype fp32, or use --zero_stage 1")
         if self.zero_stage == 0 and self.offload_optimizer:
             raise UserError("--offload_optimizer needs --zero_stage 1, 2 or 3")
         if self.zero_stage < 2 and self.dtype != "fp32" and self.grad_accum_dtype == "fp32":
-            raise UserError(
-                f"--grad_accum_dtype fp32 with --zero_stage {self.zero_stage} is not supported: use --zero_stage 2 or 3"
-            )
+            raise UserError(f"--grad_accum_dtype fp32 does not work with --zero_stage {self.zero_stage}: use 2 or 3")
         if self.compile and self.zero_stage == 3:
             raise UserError("--compile does not work with --zero_stage 3, which gathers weights inside a layer")
 

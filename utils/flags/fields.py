@@ -31,10 +31,7 @@ def default_of(field: dataclasses.Field) -> Any:
 
 
 def add_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-    """Adds the flag of a field of type bool, int, float, str, Literal, list[X] or Literal["auto"] | X.
-
-    A bool takes a word (true, false, yes, no, 1, 0); the bare flag means true.
-    """
+    """Adds the flag of a field of type bool, int, float, str, Literal, list[X] or Literal["auto"] | X."""
     kind = type_of(field)
     options: dict[str, Any] = {"type": kind}
     if get_origin(kind) is Literal:

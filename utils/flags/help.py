@@ -37,10 +37,7 @@ def field_help(config_type: type) -> dict[str, str]:
 
 
 def groups_of(config_type: type) -> dict[str, list[dataclasses.Field]]:
-    """Heading -> fields, in the order of the class and its bases.
-
-    A field belongs to the base class that first declared it; the heading is that class's docstring up to the colon.
-    """
+    """Heading -> fields, in order. A heading is the docstring, up to the colon, of the class that declares a field."""
     fields = {field.name: field for field in dataclasses.fields(config_type)}
     groups: dict[str, list[dataclasses.Field]] = {}
     for base in config_type.__mro__:

@@ -52,16 +52,13 @@ def build_parser(config_type: type) -> FlagParser:
 
 
 def parse_args(
-    config_type: type[Config],
-    argv: list[str] | None = None,
-    presets: dict[str, dict] | None = None,
+    config_type: type[Config], argv: list[str] | None = None, presets: dict[str, dict] | None = None,
     amounts: dict[str, str] | None = None,
-) -> Config:
+) -> Config:  # fmt: skip
     """Command line -> config. Flags win over `--config`, which wins over `--preset`, which wins over field defaults.
 
-    presets: name -> {field: value}. amounts: switch -> its amount, {"use_x": "x"}: an explicit amount of 0 switches
-    off a `use_x` that only the preset had set; an explicit `--use_x` with amount 0 is left for the config to refuse.
-    The config's attribute `given` names the flags whose values the user chose, here or in the file.
+    presets: name -> {field: value}. amounts: switch -> its amount, {"use_x": "x"}: an explicit amount of 0 switches off
+    a `use_x` that only the preset had set. The config's attribute `given` names the flags whose values the user chose.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     for place, word in enumerate(argv):
@@ -115,10 +112,7 @@ def changed_flags(config) -> str:
 
 
 def entry_point(main):
-    """For `main(argv=None)`: a UserError becomes one line and exit code 2, Ctrl-C one line and 130.
-
-    Every other exception is a bug and keeps its traceback. With --debug a UserError shows its traceback as well.
-    """
+    """For `main(argv=None)`: a UserError becomes one line (--debug: and a traceback) and exit code 2, Ctrl-C 130."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None):

@@ -35,8 +35,7 @@ class RunFlags(EngineConfig):
     report_to: str = "none"
     """More experiment trackers, comma-separated, by their names in accelerate: wandb, swanlab, mlflow, ..."""
     resume: Common[str] = "auto"
-    """Checkpoint to resume from. auto: the newest complete one in --model_save_path, if there is one; never: none; or
-    the folder of a checkpoint"""
+    """Checkpoint to resume from: a folder; auto: the newest complete one in --model_save_path; never: none"""
     resume_with_changes: bool = False
     """Resume even if flags that change the results differ from those of the checkpoint"""
     checkpoint_per_step: int = 50

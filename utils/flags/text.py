@@ -21,8 +21,7 @@ class TextFlags:
     lang: Literal["en", "zh"] = "en"
     """Template for a tokenizer without a chat template: moss_en for en, moss_zh for zh"""
     template: Common[Literal["auto", "moss_en", "moss_zh", "chat"]] = "auto"
-    """Template that turns a dialogue into tokens. auto: the tokenizer's own chat template (chat), or the template of
-    --lang if it has none"""
+    """Template that turns a dialogue into tokens. auto: the tokenizer's chat template, or that of --lang without one"""
     chat_template_kwargs: str = "{}"
     """Arguments of the chat template, as a JSON object: '{"enable_thinking": false}'"""
 

@@ -71,8 +71,7 @@ def _storages(values) -> Iterable[torch.UntypedStorage]:
 def peak_bytes(decoder: nn.Module, batch: int, length: int, backward: bool) -> int:
     """Returns the peak bytes, without weights and gradients, of a pass of [batch, length] tokens through a decoder.
 
-    decoder: on the meta device, created with attn_implementation=ATTENTION, without head. A weight's gradient counts
-    until it is accumulated.
+    decoder: on the meta device, created with attn_implementation=ATTENTION, without head.
     """
     ids = torch.empty(batch, length, dtype=torch.int64, device="meta")
     hooks = []

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from utils.distributed import world_size
 from utils.engine.engine import DTYPES, TrainEngine
+from utils.errors import Say
 from utils.flags.engine import EngineConfig
 from utils.memory.activation_peak import ATTENTION, peak_bytes
 from utils.memory.zero_bytes import backward_bytes, moment_bytes
@@ -24,12 +25,9 @@ T = TypeVar("T")
 
 def settle_checkpointing(
     engine: TrainEngine, model: PreTrainedModel, config: EngineConfig, tokens: int, room: int | None,
-    say: Callable[[str], None],
+    say: Say,
 ) -> None:  # fmt: skip
-    """Enables gradient checkpointing in as few layers as fit, if the flag is auto. Call it before the first forward.
-
-    model: a supervised stage's, as for `enable_checkpointing`; tokens: of the largest forward; room: `device_room()`.
-    """
+    """If the flag is auto, recomputes as few layers as fit. tokens: of the largest forward; room: `device_room()`."""
     if config.gradient_checkpoint != "auto":
         return
     kept = num_layers(model)
@@ -43,7 +41,7 @@ def settle_checkpointing(
     recompute_fewest(model, kept, engine.name, say)
 
 
-def predicted(predict: Callable[[], T], otherwise: T, say: Callable[[str], None]) -> T:
+def predicted(predict: Callable[[], T], otherwise: T, say: Say) -> T:
     """Returns predict(), or `otherwise` if it raises: a failed prediction must not stop a run."""
     try:
         return predict()
@@ -53,7 +51,7 @@ def predicted(predict: Callable[[], T], otherwise: T, say: Callable[[str], None]
         return otherwise
 
 
-def recompute_fewest(model: PreTrainedModel, kept: int, name: str, say: Callable[[str], None]) -> None:
+def recompute_fewest(model: PreTrainedModel, kept: int, name: str, say: Say) -> None:
     """Enables gradient checkpointing in all layers but the last `kept`, if the model supports it. Prints a line."""
     layers = num_layers(model)
     kept = kept if model.supports_gradient_checkpointing else layers
@@ -84,10 +82,7 @@ def refuse_eager(config: PretrainedConfig) -> None:
 
 
 def layers_kept(decoder: PreTrainedModel, tokens: int, room: int) -> int:
-    """Returns how many of the last layers can keep their activations for `tokens` tokens in `room` bytes.
-
-    decoder: on the meta device.
-    """
+    """Returns how many last layers of a decoder on the meta device can keep their activations in `room` bytes."""
     layers = num_layers(decoder)
     if not decoder.supports_gradient_checkpointing:
         return layers

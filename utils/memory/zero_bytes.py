@@ -36,26 +36,18 @@ def moment_bytes(models: list[list[int]], config: EngineConfig, gpus: int) -> in
 
 
 def backward_bytes(models: list[list[int]], config: EngineConfig, gpus: int) -> tuple[int, int, int]:
-    """Returns bytes per rank in backward passes: (gradients, communication buckets, gathered weights).
-
-    ZeRO-3 allocates the first two permanently.
-    """
+    """Returns bytes per rank in backward passes: (gradients, communication buckets, gathered weights)."""
     stage, element, largest = config.zero_stage, DTYPES[config.dtype].itemsize, max(map(sum, models))
     in_sum = 4 if config.adds_up_in_float32 else element
     # With one rank, bf16 gradients still go through buckets to a float32 sum.
     buckets = gpus > 1 or (stage == 2 and config.adds_up_in_float32)
+    # One in ZeRO-1, two in ZeRO-2 (overlap) and ZeRO-3 (one per engine).
+    bucket = (1 if stage == 1 else 2) * BUCKET if stage else min(largest, FALLBACK_BUCKET)
     return (
         sum(gradient_bytes(numels, stage, gpus, in_sum) for numels in models),
-        bucket_bytes(stage, largest, element) if buckets else 0,
+        element * bucket if buckets else 0,
         gathered_bytes(largest, element) if stage == 3 else 0,
     )
-
-
-def bucket_bytes(stage: int, numel: int, element: int) -> int:
-    """Returns bytes of gradient buckets: one in ZeRO-1, two in ZeRO-2 (overlap) and ZeRO-3 (one per engine)."""
-    if stage == 0:
-        return element * min(numel, FALLBACK_BUCKET)
-    return element * BUCKET * (1 if stage == 1 else 2)
 
 
 def gathered_bytes(numel: int, element: int) -> int:

@@ -1,8 +1,7 @@
 """Checks, when a model is loaded, that it gives the same results here as in its own plain forward.
 
-The reference is the model's own forward of one row at a time, in the run's dtype, without padding, mask or cache. It
-differs for a model that mixes tokens, or changes logits after the head, in a way that is unknown here. The rows are too
-short to reach sliding windows: `python -m tests.architectures` tests those.
+The reference is that forward of one row at a time, in the run's dtype, without padding, mask or cache. It differs for a
+model that mixes tokens, or changes logits after the head, in a way that is unknown here.
 """
 
 import contextlib
@@ -14,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from utils.distributed import any_rank
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.models.chunked_logprobs import head_logits
 from utils.models.padding_free import decoder_of, joins_rows, states_of
 
@@ -32,9 +31,9 @@ FAILURES = (
 class Probe:
     """A few rows and the model's own outputs for each: logits of a causal LM, or states of a decoder.
 
-    `true` holds [length, n] per row. `tolerance` is MARGIN times the model's sensitivity: its deviation when embeddings
-    change by the dtype's epsilon, because rounding errors grow with depth, and jump if a router changes its choice of
-    experts. Raises UserError, which names the model `what`, if the model does not run.
+    `true` holds [length, n] per row. `tolerance` is MARGIN times the model's deviation when embeddings change by the
+    dtype's epsilon: rounding errors grow with depth. Raises UserError, which calls the model `what`, if it does not
+    run.
     """
 
     @torch.no_grad()
@@ -133,10 +132,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 def probe_rows(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Returns rows of LENGTHS ids, the same in every call, on the model's device.
-
-    Leaves out special ids: padding, whose embedding may be zeros, and placeholders of images.
-    """
+    """Returns rows of LENGTHS ids without special ones, the same in every call, on the model's device."""
     table = model.get_input_embeddings().weight
     parts = (model.config, model.config.get_text_config())
     taken = {x for part in parts for name, x in vars(part).items() if "token" in name and isinstance(x, int)}
@@ -148,8 +144,8 @@ def probe_rows(model: PreTrainedModel) -> list[torch.Tensor]:
 def distance(found: list[torch.Tensor], true: list[torch.Tensor]) -> float:
     """Returns the largest deviation of a row from its reference [positions, n], in standard deviations over n.
 
-    Subtracts means over n, to which a softmax is invariant. The deviation of a row is the mean over its positions, so
-    that a router whose choice changes at one position by rounding does not count as an error.
+    Means over n do not count (softmax). The deviation of a row is the mean over its positions, so that a router whose
+    choice changes at one position by rounding is no error.
     """
 
     def centred(x: torch.Tensor) -> torch.Tensor:
@@ -160,13 +156,10 @@ def distance(found: list[torch.Tensor], true: list[torch.Tensor]) -> float:
     return max(float(row.nan_to_num(torch.inf, torch.inf).mean()) for row in rows)
 
 
-def check_forward(
-    model: PreTrainedModel, what: str, say: Callable[[str], None] = print, with_head: bool = True
-) -> None:
+def check_forward(model: PreTrainedModel, what: str, say: Say = print, with_head: bool = True) -> None:
     """Raises UserError if results here would differ from those of the model's own forward. Collective.
 
-    Prints a line and pads rows from then on if rows joined end to end give other results. with_head: True for a causal
-    LM, False for a decoder that returns states.
+    If only rows joined end to end differ, prints a line and pads rows from then on. with_head: False for a decoder.
     """
     probe = Probe(model, what, with_head)
     if far := with_head and probe.deviation(probe.head, SMALL):

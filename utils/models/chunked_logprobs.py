@@ -14,9 +14,19 @@ KEPT = 4  # chunks whose logits are kept for the backward pass
 FLOATS = {"cpu": 1 << 20, "cuda": 1 << 24}  # logits in float32 at a time: 4 MB for a cache; 64 MB
 
 
+def _nll(states: torch.Tensor, targets: torch.Tensor, lm_head: Callable) -> torch.Tensor:
+    return -logprobs_and_entropy(lm_head(states), targets)[0].sum()
+
+
+def _nll_and_hits(states: torch.Tensor, targets: torch.Tensor, lm_head: Callable) -> torch.Tensor:
+    logits = lm_head(states)
+    hits = (logits.argmax(-1) == targets).sum()
+    return torch.stack([-logprobs_and_entropy(logits, targets)[0].sum(), hits.float()])
+
+
 def sum_nll(
     hidden: torch.Tensor, sequences: torch.Tensor, token_mask: torch.Tensor, lm_head: Callable, chunk: int = CHUNK,
-    even_tokens: int = 0,
+    even_tokens: int = 0, measure: Callable = _nll,
 ) -> torch.Tensor:  # fmt: skip
     """Returns the sum of -log p(token t | tokens < t) over the masked tokens: float32 scalar.
 
@@ -25,7 +35,9 @@ def sum_nll(
     Above KEPT * `chunk` of these, the backward pass recomputes logits. even_tokens: largest number of tokens of any
     forward, if the head's weights are split over ranks (ZeRO-3), so that all ranks call the head equally often.
     """
-    return _over_chunks(_nll, hidden, sequences, token_mask, lm_head, chunk, even_tokens)
+    states = before_tokens(hidden, token_mask) if hidden.dim() > 2 else hidden
+    targets = sequences.flatten()[places_of(token_mask, len(states))]
+    return torch.stack(by_chunks(measure, states, targets, lm_head, chunk, even_tokens)).sum(0)
 
 
 def nll_and_hits(
@@ -33,25 +45,13 @@ def nll_and_hits(
     even_tokens: int = 0,
 ) -> torch.Tensor:  # fmt: skip
     """Returns `sum_nll` and the number of masked tokens with the largest logit: float32 [2]."""
-    return _over_chunks(_nll_and_hits, hidden, sequences, token_mask, lm_head, chunk, even_tokens)
-
-
-def _over_chunks(
-    measure: Callable, hidden: torch.Tensor, sequences: torch.Tensor, token_mask: torch.Tensor, lm_head: Callable,
-    chunk: int, even_tokens: int,
-) -> torch.Tensor:  # fmt: skip
-    states = before_tokens(hidden, token_mask) if hidden.dim() > 2 else hidden
-    targets = sequences.flatten()[places_of(token_mask, len(states))]
-    return torch.stack(by_chunks(measure, states, targets, lm_head, chunk, even_tokens)).sum(0)
+    return sum_nll(hidden, sequences, token_mask, lm_head, chunk, even_tokens, _nll_and_hits)
 
 
 def by_chunks(
     measure: Callable, states: torch.Tensor, targets: torch.Tensor, lm_head: Callable, chunk: int, even_tokens: int = 0
 ) -> list:
-    """Returns measure(states, targets, lm_head) per chunk; above KEPT chunks, the backward pass recomputes them.
-
-    chunk: rows at most. even_tokens: as in `sum_nll`.
-    """
+    """Returns measure(states, targets, lm_head) per chunk; above KEPT chunks, the backward pass recomputes them."""
     count = max(1, -(-(even_tokens or len(targets)) // chunk))
     parts = zip(states.tensor_split(count), targets.tensor_split(count), strict=True)
     if count > KEPT:
@@ -62,8 +62,7 @@ def by_chunks(
 def logits_bytes(chunk: int, element: int) -> tuple[int, int]:
     """Returns the peak bytes on a GPU of chunked logits: (forward only, forward and backward).
 
-    chunk: logits per chunk; element: bytes per logit. Counts one chunk's gradient, and three float32 numbers per logit
-    of its log-softmax.
+    chunk: logits per chunk; element: bytes per logit. Counts one chunk's gradient and its log-softmax in float32.
     """
     in_float32 = 3 * 4 * FLOATS["cuda"]
     return chunk * element + in_float32, (KEPT + 1) * chunk * element + in_float32
@@ -139,13 +138,3 @@ def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     if temperature == 1.0:
         return torch.log_softmax(logits, -1, dtype=torch.float32)
     return torch.log_softmax(logits.float() / temperature, -1)
-
-
-def _nll(states: torch.Tensor, targets: torch.Tensor, lm_head: Callable) -> torch.Tensor:
-    return -logprobs_and_entropy(lm_head(states), targets)[0].sum()
-
-
-def _nll_and_hits(states: torch.Tensor, targets: torch.Tensor, lm_head: Callable) -> torch.Tensor:
-    logits = lm_head(states)
-    hits = (logits.argmax(-1) == targets).sum()
-    return torch.stack([-logprobs_and_entropy(logits, targets)[0].sum(), hits.float()])

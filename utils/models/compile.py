@@ -13,10 +13,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Compiles each layer at its first call; gradient checkpointing recomputes the compiled layer.
-
-    A copy.deepcopy of the model is not compiled.
-    """
+    """Compiles each layer at its first call, recomputation included. A copy.deepcopy of the model is not compiled."""
     for layer in layers_of(model):
         layer.compile(dynamic=True)
 

@@ -24,10 +24,8 @@ def check_names(auto_class: type, config: PretrainedConfig, state: dict[str, tor
     other = state.keys() ^ saved_tensors(_shell(auto_class, config, torch.float32)).keys()
     if other:
         names = f"{min(other)} and {len(other) - 1} more" if len(other) > 1 else min(other)
-        raise UserError(
-            f"{what}: a {config.model_type} model cannot be saved as {auto_class.__name__} loads it ({names}); use "
-            "another architecture"
-        )
+        wrong = f"a {config.model_type} model cannot be saved as {auto_class.__name__} ({names})"
+        raise UserError(f"{what}: {wrong}; use another architecture")
 
 
 def set_ids(config: PretrainedConfig, **ids: int | list[int] | None) -> None:
@@ -50,8 +48,7 @@ def write_model(
     """Writes `state` (names of `auto_class`'s model) as safetensors, with config and tokenizer. Call it on one rank.
 
     The config gets the tokenizer's bos, eos and pad ids. generation: settings of the source model; they are written
-    with the tokenizer's ids, and all ids that end an answer as eos. A model on the meta device does the saving, so that
-    the trained one may be split over ranks.
+    with the tokenizer's ids. A model on the meta device does the saving, as the trained one may be split over ranks.
     """
     config = copy.deepcopy(config)
     vars(config).pop("auto_map", None)  # code of the source folder is not run, and not exported

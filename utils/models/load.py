@@ -6,7 +6,7 @@ Errors are UserErrors that name the flag and the path. No weight keeps its rando
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.files import read_json
 from utils.hub import download_model, is_hub_id
 from utils.models.check import check_forward
@@ -28,13 +28,12 @@ FLAG = "--hf_model_name_or_path"
 
 def load_causal_lm(
     path: str, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None, tokenizer=None,
-    say: Callable[[str], None] = print, flag: str = FLAG,
+    say: Say = print, flag: str = FLAG,
 ) -> PreTrainedModel:  # fmt: skip
     """Returns the causal LM in the folder or hub id `path`, in `dtype` on `device`, without dropout, in eval mode.
 
-    tokenizer: its vocabulary is checked, and the embedding grows for the tags of moss_zh. flag: the flag of `path`, for
-    errors. Raises UserError for a folder that is missing, incomplete, damaged or of another vocabulary, and for an
-    architecture whose results here differ from its own forward (utils/models/check.py).
+    tokenizer: its vocabulary is checked, and the embedding grows for the tags of moss_zh. flag: the flag of `path`.
+    Raises UserError for a folder that is damaged, and for an architecture that fails utils/models/check.py.
     """
     folder = model_folder(path, flag)
     model = from_folder(AutoModelForCausalLM, folder, dtype, device, attn_implementation, flag, say)
@@ -90,23 +89,19 @@ def attention_cap(config: PretrainedConfig) -> float | None:
     return getattr(config.get_text_config(), "attn_logit_softcapping", None)
 
 
-def _attention_kernel(
-    asked: str | None, config: PretrainedConfig, folder: Path, flag: str, say: Callable[[str], None]
-) -> str | None:
+def _attention_kernel(asked: str | None, config: PretrainedConfig, folder: Path, flag: str, say: Say) -> str | None:
     """Returns the attention kernel to load a model with, None for transformers' choice.
 
-    Raises UserError for a kernel that is not in transformers: "owner/name" is code from the hub. transformers' sdpa
-    kernel ignores caps of attention scores; its flash attention kernels apply them.
+    Raises UserError for one that is not in transformers: "owner/name" is code from the hub. transformers' sdpa ignores
+    caps of attention scores.
     """
     known = sorted(name for name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()) if name.isidentifier())
     if asked and asked not in known:
         raise UserError(f"--attn_implementation {asked} is unknown; use one of {', '.join(known)}")
     for part in (config, config.get_text_config()):
         if not asked and part._attn_implementation and part._attn_implementation not in known:
-            raise UserError(
-                f"{flag}: {folder}/config.json asks for the attention kernel {part._attn_implementation!r}, which is "
-                "code from the hub; remove it there, or pass --attn_implementation sdpa"
-            )
+            asks = f"asks for the attention kernel {part._attn_implementation!r}, code from the hub"
+            raise UserError(f"{flag}: {folder}/config.json {asks}; remove it, or pass --attn_implementation sdpa")
     cap = attention_cap(config)
     if cap and asked in (None, "sdpa"):
         change = "sdpa ignores" if asked else "eager is used, since sdpa ignores"
@@ -117,7 +112,7 @@ def _attention_kernel(
 
 def from_folder(
     auto_class: type, folder: Path, dtype: torch.dtype, device: torch.device, attn_implementation: str | None,
-    flag: str, say: Callable[[str], None] = print,
+    flag: str, say: Say = print,
 ) -> PreTrainedModel:  # fmt: skip
     """Calls `auto_class.from_pretrained` in `dtype`. Raises UserError for weights that are missing or not finite."""
     options = {"device_map": {"": device}} if device.type == "cuda" else {}
@@ -132,16 +127,10 @@ def from_folder(
         )  # fmt: skip
     if report["mismatched_keys"]:
         name, stored, wanted = sorted(report["mismatched_keys"])[0]
-        raise UserError(
-            f"{flag}: {folder} holds {name} in shape {list(stored)}, but its config.json has {list(wanted)}; copy the "
-            "folder again"
-        )
+        raise UserError(f"{flag}: {folder} holds {name} in shape {list(stored)}, not {list(wanted)}; copy it again")
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise UserError(
-            f"{flag}: {folder} has no weights for {missing[0]} (and {len(missing) - 1} more); use the folder of a "
-            f"complete {type(model).__name__}"
-        )
+        raise UserError(f"{flag}: {folder} has no weights for {missing[0]} and {len(missing) - 1} more; copy it again")
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise UserError(f"{flag}: {folder} holds weights that are not finite ({name}); use an earlier checkpoint")
@@ -162,10 +151,7 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def enable_checkpointing(model: PreTrainedModel, kept: int = 0) -> None:
-    """Enables gradient checkpointing, non-reentrant, which needs no inputs with gradients.
-
-    kept: number of the last layers that keep their activations, which the backward pass frees first.
-    """
+    """Enables gradient checkpointing, non-reentrant, in all layers but the last `kept`."""
     if not model.supports_gradient_checkpointing:
         raise UserError(f"--gradient_checkpoint: {type(model).__name__} does not support it; leave it out")
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -176,8 +162,7 @@ def enable_checkpointing(model: PreTrainedModel, kept: int = 0) -> None:
 def training_mode(model: nn.Module) -> None:
     """Sets training mode in modules with gradient checkpointing, which requires it, and eval mode in all others.
 
-    The update's forward then equals those of rollout and scoring: no dropout, and no routers that sample experts in
-    training mode (PhiMoE).
+    The update's forward then equals that of scoring: no dropout, no routers that sample experts (PhiMoE).
     """
     for module in model.modules():
         module.training = getattr(module, "gradient_checkpointing", False)
@@ -201,10 +186,7 @@ def _window(config: PretrainedConfig) -> int | None:
 
 
 def switching_position(config: PretrainedConfig) -> int | None:
-    """Returns the row length above which rotary frequencies change for every row of the batch, None if they do not.
-
-    LongRoPE (Phi-3 128k) and dynamic scaling change them; the latter, without a length in its config, at the window.
-    """
+    """Returns the row length above which rotary frequencies change for a whole batch (LongRoPE, dynamic), or None."""
     ropes = getattr(config, "rope_parameters", None) or {}
     kinds = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # some have one per layer type
     changing = [rope for rope in kinds if re.search("dynamic|longrope", str(rope.get("rope_type")))]
@@ -221,7 +203,7 @@ def check_window(model: nn.Module, max_tokens: int, flag: str) -> None:
         raise UserError(f"{flag} {max_tokens}{reason}; use at most {window}")
 
 
-def fit_vocabulary(model: PreTrainedModel, tokenizer, what: str, say: Callable[[str], None]) -> None:
+def fit_vocabulary(model: PreTrainedModel, tokenizer, what: str, say: Say) -> None:
     """Grows the embedding for the tokenizer's moss_zh tags. Raises UserError if other tokens are beyond it."""
     rows = model.get_input_embeddings().weight.shape[0]
     needed = check_vocabulary(tokenizer, rows, what)

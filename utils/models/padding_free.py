@@ -36,10 +36,7 @@ def joins_rows(decoder: nn.Module) -> bool:
 
 
 def has_varlen_kernel(decoder: nn.Module) -> bool:
-    """Whether one kernel call attends to all joined rows: flash_attention_2, or PyTorch's own on a GPU in bf16.
-
-    SFT then needs no packing, and the language-model loss of reward models has no padding.
-    """
+    """Whether one kernel call attends to all joined rows: flash_attention_2, or PyTorch's own on a GPU in bf16."""
     if not _may_join(decoder):
         return False
     if is_flash_attention_requested(decoder.config):
@@ -68,8 +65,7 @@ def states_of(decoder: nn.Module, sequences: torch.Tensor, read: torch.Tensor) -
     """Returns the last hidden states at the positions `read`: [n, hidden], row by row.
 
     sequences: ids [batch, length], right-padded; read: bool, same shape, False at padding. If rows are joined, it also
-    skips positions after the last one read, and the last layer's MLP for positions that are not read: 8 % of the work
-    on a prompt for 8 layers, 2 % for 32.
+    skips positions after the last one read, and the last layer's MLP for positions that are not read.
     """
     # Right padding needs no mask with causal attention, and kernels are fastest without one.
     if not joins_rows(decoder):
@@ -99,10 +95,7 @@ def states_of(decoder: nn.Module, sequences: torch.Tensor, read: torch.Tensor) -
 
 
 def row_ends(lengths: torch.Tensor, device: torch.device) -> dict:
-    """Returns transformers' arguments with the boundaries of joined rows, so that no layer has to compute them.
-
-    lengths: on the CPU, so that the longest one is known without synchronisation.
-    """
+    """Returns transformers' arguments with the boundaries of joined rows. lengths: on the CPU, to avoid a wait."""
     ends = to_device(pad(lengths.cumsum(0), (1, 0)).int(), device)
     longest = int(lengths.max())
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

@@ -4,24 +4,24 @@ transformers' decoders record the logits with `output_router_logits=True`, for a
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.models.padding_free import decoder_of
 
 ASK = {"output_router_logits": True}
 ROUTER_METRICS = ("router_aux_loss", "router_max_load", "router_entropy")
 
 
-def router_coef(lm: PreTrainedModel, asked: float | None, what: str, say: Callable[[str], None] = print) -> float:
+def router_coef(lm: PreTrainedModel, asked: float | None, what: str, say: Say = print) -> float:
     """Returns the weight of the load-balancing loss: `asked`, or the config's if None; 0 for a model without routers.
 
-    what: flag and path of the model, for errors. Raises UserError if a weight is asked for and the decoder records no
-    router logits, or its config has no number of experts per token (`num_experts_per_tok`).
+    what: flag and path of the model. Raises UserError if a weight is asked for and the decoder records no router
+    logits.
     """
     config = lm.config.get_text_config()
     coef = (getattr(config, "router_aux_loss_coef", None) or 0.0) if asked is None else asked
@@ -51,10 +51,7 @@ def _gives_router_logits(decoder: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def recorded_router_logits(decoder: nn.Module, wanted: bool = True) -> Iterator[list[torch.Tensor]]:
-    """Context in which forwards of the decoder append the router logits [..., experts] of each layer to the list.
-
-    wanted: if False, nothing is recorded.
-    """
+    """Context in which, if wanted, forwards append the router logits [..., experts] of each layer to the list."""
     layers: list[torch.Tensor] = []
     if not wanted:
         yield layers
@@ -74,10 +71,8 @@ def router_sums(layers: Sequence[torch.Tensor], counted: torch.Tensor, top_k: in
     """Returns ROUTER_METRICS of one forward, each times the number of counted tokens: float32 [3], loss differentiable.
 
     layers: router logits, one row per position; counted: bool per position, False at padding. Loss: Switch Transformer
-    (arXiv 2101.03961), eq. 4 to 6 without α, for top_k choices and pooled layers; top_k if balanced. It multiplies two
-    means over tokens, so its mean over micro-batches is not the loss of the whole batch. Load: largest share of one
-    expert in a layer's choices (by softmax, without router biases) times number of experts; 1 if balanced. Entropy:
-    nats per token. Both are means over layers.
+    (arXiv 2101.03961), eq. 4 to 6 without α, for top_k choices and pooled layers; top_k if balanced. Load: largest
+    share of one expert in a layer's choices times number of experts; 1 if balanced. Entropy: nats per token.
     """
     places = counted.flatten().nonzero().squeeze(-1)
     num_tokens = max(1, len(places))

@@ -14,10 +14,7 @@ MAX_SIZE = 192  # of a head; larger ones need more shared memory in the backward
 
 
 def options_of(function: Callable | None) -> dict | None:
-    """Returns the arguments of `varlen_attn` for causal attention with shared key heads, None if it lacks them.
-
-    PyTorch 2.11 supports shared key heads without an argument; later versions check shapes unless `enable_gqa` is set.
-    """
+    """Returns the arguments of `varlen_attn` for causal attention with shared key heads, None if it lacks them."""
     names = inspect.signature(function).parameters if function else ()
     if not {"window_size", "scale"} <= set(names):
         return None
@@ -40,8 +37,7 @@ def attend(
 ) -> torch.Tensor:
     """Causal attention within each row: [1, heads, tokens, size] each -> [1, tokens, heads, size].
 
-    key, value: may have fewer heads, which query heads share. ends: int32 [rows + 1], 0 and the end of each row;
-    longest: tokens of the longest row.
+    ends: int32 [rows + 1], 0 and the end of each row; longest: tokens of the longest row.
     """
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     return varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, **OPTIONS)[None]

@@ -35,10 +35,7 @@ def tensor_files(folder: Path, flag: str) -> dict[str, Path]:
         if file.is_file():
             with open_weights(file, flag) as tensors:
                 return dict.fromkeys(tensors.keys(), file)
-    raise UserError(
-        f"{flag}: no model.safetensors or pytorch_model.bin in {folder}; use the folder of a model in Hugging Face "
-        "layout (convert Meta's own files first)"
-    )
+    raise UserError(f"{flag}: no model.safetensors or pytorch_model.bin in {folder}; use a Hugging Face model's folder")
 
 
 def _shards_of(index: Path, flag: str) -> dict[str, str]:
@@ -62,10 +59,7 @@ def tensor_of(tensors, name: str) -> torch.Tensor:
 
 @contextlib.contextmanager
 def open_weights(file: Path, flag: str) -> Iterator:
-    """Yields the memory-mapped tensors of a file: a safetensors handle, or a dict for a .bin.
-
-    A .bin of PyTorch before 1.6 is read whole. Raises UserError for a damaged file or a pickle of other objects.
-    """
+    """Yields the memory-mapped tensors of a file: a safetensors handle, or a dict for a .bin. Raises UserError."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:

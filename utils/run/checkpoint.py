@@ -1,8 +1,7 @@
 """Writes checkpoints: `checkpoints/step_N/` holds all that a resumed run needs to continue exactly.
 
 Files: `state.json` (the run's own numbers and flags), `<engine>-rank<r>.safetensors`, `random-rank<r>.json`, and
-`manifest.json` with size and SHA-256 of the others. JSON and safetensors only: loading them cannot run code. The folder
-gets its name once all files are on the disk.
+`manifest.json` with size and SHA-256 of the others. The folder gets its name once all files are on the disk.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ from safetensors.torch import save_file
 from utils.distributed import gather_objects, is_main, rank
 from utils.engine.engine import TrainEngine
 from utils.engine.memory import fits_on_host
-from utils.engine.state import num_bytes
+from utils.errors import Say
 from utils.files import remove, replace, sync
 from utils.run.random_state import random_state
 from utils.run.state_file import PIECE, file_pieces, new_buffer, write_file
@@ -33,7 +32,6 @@ from utils.run.state_file import PIECE, file_pieces, new_buffer, write_file
 MANIFEST = "manifest.json"
 LINES = ("metrics.jsonl", "samples.jsonl")  # in the folder that holds checkpoints/
 Engines = dict[str, TrainEngine]
-Say = Callable[[str], None]
 Files = dict[str, Iterable[bytes | torch.Tensor]]  # name -> content
 
 
@@ -82,7 +80,7 @@ class CheckpointWriter:
         self.finish()
         started = time.perf_counter()
         tensors = {name: engine.state_tensors() for name, engine in self._engines.items()}
-        own = sum(map(num_bytes, tensors.values()))
+        own = sum(x.nbytes for named in tensors.values() for x in named.values())
         fits = background and fits_on_host(own - PIECE * len(self._copies))
         shares = gather_objects((own, fits))
         step, size = state["step"], sum(own for own, _ in shares)

@@ -31,16 +31,11 @@ def check_inputs(path: str, inputs: list[str | None]) -> None:
     real = os.path.realpath(path)
     for source in inputs:
         if source and os.path.exists(source) and os.path.commonpath([real, os.path.realpath(source)]) == real:
-            raise UserError(
-                f"--model_save_path {path} would overwrite {source}, which this run reads; use another path"
-            )
+            raise UserError(f"--model_save_path {path} would overwrite {source}, which this run reads; use another one")
 
 
 def prepare_run_folder(path: str, config, step: int = 0) -> None:
-    """Creates the folder and writes config.json on rank 0; all ranks wait.
-
-    config: a dataclass of flags. step: removes what an earlier run wrote after this step (0: all of it).
-    """
+    """Writes config.json, and removes what an earlier run wrote after `step` (0: all of it). Collective."""
     barrier()
     if is_main():
         description = run_description(config) | {"resumed_from_step": step}

@@ -5,9 +5,10 @@ from typing import Self
 
 from utils.distributed import rank, world_size
 from utils.engine.engine import device
+from utils.errors import Say
 from utils.flags.run import RunFlags
 from utils.run import restore
-from utils.run.checkpoint import CheckpointWriter, Engines, Say
+from utils.run.checkpoint import CheckpointWriter, Engines
 from utils.run.random_state import seed_streams
 from utils.run.restore import Checkpoint
 from utils.run.resume import identity
@@ -55,18 +56,12 @@ class RunLifecycle:
         return restore.newest(self._folder, say)
 
     def finish_checkpoint(self) -> None:
-        """Waits until the checkpoint that is being written is complete. Collective.
-
-        Call it before an error that all ranks raise.
-        """
+        """Completes the checkpoint that is being written, also before an error that all ranks raise. Collective."""
         self._writer.finish()
         self.report_progress("checkpoint")
 
     def after_step(self, state: dict, say: Say) -> None:
-        """Sets `exit_code` if any rank has to stop, and writes a checkpoint if one is due or the run stops. Collective.
-
-        state: the run's own numbers, JSON, with "step".
-        """
+        """Writes a checkpoint of `state`, JSON, if one is due; sets `exit_code` if any rank has to stop. Collective."""
         self.report_progress("step")
         step, every = state["step"], self._config.checkpoint_per_step
         code = self._stop.exit_code(device())

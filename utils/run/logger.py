@@ -52,9 +52,8 @@ class Stopwatch:
 class RunLogger:
     """Writes all output of a run on rank 0; on other ranks every method does nothing.
 
-    folder: the run's existing folder. logdir: of TensorBoard (None: folder/tensorboard). report_to: comma-separated
-    names of accelerate's trackers besides TensorBoard ("wandb,swanlab"), or "none". config: flags for the trackers.
-    step: steps already done; TensorBoard hides older values of later steps.
+    folder: the run's existing folder. logdir: of TensorBoard (None: folder/tensorboard). report_to: --report_to.
+    config: flags for the trackers. step: steps already done; TensorBoard hides older values of later steps.
     """
 
     def __init__(self, folder: str, logdir: str | None, report_to: str, config: dict, total_steps: int, step: int = 0):

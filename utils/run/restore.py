@@ -6,9 +6,9 @@ from glob import escape, glob
 
 from utils.distributed import barrier, gather_objects, rank, world_size
 from utils.engine.state import SharedState
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.files import read_json
-from utils.run.checkpoint import MANIFEST, Engines, Say, all_checkpoints, first_problem, sha256
+from utils.run.checkpoint import MANIFEST, Engines, all_checkpoints, first_problem, sha256
 from utils.run.random_state import set_random_state
 
 
@@ -26,10 +26,7 @@ class Checkpoint:
 
 
 def newest(folder: str, say: Say) -> Checkpoint | None:
-    """Returns the newest intact checkpoint in a folder, None if there are no checkpoints. Collective.
-
-    Prints and skips damaged ones. Raises UserError when all are damaged, instead of silently starting at step 0.
-    """
+    """Returns a folder's newest intact checkpoint, or None. Raises UserError if all are damaged. Collective."""
     found = gather_objects(all_checkpoints(folder))[0]
     for _, path in found:
         problem = first_problem(_damage(path))
@@ -74,10 +71,7 @@ def _damage(path: str) -> str | None:
 
 
 def restore(checkpoint: Checkpoint, engines: Engines) -> None:
-    """Restores engines and random streams; a rank that the checkpoint has no streams of keeps its own. Collective.
-
-    Raises UserError if the engines hold other models.
-    """
+    """Restores engines and random streams; a rank without streams in the checkpoint keeps its own. Collective."""
     for name, engine in engines.items():
         files = sorted(glob(os.path.join(escape(checkpoint.path), f"{name}-rank*.safetensors")))
         try:

@@ -5,11 +5,11 @@ import json
 import os
 
 from utils.distributed import is_main, world_size
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.files import check_writable, read_json
 from utils.flags.parser import changed_flags
 from utils.flags.run import FREE_ON_RESUME, RunFlags
-from utils.run.checkpoint import Say, all_checkpoints
+from utils.run.checkpoint import all_checkpoints
 from utils.run.folder import check_inputs, holds_run, prepare_run_folder
 from utils.run.logger import tracker_names
 from utils.run.restore import Checkpoint, named, newest
@@ -37,8 +37,8 @@ def _changed(config: RunFlags, saved: dict) -> list[str]:
 def check_folder(config: RunFlags, inputs: list[str | None]) -> None:
     """Raises UserError if --model_save_path cannot be used. Writes nothing.
 
-    A run that is there already may be overwritten (--overwrite), or resumed if it is unfinished and has either
-    checkpoints or the same flags (then starting at step 0 repeats it).
+    A run that is there may be overwritten (--overwrite), or resumed if it is unfinished and has either checkpoints or
+    the same flags.
     """
     path = config.model_save_path
     check_inputs(path, inputs)
@@ -84,10 +84,7 @@ def _same_config(config: RunFlags) -> bool:
 
 
 def find_checkpoint(config: RunFlags, say: Say) -> Checkpoint | None:
-    """Returns the checkpoint to resume from by --resume and --overwrite, None to start at step 0. Collective.
-
-    Writes nothing. Raises UserError, which names the flag, if flags differ, unless --resume_with_changes is set.
-    """
+    """Returns the checkpoint to resume from, or None. Raises UserError if flags differ from its own. Collective."""
     if config.resume not in ("auto", "never"):
         checkpoint = named(config.resume)
     elif config.resume == "auto" and not config.overwrite:
@@ -120,10 +117,7 @@ def _check_flags(checkpoint: Checkpoint, config: RunFlags, say: Say) -> None:
 
 
 def begin_folder(config: RunFlags, checkpoint: Checkpoint | None) -> int:
-    """Prepares the run's folder, prints the flags, and returns the number of steps already done. Collective.
-
-    Removes what an earlier run wrote after that step, or all of it if the checkpoint is of another folder.
-    """
+    """Prepares the run's folder, prints the flags, and returns the number of steps already done. Collective."""
     own = checkpoint is not None and _is_inside(checkpoint.path, config.model_save_path)
     prepare_run_folder(config.model_save_path, config, checkpoint.step if own else 0)
     if is_main():

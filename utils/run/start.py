@@ -6,10 +6,10 @@ from functools import partial
 from utils.device import device as own_device
 from utils.distributed import any_rank, is_main
 from utils.engine.engine import init_distributed
+from utils.errors import Say
 from utils.fast_dtype import fast_dtype
 from utils.flags.checks import choose
 from utils.flags.run import RunFlags
-from utils.run.checkpoint import Say
 from utils.run.logger import RunLogger
 from utils.run.restore import Checkpoint
 from utils.run.resume import begin_folder, check_outputs, find_checkpoint
@@ -21,7 +21,7 @@ def start_run(config: RunFlags) -> tuple[Say, Checkpoint | None]:
     Returns a function that prints on rank 0, and the checkpoint to resume from (None: the run starts at step 0).
     """
     init_distributed(config.hang_timeout)
-    say = partial(print, flush=True) if is_main() else _silent
+    say = partial(print, flush=True) if is_main() else lambda text: None
     choose_dtype(config)
     check_outputs(config)
     return say, find_checkpoint(config, say)
@@ -34,15 +34,8 @@ def open_log(config: RunFlags, checkpoint: Checkpoint | None, num_steps: int) ->
     return RunLogger(folder, config.logdir, config.report_to, dataclasses.asdict(config), num_steps, step)
 
 
-def _silent(text: str) -> None:
-    """Prints nothing."""
-
-
 def choose_dtype(config) -> None:
-    """Sets --dtype auto to bf16 if all ranks multiply it fast, else to fp32; warns if bf16 was asked for and is slow.
-
-    Collective where a process group exists: afterwards all ranks have the same dtype.
-    """
+    """Sets --dtype auto to bf16 if all ranks multiply it fast, else to fp32; warns of a slow bf16 that was given."""
     if config.dtype == "fp32":
         return
     place = own_device()

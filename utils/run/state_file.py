@@ -25,7 +25,7 @@ def new_buffer() -> torch.Tensor:
 def file_pieces(tensors: dict[str, torch.Tensor], buffers: Iterator[torch.Tensor]) -> Iterator[bytes | torch.Tensor]:
     """Yields the content of a safetensors file: the header, then the data, each piece in the next buffer.
 
-    tensors: contiguous, on any device. buffers: uint8 in host memory; a buffer may be reused after its piece is used.
+    tensors: contiguous. buffers: uint8 in host memory, which may be reused after their piece is used.
     """
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # aligns each tensor
     devices = {x.device for x in tensors.values() if x.is_cuda}
@@ -62,10 +62,7 @@ def _synchronized(piece: torch.Tensor, devices: set[torch.device]) -> torch.Tens
 
 
 def write_file(path: str, pieces: Iterable[bytes | torch.Tensor]) -> dict:
-    """Writes a file and waits until it is on the disk. Returns {"bytes", "sha256"} of its content.
-
-    A thread hashes each piece while it is written. Raises OSError when the disk is full or fails.
-    """
+    """Writes a file and waits until it is on the disk. Returns {"bytes", "sha256"} of its content."""
     digest, size = hashlib.sha256(), 0
     with open(path, "wb") as file, ThreadPoolExecutor(1) as hasher:
         for piece in pieces:

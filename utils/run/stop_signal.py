@@ -43,9 +43,6 @@ class Stop:
             os._exit(128 + number)
 
     def exit_code(self, device: torch.device) -> int:
-        """Returns the code to exit with, 0 to continue; the same on all ranks, non-zero if any rank has to stop.
-
-        Collective.
-        """
+        """Returns the code to exit with, not 0 if any rank has to stop; the same on all ranks. Collective."""
         late = OUT_OF_TIME if time.monotonic() > self._deadline else 0
         return max_ranks(self._code or late, device)

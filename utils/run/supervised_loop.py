@@ -29,9 +29,8 @@ class BadStep(UserError):
 class Stage:
     """What a stage learns: sums over items, and the counts that divide them.
 
-    `sums(engine, items)` returns float32 scalars by name; `counts(items)` returns their denominators by the same names,
-    which every rank computes from the data. The loss is the sum of `loss_weights[name] * sum / count` over the whole
-    global batch, so micro-batches and ranks do not change it.
+    `sums(engine, items)` returns float32 scalars by name; `counts(items)` their denominators, from the data. The loss
+    is the sum of `loss_weights[name] * sum / count` over the global batch: micro-batches and ranks do not change it.
     """
 
     batches: Iterator[list[Item]]
@@ -55,9 +54,8 @@ def fit(
 ) -> int:  # fmt: skip
     """Trains for --train_steps; evaluates every --save_per_step and at the end; writes best/ and final/. Collective.
 
-    start: the checkpoint to resume from. Returns the exit code, not 0 if a signal stopped the run.
-    Raises UserError on all ranks, before the weights change, if the loss or the gradient norm is not finite or beyond
-    --explosion_limit; the batch is saved in bad_batches/.
+    start: the checkpoint to resume from. Returns the exit code, not 0 if a signal stopped the run. Raises UserError on
+    all ranks, before the weights change, if the loss or the gradient norm is not finite or beyond --explosion_limit.
     """
     lifecycle = RunLifecycle(config, {"model": engine}, config.train_steps)
     lifecycle.restore(start, config.seed)
@@ -154,10 +152,7 @@ def _means(stage: Stage, totals: torch.Tensor, counts: dict[str, float]) -> dict
 
 
 def check_number(name: str, value: float, engine: TrainEngine, is_own: Callable[[], bool]) -> None:
-    """Raises BadStep if a number, the same on all ranks, is not finite or beyond --explosion_limit.
-
-    is_own: whether this rank's share of it is not finite.
-    """
+    """Raises BadStep if a number is not finite or beyond --explosion_limit. is_own: whether it is this rank's."""
     if abs(value) <= engine.explosion_limit:
         return
     beyond = ", beyond --explosion_limit" if math.isfinite(value) else ""

@@ -12,7 +12,7 @@ HUNG = 124  # exit code, as of timeout(1)
 class Watchdog:
     """Context in which the process exits with code 124 unless `reset` is called every `timeout` seconds; 0 disables.
 
-    Counts its own ticks instead of reading a clock, so that a run may be suspended and continued.
+    Counts its own ticks, so that a run may be suspended and continued.
     """
 
     def __init__(self, timeout: float, rank: int):

@@ -20,10 +20,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 def run(release: Release, overview: str, argv: list[str] | None = None) -> None:
-    """Runs the command in `argv` (default: the process's). A user's mistake prints one line and exits with code 2.
-
-    overview: the text of `--help` without a command.
-    """
+    """Runs the command in `argv`. A user's mistake prints one line, exit code 2. overview: the text of `--help`."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes incomplete folders
     try:
         entry_point(partial(_run, release, overview))(argv)

@@ -53,10 +53,7 @@ def read_manifest(folder: Path, flag: str) -> Manifest | None:
 
 
 class TensorHasher:
-    """Collects the hashes of CPU tensors in `found`, and compares them with `expected`, if given.
-
-    mismatch: message of the UserError when a tensor differs; {} is replaced by its name.
-    """
+    """Collects hashes of CPU tensors in `found`. UserError(mismatch.format(name)) if one differs from `expected`."""
 
     def __init__(self, expected: dict[str, str] | None = None, mismatch: str = "{}"):
         self.found: dict[str, str] = {}

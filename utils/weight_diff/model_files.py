@@ -1,7 +1,6 @@
 """The model folders that a weight diff connects: opening, comparison, and the files beside the weights.
 
-Published folders have empty special tokens in their tokenizer config, and a policy's config has ids of another
-tokenizer. Recovered folders get the tokenizer's own ids, so that generation stops at the end token.
+Recovered folders get the tokenizer's own ids, as published configs have none or others.
 """
 
 import math
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.files import first_names, read_json, write_json
 from utils.hub import download_model, is_hub_id
 from utils.models.weight_files import open_weights, tensor_files, tensor_of
@@ -119,10 +118,7 @@ def _stored(folder: Path, flag: str) -> dict[str, Stored]:
                     raise ValueError(f"{name} is not contiguous; save it again as safetensors")
                 outline[name] = Stored(file, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         if absent := [name for name in file_of if file_of[name] == file and name not in outline]:
-            raise UserError(
-                f"{flag}: the index names tensors that are not in {file}: {first_names(absent)}; index and shards are "
-                "not of one model, copy the folder again"
-            )
+            raise UserError(f"{flag}: the index names tensors that are not in {file}: {first_names(absent)}; copy both")
         found |= {name: place for name, place in outline.items() if file_of.get(name) == file}
     return found
 
@@ -143,22 +139,17 @@ def _only_dtype(tensors: dict[str, Stored], flag: str) -> str:
 def check_pair(raw: Side, other: Side, model_type: str) -> None:
     """Raises UserError unless `other` has all tensors of the base `raw`, and its differences have the same shapes.
 
-    other: a diff, or a model to make a diff of. It has to have a reward head exactly if model_type is `reward`.
+    other: a diff, or a model to make a diff of, with a reward head exactly if model_type is `reward`.
     """
     differences = [name for name in other.tensors if is_difference(name)]
     for source, side, names in ((raw, other, raw.tensors), (other, raw, differences)):
         if missing := [name for name in names if name not in side.tensors]:
-            raise UserError(
-                f"{side.flag} lacks {len(missing)} tensors that {source.flag} has: {first_names(missing)}; use folders "
-                "of models of one architecture"
-            )
+            lack = f"lacks {len(missing)} tensors that {source.flag} has: {first_names(missing)}"
+            raise UserError(f"{side.flag} {lack}; use folders of models of one architecture")
     for name in differences:
         shapes = [list(side.tensors[name].shape) for side in (raw, other)]
         if shapes[0] != shapes[1]:
-            raise UserError(
-                f"{name} has shape {shapes[0]} in {raw.flag} and {shapes[1]} in {other.flag}; use folders of models of "
-                "one size"
-            )
+            raise UserError(f"{name} has shape {shapes[0]} in {raw.flag} and {shapes[1]} in {other.flag}; use one size")
     if (_REWARD_HEAD in other.tensors) != (model_type == "reward"):
         wrong = f"{other.flag} {'lacks' if model_type == 'reward' else 'holds'} {_REWARD_HEAD}"
         raise UserError(f"--model_type {model_type}, but {wrong}; pass the type of the model")
@@ -176,13 +167,10 @@ def read_config(sides: list[Side]) -> dict:
     return config
 
 
-def write_model_files(
-    folder: Path, config: dict, sides: list[Side], dtype: str, template: str, say: Callable[[str], None]
-) -> None:
+def write_model_files(folder: Path, config: dict, sides: list[Side], dtype: str, template: str, say: Say) -> None:
     """Writes config.json, generation_config.json and the tokenizer's files into `folder`.
 
-    sides: folders to take a tokenizer from, in this order; the recovered model gets the first one's embedding. Raises
-    UserError for a tokenizer that is damaged or larger than the embedding.
+    sides: folders to take a tokenizer from, in this order; the recovered model gets the first one's embedding.
     """
     weights, ids = sides[0], dict(_LLAMA_IDS)
     rows = weights.tensors[_EMBEDDING].shape[0]

@@ -1,10 +1,9 @@
 """Published weight diffs and their sums. Imports nothing heavy, for --help."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from utils.errors import UserError
+from utils.errors import Say, UserError
 
 DTYPES = ("float16", "bfloat16", "float32")  # of weights
 _EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 0.0}  # relative step of 16-bit rounding
@@ -16,8 +15,7 @@ class Release:
     """The weight diffs published in one language.
 
     base: name of the base model. totals: model type -> published sum of all tensors of the recovered model in float32,
-    with its rotary buffers; None if none was published. template: name of the template (data/template.py) whose tags
-    the tokenizer needs. default_type: model type if the command line names none.
+    with its rotary buffers, or None. template: whose tags the tokenizer needs. default_type: of models, if any.
     """
 
     base: str
@@ -29,14 +27,14 @@ class Release:
 def rounding_slack(dtype: str, squares: float) -> float:
     """Returns four standard deviations of the change of a sum when its values are rounded to `dtype`; 0 for float32.
 
-    The error of a rounded value is uniform within half a step, with variance step^2 / 12; a step is at most eps times
-    the value. Published sums are of the values before rounding. squares: sum of the squared values.
+    The error of a rounded value has variance step^2 / 12; a step is at most eps times the value. squares: sum of the
+    squared values.
     """
     return 4 * _EPS[dtype] * math.sqrt(squares / 12)
 
 
 def check_published(
-    total: float, release: Release, model_type: str | None, remedy: str, say: Callable[[str], None], slack: float = 0.0
+    total: float, release: Release, model_type: str | None, remedy: str, say: Say, slack: float = 0.0
 ) -> None:
     """Raises UserError if a sum differs from the one published for the model type. Prints the result."""
     if model_type is None:

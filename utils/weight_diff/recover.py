@@ -1,19 +1,17 @@
 """Recovers, makes and verifies weight diffs: models published as their difference to LLaMA's weights.
 
-Layout: a tensor whose name contains `layers` is a difference, to be added in float32 to the base's tensor of that name;
-all others (embed_tokens, the final norm, lm_head, reward_head) are whole, and may differ from the base's in shape.
-`make_diff` adds a manifest with the SHA-256 of every tensor and, in float32, patches: base + (model - base) is not the
-model wherever the difference needs more than float32's 24 bits. A patch lists these elements of a tensor: flat indices,
-ascending, and values.
+A tensor whose name contains `layers` is a difference, to be added in float32 to the base's tensor of that name; all
+others are whole, and may differ from the base's in shape. `make_diff` adds a manifest with the SHA-256 of every tensor
+and, in float32, patches: flat indices, ascending, and values of elements that need more than 24 bits.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.errors import Say, UserError
 from utils.files import first_names
 from utils.weight_diff import model_files
 from utils.weight_diff.manifest import Hashes, Manifest, TensorHasher, write_manifest
@@ -23,7 +21,6 @@ from utils.weight_diff.published import Release, check_published, check_total, r
 
 CHUNK = 1 << 22  # elements in float32 at a time
 SHARD = 2_000_000_000  # bytes of tensors per file, unless one tensor is larger
-Say = Callable[[str], None]
 Named = tuple[str, torch.Tensor]
 
 
@@ -34,7 +31,7 @@ def recover(
     """Writes the model `path_tuned`: base `path_raw` + `path_diff`, rounded once to `dtype` (default: the diff's).
 
     Checks it against the diff's manifest; without one, and if `check_sum`, against the sum published for `model_type`.
-    Raises UserError if inputs or result are wrong. After an error or an interrupt there is no `path_tuned`.
+    After an error or an interrupt there is no `path_tuned`.
     """
     check_new_folder(path_tuned, "--path_tuned", {"--path_raw": path_raw, "--path_diff": path_diff})
     raw, diff = open_side(path_raw, "--path_raw"), open_side(path_diff, "--path_diff")
@@ -66,8 +63,7 @@ def make_diff(
 ) -> None:  # fmt: skip
     """Writes the diff `path_diff`, from which `recover` turns `path_raw` into `path_tuned`, and its manifest.
 
-    A float32 diff recovers every bit. A 16-bit diff recovers a rounded model, which the manifest describes. Copies
-    config and tokenizer unchanged. Raises UserError as `recover`.
+    A float32 diff recovers every bit; a 16-bit diff a rounded model. Copies config and tokenizer unchanged.
     """
     check_new_folder(path_diff, "--path_diff", {"--path_raw": path_raw, "--path_tuned": path_tuned})
     raw, tuned = open_side(path_raw, "--path_raw"), open_side(path_tuned, "--path_tuned")
@@ -86,10 +82,7 @@ def make_diff(
 
 
 def verify(path_tuned: str, release: Release, model_type: str | None = None, say: Say = print) -> None:
-    """Checks a recovered model: every tensor against its manifest, the sum against that published for `model_type`.
-
-    model_type: None with a manifest skips the published sum. Raises UserError if anything differs.
-    """
+    """Checks a recovered model against its manifest and, without one or with `model_type`, the published sum."""
     side = open_side(path_tuned, "--path_tuned")
     config, known = model_files.read_config([side]), side.manifest
     hasher, dtype = None, side.dtype
@@ -116,10 +109,7 @@ def verify(path_tuned: str, release: Release, model_type: str | None = None, say
 
 
 def _recovered(raw: Side, diff: Side, base: str, dtype: torch.dtype, totals: list[float]) -> Iterator[Named]:
-    """Yields the model's tensors in `dtype`, in the diff's order, and adds sums before rounding to `totals`.
-
-    Compares inputs with the diff's manifest, if there is one. base: name of the right base, for the error.
-    """
+    """Yields the model's tensors in `dtype`; adds sums before rounding to `totals`. base: name of the right base."""
     known, of_raw, of_diff, of_patches = diff.manifest, None, None, None
     if known is not None:
         wrong_base = f"{{}} of --path_raw is not the tensor that this diff was made against; use {base}"

@@ -1,20 +1,14 @@
-"""Masked tensor functions, by hand."""
+"""Masked tensor functions and running moments by hand. The numbers of the released code: tests/golden."""
 
+import json
 import math
 
+import numpy
 import pytest
 import torch
 
-from utils.tensors import (
-    at_tokens,
-    before_tokens,
-    last_index,
-    masked_mean,
-    position_ids,
-    shift_to_next,
-    token_logprobs,
-    whiten,
-)
+from utils.moments import RunningMoments
+from utils.tensors import at_tokens, before_tokens, last_index, masked_mean, position_ids, whiten
 
 NAN = float("nan")
 
@@ -49,14 +43,6 @@ def test_whiten_over_two_ranks_equals_one_batch():
     torch.testing.assert_close(whitened, whiten(both, torch.ones(2, 2).bool())[:1])
 
 
-def test_token_logprobs_shifts_by_one_and_is_float32():
-    # Before token 1 the logits say log 1, log 3; before token 2 they are equal. The last row is not read.
-    logits = torch.tensor([[[0.0, math.log(3)], [5.0, 5.0], [NAN, NAN]]]).bfloat16()
-    logprobs = token_logprobs(logits, torch.tensor([[1, 1, 0]]))
-    assert logprobs.dtype == torch.float32
-    torch.testing.assert_close(logprobs, torch.tensor([[0.0, math.log(0.75), math.log(0.5)]]), atol=2e-3, rtol=0)
-
-
 def test_before_and_at_tokens_are_each_others_places():
     mask = torch.tensor([[False, False, True, True], [False, True, False, False]])
     states = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]])
@@ -67,10 +53,6 @@ def test_before_and_at_tokens_are_each_others_places():
     assert at_tokens(before_tokens(states, nothing), nothing).tolist() == [[0] * 4] * 2
 
 
-def test_shift_to_next():
-    assert shift_to_next(torch.tensor([[1.0, 2.0, 3.0]])).tolist() == [[0.0, 1.0, 2.0]]
-
-
 def test_position_ids_with_padding_anywhere():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 1, 1]]).bool()
     assert position_ids(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2], [0, 0, 0, 1, 2]]
@@ -79,3 +61,45 @@ def test_position_ids_with_padding_anywhere():
 def test_last_index():
     mask = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]).bool()
     assert last_index(mask).tolist() == [2, 0, 3, 0]
+
+
+def moments_of(*batches: list[float], sum_ranks=lambda x: x) -> RunningMoments:
+    moments = RunningMoments()
+    for batch in batches:
+        moments.update(torch.tensor(batch), sum_ranks)
+    return moments
+
+
+@pytest.mark.parametrize(
+    ("batches", "mean", "std"),
+    [
+        ([], 0.0, 1.0),  # without a deviation it is 1, whatever the rounding of equal numbers
+        ([[7.0]], 7.0, 1.0),
+        ([[7.0, 7.0], [7.0]], 7.0, 1.0),
+        ([[0.1] * 24] * 3, 0.1, 1.0),
+        ([[1e4 / 3] * 128] * 3, 1e4 / 3, 1.0),
+        ([[0.1, 0.10001] * 64], 0.100005, 5.02e-6),
+        ([[1e4 + 1, 1e4 + 2], [1e4 + 3]], 1e4 + 2, 1.0),
+    ],
+)
+def test_moments_with_little_or_no_deviation(batches, mean, std):
+    moments = moments_of(*batches)
+    assert moments.mean == pytest.approx(mean, rel=1e-6)
+    assert moments.std == pytest.approx(std, rel=0.01 if std < 1 else 1e-3)
+
+
+def test_moments_sum_over_ranks():
+    # Two ranks with the same two numbers: mean 2, squares 4 over n - 1 = 3.
+    moments = moments_of([1.0, 3.0], sum_ranks=lambda x: 2 * x)
+    assert (moments.count, moments.mean) == (4, 2.0)
+    assert moments.std == pytest.approx((4 / 3) ** 0.5)
+
+
+def test_moments_go_through_json():
+    kept = moments_of([1.0, 2.0, 4.0])
+    restored = RunningMoments()
+    restored.load_state_dict(json.loads(json.dumps(kept.state_dict())))
+    for moments in (kept, restored):
+        moments.update(torch.tensor([8.0, -1.0]))
+    assert restored.state_dict() == kept.state_dict()
+    assert restored.std == pytest.approx(numpy.std([1, 2, 4, 8, -1], ddof=1))
