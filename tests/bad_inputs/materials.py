@@ -19,7 +19,7 @@ from tests.helpers.weights import random_weights, save_folder
 from utils.tokenizer import load_tokenizer
 
 DIALOGUES = [[f"Question {i}?", f"Answer {i}."] for i in range(8)]
-WEIGHTS = "model.safetensors"
+WEIGHTS, UP_PROJ = "model.safetensors", "model.layers.0.mlp.up_proj.weight"
 
 
 class Materials(dict):
@@ -57,9 +57,14 @@ def altered(source: str, change: Callable[[Path], object]) -> Callable:
     return build
 
 
-def without(*names: str) -> Callable:
-    """A change: these files are not there."""
-    return lambda folder: [(folder / name).unlink() for name in names]
+def both(*changes: Callable) -> Callable:
+    """Several changes, one after the other."""
+    return lambda folder: [change(folder) for change in changes]
+
+
+def without(name: str) -> Callable:
+    """A change: the file is not there."""
+    return lambda folder: (folder / name).unlink()
 
 
 def holding(name: str, content: str | bytes) -> Callable:
@@ -139,16 +144,59 @@ def recovered(change: Callable) -> Callable:
     return lambda _, folder: save_folder(folder, change())
 
 
-def unpublished_sums(_: Materials, folder: Path) -> Path:
-    """A diff whose manifest is none."""
-    save_folder(folder, random_weights(2, torch.float16))
-    (folder / "weight_manifest.json").write_text("{}")
-    return folder
-
-
 half = partial(random_weights, dtype=torch.float16)
+POLICIES: dict[str, Callable] = {
+    # Folders of models that are not whole.
+    "no_config": without("config.json"),
+    "no_weights": without(WEIGHTS),
+    "broken_config": holding("config.json", '{"model_type": "llama",'),
+    "list_as_config": holding("config.json", "[]"),
+    "latin_config": holding("config.json", b'{"model_type": "ll\xe4ma"}'),
+    "no_model_type": config(model_type=None),
+    "unknown_model_type": config(model_type="llama9"),
+    "text_as_size": config(hidden_size="big"),
+    "heads_that_do_not_divide": config(num_attention_heads=3),
+    "other_size": config(hidden_size=48),
+    "one_more_layer": config(num_hidden_layers=3),
+    "quantized": config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    "own_code": lambda folder: bring_own_code(folder, folder / "ran"),
+    "own_tokenizer": lambda folder: bring_own_tokenizer(folder, folder / "ran"),
+    # Weights that are damaged.
+    "cut_weights": cut(WEIGHTS, 20000),
+    "cut_header": cut(WEIGHTS, 40),
+    "empty_weights": holding(WEIGHTS, b""),
+    "html_as_weights": holding(WEIGHTS, "<!DOCTYPE html><html><body>404</body></html>"),
+    "lfs_pointer": holding(WEIGHTS, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+    "nan_weights": weights(first_nan("model.norm.weight")),
+    "no_norm": weights(lambda state: {k: x for k, x in state.items() if k != "model.norm.weight"}),
+    "other_names": weights(lambda state: {f"module.{k}": x for k, x in state.items()}),
+    "live_bin": live_bin(),
+    "live_legacy_bin": live_bin(layout="legacy"),
+    "pickle_as_safetensors": live_bin(WEIGHTS),
+    "list_in_bin": both(without(WEIGHTS), lambda folder: torch.save([1, 2], folder / "pytorch_model.bin")),
+    "kernel_of_others": config(attn_implementation="someone/attention"),
+    "cut_bin": both(live_bin(), cut("pytorch_model.bin", 900)),
+    "broken_index": index({"weight_map": 3}),
+    "numbers_in_index": index({"weight_map": {"lm_head.weight": 3}}),
+    "absent_shard": index({"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}),
+    "shard_elsewhere": index({"weight_map": {"lm_head.weight": "../policy/model.safetensors"}}),
+    # Tokenizers.
+    "no_tokenizer": without("tokenizer.model"),
+    "broken_tokenizer": holding("tokenizer.model", "no SentencePiece"),
+    "broken_tokenizer_config": holding("tokenizer_config.json", "{"),
+    "odd_added_tokens": holding("added_tokens.json", '{"<tag>": "four hundred"}'),
+    "broken_tokenizer_json": both(without("tokenizer.model"), holding("tokenizer.json", "{}")),
+}
+REWARDS: dict[str, Callable] = {
+    "nan_head": weights(first_nan("score.weight")),
+    "two_labels": weights(lambda s: s | {"score.weight": s["score.weight"].repeat(2, 1)}),
+    "head_of_another_size": weights(lambda s: s | {"score.weight": torch.ones(1, 8)}),
+    "text_as_center": config(score_center="high"),
+    "list_as_labels": config(id2label=["a"]),
+    "toxicity": config(id2label={"0": "toxicity"}, label2id={"toxicity": 0}),
+    "live_reward": live_bin(),
+}
 BUILDERS: dict[str, Callable[[Materials, Path], Path]] = {
-    # Sound ones, besides those of tests/helpers/tiny_run.py.
     "judge": lambda _, folder: scalar(folder, 400, 5),
     "other_judge": lambda _, folder: scalar(folder, 370, 6),
     "pairs": lambda _, __: SAMPLES / "en" / "preferences" / "train.jsonl",
@@ -159,75 +207,20 @@ BUILDERS: dict[str, Callable[[Materials, Path], Path]] = {
     "file": written("kept"),
     "raw": recovered(partial(half, 1)),
     "diff": recovered(partial(half, 2)),
-    # Folders of models that are not whole.
-    "no_config": altered("policy", without("config.json")),
-    "no_weights": altered("policy", without(WEIGHTS)),
-    "broken_config": altered("policy", holding("config.json", '{"model_type": "llama",')),
-    "list_as_config": altered("policy", holding("config.json", "[]")),
-    "latin_config": altered("policy", holding("config.json", b'{"model_type": "ll\xe4ma"}')),
-    "no_model_type": altered("policy", config(model_type=None)),
-    "unknown_model_type": altered("policy", config(model_type="llama9")),
-    "text_as_size": altered("policy", config(hidden_size="big")),
-    "heads_that_do_not_divide": altered("policy", config(num_attention_heads=3)),
-    "other_size": altered("policy", config(hidden_size=48)),
-    "one_more_layer": altered("policy", config(num_hidden_layers=3)),
-    "quantized": altered("policy", config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})),
-    "own_code": altered("policy", lambda folder: bring_own_code(folder, folder / "ran")),
-    "own_tokenizer": altered("policy", lambda folder: bring_own_tokenizer(folder, folder / "ran")),
-    # Weights that are damaged.
-    "cut_weights": altered("policy", cut(WEIGHTS, 20000)),
-    "cut_header": altered("policy", cut(WEIGHTS, 40)),
-    "empty_weights": altered("policy", holding(WEIGHTS, b"")),
-    "html_as_weights": altered("policy", holding(WEIGHTS, "<!DOCTYPE html><html><body>404</body></html>")),
-    "lfs_pointer": altered(
-        "policy", holding(WEIGHTS, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    ),
-    "nan_weights": altered("policy", weights(first_nan("model.norm.weight"))),
-    "no_norm": altered("policy", weights(lambda state: {k: x for k, x in state.items() if k != "model.norm.weight"})),
-    "other_names": altered("policy", weights(lambda state: {f"module.{k}": x for k, x in state.items()})),
-    "live_bin": altered("policy", live_bin()),
-    "live_legacy_bin": altered("policy", live_bin(layout="legacy")),
-    "pickle_as_safetensors": altered("policy", live_bin(WEIGHTS)),
-    "list_in_bin": altered(
-        "policy", lambda folder: [without(WEIGHTS)(folder), torch.save([1, 2], folder / "pytorch_model.bin")]
-    ),
-    "kernel_of_others": altered("policy", config(attn_implementation="someone/attention")),
-    "cut_bin": altered("policy", lambda folder: [live_bin()(folder), cut("pytorch_model.bin", 900)(folder)]),
-    "broken_index": altered("policy", index({"weight_map": 3})),
-    "numbers_in_index": altered("policy", index({"weight_map": {"lm_head.weight": 3}})),
-    "absent_shard": altered("policy", index({"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}})),
-    "shard_elsewhere": altered("policy", index({"weight_map": {"lm_head.weight": "../policy/model.safetensors"}})),
-    # Tokenizers.
-    "no_tokenizer": altered("policy", without("tokenizer.model")),
-    "broken_tokenizer": altered("policy", holding("tokenizer.model", "no SentencePiece")),
-    "broken_tokenizer_config": altered("policy", holding("tokenizer_config.json", "{")),
-    "odd_added_tokens": altered("policy", holding("added_tokens.json", '{"<tag>": "four hundred"}')),
-    "broken_tokenizer_json": altered(
-        "policy", lambda folder: [without("tokenizer.model")(folder), holding("tokenizer.json", "{}")(folder)]
-    ),
     "no_end": words_without_end,
     "small_vocabulary": lambda _, folder: tiny_llama_folder(folder, vocab=300, tokenizer=False, **SIZES),
-    # Reward models.
-    "nan_head": altered("reward", weights(first_nan("score.weight"))),
-    "two_labels": altered("reward", weights(lambda s: s | {"score.weight": s["score.weight"].repeat(2, 1)})),
-    "head_of_another_size": altered("reward", weights(lambda s: s | {"score.weight": torch.ones(1, 8)})),
-    "infinite_judge": altered("judge", weights(lambda s: s | {"score.weight": torch.full((1, 32), 3.4e38)})),
-    "text_as_center": altered("reward", config(score_center="high")),
-    "list_as_labels": altered("reward", config(id2label=["a"])),
-    "toxicity": altered("reward", config(id2label={"0": "toxicity"}, label2id={"toxicity": 0})),
-    "live_reward": altered("reward", live_bin()),
-    "small_judge": altered("judge", config(max_position_embeddings=16)),
-    # For the merge commands.
     "not_a_llama": recovered(lambda: {"transformer.wte.weight": torch.ones(3, 2)}),
     "fewer_tensors": recovered(lambda: {k: x for k, x in half(1).items() if "layers.1" not in k}),
-    "other_shapes": recovered(lambda: half(2) | {"model.layers.0.mlp.up_proj.weight": torch.ones(19, 8).half()}),
+    "other_shapes": recovered(lambda: half(2) | {UP_PROJ: torch.ones(19, 8).half()}),
     "mixed_dtypes": recovered(lambda: half(2) | {"model.norm.weight": torch.ones(8)}),
     "integers": recovered(lambda: {k: x.to(torch.int8) for k, x in half(2).items()}),
-    "nan_diff": recovered(
-        lambda: half(2) | {"model.layers.0.mlp.up_proj.weight": torch.full((20, 8), torch.nan).half()}
-    ),
-    "bad_manifest": unpublished_sums,
+    "nan_diff": recovered(lambda: half(2) | {UP_PROJ: torch.full((20, 8), torch.nan).half()}),
+    "bad_manifest": altered("diff", holding("weight_manifest.json", "{}")),
+    "infinite_judge": altered("judge", weights(lambda s: s | {"score.weight": torch.full((1, 32), 3.4e38)})),
+    "small_judge": altered("judge", config(max_position_embeddings=16)),
     "live_raw": altered("raw", live_bin()),
     "no_llama_config": altered("diff", config(model_type="gpt2")),
     "damaged_tokenizer_diff": altered("diff", holding("tokenizer.model", "no SentencePiece")),
 }
+BUILDERS |= {name: altered("policy", change) for name, change in POLICIES.items()}
+BUILDERS |= {name: altered("reward", change) for name, change in REWARDS.items()}

@@ -13,17 +13,20 @@ import torch
 from PIL import Image
 from transformers import AutoModelForSequenceClassification
 
-from data.formats.records import read_file
+from data.formats.dialogue_forms import parse_turns
 from data.template import encode_dialogue
 from reward import evaluate, strength
 from reward.evaluation.annotate import summary
 from reward.model import load_scalar_model, save_scalar_model
 from reward.train import main as train
 from tests.helpers.tiny import SAMPLES, tiny_llama_folder
-from tests.helpers.tiny_run import REPOSITORY, SIZES, clean_environment, read_lines
+from tests.helpers.tiny_run import REPOSITORY, SIZES, as_argv, clean_environment, read_lines
 from utils.tokenizer import load_tokenizer
 
-DATA = SAMPLES / "en" / "preferences"
+DATA, SIDES = SAMPLES / "en" / "preferences", ("chosen", "rejected")
+
+
+SMALL = {"train_steps": 1, "warmup_steps": 1, "batch_size": 4, "context_truncate": 256, "dtype": "fp32"}
 
 
 @pytest.fixture(scope="module")
@@ -40,23 +43,19 @@ def models(tmp_path_factory) -> list[Path]:
     return made
 
 
-def scores_elsewhere(folder: Path, dialogues: list[list[str]], template: str = "moss_en") -> list[float]:
+def scores_elsewhere(folder: Path, dialogues: list[list[str]]) -> list[float]:
     """What transformers' own classifier says of dialogues, less the centre."""
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    tokenizer = load_tokenizer(str(folder), template)
+    tokenizer = load_tokenizer(str(folder), "moss_en")
     scores = []
     for texts in dialogues:
-        turns = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
-        ids = torch.tensor([encode_dialogue(tokenizer, turns, template)[0]])
+        ids = torch.tensor([encode_dialogue(tokenizer, parse_turns(texts), "moss_en")[0]])
         scores.append(model(ids).logits.item() - getattr(model.config, "score_center", 0.0))
     return scores
 
 
 def argv(models: list[Path], **flags) -> list[str]:
-    words = ["--model", *map(str, models)]
-    for name, value in ({"data_path": DATA, "dtype": "fp32"} | flags).items():
-        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return words
+    return as_argv({"model": models, "data_path": DATA, "dtype": "fp32"} | flags)
 
 
 def is_drawn(file: Path) -> bool:
@@ -82,16 +81,14 @@ def test_strength_is_the_mean_and_deviation_of_another_tools_scores(models, anno
     rows = read_lines(annotated / "train.jsonl")
     assert len(rows) == 16
     assert rows[14:] == [{"chosen": ["a"]}, {"prompt": "Hi", "responses": ["one", "two"]}]
-    chosen, rejected = (
-        [scores_elsewhere(model, [row[side] for row in rows[:14]]) for model in models]
-        for side in ("chosen", "rejected")
-    )
-    for k, row in enumerate(rows[:14]):
-        differences = [chosen[m][k] - rejected[m][k] for m in range(3)]
+    by_model = [[scores_elsewhere(m, [row[side] for row in rows[:14]]) for m in models] for side in SIDES]
+    chosen, rejected = (list(zip(*scores, strict=True)) for scores in by_model)
+    for row, better, worse in zip(rows, chosen, rejected, strict=False):
+        differences = [a - b for a, b in zip(better, worse, strict=True)]
         assert row["mean preference difference"] == pytest.approx(fmean(differences), abs=1e-5)
         assert row["std preference difference"] == pytest.approx(pstdev(differences), abs=1e-5)
-        assert row["chosen score list"] == pytest.approx([chosen[m][k] for m in range(3)], abs=1e-5)
-        assert row["rejected score list"] == pytest.approx([rejected[m][k] for m in range(3)], abs=1e-5)
+        assert row["chosen score list"] == pytest.approx(better, abs=1e-5)
+        assert row["rejected score list"] == pytest.approx(worse, abs=1e-5)
     assert "chosen_score_list" not in rows[0]
     assert is_drawn(annotated / "strength.png")
     assert sorted(file.name for file in annotated.iterdir()) == ["strength.png", "train.jsonl", "valid.jsonl"]
@@ -108,7 +105,7 @@ def test_strength_of_what_fits_every_model(models, tmp_path, capsys):
     strength.main(argv([models[0], small], data_path=data, output=out))
     written = read_lines(out / "x.jsonl")
     assert written[0] == rows[0]
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         scores = [scores_elsewhere(model, [row[side] for row in rows[1:]]) for model in models[:2]]
         for row, expected in zip(written[1:], zip(*scores, strict=True), strict=True):
             assert row[f"{side} score list"] == pytest.approx(expected, abs=1e-5)
@@ -117,23 +114,16 @@ def test_strength_of_what_fits_every_model(models, tmp_path, capsys):
 
 def test_the_histogram_in_text():
     """-0.3 to 3.3 in twelve rows of 0.3: two means in the first, one in the fourth, fifth and last."""
-    first, second, *rows = summary([-0.3, -0.1, 0.7, 1.0, 3.3], [0.0, 1.0, 2.0, 3.0, 4.0]).splitlines()
+    first, _, *rows = summary([-0.3, -0.1, 0.7, 1.0, 3.3], [0.0, 1.0, 2.0, 3.0, 4.0]).splitlines()
     assert "of 5 pairs: mean 0.920" in first and first.endswith("below 0: 2 (40.0%)")
-    assert second.endswith("mean 2.000")
-    counts = [row.split()[3:] for row in rows]
-    assert counts[0] == ["2", "#" * 40] and counts[3] == counts[4] == counts[11] == ["1", "#" * 20]
-    assert [row[0] for row in counts].count("0") == 8
+    assert [row.split()[3] for row in rows] == [*"2001100", *"00001"]
+    assert rows[0].split()[4] == "#" * 40 and rows[3].split()[4] == "#" * 20
 
 
 def test_training_reads_what_strength_wrote(models, annotated, tmp_path, capsys):
-    flags = {
-        "hf_model_name_or_path": models[0], "data_path": annotated, "model_save_path": tmp_path / "out",
-        "dtype": "fp32", "batch_size": 4, "train_steps": 1, "warmup_steps": 1, "context_truncate": 256,
-        "use_margin": True, "flip_negative": True,
-    }  # fmt: skip
-    train([word for name, value in flags.items() for word in (f"--{name}", str(value))])
-    rows = [record.value for record in read_file(annotated / "train.jsonl")][:14]
-    negative = sum(row["mean preference difference"] < 0 for row in rows)
+    paths = {"hf_model_name_or_path": models[0], "data_path": annotated, "model_save_path": tmp_path / "out"}
+    train(as_argv(paths | SMALL | {"use_margin": True, "flip_negative": True}))
+    negative = sum(row["mean preference difference"] < 0 for row in read_lines(annotated / "train.jsonl")[:14])
     assert 0 < negative < 14
     said = capsys.readouterr().out
     assert f"preferences: {negative} of 14 flipped" in said
@@ -152,39 +142,31 @@ def test_an_evaluation_says_what_another_tools_scores_say(models, tmp_path, caps
     ordered = valid[8:] + valid[:8]
     for model in models[:2]:
         found = report["models"][str(model)]
-        chosen, rejected = (scores_elsewhere(model, [row[side] for row in ordered]) for side in ("chosen", "rejected"))
+        chosen, rejected = (scores_elsewhere(model, [row[side] for row in ordered]) for side in SIDES)
         hits = [a > b for a, b in zip(chosen, rejected, strict=True)]
         assert found["accuracy"] == pytest.approx(fmean(hits))
         assert found["subsets"]["harmless"]["accuracy"] == pytest.approx(fmean(hits[:6]))
         assert found["subsets"]["helpful"]["accuracy"] == pytest.approx(fmean(hits[6:]))
         assert found["score_difference"] == pytest.approx(fmean(chosen) - fmean(rejected), abs=1e-5)
-    assert report["prompts"] == 14
-    assert 0 <= report["ensemble"]["pairwise"] <= 1
     for name in ("differences", "calibration", "lengths"):
         assert is_drawn(tmp_path / "out" / f"{name}.png")
     table = capsys.readouterr().out
-    assert "14 prompts, 14 pairs from" in table
-    assert "all 2 models" in table
+    assert "14 prompts, 14 pairs from" in table and "all 2 models" in table
     evaluate.main(argv(models[:1], data_path=data, subsets=["helpful"]))
     assert "8 prompts, 8 pairs" in capsys.readouterr().out
 
 
 def test_the_recipe_trains_and_evaluates_from_anywhere(models, tmp_path):
     out = tmp_path / "out"
-    small = {"train_steps": 1, "warmup_steps": 1, "batch_size": 4, "context_truncate": 256, "dtype": "fp32"}
-    flags = [word for name, value in small.items() for word in (f"--{name}", str(value))]
     paths = {"MODEL": str(models[0].parent / "base"), "DATA": str(DATA), "OUTPUT": str(out), "NUM_GPUS": "0"}
     # What the recipe finds as `python` is what runs these tests, in whatever environment.
     environment = clean_environment() | paths | {"VIRTUAL_ENV": sys.prefix, "TQDM_DISABLE": "1"}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     done = subprocess.run(
-        ["bash", str(REPOSITORY / "reward" / "run.sh"), *flags],
+        ["bash", str(REPOSITORY / "reward" / "run.sh"), *as_argv(SMALL)],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=170,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     config = json.loads((out / "config.json").read_text())
     assert (config["train_steps"], config["reward_lm_loss_factor"], config["lr"]) == (1, 1.0, 5e-6)
-    report = json.loads((out / "evaluation" / "evaluation.json").read_text())
-    assert report["prompts"] == 4
-    assert list(report["models"]) == [str(out / "best")]
-    assert (out / "train.log").is_file()
+    assert list(json.loads((out / "evaluation" / "evaluation.json").read_text())["models"]) == [str(out / "best")]

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from data.formats.dialogue_forms import parse_turns
 from data.template import encode_dialogue, encode_text
 from reward.model import load_scalar_model, save_scalar_model
 from reward.score import main
@@ -42,15 +43,12 @@ def models(inputs, tmp_path_factory):
 
 
 def by_hand(path, value) -> float:
+    """The score of a text or of a dialogue."""
     tokenizer, model = load_tokenizer(str(path), "moss_en"), load_scalar_model(str(path), torch.float32, CPU)
-    texts = value if isinstance(value, list) else [*value["prompt"], value["response"]] if "prompt" in value else None
     if isinstance(value, str):
         ids = encode_text(tokenizer, value)
-    elif texts is None:
-        ids, _ = encode_dialogue(tokenizer, value["messages"], "moss_en")
     else:
-        turns = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
-        ids, _ = encode_dialogue(tokenizer, turns, "moss_en")
+        ids, _ = encode_dialogue(tokenizer, parse_turns(value, empty_answer=True), "moss_en")
     with torch.no_grad():
         return float(model(torch.tensor([ids]), torch.ones(1, len(ids)).bool())[0, -1])
 
@@ -62,9 +60,8 @@ def write_lines(path, records) -> str:
 
 @pytest.fixture(scope="module")
 def expected(models) -> list[list[float]]:
-    """A row a record that can be scored, a column a model."""
-    asked = [record if i != 2 else {"prompt": ["Name a tree."], "response": ""} for i, record in enumerate(RECORDS[:5])]
-    return [[by_hand(path, value) for path in models] for value in asked]
+    """A row per record that can be scored, a column per model."""
+    return [[by_hand(path, value) for path in models] for value in RECORDS[:5]]
 
 
 def test_a_file_and_the_order_of_its_records(models, expected, tmp_path, capsys):
@@ -78,8 +75,7 @@ def test_a_file_and_the_order_of_its_records(models, expected, tmp_path, capsys)
     assert rows[4].keys() == {"text", "score"}
     assert rows[5] == {"prompt": "Name a tree.", "score": None, "error": REASON}
     shown = capsys.readouterr()
-    assert shown.out == ""
-    assert f"records: 1 not scored: {REASON}; first at {source}:6" in shown.err
+    assert shown.out == "" and f"records: 1 not scored: {REASON}; first at {source}:6" in shown.err
     assert not list(out.parent.glob("*.partial"))
     again = tmp_path / "again.jsonl"
     main(["--model", str(models[0]), "--input", str(out), "--output", str(again), *flags])  # what it wrote, it reads
@@ -100,16 +96,17 @@ def test_several_models_and_a_column(models, expected, tmp_path, capsys):
 
 def test_a_pipe(models, expected):
     """Results come while the input is still open, alone on standard output; a reader who has seen enough may leave."""
-    command = [sys.executable, "-m", "reward.score", "--model", str(models[0]), "--input", "-", "--dtype", "fp32"]
+    flags = ["--input", "-", "--dtype", "fp32", "--chunk_size", str(len(RECORDS))]
+    command = [sys.executable, "-m", "reward.score", "--model", str(models[0]), *flags]
     text = "".join(json.dumps(record) + "\n" for record in RECORDS)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     buffered = clean_environment() | {"PYTHONUNBUFFERED": ""}
-    with subprocess.Popen(
-        [*command, "--chunk_size", str(len(RECORDS))], cwd=REPOSITORY, env=buffered, **pipes
-    ) as process:
+    with subprocess.Popen(command, cwd=REPOSITORY, env=buffered, **pipes) as process:
         process.stdin.write(text)
         process.stdin.flush()
-        assert select.select([process.stdout], [], [], 100)[0]
+        ready = select.poll()  # unlike select.select, for file descriptors above 1023, too
+        ready.register(process.stdout, select.POLLIN)
+        assert ready.poll(100_000)
         scores = [json.loads(process.stdout.readline())["score"] for _ in RECORDS]
         process.stdout.close()
         _, error = process.communicate(text * 2, timeout=150)
@@ -122,17 +119,15 @@ ANSWERS = (["Oak.", "Blue.", "Two", "Yes", "No"], ["Oak.", "I do not know.", "It
 QUESTIONS = ["Name a tree.", "Which colour?", "How many?", "Really?", "Do you know?"]
 
 
-def answers(tmp_path, **changes) -> list[str]:
-    """Two files of answers to the questions."""
-    files = []
-    for name, column in zip(("a", "b"), ANSWERS, strict=True):
-        records = [{"prompt": q, "response": r} for q, r in zip(QUESTIONS, column, strict=True)]
-        files.append(write_lines(tmp_path / f"{name}.jsonl", changes.get(name, records)))
-    return files
+def answer_files(tmp_path, *columns: list[dict]) -> list[str]:
+    """A file per column: the questions, in order, with what the column holds of each."""
+    rows = [[{"prompt": q} | cell for q, cell in zip(QUESTIONS, column, strict=False)] for column in columns]
+    return [write_lines(tmp_path / f"{k}.jsonl", records) for k, records in enumerate(rows)]
 
 
 def test_comparison_of_two_files(models, tmp_path, capsys):
-    files, out = answers(tmp_path), tmp_path / "new" / "table.json"
+    files = answer_files(tmp_path, *([{"response": text} for text in column] for column in ANSWERS))
+    out = tmp_path / "new" / "table.json"
     differences = []
     for question, *pair in zip(QUESTIONS, *ANSWERS, strict=True):
         scores = [[by_hand(path, [question, answer]) for path in models] for answer in pair]
@@ -144,16 +139,12 @@ def test_comparison_of_two_files(models, tmp_path, capsys):
     wins, losses = (sum(sign * d > margin for d in differences) for sign in (1, -1))
     assert wins + losses == 2
     assert (table["win"][0], table["tie"][0], table["lose"][0]) == (wins / 5, 3 / 5, losses / 5)
-    low, high = table["tie"][1:]
-    assert (low, high) == pytest.approx((0.2307, 0.8824), abs=1e-4)  # Wilson, 3 of 5
+    assert table["tie"][1:] == pytest.approx((0.2307, 0.8824), abs=1e-4)  # Wilson, 3 of 5
     shown = capsys.readouterr().out
     assert re.search(r"5 prompts.*\n.*\ntie +3 +60.0 %   \[23.1, 88.2\]\n", shown)
 
 
 def test_comparison_by_scores_that_are_there(tmp_path, capsys):
-    rows = [
-        [{"prompt": q, "response": "x", "score": s} for q, s in zip(QUESTIONS, c)]
-        for c in ([3, 2, 1, 9], [1, 2, 3.5, 8])
-    ]
-    main(["--compare", *answers(tmp_path, a=rows[0], b=rows[1])])
+    columns = [[{"response": "x", "score": x} for x in scores] for scores in ([3, 2, 1, 9], [1, 2, 3.5, 8])]
+    main(["--compare", *answer_files(tmp_path, *columns)])
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:4]] == ["2", "1", "1"]

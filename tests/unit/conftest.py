@@ -1,4 +1,4 @@
-"""Tokenizers for the tests: a published 32,000-piece LLaMA-format one, a tiny one and a chat one trained here."""
+"""Tokenizers for the tests: a published one of 32,000 pieces in LLaMA's format, a tiny one, one with ChatML tags."""
 
 import importlib.util
 import os
@@ -6,14 +6,10 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+
+from tests.helpers.families import FAMILIES, family_tokenizer
 
 SAMPLES = Path(__file__).parents[2] / "data" / "samples"
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 @pytest.fixture(scope="session")
@@ -49,19 +45,8 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def chat_folder(tmp_path_factory) -> Path:
     """A byte-level tokenizer with ChatML tags and template, and no bos, as the small chat models have it."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=alphabet, special_tokens=special, show_progress=False
-    )
-    tokenizer.train([str(file) for file in sorted(SAMPLES.glob("*/prompts/train.json"))], trainer)
     folder = tmp_path_factory.mktemp("chat")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
-    fast.chat_template = CHATML
-    fast.save_pretrained(folder)
+    family_tokenizer(FAMILIES["ChatML"]).save_pretrained(folder)
     return folder
 
 

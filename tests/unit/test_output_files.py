@@ -66,5 +66,4 @@ def test_a_logdir_that_cannot_be_made_is_named(tmp_path):
 
 def test_a_curve_of_one_line():
     assert sparkline([2.0, 0.0, 7.0]) == "▃▁█"
-    assert sparkline([5.0]) == "▁"
     assert sparkline([0.0] * 15 + [1.0], width=8) == "▁▁▁▁▁▁▁█"  # every second value, the last one included

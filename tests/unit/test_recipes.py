@@ -42,15 +42,6 @@ def test_sft(recipe, tmp_path):
     assert (config.lr, config.batch_size, config.lr_schedule) == (2e-5, 1024, "cosine")
 
 
-def test_sft_with_one_data_set_and_another_folder(recipe, tmp_path):
-    argv = recipe("sft/run.sh", "--model_save_path", str(tmp_path / "other"), DATA="a")
-    config = parse_args(SFTConfig, argv[2:])
-    assert (config.data_path, config.data_weights) == (["a"], [])
-    assert config.model_save_path == str(tmp_path / "other")
-    assert (tmp_path / "other" / "train.log").is_file()
-    assert not (tmp_path / "out").exists()
-
-
 def test_paths_reach_the_command_as_they_are(recipe, tmp_path):
     """Spaces, quotes and what a shell would run, in every path of a recipe."""
     place = tmp_path / 'it\'s "a" $(touch ran) `touch ran`; touch ran & more'

@@ -8,7 +8,7 @@ import torch
 from data.preferences import Pair, Preference
 from reward.batches import Comparison, pair_index
 from reward.config import RewardConfig
-from reward.encode import encode_all, encode_preference, load_comparisons
+from reward.encode import encode_preference, load_comparisons
 from tests.helpers.tiny import tiny_tokenizer_folder
 from utils.tokenizer import load_tokenizer
 
@@ -57,13 +57,6 @@ def test_a_long_answer_cuts_the_history_of_all_its_rivals_alike(tokenizer):
     assert item.padded_tokens == 3 * len(item.answers[2])
 
 
-def test_what_does_not_fit_and_subsets_that_are_gone_are_named(tokenizer):
-    said = []
-    pairs = [preference("A", "B", history=[{"role": "user", "content": "Hi"}]), preference("A " * 60, "B", subset="x")]
-    assert len(encode_all(pairs, tokenizer, "moss_en", 60, said.append)) == 1
-    assert said[0].startswith("preferences: 1 dropped") and said[1].endswith("no preference of the subset 'x' is left")
-
-
 def test_held_out_labels_stay_as_people_gave_them(tokenizer, tmp_path):
     records = [{"prompt": "Hi", "chosen": "a", "rejected": "b", "mean preference difference": x} for x in (2, -1)]
     for name in ("train.json", "valid.json"):
@@ -87,8 +80,3 @@ def test_rows_of_pairs_follow_the_answers_and_every_prompt_weighs_one():
     assert index.worse.tolist() == [0, 3, 4, 4, 6]
     assert torch.equal(index.weights, torch.tensor([1, 1 / 3, 1 / 3, 1 / 3, 1]))
     assert index.margins.tolist() == [0, 0, 1, 2, 0]
-
-
-@pytest.mark.parametrize(("pairs", "best"), [([(1, 0)], 1), ([(1, 0), (2, 0), (2, 1)], 2), ([(0, 2), (1, 2)], 0)])
-def test_the_best_answer_is_beaten_by_none(pairs, best):
-    assert comparison(*pairs, answers=3).best == best

@@ -1,11 +1,9 @@
 """reward/model.py: loading of the three layouts, saving, and refused models."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 import utils.models.padding_free
 from reward.model import (
@@ -35,34 +33,16 @@ def right_padded(pad_id: int = 0):
     return ids, mask
 
 
-def moss_folder(folder, suffix: str):
-    """Causal-LM keys and `reward_head.weight`, in two shards with an index."""
-    state = tiny_llama(seed=3).state_dict()
-    state["reward_head.weight"] = torch.linspace(-1, 1, 64).unsqueeze(0)
-    tiny_llama_config().save_pretrained(folder)
-    names = sorted(state)
-    stem, half = "pytorch_model" if suffix == "bin" else "model", len(names) // 2
-    index = {}
-    for number, part in enumerate((names[:half], names[half:]), start=1):
-        file = f"{stem}-0000{number}-of-00002.{suffix}"
-        tensors = {name: state[name].contiguous() for name in part}
-        if suffix == "bin":
-            torch.save(tensors, folder / file)
-        else:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(part, file)
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    return state
-
-
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     return tiny_llama_folder(tmp_path_factory.mktemp("plain"))
 
 
-@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
-def test_moss_layout_scores_with_its_head_on_the_last_hidden_state(tmp_path, suffix):
-    state = moss_folder(tmp_path, suffix)
+def test_moss_layout_scores_with_its_head_on_the_last_hidden_state(tmp_path):
+    """Causal-LM keys and `reward_head.weight`."""
+    state = tiny_llama(seed=3).state_dict() | {"reward_head.weight": torch.linspace(-1, 1, 64).unsqueeze(0)}
+    tiny_llama_config().save_pretrained(tmp_path)
+    torch.save(state, tmp_path / "pytorch_model.bin")
     model = load_scalar_model(str(tmp_path), FP32, CPU)
     ids, mask = right_padded()
     hidden = tiny_llama(seed=3).model(input_ids=ids[1:2, :5]).last_hidden_state
@@ -70,23 +50,12 @@ def test_moss_layout_scores_with_its_head_on_the_last_hidden_state(tmp_path, suf
     torch.testing.assert_close(last_scores(model(ids, mask), mask)[1], expected)
 
 
-def test_sequence_classification_folder_gives_its_own_scores(tmp_path):
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        other = LlamaForSequenceClassification(tiny_llama_config(num_labels=1, pad_token_id=0)).eval()
-    other.save_pretrained(tmp_path)
-    ids, mask = right_padded()
-    model = load_scalar_model(str(tmp_path), FP32, CPU)
-    torch.testing.assert_close(last_scores(model(ids, mask), mask), other(ids).logits.squeeze(1))
-
-
 def test_a_causal_lm_gets_a_seeded_head_of_the_right_scale(plain):
     lines = []
     model = load_scalar_model(str(plain), FP32, CPU, seed=7, say=lines.append)
     assert "no reward head" in lines[0]
-    assert torch.equal(model.head.weight, new_head_weight(64, 7)) and not torch.equal(
-        *map(new_head_weight, (64, 64), (7, 8))
-    )
+    assert torch.equal(model.head.weight, new_head_weight(64, 7))
+    assert not torch.equal(new_head_weight(64, 7), new_head_weight(64, 8))
     weight = new_head_weight(4096, 0)
     assert weight.std().item() == pytest.approx(1 / 4097**0.5, rel=0.05)
     assert abs(weight.mean().item()) < 4 / 4097  # four standard errors of a mean of 4096
@@ -97,8 +66,7 @@ def test_saved_folder_gives_the_same_scores_in_transformers(plain, tmp_path):
     model = load_scalar_model(str(plain), FP32, CPU, say=str)
     save_scalar_model(model, str(tmp_path / "out"), tokenizer=tokenizer)
     other, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
+    assert not report["missing_keys"] and not report["unexpected_keys"]
     ids, mask = right_padded(tokenizer.pad_token_id)
     ours = last_scores(model(ids, mask), mask)
     torch.testing.assert_close(ours, other(ids, attention_mask=mask.long()).logits.squeeze(1))
@@ -146,10 +114,7 @@ def test_a_center_is_kept_in_the_config_and_taken_off_every_score(plain, tmp_pat
     theirs = other(ids, attention_mask=mask.long()).logits.squeeze(1)
     torch.testing.assert_close(theirs - other.config.score_center, raw - 0.75)
     save_scalar_model(once, str(tmp_path / "twice"), center=-0.5)
-    twice = load_scalar_model(str(tmp_path / "twice"), FP32, CPU)
-    torch.testing.assert_close(last_scores(twice(ids, mask), mask), raw - 0.25)
-    save_scalar_model(once, str(tmp_path / "back"), center=-0.75)
-    assert load_scalar_model(str(tmp_path / "back"), FP32, CPU).score_center == 0.0
+    assert load_scalar_model(str(tmp_path / "twice"), FP32, CPU).score_center == 0.25
 
 
 def test_dropout_only_if_set_and_in_training(tmp_path):
@@ -165,15 +130,6 @@ def test_dropout_only_if_set_and_in_training(tmp_path):
         del layer.self_attn.attention_dropout
     with pytest.raises(UserError, match="--simcse_coef: a llama model has no dropout"):
         set_dropout(model, 0.5)
-
-
-def test_values_are_zero_at_padding_and_do_not_depend_on_it(plain):
-    model = load_scalar_model(str(plain), FP32, CPU, say=str)
-    ids, mask = right_padded()
-    values = model(ids, mask)
-    assert values.shape == (3, 9)
-    assert torch.equal(values[1, 5:], torch.zeros(4))
-    torch.testing.assert_close(values[1, :5], model(ids[1:2, :5], mask[1:2, :5])[0])
 
 
 def test_bf16_weights_stay_bf16_and_scores_are_float32(plain, monkeypatch):
@@ -209,24 +165,3 @@ def test_nll_of_the_answer_is_the_causal_lms_own(plain):
     logprobs = tiny_llama()(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
     expected = -logprobs[answer[:, 1:]].sum()
     torch.testing.assert_close(model(ids, mask, answer)[1], expected)
-
-
-def test_refused_models(tmp_path, plain):
-    def refused(match: str, path, **options):
-        with pytest.raises(UserError, match=match):
-            load_scalar_model(str(path), FP32, CPU, say=str, **options)
-
-    two = tmp_path / "two"
-    LlamaForSequenceClassification(tiny_llama_config(num_labels=2)).save_pretrained(two)
-    refused("2 labels", two)
-    small = tiny_llama_folder(tmp_path / "small", vocab=390)
-    refused("390 token embeddings", small, tokenizer=load_tokenizer(str(small)))
-    save_scalar_model(load_scalar_model(str(plain), FP32, CPU, say=str), str(tmp_path / "scalar"))
-    refused("without an LM head", tmp_path / "scalar", with_lm_head=True)
-    refused("has no reward head", plain, trained=True)
-    config = tmp_path / "scalar" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"score_center": "high"}))
-    refused("score_center 'high' .*is not a number", tmp_path / "scalar")
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"score_center": 0.0}))
-    with pytest.raises(UserError, match=r"--policy_model_path.*no weights for lm_head"):
-        load_causal_lm(str(tmp_path / "scalar"), FP32, CPU, flag="--policy_model_path")

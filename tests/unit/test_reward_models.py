@@ -2,19 +2,18 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 import ppo.score
 from data.chat import TurnEnd
-from data.template import encode_dialogue
+from data.formats.dialogue_forms import parse_turns
+from data.template import encode_dialogue, encode_prompt
 from ppo.rollout import assemble
 from ppo.score import closed_ids, reward_scores
 from ppo.types import PromptBatch
 from reward.model import load_scalar_model, save_scalar_model
 from reward.scoring.ensemble import Encoding, Ensemble, Frozen, Member
-from reward.scoring.load import check_same_tokenizer, load_ensemble, reward_readers
-from tests.helpers.parts import PROMPTS, RESPONSES, ppo_config, rollout_by_hand, tiny_scalar_model
+from reward.scoring.load import load_ensemble, reward_readers
+from tests.helpers.parts import ppo_config, tiny_scalar_model
 from tests.helpers.tiny import VOCAB, tiny_llama_folder, tiny_tokenizer_folder
 from utils.errors import UserError
 from utils.tokenizer import load_tokenizer, save_tokenizer
@@ -43,15 +42,7 @@ def other(folder):
     return load_tokenizer(str(folder / "other"), "moss_en")
 
 
-TURNS = [
-    [{"role": "user", "content": "Why is the sky blue?"}],
-    [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello!"},
-        {"role": "user", "content": "Name a tree."},
-    ],
-    [{"role": "user", "content": "Count to five."}],
-]
+TURNS = [parse_turns(x) for x in (["Why is the sky blue?"], ["Hi", "Hello!", "Name a tree."], ["Count to five."])]
 ANSWERS = ["Because of the air.", "Oak, wren or carp", ""]
 ENDED = [True, False, True]
 
@@ -60,10 +51,7 @@ ENDED = [True, False, True]
 def batch(ours):
     """(rollout, prompts) of three answers; the second was cut off at its longest."""
     ids = [ours.encode(text, add_special_tokens=False) + [ours.eos_token_id] * e for text, e in zip(ANSWERS, ENDED)]
-    prompt_ids = [
-        encode_dialogue(ours, [*turns, {"role": "assistant", "content": ""}], "moss_en")[0] for turns in TURNS
-    ]
-    prompt_ids = [row[:-1] for row in prompt_ids]
+    prompt_ids = [encode_prompt(ours, turns, "moss_en") for turns in TURNS]
     rollout = assemble(prompt_ids, [torch.tensor(row) for row in ids], ours.eos_token_id, 0)
     return rollout, PromptBatch(prompt_ids, TURNS, [0, 1, 2])
 
@@ -112,14 +100,6 @@ def test_every_rank_does_as_many_forwards_on_the_detour(ours, other, batch, monk
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
 
 
-def test_a_response_cut_off_gets_an_eos_within_the_window():
-    rollout = rollout_by_hand()  # the third response is empty, the fourth was cut off: 5 + 8 tokens
-    whole = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES)]
-    end = TurnEnd((2,), 2)
-    assert closed_ids(rollout, end) == closed_ids(rollout, end, 14) == [*whole[:2], [*whole[2], 2], [*whole[3], 2]]
-    assert closed_ids(rollout, end, 13)[3] == [*whole[3][:-1], 2]
-
-
 def test_a_response_is_closed_as_the_template_ends_a_turn():
     """End token 2 and 10 behind it: what was cut off gets both, what ended in another stop id has them in its place."""
     rollout = assemble([[1, 5]] * 4, [torch.tensor(ids) for ids in ([6, 2], [6, 3], [6, 7], [])], (2, 3), 0)
@@ -139,9 +119,7 @@ def model_folder(path, tokenizer=None):
 def read_by(path: str, tokenizer, **flags) -> tuple | None:
     """What `reward_readers` says of one model: None, it reads the policy's ids; else (vocabulary, template)."""
     said = []
-    flags = {name: [value] for name, value in flags.items() if name != "template"} | {
-        "template": flags.get("template", "moss_en")
-    }
+    flags = {"template": "moss_en"} | {k: x if k == "template" else [x] for k, x in flags.items()}
     (reader,) = reward_readers(ppo_config(reward_model_path=[path], **flags), tokenizer, said.append)
     assert bool(said) == bool(reader.own)
     return reader.own and (len(reader.own[0]), reader.own[1])
@@ -180,36 +158,17 @@ def test_each_is_loaded_with_its_tokenizer_and_window(tmp_path, ours, other):
     assert (ensemble.rule, ensemble.std_coef) == ("mean_minus_std", 0.5)
 
 
-def byte_level(eos: str) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<a>", "<b>"], show_progress=False)
-    tokenizer.train_from_iterator(["one two three"], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, chat_template=CHAT)
-
-
-def test_who_reads_the_policys_ids_in_a_chat_template(tmp_path):
-    policy = byte_level("<a>")
-    same, other_end, without = byte_level("<a>"), byte_level("<b>"), byte_level("<a>")
-    without.chat_template = None
+def test_who_reads_the_policys_ids_in_a_chat_template(tmp_path, chat_folder):
+    policy, same, other_end = (load_tokenizer(str(chat_folder), "chat") for _ in range(3))
+    policy.chat_template = same.chat_template = other_end.chat_template = CHAT
+    other_end.eos_token = "<|im_start|>"
     assert read_by(model_folder(tmp_path / "same", same), policy, template="chat") is None
     assert read_by(model_folder(tmp_path / "end", other_end), policy, template="chat") == (len(policy), "chat")
-    assert read_by(model_folder(tmp_path / "without", without), policy, template="chat") is None
 
 
 def test_what_cannot_be_read_is_refused(tmp_path, folder, ours):
-    def refused(match: str, call, *arguments, **flags) -> None:
-        with pytest.raises(UserError, match=match) as error:
-            call(*arguments, **flags)
-        assert "\n" not in str(error.value)
-
     without = model_folder(tmp_path / "without")
     another = model_folder(tmp_path / "another", load_tokenizer(str(folder / "other")))
-    tokenizer = "reward_tokenizer_name_or_path"
-    refused(f"--reward_template chat: .*give --{tokenizer}", read_by, without, ours, reward_template="chat")
-    refused("^--reward_template chat: .*no chat template", read_by, another, ours, reward_template="chat")
-    refused(f"^--{tokenizer}: /nowhere does not exist", read_by, without, ours, **{tokenizer: "/nowhere"})
-    refused("--reward_template is missing: .*another", read_by, another, byte_level("<a>"), template="chat")
-    refused("--critic_model_path .*another.*--reward_model_path", check_same_tokenizer, another, "--critic_model_path",
-            ours, "moss_en")  # fmt: skip
+    for path, remedy in ((without, "give --reward_tokenizer_name_or_path"), (another, "no chat template")):
+        with pytest.raises(UserError, match=f"--reward_template chat: .*{remedy}"):
+            read_by(path, ours, reward_template="chat")

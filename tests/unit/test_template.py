@@ -1,19 +1,10 @@
 """Dialogues to ids: stretches as SentencePiece encodes them, masks, and dialogues that begin with their prompts."""
 
-import random
-
-import pytest
 from sentencepiece import SentencePieceProcessor
 from tokenizers.processors import TemplateProcessing
 
-from data.template import decode_answer, encode_dialogue, encode_prompt, encode_text, last_answer
-from utils.errors import UserError
+from data.template import decode_answer, encode_dialogue, encode_prompt, encode_text
 from utils.tokenizer import load_tokenizer
-
-ANSWERS = [
-    "Fine, thanks.", ":) smile", "// comment", ": colon", "你好！我很好。", "😀 emoji 👍🏽", "def f(x):\n    return  x",
-    "</s> spelt out", "<|im_end|> spelt out", "2", "…",
-]  # fmt: skip
 
 
 def turns_of(*texts: str) -> list[dict]:
@@ -43,46 +34,6 @@ def test_moss_zh_is_stretches_between_tags(llama_model):
     assert [spelt.count(i) for i in (1, 2, 32000, 32001)] == [1, 1, 1, 1]
 
 
-@pytest.fixture(params=["llama moss_en", "llama moss_zh", "tiny moss_en", "chat moss_en", "chat moss_zh", "chat chat"])
-def setting(request):
-    kind, template = request.param.split()
-    fixture = {"llama": "llama_model", "tiny": "tiny_model", "chat": "chat_folder"}[kind]
-    return load_tokenizer(str(request.getfixturevalue(fixture)), template), template
-
-
-def random_answers(count: int) -> list[str]:
-    rng = random.Random(3)
-    parts = [*"abcs :;)(.,!?-\n", "  ", "ing", "的", "好", "😀", "://", "))", "::"]
-    texts = ("".join(rng.choices(parts, k=rng.randint(1, 12))).strip() for _ in range(count))
-    return [text for text in texts if text]
-
-
-def test_a_dialogue_begins_with_its_prompt_and_the_answer_can_be_decoded(setting):
-    tokenizer, template = setting
-    for answer in ANSWERS + random_answers(60):
-        turns = turns_of("What?", ":-) yes", "And then?", answer)
-        prompt = encode_prompt(tokenizer, turns[:-1], template)
-        ids, mask = encode_dialogue(tokenizer, turns, template)
-        last = last_answer(mask)
-        assert ids[: len(prompt)] == prompt and last.start == len(prompt) and len(mask) == len(ids)
-        assert ids[last].index(tokenizer.eos_token_id) == last.stop - last.start - 1
-        assert tokenizer.decode(ids[last.stop :]) == ("\n" if template == "chat" else "")  # ChatML's
-        assert decode_answer(tokenizer, ids[len(prompt) :]) == answer
-
-
-def test_an_answer_keeps_its_ids_in_the_history(setting):
-    tokenizer, template = setting
-    for answer in ANSWERS:
-        ids, mask = encode_dialogue(tokenizer, turns_of("What?", answer), template)
-        longer, long_mask = encode_dialogue(tokenizer, turns_of("What?", answer, "More?", "No."), template)
-        if template == "chat" and tokenizer.eos_token in answer:
-            continue  # in the rendered history, a tag written out is a tag
-        assert (longer[: len(ids)], long_mask[: len(mask)]) == (ids, mask)
-        eos = [tokenizer.eos_token_id]
-        parts = tokenizer.decode(inside(longer, long_mask)).split(tokenizer.decode(eos))
-        assert inside(longer, long_mask).count(eos[0]) == 2 and parts[-2].strip() == "No."
-
-
 def test_an_answer_that_would_merge_with_the_colon(llama_model):
     """Generation starts after a fixed "Assistant:" and cannot produce the piece "://"."""
     sp, tokenizer = SentencePieceProcessor(str(llama_model)), load_tokenizer(str(llama_model), "moss_en")
@@ -92,41 +43,20 @@ def test_an_answer_that_would_merge_with_the_colon(llama_model):
     assert answer == [sp.piece_to_id(piece) for piece in ("//", "▁x", "</s>")]
 
 
-def test_system_turns(tiny_model, chat_folder):
-    system = [{"role": "system", "content": "Be brief."}]
+def test_a_system_turn_is_folded_into_the_first_question(tiny_model):
     tokenizer = load_tokenizer(str(tiny_model), "moss_en")
     folded = encode_prompt(tokenizer, turns_of("Be brief.\n\nHi"), "moss_en")
-    assert encode_prompt(tokenizer, system + turns_of("Hi"), "moss_en") == folded
-    chat = load_tokenizer(str(chat_folder), "chat")
-    text = chat.decode(encode_prompt(chat, system + turns_of("Hi"), "chat"))
-    expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert text == expected
+    assert encode_prompt(tokenizer, [{"role": "system", "content": "Be brief."}, *turns_of("Hi")], "moss_en") == folded
 
 
-def test_chat_is_the_tokenizers_own_template_with_one_bos(chat_folder):
+def test_a_chat_prompt_has_the_templates_bos_alone(chat_folder):
     """Some tokenizers put a BOS before all texts that they encode, and their template writes one, too."""
     tokenizer, turns = load_tokenizer(str(chat_folder), "chat"), turns_of("Hi", "Hello", "Bye", "See you")
-    own = tokenizer.apply_chat_template(turns[:3], add_generation_prompt=True, return_dict=False)
-    assert encode_prompt(tokenizer, turns[:3], "chat") == own
     expected, tag = encode_dialogue(tokenizer, turns, "chat"), "<|im_start|>"
-    assert tokenizer.decode(inside(*expected)) == "Hello<|im_end|>See you<|im_end|>"
     special = [(tag, tokenizer.convert_tokens_to_ids(tag))]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{tag} $A", special_tokens=special)
     assert tokenizer.encode("Hi")[0] == special[0][1]
     assert encode_dialogue(tokenizer, turns, "chat") == expected
-
-
-def test_a_chat_template_that_rewrites_the_history_or_refuses(chat_folder):
-    tokenizer = load_tokenizer(str(chat_folder), "chat")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "[{{ m.role }}]{{ m.content.split('</think>')[-1] if not loop.last else m.content }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    encoded = encode_dialogue(tokenizer, turns_of("Hi", "<think>x</think>Hello", "Bye", "See you"), "chat")
-    assert tokenizer.decode(inside(*encoded)) == "See you<|im_end|>"  # the history has another first answer
-    with pytest.raises(UserError, match=r"--template chat.*no system role"):
-        encode_prompt(tokenizer, [{"role": "system", "content": "x"}, *turns_of("Hi")], "chat")
 
 
 def test_texts_and_decoded_answers(llama_model, chat_folder, tiny_model):

@@ -38,7 +38,7 @@ def assert_same_ids_everywhere(model, folder, template):
     ours = load_tokenizer(str(model), template)
     save_tokenizer(ours, folder)
     elsewhere, again = AutoTokenizer.from_pretrained(folder), load_tokenizer(str(folder), template)
-    for text in TEXTS + random_texts(300):
+    for text in TEXTS + random_texts(100):
         expected = reference.encode(text)
         for tokenizer in (ours, elsewhere, again):
             assert plain(tokenizer, text) == expected, (type(tokenizer).__name__, text)
@@ -49,9 +49,7 @@ def assert_same_ids_everywhere(model, folder, template):
         assert len(tokenizer) == len(ours)
 
 
-@pytest.mark.parametrize(
-    ("model", "template"), [("llama_model", "moss_en"), ("llama_model", "moss_zh"), ("tiny_model", "moss_zh")]
-)
+@pytest.mark.parametrize(("model", "template"), [("llama_model", "moss_en"), ("tiny_model", "moss_zh")])
 def test_ids_are_sentencepieces_own_here_and_elsewhere(request, tmp_path, model, template):
     assert_same_ids_everywhere(request.getfixturevalue(model), tmp_path, template)
 
@@ -70,13 +68,6 @@ def test_special_ids_of_a_bare_file_and_of_a_published_folder_with_empty_ones(ll
         tokenizer = load_tokenizer(str(path), "moss_en")
         ids = (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
         assert ids == (0, 1, 2, 0) and len(tokenizer) == 32000
-
-
-def test_moss_zh_tags_get_the_published_ids(llama_model, tiny_model):
-    tags = ["<|Human|>", "<|MOSS|>"]
-    assert load_tokenizer(str(llama_model), "moss_zh").convert_tokens_to_ids(tags) == [32000, 32001]
-    assert load_tokenizer(str(tiny_model), "moss_zh").convert_tokens_to_ids(tags) == [1500, 1501]
-    assert tags[0] not in load_tokenizer(str(tiny_model), "moss_en").get_vocab()
 
 
 def test_recorded_added_tokens_keep_their_ids(tiny_model, tmp_path):
@@ -98,21 +89,7 @@ def test_added_tokens_with_a_gap_are_refused(tiny_model, tmp_path):
         load_tokenizer(str(tmp_path), "moss_zh")
 
 
-def test_exported_folder_beside_a_llama_config(llama_model, tmp_path):
-    """Beside a model, AutoTokenizer also sees config.json, and must not swap in a class that changes ids."""
-    ours = load_tokenizer(str(llama_model), "moss_en")
-    save_tokenizer(ours, tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
-    elsewhere = AutoTokenizer.from_pretrained(tmp_path)
-    for text in TEXTS:
-        assert plain(elsewhere, text) == plain(ours, text)
-    tagged = "<s>Human:Hi  there</s>Assistant:"
-    expected = encode_prompt(ours, [{"role": "user", "content": "Hi  there"}], "moss_en")
-    assert elsewhere.encode(tagged, add_special_tokens=False) == expected
-
-
 HISTORIES = [
-    ["What?  ", "Nothing.", "你好 😀"],
     ["Say it.", '"Quoted" words', "And a list?", "- one\n- two", "Code?", "`x = 1`", "Bold?", "**Yes**", "Thanks"],
     ["你好，今天天气怎么样？", "很好！", "那明天呢？", "“晴”。", "谢谢"],
     ["Smile", ":) // ::", "Again", "Assistant: :)", "Assistant: // Human: go on"],
@@ -120,10 +97,9 @@ HISTORIES = [
 ]
 
 
-@pytest.mark.parametrize("model", ["llama_model", "tiny_model"])
 @pytest.mark.parametrize("template", ["moss_en", "moss_zh"])
-def test_exported_chat_template_prompts_as_ours(request, tmp_path, template, model):
-    tokenizer = load_tokenizer(str(request.getfixturevalue(model)), template)
+def test_exported_chat_template_prompts_as_ours(llama_model, tmp_path, template):
+    tokenizer = load_tokenizer(str(llama_model), template)
     save_tokenizer(tokenizer, tmp_path)
     elsewhere = AutoTokenizer.from_pretrained(tmp_path)
     random_history = [text.strip().replace("</s>", "") or "." for text in random_texts(61)]
@@ -155,8 +131,6 @@ def test_check_vocabulary(tiny_model):
     assert check_vocabulary(tokenizer, 1502, "m") == 1502
     assert check_vocabulary(tokenizer, 1536, "m") == 1536  # a padded embedding stays
     assert check_vocabulary(tokenizer, 1500, "m") == 1502  # the tags resize it
-    with pytest.raises(UserError, match=r"policy \(--policy_model_path x\) has 1400 .*--tokenizer_name_or_path.* 99 "):
-        check_vocabulary(tokenizer, 1400, "policy (--policy_model_path x)")
 
 
 def test_hub_ids_and_paths():
@@ -165,60 +139,17 @@ def test_hub_ids_and_paths():
         assert not is_hub_id(path), path
 
 
-def broken(folder, files: dict[str, str | bytes]) -> str:
-    for name, content in files.items():
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return str(folder)
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({}, "no tokenizer in"),
-        ({"tokenizer.model": b"\x00\x01 not a model"}, "damaged"),
-        ({"tokenizer.model": b""}, "damaged"),
-        ({"tokenizer.model": b"cut", "tokenizer.json": "{}"}, "tokenizer.model is damaged"),
-        ({"vocab.json": '{"a": 0', "merges.txt": ""}, "vocab.json is .*damaged"),
-        ({"tokenizer.json": '{"version": "1.0", "mod'}, "tokenizer.json is .*damaged"),
-        ({"tokenizer.json": "[]"}, "not a JSON object"),
-        ({"vocab.json": '{"a": 0}', "tokenizer_config.json": b"\xff\xfe"}, "tokenizer_config.json is .*damaged"),
-        ({"tokenizer_config.json": "{}", "vocab.txt": ""}, "cannot load|no end-of-sequence"),
-    ],
-)
-def test_bad_folders(tmp_path, files, message):
-    with pytest.raises(UserError, match=message) as error:
-        load_tokenizer(broken(tmp_path, files), "moss_en")
-    assert "--tokenizer_name_or_path" in str(error.value)
-
-
 def test_cut_off_and_other_model_files(tiny_model, tmp_path):
     content = tiny_model.read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"^--model: .* damaged"):
-        load_tokenizer(broken(tmp_path, {"tokenizer.model": content[: len(content) // 2]}), "moss_en", flag="--model")
+        load_tokenizer(str(tmp_path), "moss_en", flag="--model")
     model = train_sentencepiece(tmp_path, add_dummy_prefix=False)
     with pytest.raises(UserError, match=r"--tokenizer_name_or_path: .*not in LLaMA's format"):
         load_tokenizer(str(model), "moss_en")
 
 
-@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "data/nowhere", "nowhere", "nowhere/tokenizer.model"])
-def test_missing_paths_stay_local(path, monkeypatch):
+def test_missing_paths_stay_local(monkeypatch):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("went to the hub"))
     with pytest.raises(UserError, match=r"--tokenizer_name_or_path.*does not exist"):
-        load_tokenizer(path, "moss_en")
-
-
-def test_hub_id_offline(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"--tokenizer_name_or_path: cannot download owner/name.*download it first"):
-        load_tokenizer("owner/name", "moss_en")
-
-
-def test_missing_eos_and_chat_template(chat_folder, tiny_model, tmp_path):
-    shutil.copytree(chat_folder, tmp_path / "no_eos")
-    config_file = tmp_path / "no_eos" / "tokenizer_config.json"
-    config = json.loads(config_file.read_text())
-    config_file.write_text(json.dumps({key: value for key, value in config.items() if key != "eos_token"}))
-    with pytest.raises(UserError, match="no end-of-sequence token"):
-        load_tokenizer(str(tmp_path / "no_eos"), "chat")
-    with pytest.raises(UserError, match="--template chat"):
-        load_tokenizer(str(tiny_model), "chat")
+        load_tokenizer("data/nowhere", "moss_en")

@@ -13,7 +13,6 @@ import shutil
 import signal
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 
 from merge_weight_en import RELEASE as ENGLISH
 from merge_weight_zh import RELEASE as CHINESE
+from tests.helpers.tiny_run import as_argv
 from tests.helpers.weights import LAYOUTS, constant_weights, load_folder, random_weights, save_folder
 from utils.weight_diff import output_folder
 from utils.weight_diff.commands import run
@@ -39,8 +39,8 @@ def folders(tmp_path) -> Path:
 
 def command_line(tmp_path, command="recover", **changes) -> list[str]:
     """A command for a policy, with flags changed (None leaves one out)."""
-    flags = {f"path_{name}": tmp_path / name for name in ("raw", "diff", "tuned")} | {"model_type": "policy"} | changes
-    return [command, *(word for name, x in flags.items() if x is not None for word in (f"--{name}", str(x)))]
+    flags = {f"path_{name}": tmp_path / name for name in ("raw", "diff", "tuned")} | {"model_type": "policy"}
+    return [command, *as_argv(flags | changes)]
 
 
 @pytest.fixture
@@ -72,19 +72,9 @@ def binary(change):
     return lambda folders: save_bin(folders, change(random_weights(1)))
 
 
-def weights(change, side: str = "diff"):
-    """Damage that changes the weights of a side."""
-    return lambda folders: save_folder(folders / side, change(load_folder(folders / side)))
-
-
 def file(name: str, content: bytes | str):
     """Damage that writes a file."""
     return lambda folders: (folders / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def unreadable_even_for_root(folders: Path) -> None:
-    (folders / "raw" / "model.safetensors").unlink()
-    (folders / "raw" / "model.safetensors").symlink_to("/proc/self/mem")
 
 
 def safetensors_with(*offsets: list[int]) -> bytes:
@@ -93,27 +83,18 @@ def safetensors_with(*offsets: list[int]) -> bytes:
     return len(header).to_bytes(8, "little") + header + bytes(max(end for _, end in offsets))
 
 
-INDICES = ("{", "[]", "[" * 200_000, '{"weight_map": 3}', "{}", '{"weight_map": {"x": "../diff/y"}}')
+INDICES = ("{", "[" * 200_000, '{"weight_map": 3}', '{"weight_map": {"x": "../diff/y"}}')
 NOT_SAFETENSORS = (b"", b"x" * 100, b"\x10" + bytes(7) + b'{"a": {}}       ')
-NOT_SAFETENSORS += tuple(safetensors_with([0, 64], x) for x in ([32, 96], [0, 64], [-64, 0], [96, 160]))
-HASHES = {"dtype": "float16", "sha256": {}}
-MANIFESTS = (3, {}, {"total": 1}, {"total": 1, "raw": HASHES, "tuned": HASHES})
-MANIFESTS += ({"total": 1, "tuned": HASHES | {"dtype": "int8"}},)
+NOT_SAFETENSORS += tuple(safetensors_with([0, 64], x) for x in ([32, 96], [-64, 0], [96, 160]))
+MANIFESTS = (3, {"total": 1, "tuned": {"dtype": "int8", "sha256": {}}})
 DAMAGE = [
     ("--path_raw: no model.safetensors or pytorch_model.bin", lambda x: (x / "raw" / "model.safetensors").unlink()),
-    ("--path_raw: .*safetensors is not readable", unreadable_even_for_root),
     *((r"--path_raw: .*index\.json is .*damaged", file("raw/model.safetensors.index.json", x)) for x in INDICES),
     *((r"--path_raw: .*safetensors is .*refused", file("raw/model.safetensors", x)) for x in NOT_SAFETENSORS),
     (f"{BIN}not a state dict", binary(lambda x: {"state_dict": x})),
-    (f"{BIN}not a state dict", binary(lambda x: [1, 2])),
     (f"{BIN}{UP_PROJ} is not contiguous", binary(lambda x: x | {UP_PROJ: x[UP_PROJ].T})),
     (f"{BIN}{UP_PROJ} is not contiguous", binary(lambda x: x | {UP_PROJ: torch.zeros(1).expand(1 << 33)})),
     (f"{BIN}its pickle asks for torch.nn.modules.linear", binary(lambda x: torch.nn.Linear(2, 2))),
-    ("--path_diff lacks 8 tensors that --path_raw has: (.*, ){4}.* and 3 more",
-     weights(lambda x: {"model.embed_tokens.weight": x["model.embed_tokens.weight"]})),
-    (r"--path_diff mixes dtypes: .*float32 \(.*up_proj", weights(lambda x: x | {UP_PROJ: x[UP_PROJ].float()})),
-    *((f"{UP_PROJ} of the recovered .* NaN or Inf", weights(lambda x, y=y: x | {UP_PROJ: x[UP_PROJ] + y}, side))
-      for side, y in (("raw", torch.nan), ("diff", torch.inf), ("diff", -torch.inf))),
     ("values beyond the range of float16; pass --dtype float32",
      lambda x: [save_folder(x / side, constant_weights(4e4, torch.float16)) for side in ("raw", "diff")]),
     *(("--path_diff: .*weight_manifest.json is .*damaged", file("diff/weight_manifest.json", json.dumps(x)))
@@ -130,34 +111,21 @@ def test_damaged_folders(folders, refused, pattern, damage):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kept", ["absent name", None, 0, 3, 40, 0.5, -1])
+@pytest.mark.parametrize("kept", ["absent name", None, 40, -1])
 def test_missing_or_truncated_shard(folders, refused, layout, kept):
     shutil.rmtree(folders / "diff")
     save_folder(folders / "diff", random_weights(2, torch.float16), layout, shards=2)
     (shard,), (index,) = (list((folders / "diff").glob(name)) for name in ("*-00001-of-00002.*", "*.index.json"))
     content, names = shard.read_bytes(), json.loads(index.read_text())
     if kept == "absent name":
-        index.write_text(json.dumps({"weight_map": names["weight_map"] | {f"x{i}": shard.name for i in range(7)}}))
-        refused("--path_diff: the index names tensors that are not in .*: x0, x1, x2, x3, x4 and 2 more;")
+        index.write_text(json.dumps({"weight_map": names["weight_map"] | {"x0": shard.name}}))
+        refused("--path_diff: the index names tensors that are not in .*: x0;")
     elif kept is None:
         shard.unlink()
         refused(f"--path_diff: .*diff lacks {shard.name}, which its index names")
     else:
-        shard.write_bytes(content[: int(kept * len(content)) if 0 < kept < 1 else kept])
+        shard.write_bytes(content[:kept])
         refused(f"--path_diff: .*{shard.name} is .*truncated.*copy it again")
-
-
-@pytest.mark.parametrize("flag", ["path_raw", "path_diff"])
-def test_target_is_an_input(folders, refused, flag):
-    source = folders / flag.removeprefix("path_")
-    (folders / "link").symlink_to(source)
-    for target in (folders / "link", source / ".." / source.name):
-        refused(f"--path_tuned .* is the folder of --{flag}", path_tuned=target)
-
-
-def test_no_space(refused, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
-    refused(r"--path_tuned .* needs .* GB, but .* GB are free")
 
 
 def test_the_disk_fills_up(refused):
@@ -182,7 +150,6 @@ def repacked(content: bytes, compression: int = zipfile.ZIP_STORED, **changed) -
 
 REPACKED = [
     ("do not agree", {"data0": lambda data: data[:-2]}),
-    ("do not agree", {"data0": lambda data: data + b"xx"}),
     ("do not agree", {"datapkl": lambda pickled: pickled.replace(b"Kd", b"K\xc8")}),  # 200 elements, not 100
     ("big-endian", {"byteorder": lambda _: b"big"}),
     ("compressed", {"compression": zipfile.ZIP_DEFLATED}),
@@ -199,10 +166,8 @@ def test_a_storage_that_is_not_its_record_is_refused(folders, refused, pattern, 
 
 PATCHES = [
     lambda index, value: (index + 10**6, value),
-    lambda index, value: (index - 10**6, value),
     lambda index, value: (index.flip(0), value),
     lambda index, value: (index, value[1:].clone()),
-    lambda index, value: (index.long(), value),
     lambda index, value: (index,),
 ]
 
@@ -221,14 +186,10 @@ def test_damaged_patch(folders, refused, change):
 
 
 def test_what_the_commands_are_not_for(folders, refused):
-    """A model of another architecture, a recovered model in place of a diff, a base of another language."""
-    model = random_weights(2, torch.float16, reward_head=True)
-    save_folder(folders / "other", {name: value for name, value in model.items() if name != UP_PROJ})
-    paths = {"path_diff": folders / "new", "path_tuned": folders / "other"}
-    refused(f"--path_tuned lacks 1 tensors .*: {UP_PROJ};", command="make_diff", **paths)
+    """A recovered model in place of a diff, a base of another language."""
     run(ENGLISH, "", command_line(folders, path_tuned=folders / "model"))
     refused("--path_diff .* is a recovered model", path_diff=folders / "model")
-    save_folder(folders / "diff", model)
+    save_folder(folders / "diff", random_weights(2, torch.float16, reward_head=True))
     refused("published for --model_type reward is 49954.0859; .*not OpenChinese", CHINESE, model_type=None)
 
 
