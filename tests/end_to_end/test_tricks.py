@@ -124,6 +124,6 @@ def test_best_is_the_policy_that_the_rule_names(inputs, tmp_path, capsys, monkey
     main(run_flags(inputs, tmp_path / "three", train_steps=3, **flags))
     monkeypatch.setattr(ppo.run, "evaluate", evaluate)
     main(run_flags(inputs, tmp_path / "four", train_steps=4, best_max_kl=5.8, **flags))
-    assert "best/ = highest eval_score_mean with eval_kl_ref of at most 5.8 nats" in capsys.readouterr().out
+    assert "best/ = highest eval_score_mean with eval_kl_ref up to 5.8 nats" in capsys.readouterr().out
     assert torch.equal(weights("four", "best"), weights("three", "final"))
     assert not torch.equal(weights("four", "best"), weights("four", "final"))
