@@ -34,8 +34,8 @@ demo() { # "$@" goes to train_ppo.py
     --seed "$seed"
     --dtype "$DTYPE"
     --lr 1e-4               # 5e-6 in the paper, for 7 billion parameters
-    --train_steps 36        # 1000 in the paper
-    --warmup_steps 4        # the first tenth
+    --train_steps 30        # 1000 in the paper
+    --warmup_steps 3        # the first tenth
     --batch_size 24         # pairs
     --context_truncate 128  # tokens; the longest pair has about 80
     --micro_batch_tokens 1024
@@ -54,10 +54,10 @@ demo() { # "$@" goes to train_ppo.py
     --zero_stage 2
     --lr 6e-5
     --critic_lr 2e-4
-    --train_steps 12
+    --train_steps 10
     --warmup_steps 2
     --lr_schedule cosine
-    --critic_pretrain_steps 3
+    --critic_pretrain_steps 2
     --kl_penalty_weight 0.1
     --reward_clip 2
     --missing_eos_penalty 1 # or the answers grow until they are cut off
@@ -68,7 +68,7 @@ demo() { # "$@" goes to train_ppo.py
     --maxlen_prompt 100 # of which 52 for the prompt
     --maxlen_res 48     # most answers end before
     --temperature 0.8   # as in evaluations; at 1 more answers of this small model are cut off
-    --save_per_step 15 # steps between evaluations: one, at the end
+    --save_per_step 12 # steps between evaluations: one, at the end
     --num_eval_prompts 32
     --seed "$seed"
   )
