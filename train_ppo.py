@@ -81,7 +81,7 @@ def loop(run) -> None:
         metrics |= rollout_metrics(rollout, scores) | experience_metrics(experience)
         metrics |= {f"lr_{name}": lr[name] for name in models.engines()}
         metrics |= watch.metrics(samples=len(rollout), tokens=int(rollout.response_mask.sum()))
-        if warning := negative_kl_warning(rollout, scores):
+        if warning := negative_kl_warning(scores):
             run.logger.say(warning)
 
         # 5. Write metrics and samples; evaluate, save a checkpoint, stop after a signal.

@@ -18,7 +18,7 @@ from utils.run.start import choose_dtype
 
 
 def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
-    """Returns (before, after, KL of each plain sample of AFTER to BEFORE). Memory: two policies and the reward models.
+    """Returns (before, after, KL of each plain sample of AFTER to BEFORE).
 
     before, after: {"rows": texts, "columns": {name: one number per prompt}}. Columns: scores of reward models and
     function, length, 1 where the response ended with an end token, its negative log-likelihood under its own

@@ -100,7 +100,7 @@ def member_metrics(scores: Scores) -> dict[str, torch.Tensor]:
     return values
 
 
-def negative_kl_warning(rollout: Rollout, scores: Scores) -> str | None:
+def negative_kl_warning(scores: Scores) -> str | None:
     """Returns a warning if this buffer's mean KL is below 0 by more than three standard errors, else None."""
     kl = k1(scores.old_logprobs, scores.ref_logprobs).sum(1)
     if len(kl) < 32 or float(kl.mean() + 3 * kl.std() / len(kl) ** 0.5) >= 0:

@@ -107,8 +107,8 @@ def dynamic_batches(
 ) -> Iterator[list[int]]:
     """Yields batches of indices without end, each of `min_size` to `max_size` items.
 
-    A batch has many short items or few long ones, at least `min_size` and at most `max_size`. The batches depend on
-    lengths and seed only, so that they are the same on all ranks and after resuming.
+    A batch takes items as long as their total length is at most batch_size * mean length: many short items or few long
+    ones. The batches depend on lengths and seed only, so that they are the same on all ranks and after resuming.
     """
     budget = batch_size * sum(lengths) / len(lengths)
     position = 0

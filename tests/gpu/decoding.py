@@ -36,7 +36,7 @@ WAYS = {  # name -> (flags of DecodingOptions, steps that are timed)
 
 
 def check(toy: bool, report) -> None:
-    """Figures MODEL_SLOTS_PROMPT_LENGTHS: those of `time_step` by way. LENGTHS: of prompts, all PROMPT or up to it."""
+    """Figures MODEL_SLOTS_PROMPT_LENGTHS: those of `measure_ways`. LENGTHS: of prompts, all PROMPT or up to it."""
     rate = copy_rate(device(), 1 << 22 if toy else None)
     report(copy_tb_per_s=rate / 1e12, aim_share=AIM)
     for name, shapes in ({"tiny": [(2, 24)]} if toy else SHAPES).items():

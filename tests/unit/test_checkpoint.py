@@ -1,6 +1,6 @@
 """Checkpoints on disk: damage is recognised, old ones are removed, and writing goes on beside the run.
 
-Full disks: tests/faults/test_full_disk.py.
+Full disks: tests/faults/test_kill.py.
 """
 
 import hashlib

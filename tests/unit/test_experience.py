@@ -88,7 +88,7 @@ def test_rollout_metrics_by_hand():
 def test_negative_kl_warning_needs_a_large_batch():
     for count, ref_logprobs, warned in ((64, -0.5, True), (8, -0.5, False), (64, -1.5, False)):
         rollout = rollout_of([[0, 1]] * count)
-        warning = negative_kl_warning(rollout, scores_of(rollout, [0.0] * count, ref_logprobs=ref_logprobs))
+        warning = negative_kl_warning(scores_of(rollout, [0.0] * count, ref_logprobs=ref_logprobs))
         assert ("below 0" in (warning or "")) is warned
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface
 
-ATTENTION = "shapes-only"  # no identifier, so that --attn_implementation does not offer it
+ATTENTION = "shapes-only"  # not an identifier, so that --attn_implementation does not offer it
 
 
 class _FlashShapes(torch.autograd.Function):

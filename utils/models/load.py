@@ -79,8 +79,8 @@ def _loading(folder: Path, flag: str, kernel: str | None = None) -> Iterator[Non
             yield
     except (*DAMAGED, TypeError, AttributeError) as error:
         if kernel and isinstance(error, ImportError):
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--attn_implementation {kernel}: {reason} Install it, or leave the flag out") from error
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise UserError(f"--attn_implementation {kernel}: {reason}. Install it, or leave the flag out") from error
         raise UserError(f"{flag}: cannot load the model in {folder}: {reason_of(error)}") from error
 
 
