@@ -16,8 +16,8 @@ TOKENIZER=${TOKENIZER:-$POLICY_MODEL}
 DATA=${DATA:-data/ppo_data} # a folder with *train.json(l) and *valid.json(l), a file, or a hub id
 OUTPUT=${OUTPUT:-outputs/ppo_en}
 
-# SmolLM2-135M-Instruct learns to answer people in a friendlier way. A lexicon plays the annotator; the reward model is
-# trained on its choices between real replies, PPO sees the reward model alone, and the table at the end shows both.
+# Trains SmolLM2-135M-Instruct to give friendlier answers. A sentiment lexicon labels pairs of real replies, a reward
+# model is trained on these labels, PPO uses the reward model only, and the table at the end has the scores of both.
 demo() { # "$@" goes to train_ppo.py
   local seed cache=.demo/en output=${OUTPUT_DEMO:-outputs/demo_en} reward
   seed=$(flag_value --seed 1 "$@")
@@ -96,14 +96,7 @@ demo() { # "$@" goes to train_ppo.py
 }
 
 answer_help train_ppo.py "$@"
-if has_flag --demo "$@"; then
-  WORDS=()
-  for word in "$@"; do
-    [[ $word == --demo ]] || WORDS+=("$word")
-  done
-  demo "${WORDS[@]}"
-  exit
-fi
+run_demo_if_asked "$@"
 
 has_flag --plan "$@" || require_models en POLICY_MODEL ${REWARD_MODEL:+REWARD_MODEL} CRITIC_MODEL TOKENIZER DATA
 activate_repository_venv
@@ -193,7 +186,5 @@ TRICKS=(
 if [[ $(flag_value --preset ppo_max "${ARGS[@]}" "$@") == ppo_max ]]; then
   ARGS+=("${TRICKS[@]}")
 fi
-if has_flag --reward_fn "$@"; then
-  echo "scores: --reward_fn $(flag_value --reward_fn '' "$@")${REWARD_MODEL:+, added to those of $REWARD_MODEL}"
-fi
+say_scores "$@"
 launch "$OUTPUT/train.log" train_ppo.py "${ARGS[@]}" "$@"

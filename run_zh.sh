@@ -16,8 +16,8 @@ TOKENIZER=${TOKENIZER:-$POLICY_MODEL}
 DATA=${DATA:-data/ppo_data} # a folder with *train.json(l) and *valid.json(l), a file, or a hub id
 OUTPUT=${OUTPUT:-outputs/ppo_zh}
 
-# All three stages from nothing: a small LLaMA learns to go on with customers' reviews, a reward model what satisfied
-# customers write, and PPO-max turns the first towards the second. The review's own sentiment plays the annotator.
+# All three stages, from random weights: SFT of a small LLaMA on customers' reviews, a reward model that prefers reviews
+# of satisfied customers, and PPO-max with it. The labels are the sentiments of the reviews.
 demo() { # "$@" goes to train_ppo.py
   local seed cache=.demo/zh output=${OUTPUT_DEMO:-outputs/demo_zh} sft reward
   seed=$(flag_value --seed 1 "$@")
@@ -110,14 +110,7 @@ demo() { # "$@" goes to train_ppo.py
 }
 
 answer_help train_ppo.py "$@"
-if has_flag --demo "$@"; then
-  WORDS=()
-  for word in "$@"; do
-    [[ $word == --demo ]] || WORDS+=("$word")
-  done
-  demo "${WORDS[@]}"
-  exit
-fi
+run_demo_if_asked "$@"
 
 has_flag --plan "$@" || require_models zh POLICY_MODEL ${REWARD_MODEL:+REWARD_MODEL} CRITIC_MODEL TOKENIZER DATA
 activate_repository_venv
@@ -207,7 +200,5 @@ TRICKS=(
 if [[ $(flag_value --preset ppo_max "${ARGS[@]}" "$@") == ppo_max ]]; then
   ARGS+=("${TRICKS[@]}")
 fi
-if has_flag --reward_fn "$@"; then
-  echo "scores: --reward_fn $(flag_value --reward_fn '' "$@")${REWARD_MODEL:+, added to those of $REWARD_MODEL}"
-fi
+say_scores "$@"
 launch "$OUTPUT/train.log" train_ppo.py "${ARGS[@]}" "$@"

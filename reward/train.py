@@ -20,14 +20,13 @@ def train(config: RewardConfig) -> None:
     from utils.distributed import world_size
     from utils.engine.engine import TrainEngine, shutdown_distributed
     from utils.engine.memory import device_room
-    from utils.memory.recompute import settle_checkpointing
+    from utils.memory.recompute import choose_checkpointing
     from utils.models.load import FLAG, window_at
     from utils.run.start import open_log, start_run
     from utils.run.supervised_loop import fit
 
     say, start = start_run(config)
-    if config.batch_size < world_size():
-        raise UserError(f"--batch_size {config.batch_size} is less than the {world_size()} ranks; raise it")
+    config.check_ranks(world_size())
     models = [(FLAG, config.hf_model_name_or_path)]
     tokenizer, _ = prepare_tokenizer(config, config.tokenizer_name_or_path, models, say)
     if config.delimiter not in (None, tokenizer.eos_token):
@@ -43,7 +42,7 @@ def train(config: RewardConfig) -> None:
         engine = TrainEngine(model, config, "reward model")
         stage = build_stage(config, model, tokenizer, items, answers)
         tokens = max(config.micro_batch_tokens, *map(stage.length, items))
-        settle_checkpointing(engine, model.backbone, config, tokens, device_room(), log.say)
+        choose_checkpointing(engine, model.backbone, config, tokens, device_room(), log.say)
         code = fit(engine, stage, held_out_items, config, log, start)
     shutdown_distributed()
     if code:

@@ -7,7 +7,6 @@ import contextlib
 import sys
 
 from sft.config import SFTConfig
-from utils.errors import UserError
 from utils.flags.parser import entry_point, parse_args
 
 
@@ -20,15 +19,14 @@ def train(config: SFTConfig) -> None:
     from utils.distributed import world_size
     from utils.engine.engine import TrainEngine, shutdown_distributed
     from utils.engine.memory import device_room
-    from utils.memory.recompute import settle_checkpointing
+    from utils.memory.recompute import choose_checkpointing
     from utils.models.load import FLAG, window_at
     from utils.models.routers import router_coef
     from utils.run.start import open_log, start_run
     from utils.run.supervised_loop import fit
 
     say, start = start_run(config)
-    if config.batch_size < world_size():
-        raise UserError(f"--batch_size {config.batch_size} is less than the {world_size()} ranks; raise it")
+    config.check_ranks(world_size())
     tokenizer, _ = prepare_tokenizer(config, config.tokenizer_name_or_path, [(FLAG, config.hf_model_name_or_path)], say)
     config.fit_window(window_at(config.hf_model_name_or_path))
     sets, valid = load_encoded(config, tokenizer, say)
@@ -38,7 +36,7 @@ def train(config: SFTConfig) -> None:
     with contextlib.closing(open_log(config, start, config.train_steps)) as log:
         engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")
         tokens = max(config.micro_batch_tokens, config.context_truncate)
-        settle_checkpointing(engine, lm, config, tokens, device_room(), log.say)
+        choose_checkpointing(engine, lm, config, tokens, device_room(), log.say)
         stage = build_stage(config, lm, tokenizer, layout, sets, evenly_spaced(valid, config.num_samples), balance)
         code = fit(engine, stage, layout.rows(valid, world_size()), config, log, start)
     shutdown_distributed()

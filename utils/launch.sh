@@ -164,6 +164,22 @@ has_flag() { # $1: flag; then a command line. Whether the flag is there
   return 1
 }
 
+run_demo_if_asked() { # "$@": a command line. With --demo in it, calls the script's `demo` with the other words, and exits
+  local word words=()
+  has_flag --demo "$@" || return 0
+  for word in "$@"; do
+    [[ $word == --demo ]] || words+=("$word")
+  done
+  demo "${words[@]}"
+  exit
+}
+
+say_scores() { # "$@": flags of train_ppo.py. With --reward_fn among them, prints what gives the scores
+  if has_flag --reward_fn "$@"; then
+    echo "scores: --reward_fn $(flag_value --reward_fn '' "$@")${REWARD_MODEL:+, added to those of $REWARD_MODEL}"
+  fi
+}
+
 answer_help() { # $1: what python is to run; then flags. With --help among them, prints the command's help and stops
   local command
   read -ra command <<<"$1"

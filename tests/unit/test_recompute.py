@@ -12,11 +12,11 @@ from utils.engine.engine import TrainEngine
 from utils.flags.engine import EngineConfig
 from utils.memory.activation_peak import ATTENTION, LiveBytes, peak_bytes
 from utils.memory.recompute import (
+    choose_checkpointing,
     layers_kept,
     on_meta,
     predicted,
     recompute_fewest,
-    settle_checkpointing,
     training_peak,
 )
 from utils.models.chunked_logprobs import CHUNK, logits_bytes
@@ -106,9 +106,9 @@ def test_a_supervised_stage_leaves_room_for_optimizer_and_gradients(single_proce
     # Adam's moments; gradients, or under ZeRO-3, which has room for them, the weights that it gathers; logits.
     beside = 8 * numel + 4 * numel + logits_bytes(CHUNK * 1000, 4)[1]
     two_kept = training_peak(on_meta(lm), 512, 2)
-    settle_checkpointing(engine, lm, config, 512, beside + two_kept, said.append)
+    choose_checkpointing(engine, lm, config, 512, beside + two_kept, said.append)
     assert said == ["--gradient_checkpoint auto: the model recomputes 2 of 4 layers"]
     assert [layer.gradient_checkpointing for layer in layers_of(lm)] == [True, True, False, False]
     assert norm() == plain
-    settle_checkpointing(engine, lm, config, 512, beside + two_kept - 1, said.append)
+    choose_checkpointing(engine, lm, config, 512, beside + two_kept - 1, said.append)
     assert said[1:] == ["--gradient_checkpoint auto: the model recomputes 3 of 4 layers"]

@@ -62,6 +62,11 @@ class FitConfig(FitDataFlags, FitScheduleFlags, RunFlags):
         if window and window < self.context_truncate:
             replace_default(self, "context_truncate", window, "that is the model's window")
 
+    def check_ranks(self, num_ranks: int) -> None:
+        """Raises UserError if a batch has less than one record per rank."""
+        if self.batch_size < num_ranks:
+            raise UserError(f"--batch_size {self.batch_size} is less than the {num_ranks} ranks; raise it")
+
     def fit_batch(self, num_records: int, least: int) -> None:
         """Lowers a default --batch_size to the number of records, if that is at least `least`."""
         if least <= num_records < self.batch_size:

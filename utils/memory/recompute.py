@@ -23,7 +23,7 @@ from utils.models.padding_free import decoder_of
 T = TypeVar("T")
 
 
-def settle_checkpointing(
+def choose_checkpointing(
     engine: TrainEngine, model: PreTrainedModel, config: EngineConfig, tokens: int, room: int | None,
     say: Say,
 ) -> None:  # fmt: skip

@@ -88,7 +88,7 @@ class RunLogger:
         if not math.isfinite(values.get(name, math.nan)):
             return
         self.curve[step] = values[name]
-        curve = sparkline([self.curve[at] for at in sorted(self.curve) if at <= step])
+        curve = sparkline(list(self.curve.values()))
         if name == "loss":
             shown = {key: f"{values[key]:.3g}" for key in ("loss", "accuracy") if key in values}
             self.bar.set_postfix(shown | {"curve": curve}, refresh=False)
@@ -123,6 +123,7 @@ class RunLogger:
                 cut_lines(os.path.join(self.folder, name), step)
             self.board.close()
         self.board = self._board(step)
+        self.curve = {at: value for at, value in self.curve.items() if at <= step}
         self.bar.n = step
 
     def _board(self, step: int):
