@@ -54,6 +54,7 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     reward = load_ensemble(config, readers, tokenizer, rows, lambda model: Frozen(model, config.offload_frozen), print)
 
     def judge(policy: PolicyModel, sampling: Sampling) -> dict:
+        """Samples one answer per prompt and returns its texts and scores, as above."""
         models = Models(InferenceEngine(policy), None, Frozen(first, False), reward)
         rollout = PolicySampler(models.policy, tokenizer, config)(batch, sampling, config.seed)
         scores = score(rollout, batch, models, None, tokenizer, 1.0, config)

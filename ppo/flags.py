@@ -151,7 +151,8 @@ class TrickFlags:
     use_reward_clip: bool = True
     """Clip scores after scaling and normalisation to [-reward_clip, reward_clip] (Part I, eq. 18)"""
     reward_clip: Common[float] = 0.3
-    """Clip normalised scores to ± this, in standard deviations. Part I, Figure 6: 0.3 is stable, 0.8 collapses"""
+    """Clip normalised scores to [-reward_clip, reward_clip], in standard deviations. Part I, Figure 6: 0.3 is stable,
+    0.8 collapses"""
     missing_eos_penalty: float = 0.0
     """Penalty on a response that was cut at --maxlen_res, in standard deviations of the score. Subtracted after
     --reward_clip, so that 1 outweighs a clip of 0.3"""
@@ -220,7 +221,7 @@ class AlarmFlags:
     alarm_perplexity: float = 1.05
     """Alarm if the perplexity of responses falls below this: the policy repeats itself"""
     alarm_eos: float = 0.0
-    """Alarm if the share of responses that end before --maxlen_res falls below this"""
+    """Alarm if the share of responses that end with an end token falls below this"""
     alarm_length: float = 0.0
     """Alarm if the mean response length falls below this, in tokens"""
     alarm_score_std: float = 0.0

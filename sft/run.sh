@@ -11,7 +11,7 @@ HOSTFILE=${HOSTFILE:-}              # DeepSpeed's list of machines, when there a
 MODEL=${MODEL:-models/llama-7b} # where it starts from: a Hugging Face folder or a hub id
 TOKENIZER=${TOKENIZER:-$MODEL}
 read -ra DATA <<<"${DATA:-data/sft_data}"     # folders of *train.json(l) and *valid.json(l), files or hub ids
-read -ra WEIGHTS <<<"${DATA_WEIGHTS:-}"       # a share of the samples for each; none: every dialogue once an epoch
+read -ra WEIGHTS <<<"${DATA_WEIGHTS:-}"       # a share of the samples for each; none: every dialogue once per epoch
 OUTPUT=$(flag_value --model_save_path "${OUTPUT:-outputs/sft}" "$@")
 
 answer_help '-m sft.train' "$@"
