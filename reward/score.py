@@ -21,7 +21,7 @@ from utils.flags.parser import entry_point, parse_args
 def main(argv: list[str] | None = None) -> None:
     """Writes results to standard output or --output, and everything else to standard error."""
     config = parse_args(ScoreConfig, argv)
-    results = sys.stdout
+    results = sys.stdout.raw  # each line is escaped as it is made; a closed pipe ends the command
     try:
         with contextlib.redirect_stdout(sys.stderr):
             run(config, results)
@@ -37,6 +37,7 @@ def run(config: ScoreConfig, results: IO[str]) -> None:
     from utils.distributed import is_main, world_size
     from utils.engine.engine import init_distributed, shutdown_distributed
     from utils.files import atomic_file, check_output_file, write_json
+    from utils.terminal import printable
 
     if config.output:
         check_output_file(config.output, "--output")
@@ -51,7 +52,7 @@ def run(config: ScoreConfig, results: IO[str]) -> None:
     if config.compare:
         table, text = compare(config, models, streams, say)
         if is_main():
-            print(text, file=results, flush=True)
+            print(printable(text), file=results, flush=True)
         if is_main() and config.output:
             write_json(config.output, table, "--output")
     else:

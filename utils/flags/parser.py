@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import functools
-import io
 import os
 import re
 import shlex
@@ -16,6 +15,7 @@ from utils.flags.config_file import read_config_file
 from utils.flags.fields import add_field, default_of
 from utils.flags.help import show_help
 from utils.flags.other_names import explain_unknown
+from utils.terminal import protect_streams
 
 Config = TypeVar("Config")
 
@@ -63,10 +63,7 @@ def parse_args(
     argv = list(sys.argv[1:] if argv is None else argv)
     for place, word in enumerate(argv):
         if word in ("-h", "--help"):
-            try:
-                show_help(config_type, (argv[place + 1 :] or [""])[0])
-            except BrokenPipeError:  # the reader has closed the pipe (`| head`); do not flush to it at exit
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            show_help(config_type, (argv[place + 1 :] or [""])[0])
             sys.exit(0)
     parser = build_parser(config_type)
     given = vars(parser.parse_args(argv))
@@ -117,8 +114,7 @@ def entry_point(main):
     @functools.wraps(main)
     def run(argv: list[str] | None = None):
         os.umask(os.umask(0o777) | 0o002)  # nothing that is written may be changed by everyone
-        if isinstance(sys.stdout, io.TextIOWrapper):  # lines reach a pipe at once, and are not lost when killed
-            sys.stdout.reconfigure(line_buffering=True, errors="replace")
+        protect_streams()
         where = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         argv = list(sys.argv[1:] if argv is None else argv)
         try:

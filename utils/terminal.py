@@ -1,0 +1,70 @@
+"""Text from data, files and models is safe to show: control characters are escaped wherever the process prints."""
+
+import contextlib
+import errno
+import io
+import os
+import re
+import sys
+from collections.abc import Iterable
+from typing import TextIO
+
+# C0 but for tab and line feed; DEL and C1; line separators and bidirectional overrides; lone surrogates
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_BAR = re.compile(r"(\x1b\[A)+\Z|\r?")  # what tqdm writes before a bar: cursor up, or a return to the line's start
+_GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # the reader of the pipe, or the terminal
+
+
+def printable(text: str) -> str:
+    r"""Returns the text with each control character as \uXXXX, which JSON strings read back; \t and \n stay."""
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class SafeStream:
+    r"""A text stream that writes `printable` text to `raw`, and is quiet once the pipe or terminal of `raw` is gone.
+
+    bars: let pass what tqdm begins a write with ("\r", or nothing but cursor movements). Other attributes are `raw`'s.
+    """
+
+    def __init__(self, raw: TextIO, bars: bool = False):
+        self.raw, self._bars = raw, bars
+
+    def __getattr__(self, name: str):
+        return getattr(self.raw, name)
+
+    def write(self, text: str) -> int:
+        """Writes the text, escaped. Returns its length."""
+        start = _BAR.match(text).end() if self._bars else 0
+        with self._until_gone():
+            self.raw.write(text[:start] + printable(text[start:]))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Writes each text, escaped."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """As that of `raw`."""
+        with self._until_gone():
+            self.raw.flush()
+
+    @contextlib.contextmanager
+    def _until_gone(self):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            with contextlib.suppress(OSError):  # what is still in a buffer, too, goes nowhere, without an error at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.raw.fileno())
+
+
+def protect_streams() -> None:
+    """Makes stdout and stderr of this process SafeStreams. Lines of stdout reach a pipe at once."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream and not isinstance(stream, SafeStream):  # None if the process began without it
+            setattr(sys, name, SafeStream(stream, bars=name == "stderr"))
