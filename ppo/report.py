@@ -13,6 +13,7 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.files import atomic_file, check_output_file, read_json
 from utils.flags.parser import FlagParser, entry_point
+from utils.terminal import printable
 
 NUM_SAMPLES = 12
 PANELS = {
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     sections = "\n".join(section(name, run) for name, run in runs.items())
     values = {"title": html.escape(", ".join(runs)), "picture": base64.b64encode(picture).decode()}
     with atomic_file(str(output), "--output") as file:
-        file.write(PAGE.format(sections=sections, **values))
+        file.write(printable(PAGE.format(sections=sections, **values)))
         output.with_name("curves.png").write_bytes(picture)
     print(f"written: {output} (open it in a browser), {output.with_name('curves.png')}")
 

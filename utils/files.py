@@ -11,6 +11,7 @@ from typing import IO
 from safetensors import SafetensorError
 
 from utils.errors import UserError
+from utils.terminal import printable
 
 
 def read_json(file: str | Path, flag: str = "") -> dict:
@@ -29,8 +30,7 @@ def read_json(file: str | Path, flag: str = "") -> dict:
 def write_json(path: str, content, flag: str = "") -> None:
     """Writes a value as JSON, as `atomic_file` does."""
     with atomic_file(path, flag) as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(printable(json.dumps(content, indent=2, ensure_ascii=False)) + "\n")
 
 
 def first_names(names: list[str], limit: int = 5) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.terminal import printable
 
 Located = list[tuple[Any, str]]  # (record, its position in the file: a line number, or "record N")
 
@@ -39,9 +40,8 @@ def parse_json_list(file: Path, flag: str) -> Located:
 
 
 def json_line(value: Any) -> str:
-    """Returns the value as one line of JSON. Lone surrogates are escaped; dates and other values become text."""
-    line = json.dumps(value, ensure_ascii=False, default=str)
-    return (json.dumps(value, default=str) if has_lone_surrogate(line) else line) + "\n"
+    """Returns the value as one line of JSON. Control characters are escaped; dates and other values become text."""
+    return printable(json.dumps(value, ensure_ascii=False, default=str)) + "\n"
 
 
 def has_lone_surrogate(text: str) -> bool:

@@ -28,6 +28,7 @@ from utils.errors import Say
 from utils.files import remove, replace, sync
 from utils.run.random_state import random_state
 from utils.run.state_file import PIECE, file_pieces, new_buffer, write_file
+from utils.terminal import printable
 
 MANIFEST = "manifest.json"
 LINES = ("metrics.jsonl", "samples.jsonl")  # in the folder that holds checkpoints/
@@ -150,7 +151,7 @@ class CheckpointWriter:
 
 
 def _json(content) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return (printable(json.dumps(content, indent=2, ensure_ascii=False)) + "\n").encode()
 
 
 def _problem(function: Callable, *arguments) -> str | None:

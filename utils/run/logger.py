@@ -1,9 +1,11 @@
 """Output of a run: metrics.jsonl, samples.jsonl, TensorBoard, other trackers, progress bar."""
 
 import contextlib
+import html
 import json
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from utils.device import synchronize
 from utils.distributed import is_main
 from utils.files import disk_errors
 from utils.run.folder import cut_lines
+from utils.terminal import printable
 
 LEVELS = "▁▂▃▄▅▆▇█"
 
@@ -109,10 +112,10 @@ class RunLogger:
         """Writes a step's texts to samples.jsonl and to TensorBoard's text tab."""
         if not is_main():
             return
-        text = "\n\n---\n\n".join("\n\n".join(f"**{key}**: {value}" for key, value in row.items()) for row in rows)
+        parts = ("\n\n".join(f"**{key}**: {_markdown(str(value))}" for key, value in row.items()) for row in rows)
         with self._disk():
             _append(os.path.join(self.folder, "samples.jsonl"), *({"step": step, **row} for row in rows))
-            self.board.add_text("samples", text, step)
+            self.board.add_text("samples", "\n\n---\n\n".join(parts), step)
 
     def rewind(self, step: int) -> None:
         """Removes what was written of steps after this one, which will run again."""
@@ -159,9 +162,14 @@ class RunLogger:
         return disk_errors(place or self.folder, advice)
 
 
+def _markdown(text: str) -> str:
+    """Returns Markdown that shows the text as it is: no HTML, links or pictures."""
+    return re.sub(r"[\\`*_\[\]]", r"\\\g<0>", html.escape(printable(text), quote=False))
+
+
 def _append(path: str, *rows: dict) -> None:
     with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(printable(json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
 
 
 def tracker_names(report_to: str) -> list[str]:
