@@ -88,7 +88,7 @@ def draw(runs: dict[str, dict]) -> bytes:
         for number, (name, run) in enumerate(runs.items()):
             for key, style in ((metric, "-"), (f"eval_{metric}", "o")):
                 points = [(row["step"], row[key]) for row in run["metrics"] if row.get(key) is not None]
-                legend = name if style == "-" else "held-out prompts"
+                legend = printable(name) if style == "-" else "held-out prompts"
                 axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=legend) if points else None
             axes.axvline(run["config"].get("critic_pretrain_steps", 0), color="grey", linestyle=":", linewidth=0.8)
         axes.set_title(label, fontsize="medium")

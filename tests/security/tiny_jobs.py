@@ -4,7 +4,9 @@ Any attempt to reach another machine ends the process with a stack. `hub` as sec
 show that such an attempt is noticed. Nothing is told to stay offline: no HF_HUB_OFFLINE.
 """
 
+import json
 import os
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -31,25 +33,29 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch  # noqa: E402 - the hook comes first
 
 import merge_weight_en  # noqa: E402
+import ppo.report  # noqa: E402
 from tests.bad_inputs.commands import COMMANDS  # noqa: E402
 from tests.bad_inputs.materials import Materials  # noqa: E402
 from tests.bad_inputs.test_corpus import command_line  # noqa: E402
-from tests.helpers.tiny_run import write_json  # noqa: E402
 from utils.weight_diff.commands import run as merge  # noqa: E402
 
 HOSTILE = ["$(touch {folder}/ran)", "`touch {folder}/ran`", "'; touch {folder}/ran; '", "../../ran", "| touch ran"]
 HOSTILE += ["{{{{ 7 }}}}"]
+# Moves the cursor, sets the title, ends the line, turns the reading direction, and what is no character at all
+CONTROL = "$\\frac$evil\r\x1b[2J\x1b]0;x\x07\x08\x7f\x9b1A\u202e\u2066"
+HOSTILE += [CONTROL, "half \ud800", "<img src=x onerror=x> ![x](http://x/x.png) & \\[x](x)"]
 
 
 def hostile_data(folder: Path) -> None:
-    """Records whose texts, ids, subsets and files' names would do harm in a shell or as a path."""
+    """Records whose texts, ids, subsets and files' names would do harm in a shell, on a terminal or as a path."""
     texts = [text.format(folder=folder) for text in HOSTILE] * 4
     (folder / "data").mkdir()
-    write_json(folder / "data" / "$(touch ran)train.json", [{"id": text, "prompt": text} for text in texts])
+    prompts = [{"id": text, "prompt": text} for text in texts]
+    (folder / "data" / f"$(touch ran){CONTROL}train.json").write_text(json.dumps(prompts))
     dialogues = [{"id": text, "prompt": text, "response": text} for text in texts]
-    write_json(folder / "dialogues.json", dialogues)
+    (folder / "dialogues.json").write_text(json.dumps(dialogues))
     pairs = [{"prompt": f"{t} {k}", "chosen": t, "rejected": "no", "subset": t, "id": t} for k, t in enumerate(texts)]
-    write_json(folder / "pairs.json", pairs)
+    (folder / "pairs.json").write_text(json.dumps(pairs))
 
 
 def main(folder: Path, hub: bool) -> None:
@@ -72,6 +78,7 @@ def main(folder: Path, hub: bool) -> None:
         "sft": one | {"data_path": folder / "dialogues.json"},
         "reward": one | {"data_path": folder / "pairs.json", "center_scores": True, "context_truncate": 256},
         "score": {"input": folder / "dialogues.json", "output": "{folder}/scored.jsonl"},
+        "score two": {"compare": ["{eight}", "{eight}"], "input": None, "output": "{folder}/scored.jsonl"},
         "evaluate": {"data_path": folder / "pairs.json", "output": "{folder}/evaluation"},
         "strength": {"data_path": folder / "pairs.json"},
         "compare": {},
@@ -81,7 +88,11 @@ def main(folder: Path, hub: bool) -> None:
         place = folder / "jobs" / name
         place.mkdir(mode=0o755)
         os.umask(0)  # what a careless container gives a process
-        COMMANDS[name].main(command_line({"command": name, "flags": flags}, materials, place))
+        command = name.split()[0]
+        COMMANDS[command].main(command_line({"command": command, "flags": flags}, materials, place))
+    shutil.copy(folder / "jobs" / "compare" / "out" / "table.json", folder / "jobs" / "ppo" / "out" / "comparison.json")
+    os.umask(0)
+    ppo.report.main([str(folder / "jobs" / "ppo" / "out")])
     os.umask(0)
     paths = {"path_raw": materials["raw"], "path_tuned": materials["diff"], "path_diff": folder / "jobs" / "made"}
     words = [word for flag, path in paths.items() for word in (f"--{flag}", str(path))]
