@@ -2,7 +2,7 @@
 # PPO-max on Chinese dialogues:            bash run_zh.sh [flags of train_ppo.py, which win over those below]
 # See it work first, on any machine:        bash run_zh.sh --demo [--seed N] [flags of train_ppo.py]
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 source utils/launch.sh
 
 NUM_GPUS=${NUM_GPUS:-$(count_gpus)} # on each machine; 0: one process on the CPU
@@ -11,7 +11,7 @@ HOSTFILE=${HOSTFILE:-}              # DeepSpeed's list of machines, when there a
 POLICY_MODEL=${POLICY_MODEL:-models/moss-rlhf-sft-model-7B-zh/recover}
 # Scores the answers; with --reward_fn the function does, and a REWARD_MODEL only if one is set
 REWARD_MODEL=${REWARD_MODEL:-$(has_flag --reward_fn "$@" || echo models/moss-rlhf-reward-model-7B-zh/recover)}
-CRITIC_MODEL=$(flag_value --critic_model_path "${CRITIC_MODEL:-$REWARD_MODEL}" "$@") # where the critic starts from
+CRITIC_MODEL=$(path_value --critic_model_path "${CRITIC_MODEL:-$REWARD_MODEL}" "$@") # where the critic starts from
 TOKENIZER=${TOKENIZER:-$POLICY_MODEL}
 DATA=${DATA:-data/ppo_data} # a folder with *train.json(l) and *valid.json(l), a file, or a hub id
 OUTPUT=${OUTPUT:-outputs/ppo_zh}
@@ -115,7 +115,7 @@ run_demo_if_asked "$@"
 has_flag --plan "$@" || require_models zh POLICY_MODEL ${REWARD_MODEL:+REWARD_MODEL} CRITIC_MODEL TOKENIZER DATA
 activate_repository_venv
 use_devices "$NUM_GPUS"
-mkdir -p "$OUTPUT"
+mkdir -p -- "$OUTPUT"
 
 # One flag per line, with what it does and what the paper ("Secrets of RLHF in Large Language Models Part I", arXiv
 # 2307.04964) says about it. `python train_ppo.py --help all` lists all flags, `--help reward_clip` explains one.

@@ -2,7 +2,7 @@
 # A reward model from human preferences:    bash reward/run.sh [flags of reward.train, which win over those below]
 # Its evaluation and plots follow:          $OUTPUT/evaluation
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source utils/launch.sh
 
 NUM_GPUS=${NUM_GPUS:-$(count_gpus)} # on each machine; 0: one process on the CPU
@@ -16,9 +16,9 @@ OUTPUT=${OUTPUT:-outputs/reward}
 answer_help '-m reward.train' "$@"
 activate_repository_venv
 use_devices "$NUM_GPUS"
-OUTPUT=$(flag_value --model_save_path "$OUTPUT" "$@")
-DATA=$(flag_value --data_path "$DATA" "$@")
-mkdir -p "$OUTPUT"
+OUTPUT=$(path_value --model_save_path "$OUTPUT" "$@")
+DATA=$(path_value --data_path "$DATA" "$@")
+mkdir -p -- "$OUTPUT"
 
 # One flag per line; the values are those of Part I and II for 7 billion parameters. `--help all` lists the rest.
 ARGS=(

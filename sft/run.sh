@@ -2,7 +2,7 @@
 # A model that answers, from dialogues:     bash sft/run.sh [flags of sft.train, which win over those below]
 # Next comes a reward model that starts from it: bash reward/run.sh
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source utils/launch.sh
 
 NUM_GPUS=${NUM_GPUS:-$(count_gpus)} # on each machine; 0: one process on the CPU
@@ -10,14 +10,14 @@ HOSTFILE=${HOSTFILE:-}              # DeepSpeed's list of machines, when there a
 
 MODEL=${MODEL:-models/llama-7b} # where it starts from: a Hugging Face folder or a hub id
 TOKENIZER=${TOKENIZER:-$MODEL}
-read -ra DATA <<<"${DATA:-data/sft_data}"     # folders of *train.json(l) and *valid.json(l), files or hub ids
-read -ra WEIGHTS <<<"${DATA_WEIGHTS:-}"       # a share of the samples for each; none: every dialogue once per epoch
-OUTPUT=$(flag_value --model_save_path "${OUTPUT:-outputs/sft}" "$@")
+read -rd '' -a DATA <<<"${DATA:-data/sft_data}" || true # folders of *train.json(l) and *valid.json(l), files or hub ids
+read -rd '' -a WEIGHTS <<<"${DATA_WEIGHTS:-}" || true # a share of the samples for each; none: every dialogue once per epoch
+OUTPUT=$(path_value --model_save_path "${OUTPUT:-outputs/sft}" "$@")
 
 answer_help '-m sft.train' "$@"
 activate_repository_venv
 use_devices "$NUM_GPUS"
-mkdir -p "$OUTPUT"
+mkdir -p -- "$OUTPUT"
 
 # One flag per line, with what the papers ("Secrets of RLHF in Large Language Models", Part I arXiv 2307.04964,
 # Part II arXiv 2401.06080) say about it for 7 billion parameters. `python -m sft.train --help all` lists the rest.
@@ -25,7 +25,7 @@ ARGS=(
   --lang en # template for a tokenizer without a chat template: <s>Human:question</s>Assistant:answer</s>; zh: the Chinese one
   --hf_model_name_or_path "$MODEL"
   --tokenizer_name_or_path "$TOKENIZER"
-  --data_path "${DATA[@]}"
+  --data_path "${DATA[@]/#-/./-}"
   ${WEIGHTS[@]+--data_weights "${WEIGHTS[@]}"}
   --model_save_path "$OUTPUT"
   --seed 42

@@ -4,6 +4,6 @@
 # --wheels: packages that this machine lacks, gathered by tests/gpu_wheels.sh. --demo: the folder .demo/en that
 # `bash run_en.sh --demo` makes. --cpu: every check at toy sizes on the CPU, to try the script itself
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 exec python3 -m tests.gpu "$@"

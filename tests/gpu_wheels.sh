@@ -4,6 +4,7 @@
 # Run it where there is a network, with a Python that has torch, which DeepSpeed's build asks for. 7 MB, in seconds
 set -euo pipefail
 folder=${1:?give a folder for the wheels}
+folder=${folder/#-/./-} # not to look like a flag
 mkdir -p "$folder"
 pip=(python -m pip --disable-pip-version-check)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint and the tests:   bash tests/run.sh [--all] [options for pytest]      --all: those marked slow, too
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source utils/setup.sh demo test
 source utils/launch.sh
 

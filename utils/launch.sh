@@ -2,15 +2,37 @@
 
 umask o-w # nothing that is written may be changed by everyone
 
+require_number() { # names of variables. Stops with an error unless each is unset, empty or a number (08 becomes 8)
+  local name
+  for name in "$@"; do
+    [[ -n ${!name:-} ]] || continue
+    if [[ ! ${!name} =~ ^[0-9]{1,9}$ ]]; then # in arithmetic, bash would run what is in it
+      printf 'error: %s=%q: not a number; set it to one such as 8, or unset it\n' "$name" "${!name}" >&2
+      exit 2
+    fi
+    printf -v "$name" %d "$((10#${!name}))"
+  done
+}
+
+check_settings() { # of the environment: numbers, and paths, which must not look like flags
+  local name
+  require_number NUM_GPUS OMP_NUM_THREADS MASTER_PORT
+  for name in HOSTFILE POLICY_MODEL REWARD_MODEL CRITIC_MODEL TOKENIZER MODEL DATA OUTPUT OUTPUT_DEMO; do
+    [[ ${!name:-} != -* ]] || printf -v "$name" %s "./${!name}"
+  done
+}
+check_settings
+
 count_gpus() { # of CUDA_VISIBLE_DEVICES where it is set (numbers, or UUIDs of GPUs and MIG slices); else of the machine
-  local all entry count=0
+  local all entries entry count=0
   all=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true) # 0 without nvidia-smi
   if ((all == 0)) || [[ -z ${CUDA_VISIBLE_DEVICES+set} ]]; then
     echo "$all"
     return
   fi
-  for entry in ${CUDA_VISIBLE_DEVICES//,/ }; do # as CUDA reads it: up to the first that is no GPU of this machine
-    [[ $entry =~ ^(GPU|MIG)- ]] || { [[ $entry =~ ^[0-9]+$ ]] && ((10#$entry < all)); } || break
+  read -ra entries <<<"${CUDA_VISIBLE_DEVICES//,/ }"
+  for entry in "${entries[@]}"; do # as CUDA reads it: up to the first that is no GPU of this machine
+    [[ $entry =~ ^(GPU|MIG)- ]] || { [[ $entry =~ ^[0-9]{1,9}$ ]] && ((10#$entry < all)); } || break
     count=$((count + 1))
   done
   echo "$count"
@@ -28,10 +50,10 @@ check_hosts() { # $1: number of GPUs. Stops with an error unless HOSTFILE is emp
     problem="there is no such file; give a list of machines, one line such as 'node1 slots=8' for each"
   elif (($1 == 0)); then
     problem='NUM_GPUS is 0; set it to the number of GPUs of each machine, or leave HOSTFILE empty'
-  elif (($(grep -c '^[^#[:space:]]' "$HOSTFILE") > 1)) && ! command -v pdsh >/dev/null; then
+  elif (($(grep -c '^[^#[:space:]]' -- "$HOSTFILE") > 1)) && ! command -v pdsh >/dev/null; then
     problem='DeepSpeed starts the other machines with pdsh, which is not installed here'
   fi
-  [[ -z $problem ]] || { echo "error: HOSTFILE=$HOSTFILE: $problem" >&2 && exit 2; }
+  [[ -z $problem ]] || { printf 'error: HOSTFILE=%q: %s\n' "$HOSTFILE" "$problem" >&2 && exit 2; }
 }
 
 use_devices() { # $1: number of GPUs; without any, DeepSpeed is told to use the CPU
@@ -76,7 +98,7 @@ launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS 
   # ended. tee ignores both signals, so that the run's last lines are still shown and kept
   trap 'pass_on INT' INT
   trap 'pass_on TERM' TERM
-  exec {output}> >(trap '' INT TERM && exec tee -a "$log")
+  exec {output}> >(trap '' INT TERM && exec tee -a -- "$log")
   tee=$!
   set -m
   "${launcher[@]}" "$@" >&"$output" 2>&1 {output}>&- &
@@ -137,7 +159,7 @@ begin_demo() { # $1: output folder. One process, on the first GPU if there is on
   if [[ $DTYPE == fp32 ]]; then
     echo "This machine has no arithmetic for bf16: the demo runs in fp32, which takes about twice as long."
   fi
-  mkdir -p "$1"
+  mkdir -p -- "$1"
 }
 
 run_once() { # $1: folder that the stage ends with; $2: log file; then as for launch
@@ -201,4 +223,10 @@ flag_value() { # $1: flag; $2: default; then a command line. Prints the flag's l
     shift
   done
   printf '%s' "$value"
+}
+
+path_value() { # as flag_value, for a path. One that looks like a flag gets ./ in front
+  local value
+  value=$(flag_value "$@")
+  printf '%s' "${value/#-/./-}"
 }

@@ -52,7 +52,7 @@ setup_part() { # $1: name of the part; $2: its requirement file; then packages t
 
 setup_all() {
   local REPOSITORY ENVIRONMENT part
-  REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  REPOSITORY=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
   setup_environment && setup_part training requirements.txt || return
   for part in "$@"; do
     case $part in

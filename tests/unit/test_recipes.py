@@ -19,15 +19,15 @@ def recipe(tmp_path):
     """Runs a recipe with a stand-in for python and gives the command line that it was called with."""
     python, log = tmp_path / "bin" / "python", tmp_path / "argv"
     python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {log}\n')
+    python.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" > {log}\n')
     python.chmod(0o755)
 
     def run(script: str, *flags: str, **settings: str) -> list[str]:
         paths = {"PATH": f"{python.parent}:{os.environ['PATH']}", "OUTPUT": str(tmp_path / "out"), "NUM_GPUS": "0"}
-        command = ["bash", str(REPOSITORY / script), *flags]
+        command = ["bash", "--", script if script.startswith("-") else str(REPOSITORY / script), *flags]
         environment = os.environ | paths | {"VIRTUAL_ENV": "active"} | settings
         subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
-        return log.read_text().splitlines()
+        return log.read_text().rstrip("\0").split("\0")
 
     return run
 
@@ -43,8 +43,8 @@ def test_sft(recipe, tmp_path):
 
 
 def test_paths_reach_the_command_as_they_are(recipe, tmp_path):
-    """Spaces, quotes and what a shell would run, in every path of a recipe."""
-    place = tmp_path / 'it\'s "a" $(touch ran) `touch ran`; touch ran & more'
+    """Spaces, quotes, patterns, line feeds and what a shell would run, in every path of a recipe."""
+    place = tmp_path / 'it\'s "a" $(touch ran) `touch ran`; touch ran & more * [a-z]? \\n\n{a,b} ~'
     names = {"POLICY_MODEL": "policy_model_path", "REWARD_MODEL": "reward_model_path", "DATA": "data_path"}
     names |= {"CRITIC_MODEL": "critic_model_path", "TOKENIZER": "tokenizer_name_or_path"}
     for name in names:
@@ -81,3 +81,78 @@ def test_the_preset_counts_wherever_it_is_changed(recipe, tmp_path, script):
     for plain in (config(script, "--preset", "vanilla"), config(script, "--preset=vanilla"), config(str(copy))):
         assert plain.preset == "vanilla" and plain.kl_penalty_weight == plain.critic_pretrain_steps == 0
         assert not any(getattr(plain, trick) for trick in tricks)
+
+
+RECIPES = ["run_en.sh", "run_zh.sh", "sft/run.sh", "reward/run.sh"]
+CODE = [
+    "x[$(touch ran)]",
+    "a[`touch ran`]",
+    "1+x[$(touch ran)]",
+    "$(touch ran)",
+    "-1",
+    "0x8",
+    "two",
+    "9" * 30,
+    "8\x1b[2J",
+]
+
+
+@pytest.mark.parametrize("script", RECIPES)
+@pytest.mark.parametrize("name", ["NUM_GPUS", "OMP_NUM_THREADS", "MASTER_PORT"])
+def test_only_numbers_reach_arithmetic(tmp_path, script, name):
+    for value in CODE:
+        settings = os.environ | {"OUTPUT": str(tmp_path / "out"), name: value}
+        command = ["bash", str(REPOSITORY / script)]
+        result = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True)
+        assert (result.returncode, result.stdout) == (2, ""), value
+        assert result.stderr.startswith(f"error: {name}=") and result.stderr.count("\n") == 1
+        assert result.stderr.strip().isprintable()
+    assert not list(tmp_path.iterdir()) and not (REPOSITORY / "ran").exists()
+
+
+def test_other_settings_of_the_shell_do_no_harm(tmp_path):
+    """Numbers as some write them, GPUs that are none, a hostfile that looks like a flag, a search path of `cd`."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nprintf '%s\\n' 'GPU 0: a' 'GPU 1: b' 'GPU 2: c'\n")
+    program.chmod(0o755)
+    (tmp_path / "GPU-x").touch()  # what a pattern would find
+    (tmp_path / "GPU-y").touch()
+    (tmp_path / "-f").write_text("a slots=1\n")
+
+    def shell(script: str, **settings: str) -> subprocess.CompletedProcess:
+        settings = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}"} | settings
+        words = ["bash", "-euo", "pipefail", "-c", f"source {REPOSITORY}/utils/launch.sh; {script}"]
+        return subprocess.run(words, cwd=tmp_path, env=settings, capture_output=True, text=True)
+
+    gpus = {"0,01,2": 3, "08": 0, "*": 0, "GPU-*": 1, "x[$(touch ran)]": 0, "0, 1": 2, "9" * 30: 0, "": 0}
+    for value, count in gpus.items():
+        assert shell("count_gpus", CUDA_VISIBLE_DEVICES=value).stdout == f"{count}\n", value
+    assert shell('echo "$NUM_GPUS"', NUM_GPUS="08").stdout == "8\n"
+    assert shell('check_hosts 2; echo "$HOSTFILE"', HOSTFILE="-f").stdout == "./-f\n"
+    error = shell("check_hosts 2", HOSTFILE="no\n\x1b[2J").stderr
+    assert error.startswith("error: HOSTFILE=") and error.strip().isprintable()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("script", RECIPES)
+def test_paths_that_look_like_flags(recipe, tmp_path, script):
+    """They get ./ in front, in the environment and as values of flags; `cd` finds the recipe's own folder."""
+    copy, stage = tmp_path / "-copy", {"sft/run.sh": "-m sft.train", "reward/run.sh": "-m reward.evaluate"}
+    for name in (script, "utils/launch.sh"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, copy / name)
+    (tmp_path / "elsewhere" / "-copy" / script).mkdir(parents=True)
+    names = ["POLICY_MODEL", "REWARD_MODEL", "CRITIC_MODEL", "TOKENIZER", "MODEL", "DATA"]
+    for name in names:
+        (copy / f"-{name}").mkdir()
+    settings = {name: f"-{name}" for name in names} | {"OUTPUT": "-out", "CDPATH": str(tmp_path / "elsewhere")}
+    argv = recipe(f"-copy/{script}", **settings)
+    assert " ".join(argv).startswith(stage.get(script, "train_ppo.py"))
+    assert [word for word in argv[1:] if word.startswith("-") and not word.startswith("--")] == []
+    assert {"./-DATA", "./-out/best" if "reward" in script else "./-out"} < set(argv)
+    assert (copy / "-out" / "train.log").is_file() and len(list(copy.iterdir())) == len(names) + 3
+    if script == "sft/run.sh":
+        argv = recipe(f"-copy/{script}", "--model_save_path=-new", **settings | {"DATA": "a\n-b\tc"})
+        place = argv.index("--data_path")
+        assert argv[place + 1 : place + 4] == ["a", "./-b", "c"] and (copy / "-new" / "train.log").is_file()

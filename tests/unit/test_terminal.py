@@ -54,8 +54,8 @@ def test_bars_move_and_what_they_show_does_not():
         for safe, raw in streams.items():
             stream = SafeStream(raw, bars=True) if safe else raw
             with tqdm(total=2, file=stream, desc=text, mininterval=0, bar_format="{desc} {n_fmt}") as outer:
+                outer.write(text, file=stream)  # with one bar: tqdm clears several in any order
                 for _ in tqdm(range(2), file=stream, mininterval=0, bar_format="{n_fmt}"):
-                    outer.write(text, file=stream)
                     outer.update()
         shown[text] = [raw.getvalue() for raw in streams.values()]
     plain, safe = shown["plain"]
