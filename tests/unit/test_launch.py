@@ -117,8 +117,8 @@ def save(number, frame):
     pathlib.Path(here, f"saved {rank}").touch()
     sys.exit(128 + number)
 
-signal.signal(signal.SIGTERM, save)
-signal.signal(signal.SIGINT, save)
+for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+    signal.signal(signal.Signals[name], save)
 pathlib.Path(here, f"started {rank}").touch()
 time.sleep(60)
 """
@@ -129,7 +129,7 @@ def when_started(folder: Path, ranks: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_reaches_all_ranks_which_have_all_the_time_they_need(tmp_path, number):
     launcher = start_ranks(tmp_path / "rank.py", SAVES, patience=0.3)
     when_started(tmp_path, 2)
@@ -138,7 +138,7 @@ def test_a_signal_reaches_all_ranks_which_have_all_the_time_they_need(tmp_path, 
     assert {path.name for path in tmp_path.glob("saved *")} == {"saved 0", "saved 1"}
 
 
-@pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+@pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGHUP, True)])
 def test_a_recipe_waits_until_the_run_has_saved(tmp_path, number, group):
     """Whether the script alone gets the signal or, as by Ctrl-C, its process group: the run gets it once."""
     run = tmp_path / "run.py"
