@@ -8,6 +8,7 @@ import sys
 
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from utils.flags.parser import entry_point, parse_args
+from utils.watchdog import Watchdog, report_progress
 
 
 @entry_point
@@ -18,7 +19,8 @@ def main(argv: list[str] | None = None) -> None:
         from ppo.planning.plan import print_plan
 
         print_plan(config)
-    else:
+        return
+    with Watchdog(config.hang_timeout):
         from utils.deterministic import repeatable
 
         with repeatable(config.deterministic):
@@ -52,7 +54,7 @@ def loop(run) -> None:
     config, state, models = run.config, run.state, run.models
     while not (run.finished or run.lifecycle.exit_code):
         lr = run.learning_rates(state.step)
-        watch = Stopwatch(on_lap=run.lifecycle.report_progress)
+        watch = Stopwatch(on_lap=report_progress)
 
         # 1. Sample a response to each prompt.
         prompts = run.next_prompts()

@@ -25,6 +25,7 @@ from utils.run.checkpoint import save_batches
 from utils.run.lifecycle import RunLifecycle
 from utils.run.logger import RunLogger
 from utils.schedule import lr_factor
+from utils.watchdog import report_progress
 
 
 @dataclass
@@ -155,7 +156,7 @@ class Run:
             state = {key.removeprefix("lm."): value for key, value in state.items()}
             save_causal_lm(lm.config, state, folder, self.tokenizer, lm.generation_config)
         barrier()
-        self.lifecycle.report_progress(f"export of {name}/")
+        report_progress(f"export of {name}/")
 
     def after_step(self, rollout: Rollout, scores: Scores, metrics: dict[str, float]) -> None:
         """Writes metrics and samples; evaluates, exports best/, writes a checkpoint or rolls back. Collective."""
@@ -201,7 +202,7 @@ class Run:
         metrics, rows = evaluate(
             self.eval_prompts, self.sampler, self.models, self.reward_fn, self.tokenizer, self.config
         )
-        self.lifecycle.report_progress("evaluation")
+        report_progress("evaluation")
         better = may_be_best and is_best(metrics, self.state.best_score, self.config.best_max_kl)
         self.logger.say(
             f"step {self.state.step}: held-out score {metrics['score_mean']:.3f}, KL {metrics['kl_ref']:.2f}, "

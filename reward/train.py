@@ -10,6 +10,7 @@ import sys
 from reward.config import RewardConfig
 from utils.errors import UserError
 from utils.flags.parser import entry_point, parse_args
+from utils.watchdog import Watchdog
 
 
 def train(config: RewardConfig) -> None:
@@ -53,10 +54,11 @@ def train(config: RewardConfig) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m reward.train`. Flags are checked before torch and deepspeed are imported."""
     config = parse_args(RewardConfig, argv)
-    from utils.deterministic import repeatable
+    with Watchdog(config.hang_timeout):
+        from utils.deterministic import repeatable
 
-    with repeatable(config.deterministic):
-        train(config)
+        with repeatable(config.deterministic):
+            train(config)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 
 from sft.config import SFTConfig
 from utils.flags.parser import entry_point, parse_args
+from utils.watchdog import Watchdog
 
 
 def train(config: SFTConfig) -> None:
@@ -48,10 +49,11 @@ def train(config: SFTConfig) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m sft.train`. Flags are checked before torch and deepspeed are imported."""
     config = parse_args(SFTConfig, argv)
-    from utils.deterministic import repeatable
+    with Watchdog(config.hang_timeout):
+        from utils.deterministic import repeatable
 
-    with repeatable(config.deterministic):
-        train(config)
+        with repeatable(config.deterministic):
+            train(config)
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ MUTANTS = [Mutant(*mutant) for mutant in (
     ("files are not waited for", "os.fsync(file.fileno())", "pass", "unit/test_checkpoint.py"),
     ("signals are not heard", "self._code, self._since = 128 + number, time.monotonic()",
      "self._since = time.monotonic()", "unit/test_run.py"),
-    ("the watchdog sleeps", "self._idle += tick", "pass", "unit/test_run.py"),
+    ("the watchdog sleeps", "idle += tick", "pass", "unit/test_watchdog.py"),
     ("a run is overwritten", "if holds_run(path) and not config.overwrite and not _can_resume(config):", "if False:",
      "end_to_end/test_bad_input.py::test_an_existing_run_is_kept"),
     # Weight diffs and hostile files

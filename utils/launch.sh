@@ -1,6 +1,7 @@
 # What the recipes share: processes, threads, one launcher for CPU and GPUs, the frame of the demos. Sourced, not run.
 
 umask o-w # nothing that is written may be changed by everyone
+SIGNALS=(INT TERM HUP USR1 USR2) # on which a run saves and ends
 
 require_number() { # names of variables. Stops with an error unless each is unset, empty or a number (08 becomes 8)
   local name
@@ -74,16 +75,17 @@ activate_repository_venv() { # the .venv that utils/setup.sh made, unless an env
   fi
 }
 
-pass_on() { # $1: INT or TERM. Sends it to the run that `launch` has started, or keeps it until there is one
+pass_on() { # $1: a signal's name. Sends it to the run that `launch` has started, or keeps it until there is one
   pending=$1
   if [[ -n $process ]]; then
+    [[ ${launcher[0]} != deepspeed || $1 == INT ]] || set -- TERM # the others would end DeepSpeed's launcher at once
     kill -s "$1" "$process" 2>/dev/null || true
     pending=
   fi
 }
 
 launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS and HOSTFILE say where
-  local log=$1 launcher=(python) process='' pending='' code output tee
+  local log=$1 launcher=(python) process='' pending='' code output tee name
   shift
   if ((NUM_GPUS > 0)) && [[ -n ${HOSTFILE:-} ]]; then
     launcher=(deepspeed --num_gpus "$NUM_GPUS" --hostfile "$HOSTFILE" ${MASTER_PORT:+--master_port "$MASTER_PORT"})
@@ -94,11 +96,13 @@ launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS 
   elif ((NUM_GPUS > 1)); then # rank i takes entry i of CUDA_VISIBLE_DEVICES, which all ranks inherit
     launcher=(python -m utils.launcher "$NUM_GPUS")
   fi
-  # The run is a job of its own, to which this script passes Ctrl-C and SIGTERM once, then waits until it has saved and
-  # ended. tee ignores both signals, so that the run's last lines are still shown and kept
-  trap 'pass_on INT' INT
-  trap 'pass_on TERM' TERM
-  exec {output}> >(trap '' INT TERM && exec tee -a -- "$log")
+  # The run is a job of its own, to which this script passes signals once, then waits until it has saved and ended. tee
+  # ignores them, so that the run's last lines are shown and kept; -p: it writes the log when nobody reads its output
+  for name in "${SIGNALS[@]}"; do
+    # shellcheck disable=SC2064
+    trap "pass_on $name" "$name"
+  done
+  exec {output}> >(trap '' "${SIGNALS[@]}" && exec tee -p -a -- "$log")
   tee=$!
   set -m
   "${launcher[@]}" "$@" >&"$output" 2>&1 {output}>&- &
@@ -110,7 +114,7 @@ launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS 
   fi
   while code=0 && { wait "$process" || code=$?; } && kill -0 "$process" 2>/dev/null; do :; done # a signal ends a wait
   while kill -0 "$tee" 2>/dev/null; do wait "$tee" || true; done
-  trap - INT TERM
+  trap - "${SIGNALS[@]}"
   return "$code"
 }
 

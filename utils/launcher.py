@@ -38,8 +38,9 @@ def main(argv: list[str]) -> int:
         for process in ranks:
             process.send_signal(number)  # does nothing if the process has ended
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP; so do ranks
+            signal.signal(number, forward)
     for i in range(count):
         ranks.append(subprocess.Popen(command, env=os.environ | shared | {"RANK": str(i), "LOCAL_RANK": str(i)}))
     code, deadline = 0, float("inf")

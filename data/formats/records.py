@@ -17,6 +17,7 @@ from data.formats.json_lines import parse_json_lines, parse_json_list
 from data.order import order
 from utils.errors import Say, UserError
 from utils.hub import is_hub_id
+from utils.watchdog import with_progress
 
 FLAG = "--data_path"
 MAX_PATH = 200  # characters of a path in a message
@@ -104,7 +105,7 @@ def load_items(
 
 def _parse_all(records: list[Record], parse: Callable[[Record, Tally], Item], tally: Tally) -> list[Item]:
     items = []
-    for record in records:
+    for record in with_progress(records, f"reading of {tally.what}"):
         try:
             items.append(parse(record, tally))
         except BadRecord as error:

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from data.formats.records import Tally
 from utils.errors import Say
+from utils.watchdog import with_progress
 
 Item = TypeVar("Item")
 Encoded = TypeVar("Encoded")
@@ -20,7 +21,7 @@ def encode_fitting(
     of the items and of the limit.
     """
     tally, kept = Tally(what), []
-    for item in items:
+    for item in with_progress(items, f"encoding of {what}"):
         encoded, removed = encode(item)
         if encoded is None:
             tally.add(f"dropped: the last exchange alone exceeds {flag}", item.source)

@@ -144,7 +144,10 @@ def test_sizes_come_from_the_memory_of_a_gpu(run, inputs, tmp_path, capsys):
     assert 0 < device_room() < 0.9 * torch.cuda.get_device_properties(0).total_memory
 
 
-@pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
+@pytest.mark.parametrize(
+    ("number", "code", "name"),
+    [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM"), (signal.SIGUSR1, 138, "SIGUSR1")],
+)
 def test_a_signal_to_a_command_saves_after_the_step_and_leaves_no_debris(inputs, tmp_path, number, code, name):
     out, pipes = tmp_path / "run", {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, "train_ppo.py", *run_flags(inputs, out, train_steps=100000)]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import data.prompts
 import ppo.build
 import ppo.decoding.scheduler
 import ppo.models
@@ -21,7 +22,7 @@ import ppo.update
 import utils.run.checkpoint
 from utils.engine.engine import TrainEngine
 from utils.run.checkpoint import CheckpointWriter
-from utils.run.stop_signal import GRACE
+from utils.run.stop_signal import GRACE, NOTICES
 
 VICTIM = 1  # the rank that faults happen to
 NAN = float("nan")
@@ -75,6 +76,16 @@ def at_call(victim: int, phase: str, calls: int, number: int = signal.SIGKILL) -
     def begin(rank: int) -> None:
         if rank == victim:
             once_loaded(install) if phase == "rollout" else install()
+
+    return begin
+
+
+def stall(owner, name: str) -> Fault:
+    """The victim's first call of this function takes ten minutes."""
+
+    def begin(rank: int) -> None:
+        if rank == VICTIM:
+            before_calls(owner, name, {1: partial(time.sleep, 600)})
 
     return begin
 
@@ -247,7 +258,11 @@ FAULTS = {
     for phase in PHASES
     for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)
 }
+FAULTS |= {f"{number.name} in scoring": at_call(VICTIM, "scoring", 2, number) for number in NOTICES}
 FAULTS |= {
+    "stall in loading": stall(ppo.models, "load_scalar"),
+    "stall in encoding": stall(data.prompts, "encode_prompt"),
+    "stall in saving": stall(utils.run.checkpoint, "write_file"),
     "NaN loss": bad_minibatch("policy_backward", "policy_objective", nan_loss),
     "NaN gradient": bad_minibatch("policy_backward", "policy_objective", nan_gradient(1)),
     "NaN critic gradient": bad_minibatch("critic_backward", "value_loss", nan_gradient(0)),

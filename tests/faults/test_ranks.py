@@ -37,6 +37,38 @@ def test_a_rank_that_dies_or_stands_still_ends_the_other_with_its_stacks(deaths,
     assert re.search(r"most recent call first\):\n(.*\n)+.*train_ppo.py", still.log)
 
 
+HOLDS_THE_LOCK = """
+import os, re
+
+def score(prompts, answers):
+    if os.environ["RANK"] == "1":
+        re.match("(a+)+$", "a" * 60 + "b")
+    return [0.0 for answer in answers]
+"""
+STALLS = ("loading", "encoding", "saving", "reward function")
+
+
+@pytest.fixture(scope="module")
+def stalls(inputs, tmp_path_factory) -> dict[str, Result]:
+    folder = tmp_path_factory.mktemp("stalls")
+    (folder / "score.py").write_text(HOLDS_THE_LOCK)
+    cases = {name: {"fault": f"stall in {name}", "hang_timeout": TIMEOUT} for name in STALLS[:3]}
+    cases[STALLS[3]] = {"reward_fn": f"{folder}/score.py:score", "hang_timeout": TIMEOUT}
+    return run_cases(folder, inputs, cases)
+
+
+@pytest.mark.parametrize("where", STALLS)
+def test_a_rank_that_stalls_ends_both_also_before_the_loop_and_with_the_global_lock(stalls, where):
+    """The rank that stalls ends by itself. The other counts, too, or fails when the connection closes."""
+    result = stalls[where]
+    assert result.codes[0] in (1, 124), result.log[-3000:]
+    assert result.codes[1] == (-9 if where == "reward function" else 124), result.log[-3000:]
+    assert f"error [rank 1]: no progress for {TIMEOUT} s (--hang_timeout) after '" in result.log
+    functions = {"loading": "load_models", "encoding": "load_prompts", "saving": "_write_share"}
+    stacks = rf"most recent call first\):\n(.*\n)+.*{functions.get(where, 'score.py')}"
+    assert re.search(stacks, result.log)
+
+
 BAD = {
     "NaN loss": r"the loss of the policy is not finite .rank 1.; no weights were changed",
     "NaN gradient": r"the gradient of the policy is not finite, or beyond --explosion_limit \(rank 1\); no weights",

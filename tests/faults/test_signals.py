@@ -10,8 +10,13 @@ from tests.helpers.tiny_run import assert_same_run
 
 CASES = {
     "undisturbed": {},
-    "one rank": {"fault": "SIGTERM in scoring"},
-    "after one rank": {"out": "one rank"},
+    "SIGTERM": {"fault": "SIGTERM in scoring"},
+    "after SIGTERM": {"out": "SIGTERM"},
+    "SIGHUP": {"fault": "SIGHUP in scoring", "ignore_hangup": False},
+    "after SIGHUP": {"out": "SIGHUP"},
+    "SIGUSR1": {"fault": "SIGUSR1 in scoring"},
+    "after SIGUSR1": {"out": "SIGUSR1"},
+    "ignored": {"fault": "SIGHUP in scoring", "ignore_hangup": True},
     "again and again": {"fault": "insistent launcher", "patience": 5},
     "slow disk": {"fault": "slow disk"},
     "while writing": {"fault": "signal while writing"},
@@ -28,13 +33,19 @@ def checkpoints(result: Result) -> list[str]:
     return sorted(path.name for path in (result.out / "checkpoints").iterdir())
 
 
-def test_a_signal_to_one_rank_stops_both_after_the_step(results):
-    result = results["one rank"]
-    assert result.codes == [143, 143]
-    assert "stopped by SIGTERM after step 1; the same command resumes" in result.log
-    assert results["after one rank"].codes == [0, 0]
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 138)])
+def test_a_signal_to_one_rank_stops_both_after_the_step(results, name, code):
+    result = results[name]
+    assert result.codes == [code, code]
+    assert f"stopped by {name} after step 1; the same command resumes" in result.log
+    assert results[f"after {name}"].codes == [0, 0]
     assert json.loads((result.out / "config.json").read_text())["resumed_from_step"] == 1
     assert_same_run(result.out, results["undisturbed"].out)
+
+
+def test_a_lost_terminal_may_be_ignored(results):
+    assert results["ignored"].codes == [0, 0]
+    assert_same_run(results["ignored"].out, results["undisturbed"].out)
 
 
 def test_a_second_signal_ends_a_process_in_the_middle_of_its_step(results):

@@ -101,13 +101,18 @@ def test_recipes_answer_without_models(words, start, code):
     assert code == 0 or ("CRITIC_MODEL= (with --reward_fn" in shown.stderr and "  REWARD_MODEL" not in shown.stderr)
 
 
+def hear_hangups() -> None:
+    """In a process about to start: SIGHUP is not ignored, even if these tests run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def start_ranks(file: Path, code: str, *, patience: float = 30.0, **environment: str) -> subprocess.Popen:
     """Two ranks of a script, whose launcher has this patience."""
     here = f"rank, here = os.environ['RANK'], {str(file.parent)!r}"
     file.write_text(f"import os, pathlib, signal, sys, time\n{here}\n{code}")
     start = f"import sys, utils.launcher as r; r.PATIENCE = {patience}; sys.exit(r.main(['2', {str(file)!r}]))"
     options = {"cwd": REPOSITORY, "env": clean_environment() | environment, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", start], **options)
+    return subprocess.Popen([sys.executable, "-c", start], preexec_fn=hear_hangups, **options)
 
 
 SAVES = """
@@ -117,8 +122,8 @@ def save(number, frame):
     pathlib.Path(here, f"saved {rank}").touch()
     sys.exit(128 + number)
 
-signal.signal(signal.SIGTERM, save)
-signal.signal(signal.SIGINT, save)
+for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+    signal.signal(signal.Signals[name], save)
 pathlib.Path(here, f"started {rank}").touch()
 time.sleep(60)
 """
@@ -129,7 +134,7 @@ def when_started(folder: Path, ranks: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_reaches_all_ranks_which_have_all_the_time_they_need(tmp_path, number):
     launcher = start_ranks(tmp_path / "rank.py", SAVES, patience=0.3)
     when_started(tmp_path, 2)
@@ -138,7 +143,7 @@ def test_a_signal_reaches_all_ranks_which_have_all_the_time_they_need(tmp_path, 
     assert {path.name for path in tmp_path.glob("saved *")} == {"saved 0", "saved 1"}
 
 
-@pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+@pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGHUP, True)])
 def test_a_recipe_waits_until_the_run_has_saved(tmp_path, number, group):
     """Whether the script alone gets the signal or, as by Ctrl-C, its process group: the run gets it once."""
     run = tmp_path / "run.py"
@@ -147,7 +152,7 @@ def test_a_recipe_waits_until_the_run_has_saved(tmp_path, number, group):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     shell = subprocess.Popen(
         ["bash", "-c", script], cwd=REPOSITORY, env=clean_environment() | {"PATH": path}, stdout=subprocess.PIPE,
-        text=True, start_new_session=True,
+        text=True, start_new_session=True, preexec_fn=hear_hangups,
     )  # fmt: skip
     when_started(tmp_path, 1)
     (os.killpg if group else os.kill)(shell.pid, number)

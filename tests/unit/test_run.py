@@ -1,13 +1,10 @@
-"""What a run consists of besides its models: random streams, state, wishes to stop, the watchdog, learning rates."""
+"""What a run consists of besides its models: random streams, state, wishes to stop, learning rates."""
 
 import json
 import math
 import os
 import random
-import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import fields
 
@@ -16,10 +13,8 @@ import pytest
 import torch
 
 from ppo.run import RunState
-from tests.helpers.tiny_run import REPOSITORY
 from utils.run.random_state import random_state, seed_streams, set_random_state
-from utils.run.stop_signal import OUT_OF_TIME, Stop
-from utils.run.watchdog import HUNG
+from utils.run.stop_signal import OUT_OF_TIME, Stop, settle_hangup
 from utils.schedule import SCHEDULES, lr_factor
 
 CPU = torch.device("cpu")
@@ -93,47 +88,42 @@ def test_a_signal_waits_for_the_step_and_handlers_come_back():
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-# Reports progress for 2.5 seconds, twice as long as the watchdog waits, prints a line, and then may stand still.
-WATCHED = """
-import sys, time
-from utils.run.watchdog import Watchdog
-
-def stands_still():
-    time.sleep(60)
-
-with Watchdog(1.2, 3) as watchdog:
-    for i in range(10):
-        time.sleep(0.25)
-        watchdog.reset(f"lap {i}")
-    print("alive", flush=True)
-    if sys.argv[1:]:
-        stands_still()
-"""
+@pytest.mark.parametrize(("ignore", "code"), [(True, 0), (False, 129)])
+def test_a_notice_may_come_again_and_an_order_soon_after_it_is_the_same_wish(ignore, code):
+    """As when a terminal is lost, whose shell and kernel both send SIGHUP, and whose launcher adds SIGTERM."""
+    before = signal.getsignal(signal.SIGHUP)
+    settle_hangup(ignore)
+    with Stop(0.0) as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        if not ignore:
+            os.kill(os.getpid(), signal.SIGTERM)
+            stop._since -= 100  # seconds
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.exit_code(CPU) == code
+    signal.signal(signal.SIGHUP, before)
 
 
-def watched(*words: str) -> subprocess.Popen:
-    """Starts that script in a process of its own."""
-    command = [sys.executable, "-c", WATCHED, *words]
-    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def test_progress_is_let_be_and_a_standstill_ends_with_stacks():
-    process = watched("stand still")
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, out) == (HUNG, "alive\n")
-    assert re.match(r"error \[rank 3\]: no progress for 1.2 s \(--hang_timeout\) after 'lap 9': ", err)
-    assert "in stands_still" in err
-
-
-def test_a_process_that_was_suspended_goes_on():
-    """A laptop that was closed, or a job that a scheduler suspends, does not hang."""
-    process = watched()
-    time.sleep(1.0)
-    os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(2.5)
-    os.kill(process.pid, signal.SIGCONT)
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (0, "alive\n", "")
+@pytest.mark.parametrize(
+    ("variable", "before", "ignored"),
+    [
+        ("TMUX", signal.SIG_DFL, True),
+        ("STY", signal.SIG_DFL, True),
+        ("", signal.SIG_DFL, False),
+        ("", signal.SIG_IGN, True),
+    ],
+)
+def test_a_hangup_is_ignored_where_a_terminal_may_go(monkeypatch, variable, before, ignored):
+    """Under tmux, screen and nohup."""
+    for name in ("TMUX", "STY"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "x")
+    own = signal.signal(signal.SIGHUP, before)
+    try:
+        settle_hangup("auto")
+        assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == ignored
+    finally:
+        signal.signal(signal.SIGHUP, own)
 
 
 @pytest.mark.parametrize(

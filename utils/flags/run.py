@@ -1,6 +1,7 @@
 """Flags of a training run: its folder, checkpoints, resuming, limits of time. No torch."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from utils.errors import UserError
 from utils.flags.checks import SEEDS, check_range
@@ -11,7 +12,7 @@ from utils.flags.fields import Common
 FREE_ON_RESUME = frozenset(
     [
         "model_save_path", "logdir", "report_to", "overwrite", "num_samples", "print_interval", "resume",
-        "resume_with_changes", "checkpoint_per_step", "keep_checkpoints", "max_hours", "hang_timeout",
+        "resume_with_changes", "checkpoint_per_step", "keep_checkpoints", "max_hours", "hang_timeout", "ignore_hangup",
         "rollout_batch_size", "rollout_cache_tokens", "micro_batch_tokens", "gradient_checkpoint", "offload_frozen",
         "gather_for_generation", "plan", "plan_gpus", "plan_gpu", "plan_gpu_memory",
     ]
@@ -45,8 +46,11 @@ class RunFlags(EngineConfig):
     max_hours: float = 0.0
     """Hours after which the run saves a checkpoint and exits with code 75, at the end of a step; 0: no limit"""
     hang_timeout: float = 1800.0
-    """Seconds without progress after which a process prints its stack and exits with code 124; 0: never. Must exceed
-    the longest rollout, scoring, update or evaluation"""
+    """Seconds without progress after which a process prints its stacks and exits with code 124; 0: never. Must exceed
+    the load of a model and the longest rollout, scoring, update, evaluation or export"""
+    ignore_hangup: Literal["auto"] | bool = "auto"
+    """Go on after SIGHUP, the signal of a terminal that is lost. auto: under nohup, tmux and screen. Otherwise a run
+    saves a checkpoint and exits with code 129"""
 
     @property
     def preset_values(self) -> dict:

@@ -22,6 +22,7 @@ from utils.models.check import check_forward
 from utils.models.compile import layers_of
 from utils.models.weight_files import DAMAGED, reason_of, tensor_files
 from utils.tokenizer import check_vocabulary
+from utils.watchdog import report_progress
 
 FLAG = "--hf_model_name_or_path"
 
@@ -137,6 +138,7 @@ def from_folder(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    report_progress(f"load of {folder}")
     return model.eval()
 
 

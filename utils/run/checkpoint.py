@@ -29,6 +29,7 @@ from utils.files import remove, replace, sync
 from utils.run.random_state import random_state
 from utils.run.state_file import PIECE, file_pieces, new_buffer, write_file
 from utils.terminal import printable
+from utils.watchdog import report_progress
 
 MANIFEST = "manifest.json"
 LINES = ("metrics.jsonl", "samples.jsonl")  # in the folder that holds checkpoints/
@@ -214,7 +215,9 @@ def _commit(partial: str, target: str, manifest: dict, keep: int) -> None:
 def sha256(path: str) -> str:
     """Returns the SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256")
+    report_progress(f"hash of {os.path.basename(path)}")
+    return digest.hexdigest()
 
 
 def all_checkpoints(folder: str) -> list[tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""Run lifecycle: checkpoints, signals, hang watchdog. The same for all stages."""
+"""Run lifecycle: checkpoints and signals. The same for all stages."""
 
 import os
 from typing import Self
@@ -13,11 +13,11 @@ from utils.run.random_state import seed_streams
 from utils.run.restore import Checkpoint
 from utils.run.resume import identity
 from utils.run.stop_signal import NAMES, Stop
-from utils.run.watchdog import Watchdog
+from utils.watchdog import report_progress
 
 
 class RunLifecycle:
-    """Context of a training loop, which calls `after_step` after each step and `report_progress` between them.
+    """Context of a training loop, which calls `after_step` after each step.
 
     `exit_code`: the code with which the run has to stop now, 0 to continue; the same on all ranks.
     """
@@ -27,13 +27,10 @@ class RunLifecycle:
         self._folder = os.path.join(config.model_save_path, "checkpoints")
         self._writer = CheckpointWriter(self._folder, engines, config.keep_checkpoints)
         self._stop = Stop(config.max_hours)
-        self._watchdog = Watchdog(config.hang_timeout, rank())
-        self.report_progress = self._watchdog.reset
         self.exit_code = 0
 
     def __enter__(self) -> Self:
         self._stop.__enter__()
-        self._watchdog.__enter__()
         return self
 
     def __exit__(self, kind, *error) -> None:
@@ -41,7 +38,6 @@ class RunLifecycle:
             if kind is None or world_size() == 1:  # after an error, other ranks may not reach the same collective
                 self.finish_checkpoint()
         finally:
-            self._watchdog.__exit__(kind, *error)
             self._stop.__exit__(kind, *error)
 
     def restore(self, checkpoint: Checkpoint | None, seed: int) -> None:
@@ -49,6 +45,7 @@ class RunLifecycle:
         seed_streams(seed, rank())
         if checkpoint:
             restore.restore(checkpoint, self._engines)
+            report_progress("restored checkpoint")
 
     def newest_checkpoint(self, say: Say) -> Checkpoint | None:
         """Returns the run's newest intact checkpoint, after any that is being written is complete. Collective."""
@@ -58,18 +55,18 @@ class RunLifecycle:
     def finish_checkpoint(self) -> None:
         """Completes the checkpoint that is being written, also before an error that all ranks raise. Collective."""
         self._writer.finish()
-        self.report_progress("checkpoint")
+        report_progress("checkpoint")
 
     def after_step(self, state: dict, say: Say) -> None:
         """Writes a checkpoint of `state`, JSON, if one is due; sets `exit_code` if any rank has to stop. Collective."""
-        self.report_progress("step")
+        report_progress("step")
         step, every = state["step"], self._config.checkpoint_per_step
         code = self._stop.exit_code(device())
         self.exit_code = code if step < self._total_steps else 0
         last = bool(self.exit_code) or step >= self._total_steps  # no step follows during which to write
         if every and (step % every == 0 or self.exit_code):
             self._writer.save(state | {"flags": identity(self._config)}, say, background=not last)
-            self.report_progress("checkpoint")
+            report_progress("checkpoint")
         else:
             self._writer.finish(wait=last)
         if self.exit_code:

@@ -13,6 +13,8 @@ from utils.flags.run import RunFlags
 from utils.run.logger import RunLogger
 from utils.run.restore import Checkpoint
 from utils.run.resume import begin_folder, check_outputs, find_checkpoint
+from utils.run.stop_signal import settle_hangup
+from utils.watchdog import report_progress
 
 
 def start_run(config: RunFlags) -> tuple[Say, Checkpoint | None]:
@@ -20,7 +22,9 @@ def start_run(config: RunFlags) -> tuple[Say, Checkpoint | None]:
 
     Returns a function that prints on rank 0, and the checkpoint to resume from (None: the run starts at step 0).
     """
+    settle_hangup(config.ignore_hangup)
     init_distributed(config.hang_timeout)
+    report_progress("start of all ranks")
     say = partial(print, flush=True) if is_main() else lambda text: None
     choose_dtype(config)
     check_outputs(config)

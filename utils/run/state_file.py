@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from utils.device import on_gpu
+from utils.watchdog import report_progress
 
 PIECE = 1 << 26  # bytes per buffer: 64 MB, a power of two because PyTorch rounds pinned memory up to one
 _CODES = {
@@ -70,6 +71,7 @@ def write_file(path: str, pieces: Iterable[bytes | torch.Tensor]) -> dict:
             hashed = hasher.submit(digest.update, data)
             size += file.write(data)
             hashed.result()
+            report_progress(f"writing of {os.path.basename(path)}")
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}

@@ -1,9 +1,10 @@
-"""Stops a run at the end of a step, on all ranks together: after Ctrl-C, SIGTERM or --max_hours."""
+"""Stops a run at the end of a step, on all ranks together: after a signal or --max_hours."""
 
+import contextlib
 import os
 import signal
 import time
-from typing import Self
+from typing import Literal, Self
 
 import torch
 
@@ -11,11 +12,21 @@ from utils.distributed import max_ranks, world_size
 
 OUT_OF_TIME = 75  # exit code of --max_hours: EX_TEMPFAIL of sysexits.h
 GRACE = 3.0  # seconds within which a repeated signal is ignored: launchers may send it more than once
-NAMES = {128 + signal.SIGINT: "Ctrl-C", 128 + signal.SIGTERM: "SIGTERM", OUT_OF_TIME: "--max_hours"}
+ORDERS = (signal.SIGINT, signal.SIGTERM)
+NOTICES = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # of lost terminals and schedulers; may come more than once
+NAMES = {128 + number: number.name for number in (*ORDERS, *NOTICES)}
+NAMES |= {128 + signal.SIGINT: "Ctrl-C", OUT_OF_TIME: "--max_hours"}
+
+
+def settle_hangup(ignore: bool | Literal["auto"]) -> None:
+    """Ignores SIGHUP, or not. auto: under tmux and screen, and if it is ignored already, as under nohup."""
+    if ignore == "auto":
+        ignore = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN or bool(os.environ.keys() & {"TMUX", "STY"})
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignore else signal.SIG_DFL)
 
 
 class Stop:
-    """Context in which one signal takes effect at the end of the step, and a second one ends the process at once."""
+    """Context in which a signal takes effect at the end of the step, and a later Ctrl-C or SIGTERM at once."""
 
     def __init__(self, max_hours: float):
         self._code = 0
@@ -24,8 +35,9 @@ class Stop:
         self._before = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._handle)
+        for number in (*ORDERS, *NOTICES):
+            if number in ORDERS or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_) -> None:
@@ -35,11 +47,12 @@ class Stop:
     def _handle(self, number: int, frame) -> None:
         if not self._code:
             self._code, self._since = 128 + number, time.monotonic()
-            os.write(2, b"\nstopping at the end of this step; a second signal stops at once\n")
-            if world_size() == 1:  # no launcher repeats signals; the default handlers also interrupt native code
-                for each in self._before:
-                    signal.signal(each, signal.SIG_DFL)
-        elif time.monotonic() - self._since > GRACE:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, b"\nstopping at the end of this step; a second signal stops at once\n")
+            if world_size() == 1 and number in ORDERS:  # no launcher repeats them
+                for each in ORDERS:
+                    signal.signal(each, signal.SIG_DFL)  # which also interrupts native code
+        elif number in ORDERS and time.monotonic() - self._since > GRACE:
             os._exit(128 + number)
 
     def exit_code(self, device: torch.device) -> int:

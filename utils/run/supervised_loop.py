@@ -17,6 +17,7 @@ from utils.run.lifecycle import RunLifecycle
 from utils.run.logger import RunLogger
 from utils.run.restore import Checkpoint
 from utils.schedule import lr_factor
+from utils.watchdog import report_progress
 
 Item = object  # one example of the stage's data: a dataclass that can be written as JSON
 
@@ -93,8 +94,9 @@ def _loop(
         if done % config.print_interval == 0:
             log.say(f"step {done}/{config.train_steps}: {numbers(metrics)}")
         if valid and (done % config.save_per_step == 0 or done == config.train_steps):
-            lifecycle.report_progress("training step")
+            report_progress("training step")
             evaluation = stage.evaluate(engine, valid) if stage.evaluate else evaluate(engine, stage, valid)
+            report_progress("evaluation")
             held_out = {f"eval_{name}": value for name, value in evaluation.items()}
             metrics |= held_out
             log.say(f"step {done}: {numbers(held_out)}")
@@ -180,6 +182,7 @@ def export(engine: TrainEngine, stage: Stage, folder: str) -> None:
     if is_main():
         stage.save(state, folder)
     barrier()
+    report_progress(f"export of {os.path.basename(folder)}/")
 
 
 def numbers(metrics: dict[str, float]) -> str:
