@@ -51,7 +51,7 @@ def _changed(config: RunFlags, saved: dict, record: dict) -> dict[str, str]:
                 if _real(was) != _real(value):
                     changed[name] = str(was)
             elif (files or not value) and (found := changes(inputs.get(name, {}), files)):
-                changed[name] = f"{was}: {found}"
+                changed[name] = found if was == value else f"{was}: {found}"
         elif not any(name in x and x[name] == value for x in same):
             changed[name] = str(saved[name])
     return dict(sorted(changed.items(), key=lambda item: item[0] not in config.given))
@@ -144,8 +144,10 @@ def _check_flags(checkpoint: Checkpoint, config: RunFlags, say: Say) -> None:
             continue
         if not config.resume_with_changes:
             old = "the same files" if name in INPUTS else "that value"
+            more = ", ".join(f"--{other}" for other in changed if other not in (name, *SPLIT))
             raise UserError(
-                f"--{name} {wanted} differs from {checkpoint.path} ({was}); use {old}, or pass "
+                f"--{name} {wanted} differs from {checkpoint.path} ({was})"
+                f"{more and f', and so does {more}'}; use {old}, or pass "
                 "--resume_with_changes to resume anyway, or --overwrite to start at step 0"
             )
         say(f"resumed with another --{name}: {wanted}, not {was}")
