@@ -131,9 +131,9 @@ def input_files(config) -> dict[str, Files]:
         if isinstance(value, list):
             parts = {i: _files_of(flag, part) for i, part in enumerate(value, 1)}
             found[flag] = {f"{i}/{name}": place for i, files in parts.items() for name, place in files.items()}
-        elif value:
-            found[flag] = _files_of(flag, value)
-    return found
+        else:
+            found[flag] = _files_of(flag, value) if value else {}
+    return {flag: files for flag, files in found.items() if files}
 
 
 def fingerprints(config, say: Say) -> dict[str, dict[str, str]]:
