@@ -19,7 +19,7 @@ from pydantic import StringConstraints
 
 from utils.distributed import gather_objects, rank
 from utils.errors import Say, UserError
-from utils.files import first_names, read_json, split_files, write_json
+from utils.files import first_names, read_json, remove, split_files, write_json
 from utils.hub import data_revision, download, download_model, is_hub_id
 from utils.run.checkpoint import sha256
 from utils.schema import Schema, checked
@@ -229,4 +229,7 @@ def _write_cache(new: dict[str, str]) -> None:
     with contextlib.suppress(OSError, UserError):
         entries = list((_read_cache() | new).items())[-MAX_CACHED:]
         write_json(own, {"sha256": dict(entries)})
-        os.replace(own, path)
+        try:
+            os.replace(own, path)
+        finally:
+            remove(own)
