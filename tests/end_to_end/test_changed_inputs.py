@@ -176,13 +176,17 @@ def test_other_paths_to_the_same_content_go_on(stopped, finished, names, tmp_pat
     assert_same_run(run, finished[1])
 
 
-def test_before_the_first_checkpoint_the_content_counts_as_well(stopped, capfd):
-    inputs, run = stopped
-    shutil.rmtree(run / "checkpoints")
+def test_before_the_first_checkpoint_the_content_counts_as_well(stopped, tmp_path, capfd):
+    inputs, run = stopped[0], tmp_path / "new"
+    argv = run_flags(inputs, run, **flags_of(inputs))
+    with pytest.raises(SystemExit, match="75"):
+        main([*argv, "--max_hours", "1e-9", "--checkpoint_per_step", "0"])
     edit(inputs.prompts / "train.json", "bread", "cakes")
-    assert "already holds a run" in refusal(main, run_flags(inputs, run, **flags_of(inputs)), capfd)
-    edit(inputs.prompts / "train.json", "cakes", "bread")
-    main(run_flags(inputs, run, **flags_of(inputs)))
+    error = refusal(main, argv, capfd)
+    assert re.search(r"already holds a run, .* another --data_path \(train.json has other.*--overwrite", error)
+    moved = shutil.copytree(inputs.prompts, tmp_path / "moved")
+    edit(moved / "train.json", "cakes", "bread")
+    main([*argv, "--data_path", str(moved)])
     assert [row["step"] for row in read_metrics(run)] == [1, 2]
 
 

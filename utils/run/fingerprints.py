@@ -71,7 +71,8 @@ def _weights(folder: Path) -> set[str]:
     """Returns the names of a model's weight files, as utils/models/weight_files.py and transformers choose them."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / f"{name}.index.json").is_file():
-            return {name, *map(str, read_json(folder / f"{name}.index.json")["weight_map"].values())}
+            shards = map(str, read_json(folder / f"{name}.index.json")["weight_map"].values())
+            return {name, *(shard for shard in shards if shard == os.path.basename(shard))}
         if (folder / name).is_file():
             return {name}
     return set()
@@ -118,7 +119,7 @@ def _files_of(flag: str, value: str) -> Files:
     """Returns the regular files of one value; none if it cannot be read, which its loader explains later."""
     try:
         files = INPUTS[flag](value, f"--{flag}")
-    except (OSError, ValueError, KeyError, AttributeError):  # ValueError includes UserError
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError):  # ValueError includes UserError
         return {}
     return {_printable(name): file for name, file in files.items() if isinstance(file, str) or os.path.isfile(file)}
 

@@ -59,7 +59,7 @@ def _changed(config: RunFlags, saved: dict, record: dict) -> dict[str, str]:
 
 def _real(value: str | list | None) -> list[str]:
     """Returns the real paths of an input's value or values."""
-    return [os.path.realpath(path) for path in (value if isinstance(value, list) else [value]) if path]
+    return [os.path.realpath(str(path)) for path in (value if isinstance(value, list) else [value]) if path]
 
 
 def check_folder(config: RunFlags, inputs: list[str | None]) -> None:
@@ -104,11 +104,20 @@ def _has_checkpoints(path: str) -> bool:
 
 
 def _same_config(config: RunFlags) -> bool:
+    """Whether the run in the folder began with the same flags and content. Raises UserError that names a difference."""
+    path = config.model_save_path
     try:
-        saved = read_json(os.path.join(config.model_save_path, "config.json"))
-        return identity(config).keys() <= saved.keys() and set(_changed(config, saved, saved)) <= set(SPLIT)
+        saved = read_json(os.path.join(path, "config.json"))
+        changed = _changed(config, saved, saved) if identity(config).keys() <= saved.keys() else None
     except (OSError, ValueError):
         return False
+    for name, was in (changed or {}).items():
+        if name not in SPLIT:
+            began = f"which began with another --{name} ({was})"
+            raise UserError(
+                f"--model_save_path {path} already holds a run, {began}; use another folder, or --overwrite"
+            )
+    return changed is not None
 
 
 def find_checkpoint(config: RunFlags, say: Say) -> Checkpoint | None:
