@@ -14,7 +14,7 @@ from ppo.config import PPOConfig
 from reward.config import RewardConfig
 from sft.config import SFTConfig
 from utils.run import fingerprints as module
-from utils.run.fingerprints import INPUTS, changes, code_files, fingerprints, input_files
+from utils.run.fingerprints import INPUTS, changes, code_files, fingerprints
 
 WEIGHTS = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
 
@@ -200,7 +200,6 @@ def test_the_cache_has_a_bound_and_loses_the_oldest_entries(tmp_path, cache, mon
     assert list(json.loads(cache.read_text())["sha256"].values()) == [sha(str(i)) for i in (2, 3, 4)]
 
 
-def test_input_files_keep_the_order_of_values(tmp_path):
-    first, second = (write(tmp_path / name, train__json=name) for name in ("b", "a"))
-    files = input_files(SimpleNamespace(data_path=[str(first), str(second)]))
-    assert files == {"data_path": {"1/train.json": first / "train.json", "2/train.json": second / "train.json"}}
+def test_names_keep_the_order_of_values(tmp_path):
+    paths = [str(write(tmp_path / name, train__json=name)) for name in ("b", "a")]
+    assert found("data_path", paths) == {"1/train.json": sha("b"), "2/train.json": sha("a")}

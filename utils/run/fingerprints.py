@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,16 +50,6 @@ class Stamp(NamedTuple):
     modified: int
     changed: int
     inode: int
-
-    @property
-    def key(self) -> str:
-        """The cache's key; without the node, since container names change from run to run."""
-        return _printable("|".join(map(str, self[1:])))
-
-
-def _printable(name: str) -> str:
-    """Returns a file name that UTF-8 can hold: one in another encoding has escapes."""
-    return name.encode(errors="backslashreplace").decode()
 
 
 def _model(path: str, flag: str) -> Files:
@@ -121,33 +111,27 @@ def _files_of(flag: str, value: str) -> Files:
         files = INPUTS[flag](value, f"--{flag}")
     except (OSError, ValueError, KeyError, AttributeError, RecursionError):  # ValueError includes UserError
         return {}
-    return {_printable(name): file for name, file in files.items() if isinstance(file, str) or os.path.isfile(file)}
-
-
-def input_files(config) -> dict[str, Files]:
-    """Returns flag -> files that are read for it. Names of a flag with several values start with the value's number."""
-    found = {}
-    for flag in INPUTS:
-        value = getattr(config, flag, None)
-        if isinstance(value, list):
-            parts = {i: _files_of(flag, part) for i, part in enumerate(value, 1)}
-            found[flag] = {f"{i}/{name}": place for i, files in parts.items() for name, place in files.items()}
-        else:
-            found[flag] = _files_of(flag, value) if value else {}
-    return {flag: files for flag, files in found.items() if files}
+    files = {name: file for name, file in files.items() if isinstance(file, str) or os.path.isfile(file)}
+    return {name.encode(errors="backslashreplace").decode(): file for name, file in files.items()}  # of any encoding
 
 
 def fingerprints(config, say: Say) -> dict[str, dict[str, str]]:
-    """Returns flag -> file name -> SHA-256 of this rank's inputs. Collective."""
-    inputs, node = input_files(config), socket.gethostname()
-    stamps = {
-        place: _stamp(node, place) for files in inputs.values() for place in files.values() if isinstance(place, Path)
-    }
-    known = _hash_all(set(stamps.values()), say)
-    return {
-        flag: {name: place if isinstance(place, str) else known[stamps[place]] for name, place in files.items()}
-        for flag, files in inputs.items()
-    }
+    """Returns flag -> file name -> SHA-256 of this rank's inputs. Collective.
+
+    Names of a flag with several values start with the number of the value.
+    """
+    found = {}  # (flag, name) -> stamp, or a text that stands for content
+    for flag in INPUTS:
+        value = getattr(config, flag, None) or []
+        for i, path in enumerate(value if isinstance(value, list) else [value], 1):
+            for name, file in _files_of(flag, path).items():
+                numbered = f"{i}/{name}" if isinstance(value, list) else name
+                found[flag, numbered] = file if isinstance(file, str) else _stamp(file)
+    known = _hash_all({stamp for stamp in found.values() if isinstance(stamp, Stamp)}, say)
+    result = defaultdict(dict)
+    for (flag, name), stamp in found.items():
+        result[flag][name] = known.get(stamp, stamp)
+    return dict(result)
 
 
 def changes(before: dict[str, str], now: dict[str, str]) -> str:
@@ -169,17 +153,17 @@ def digest_of(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _stamp(node: str, place: Path) -> Stamp:
-    path = os.path.realpath(place)
+def _stamp(file: str | Path) -> Stamp:
+    path = os.path.realpath(file)
     state = os.stat(path)
-    return Stamp(node, path, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+    return Stamp(socket.gethostname(), path, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
 
 
 def _hash_all(stamps: set[Stamp], say: Say) -> dict[Stamp, str]:
     """Returns the SHA-256 of all ranks' files. Each file is hashed by one rank of its node, unless it is cached."""
     cache = _read_cache()
     nodes = gather_objects(socket.gethostname())
-    everyone = gather_objects({stamp: cache.get(stamp.key) for stamp in stamps})
+    everyone = gather_objects({stamp: cache.get(_key(stamp)) for stamp in stamps})
     known = {stamp: digest for found in everyone for stamp, digest in found.items() if digest}
     load, own = Counter(), []
     for stamp in sorted(set().union(*everyone) - known.keys(), key=lambda stamp: (-stamp.size, stamp)):
@@ -193,8 +177,13 @@ def _hash_all(stamps: set[Stamp], say: Say) -> dict[Stamp, str]:
         shares = gather_objects(dict(zip(own, pool.map(_hash, own), strict=True)))
     new = {stamp: found for share in shares for stamp, found in share.items()}
     if rank() == nodes.index(nodes[rank()]):  # the first of its node; nodes may share one home
-        _write_cache({stamp.key: digest for stamp, (digest, keep) in new.items() if keep})
+        _write_cache({_key(stamp): digest for stamp, (digest, keep) in new.items() if keep})
     return known | {stamp: digest for stamp, (digest, _) in new.items()}
+
+
+def _key(stamp: Stamp) -> str:
+    """Returns the cache's key; without the node, since container names change from run to run."""
+    return json.dumps(stamp[1:])
 
 
 def _hash(stamp: Stamp) -> tuple[str, bool]:
@@ -202,7 +191,7 @@ def _hash(stamp: Stamp) -> tuple[str, bool]:
     settled = time.time_ns() - max(stamp.modified, stamp.changed) > SETTLED
     try:
         digest = sha256(stamp.path)
-        return digest, settled and stamp.size >= MIN_CACHED and _stamp(stamp.node, Path(stamp.path)) == stamp
+        return digest, settled and stamp.size >= MIN_CACHED and _stamp(stamp.path) == stamp
     except OSError as error:
         return f"not readable ({error.strerror})", False
 
