@@ -40,3 +40,13 @@ def download_model(name: str, flag: str) -> Path:
     if not list(folder.glob("*.safetensors")):
         folder = download(name, flag, allow_patterns=["*.json", "*.bin"])
     return folder
+
+
+def data_revision(name: str) -> str:
+    """Returns the commit of the hub data set that `datasets` loads. Raises OSError or ValueError."""
+    import datasets
+
+    try:
+        return str(datasets.load_dataset_builder(name).hash)
+    except datasets.exceptions.DatasetsError as error:
+        raise OSError(str(error)) from error

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from data.formats.json_lines import parse_json_lines, parse_json_list
 from data.order import order
 from utils.errors import Say, UserError
+from utils.files import split_files
 from utils.hub import is_hub_id
 from utils.watchdog import with_progress
 
@@ -139,13 +140,13 @@ def read_file(file: Path, flag: str = FLAG) -> list[Record]:
 
 
 def _read_folder(folder: Path, flag: str) -> tuple[list[Record], list[Record] | None]:
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".jsonl"))
-    split = {name: [file for file in files if file.stem.endswith(name)] for name in ("train", "valid")}
-    if not split["train"]:
-        found = ", ".join(file.name for file in files) or "no JSON files at all"
+    split = split_files(folder)
+    if not split[0]:
+        files = sorted(file.name for file in folder.iterdir() if file.suffix in (".json", ".jsonl"))
+        found = ", ".join(files) or "no JSON files at all"
         raise UserError(f"{flag}: no *train.json or *train.jsonl in {folder} ({found}); rename a file or pass its path")
-    train, valid = ([record for file in split[name] for record in read_file(file, flag)] for name in ("train", "valid"))
-    return train, valid if split["valid"] else None
+    train, valid = ([record for file in files for record in read_file(file, flag)] for files in split)
+    return train, valid if split[1] else None
 
 
 def _read_hub(name: str, flag: str) -> tuple[list[Record], list[Record] | None]:

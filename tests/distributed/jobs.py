@@ -1,6 +1,7 @@
-"""What each process of a group does in tests/distributed/test_engine_ranks.py; started by tests/faults/scenarios.py."""
+"""What each process of a group does in tests of this folder; started by tests/faults/scenarios.py."""
 
 import json
+import os
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +15,7 @@ from utils.distributed import gather_objects, is_main, rank
 from utils.engine.engine import DTYPES, TrainEngine, init_distributed, shutdown_distributed
 from utils.engine.frozen import shard_frozen
 from utils.engine.state import same_weights
+from utils.run import fingerprints
 from utils.run.checkpoint import CheckpointWriter
 from utils.run.restore import named, restore
 
@@ -85,3 +87,20 @@ def tiny_model(family: str) -> PolicyModel:
 def held_elements(module: torch.nn.Module) -> int:
     """Elements of weights in this rank's memory: of its shards, and of what is whole at the moment."""
     return sum(p.ds_tensor.numel() + p.data.numel() for p in module.parameters())
+
+
+def fingerprint_inputs(policy: str, prompts: str) -> None:
+    """Prints which files a rank hashes, and the fingerprints that it gets. The ranks name the files differently."""
+    original = fingerprints._hash
+
+    def noted(stamp: fingerprints.Stamp) -> tuple[str, bool]:
+        os.write(1, f"hashed {stamp.path}\n".encode())  # at once: threads of both ranks write
+        return original(stamp)
+
+    fingerprints._hash = noted
+    init_distributed(60)
+    os.chdir((policy, prompts)[rank()])
+    paths = {0: {"policy_model_path": ".", "data_path": prompts}, 1: {"policy_model_path": policy, "data_path": "."}}
+    found = fingerprints.fingerprints(ppo_config(**paths[rank()]), print)
+    os.write(1, f"found {json.dumps(found, sort_keys=True)}\n".encode())
+    shutdown_distributed()

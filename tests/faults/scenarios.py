@@ -3,7 +3,8 @@
     python -m tests.faults.scenarios CASES.json
 
 A case: "module" and "function", called with the words "argv" (main) or with these arguments (others); "ranks";
-"fault": a name in FAULTS, or the arguments of at_call; "patience": seconds; "log": file. Prints exit codes as JSON.
+"fault": a name in FAULTS, or the arguments of at_call; "patience": seconds; "log": file. "second": words
+that the second rank gets in addition; "folders": the working folder of each rank. Prints exit codes as JSON.
 """
 
 import importlib
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -30,7 +32,7 @@ from tests.helpers.tiny_run import Inputs, run_flags, run_module
 from utils.launcher import free_port
 
 LIMIT = 300  # seconds for a run to come to its end
-DEFAULTS = {"module": "train_ppo", "function": "main", "ranks": 2, "fault": None, "patience": 60}
+DEFAULTS = {"module": "train_ppo", "function": "main", "ranks": 2, "fault": None, "patience": 60, "second": []}
 SMALL = {"train_steps": 3, "checkpoint_per_step": 1, "keep_checkpoints": 3, "num_eval_prompts": 0}
 
 
@@ -125,6 +127,13 @@ def wait(children: list[int], patience: float) -> list[int]:
     return [codes[child] for child in children]
 
 
+def call(run: Callable, words: list, case: dict) -> None:
+    """Calls the function of a case in the process of a rank."""
+    rank = int(os.environ.get("RANK", "0"))
+    os.chdir(case["folders"][rank] if "folders" in case else ".")
+    run(*([words[0] + case["second"]] if rank == 1 and case["second"] else words))
+
+
 def main() -> None:
     """All cases of the file."""
     torch.set_num_threads(1)  # before the first tensor: a process that has threads must not be forked
@@ -134,7 +143,7 @@ def main() -> None:
         fault = FAULTS[fault] if isinstance(fault, str) else at_call(*fault) if isinstance(fault, list) else fault
         run = getattr(importlib.import_module(case["module"]), case["function"])
         words = [case["argv"]] if case["function"] == "main" else case["argv"]
-        children = start(lambda run=run, words=words: run(*words), case["ranks"], Path(case["log"]), fault)
+        children = start(partial(call, run, words, case), case["ranks"], Path(case["log"]), fault)
         codes.append(wait(children, case["patience"]))
     print(json.dumps(codes))
 

@@ -10,7 +10,8 @@ from utils.flags.other_names import explain_unknown
 
 # Keys of a run's config.json that are no flags (utils/run/folder.py writes them), and flags about that run's start.
 RECORD = (
-    "argv", "versions", "git_commit", "devices", "world_size", "threads", "resumed_from_step", "replaced_defaults"
+    "argv", "versions", "git_commit", "code", "inputs", "devices", "world_size", "threads", "resumed_from_step",
+    "replaced_defaults",
 )  # fmt: skip
 STARTS = ("overwrite", "resume", "resume_with_changes")
 

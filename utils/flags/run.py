@@ -1,7 +1,7 @@
 """Flags of a training run: its folder, checkpoints, resuming, limits of time. No torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from utils.errors import UserError
 from utils.flags.checks import SEEDS, check_range
@@ -23,6 +23,8 @@ FREE_ON_RESUME = frozenset(
 class RunFlags(EngineConfig):
     """Run: its folder, logs, checkpoints and evaluations."""
 
+    fingerprints: ClassVar[dict[str, dict[str, str]]] = {}  # flag -> file -> SHA-256; `start_run` sets it
+
     model_save_path: Common[str] = ""
     """Folder of the run: config.json, metrics.jsonl, samples.jsonl, checkpoints/, best/, final/"""
     overwrite: Common[bool] = False
@@ -38,7 +40,7 @@ class RunFlags(EngineConfig):
     resume: Common[str] = "auto"
     """Checkpoint to resume from: a folder; auto: the newest complete one in --model_save_path; never: none"""
     resume_with_changes: bool = False
-    """Resume even if flags that change the results differ from those of the checkpoint"""
+    """Resume even if flags that change the results, or the content of models and data, differ from the checkpoint's"""
     checkpoint_per_step: int = 50
     """Steps between checkpoints; 0: no checkpoints, even when the run is stopped"""
     keep_checkpoints: int = 2

@@ -12,6 +12,7 @@ from importlib import metadata
 from utils.distributed import barrier, is_main
 from utils.errors import UserError
 from utils.files import atomic_file, disk_errors, remove, write_json
+from utils.run.fingerprints import code_files, digest_of
 
 PACKAGES = (
     "torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "tensorboard", "safetensors"
@@ -76,7 +77,7 @@ def cut_lines(path: str, step: int) -> None:
 
 
 def run_description(config) -> dict:
-    """Returns all flags, argv, versions, git commit and devices, so that the run can be repeated."""
+    """Returns all flags, argv, versions, code, inputs and devices, so that the run can be repeated."""
     import torch
 
     from utils.device import on_gpu
@@ -86,12 +87,19 @@ def run_description(config) -> dict:
         **dataclasses.asdict(config),
         "replaced_defaults": config.replaced_defaults,
         "argv": sys.argv,
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "versions": versions(),
         "git_commit": _git_commit(),
+        "code": digest_of(code_files()),
+        "inputs": config.fingerprints,
         "devices": gpus or [f"{os.cpu_count()} CPU cores"],
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages on which a run's numbers depend."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
 
 
 def _git_commit() -> str | None:

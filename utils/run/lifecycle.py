@@ -65,7 +65,8 @@ class RunLifecycle:
         self.exit_code = code if step < self._total_steps else 0
         last = bool(self.exit_code) or step >= self._total_steps  # no step follows during which to write
         if every and (step % every == 0 or self.exit_code):
-            self._writer.save(state | {"flags": identity(self._config)}, say, background=not last)
+            record = {"flags": identity(self._config), "inputs": self._config.fingerprints}
+            self._writer.save(state | record, say, background=not last)
             report_progress("checkpoint")
         else:
             self._writer.finish(wait=last)

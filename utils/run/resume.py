@@ -10,9 +10,11 @@ from utils.files import check_writable, read_json
 from utils.flags.parser import changed_flags
 from utils.flags.run import FREE_ON_RESUME, RunFlags
 from utils.run.checkpoint import all_checkpoints
+from utils.run.fingerprints import INPUTS, changes
 from utils.run.folder import check_inputs, holds_run, prepare_run_folder
 from utils.run.logger import tracker_names
 from utils.run.restore import Checkpoint, named, newest
+from utils.schema import Schema, checked
 
 # May change on resume, with a message: the run stays the same except for rounding and for the random streams of each
 # rank, which dropout and --reward_fn use.
@@ -26,12 +28,38 @@ def identity(config: RunFlags) -> dict:
     return json.loads(json.dumps(flags))
 
 
-def _changed(config: RunFlags, saved: dict) -> list[str]:
-    """Flags whose value is neither that of `saved` nor the default that `saved` replaced; given ones first."""
+class Fingerprints(Schema):
+    """Fingerprints in config.json and state.json; None in those of versions before they had them."""
+
+    inputs: dict[str, dict[str, str]] | None = None
+
+
+def _changed(config: RunFlags, saved: dict, record: dict) -> dict[str, str]:
+    """Returns flag -> what it was, for flags that differ from those of `saved`, a part of `record`; given ones first.
+
+    Not those that have the default which `saved` replaced. Of models and data the content counts, not the path, unless
+    `record` has no fingerprints. Raises ValueError for malformed ones.
+    """
     same = [saved, saved.get("replaced_defaults", {})]
     now = {name: value for name, value in identity(config).items() if name in saved and name != "replaced_defaults"}
-    changed = [name for name, value in now.items() if not any(name in x and x[name] == value for x in same)]
-    return sorted(changed, key=lambda name: name not in config.given)
+    inputs = checked(Fingerprints, record).inputs
+    changed = {}
+    for name, value in now.items():
+        if name in INPUTS:
+            was, files = saved[name], config.fingerprints.get(name, {})
+            if inputs is None:
+                if _real(was) != _real(value):
+                    changed[name] = str(was)
+            elif (files or not value) and (found := changes(inputs.get(name, {}), files)):
+                changed[name] = found if was == value else f"{was}: {found}"
+        elif not any(name in x and x[name] == value for x in same):
+            changed[name] = str(saved[name])
+    return dict(sorted(changed.items(), key=lambda item: item[0] not in config.given))
+
+
+def _real(value: str | list | None) -> list[str]:
+    """Returns the real paths of an input's value or values."""
+    return [os.path.realpath(str(path)) for path in (value if isinstance(value, list) else [value]) if path]
 
 
 def check_folder(config: RunFlags, inputs: list[str | None]) -> None:
@@ -76,11 +104,20 @@ def _has_checkpoints(path: str) -> bool:
 
 
 def _same_config(config: RunFlags) -> bool:
+    """Whether the run in the folder began with the same flags and content. Raises UserError that names a difference."""
+    path = config.model_save_path
     try:
-        saved = read_json(os.path.join(config.model_save_path, "config.json"))
+        saved = read_json(os.path.join(path, "config.json"))
+        changed = _changed(config, saved, saved) if identity(config).keys() <= saved.keys() else None
     except (OSError, ValueError):
         return False
-    return identity(config).keys() <= saved.keys() and set(_changed(config, saved)) <= set(SPLIT)
+    for name, was in (changed or {}).items():
+        if name not in SPLIT:
+            began = f"which began with another --{name} ({was})"
+            raise UserError(
+                f"--model_save_path {path} already holds a run, {began}; use another folder, or --overwrite"
+            )
+    return changed is not None
 
 
 def find_checkpoint(config: RunFlags, say: Say) -> Checkpoint | None:
@@ -101,16 +138,25 @@ def find_checkpoint(config: RunFlags, say: Say) -> Checkpoint | None:
 
 
 def _check_flags(checkpoint: Checkpoint, config: RunFlags, say: Say) -> None:
-    saved, now = checkpoint.state["flags"], identity(config)
-    for name in _changed(config, saved):
-        was, wanted = saved[name], now[name]
+    now = identity(config)
+    try:
+        changed = _changed(config, checkpoint.state["flags"], checkpoint.state)
+    except ValueError as error:
+        raise UserError(f"{checkpoint.path}/state.json is damaged ({error}); pass another checkpoint") from error
+    if "inputs" not in checkpoint.state:
+        say(f"{checkpoint.path} has no fingerprints: of models and data only the paths were compared, not the content")
+    for name, was in changed.items():
+        wanted = now[name]
         if name in SPLIT:
             what = "number of processes" if name == "world_size" else f"--{name}"
             say(f"resumed with another {what}: {wanted}, not {was}; only rounding and dropout differ")
             continue
         if not config.resume_with_changes:
+            old = "the same files" if name in INPUTS else "that value"
+            more = ", ".join(f"--{other}" for other in changed if other not in (name, *SPLIT))
             raise UserError(
-                f"--{name} {wanted} differs from {checkpoint.path} ({was}); use that value, or pass "
+                f"--{name} {wanted} differs from {checkpoint.path} ({was})"
+                f"{more and f', and so does {more}'}; use {old}, or pass "
                 "--resume_with_changes to resume anyway, or --overwrite to start at step 0"
             )
         say(f"resumed with another --{name}: {wanted}, not {was}")
@@ -124,12 +170,6 @@ def begin_folder(config: RunFlags, checkpoint: Checkpoint | None) -> int:
         where = f"{config.model_save_path}/config.json"
         print(f"all flags: {where}; flags that differ from their defaults:\n  {changed_flags(config)}", flush=True)
     return checkpoint.step if checkpoint else 0
-
-
-INPUTS = (
-    "policy_model_path", "critic_model_path", "reward_model_path", "hf_model_name_or_path", "data_path",
-    "center_data_path",
-)  # fmt: skip
 
 
 def check_outputs(config) -> None:

@@ -10,7 +10,9 @@ from utils.errors import Say
 from utils.fast_dtype import fast_dtype
 from utils.flags.checks import choose
 from utils.flags.run import RunFlags
+from utils.run.fingerprints import fingerprints
 from utils.run.logger import RunLogger
+from utils.run.ranks import check_ranks
 from utils.run.restore import Checkpoint
 from utils.run.resume import begin_folder, check_outputs, find_checkpoint
 from utils.run.stop_signal import settle_hangup
@@ -18,7 +20,7 @@ from utils.watchdog import report_progress
 
 
 def start_run(config: RunFlags) -> tuple[Say, Checkpoint | None]:
-    """Joins the ranks, chooses --dtype auto, checks --model_save_path and --resume. Writes nothing.
+    """Joins and compares the ranks, chooses --dtype auto, checks --model_save_path and --resume. Writes nothing.
 
     Returns a function that prints on rank 0, and the checkpoint to resume from (None: the run starts at step 0).
     """
@@ -26,6 +28,8 @@ def start_run(config: RunFlags) -> tuple[Say, Checkpoint | None]:
     init_distributed(config.hang_timeout)
     report_progress("start of all ranks")
     say = partial(print, flush=True) if is_main() else lambda text: None
+    config.fingerprints = fingerprints(config, say)
+    check_ranks(config)
     choose_dtype(config)
     check_outputs(config)
     return say, find_checkpoint(config, say)

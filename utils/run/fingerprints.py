@@ -1,0 +1,225 @@
+"""Fingerprints of what a run reads: the SHA-256 of every file of its models, its data and --reward_fn.
+
+Ranks of a node share the hashing. Hashes of large files are cached by real path, size, times and inode.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+from pydantic import StringConstraints
+
+from utils.distributed import gather_objects, rank
+from utils.errors import Say, UserError
+from utils.files import first_names, read_json, remove, split_files, write_json
+from utils.hub import data_revision, download, download_model, is_hub_id
+from utils.run.checkpoint import sha256
+from utils.schema import Schema, checked
+
+CODE = ("data", "ppo", "reward", "sft", "utils")  # folders beside train_ppo.py
+MIN_CACHED = 1 << 20  # bytes; smaller files are hashed again in less time than the cache would save
+MAX_CACHED = 5000  # entries
+SETTLED = 2 * 10**9  # nanoseconds: a file that changed more recently may change again without another time of change
+THREADS = 4  # per rank
+LOUD = 1 << 30  # bytes to hash from which on a line says so
+
+Files = dict[str, Path | str]  # name -> file, or a text that stands for content
+Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
+class Cache(Schema):
+    """The cache's file."""
+
+    sha256: dict[str, Digest]
+
+
+class Stamp(NamedTuple):
+    """A file's place and state. With the same stamp it has the same content. Times are in nanoseconds."""
+
+    node: str
+    path: str
+    size: int
+    modified: int
+    changed: int
+    inode: int
+
+
+def _model(path: str, flag: str) -> Files:
+    folder = download_model(path, flag) if is_hub_id(path) else Path(path)
+    return _text_files(folder) | {name: folder / name for name in _weights(folder)}
+
+
+def _weights(folder: Path) -> set[str]:
+    """Returns the names of a model's weight files, as utils/models/weight_files.py and transformers choose them."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / f"{name}.index.json").is_file():
+            shards = map(str, read_json(folder / f"{name}.index.json")["weight_map"].values())
+            return {name, *(shard for shard in shards if shard == os.path.basename(shard))}
+        if (folder / name).is_file():
+            return {name}
+    return set()
+
+
+def _text_files(folder: Path) -> Files:
+    """Returns configs, tokenizer and templates of a model, without its README and notes."""
+    kinds, names = (".json", ".jinja", ".model", ".tiktoken"), ("vocab.txt", "merges.txt")
+    return {file.name: file for file in folder.iterdir() if file.suffix in kinds or file.name in names}
+
+
+def _tokenizer(path: str, flag: str) -> Files:
+    place = Path(path)
+    if is_hub_id(path):
+        place = download(path, flag, allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"])
+    if not place.is_file():
+        return _text_files(place)
+    beside = ("tokenizer_config.json", "added_tokens.json", "chat_template.jinja")
+    return {"tokenizer.model": place} | {name: place.parent / name for name in beside}
+
+
+def _data(path: str, flag: str) -> Files:
+    if os.path.isdir(path):
+        return {file.name: file for files in split_files(Path(path)) for file in files}
+    if is_hub_id(path):
+        return {"the revision": data_revision(path)}
+    return {f"the {Path(path).suffix} file": Path(path)}
+
+
+def _function(spec: str, flag: str) -> Files:
+    path, _, name = spec.rpartition(":")
+    return {"the function": name, "the file": Path(path)}
+
+
+# Flag -> function that lists the files which are read for a value of it.
+INPUTS: dict[str, Callable[[str, str], Files]] = {
+    "policy_model_path": _model, "critic_model_path": _model, "reward_model_path": _model,
+    "hf_model_name_or_path": _model, "tokenizer_name_or_path": _tokenizer, "reward_tokenizer_name_or_path": _tokenizer,
+    "data_path": _data, "center_data_path": _data, "ppo_pretrain_data_path": _data, "reward_fn": _function,
+}  # fmt: skip
+
+
+def _files_of(flag: str, value: str) -> Files:
+    """Returns the regular files of one value; none if it cannot be read, which its loader explains later."""
+    try:
+        files = INPUTS[flag](value, f"--{flag}")
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError):  # ValueError includes UserError
+        return {}
+    files = {name: file for name, file in files.items() if isinstance(file, str) or os.path.isfile(file)}
+    return {name.encode(errors="backslashreplace").decode(): file for name, file in files.items()}  # of any encoding
+
+
+def fingerprints(config, say: Say) -> dict[str, dict[str, str]]:
+    """Returns flag -> file name -> SHA-256 of this rank's inputs. Collective.
+
+    Names of a flag with several values start with the number of the value.
+    """
+    found = {}  # (flag, name) -> stamp, or a text that stands for content
+    for flag in INPUTS:
+        value = getattr(config, flag, None) or []
+        for i, path in enumerate(value if isinstance(value, list) else [value], 1):
+            for name, file in _files_of(flag, path).items():
+                numbered = f"{i}/{name}" if isinstance(value, list) else name
+                found[flag, numbered] = file if isinstance(file, str) else _stamp(file)
+    known = _hash_all({stamp for stamp in found.values() if isinstance(stamp, Stamp)}, say)
+    result = defaultdict(dict)
+    for (flag, name), stamp in found.items():
+        result[flag][name] = known.get(stamp, stamp)
+    return dict(result)
+
+
+def changes(before: dict[str, str], now: dict[str, str]) -> str:
+    """Returns what has changed between two fingerprints of a flag, "a.json has other content, b.json is new"; or ""."""
+    words = [f"{name} has other content" for name in sorted(before.keys() & now.keys()) if before[name] != now[name]]
+    words += [f"{name} is missing" for name in sorted(before.keys() - now.keys())]
+    return first_names(words + [f"{name} is new" for name in sorted(now.keys() - before.keys())])
+
+
+def code_files() -> dict[str, str]:
+    """Returns file name -> SHA-256 of the toolkit's own code, which the git commit does not show if it was edited."""
+    root = Path(__file__).parents[2]
+    files = [*root.glob("*.py"), *(file for folder in CODE for file in (root / folder).rglob("*.py"))]
+    return {str(file.relative_to(root)): sha256(file) for file in sorted(files)}
+
+
+def digest_of(value) -> str:
+    """Returns the SHA-256 of a value's JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _stamp(file: str | Path) -> Stamp:
+    path = os.path.realpath(file)
+    state = os.stat(path)
+    return Stamp(socket.gethostname(), path, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+
+
+def _hash_all(stamps: set[Stamp], say: Say) -> dict[Stamp, str]:
+    """Returns the SHA-256 of all ranks' files. Each file is hashed by one rank of its node, unless it is cached."""
+    cache = _read_cache()
+    nodes = gather_objects(socket.gethostname())
+    everyone = gather_objects({stamp: cache.get(_key(stamp)) for stamp in stamps})
+    known = {stamp: digest for found in everyone for stamp, digest in found.items() if digest}
+    load, own = Counter(), []
+    for stamp in sorted(set().union(*everyone) - known.keys(), key=lambda stamp: (-stamp.size, stamp)):
+        owner = min((r for r, found in enumerate(everyone) if stamp in found), key=lambda r: (load[r], r))
+        load[owner] += stamp.size
+        if owner == rank():
+            own.append(stamp)
+    if load.total() >= LOUD:
+        say(f"hashing models and data, {load.total() / 1e9:.1f} GB: once, unless the files change")
+    with ThreadPoolExecutor(THREADS) as pool:
+        shares = gather_objects(dict(zip(own, pool.map(_hash, own), strict=True)))
+    new = {stamp: found for share in shares for stamp, found in share.items()}
+    if rank() == nodes.index(nodes[rank()]):  # the first of its node; nodes may share one home
+        _write_cache({_key(stamp): digest for stamp, (digest, keep) in new.items() if keep})
+    return known | {stamp: digest for stamp, (digest, _) in new.items()}
+
+
+def _key(stamp: Stamp) -> str:
+    """Returns the cache's key; without the node, since container names change from run to run."""
+    return json.dumps(stamp[1:])
+
+
+def _hash(stamp: Stamp) -> tuple[str, bool]:
+    """Returns (SHA-256 of a file, whether the cache may keep it: it is large and was not being changed)."""
+    settled = time.time_ns() - max(stamp.modified, stamp.changed) > SETTLED
+    try:
+        digest = sha256(stamp.path)
+        return digest, settled and stamp.size >= MIN_CACHED and _stamp(stamp.path) == stamp
+    except OSError as error:
+        return f"not readable ({error.strerror})", False
+
+
+def _cache_path() -> str:
+    """Returns the cache's file; "" if this user has no folder for it."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(folder, "ppo-max", "sha256.json") if os.path.isabs(folder) else ""
+
+
+def _read_cache() -> dict[str, str]:
+    path = _cache_path()
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if os.path.isfile(path):
+            return checked(Cache, read_json(path)).sha256
+    return {}
+
+
+def _write_cache(new: dict[str, str]) -> None:
+    """Adds entries. A cache that cannot be written is no error. The newest MAX_CACHED entries stay."""
+    path = _cache_path()
+    if not new or not path:
+        return
+    own = f"{path}.{socket.gethostname()}.{os.getpid()}"  # of this process alone, which nodes with one home need
+    with contextlib.suppress(OSError, UserError):
+        entries = list((_read_cache() | new).items())[-MAX_CACHED:]
+        write_json(own, {"sha256": dict(entries)})
+        try:
+            os.replace(own, path)
+        finally:
+            remove(own)
