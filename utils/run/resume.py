@@ -12,7 +12,7 @@ from utils.flags.run import FREE_ON_RESUME, RunFlags
 from utils.run.checkpoint import all_checkpoints
 from utils.run.folder import check_inputs, holds_run, prepare_run_folder
 from utils.run.logger import tracker_names
-from utils.run.restore import Checkpoint, named, newest
+from utils.run.restore import Checkpoint, SavedFlags, TrainerState, named, newest
 
 # May change on resume, with a message: the run stays the same except for rounding and for the random streams of each
 # rank, which dropout and --reward_fn use.
@@ -77,18 +77,18 @@ def _has_checkpoints(path: str) -> bool:
 
 def _same_config(config: RunFlags) -> bool:
     try:
-        saved = read_json(os.path.join(config.model_save_path, "config.json"))
+        saved = read_json(os.path.join(config.model_save_path, "config.json"), kind=SavedFlags)
     except (OSError, ValueError):
         return False
     return identity(config).keys() <= saved.keys() and set(_changed(config, saved)) <= set(SPLIT)
 
 
-def find_checkpoint(config: RunFlags, say: Say) -> Checkpoint | None:
+def find_checkpoint(config: RunFlags, say: Say, kind: type[TrainerState]) -> Checkpoint | None:
     """Returns the checkpoint to resume from, or None. Raises UserError if flags differ from its own. Collective."""
     if config.resume not in ("auto", "never"):
-        checkpoint = named(config.resume)
+        checkpoint = named(config.resume, kind)
     elif config.resume == "auto" and not config.overwrite:
-        checkpoint = newest(os.path.join(config.model_save_path, "checkpoints"), say)
+        checkpoint = newest(os.path.join(config.model_save_path, "checkpoints"), say, kind)
     else:
         return None
     if checkpoint:

@@ -11,20 +11,21 @@ from utils.fast_dtype import fast_dtype
 from utils.flags.checks import choose
 from utils.flags.run import RunFlags
 from utils.run.logger import RunLogger
-from utils.run.restore import Checkpoint
+from utils.run.restore import Checkpoint, TrainerState
 from utils.run.resume import begin_folder, check_outputs, find_checkpoint
 
 
-def start_run(config: RunFlags) -> tuple[Say, Checkpoint | None]:
+def start_run(config: RunFlags, kind: type[TrainerState]) -> tuple[Say, Checkpoint | None]:
     """Joins the ranks, chooses --dtype auto, checks --model_save_path and --resume. Writes nothing.
 
-    Returns a function that prints on rank 0, and the checkpoint to resume from (None: the run starts at step 0).
+    kind: what state.json of a checkpoint has to hold. Returns a function that prints on rank 0, and the checkpoint to
+    resume from (None: the run starts at step 0).
     """
     init_distributed(config.hang_timeout)
     say = partial(print, flush=True) if is_main() else lambda text: None
     choose_dtype(config)
     check_outputs(config)
-    return say, find_checkpoint(config, say)
+    return say, find_checkpoint(config, say, kind)
 
 
 def open_log(config: RunFlags, checkpoint: Checkpoint | None, num_steps: int) -> RunLogger:
