@@ -8,7 +8,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -18,11 +18,18 @@ MAX_JSON = 1 << 26  # bytes: 64 MB, twice the largest tokenizer.json of publishe
 MAX_DEPTH = 100  # of JSON; Python's own limit differs between versions, and copying a value needs several calls a level
 
 
+def open_regular(file: str | Path) -> BinaryIO:
+    """Opens a regular file for reading. Raises OSError, also for pipes and devices, on which a read could wait."""
+    stream = open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+    return stream
+
+
 def read_bytes(file: str | Path, limit: int = -1) -> bytes:
-    """Returns the content of a regular file; does not wait for a pipe. OSError; ValueError beyond `limit` bytes."""
-    with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(file))
+    """Returns the content of a regular file. Raises OSError; ValueError if it has more than `limit` bytes (-1: any)."""
+    with open_regular(file) as stream:
         content = stream.read(limit + (limit >= 0))
     if 0 <= limit < len(content):
         raise ValueError(f"it has more than {limit >> 20} MB")
@@ -72,10 +79,10 @@ def read_json(file: str | Path, flag: str = "", kind: type | None = None) -> dic
 def parse_row(line: bytes) -> dict | None:
     """Returns a line of metrics.jsonl or samples.jsonl; None for a foreign one: not an object with a whole `step`."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_json(line.decode())
+    except ValueError:
         return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+    return row if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 2**53 else None
 
 
 def write_json(path: str, content, flag: str = "") -> None:
