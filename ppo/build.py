@@ -8,7 +8,7 @@ from ppo.models import load_models
 from ppo.planning.plan import fit_to_memory
 from ppo.pretrain import load_pretrain
 from ppo.rollout import PolicySampler
-from ppo.run import Run, RunState
+from ppo.run import PPOState, Run, RunState
 from ppo.user_reward import load_reward_fn
 from utils.distributed import world_size
 from utils.flags.checks import is_default
@@ -19,7 +19,7 @@ from utils.run.start import open_log, start_run
 
 def build(config: PPOConfig) -> Run:
     """Does the quick checks first, loads data and models, then creates the run's folder."""
-    say, begin = start_run(config)
+    say, begin = start_run(config, PPOState)
     model_folder(config.policy_model_path, "--policy_model_path")
     model_folder(config.critic_model_path, "--critic_model_path")
     for path in config.reward_model_path:

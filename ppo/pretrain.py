@@ -1,13 +1,13 @@
 """The pre-training (ptx) loss: next-token loss on ordinary dialogues, against the alignment tax (Part I eq. 17)."""
 
-from collections.abc import Iterator
 from typing import Self
 
 import torch
 
 from data.batching.collate import pad
 from data.batching.micro_batch_plan import rank_plan
-from data.dialogues import EncodedDialogue, batches, encode_dialogues, load_dialogues
+from data.dialogues import EncodedDialogue, encode_dialogues, load_dialogues
+from data.order import order
 from ppo.config import PPOConfig
 from ppo.loss import masked_sum
 from utils.distributed import rank, world_size
@@ -21,23 +21,19 @@ FLAG = "--ppo_pretrain_data_path"
 
 
 class PretrainStream:
-    """An endless stream of batches that counts those taken, so that a resumed run can continue it."""
+    """An endless stream of batches in seeded order. place: batches taken so far; a resumed run sets it."""
 
-    def __init__(self, stream: Iterator[PretrainBatch]):
-        self._stream = stream
-        self.place = 0  # batches taken
+    def __init__(self, dialogues: list[EncodedDialogue], size: int, seed: int):
+        self._dialogues, self._size, self._seed = dialogues, size, seed
+        self.place = 0
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> PretrainBatch:
+        start = self.place * self._size
         self.place += 1
-        return next(self._stream)
-
-    def go_to(self, place: int) -> None:
-        """Skips batches until `place` of them are taken; never goes back."""
-        while self.place < place:
-            next(self)
+        return [self._dialogues[i] for i in order(start, self._size, len(self._dialogues), self._seed)]
 
 
 def load_pretrain(config: PPOConfig, tokenizer, template: str, say: Say) -> PretrainStream:
@@ -47,7 +43,7 @@ def load_pretrain(config: PPOConfig, tokenizer, template: str, say: Say) -> Pret
     if not encoded:
         limit = f"--maxlen_prompt {config.maxlen_prompt}"
         raise UserError(f"{FLAG} {config.ppo_pretrain_data_path}: no dialogue fits {limit}; raise it")
-    return PretrainStream(batches([encoded], config.ppo_pretrain_batch_size, config.seed))
+    return PretrainStream(encoded, config.ppo_pretrain_batch_size, config.seed)
 
 
 def pretrain_loss(

@@ -9,10 +9,14 @@ import html
 import io
 import json
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from utils.errors import UserError
-from utils.files import atomic_file, check_output_file, read_json
+from utils.files import atomic_file, check_output_file, parse_row, read_bytes, read_json
 from utils.flags.parser import FlagParser, entry_point
+from utils.schema import Count, Schema
 from utils.terminal import printable
 
 NUM_SAMPLES = 12
@@ -56,6 +60,30 @@ def main(argv: list[str] | None = None) -> None:
     print(f"written: {output} (open it in a browser), {output.with_name('curves.png')}")
 
 
+_Number = Annotated[float, Field(allow_inf_nan=True)]
+
+
+class RunConfig(Schema):
+    """What the page takes from config.json."""
+
+    critic_pretrain_steps: Count = 0
+
+
+class Answer(Schema):
+    """A prompt of comparison.json."""
+
+    prompt: str
+    answer: str
+    answer_after: str
+
+
+class Comparison(Schema):
+    """What ppo.compare writes to comparison.json."""
+
+    table: dict[str, dict[str, Annotated[list[_Number], Field(min_length=3, max_length=3)]]]
+    answers: list[Answer]
+
+
 def read_run(folder: Path) -> dict:
     """Returns {"config", "metrics", "samples", "comparison" (or None)} of a run; UserError without a step of PPO."""
     if not (folder / "config.json").is_file():
@@ -63,19 +91,21 @@ def read_run(folder: Path) -> dict:
     metrics = read_lines(folder / "metrics.jsonl")
     if not any(name in row for row in metrics for name in PANELS):
         raise UserError(f"{folder}/metrics.jsonl has no step of a PPO run yet: wait until the first step has been made")
-    config, samples = read_json(folder / "config.json", "RUN"), read_lines(folder / "samples.jsonl")
+    config, samples = read_json(folder / "config.json", "RUN", RunConfig), read_lines(folder / "samples.jsonl")
     file = folder / "comparison.json"
-    comparison = read_json(file, "RUN") if file.is_file() else None
+    comparison = read_json(file, "RUN", Comparison) if file.is_file() else None
     return {"config": config, "metrics": metrics, "samples": samples, "comparison": comparison}
 
 
 def read_lines(file: Path) -> list[dict]:
-    """Returns the objects of a .jsonl file, without a last line that is still being written; [] without a file."""
-    text = file.read_text("utf-8") if file.is_file() else ""
-    try:
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}): give the folder of another run") from None
+    """Returns the lines of a .jsonl file that a run wrote, without one that is not finished; [] without a file."""
+    lines = read_bytes(file).split(b"\n")[:-1] if file.is_file() else []
+    return [row for line in lines if (row := parse_row(line))]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value can be drawn; a line that looks like a run's may have any value."""
+    return isinstance(value, (int, float)) and abs(value) < 1e300
 
 
 def draw(runs: dict[str, dict]) -> bytes:
@@ -87,7 +117,7 @@ def draw(runs: dict[str, dict]) -> bytes:
     for axes, (metric, label) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS.items(), strict=True):
         for number, (name, run) in enumerate(runs.items()):
             for key, style in ((metric, "-"), (f"eval_{metric}", "o")):
-                points = [(row["step"], row[key]) for row in run["metrics"] if row.get(key) is not None]
+                points = [(row["step"], row[key]) for row in run["metrics"] if is_number(row.get(key))]
                 legend = printable(name) if style == "-" else "held-out prompts"
                 axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=legend) if points else None
             axes.axvline(run["config"].get("critic_pretrain_steps", 0), color="grey", linestyle=":", linewidth=0.8)
@@ -109,7 +139,7 @@ def section(name: str, run: dict) -> str:
         table = f"<h3>{len(comparison['answers'])} held-out prompts, 95 % intervals</h3>\n"
         table += html_table(["", *columns], texts)
         keys, rows = ("prompt", "answer", "answer_after"), comparison["answers"][:NUM_SAMPLES]
-    samples = html_table(keys, [[row[key] for key in keys] for row in rows])
+    samples = html_table(keys, [[row[key] for key in keys] for row in rows if row.keys() >= set(keys)])
     flags = html.escape(json.dumps(run["config"], indent=2, ensure_ascii=False))
     return f"""<h2>{html.escape(name)}</h2>
 {table}

@@ -1,8 +1,10 @@
 """A PPO run: its parts, its state, and what happens between two steps of the loop."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from data.order import order
 from data.prompts import Prompt
@@ -24,8 +26,30 @@ from utils.moments import RunningMoments
 from utils.run.checkpoint import save_batches
 from utils.run.lifecycle import RunLifecycle
 from utils.run.logger import RunLogger
+from utils.run.restore import TrainerState
 from utils.schedule import lr_factor
+from utils.schema import Count, Schema
 from utils.watchdog import report_progress
+
+
+class MomentsState(Schema):
+    """`RunningMoments` in a checkpoint."""
+
+    mean: float
+    count: Count
+    squares: Annotated[float, Field(ge=0)]
+
+
+class PPOState(TrainerState):
+    """`RunState` in a checkpoint."""
+
+    next_place: Count
+    moments: MomentsState
+    best_score: Annotated[float, Field(allow_inf_nan=True, lt=float("inf"))]
+    pretrain_place: Count
+    left_out: Count
+    rollbacks: Count
+    critic_center: float | None = None
 
 
 @dataclass
@@ -57,7 +81,7 @@ class RunState:
         self.best_score, self.rollbacks = state["best_score"], state["rollbacks"]
         self.critic_center = state.get("critic_center")
         if self.pretrain:
-            self.pretrain.go_to(state["pretrain_place"])
+            self.pretrain.place = max(self.pretrain.place, state["pretrain_place"])
 
 
 @dataclass

@@ -20,7 +20,20 @@ from utils.engine.engine import DTYPES, TrainEngine, device
 from utils.errors import Say
 from utils.models.compile import compile_layers
 from utils.models.load import FLAG, check_window, enable_checkpointing
-from utils.run.supervised_loop import Stage
+from utils.run.supervised_loop import FitState, Stage
+from utils.schema import Schema
+
+
+class EvaluationState(Schema):
+    """`Evaluation.state` in a checkpoint."""
+
+    center: float
+
+
+class RewardState(FitState):
+    """What a checkpoint of reward training holds."""
+
+    stage: EvaluationState
 
 
 def comparison_sums(engine: Callable, items: list[Comparison], config: RewardConfig) -> dict[str, torch.Tensor]:

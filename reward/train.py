@@ -17,7 +17,7 @@ def train(config: RewardConfig) -> None:
     """Runs the training. Nothing is written before model and data are loaded and checked."""
     from data.choose_template import first_prompt, prepare_tokenizer
     from reward.encode import load_center_answers, load_comparisons
-    from reward.stage import build_stage, load
+    from reward.stage import RewardState, build_stage, load
     from utils.distributed import world_size
     from utils.engine.engine import TrainEngine, shutdown_distributed
     from utils.engine.memory import device_room
@@ -26,7 +26,7 @@ def train(config: RewardConfig) -> None:
     from utils.run.start import open_log, start_run
     from utils.run.supervised_loop import fit
 
-    say, start = start_run(config)
+    say, start = start_run(config, RewardState)
     config.check_ranks(world_size())
     models = [(FLAG, config.hf_model_name_or_path)]
     tokenizer, _ = prepare_tokenizer(config, config.tokenizer_name_or_path, models, say)

@@ -24,9 +24,9 @@ def train(config: SFTConfig) -> None:
     from utils.models.load import FLAG, window_at
     from utils.models.routers import router_coef
     from utils.run.start import open_log, start_run
-    from utils.run.supervised_loop import fit
+    from utils.run.supervised_loop import FitState, fit
 
-    say, start = start_run(config)
+    say, start = start_run(config, FitState)
     config.check_ranks(world_size())
     tokenizer, _ = prepare_tokenizer(config, config.tokenizer_name_or_path, [(FLAG, config.hf_model_name_or_path)], say)
     config.fit_window(window_at(config.hf_model_name_or_path))

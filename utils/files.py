@@ -1,30 +1,89 @@
 """Atomic writes of files and folders, JSON files, and checks of output paths. Imports nothing heavy."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, BinaryIO
 
 from safetensors import SafetensorError
 
 from utils.errors import UserError
 from utils.terminal import printable
 
+MAX_JSON = 1 << 26  # bytes: 64 MB, twice the largest tokenizer.json of published models
+MAX_DEPTH = 100  # of JSON; Python's own limit differs between versions, and copying a value needs several calls a level
 
-def read_json(file: str | Path, flag: str = "") -> dict:
-    """Returns the object in a JSON file. Raises OSError or ValueError; with `flag`, a UserError that names it."""
+
+def open_regular(file: str | Path) -> BinaryIO:
+    """Opens a regular file for reading. Raises OSError, also for pipes and devices, on which a read could wait."""
+    stream = open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+    return stream
+
+
+def read_bytes(file: str | Path, limit: int = -1) -> bytes:
+    """Returns the content of a regular file. Raises OSError; ValueError if it has more than `limit` bytes (-1: any)."""
+    with open_regular(file) as stream:
+        content = stream.read(limit + (limit >= 0))
+    if 0 <= limit < len(content):
+        raise ValueError(f"it has more than {limit >> 20} MB")
+    return content
+
+
+def parse_json(text: str) -> Any:
+    """Returns the value of a JSON text. Raises ValueError, also for deep nesting, lone surrogates and huge integers."""
     try:
-        content = json.loads(Path(file).read_text("utf-8"))
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level, depth = [value], 0
+    while level := [x for item in level for x in _items(item) if isinstance(x, (dict, list))]:
+        depth += 1
+        if depth >= MAX_DEPTH:
+            raise ValueError("nested too deeply")
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()  # raises UnicodeEncodeError, a ValueError
+    return value
+
+
+def _items(value: Any):
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def read_json(file: str | Path, flag: str = "", kind: type | None = None) -> dict:
+    """Returns the object in a JSON file. Raises OSError or ValueError, which names it; with `flag`, a UserError.
+
+    kind: a model of utils/schema.py that the object has to fit.
+    """
+    try:
+        content = parse_json(read_bytes(file, MAX_JSON).decode("utf-8-sig"))
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+        if kind:
+            from utils.schema import checked  # imports pydantic
+
+            checked(kind, content)
+    except (OSError, ValueError) as error:
         if not flag:
-            raise
+            raise error if isinstance(error, OSError) else ValueError(f"{Path(file).name}: {error}") from None
         raise UserError(f"{flag}: {file} is damaged or not readable ({error}); copy it again") from error
     return content
+
+
+def parse_row(line: bytes) -> dict | None:
+    """Returns a line of metrics.jsonl or samples.jsonl; None for a foreign one: not an object with a whole `step`."""
+    try:
+        row = parse_json(line.decode())
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 2**53 else None
 
 
 def write_json(path: str, content, flag: str = "") -> None:
@@ -65,7 +124,7 @@ def check_output_file(path: str, flag: str) -> None:
 def existing_parent(path: str) -> str:
     """Returns `path`, or the innermost folder above it that exists."""
     path = os.path.abspath(path)
-    while not os.path.exists(path):
+    while not os.path.lexists(path):
         path = os.path.dirname(path)
     return path
 
@@ -80,7 +139,10 @@ def disk_errors(what: str, advice: str = "free disk space, or use another path")
     """Context in which an error of the disk becomes a UserError: `what` cannot be written, the reason, `advice`."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        tokenizers = type(error) is Exception and "(os error " in str(error)  # that library has no exception of its own
+        if not tokenizers and not isinstance(error, (OSError, SafetensorError)):
+            raise
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{what} cannot be written: {reason}; {advice}") from error
 

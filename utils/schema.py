@@ -1,8 +1,10 @@
 """Checks values that were read from a file against a pydantic model, with errors in one line."""
 
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]  # exact as a float, too
 
 
 class Schema(BaseModel):

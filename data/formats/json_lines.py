@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.files import read_bytes
 from utils.terminal import printable
 
 Located = list[tuple[Any, str]]  # (record, its position in the file: a line number, or "record N")
@@ -51,7 +52,7 @@ def has_lone_surrogate(text: str) -> bool:
 
 def _read(file: Path, flag: str) -> str:
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return read_bytes(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{file}:{line}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error

@@ -122,6 +122,8 @@ def read_records(path: str, flag: str = FLAG) -> tuple[list[Record], list[Record
         return read_file(Path(path), flag), None
     if is_hub_id(path):
         return _read_hub(path, flag)
+    if os.path.exists(path):  # each rank reads it, and a resumed run again
+        raise UserError(f"{flag}: {path} is a pipe or a device; write its content to a file, and pass that")
     shown = path if len(path) <= MAX_PATH else f"{path[:MAX_PATH]}…"  # users may pass a whole record by mistake
     raise UserError(f"{flag}: {shown} does not exist; use a folder, a .json or .jsonl file, or a hub id (owner/name)")
 
@@ -140,7 +142,10 @@ def read_file(file: Path, flag: str = FLAG) -> list[Record]:
 
 
 def _read_folder(folder: Path, flag: str) -> tuple[list[Record], list[Record] | None]:
-    split = split_files(folder)
+    try:
+        split = split_files(folder)
+    except OSError as error:
+        raise UserError(f"{flag}: cannot read {folder}: {error.strerror}; use a folder that can be read") from error
     if not split[0]:
         files = sorted(file.name for file in folder.iterdir() if file.suffix in (".json", ".jsonl"))
         found = ", ".join(files) or "no JSON files at all"

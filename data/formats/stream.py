@@ -12,6 +12,7 @@ from data.formats.json_lines import parse_line
 from data.formats.records import BadRecord, Record, read_file
 from data.template import Turns
 from utils.errors import UserError
+from utils.files import open_regular
 
 PIPE = "-"
 DIALOGUE_KEYS = {"messages", "conversations", "instruction", "prompt"}
@@ -37,7 +38,7 @@ def stream_records(path: str, flag: str, form: Form = "auto") -> Iterator[Record
 
 def _from_file(file: Path, flag: str, form: Form) -> Iterator[Record]:
     try:
-        with file.open("rb") as lines:
+        with open_regular(file) as lines:
             yield from _parse(lines, str(file), form)
     except OSError as error:
         raise UserError(f"{flag}: cannot read {file}: {error.strerror}; use a file that can be read") from error

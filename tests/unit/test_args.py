@@ -261,3 +261,49 @@ def test_help_and_wrong_flags_import_nothing_heavy(module, flag, code):
         assert result.stderr == "error: --dtpye is unknown; did you mean --dtype? (see --help)\n"
     else:
         assert first.startswith("usage: ") and module in first
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.yaml", "lr: !!timestamp x", "cannot be read"), ("a.yaml", "lr: !!int ''", "cannot be read"),
+        ("a.yaml", "lr: !!bool x", "cannot be read"), ("a.yaml", "[" * 10**5, "cannot be read"),
+        ("a.json", "[" * 10**5, "nested too deeply"), ("a.json", '{"seed": ' + "9" * 5000 + "}", "Exceeds the limit"),
+        ("a.json", "x" * (1 << 20 | 1), "more than 1 MB"), ("a.json", '{"logdir": "\\ud800"}', "surrogates"),
+        ("a.json", '{"logdir": "a\\u0000"}', ":1: .*is not UTF-8 text"), ("a.json", b"\xff", "can't decode"),
+        ("a.yaml", "lr: &a [*a]", ":1: --lr is neither a value nor a list"),
+        ("a.yaml", "a: &a [x, x]\nb: &b [*a, *a]\n" + "\n" * 10**5 + "lr: [*b]", ":1: --a is unknown"),
+        ("a.yaml", "\n" * 10**6 + "nope: 3", ":1000001: --nope is unknown"),
+        ("a.json", '{"argv": 3, "versions": {}, "nope": 3}', r"of another command or version \(3\)"),
+        ("a.json", '{"lr": {"a": 1}}', ":1: --lr is neither a value nor a list"),
+    ],
+)  # fmt: skip
+def test_a_file_of_flags_that_is_none(tmp_path, name, content, reason):
+    """Quickly, too: neither nested aliases nor a million blank lines are worked through again and again."""
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=rf"^--config {tmp_path}/{name}.*{reason}"):
+        parsed("--config", str(tmp_path / name))
+
+
+def test_a_word_that_is_not_text_is_refused():
+    """The run's own files name all flags in UTF-8; nothing would be written after hours of training."""
+    with pytest.raises(UserError, match=r"'a\\udcff' on the command line, or in --config, is not UTF-8"):
+        parsed("--model_save_path", "a\udcff")
+
+
+def test_an_error_of_the_system_is_one_line(tmp_path, capfd):
+    """Such as too many open files, where no flag is at fault; --debug shows where. A bug stays a traceback."""
+
+    def fails(argv: list[str]) -> None:
+        if "bug" in argv:
+            raise OSError("no errno")
+        (tmp_path / "none").read_text()
+
+    for argv in ([], ["--debug"]):
+        with pytest.raises(SystemExit) as stopped:
+            entry_point(fails)(argv)
+        *before, last = capfd.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and ("Traceback" in "".join(before)) == bool(argv)
+        assert last == f"error: No such file or directory ({tmp_path}/none); --debug shows where"
+    with pytest.raises(OSError, match="no errno"):
+        entry_point(fails)(["bug"])

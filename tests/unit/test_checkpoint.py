@@ -49,11 +49,13 @@ DAMAGE = {
     ),
     "random-rank0.json is missing": lambda path: (path / "random-rank0.json").unlink(),
     "manifest.json is missing": lambda path: (path / "manifest.json").unlink(),
-    "manifest.json is not a manifest": lambda path: os.truncate(path / "manifest.json", 20),
+    "manifest.json: Unterminated string .*": lambda path: os.truncate(path / "manifest.json", 20),
     "manifest.json names no state.json": change_manifest(
         lambda entries: {"random-rank0.json": entries["random-rank0.json"]}
     ),
-    "x is missing": change_manifest(lambda entries: entries | {"../x": entries["state.json"]}),
+    r"manifest.json: \.\./x\.\[key\]: String should match .*": change_manifest(
+        lambda entries: entries | {"../x": entries["state.json"]}
+    ),
 }
 
 
@@ -77,7 +79,7 @@ def save(folder: Path, step: int, models: dict, say: Callable[[str], None] = pri
 def engines(value: float) -> dict[str, SimpleNamespace]:
     """Two that hold one tensor each, of this value."""
     return {
-        name: SimpleNamespace(state_tensors=lambda: {"weight.0": torch.full((1000,), value)})
+        name: SimpleNamespace(state_tensors=lambda: {"weight/w/0": torch.full((1000,), value)})
         for name in ("policy", "critic")
     }
 
@@ -126,7 +128,9 @@ def held_disk(monkeypatch):
 def test_the_run_goes_on_while_the_state_as_it_was_is_written(tmp_path, held_disk):
     """What is changed meanwhile, tensors and the run's own numbers, is not in the files; nor is the name there yet."""
     weight, state, said = torch.arange(5.0), {"step": 1, "stage": {"seen": 1}}, []
-    writer = CheckpointWriter(str(tmp_path), {"policy": SimpleNamespace(state_tensors=lambda: {"w": weight})}, 2)
+    writer = CheckpointWriter(
+        str(tmp_path), {"policy": SimpleNamespace(state_tensors=lambda: {"weight/w/0": weight})}, 2
+    )
     writer.save(state, said.append, background=True)
     weight += 1
     state["stage"]["seen"] = 2
@@ -140,8 +144,8 @@ def test_the_run_goes_on_while_the_state_as_it_was_is_written(tmp_path, held_dis
     assert [re.sub(r"[\d.]+ s", "_", line) for line in said] == [
         f"checkpoint of step {step}: 0.0 MB in _; the run waited _ for it" for step in (1, 2)
     ]
-    assert load_file(tmp_path / "step_1" / "policy-rank0.safetensors")["w"].tolist() == [0, 1, 2, 3, 4]
-    assert load_file(tmp_path / "step_2" / "policy-rank0.safetensors")["w"].tolist() == [1, 2, 3, 4, 5]
+    assert load_file(tmp_path / "step_1" / "policy-rank0.safetensors")["weight/w/0"].tolist() == [0, 1, 2, 3, 4]
+    assert load_file(tmp_path / "step_2" / "policy-rank0.safetensors")["weight/w/0"].tolist() == [1, 2, 3, 4, 5]
     assert json.loads((tmp_path / "step_1" / "state.json").read_text())["stage"] == {"seen": 1}
     assert newest(str(tmp_path), said.append).step == 2
 

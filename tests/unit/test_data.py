@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 from datetime import datetime
 from itertools import islice
 from types import SimpleNamespace
@@ -160,6 +161,19 @@ def test_lines_and_numbers_of_records(tmp_path):
     lines = tmp_path / "x.jsonl"
     lines.write_text('["a\u2028"]\r\n\r\n["b"]\n', encoding="utf-8")
     assert read_records(str(lines))[0] == [Record(["a\u2028"], f"{lines}:1"), Record(["b"], f"{lines}:3")]
+
+
+def test_pipes_are_refused_and_not_waited_for(tmp_path):
+    """Each rank reads a file, and a run that goes on reads it again; the pipe of `<(zcat x)` is read once."""
+    (tmp_path / "data").mkdir()
+    for name in ("pipe.json", "data/train.json", "data/train.jsonl"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=r"--data_path: .*pipe.json is a pipe or a device; write its content to a file"):
+        read_records(str(tmp_path / "pipe.json"))
+    with pytest.raises(UserError, match=r"--data_path: cannot read .*data/train.json: not a regular file"):
+        read_records(str(tmp_path / "data"))
+    with pytest.raises(UserError, match=r"--input: .*pipe.json does not exist or is not a file; .* - for a pipe"):
+        list(stream_records(str(tmp_path / "pipe.json"), "--input"))
 
 
 def test_missing_paths_stay_local(monkeypatch):

@@ -6,6 +6,7 @@ Cases that need no code of their own are in tests/bad_inputs/merge.yaml; live pi
 import fcntl
 import io
 import json
+import math
 import os
 import re
 import resource
@@ -86,7 +87,12 @@ def safetensors_with(*offsets: list[int]) -> bytes:
 INDICES = ("{", "[" * 200_000, '{"weight_map": 3}', '{"weight_map": {"x": "../diff/y"}}')
 NOT_SAFETENSORS = (b"", b"x" * 100, b"\x10" + bytes(7) + b'{"a": {}}       ')
 NOT_SAFETENSORS += tuple(safetensors_with([0, 64], x) for x in ([32, 96], [-64, 0], [96, 160]))
-MANIFESTS = (3, {"total": 1, "tuned": {"dtype": "int8", "sha256": {}}})
+EMPTY = {"dtype": "float16", "sha256": {}}
+MANIFESTS = (
+    3, {"total": 1, "tuned": {"dtype": "int8", "sha256": {}}}, {"total": "1", "tuned": EMPTY}, {"tuned": EMPTY},
+    {"total": math.nan, "tuned": EMPTY}, {"total": 1, "tuned": EMPTY, "raw": EMPTY}, {"total": 1, "tuned": None},
+    {"total": 1, "tuned": {"dtype": "float16", "sha256": {"lm_head.weight": "0"}}},
+)  # fmt: skip
 DAMAGE = [
     ("--path_raw: no model.safetensors or pytorch_model.bin", lambda x: (x / "raw" / "model.safetensors").unlink()),
     *((r"--path_raw: .*index\.json is .*damaged", file("raw/model.safetensors.index.json", x)) for x in INDICES),

@@ -9,6 +9,7 @@ does not change and the model's folder contains.
 
 import contextlib
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from safetensors import safe_open
 from torch import nn
 
 from utils import distributed
+
+_KEY = re.compile(r"(\w+)/([^/]+)/([0-9]{1,15})")  # of a tensor in a file
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,10 @@ def state_tensors(optimizer, zero_stage: int, rank: int, names: dict[nn.Paramete
     masters = _masters(optimizer, zero_stage)
     tensors = {}
     for piece in pieces(optimizer, zero_stage, rank, names):
-        held = {"weight": masters[piece.master]} | inner.state.get(masters[piece.master], {})
+        master = masters[piece.master]
+        # Without ZeRO, a parameter that has had no gradient yet has no moments.
+        moments = inner.state.get(master) or (dict.fromkeys(_MOMENTS, torch.zeros_like(master)) if inner.state else {})
+        held = {"weight": master} | moments
         if "step" in held:
             tensors["step"] = torch.as_tensor(held.pop("step"))
         for kind, tensor in held.items():
@@ -82,22 +89,43 @@ def state_tensors(optimizer, zero_stage: int, rank: int, names: dict[nn.Paramete
 class SharedState:
     """Files of `KIND/PARAMETER/START`, parts of flat parameters, and `step`. Reads only what is asked for.
 
-    `moments`: the kinds besides `weight`; before the first step there are none, and `step` is None.
+    `moments`: the kinds besides `weight`; before the first step there are none, and `step` is None. Raises ValueError
+    unless all tensors are flat and float32, and the parts of each kind are all elements of all parameters, once.
     """
 
     def __init__(self, paths: list[str]):
-        self.step: torch.Tensor | None = None
+        self.step: int | None = None
         self._parts = defaultdict(list)  # (kind, parameter) -> [(start, end, slice of a file)]
         for path in paths:
             file = safe_open(path, "pt")
             for key in file.keys():  # noqa: SIM118 - not a dictionary
                 if key == "step":
-                    self.step = file.get_tensor(key)
+                    self._set_step(file.get_tensor(key))
                     continue
-                kind, name, start = key.split("/")
-                part = file.get_slice(key)
-                self._parts[kind, name].append((int(start), int(start) + part.get_shape()[0], part))
+                part, match = file.get_slice(key), _KEY.fullmatch(key)
+                shape, dtype = part.get_shape(), part.get_dtype()
+                if not match or len(shape) != 1 or dtype != "F32":
+                    raise ValueError(f"{key} is {dtype} {shape}, not flat and float32 with a name KIND/PARAMETER/START")
+                kind, name, start = match.groups()
+                self._parts[kind, name].append((int(start), int(start) + shape[0], part))
         self.moments = sorted({kind for kind, _ in self._parts} - {"weight"})
+        if self.moments != (list(_MOMENTS) if self.step is not None else []):
+            raise ValueError(f"it has step {self.step} and moments {self.moments}, not both {' and '.join(_MOMENTS)}")
+        sizes = {kind: {} for kind in ("weight", *self.moments)}
+        for (kind, name), parts in self._parts.items():
+            parts.sort(key=lambda part: part[:2])
+            sizes[kind][name] = end = parts[-1][1]
+            if [start for start, _, _ in parts] != [0, *(end for _, end, _ in parts[:-1])]:
+                raise ValueError(f"the parts of {kind}/{name}, {end} elements, overlap or have gaps")
+        for kind in self.moments:
+            if other := sizes["weight"].items() ^ sizes[kind].items():
+                raise ValueError(f"weight and {kind} have other sizes of {min(other)[0]}")
+
+    def _set_step(self, x: torch.Tensor) -> None:
+        step = float(x) if x.numel() == 1 else -1.0
+        if not (0 <= step < 2**31 and step.is_integer() and self.step in (None, int(step))):
+            raise ValueError("step is not one whole number, the same in all files")
+        self.step = int(step)
 
     def check_sizes(self, sizes: dict[str, int]) -> None:
         """Raises KeyError if `sizes`, parameter name -> number of elements, are not those of the files."""
@@ -117,7 +145,10 @@ class SharedState:
 
 @torch.no_grad()
 def load_state(optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, str], state: SharedState) -> None:
-    """Restores what `state_tensors` returned, on any number of ranks. KeyError for another model's. Collective."""
+    """Restores what `state_tensors` returned, on any number of ranks. Collective.
+
+    Raises KeyError for another model's, before anything changes; ValueError on all ranks if a number is not finite.
+    """
     state.check_sizes({name: getattr(p, "ds_numel", p.numel()) for p, name in names.items()})
     inner = optimizer.optimizer if zero_stage else optimizer
     masters = _masters(optimizer, zero_stage)
@@ -128,12 +159,22 @@ def load_state(optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, 
                 inner.state[master] = {kind: torch.zeros_like(master) for kind in state.moments}
                 # DeepSpeed's CPU Adam counts steps in an int, PyTorch's in a tensor per weight.
                 tensor = isinstance(inner, torch.optim.AdamW)
-                steps = int(state.step)
-                inner.state[master]["step"] = torch.tensor(float(steps), device=master.device) if tensor else steps
+                steps = torch.tensor(float(state.step), device=master.device) if tensor else state.step
+                inner.state[master]["step"] = steps
+        sound = []
         for piece in pieces(optimizer, zero_stage, rank, names):
             master = masters[piece.master]
             for kind, held in {"weight": master, **{kind: inner.state[master][kind] for kind in state.moments}}.items():
-                state.read(kind, piece.name, piece.start, held.view(-1)[piece.offset : piece.offset + piece.length])
+                part = held.view(-1)[piece.offset : piece.offset + piece.length]
+                state.read(kind, piece.name, piece.start, part)
+                if len(part):
+                    sound.append(_is_sound(kind, *part.aminmax()))
+    if not all(distributed.gather_objects(all(map(bool, sound)))):
+        raise ValueError("it has weights or moments that are not finite, or a negative exp_avg_sq")
+
+
+def _is_sound(kind: str, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    return low.isfinite() & high.isfinite() & ((low >= 0) | (kind != "exp_avg_sq"))
 
 
 @torch.no_grad()

@@ -1,11 +1,12 @@
 """Values of flags from a YAML or JSON file, such as the config.json that a run writes."""
 
-import json
 import re
 from collections.abc import Callable
+from datetime import date
 from typing import Any
 
 from utils.errors import UserError
+from utils.files import parse_json, read_bytes
 from utils.flags.other_names import explain_unknown
 
 # Keys of a run's config.json that are no flags (utils/run/folder.py writes them), and flags about that run's start.
@@ -13,6 +14,7 @@ RECORD = (
     "argv", "versions", "git_commit", "code", "inputs", "devices", "world_size", "threads", "resumed_from_step",
     "replaced_defaults",
 )  # fmt: skip
+_TAGS = (AttributeError, IndexError, KeyError, RecursionError, TypeError)  # PyYAML's for a wrong `!!tag`, or deep lists
 STARTS = ("overwrite", "resume", "resume_with_changes")
 
 
@@ -29,14 +31,17 @@ def read_config_file(path: str, parse: Callable[[list[str]], dict], known: set[s
         if value in (None, []) or (is_record and key in (*RECORD, *STARTS)):
             continue
         try:
+            if not all(isinstance(x, (str, int, float, date)) for x in (value if isinstance(value, list) else [value])):
+                raise UserError(f"--{key} is neither a value nor a list of values; write it as on the command line")
             if key not in known:
                 raise UserError(explain_unknown([f"--{key}"], known))
             given |= parse([f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"])
         except UserError as error:
             if is_record and key not in known:
-                program = "/".join(str(values["argv"][0]).split("/")[-2:])
+                argv = values["argv"]
+                program = "/".join(str(argv[0] if argv and isinstance(argv, list) else argv).split("/")[-2:])
                 error = f"this is the config.json of another command or version ({program}): {error}"
-            found = re.search(rf"^[\s{{]*[\"']?{re.escape(str(key))}[\"']?\s*:", text, re.MULTILINE)
+            found = re.search(rf"^[ \t{{]*[\"']?{re.escape(str(key))}[\"']?\s*:", text, re.MULTILINE)
             line = text.count("\n", 0, found.start(0) + len(found[0])) + 1 if found else 1
             raise UserError(f"--config {path}:{line}: {error}") from None
     return given, set() if is_record else set(given)
@@ -46,10 +51,9 @@ def _load(path: str) -> tuple[dict, str]:
     import yaml
 
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        text = read_bytes(path, 1 << 20).decode("utf-8-sig")
+        values = parse_json(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError, *_TAGS) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--config {path} cannot be read ({reason}); pass a YAML or JSON file of flags") from error
     if not isinstance(values, dict):

@@ -31,6 +31,9 @@ class FlagParser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         """As argparse's. The error for an unknown flag names the flag that was probably meant."""
         args = list(sys.argv[1:] if args is None else args)
+        for word in args:  # the run's files name it in UTF-8, and no file system takes a null
+            if "\0" in word or any("\ud800" <= char <= "\udfff" for char in word):
+                raise UserError(f"{word!r} on the command line, or in --config, is not UTF-8 text; rename that file")
         known = {name.removeprefix("--") for action in self._actions for name in action.option_strings}
         names = {word: word.split("=")[0].removeprefix("--") for word in args if word.startswith("--")}
         values, unknown = None, [word for word, name in names.items() if name not in known and " " not in name]
@@ -124,6 +127,14 @@ def entry_point(main):
                 traceback.print_exc()
             text = " ".join(str(error).splitlines())  # a path may contain line breaks
             print(f"error{where}: {text}", file=sys.stderr, flush=True)
+            sys.exit(2)
+        except OSError as error:  # of a disk or a limit of the system, where no flag is known
+            if not error.strerror or isinstance(error, BrokenPipeError):
+                raise
+            if "--debug" in argv:
+                traceback.print_exc()
+            place = f" ({error.filename})" if error.filename else ""
+            print(f"error{where}: {error.strerror}{place}; --debug shows where", file=sys.stderr, flush=True)
             sys.exit(2)
         except KeyboardInterrupt:
             print(f"stopped by Ctrl-C{where}", file=sys.stderr, flush=True)

@@ -1,10 +1,10 @@
 """Flags about text that every command shares: template, its arguments, end of an answer. No torch."""
 
-import json
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from utils.errors import UserError
+from utils.files import parse_json
 from utils.flags.checks import check_required
 from utils.flags.fields import Common
 
@@ -34,7 +34,7 @@ class TextFlags:
     def template_arguments(self) -> dict:
         """--chat_template_kwargs as a dict. Raises UserError if it is not a JSON object."""
         try:
-            arguments = json.loads(self.chat_template_kwargs)
+            arguments = parse_json(self.chat_template_kwargs)
         except ValueError as error:
             arguments = error
         if not isinstance(arguments, dict):

@@ -1,7 +1,6 @@
 """The folder of a run: checks before it is used, its preparation, and the description in config.json."""
 
 import dataclasses
-import json
 import os
 import platform
 import shutil
@@ -11,7 +10,7 @@ from importlib import metadata
 
 from utils.distributed import barrier, is_main
 from utils.errors import UserError
-from utils.files import atomic_file, disk_errors, remove, write_json
+from utils.files import atomic_file, disk_errors, open_regular, parse_row, remove, write_json
 from utils.run.fingerprints import code_files, digest_of
 
 PACKAGES = (
@@ -63,17 +62,17 @@ def drop_checkpoints(folder: str, step: int) -> None:
 
 
 def cut_lines(path: str, step: int) -> None:
-    """Removes the lines of a .jsonl file after `step` (key "step"), and a line that is incomplete."""
+    """Removes a run's lines of steps after `step` from a .jsonl file, and an unfinished one at its end.
+
+    Lines that no run wrote, which have no whole number `step`, stay as they are.
+    """
     if not os.path.exists(path):
         return
-    with open(path, "rb") as file, atomic_file(path) as kept:
+    with open_regular(path) as file, atomic_file(path) as kept:
         for line in file:
-            try:
-                if json.loads(line)["step"] > step:
-                    break
-            except ValueError:
-                break
-            kept.write(line.decode())
+            row, whole = parse_row(line), line.endswith(b"\n")
+            if row["step"] <= step if row else whole or line[:1] not in b"{\0":  # nulls: of a power cut
+                kept.buffer.write(line if whole else line + b"\n")
 
 
 def run_description(config) -> dict:

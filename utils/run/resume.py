@@ -13,8 +13,7 @@ from utils.run.checkpoint import all_checkpoints
 from utils.run.fingerprints import INPUTS, changes
 from utils.run.folder import check_inputs, holds_run, prepare_run_folder
 from utils.run.logger import tracker_names
-from utils.run.restore import Checkpoint, named, newest
-from utils.schema import Schema, checked
+from utils.run.restore import Checkpoint, SavedFlags, TrainerState, named, newest
 
 # May change on resume, with a message: the run stays the same except for rounding and for the random streams of each
 # rank, which dropout and --reward_fn use.
@@ -28,21 +27,15 @@ def identity(config: RunFlags) -> dict:
     return json.loads(json.dumps(flags))
 
 
-class Fingerprints(Schema):
-    """Fingerprints in config.json and state.json; None in those of versions before they had them."""
-
-    inputs: dict[str, dict[str, str]] | None = None
-
-
 def _changed(config: RunFlags, saved: dict, record: dict) -> dict[str, str]:
     """Returns flag -> what it was, for flags that differ from those of `saved`, a part of `record`; given ones first.
 
     Not those that have the default which `saved` replaced. Of models and data the content counts, not the path, unless
-    `record` has no fingerprints. Raises ValueError for malformed ones.
+    `record` has no fingerprints.
     """
     same = [saved, saved.get("replaced_defaults", {})]
     now = {name: value for name, value in identity(config).items() if name in saved and name != "replaced_defaults"}
-    inputs = checked(Fingerprints, record).inputs
+    inputs = record.get("inputs")
     changed = {}
     for name, value in now.items():
         if name in INPUTS:
@@ -107,7 +100,7 @@ def _same_config(config: RunFlags) -> bool:
     """Whether the run in the folder began with the same flags and content. Raises UserError that names a difference."""
     path = config.model_save_path
     try:
-        saved = read_json(os.path.join(path, "config.json"))
+        saved = read_json(os.path.join(path, "config.json"), kind=SavedFlags)
         changed = _changed(config, saved, saved) if identity(config).keys() <= saved.keys() else None
     except (OSError, ValueError):
         return False
@@ -120,12 +113,12 @@ def _same_config(config: RunFlags) -> bool:
     return changed is not None
 
 
-def find_checkpoint(config: RunFlags, say: Say) -> Checkpoint | None:
+def find_checkpoint(config: RunFlags, say: Say, kind: type[TrainerState]) -> Checkpoint | None:
     """Returns the checkpoint to resume from, or None. Raises UserError if flags differ from its own. Collective."""
     if config.resume not in ("auto", "never"):
-        checkpoint = named(config.resume)
+        checkpoint = named(config.resume, kind)
     elif config.resume == "auto" and not config.overwrite:
-        checkpoint = newest(os.path.join(config.model_save_path, "checkpoints"), say)
+        checkpoint = newest(os.path.join(config.model_save_path, "checkpoints"), say, kind)
     else:
         return None
     if checkpoint:
@@ -139,10 +132,7 @@ def find_checkpoint(config: RunFlags, say: Say) -> Checkpoint | None:
 
 def _check_flags(checkpoint: Checkpoint, config: RunFlags, say: Say) -> None:
     now = identity(config)
-    try:
-        changed = _changed(config, checkpoint.state["flags"], checkpoint.state)
-    except ValueError as error:
-        raise UserError(f"{checkpoint.path}/state.json is damaged ({error}); pass another checkpoint") from error
+    changed = _changed(config, checkpoint.state["flags"], checkpoint.state)
     if "inputs" not in checkpoint.state:
         say(f"{checkpoint.path} has no fingerprints: of models and data only the paths were compared, not the content")
     for name, was in changed.items():

@@ -13,16 +13,17 @@ from utils.flags.run import RunFlags
 from utils.run.fingerprints import fingerprints
 from utils.run.logger import RunLogger
 from utils.run.ranks import check_ranks
-from utils.run.restore import Checkpoint
+from utils.run.restore import Checkpoint, TrainerState
 from utils.run.resume import begin_folder, check_outputs, find_checkpoint
 from utils.run.stop_signal import settle_hangup
 from utils.watchdog import report_progress
 
 
-def start_run(config: RunFlags) -> tuple[Say, Checkpoint | None]:
+def start_run(config: RunFlags, kind: type[TrainerState]) -> tuple[Say, Checkpoint | None]:
     """Joins and compares the ranks, chooses --dtype auto, checks --model_save_path and --resume. Writes nothing.
 
-    Returns a function that prints on rank 0, and the checkpoint to resume from (None: the run starts at step 0).
+    kind: what state.json of a checkpoint has to hold. Returns a function that prints on rank 0, and the checkpoint to
+    resume from (None: the run starts at step 0).
     """
     settle_hangup(config.ignore_hangup)
     init_distributed(config.hang_timeout)
@@ -32,7 +33,7 @@ def start_run(config: RunFlags) -> tuple[Say, Checkpoint | None]:
     check_ranks(config)
     choose_dtype(config)
     check_outputs(config)
-    return say, find_checkpoint(config, say)
+    return say, find_checkpoint(config, say, kind)
 
 
 def open_log(config: RunFlags, checkpoint: Checkpoint | None, num_steps: int) -> RunLogger:

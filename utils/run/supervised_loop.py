@@ -5,8 +5,10 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from utils.distributed import barrier, is_main, ranks_where, sum_ranks
 from utils.engine.engine import TrainEngine, device
@@ -15,11 +17,18 @@ from utils.files import write_json
 from utils.flags.supervised import FitConfig
 from utils.run.lifecycle import RunLifecycle
 from utils.run.logger import RunLogger
-from utils.run.restore import Checkpoint
+from utils.run.restore import Checkpoint, TrainerState
 from utils.schedule import lr_factor
 from utils.watchdog import report_progress
 
 Item = object  # one example of the stage's data: a dataclass that can be written as JSON
+
+
+class FitState(TrainerState):
+    """What a checkpoint of `fit` holds. best: an evaluation, which may be any number; stage: of `Stage.state`."""
+
+    best: Annotated[float, Field(allow_inf_nan=True)] | None
+    stage: dict[str, float]
 
 
 class BadStep(UserError):

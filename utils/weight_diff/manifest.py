@@ -3,11 +3,14 @@
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, model_validator
 
 from utils.errors import UserError
 from utils.files import read_json, write_json
+from utils.schema import Schema
 from utils.weight_diff.published import DTYPES
 
 FILE = "weight_manifest.json"
@@ -36,20 +39,31 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_json(str(folder / FILE), {key: value for key, value in asdict(manifest).items() if value is not None})
 
 
+class _HashesFile(Schema):
+    dtype: Literal[DTYPES]
+    sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
+
+
+class _ManifestFile(Schema):
+    total: float
+    tuned: _HashesFile
+    raw: _HashesFile | None = None
+    diff: _HashesFile | None = None
+
+    @model_validator(mode="after")
+    def _has_both_or_none(self):
+        if (self.raw is None) != (self.diff is None):
+            raise ValueError("it has only one of raw and diff")
+        return self
+
+
 def read_manifest(folder: Path, flag: str) -> Manifest | None:
     """Returns the folder's manifest, None if it has none. Raises UserError if it is damaged."""
     if not (folder / FILE).is_file():
         return None
-    content = read_json(folder / FILE, flag)
-    try:
-        parts = {part: Hashes(**content[part]) for part in ("raw", "diff", "tuned") if part in content}
-        if ("raw" in parts) != ("diff" in parts):
-            raise ValueError("it has only one of raw and diff")
-        if not all(part.dtype in DTYPES and isinstance(part.sha256, dict) for part in parts.values()):
-            raise ValueError("it has a part without a known dtype and SHA-256")
-        return Manifest(float(content["total"]), **parts)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{flag}: {folder / FILE} is damaged ({error}); copy it again") from error
+    content = read_json(folder / FILE, flag, _ManifestFile)
+    parts = {part: Hashes(**content[part]) for part in ("raw", "diff", "tuned") if content.get(part)}
+    return Manifest(content["total"], **parts)
 
 
 class TensorHasher:
