@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.errors import UserError
 
 Turns = list[dict[str, str]]
+MANY_TURNS = 32  # from here on, the prefixes of a dialogue are not rendered whole
 _ANSWER = "7391"  # the answer of the probe dialogue: it is in no template, and templates that change case keep it
 
 
@@ -43,7 +44,7 @@ def _probed_end(tokenizer: PreTrainedTokenizerBase, _template: str, _given: str)
     turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": _ANSWER}]
     last = _ids_after_answer(tokenizer, turns)
     earlier = _ids_after_answer(tokenizer, [*turns, {"role": "user", "content": "Question"}])
-    common = next((k for k, (a, b) in enumerate(zip(last, earlier)) if a != b), min(len(last), len(earlier)))
+    common = _num_common(last, earlier)
     added = tokenizer.added_tokens_decoder.items()
     ends = {tokenizer.eos_token_id, *(i for i, token in added if token.content.strip())}
     stop = next((i for i in last[:common] if i in ends), None)
@@ -106,19 +107,50 @@ def _without_opened_tag(tokenizer: PreTrainedTokenizerBase, text: str, prompt: l
 def mask_earlier_answers(
     tokenizer: PreTrainedTokenizerBase, turns: Turns, ids: list[int]
 ) -> tuple[list[bool], list[int]]:
-    """Returns (mask of the answers in the prompt `ids` of `turns`, indices of turns whose answers were rewritten)."""
+    """Returns (mask of the answers in the prompt `ids` of `turns`, indices of turns whose answers were rewritten).
+
+    An answer is in place if the prompt begins with the dialogue up to it. In a long dialogue, where rendering all these
+    would take quadratic time, it is one that follows the answer before it and the question as in a short dialogue.
+    """
     end, mask, rewritten = turn_end(tokenizer, "chat"), [False] * len(ids), []
+    system, text, place = turns[: turns[0]["role"] == "system"], _searchable(ids), 0
+    known = False  # whether the answer before is at `place`, and not only somewhere behind it
     for k, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        start = encode_chat(tokenizer, turns[:k])
-        own = start + encode_last_answer(tokenizer, turns[: k + 1], start)
-        if ids[: len(own)] != own:
+        since = k - 3 if len(turns) > MANY_TURNS else 0
+        before = system + turns[since:k] if since > len(system) else turns[:k]
+        start = encode_chat(tokenizer, before)
+        own = start + encode_last_answer(tokenizer, [*before, turn], start)
+        if len(before) < k:
+            head = len(encode_chat(tokenizer, [*system, turns[since]]))
+            part = _searchable(own[head:])
+            found = text.find(part, place, place + len(part) if known else None)
+        else:
+            head, found = 0, 0 if ids[: len(own)] == own else -1
+        known = found >= 0
+        if not known:
             rewritten.append(k)
             continue
-        stop = len(own) - len(end.ids) + end.num_generated
-        mask[len(start) : stop] = [True] * (stop - len(start))
+        place = found - head + len(start)
+        stop = found - head + len(own) - len(end.ids) + end.num_generated
+        mask[place:stop] = [True] * (stop - place)
     return mask, rewritten
+
+
+def _searchable(ids: list[int]) -> str:
+    """Returns one character per id."""
+    return "".join(map(chr, ids))
+
+
+def _num_common(first: list[int], second: list[int]) -> int:
+    """Returns the number of ids with which both lists begin."""
+    return next((k for k, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+
+
+def _searchable(ids: list[int]) -> str:
+    """Returns one character per id."""
+    return "".join(map(chr, ids))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
