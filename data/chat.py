@@ -3,15 +3,19 @@
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
-from jinja2.exceptions import TemplateError
+from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
 from utils.errors import UserError
+from utils.limits import limited
 
 Turns = list[dict[str, str]]
+_MAX_SECONDS, _MAX_BYTES = 10, 2**30  # of rendering a dialogue
 MANY_TURNS = 32  # from here on, the prefixes of a dialogue are not rendered whole
-_ANSWER = "7391"  # the answer of the probe dialogue: it is in no template, and templates that change case keep it
+# The texts of the probe dialogue: they are in no template, and templates that change case keep them.
+_QUESTION, _ANSWER = "2648", "7391"
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,15 @@ def _probed_end(tokenizer: PreTrainedTokenizerBase, _template: str, _given: str)
     Some templates write more at the end of a dialogue (Phi 3: EOS). Without a special token among these ids, the turn
     has no end token and answers end in EOS. The last two parameters are only keys of the cache.
     """
-    turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": _ANSWER}]
+    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    if _QUESTION not in render(tokenizer, turns[:1], open_answer=True):
+        raise UserError(
+            "--template chat: the tokenizer's chat template leaves out the question; use another --template"
+        )
+    if _ANSWER not in render(tokenizer, turns, open_answer=False):
+        raise UserError("--template chat: the tokenizer's chat template leaves out answers; use another --template")
     last = _ids_after_answer(tokenizer, turns)
-    earlier = _ids_after_answer(tokenizer, [*turns, {"role": "user", "content": "Question"}])
+    earlier = _ids_after_answer(tokenizer, [*turns, turns[0]])
     common = _num_common(last, earlier)
     added = tokenizer.added_tokens_decoder.items()
     ends = {tokenizer.eos_token_id, *(i for i, token in added if token.content.strip())}
@@ -60,17 +70,29 @@ def _ids_after_answer(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> list[
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: Turns, open_answer: bool) -> str:
-    """Returns the dialogue rendered by the template. Raises UserError if the template refuses it."""
+    """Returns the dialogue rendered by the template. Raises UserError if the template refuses it, or takes too much."""
+    arguments = template_arguments(tokenizer)
     try:
-        return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=open_answer, **template_arguments(tokenizer)
-        )
-    except (TemplateError, TypeError, ValueError) as error:  # some templates refuse system turns
-        given = " or --chat_template_kwargs" if template_arguments(tokenizer) else ""
-        raise UserError(
-            f"--template chat: the tokenizer's chat template refuses a dialogue ({error}); fix the data{given}, or use "
-            "another --template"
-        ) from error
+        _check_template(str(tokenizer.chat_template))
+        with limited(_MAX_SECONDS, _MAX_BYTES):
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_answer, **arguments)
+        if len(text) > 10**6 + 100 * sum(1 + len(turn["content"]) for turn in turns):
+            raise ValueError(f"it writes {len(text)} characters")
+        return text
+    except Exception as error:  # some templates refuse system turns; all others are programs that can fail anyhow
+        given = " or --chat_template_kwargs" if arguments else ""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        refuses = f"the tokenizer's chat template refuses a dialogue ({reason})"
+        raise UserError(f"--template chat: {refuses}; fix the data{given}, or use another --template") from error
+
+
+@lru_cache(maxsize=8)
+def _check_template(template: str) -> None:
+    """Raises ValueError for a template with powers: 7 ** 99999999 is one instruction, which no time limit stops."""
+    tokens = [(kind, value) for _, kind, value in Environment().lex(template) if kind != "whitespace"]
+    for before, token in pairwise(tokens):
+        if token == ("operator", "**") and before not in (("operator", "("), ("operator", ",")):
+            raise ValueError("it computes powers (**), which chat templates do not need")
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Turns, open_answer: bool = True) -> list[int]:
