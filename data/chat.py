@@ -3,14 +3,19 @@
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
-from jinja2.exceptions import TemplateError
+from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
 from utils.errors import UserError
+from utils.limits import limited
 
 Turns = list[dict[str, str]]
-_ANSWER = "7391"  # the answer of the probe dialogue: it is in no template, and templates that change case keep it
+_MAX_SECONDS, _MAX_BYTES = 10, 2**30  # of rendering a dialogue
+MANY_TURNS = 32  # from here on, the prefixes of a dialogue are not rendered whole
+# The texts of the probe dialogue: they are in no template, and templates that change case keep them.
+_QUESTION, _ANSWER = "2648", "7391"
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,16 @@ def _probed_end(tokenizer: PreTrainedTokenizerBase, _template: str, _given: str)
     Some templates write more at the end of a dialogue (Phi 3: EOS). Without a special token among these ids, the turn
     has no end token and answers end in EOS. The last two parameters are only keys of the cache.
     """
-    turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": _ANSWER}]
+    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    if _QUESTION not in render(tokenizer, turns[:1], open_answer=True):
+        raise UserError(
+            "--template chat: the tokenizer's chat template leaves out the question; use another --template"
+        )
+    if _ANSWER not in render(tokenizer, turns, open_answer=False):
+        raise UserError("--template chat: the tokenizer's chat template leaves out answers; use another --template")
     last = _ids_after_answer(tokenizer, turns)
-    earlier = _ids_after_answer(tokenizer, [*turns, {"role": "user", "content": "Question"}])
-    common = next((k for k, (a, b) in enumerate(zip(last, earlier)) if a != b), min(len(last), len(earlier)))
+    earlier = _ids_after_answer(tokenizer, [*turns, turns[0]])
+    common = _num_common(last, earlier)
     added = tokenizer.added_tokens_decoder.items()
     ends = {tokenizer.eos_token_id, *(i for i, token in added if token.content.strip())}
     stop = next((i for i in last[:common] if i in ends), None)
@@ -59,17 +70,29 @@ def _ids_after_answer(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> list[
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: Turns, open_answer: bool) -> str:
-    """Returns the dialogue rendered by the template. Raises UserError if the template refuses it."""
+    """Returns the dialogue rendered by the template. Raises UserError if the template refuses it, or takes too much."""
+    arguments = template_arguments(tokenizer)
     try:
-        return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=open_answer, **template_arguments(tokenizer)
-        )
-    except (TemplateError, TypeError, ValueError) as error:  # some templates refuse system turns
-        given = " or --chat_template_kwargs" if template_arguments(tokenizer) else ""
-        raise UserError(
-            f"--template chat: the tokenizer's chat template refuses a dialogue ({error}); fix the data{given}, or use "
-            "another --template"
-        ) from error
+        _check_template(str(tokenizer.chat_template))
+        with limited(_MAX_SECONDS, _MAX_BYTES):
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_answer, **arguments)
+        if len(text) > 10**6 + 100 * sum(1 + len(turn["content"]) for turn in turns):
+            raise ValueError(f"it writes {len(text)} characters")
+        return text
+    except Exception as error:  # some templates refuse system turns; all others are programs that can fail anyhow
+        given = " or --chat_template_kwargs" if arguments else ""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        refuses = f"the tokenizer's chat template refuses a dialogue ({reason})"
+        raise UserError(f"--template chat: {refuses}; fix the data{given}, or use another --template") from error
+
+
+@lru_cache(maxsize=8)
+def _check_template(template: str) -> None:
+    """Raises ValueError for a template with powers: 7 ** 99999999 is one instruction, which no time limit stops."""
+    tokens = [(kind, value) for _, kind, value in Environment().lex(template) if kind != "whitespace"]
+    for before, token in pairwise(tokens):
+        if token == ("operator", "**") and before not in (("operator", "("), ("operator", ",")):
+            raise ValueError("it computes powers (**), which chat templates do not need")
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Turns, open_answer: bool = True) -> list[int]:
@@ -106,19 +129,50 @@ def _without_opened_tag(tokenizer: PreTrainedTokenizerBase, text: str, prompt: l
 def mask_earlier_answers(
     tokenizer: PreTrainedTokenizerBase, turns: Turns, ids: list[int]
 ) -> tuple[list[bool], list[int]]:
-    """Returns (mask of the answers in the prompt `ids` of `turns`, indices of turns whose answers were rewritten)."""
+    """Returns (mask of the answers in the prompt `ids` of `turns`, indices of turns whose answers were rewritten).
+
+    An answer is in place if the prompt begins with the dialogue up to it. In a long dialogue, where rendering all these
+    would take quadratic time, it is one that follows the answer before it and the question as in a short dialogue.
+    """
     end, mask, rewritten = turn_end(tokenizer, "chat"), [False] * len(ids), []
+    system, text, place = turns[: turns[0]["role"] == "system"], _searchable(ids), 0
+    known = False  # whether the answer before is at `place`, and not only somewhere behind it
     for k, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        start = encode_chat(tokenizer, turns[:k])
-        own = start + encode_last_answer(tokenizer, turns[: k + 1], start)
-        if ids[: len(own)] != own:
+        since = k - 3 if len(turns) > MANY_TURNS else 0
+        before = system + turns[since:k] if since > len(system) else turns[:k]
+        start = encode_chat(tokenizer, before)
+        own = start + encode_last_answer(tokenizer, [*before, turn], start)
+        if len(before) < k:
+            head = len(encode_chat(tokenizer, [*system, turns[since]]))
+            part = _searchable(own[head:])
+            found = text.find(part, place, place + len(part) if known else None)
+        else:
+            head, found = 0, 0 if ids[: len(own)] == own else -1
+        known = found >= 0
+        if not known:
             rewritten.append(k)
             continue
-        stop = len(own) - len(end.ids) + end.num_generated
-        mask[len(start) : stop] = [True] * (stop - len(start))
+        place = found - head + len(start)
+        stop = found - head + len(own) - len(end.ids) + end.num_generated
+        mask[place:stop] = [True] * (stop - place)
     return mask, rewritten
+
+
+def _searchable(ids: list[int]) -> str:
+    """Returns one character per id."""
+    return "".join(map(chr, ids))
+
+
+def _num_common(first: list[int], second: list[int]) -> int:
+    """Returns the number of ids with which both lists begin."""
+    return next((k for k, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+
+
+def _searchable(ids: list[int]) -> str:
+    """Returns one character per id."""
+    return "".join(map(chr, ids))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data.formats.dialogue_forms import parse_turns
 from data.formats.records import BadRecord, Record, Tally, load_items
+from data.formats.truncate import newest_turns
 from data.template import Turns, encode_prompt
 from utils.errors import Say
 
@@ -41,19 +42,14 @@ def _prompt_of(
         turns = turns[:-1]
         tally.add("ended in the assistant's answer, which was cut off", record.source)
     full = len(turns)
-    ids = encode_prompt(tokenizer, turns, template)
-    while len(ids) > max_tokens:
-        turns = drop_oldest_exchange(turns)
-        if not turns:
-            raise BadRecord(f"longer than --maxlen_prompt - --maxlen_res = {max_tokens} tokens")
+
+    def encode(turns: Turns) -> list[int] | None:
         ids = encode_prompt(tokenizer, turns, template)
+        return ids if len(ids) <= max_tokens else None
+
+    turns, ids = newest_turns(turns, encode, max_tokens)
+    if ids is None:
+        raise BadRecord(f"longer than --maxlen_prompt - --maxlen_res = {max_tokens} tokens")
     if len(turns) < full:
         tally.add("truncated (oldest turns dropped)", record.source)
     return Prompt(ids, turns, record.source)
-
-
-def drop_oldest_exchange(turns: Turns) -> Turns:
-    """Returns the turns without the oldest question and its answer, keeping the system turn; [] if one is left."""
-    system = [turn for turn in turns[:1] if turn["role"] == "system"]
-    spoken = turns[len(system) :]
-    return system + spoken[2:] if len(spoken) > 2 else []

@@ -36,15 +36,26 @@ def encode_dialogue_parts(
     tokenizer: PreTrainedTokenizerBase, turns: Turns, template: str
 ) -> tuple[list[int], list[bool], list[int]]:
     """`encode_dialogue`, and the indices of turns whose answers the template rewrites, so that the mask lacks them."""
-    prompt, end, rewritten = encode_prompt(tokenizer, turns[:-1], template), turn_end(tokenizer, template), []
+    prompt, answer, trained = encode_answered(tokenizer, turns, template)
     if template == "chat":
         mask, rewritten = mask_earlier_answers(tokenizer, turns[:-1], prompt)
+    else:
+        mask, rewritten = _encode_moss(tokenizer, turns[:-1], template)[1], []
+    return prompt + answer, mask + [True] * trained + [False] * (len(answer) - trained), rewritten
+
+
+def encode_answered(
+    tokenizer: PreTrainedTokenizerBase, turns: Turns, template: str
+) -> tuple[list[int], list[int], int]:  # fmt: skip
+    """Returns (ids before the last answer, ids of it and of what the template writes behind it, number of the latter
+    ids up to the end token).
+    """
+    prompt, end = encode_prompt(tokenizer, turns[:-1], template), turn_end(tokenizer, template)
+    if template == "chat":
         answer = encode_last_answer(tokenizer, turns, prompt)
     else:
-        mask = _encode_moss(tokenizer, turns[:-1], template)[1]
         answer = [*_continue(tokenizer, turns[-1]["content"], template), *end.ids]
-    suffix = len(end.ids) - end.num_generated
-    return prompt + answer, mask + [True] * (len(answer) - suffix) + [False] * suffix, rewritten
+    return prompt, answer, len(answer) - len(end.ids) + end.num_generated
 
 
 def last_answer(mask: list[bool]) -> slice:

@@ -6,11 +6,10 @@ from itertools import count
 from transformers import PreTrainedTokenizerBase
 
 from data.dialogues import load_dialogues
-from data.formats.truncate import encode_fitting
+from data.formats.truncate import encode_fitting, newest_turns
 from data.order import order
 from data.preferences import MARGIN_COLUMNS, Preference, check_margins, flip_negative, load_preferences
-from data.prompts import drop_oldest_exchange
-from data.template import encode_dialogue, last_answer
+from data.template import Turns, encode_answered
 from reward.batches import MIN_PAIRS, Comparison
 from reward.config import RewardConfig
 from utils.distributed import world_size
@@ -29,23 +28,22 @@ def encode_preference(
     All answers lose the same turns, so that their scores are comparable. The comparison is None if the last question
     with the longest answer is too long.
     """
-    history = preference.history
-    while history:
-        sides = [
-            encode_dialogue(tokenizer, [*history, {"role": "assistant", "content": answer}], template)
-            for answer in preference.answers
-        ]
-        if max(len(ids) for ids, _ in sides) <= max_tokens:
-            mask = sides[0][1]
-            answer = last_answer(mask)
-            comparison = Comparison(
-                [ids for ids, _ in sides], answer.start, [(pair.better, pair.worse) for pair in preference.pairs],
-                [pair.margin or 0.0 for pair in preference.pairs], preference.subset, preference.source,
-                suffix_length=len(mask) - answer.stop,
-            )  # fmt: skip
-            return comparison, len(preference.history) - len(history)
-        history = drop_oldest_exchange(history)
-    return None, 0
+
+    def fit(history: Turns) -> list[tuple[list[int], list[int], int]] | None:
+        answers = ([*history, {"role": "assistant", "content": answer}] for answer in preference.answers)
+        sides = [encode_answered(tokenizer, turns, template) for turns in answers]
+        return sides if max(len(prompt) + len(answer) for prompt, answer, _ in sides) <= max_tokens else None
+
+    history, sides = newest_turns(preference.history, fit, max_tokens)
+    if sides is None:
+        return None, 0
+    prompt, answer, trained = sides[0]
+    comparison = Comparison(
+        [prompt + answer for prompt, answer, _ in sides], len(prompt),
+        [(pair.better, pair.worse) for pair in preference.pairs], [pair.margin or 0.0 for pair in preference.pairs],
+        preference.subset, preference.source, suffix_length=len(answer) - trained,
+    )  # fmt: skip
+    return comparison, len(preference.history) - len(history)
 
 
 def encode_all(

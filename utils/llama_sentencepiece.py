@@ -36,7 +36,7 @@ def read_proto(file: Path):
         loads = SentencePieceProcessor().Load(str(file))
     except (DecodeError, OSError, RuntimeError):
         return None
-    return proto if proto.pieces and loads else None
+    return proto if loads and 0 <= proto.trainer_spec.unk_id < len(proto.pieces) else None
 
 
 def is_llama_format(proto) -> bool:

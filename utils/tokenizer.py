@@ -8,7 +8,6 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from utils.errors import UserError
-from utils.files import read_json
 from utils.hub import download, is_hub_id
 from utils.llama_sentencepiece import (
     SentencePieceTokenizer,
@@ -17,9 +16,11 @@ from utils.llama_sentencepiece import (
     read_proto,
     to_tokenizer_json,
 )
+from utils.tokenizer_files import check_tokenizer_files, library_errors, read_chat_template, read_tokenizer_file
 
 FLAG = "--tokenizer_name_or_path"
 MOSS_ZH_TAGS = ("<|Human|>", "<|MOSS|>")
+_TRIAL = "Hello, 7 worlds\n"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 _CHAT_TEMPLATE = (
@@ -50,8 +51,14 @@ def load_tokenizer(
     if is_hub_id(path):  # AutoTokenizer would not look for a tokenizer.model first
         path = str(download(path, flag, allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"]))
     file = _sentencepiece_file(Path(path), flag)
-    fast = os.path.isfile(os.path.join(path, "tokenizer.json")) and _is_foreign(_chat_template(Path(path), flag))
-    tokenizer = _from_sentencepiece(file, flag) if file and not fast else _from_auto(str(path), flag)
+    chat = read_chat_template(Path(path), flag) if os.path.isdir(path) else None
+    fast = os.path.isfile(os.path.join(path, "tokenizer.json")) and _is_foreign(chat)
+    with library_errors(f"{flag}: the tokenizer in {path} does not work"):
+        tokenizer = _from_sentencepiece(file, flag) if file and not fast else _from_auto(str(path), flag)
+        tokenizer.chat_template = chat or tokenizer.chat_template
+        tokenizer.split_special_tokens = False  # a chat template writes special tokens
+        if not tokenizer.decode(tokenizer.encode(_TRIAL, add_special_tokens=False)):
+            raise ValueError(f"it encodes {_TRIAL!r} as nothing")
     if not tokenizer.eos_token:
         raise UserError(f"{flag}: the tokenizer in {path} has no end-of-sequence token; use one whose config names it")
     tokenizer.chat_template_kwargs = arguments or {}  # read by data/chat.py; not saved
@@ -113,11 +120,17 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not isinstance(tokenizer, SentencePieceTokenizer):
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            raise OSError(str(error)) from error  # what the tokenizers library raises for a full disk
         return
     (folder / "tokenizer.model").write_bytes(tokenizer.sp_model.serialized_model_proto())
     opening = "Assistant:" if tokenizer.chat_template == _MOSS_CHAT_TEMPLATES["moss_en"] else None
-    to_tokenizer_json(tokenizer, opening).save(str(folder / "tokenizer.json"))
+    text = to_tokenizer_json(tokenizer, opening).to_str(pretty=True)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     added = {
         str(i): {"content": token.content, "special": True, "normalized": False}
         | {side: getattr(token, side) for side in ("lstrip", "rstrip")}
@@ -153,14 +166,10 @@ def _sentencepiece_file(path: Path, flag: str) -> Path | None:
 
 def _from_sentencepiece(file: Path, flag: str) -> SentencePieceTokenizer:
     tokenizer = load_sentencepiece(file)
-    config = _read_json(file.parent / "tokenizer_config.json", flag)
-    try:
-        recorded = {int(i): (token["content"], token) for i, token in config.get("added_tokens_decoder", {}).items()}
-        recorded |= {int(i): (token, {}) for token, i in _read_json(file.parent / "added_tokens.json", flag).items()}
-        if not all(isinstance(token, str) for token, _ in recorded.values()):
-            raise ValueError
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{flag}: the added tokens in {file.parent} are damaged; copy the folder again") from error
+    config = read_tokenizer_file(file.parent, "tokenizer_config.json", flag)
+    recorded = {int(i): (token["content"], token) for i, token in (config.get("added_tokens_decoder") or {}).items()}
+    added = read_tokenizer_file(file.parent, "added_tokens.json", flag)
+    recorded |= {i: (token, {}) for token, i in added.items()}
     for i, (token, sides) in sorted(recorded.items()):
         if i < tokenizer.vocab_size or not token:
             continue
@@ -169,7 +178,7 @@ def _from_sentencepiece(file: Path, flag: str) -> SentencePieceTokenizer:
         tokenizer.add_special_tokens({"additional_special_tokens": [added]}, replace_extra_special_tokens=False)
         if tokenizer.convert_tokens_to_ids(token) != i:
             raise UserError(f"{flag}: {file.parent} gives the added token {token!r} the id {i}, which leaves a gap")
-    tokenizer.chat_template = _chat_template(file.parent, flag)
+    tokenizer.chat_template = read_chat_template(file.parent, flag)
     # Configs of published base models have empty bos and eos; a chat model may have its own end token.
     names = ("pad_token", "bos_token", "eos_token") if _is_foreign(tokenizer.chat_template) else ("pad_token",)
     for name in names:
@@ -178,18 +187,6 @@ def _from_sentencepiece(file: Path, flag: str) -> SentencePieceTokenizer:
         if token and token in tokenizer.get_vocab():
             setattr(tokenizer, name, token)
     return tokenizer
-
-
-def _chat_template(folder: Path, flag: str) -> str | None:
-    """Returns the chat template in a tokenizer's folder, the default one of several. Raises UserError without it."""
-    jinja, config = folder / "chat_template.jinja", _read_json(folder / "tokenizer_config.json", flag)
-    template = jinja.read_text("utf-8") if jinja.is_file() else config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        if not isinstance(named.get("default"), str):
-            raise UserError(f"{flag}: {folder} has several chat templates, none of them named default; rename one")
-        return named["default"]
-    return template
 
 
 def _is_foreign(template: str | None) -> bool:
@@ -204,22 +201,20 @@ def _from_auto(path: str, flag: str) -> PreTrainedTokenizerBase:
         if not has_tokenizer(local):
             names = ", ".join(_TOKENIZER_FILES)
             raise UserError(f"{flag}: no tokenizer in {path} (looked for {names}); use the folder that has one")
-        for name in ("tokenizer.json", "vocab.json"):
-            _read_json(local / name, flag)
-    config = _read_json(local / "tokenizer_config.json", flag)
+        check_tokenizer_files(local, flag)
+    config = read_tokenizer_file(local, "tokenizer_config.json", flag)
     from transformers import AutoTokenizer  # slow to import, and not needed for SentencePiece
 
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(" .")
-        if "auto_map" in config:
-            reason = "it needs code of its own (auto_map in tokenizer_config.json), which is not run here"
-        raise UserError(f"{flag}: cannot load a tokenizer from {path}: {reason}; check the folder or hub id") from error
-
-
-def _read_json(file: Path, flag: str) -> dict:
-    return read_json(file, flag) if file.is_file() else {}
+    what, advice = f"{flag}: cannot load a tokenizer from {path}", "check the folder or hub id"
+    if "auto_map" in config:
+        what += ": it needs code of its own (auto_map in tokenizer_config.json), which is not run here"
+    with library_errors(what, advice):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    for token in read_tokenizer_file(local, "tokenizer.json", flag).get("added_tokens") or ():
+        if tokenizer.convert_tokens_to_ids(token["content"]) != token["id"]:
+            given = f"{token['content']!r} the id {token['id']}, which leaves a gap or is taken"
+            raise UserError(f"{flag}: {local / 'tokenizer.json'} gives the added token {given}; copy it again")
+    return tokenizer
 
 
 def _set_pad(tokenizer: PreTrainedTokenizerBase) -> None:

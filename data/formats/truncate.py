@@ -1,8 +1,10 @@
 """Encode records within a token limit, and report the records that were truncated or dropped."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from data.chat import Turns
 from data.formats.records import Tally
 from utils.errors import Say
 from utils.watchdog import with_progress
@@ -31,3 +33,30 @@ def encode_fitting(
         kept.append(encoded)
     tally.report(say)
     return kept
+
+
+def newest_turns(
+    turns: Turns, encode: Callable[[Turns], Encoded | None], max_turns: int
+) -> tuple[Turns, Encoded | None]:  # fmt: skip
+    """Returns the turns without as few of the oldest exchanges as possible, and their encoding; the system turn stays.
+
+    encode: returns None for turns that do not fit; if no turns fit, these are the last exchange and None. At most
+    `max_turns` are tried, as each takes a token. A few encodings, also of long dialogues: fewer turns are shorter.
+    """
+    system = [turn for turn in turns[:1] if turn["role"] == "system"]
+    spoken, found = turns[len(system) :], {}
+    last = max(0, len(spoken) - 1) // 2  # the most exchanges that can go
+
+    def fits(dropped: int) -> bool:
+        found[dropped] = encode(system + spoken[2 * dropped :])
+        return found[dropped] is not None
+
+    low = min(last, max(0, len(spoken) - max_turns + 1) // 2)
+    if fits(low):
+        return system + spoken[2 * low :], found[low]
+    high, step = last + 1, 1
+    while high - step > low and fits(high - step):
+        high, step = high - step, 2 * step
+    low = max(low, high - step)
+    high = low + 1 + bisect_left(range(low + 1, high), True, key=fits)
+    return system + spoken[2 * min(high, last) :], found.get(high)

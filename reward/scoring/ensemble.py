@@ -1,6 +1,7 @@
 """Score dialogues with one or several reward models: encoding, batches, and the rule that combines scores."""
 
 import contextlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from data.batching.collate import micro_batches, pad
-from data.prompts import drop_oldest_exchange
-from data.template import Turns, encode_dialogue, encode_text
+from data.formats.truncate import newest_turns
+from data.template import Turns, encode_answered, encode_text
 from reward.model import last_scores
 from utils.engine.engine import device
 from utils.engine.memory import host_copies
@@ -32,18 +33,21 @@ class Encoding:
 
         The oldest exchanges are removed first, then first tokens, because the score is read at the end of the answer.
         """
-        ids = self._whole(turns)
+        kept = turns
+        if self.window is not None and not isinstance(turns, str):
+            kept, ids = newest_turns(turns, lambda turns: self._whole(turns, self.window), self.window)
+            if ids is not None:
+                return ids, len(kept) < len(turns)
+        ids = self._whole(kept)
         if self.window is None or len(ids) <= self.window:
             return ids, False
-        while len(ids) > self.window and not isinstance(turns, str) and (history := drop_oldest_exchange(turns[:-1])):
-            turns = [*history, turns[-1]]
-            ids = self._whole(turns)
-        return (ids if len(ids) <= self.window else ids[:1] + ids[1 - self.window :]), True
+        return ids[:1] + ids[1 - self.window :], True
 
-    def _whole(self, turns: Turns | str) -> list[int]:
+    def _whole(self, turns: Turns | str, limit: float = math.inf) -> list[int] | None:
         if isinstance(turns, str):
             return encode_text(self.tokenizer, turns)
-        return encode_dialogue(self.tokenizer, turns, self.template)[0]
+        prompt, answer, _ = encode_answered(self.tokenizer, turns, self.template)
+        return prompt + answer if len(prompt) + len(answer) <= limit else None
 
 
 @torch.no_grad()

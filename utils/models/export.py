@@ -4,11 +4,11 @@ import copy
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from utils.errors import UserError
 from utils.files import atomic_folder, write_json
-from utils.models.load import quiet_transformers
+from utils.models.load import quiet_transformers, shell_of
 from utils.tokenizer import save_tokenizer, stop_ids
 
 
@@ -21,7 +21,7 @@ def saved_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def check_names(auto_class: type, config: PretrainedConfig, state: dict[str, torch.Tensor], what: str) -> None:
     """Raises UserError if `write_model` would omit tensors, or write some that `auto_class` does not load."""
-    other = state.keys() ^ saved_tensors(_shell(auto_class, config, torch.float32)).keys()
+    other = state.keys() ^ saved_tensors(shell_of(auto_class, config, torch.float32)).keys()
     if other:
         names = f"{min(other)} and {len(other) - 1} more" if len(other) > 1 else min(other)
         wrong = f"a {config.model_type} model cannot be saved as {auto_class.__name__} ({names})"
@@ -33,12 +33,6 @@ def set_ids(config: PretrainedConfig, **ids: int | list[int] | None) -> None:
     for part in (config, config.get_text_config()):
         for name, value in ids.items():
             setattr(part, name, value)
-
-
-def _shell(auto_class: type, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Returns the model of a config on the meta device."""
-    with quiet_transformers(), torch.device("meta"):
-        return auto_class.from_config(config, dtype=dtype)
 
 
 def write_model(
@@ -56,7 +50,7 @@ def write_model(
     if tokenizer is not None:
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         set_ids(config, **ids)
-    shell = _shell(auto_class, config, config.dtype)
+    shell = shell_of(auto_class, config, config.dtype)
     if shell.can_generate():
         text = config.get_text_config()
         ends = [text.eos_token_id] if tokenizer is None else stop_ids(tokenizer)

@@ -4,6 +4,7 @@ Errors are UserErrors that name the flag and the path. No weight keeps its rando
 """
 
 import contextlib
+import copy
 import os
 import re
 from collections.abc import Iterator
@@ -16,11 +17,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from utils.errors import Say, UserError
-from utils.files import read_json
 from utils.hub import download_model, is_hub_id
 from utils.models.check import check_forward
 from utils.models.compile import layers_of
-from utils.models.weight_files import DAMAGED, reason_of, tensor_files
+from utils.models.config import check_counts, check_memory, read_config
+from utils.models.weight_files import reason_of, stored_tensors, tensor_files
 from utils.tokenizer import check_vocabulary
 from utils.watchdog import report_progress
 
@@ -54,7 +55,7 @@ def model_folder(path: str, flag: str = FLAG) -> Path:
         raise UserError(f"{flag}: the model folder {path} {problem}; use a Hugging Face folder or a hub id")
     if not (folder / "config.json").is_file():
         raise UserError(f"{flag}: no config.json in {path}; use the folder of a Hugging Face model")
-    _check_known(read_json(folder / "config.json", flag), path, flag)
+    _check_known(read_config(folder, flag), path, flag)
     missing = sorted({file.name for file in tensor_files(folder, flag).values() if not file.is_file()})
     if missing:
         raise UserError(f"{flag}: {path} lacks {', '.join(missing)}, which its index names; copy the folder again")
@@ -78,7 +79,9 @@ def _loading(folder: Path, flag: str, kernel: str | None = None) -> Iterator[Non
     try:
         with quiet_transformers():
             yield
-    except (*DAMAGED, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         if kernel and isinstance(error, ImportError):
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise UserError(f"--attn_implementation {kernel}: {reason}. Install it, or leave the flag out") from error
@@ -118,7 +121,11 @@ def from_folder(
     """Calls `auto_class.from_pretrained` in `dtype`. Raises UserError for weights that are missing or not finite."""
     options = {"device_map": {"": device}} if device.type == "cuda" else {}
     with _loading(folder, flag):
+        stored = stored_tensors(folder, flag)
         config = without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        check_counts(config, stored)
+        _window(config.get_text_config())
+        check_memory(shell_of(auto_class, config, dtype), stored)
     if kernel := _attention_kernel(attn_implementation, config, folder, flag, say):
         options["attn_implementation"] = kernel
     with _loading(folder, flag, attn_implementation):
@@ -132,6 +139,8 @@ def from_folder(
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(f"{flag}: {folder} has no weights for {missing[0]} and {len(missing) - 1} more; copy it again")
+    if model.config.is_encoder_decoder:
+        raise UserError(f"{flag}: {folder}/config.json is of an encoder-decoder; use a decoder")
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise UserError(f"{flag}: {folder} holds weights that are not finite ({name}); use an earlier checkpoint")
@@ -142,10 +151,16 @@ def from_folder(
     return model.eval()
 
 
+def shell_of(auto_class: type, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Returns the model of a config on the meta device."""
+    with quiet_transformers(), torch.device("meta"):
+        return auto_class.from_config(copy.deepcopy(config), dtype=dtype)
+
+
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     """Sets a config's dropout probabilities to 0, so that rollout and update give the same log-probs. Returns it."""
     for name, value in vars(config).items():
-        if "drop" in name and isinstance(value, float):
+        if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
             setattr(config, name, 0.0)
         elif isinstance(value, PretrainedConfig):
             without_dropout(value)

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from utils.errors import Say, UserError
-from utils.files import first_names, read_json, write_json
+from utils.files import first_names, write_json
 from utils.hub import download_model, is_hub_id
-from utils.models.weight_files import open_weights, tensor_files, tensor_of
+from utils.models.config import read_config as read_model_config
+from utils.models.weight_files import Stored, open_weights, stored_tensors, tensor_of
 from utils.tokenizer import check_vocabulary, load_tokenizer, save_tokenizer
 from utils.weight_diff.manifest import Manifest, TensorHasher, read_manifest
 from utils.weight_diff.published import DTYPES
@@ -30,14 +30,6 @@ _TOKENIZER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     "chat_template.jinja",
 )
-
-
-class Stored(NamedTuple):
-    """Place, dtype (torch's name) and shape of a tensor in a file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -95,32 +87,12 @@ def open_side(path: str, flag: str) -> Side:
     folder = download_model(path, flag) if is_hub_id(path) else Path(path)
     if not os.path.isdir(folder):
         raise UserError(f"{flag}: the folder {path} does not exist; use a model folder, or a hub id (owner/name)")
-    stored = _stored(folder, flag)
+    stored = stored_tensors(folder, flag, contiguous=True)
     patches = {name: place for name, place in stored.items() if name.endswith(PATCH_ENDINGS)}
     tensors = {name: place for name, place in stored.items() if name not in patches and not name.endswith(_BUFFER)}
     if _EMBEDDING not in tensors:
         raise UserError(f"{flag}: no {_EMBEDDING} in {folder}; use a LLaMA model in Hugging Face layout")
     return Side(flag, folder, tensors, patches, _only_dtype(tensors, flag), read_manifest(folder, flag))
-
-
-def _stored(folder: Path, flag: str) -> dict[str, Stored]:
-    """Returns the tensors of a model folder, file by file, in the order of the files."""
-    file_of, found = tensor_files(folder, flag), {}
-    files = sorted(set(file_of.values()))
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise UserError(f"{flag}: {folder} lacks {first_names(missing)}, which its index names; copy the folder again")
-    for file in files:
-        outline: dict[str, Stored] = {}
-        with open_weights(file, flag) as tensors:
-            for name in tensors if isinstance(tensors, dict) else tensors.offset_keys():
-                tensor = tensor_of(tensors, name)
-                if not tensor.is_contiguous():
-                    raise ValueError(f"{name} is not contiguous; save it again as safetensors")
-                outline[name] = Stored(file, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        if absent := [name for name in file_of if file_of[name] == file and name not in outline]:
-            raise UserError(f"{flag}: the index names tensors that are not in {file}: {first_names(absent)}; copy both")
-        found |= {name: place for name, place in outline.items() if file_of.get(name) == file}
-    return found
 
 
 def _only_dtype(tensors: dict[str, Stored], flag: str) -> str:
@@ -160,10 +132,14 @@ def read_config(sides: list[Side]) -> dict:
     side = next((side for side in sides if (side.folder / "config.json").is_file()), None)
     if side is None:
         raise UserError(f"no config.json in {' or '.join(side.flag for side in sides)}; copy it there")
-    config = read_json(side.folder / "config.json", side.flag)
-    sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers")
-    if config.get("model_type") != "llama" or not all(isinstance(config.get(name), int) for name in sizes):
+    config = read_model_config(side.folder, side.flag)
+    hidden, heads, layers = (config.get(name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    if config.get("model_type") != "llama" or not all(isinstance(size, int) for size in (hidden, heads, layers)):
         raise UserError(f"{side.flag}: {side.folder / 'config.json'} is not of a LLaMA model; copy the right one there")
+    rows = side.tensors[_EMBEDDING].shape
+    if hidden != rows[-1] or not 1 <= heads <= hidden or layers > len(side.tensors):
+        wrong = f"hidden_size {hidden}, num_attention_heads {heads} or num_hidden_layers {layers}"
+        raise UserError(f"{side.flag}: the weights in {side.folder} are not of {wrong}, as config.json says; copy both")
     return config
 
 
