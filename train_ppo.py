@@ -20,8 +20,9 @@ def main(argv: list[str] | None = None) -> None:
         print_plan(config)
     else:
         from utils.deterministic import repeatable
+        from utils.run.lock import held
 
-        with repeatable(config.deterministic):
+        with repeatable(config.deterministic), held:
             train(config)
 
 

@@ -49,8 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m sft.train`. Flags are checked before torch and deepspeed are imported."""
     config = parse_args(SFTConfig, argv)
     from utils.deterministic import repeatable
+    from utils.run.lock import held
 
-    with repeatable(config.deterministic):
+    with repeatable(config.deterministic), held:
         train(config)
 
 

@@ -10,19 +10,21 @@ from utils.errors import Say
 from utils.fast_dtype import fast_dtype
 from utils.flags.checks import choose
 from utils.flags.run import RunFlags
+from utils.run.lock import hold_folder
 from utils.run.logger import RunLogger
 from utils.run.restore import Checkpoint
 from utils.run.resume import begin_folder, check_outputs, find_checkpoint
 
 
 def start_run(config: RunFlags) -> tuple[Say, Checkpoint | None]:
-    """Joins the ranks, chooses --dtype auto, checks --model_save_path and --resume. Writes nothing.
+    """Joins the ranks, chooses --dtype auto, checks --model_save_path and --resume. Writes only the folder's lock.
 
     Returns a function that prints on rank 0, and the checkpoint to resume from (None: the run starts at step 0).
     """
     init_distributed(config.hang_timeout)
     say = partial(print, flush=True) if is_main() else lambda text: None
     choose_dtype(config)
+    hold_folder(config.model_save_path)
     check_outputs(config)
     return say, find_checkpoint(config, say)
 
