@@ -207,14 +207,14 @@ def carry_over(old: str, new: str, names: list[str]) -> None:
     """Links, or copies, the `foreign_files` of a folder into the one that is to replace it. Raises OSError."""
     for name in foreign_files(old, names):
         source, target = os.path.join(old, name), os.path.join(new, name)
+        if os.path.isdir(source) and not os.path.islink(source):
+            os.makedirs(target, exist_ok=True)
+            continue
         if os.path.lexists(target):
             raise OSError(f"{source} was not written by this run; move it")
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        if os.path.isdir(source) and not os.path.islink(source):
-            os.mkdir(target)
-        else:
-            try:
-                os.link(source, target, follow_symlinks=False)
-            except OSError:  # the file system has no links
-                shutil.copy2(source, target, follow_symlinks=False)
-                sync(target)
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError:  # the file system has no links
+            shutil.copy2(source, target, follow_symlinks=False)
+            sync(target)

@@ -60,17 +60,19 @@ def _locked(run: str) -> Iterator[None]:
     path, existing, ended = os.path.join(run, LOCK), existing_parent(run), threading.Event()
     since = datetime.datetime.now().isoformat(" ", "seconds")
     text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}) + "\n"
-    os.makedirs(run, exist_ok=True)
-    with _take(path, text) as has_locks:
-        if not has_locks:
-            threading.Thread(target=_beat, args=(path, ended), name="run.lock", daemon=True).start()
-        try:
-            yield
-        finally:
-            ended.set()
-            with contextlib.suppress(OSError):
-                os.remove(path)
-    remove_empty(os.path.abspath(run), existing)
+    try:
+        os.makedirs(run, exist_ok=True)
+        with _take(path, text) as has_locks:
+            if not has_locks:
+                threading.Thread(target=_beat, args=(path, ended), name="run.lock", daemon=True).start()
+            try:
+                yield
+            finally:
+                ended.set()
+                with contextlib.suppress(OSError):
+                    os.remove(path)
+    finally:
+        remove_empty(os.path.abspath(run), existing)
 
 
 @contextlib.contextmanager

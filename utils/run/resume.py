@@ -72,7 +72,7 @@ def _can_resume(config: RunFlags) -> bool:
 
 
 def _is_finished(path: str) -> bool:
-    return os.path.lexists(os.path.join(path, "final"))
+    return os.path.lexists(os.path.join(path, "final", "config.json"))
 
 
 def _is_inside(checkpoint: str, run: str) -> bool:
