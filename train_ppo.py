@@ -22,8 +22,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     with Watchdog(config.hang_timeout):
         from utils.deterministic import repeatable
+        from utils.run.lock import held
 
-        with repeatable(config.deterministic):
+        with repeatable(config.deterministic), held:
             train(config)
 
 

@@ -24,6 +24,7 @@ from utils.errors import UserError
 from utils.models.export import save_causal_lm
 from utils.moments import RunningMoments
 from utils.run.checkpoint import save_batches
+from utils.run.export import export_model
 from utils.run.lifecycle import RunLifecycle
 from utils.run.logger import RunLogger
 from utils.run.restore import TrainerState
@@ -172,15 +173,23 @@ class Run:
             raise UserError(text)
         self.logger.say(f"warning: {text}; left out, {state.left_out} of --skip_bad_batches {config.skip_bad_batches}")
 
-    def export(self, name: str) -> None:
-        """Writes the policy to the run's folder `name`. Collective; rank 0 writes."""
-        state = self.models.policy.full_state_dict()
-        if is_main():
-            lm, folder = self.models.policy.module.lm, f"{self.config.model_save_path}/{name}"
-            state = {key.removeprefix("lm."): value for key, value in state.items()}
+    def export(self, name: str) -> bool:
+        """Writes the policy to the run's folder best/ or final/, and returns True. Collective; rank 0 writes.
+
+        If the disk refuses, best/ stays as it was, which is printed, and the result is False; final/ is a UserError.
+        """
+        state, lm = self.models.policy.full_state_dict(), self.models.policy.module.lm
+        state = {key.removeprefix("lm."): value for key, value in state.items()}
+
+        def save(folder: str) -> None:
             save_causal_lm(lm.config, state, folder, self.tokenizer, lm.generation_config)
-        barrier()
-        report_progress(f"export of {name}/")
+
+        problem = export_model(self.config.model_save_path, name, save)
+        if problem and name == "final":
+            raise UserError(problem)
+        if problem:
+            self.logger.say(f"warning: {name}/ of step {self.state.step} was not saved: {problem}")
+        return problem is None
 
     def after_step(self, rollout: Rollout, scores: Scores, metrics: dict[str, float]) -> None:
         """Writes metrics and samples; evaluates, exports best/, writes a checkpoint or rolls back. Collective."""
@@ -233,9 +242,8 @@ class Run:
             f"length {metrics['response_length']:.1f}" + (" (best so far)" if better else "")
         )
         self.logger.samples(self.state.step, [{"held_out": True, **row} for row in rows[: self.config.num_samples]])
-        if better:
+        if better and self.export("best"):
             self.state.best_score = metrics["score_mean"]
-            self.export("best")
         return {f"eval_{key}": value for key, value in metrics.items()}
 
     def _texts(self, rollout: Rollout, scores: Scores) -> list[dict]:

@@ -56,8 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_args(RewardConfig, argv)
     with Watchdog(config.hang_timeout):
         from utils.deterministic import repeatable
+        from utils.run.lock import held
 
-        with repeatable(config.deterministic):
+        with repeatable(config.deterministic), held:
             train(config)
 
 

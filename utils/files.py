@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -17,6 +18,8 @@ from utils.terminal import printable
 
 MAX_JSON = 1 << 26  # bytes: 64 MB, twice the largest tokenizer.json of published models
 MAX_DEPTH = 100  # of JSON; Python's own limit differs between versions, and copying a value needs several calls a level
+
+ASIDE = ".old.partial"  # end of the name of a folder that is being replaced
 
 
 def open_regular(file: str | Path) -> BinaryIO:
@@ -169,10 +172,7 @@ def atomic_file(path: str, flag: str = "") -> Iterator[IO[str]]:
             replace(partial, path)
         finally:
             remove(partial)
-            with contextlib.suppress(OSError):  # stops at the first folder that holds something
-                while folder != existing:
-                    os.rmdir(folder)
-                    folder = os.path.dirname(folder)
+            remove_empty(folder, existing)
 
 
 @contextlib.contextmanager
@@ -180,6 +180,7 @@ def atomic_folder(path: str, flag: str = "") -> Iterator[str]:
     """Yields a folder that replaces `path` if the block succeeds. Call it on one rank. Raises UserError."""
     partial = f"{os.path.abspath(path)}.partial"
     with disk_errors(f"{flag} {path}".lstrip()):
+        recover(os.path.abspath(path))
         remove(partial)
         try:
             os.makedirs(partial)
@@ -193,12 +194,28 @@ def atomic_folder(path: str, flag: str = "") -> Iterator[str]:
 
 
 def replace(partial: str, path: str) -> None:
-    """Renames a file, or a folder of synced files, to `path`: waits until the content is on the disk, then the name."""
+    """Renames a file, or a folder of synced files, to `path`: waits until the content is on the disk, then the name.
+
+    A folder that has this name is set aside first and removed last: after a kill, `recover` finds it or the new one.
+    """
     sync(partial)
-    if os.path.isdir(partial):
-        remove(path)
+    is_folder = os.path.isdir(partial)
+    if is_folder:
+        recover(path)
+        if os.path.lexists(path):
+            os.rename(path, path + ASIDE)
     os.replace(partial, path)
     sync(os.path.dirname(path))
+    if is_folder:
+        remove(path + ASIDE)
+
+
+def recover(path: str) -> None:
+    """Completes what a killed `replace` of a folder began: its old content comes back unless the new one is there."""
+    if os.path.lexists(path):
+        remove(path + ASIDE)
+    elif os.path.lexists(path + ASIDE):
+        os.rename(path + ASIDE, path)
 
 
 def sync(path: str) -> None:
@@ -216,3 +233,57 @@ def remove(path: str) -> None:
         shutil.rmtree(path)
     elif os.path.lexists(path):
         os.remove(path)
+
+
+def remove_empty(folder: str, existing: str) -> None:
+    """Removes `folder` and the folders above it, below `existing`, up to the first one that holds something."""
+    with contextlib.suppress(OSError):
+        while folder != existing:
+            os.rmdir(folder)
+            folder = os.path.dirname(folder)
+
+
+def files_in(folder: str) -> list[str]:
+    """Returns the paths, relative to a folder, of files, links and empty folders in it; none for a link."""
+    found = []
+    for path, folders, files in os.walk(folder) if not os.path.islink(folder) else ():
+        links = [name for name in folders if os.path.islink(os.path.join(path, name))]
+        empty = [""] if path != folder and not folders and not files else []
+        found += [os.path.normpath(os.path.relpath(os.path.join(path, x), folder)) for x in files + links + empty]
+    return found
+
+
+def foreign_files(folder: str, names: list[str]) -> list[str]:
+    """Returns the paths in a folder, as `files_in`, that match none of `names`."""
+    deep = [(name, name.count("/")) for name in names]
+    return [x for x in files_in(folder) if not any(fnmatchcase(x, name) and x.count("/") == n for name, n in deep)]
+
+
+def remove_own(path: str, names: list[str]) -> None:
+    """Removes a file, or a folder without its `foreign_files`, and temporary copies. A kill leaves no part of it."""
+    for end in (".partial", ".partial.partial", ASIDE):
+        remove(path + end)
+    foreign = foreign_files(path, names)
+    if not foreign and os.path.lexists(path):
+        os.replace(path, f"{path}.partial")
+        remove(f"{path}.partial")
+    for name in set(files_in(path)) - set(foreign):
+        os.remove(os.path.join(path, name))
+        remove_empty(os.path.dirname(os.path.join(path, name)), path)
+
+
+def carry_over(old: str, new: str, names: list[str]) -> None:
+    """Links, or copies, the `foreign_files` of a folder into the one that is to replace it. Raises OSError."""
+    for name in foreign_files(old, names):
+        source, target = os.path.join(old, name), os.path.join(new, name)
+        if os.path.isdir(source) and not os.path.islink(source):
+            os.makedirs(target, exist_ok=True)
+            continue
+        if os.path.lexists(target):
+            raise OSError(f"{source} was not written by this run; move it")
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError:  # the file system has no links
+            shutil.copy2(source, target, follow_symlinks=False)
+            sync(target)

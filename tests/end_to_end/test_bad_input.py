@@ -43,7 +43,7 @@ def test_what_shows_only_while_training_stops_the_run(inputs, tmp_path, capfd, c
         changes = {"reward_fn": f"{inputs.reward_file}:{changes['reward_fn']}"}
     error = refusal(main, run_flags(inputs, out, **changes), capfd)
     assert all(word in error for word in words), error
-    assert {file.name for file in out.iterdir()} <= {"config.json", "tensorboard", "bad_batches"}
+    assert {file.name for file in out.iterdir()} <= {"config.json", "run_index.json", "tensorboard", "bad_batches"}
 
 
 def test_buffers_with_a_bad_score_are_left_out_whole(inputs, tmp_path, capfd):

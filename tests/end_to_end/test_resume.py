@@ -1,6 +1,7 @@
 """A run that stopped and went on is the run that never stopped, bit for bit; what may not go on is refused by name."""
 
 import importlib
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 from tests.helpers.tiny import SAMPLES, tiny_llama_folder
 from tests.helpers.tiny_run import SIZES, assert_same_run, fit_flags, read_metrics, refusal, run_flags
 from train_ppo import main
+from utils.run.index import INDEX
 
 # The critic alone first, then the policy with ptx and a function of the user's that draws random numbers.
 FLAGS = {
@@ -57,6 +59,8 @@ def stopped_after(step: int, finished: Path, out: Path) -> Path:
             shutil.rmtree(out / "checkpoints" / name)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "score_')  # cut off in the middle of a line
+    index = json.loads((out / INDEX).read_text())
+    (out / INDEX).write_text(json.dumps(index | {"checkpoints": sorted({*index["checkpoints"], 3})}))
     (out / "checkpoints" / "step_3.partial").mkdir()
     return out
 

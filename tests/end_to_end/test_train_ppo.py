@@ -166,7 +166,8 @@ def test_a_signal_to_a_command_saves_after_the_step_and_leaves_no_debris(inputs,
     assert f"stopped by {name} after step {steps}; the same command resumes" in stdout
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step_{steps}"]
     written = {path.name for path in out.iterdir()}
-    assert written <= {"config.json", "metrics.jsonl", "samples.jsonl", "tensorboard", "best", "checkpoints"}
+    names = {"config.json", "run_index.json", "metrics.jsonl", "samples.jsonl", "tensorboard", "best", "checkpoints"}
+    assert written <= names
     assert json.loads((out / "config.json").read_text())["argv"] == command[1:]
     assert "--maxlen_res 12" in stdout and "--temperature" not in stdout
 

@@ -19,6 +19,7 @@ import ppo.models
 import ppo.rollout
 import ppo.score
 import ppo.update
+import utils.models.export
 import utils.run.checkpoint
 from utils.engine.engine import TrainEngine
 from utils.run.checkpoint import CheckpointWriter
@@ -211,6 +212,21 @@ def disk_is_full(rank: int) -> None:
     CheckpointWriter.save = fills
 
 
+def disk_fills_in_an_export(number: int, rank: int) -> None:
+    """Something else takes the room before the model of this number is written; before the next one it goes."""
+    folder, numbers = utils.models.export.atomic_folder, itertools.count(1)
+
+    def fills(path: str):
+        disk = Path(path).parents[1]
+        if next(numbers) == number:
+            fill(disk, leave=2**16)  # some lines of metrics
+        else:
+            (disk / "filler").unlink(missing_ok=True)
+        return folder(path)
+
+    utils.models.export.atomic_folder = fills
+
+
 def insistent_launcher(rank: int) -> None:
     """In step 3 the victim gets SIGTERM, once more at once, as when two launchers pass it on, and again much later."""
 
@@ -269,3 +285,4 @@ FAULTS |= {
 }
 _OTHERS = [nan_score, empty_responses, small_chunks, no_room, disk_fills_in_a_save, disk_is_full, insistent_launcher]
 FAULTS |= {fault.__name__.replace("_", " "): fault for fault in (*_OTHERS, slow_disk, signal_while_writing)}
+FAULTS |= {f"disk fills in export {number}": partial(disk_fills_in_an_export, number) for number in (2, 3)}

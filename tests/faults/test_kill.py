@@ -4,10 +4,12 @@ import re
 import subprocess
 
 import pytest
+import torch
 
 from tests.faults.kill import KINDS, kill_and_compare
-from tests.faults.scenarios import finished, run_cases
-from tests.helpers.tiny_run import assert_same_run
+from tests.faults.scenarios import finished, run_cases, run_forked
+from tests.helpers.tiny import SAMPLES, tiny_llama_folder
+from tests.helpers.tiny_run import SIZES, assert_same_run, final_weights, fit_flags, read_metrics
 
 STEPS = {"train_steps": 5, "ranks": 1, "zero_stage": 0}
 
@@ -45,3 +47,32 @@ def test_a_disk_that_runs_full(inputs, disk, tmp_path):
     after = run_cases(tmp_path, inputs, {"after": STEPS | {"out": full}}, disk)
     assert "resuming from" in after["after"].log
     assert_same_run(finished(after)["after"], undisturbed)
+
+
+MODELS = {"save_per_step": 1, "num_eval_prompts": 2, "checkpoint_per_step": 9, "zero_stage": 2, "train_steps": 3}
+
+
+def test_a_disk_that_is_full_when_a_model_is_written(inputs, disk, tmp_path):
+    """best/ stays as it was, and the run goes on; without room for final/ it ends, on both ranks."""
+    cases = {"whole": MODELS, "best": MODELS | {"fault": "disk fills in export 2"}}
+    cases["final"] = MODELS | {"fault": "disk fills in export 3"}
+    results = run_cases(tmp_path, inputs, cases, disk)
+    assert results["best"].codes == [0, 0] == results["whole"].codes, results["best"].log[-3000:]
+    rows = [row["eval_score_mean"] for row in read_metrics(results["whole"].out)]
+    assert rows[1] < rows[0] < rows[2]  # the second export is that of step 3
+    assert re.search("warning: best/ of step 3 was not saved: .*/best cannot be written: ", results["best"].log)
+    assert_same_run(results["best"].out, results["whole"].out)
+    weights = [final_weights(results[name].out, "best")["lm_head.weight"] for name in ("final", "best", "whole")]
+    assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[1], weights[2])
+    assert results["final"].codes == [2, 2] and "Traceback" not in results["final"].log
+    assert len(re.findall(r"error .rank [01].: .*/final cannot be written", results["final"].log)) == 2
+    assert not list(disk.rglob("*.partial")) and not (results["final"].out / "final").exists()
+
+    base = tiny_llama_folder(tmp_path / "base", **SIZES)
+    flags = {"save_per_step": 1, "num_valid": 2, "checkpoint_per_step": 9}
+    argv = fit_flags(base, SAMPLES / "en/dialogues", disk / "sft", **flags)
+    row = {"module": "sft.train", "argv": argv, "ranks": 1, "fault": "disk fills in export 2"}
+    result = run_forked(tmp_path, {"sft": row})["sft"]
+    assert result.codes == [0] and (result.out / "best" / "config.json").exists(), result.log[-3000:]
+    assert re.search(r"warning: step 2: best eval_loss so far, but not saved: .*/best cannot be written", result.log)
+    assert re.search(r"step 3: best eval_loss so far, saved to", result.log)

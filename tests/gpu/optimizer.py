@@ -5,6 +5,7 @@
 
 import gc
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -58,6 +59,7 @@ def check(toy: bool, report) -> None:
     report.expect(apart <= TOLERANCE, f"weights after {STEPS} steps are {apart:.2g} lr apart, expected {TOLERANCE}")
     master.clear()
     with tempfile.TemporaryDirectory() as folder:
+        folder = os.path.join(folder, "checkpoints")
         writer = CheckpointWriter(folder, {"model": engine}, keep=1)
         # The first one makes the copies in page-locked memory that the second one finds there.
         for i, way in enumerate(("first_background", "background", "foreground"), 1):

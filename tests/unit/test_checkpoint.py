@@ -21,8 +21,10 @@ from safetensors.torch import load_file
 
 from utils.engine.memory import fits_on_host, free_host_memory, group_room
 from utils.errors import UserError
+from utils.files import files_in
 from utils.run.checkpoint import CheckpointWriter
-from utils.run.restore import newest
+from utils.run.index import INDEX
+from utils.run.restore import named, newest
 from utils.run.state_file import PIECE, file_pieces, write_file
 
 
@@ -97,9 +99,33 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(checkpoints, 
 
 
 def test_only_the_newest_are_kept(checkpoints):
+    index = checkpoints.parent / INDEX
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps(content | {"checkpoints": [1, 2, 7]}))  # killed while writing the third
     (checkpoints / "step_7.partial").mkdir()
     save(checkpoints, 10, engines(3.0))
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_10", "step_2"]
+    assert json.loads(index.read_text()) == content | {"checkpoints": [2, 10], "last_checkpoint": 10}
+
+
+def test_what_the_run_did_not_write_is_kept(checkpoints):
+    """A copy of a checkpoint is neither removed nor overwritten, and resumed from only by its name."""
+    said = []
+    shutil.copytree(checkpoints / "step_1", checkpoints / "step_99")
+    for name in ("step_3_good", "keep_me", "mine.partial", "step_8", "step_9.partial", "step_1/mine"):
+        (checkpoints / name).mkdir()
+    for name in ("notes.txt", "step_1/notes.txt", "step_1/mine/deep"):
+        (checkpoints / name).write_text(name)
+    theirs = [*files_in(str(checkpoints / "step_99")), "keep_me", "mine.partial", "notes.txt", "step_1/mine/deep"]
+    theirs = {f"step_99/{name}" if name in files_in(str(checkpoints / "step_99")) else name for name in theirs}
+    theirs |= {"step_1/notes.txt", "step_3_good", "step_8", "step_9.partial"}
+    for step in (3, 4, 8, 9):
+        save(checkpoints, step, engines(3.0), said.append)
+    assert [re.search("step_. was not saved|not written by this run", line) is None for line in said] == [1, 1, 0, 0]
+    kept = set(files_in(str(checkpoints)))
+    assert {path for path in kept if path.split("/")[0] not in ("step_3", "step_4")} == theirs
+    assert newest(str(checkpoints), said.append).step == 4
+    assert named(str(checkpoints / "step_99")).step == 1
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -109,18 +135,21 @@ def test_all_is_on_the_disk_before_the_name_says_so(checkpoints, disk_calls, bac
     save(checkpoints, 3, engines(3.0), background=background).finish()
     files = ["policy-rank0.safetensors", "critic-rank0.safetensors", "random-rank0.json", "state.json", "manifest.json"]
     assert sorted(files) == sorted(path.name for path in (checkpoints / "step_3").iterdir())
+    index = [("synced", f"{INDEX}.partial"), ("synced", checkpoints.parent.name)]
     assert disk_calls == [
-        *(("synced", name) for name in [*files, "metrics.jsonl", "step_3.partial"]),
+        *index, *(("synced", name) for name in [*files, "metrics.jsonl", "step_3.partial"]),
         ("renamed", "step_3.partial", "step_3"), ("synced", checkpoints.name),
-        ("renamed", "step_1", "step_1.partial"),
+        ("renamed", "step_1", "step_1.partial"), *index,
     ]  # fmt: skip
 
 
 @pytest.fixture
 def held_disk(monkeypatch):
-    """An event that lets writing to the disk begin."""
-    sync, may_write = os.fsync, threading.Event()
-    monkeypatch.setattr(os, "fsync", lambda handle: (may_write.wait(60), sync(handle)))
+    """An event that lets writing to the disk begin, for threads that write in the background."""
+    sync, may_write, main = os.fsync, threading.Event(), threading.main_thread()
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (threading.current_thread() is main or may_write.wait(60), sync(handle))
+    )
     yield may_write
     may_write.set()
 
@@ -128,6 +157,7 @@ def held_disk(monkeypatch):
 def test_the_run_goes_on_while_the_state_as_it_was_is_written(tmp_path, held_disk):
     """What is changed meanwhile, tensors and the run's own numbers, is not in the files; nor is the name there yet."""
     weight, state, said = torch.arange(5.0), {"step": 1, "stage": {"seen": 1}}, []
+    tmp_path /= "checkpoints"
     writer = CheckpointWriter(
         str(tmp_path), {"policy": SimpleNamespace(state_tensors=lambda: {"weight/w/0": weight})}, 2
     )
@@ -152,7 +182,7 @@ def test_the_run_goes_on_while_the_state_as_it_was_is_written(tmp_path, held_dis
 
 def test_a_machine_without_room_for_a_copy_writes_at_once(tmp_path):
     """The limit of a shell (ulimit -v) lets a copy of two buffers fail, though memory is free; one buffer has room."""
-    state = {"w": torch.arange(PIECE // 4 + 1, dtype=torch.float32)}
+    state, tmp_path = {"w": torch.arange(PIECE // 4 + 1, dtype=torch.float32)}, tmp_path / "checkpoints"
     size = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (size + 3 * PIECE // 2, before[1]))

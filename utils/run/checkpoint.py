@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,15 +23,14 @@ from safetensors.torch import save_file
 from utils.distributed import gather_objects, is_main, rank
 from utils.engine.engine import TrainEngine
 from utils.engine.memory import fits_on_host
-from utils.errors import Say
-from utils.files import remove, replace, sync
+from utils.errors import Say, UserError
+from utils.files import carry_over, remove, remove_own, replace, sync
+from utils.run.index import CHECKPOINT, LINES, MANIFEST, read_index, record, remove_partials, write_index
 from utils.run.random_state import random_state
 from utils.run.state_file import PIECE, file_pieces, new_buffer, write_file
 from utils.terminal import printable
 from utils.watchdog import report_progress
 
-MANIFEST = "manifest.json"
-LINES = ("metrics.jsonl", "samples.jsonl")  # in the folder that holds checkpoints/
 Engines = dict[str, TrainEngine]
 Files = dict[str, Iterable[bytes | torch.Tensor]]  # name -> content
 
@@ -63,7 +61,7 @@ class Writing:
 
 
 class CheckpointWriter:
-    """Writes checkpoints to a folder, and removes all but the newest `keep`. Every method is collective.
+    """Writes checkpoints to a folder, and removes the run's older ones but for `keep`. Every method is collective.
 
     In the background, a thread of each rank writes that rank's files from a copy. Only main threads communicate: once
     all ranks have written their files, the next `finish` or `save` gives the checkpoint its final name.
@@ -147,7 +145,7 @@ class CheckpointWriter:
 
     def _report_failure(self, writing: Writing, problem: str) -> None:
         if is_main():
-            remove(writing.partial)
+            _problem(remove_partials, self._folder)
         writing.say(f"warning: the checkpoint of step {writing.step} was not saved: {problem}; older ones are intact")
 
 
@@ -161,7 +159,7 @@ def _problem(function: Callable, *arguments) -> str | None:
         function(*arguments)
     except OSError as error:
         return f"{error.strerror or error} ({error.filename})" if error.filename else str(error.strerror or error)
-    except SafetensorError as error:
+    except (SafetensorError, UserError) as error:
         return str(error)
     return None
 
@@ -172,16 +170,23 @@ def first_problem(problem: str | None) -> str | None:
 
 
 def _prepare(partial: str, size: int) -> None:
-    """Creates the folder `partial` after removing incomplete ones. Raises OSError without `size` bytes of room."""
+    """Lists and creates the folder `partial`, after removing incomplete ones. Raises OSError without `size` bytes."""
     folder = os.path.dirname(partial)
     os.makedirs(folder, exist_ok=True)
-    for name in os.listdir(folder):
-        if name.endswith(".partial"):
-            remove(os.path.join(folder, name))
+    index, step = remove_partials(folder), _step(partial.removesuffix(".partial"))
+    for path in (partial, partial.removesuffix(".partial")):
+        if step not in index.checkpoints and os.path.lexists(path):
+            raise OSError(f"{path} was not written by this run; move it")
     free = shutil.disk_usage(folder).free
     if free < size:
         raise OSError(f"it needs {size / 1e6:.1f} MB, but {folder} has {free / 1e6:.1f} MB free; free disk space")
+    index.checkpoints = sorted({*index.checkpoints, step})
+    write_index(os.path.dirname(folder), index)
     os.makedirs(partial)
+
+
+def _step(path: str) -> int:
+    return int(path.rpartition("_")[2])
 
 
 def _write_share(partial: str, files: Files, started: float) -> Share:
@@ -200,16 +205,22 @@ def _write_share(partial: str, files: Files, started: float) -> Share:
 
 
 def _commit(partial: str, target: str, manifest: dict, keep: int) -> None:
-    """Writes the manifest, renames the folder to `target`, and removes all checkpoints but the newest `keep`."""
+    """Writes the manifest, renames the folder to `target`, and removes the run's checkpoints but the newest `keep`."""
     write_file(os.path.join(partial, MANIFEST), [_json(manifest)])
     folder = os.path.dirname(target)
+    run = os.path.dirname(folder)
     for name in LINES:  # after a power cut, a checkpoint must not be ahead of the run's metrics
-        if os.path.exists(path := os.path.join(os.path.dirname(folder), name)):
+        if os.path.exists(path := os.path.join(run, name)):
             sync(path)
+    carry_over(target, partial, CHECKPOINT)
     replace(partial, target)
+    index = read_index(run)
+    index.last_checkpoint = _step(target)
     for step, path in all_checkpoints(folder)[keep:]:
-        os.replace(path, f"{path}.partial")  # a kill during the removal leaves no damaged checkpoint
-        remove(os.path.join(folder, f"step_{step}.partial"))
+        remove_own(path, CHECKPOINT)
+        index.checkpoints.remove(step)
+    with contextlib.suppress(UserError):  # no room for it: the next checkpoint's will do
+        write_index(run, index)
 
 
 def sha256(path: str) -> str:
@@ -221,11 +232,9 @@ def sha256(path: str) -> str:
 
 
 def all_checkpoints(folder: str) -> list[tuple[int, str]]:
-    """Returns (step, path) of every checkpoint, newest first."""
-    if not os.path.isdir(folder):
-        return []
-    matches = [re.fullmatch(r"step_(\d+)", name) for name in os.listdir(folder)]
-    return sorted(((int(m[1]), os.path.join(folder, m[0])) for m in matches if m), reverse=True)
+    """Returns (step, path) of every checkpoint in a folder that the run wrote, newest first."""
+    steps = sorted(read_index(os.path.dirname(folder)).checkpoints, reverse=True)
+    return [(step, path) for step in steps if os.path.isdir(path := os.path.join(folder, f"step_{step}"))]
 
 
 def save_batches(path: str, batches: tuple) -> str | None:
@@ -233,6 +242,7 @@ def save_batches(path: str, batches: tuple) -> str | None:
     tensors = {f.name: getattr(batch, f.name).clone().contiguous() for batch in batches for f in fields(batch)}
 
     def write() -> None:
+        record(os.path.dirname(os.path.dirname(path)), "bad_batches", os.path.basename(path))
         os.makedirs(os.path.dirname(path), exist_ok=True)
         save_file(tensors, path)
 

@@ -10,15 +10,14 @@ from importlib import metadata
 
 from utils.distributed import barrier, is_main
 from utils.errors import UserError
-from utils.files import atomic_file, disk_errors, open_regular, parse_row, remove, write_json
+from utils.files import atomic_file, disk_errors, open_regular, parse_row, recover, remove_own, write_json
 from utils.run.fingerprints import code_files, digest_of
+from utils.run.index import ALWAYS, CHECKPOINT, LINES, MODELS, read_index, write_index
 
 PACKAGES = (
     "torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "tensorboard", "safetensors"
 )  # fmt: skip
-RUN_FILES = (
-    "config.json", "metrics.jsonl", "samples.jsonl", "best", "final", "tensorboard", "checkpoints", "bad_batches"
-)  # fmt: skip
+RUN_FILES = (*ALWAYS, "tensorboard", "checkpoints", "bad_batches")
 
 
 def holds_run(path: str) -> bool:
@@ -34,31 +33,37 @@ def check_inputs(path: str, inputs: list[str | None]) -> None:
             raise UserError(f"--model_save_path {path} would overwrite {source}, which this run reads; use another one")
 
 
+def check_owned(path: str) -> None:
+    """Raises UserError if a folder holds a file or model of the user's under a name that a run writes."""
+    for name in ALWAYS:
+        if os.path.lexists(file := os.path.join(path, name)) and name not in read_index(path).names:
+            raise UserError(f"--model_save_path: {file} was not written by a run; move it, or use another folder")
+
+
 def prepare_run_folder(path: str, config, step: int = 0) -> None:
-    """Writes config.json, and removes what an earlier run wrote after `step` (0: all of it). Collective."""
+    """Writes config.json, and removes what an earlier run wrote after `step` (0: all of it). Collective.
+
+    config.json is replaced, never removed, so that a run that is killed here is still known by its flags.
+    """
     barrier()
     if is_main():
         description = run_description(config) | {"resumed_from_step": step}
         with disk_errors(f"--model_save_path {path}"):
             os.makedirs(path, exist_ok=True)
-            for name in RUN_FILES:
-                file = os.path.join(path, name)
-                if not step or name == "final":
-                    remove(file)
-                elif name.endswith(".jsonl"):
-                    cut_lines(file, step)
-            if step:
-                drop_checkpoints(os.path.join(path, "checkpoints"), step)
+            index = read_index(path)
+            recover(os.path.join(path, MODELS[0]))
+            for name in index.names.keys() - {"config.json"} if not step else {"final"}:
+                remove_own(os.path.join(path, name), index.names.pop(name, []))
+            for later in [number for number in index.checkpoints if number > step]:
+                remove_own(os.path.join(path, "checkpoints", f"step_{later}"), CHECKPOINT)
+                index.checkpoints.remove(later)
+            index.names = {name: [] for name in ALWAYS} | index.names
+            index.last_checkpoint = step
+            write_index(path, index)
+            for name in LINES if step else ():
+                cut_lines(os.path.join(path, name), step)
             write_json(os.path.join(path, "config.json"), description, "--model_save_path")
     barrier()
-
-
-def drop_checkpoints(folder: str, step: int) -> None:
-    """Removes checkpoints of steps after `step`, and incomplete ones."""
-    for name in os.listdir(folder):
-        number = name.removeprefix("step_")
-        if not number.isdigit() or int(number) > step:
-            remove(os.path.join(folder, name))
 
 
 def cut_lines(path: str, step: int) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from utils.device import synchronize
 from utils.distributed import is_main
 from utils.files import disk_errors
 from utils.run.folder import cut_lines
+from utils.run.index import record
 from utils.terminal import printable
 
 LEVELS = "▁▂▃▄▅▆▇█"
@@ -132,8 +134,11 @@ class RunLogger:
     def _board(self, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
+        ending = f".{secrets.token_hex(4)}"
+        if self.logdir == os.path.join(self.folder, "tensorboard"):
+            record(self.folder, "tensorboard", f"events.out.tfevents.*{ending}")
         with self._disk(f"--logdir {self.logdir}"):
-            return SummaryWriter(self.logdir, purge_step=step + 1)
+            return SummaryWriter(self.logdir, purge_step=step + 1, filename_suffix=ending)
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""

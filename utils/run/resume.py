@@ -11,7 +11,8 @@ from utils.flags.parser import changed_flags
 from utils.flags.run import FREE_ON_RESUME, RunFlags
 from utils.run.checkpoint import all_checkpoints
 from utils.run.fingerprints import INPUTS, changes
-from utils.run.folder import check_inputs, holds_run, prepare_run_folder
+from utils.run.folder import check_inputs, check_owned, holds_run, prepare_run_folder
+from utils.run.index import read_index
 from utils.run.logger import tracker_names
 from utils.run.restore import Checkpoint, SavedFlags, TrainerState, named, newest
 
@@ -69,7 +70,14 @@ def check_folder(config: RunFlags, inputs: list[str | None]) -> None:
                 f"--model_save_path {path} already holds a run, which is finished: to go on to a larger --train_steps, "
                 "pass --resume_with_changes; to keep it, use another folder; to replace it, pass --overwrite"
             )
+        if _lost_checkpoints(path):
+            raise UserError(
+                f"--model_save_path {path} holds a run of {read_index(path).last_checkpoint} steps or more, but "
+                f"{path}/checkpoints has none of its checkpoints: move them back there and use --resume auto, use "
+                "another folder, or pass --overwrite, which removes what is left of the run"
+            )
         raise UserError(f"--model_save_path {path} already holds a run; use another folder, or pass --overwrite")
+    check_owned(path)
     check_writable(path, "--model_save_path")
 
 
@@ -81,19 +89,26 @@ def _can_resume(config: RunFlags) -> bool:
         return _is_inside(config.resume, path)
     if _is_finished(path) and not config.resume_with_changes:
         return False
-    return _has_checkpoints(path) or _same_config(config)
+    return _has_checkpoints(path) or (_same_config(config) and not _lost_checkpoints(path))
 
 
 def _is_finished(path: str) -> bool:
-    return os.path.lexists(os.path.join(path, "final"))
+    return os.path.lexists(os.path.join(path, "final", "config.json"))
 
 
 def _is_inside(checkpoint: str, run: str) -> bool:
-    return os.path.dirname(os.path.realpath(checkpoint)) == os.path.join(os.path.realpath(run), "checkpoints")
+    """Whether a path is that of a checkpoint in a run's folder, also by way of links."""
+    own = os.path.join(run, "checkpoints", os.path.basename(os.path.abspath(checkpoint)))
+    return os.path.exists(checkpoint) and os.path.exists(own) and os.path.samefile(checkpoint, own)
 
 
 def _has_checkpoints(path: str) -> bool:
     return bool(all_checkpoints(os.path.join(path, "checkpoints")))
+
+
+def _lost_checkpoints(path: str) -> bool:
+    """Whether a run's checkpoints are gone, all of them: its other files would be removed if it started at step 0."""
+    return bool(read_index(path).last_checkpoint) and not _has_checkpoints(path)
 
 
 def _same_config(config: RunFlags) -> bool:

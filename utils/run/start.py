@@ -11,6 +11,7 @@ from utils.fast_dtype import fast_dtype
 from utils.flags.checks import choose
 from utils.flags.run import RunFlags
 from utils.run.fingerprints import fingerprints
+from utils.run.lock import hold_folder
 from utils.run.logger import RunLogger
 from utils.run.ranks import check_ranks
 from utils.run.restore import Checkpoint, TrainerState
@@ -20,7 +21,7 @@ from utils.watchdog import report_progress
 
 
 def start_run(config: RunFlags, kind: type[TrainerState]) -> tuple[Say, Checkpoint | None]:
-    """Joins and compares the ranks, chooses --dtype auto, checks --model_save_path and --resume. Writes nothing.
+    """Joins and compares the ranks, chooses --dtype auto, checks --model_save_path and --resume. Writes only the lock.
 
     kind: what state.json of a checkpoint has to hold. Returns a function that prints on rank 0, and the checkpoint to
     resume from (None: the run starts at step 0).
@@ -32,6 +33,7 @@ def start_run(config: RunFlags, kind: type[TrainerState]) -> tuple[Say, Checkpoi
     config.fingerprints = fingerprints(config, say)
     check_ranks(config)
     choose_dtype(config)
+    hold_folder(config.model_save_path)
     check_outputs(config)
     return say, find_checkpoint(config, say, kind)
 

@@ -15,6 +15,8 @@ from utils.engine.engine import TrainEngine, device
 from utils.errors import UserError
 from utils.files import write_json
 from utils.flags.supervised import FitConfig
+from utils.run.export import export_model
+from utils.run.index import record
 from utils.run.lifecycle import RunLifecycle
 from utils.run.logger import RunLogger
 from utils.run.restore import Checkpoint, TrainerState
@@ -78,7 +80,8 @@ def fit(
     with lifecycle:
         _loop(engine, stage, valid, config, log, lifecycle, done, best)
         if not lifecycle.exit_code:
-            export(engine, stage, os.path.join(config.model_save_path, "final"))
+            if problem := export(engine, stage, config.model_save_path, "final"):
+                raise UserError(problem)
             log.say(f"done: {config.model_save_path}/final")
     return lifecycle.exit_code
 
@@ -113,9 +116,12 @@ def _loop(
                 log.samples(done, stage.samples(engine))
             value = evaluation[stage.best_by] * (1 if stage.larger_is_better else -1)
             if best is None or value > best:
-                best = value
-                export(engine, stage, os.path.join(config.model_save_path, "best"))
-                log.say(f"step {done}: best eval_{stage.best_by} so far, saved to {config.model_save_path}/best")
+                said = f"step {done}: best eval_{stage.best_by} so far"
+                if problem := export(engine, stage, config.model_save_path, "best"):
+                    log.say(f"warning: {said}, but not saved: {problem}")
+                else:
+                    best = value
+                    log.say(f"{said}, saved to {config.model_save_path}/best")
         log.metrics(done, metrics)
         log.advance()
         lifecycle.after_step({"step": done, "best": best, "stage": stage.state}, log.say)
@@ -178,6 +184,7 @@ def keep_batch(folder: str, step: int, items: list[Item]) -> str:
     path, refusal = os.path.join(folder, "bad_batches", f"step_{step}.json"), None
     if is_main():
         try:
+            record(folder, "bad_batches", os.path.basename(path))
             write_json(path, [asdict(item) for item in items])
         except UserError as error:
             refusal = error
@@ -185,13 +192,10 @@ def keep_batch(folder: str, step: int, items: list[Item]) -> str:
     return f"step {step}, batch not saved: {refusal}" if refusal else f"step {step}, batch in {path}"
 
 
-def export(engine: TrainEngine, stage: Stage, folder: str) -> None:
-    """Writes the current weights to a folder on rank 0. Collective."""
+def export(engine: TrainEngine, stage: Stage, run: str, name: str) -> str | None:
+    """Writes the current weights to a run's folder `name`. Returns why the disk refused, or None. Collective."""
     state = engine.full_state_dict()
-    if is_main():
-        stage.save(state, folder)
-    barrier()
-    report_progress(f"export of {os.path.basename(folder)}/")
+    return export_model(run, name, lambda folder: stage.save(state, folder))
 
 
 def numbers(metrics: dict[str, float]) -> str:
