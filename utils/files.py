@@ -34,10 +34,9 @@ def open_regular(file: str | Path) -> BinaryIO:
 def read_bytes(file: str | Path, limit: int = -1) -> bytes:
     """Returns the content of a regular file. Raises OSError; ValueError if it has more than `limit` bytes (-1: any)."""
     with open_regular(file) as stream:
-        content = stream.read(limit + (limit >= 0))
-    if 0 <= limit < len(content):
-        raise ValueError(f"it has more than {limit >> 20} MB")
-    return content
+        if 0 <= limit < os.fstat(stream.fileno()).st_size:
+            raise ValueError(f"it has more than {limit >> 20} MB")
+        return stream.read()
 
 
 def parse_json(text: str) -> Any:

@@ -109,7 +109,7 @@ def test_only_the_newest_are_kept(checkpoints):
 
 
 def test_what_the_run_did_not_write_is_kept(checkpoints):
-    """A copy of a checkpoint is neither removed nor overwritten, and resumed from only by its name."""
+    """A copy of a checkpoint is neither removed nor overwritten; under a name of its own it can be resumed from."""
     said = []
     shutil.copytree(checkpoints / "step_1", checkpoints / "step_99")
     for name in ("step_3_good", "keep_me", "mine.partial", "step_8", "step_9.partial", "step_1/mine"):
@@ -125,7 +125,10 @@ def test_what_the_run_did_not_write_is_kept(checkpoints):
     kept = set(files_in(str(checkpoints)))
     assert {path for path in kept if path.split("/")[0] not in ("step_3", "step_4")} == theirs
     assert newest(str(checkpoints), said.append).step == 4
-    assert named(str(checkpoints / "step_99")).step == 1
+    with pytest.raises(UserError, match="state.json is of step 1"):
+        named(str(checkpoints / "step_99"))
+    (checkpoints / "step_99").rename(checkpoints / "mine")
+    assert named(str(checkpoints / "mine")).step == 1
 
 
 @pytest.mark.parametrize("background", [False, True])
