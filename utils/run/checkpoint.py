@@ -85,7 +85,7 @@ class CheckpointWriter:
         shares = gather_objects((own, fits))
         step, size = state["step"], sum(own for own, _ in shares)
         writing = Writing(step, os.path.join(self._folder, f"step_{step}"), size, say)
-        if problem := first_problem(_problem(_prepare, writing.partial, size) if is_main() else None):
+        if problem := first_problem(_problem(_prepare, writing) if is_main() else None):
             self._report_failure(writing, problem)
             return
         files, copied = self._files(tensors, all(fits for _, fits in shares))
@@ -132,8 +132,7 @@ class CheckpointWriter:
         problem = next((share.problem for share in shares if share.problem), None)
         if not problem:
             manifest = {name: entry for share in shares for name, entry in share.entries.items()}
-            arguments = writing.partial, writing.target, manifest, self._keep
-            problem = first_problem(_problem(_commit, *arguments) if is_main() else None)
+            problem = first_problem(_problem(_commit, writing, manifest, self._keep) if is_main() else None)
         if problem:
             self._report_failure(writing, problem)
             return
@@ -169,24 +168,20 @@ def first_problem(problem: str | None) -> str | None:
     return next((problem for problem in gather_objects(problem) if problem), None)
 
 
-def _prepare(partial: str, size: int) -> None:
-    """Lists and creates the folder `partial`, after removing incomplete ones. Raises OSError without `size` bytes."""
-    folder = os.path.dirname(partial)
+def _prepare(writing: Writing) -> None:
+    """Lists and creates a checkpoint's folder, after removing incomplete ones. Raises OSError if there is no room."""
+    folder, size = os.path.dirname(writing.target), writing.size
     os.makedirs(folder, exist_ok=True)
-    index, step = remove_partials(folder), _step(partial.removesuffix(".partial"))
-    for path in (partial, partial.removesuffix(".partial")):
-        if step not in index.checkpoints and os.path.lexists(path):
+    index = remove_partials(folder)
+    for path in (writing.target, writing.partial):
+        if writing.step not in index.checkpoints and os.path.lexists(path):
             raise OSError(f"{path} was not written by this run; move it")
     free = shutil.disk_usage(folder).free
     if free < size:
         raise OSError(f"it needs {size / 1e6:.1f} MB, but {folder} has {free / 1e6:.1f} MB free; free disk space")
-    index.checkpoints = sorted({*index.checkpoints, step})
+    index.checkpoints = sorted({*index.checkpoints, writing.step})
     write_index(os.path.dirname(folder), index)
-    os.makedirs(partial)
-
-
-def _step(path: str) -> int:
-    return int(path.rpartition("_")[2])
+    os.makedirs(writing.partial)
 
 
 def _write_share(partial: str, files: Files, started: float) -> Share:
@@ -204,18 +199,18 @@ def _write_share(partial: str, files: Files, started: float) -> Share:
     return Share(entries, problem, time.perf_counter() - started)
 
 
-def _commit(partial: str, target: str, manifest: dict, keep: int) -> None:
-    """Writes the manifest, renames the folder to `target`, and removes the run's checkpoints but the newest `keep`."""
-    write_file(os.path.join(partial, MANIFEST), [_json(manifest)])
-    folder = os.path.dirname(target)
+def _commit(writing: Writing, manifest: dict, keep: int) -> None:
+    """Writes the manifest, gives the folder its name, and removes the run's checkpoints but the newest `keep`."""
+    write_file(os.path.join(writing.partial, MANIFEST), [_json(manifest)])
+    folder = os.path.dirname(writing.target)
     run = os.path.dirname(folder)
     for name in LINES:  # after a power cut, a checkpoint must not be ahead of the run's metrics
         if os.path.exists(path := os.path.join(run, name)):
             sync(path)
-    carry_over(target, partial, CHECKPOINT)
-    replace(partial, target)
+    carry_over(writing.target, writing.partial, CHECKPOINT)
+    replace(writing.partial, writing.target)
     index = read_index(run)
-    index.last_checkpoint = _step(target)
+    index.last_checkpoint = writing.step
     for step, path in all_checkpoints(folder)[keep:]:
         remove_own(path, CHECKPOINT)
         index.checkpoints.remove(step)

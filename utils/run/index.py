@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from utils.errors import UserError
-from utils.files import files_in, read_json, remove, write_json
+from utils.files import files_in, read_json, recover, remove, write_json
 from utils.schema import Schema, checked
 
 INDEX = "run_index.json"
@@ -79,5 +79,6 @@ def remove_partials(folder: str) -> RunIndex:
     paths = {step: os.path.join(folder, f"step_{step}") for step in index.checkpoints}
     for path in paths.values():
         remove(f"{path}.partial")
+        recover(path)
     index.checkpoints = [step for step, path in paths.items() if os.path.lexists(path)]
     return index

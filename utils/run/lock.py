@@ -15,7 +15,6 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import Field
@@ -36,7 +35,7 @@ class Holder(Schema):
     """Content of run.lock. since: local time."""
 
     host: str = Field(pattern=r"^[\w.:-]+$")
-    pid: int
+    pid: int = Field(gt=0)
     since: str = Field(pattern=r"^[\d :-]+$")
 
 
@@ -47,62 +46,51 @@ def hold_folder(run: str) -> None:
         try:
             check_writable(run, "--model_save_path")
             with disk_errors(f"--model_save_path {run}"):
-                held.enter_context(_locked(run))
+                _lock(run)
         except UserError as error:
             problem = str(error)
     if problem := gather_objects(problem)[0]:
         raise UserError(problem)
 
 
-@contextlib.contextmanager
-def _locked(run: str) -> Iterator[None]:
-    """Context of the lock. Removes run.lock at its end, and folders that it created if nothing else is in them."""
-    path, existing, ended = os.path.join(run, LOCK), existing_parent(run), threading.Event()
-    since = datetime.datetime.now().isoformat(" ", "seconds")
-    text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}) + "\n"
-    try:
-        os.makedirs(run, exist_ok=True)
-        with _take(path, text) as has_locks:
-            if not has_locks:
-                threading.Thread(target=_beat, args=(path, ended), name="run.lock", daemon=True).start()
-            try:
-                yield
-            finally:
-                ended.set()
-                with contextlib.suppress(OSError):
-                    os.remove(path)
-    finally:
-        remove_empty(os.path.abspath(run), existing)
-
-
-@contextlib.contextmanager
-def _take(path: str, text: str) -> Iterator[bool]:
-    """Locks the file and writes `text` to it. Yields whether the file system has locks."""
+def _lock(run: str) -> None:
+    """Locks and writes run.lock. `held` removes it, and folders that are created here if nothing else is in them."""
+    path = os.path.join(run, LOCK)
+    held.callback(remove_empty, os.path.abspath(run), existing_parent(run))
+    os.makedirs(run, exist_ok=True)
     while True:
-        with open(path, "a+", encoding="utf-8") as file:
-            file.seek(0)
-            content, has_locks = file.read(1000), True
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    raise _in_use(path, content) from None
-                if error.errno not in NO_LOCKS:
-                    raise
-                has_locks = False
-                if content and _age(path) < STALE:
-                    raise _in_use(path, content, f"; if it was killed, wait {STALE / 60:g} minutes") from None
-            if not os.path.exists(path) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                continue  # its holder has just removed it
-            file.truncate(0)
-            file.write(text)
-            file.flush()
-            if not has_locks:
-                time.sleep(1.0)  # of two that take it at the same time, the last to write has it
-                if (content := Path(path).read_text("utf-8")) != text:
-                    raise _in_use(path, content)
-            yield has_locks
-            return
+        file = held.enter_context(open(path, "a+", encoding="utf-8", errors="replace"))  # noqa: SIM115 - no exit but held's
+        file.seek(0)
+        content, hint = file.read(1000), ""
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                hint = f"; if it was killed, wait {STALE / 60:g} minutes"
+            elif error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            if not hint or (content and _age(path) < STALE):
+                raise _in_use(path, content, hint) from None
+        if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            break  # else its holder has just removed it
+    now = datetime.datetime.now().isoformat(" ", "seconds")
+    text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}) + "\n"
+    file.truncate(0)
+    file.write(text)
+    file.flush()
+    if hint:
+        time.sleep(1.0)  # of two that take it at the same time, the last to write has it
+        if (content := Path(path).read_text("utf-8")) != text:
+            raise _in_use(path, content, hint)
+        ended = threading.Event()
+        threading.Thread(target=_beat, args=(path, ended), name="run.lock", daemon=True).start()
+        held.callback(ended.set)
+    held.callback(_release, path)
+
+
+def _release(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.remove(path)
 
 
 def _age(path: str) -> float:
@@ -117,7 +105,7 @@ def _beat(path: str, ended: threading.Event) -> None:
             os.utime(path)
 
 
-def _in_use(path: str, content: str, hint: str = "") -> UserError:
+def _in_use(path: str, content: str, hint: str) -> UserError:
     try:
         holder = checked(Holder, json.loads(content))
         who, stop = f"process {holder.pid} on {holder.host} since {holder.since}", f": kill {holder.pid}, on that host"

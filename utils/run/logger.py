@@ -135,7 +135,7 @@ class RunLogger:
         from torch.utils.tensorboard import SummaryWriter
 
         ending = f".{secrets.token_hex(4)}"
-        if self.logdir == os.path.join(self.folder, "tensorboard"):
+        if os.path.realpath(self.logdir) == os.path.realpath(os.path.join(self.folder, "tensorboard")):
             record(self.folder, "tensorboard", f"events.out.tfevents.*{ending}")
         with self._disk(f"--logdir {self.logdir}"):
             return SummaryWriter(self.logdir, purge_step=step + 1, filename_suffix=ending)
