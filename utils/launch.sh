@@ -2,6 +2,9 @@
 
 umask o-w # nothing that is written may be changed by everyone
 SIGNALS=(INT TERM HUP USR1 USR2) # on which a run saves and ends
+if [[ -p /dev/stdout ]]; then # the script goes on when nobody reads its output any more (`| head`)
+  exec > >(trap '' "${SIGNALS[@]}" && exec tee -p /dev/null)
+fi
 
 count_gpus() { # of CUDA_VISIBLE_DEVICES where it is set (numbers, or UUIDs of GPUs and MIG slices); else of the machine
   local all entry count=0
