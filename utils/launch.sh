@@ -2,6 +2,9 @@
 
 umask o-w # nothing that is written may be changed by everyone
 SIGNALS=(INT TERM HUP USR1 USR2) # on which a run saves and ends
+if [[ -p /dev/stdout ]]; then # the script goes on when nobody reads its output any more (`| head`)
+  exec > >(trap '' "${SIGNALS[@]}" && exec tee -p /dev/null)
+fi
 
 require_number() { # names of variables. Stops with an error unless each is unset, empty or a number (08 becomes 8)
   local name

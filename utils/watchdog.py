@@ -61,7 +61,7 @@ class Watchdog:
     def report(self, phase: str) -> None:
         """Restarts the count. phase: what was completed."""
         with contextlib.suppress(OSError):  # it has been killed, or is suspended and its queue is full
-            self._socket.send(phase.encode()[:200], socket.MSG_DONTWAIT)
+            self._socket.send(phase.encode(errors="replace")[:200], socket.MSG_DONTWAIT)
 
     def _exit_when_told(self) -> None:
         with contextlib.suppress(OSError):

@@ -20,6 +20,7 @@ from train_ppo import loop
 from utils.engine.engine import deepspeed, device, init_distributed, shutdown_distributed
 from utils.flags.parser import parse_args
 from utils.launcher import free_port
+from utils.watchdog import Watchdog
 
 TOLERANCE = 1e-4
 SETTINGS = {"zero_2": {"zero_stage": 2}, "zero_3": {"zero_stage": 3}}
@@ -50,7 +51,7 @@ def runs(rank: int, port: str, *flags: list[str]) -> None:
     join(rank, port)
     for each in flags:
         run = build(parse_args(PPOConfig, each, PRESETS, AMOUNTS))
-        with contextlib.closing(run.logger), run.lifecycle:
+        with Watchdog(run.config.hang_timeout), contextlib.closing(run.logger), run.lifecycle:
             loop(run)
     shutdown_distributed()
 

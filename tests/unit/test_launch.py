@@ -161,6 +161,20 @@ def test_a_recipe_waits_until_the_run_has_saved(tmp_path, number, group):
     assert output == (tmp_path / "log").read_text() == f"saved {number}\n"
 
 
+def test_a_recipe_goes_on_when_nobody_reads_its_output(tmp_path):
+    """Its own lines do not end it, nor those of the run."""
+    run = tmp_path / "run.py"
+    run.write_text("print('a line of the run', flush=True)")
+    script = f"set -euo pipefail; source utils/launch.sh; NUM_GPUS=0; echo one; launch {tmp_path}/log {run}; echo two"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = ["bash", "-c", f"bash -c '{script}; exit 3' | sleep 0; echo ${{PIPESTATUS[0]}}"]
+    shell = subprocess.run(
+        command, cwd=REPOSITORY, env=clean_environment() | {"PATH": path}, capture_output=True, text=True, timeout=30
+    )
+    assert (shell.stdout, shell.stderr) == ("3\n", "")
+    assert (tmp_path / "log").read_text() == "a line of the run\n"
+
+
 @pytest.mark.parametrize(
     ("end", "code"), [("sys.exit(75)", 75), ("sys.exit(2)", 2), ("os.kill(os.getpid(), signal.SIGKILL)", 137)]
 )
