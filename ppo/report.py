@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,7 +94,7 @@ def read_run(folder: Path) -> dict:
         raise UserError(f"{folder}/metrics.jsonl has no step of a PPO run yet: wait until the first step has been made")
     config, samples = read_json(folder / "config.json", "RUN", RunConfig), read_lines(folder / "samples.jsonl")
     file = folder / "comparison.json"
-    comparison = read_json(file, "RUN", Comparison) if file.is_file() else None
+    comparison = read_json(file, "RUN", Comparison) if os.path.lexists(file) else None
     return {"config": config, "metrics": metrics, "samples": samples, "comparison": comparison}
 
 

@@ -23,6 +23,7 @@ def train(config: RewardConfig) -> None:
     from utils.engine.memory import device_room
     from utils.memory.recompute import choose_checkpointing
     from utils.models.load import FLAG, window_at
+    from utils.run.lifecycle import RunLifecycle
     from utils.run.start import open_log, start_run
     from utils.run.supervised_loop import fit
 
@@ -39,12 +40,14 @@ def train(config: RewardConfig) -> None:
         raise UserError("--center_scores needs an evaluation; add a *valid* file, or use --num_valid above 0")
     answers = load_center_answers(config, tokenizer, say) if config.center_data_path else None
     model = load(config, tokenizer, say)
+    engine = TrainEngine(model, config, "reward model")
+    stage = build_stage(config, model, tokenizer, items, answers)
+    tokens = max(config.micro_batch_tokens, *map(stage.length, items))
+    choose_checkpointing(engine, model.backbone, config, tokens, device_room(), say)
+    lifecycle = RunLifecycle(config, {"model": engine}, config.train_steps)
+    lifecycle.restore(start, config.seed)
     with contextlib.closing(open_log(config, start, config.train_steps)) as log:
-        engine = TrainEngine(model, config, "reward model")
-        stage = build_stage(config, model, tokenizer, items, answers)
-        tokens = max(config.micro_batch_tokens, *map(stage.length, items))
-        choose_checkpointing(engine, model.backbone, config, tokens, device_room(), log.say)
-        code = fit(engine, stage, held_out_items, config, log, start)
+        code = fit(engine, stage, held_out_items, config, log, lifecycle, start)
     shutdown_distributed()
     if code:
         sys.exit(code)

@@ -23,6 +23,7 @@ def train(config: SFTConfig) -> None:
     from utils.memory.recompute import choose_checkpointing
     from utils.models.load import FLAG, window_at
     from utils.models.routers import router_coef
+    from utils.run.lifecycle import RunLifecycle
     from utils.run.start import open_log, start_run
     from utils.run.supervised_loop import FitState, fit
 
@@ -34,12 +35,14 @@ def train(config: SFTConfig) -> None:
     say(first_prompt(tokenizer, sets[0][0].ids[: prompt_length(sets[0][0])]))
     lm, layout = load(config, tokenizer, say)
     balance = router_coef(lm, config.router_aux_loss_coef, f"{FLAG} {config.hf_model_name_or_path}", say)
+    engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")
+    tokens = max(config.micro_batch_tokens, config.context_truncate)
+    choose_checkpointing(engine, lm, config, tokens, device_room(), say)
+    stage = build_stage(config, lm, tokenizer, layout, sets, evenly_spaced(valid, config.num_samples), balance)
+    lifecycle = RunLifecycle(config, {"model": engine}, config.train_steps)
+    lifecycle.restore(start, config.seed)
     with contextlib.closing(open_log(config, start, config.train_steps)) as log:
-        engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")
-        tokens = max(config.micro_batch_tokens, config.context_truncate)
-        choose_checkpointing(engine, lm, config, tokens, device_room(), log.say)
-        stage = build_stage(config, lm, tokenizer, layout, sets, evenly_spaced(valid, config.num_samples), balance)
-        code = fit(engine, stage, layout.rows(valid, world_size()), config, log, start)
+        code = fit(engine, stage, layout.rows(valid, world_size()), config, log, lifecycle, start)
     shutdown_distributed()
     if code:
         sys.exit(code)

@@ -31,10 +31,10 @@ def open_regular(file: str | Path) -> BinaryIO:
     return stream
 
 
-def read_bytes(file: str | Path, limit: int = -1) -> bytes:
-    """Returns the content of a regular file. Raises OSError; ValueError if it has more than `limit` bytes (-1: any)."""
+def read_bytes(file: str | Path, limit: int = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) -> bytes:
+    """Returns the content of a regular file. Raises OSError; ValueError beyond `limit` bytes (default: the memory)."""
     with open_regular(file) as stream:
-        if 0 <= limit < os.fstat(stream.fileno()).st_size:
+        if os.fstat(stream.fileno()).st_size > limit:
             raise ValueError(f"it has more than {limit >> 20} MB")
         return stream.read()
 

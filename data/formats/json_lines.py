@@ -56,8 +56,9 @@ def _read(file: Path, flag: str) -> str:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{file}:{line}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{flag}: cannot read {file}: {error.strerror}; use a file that can be read") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{flag}: cannot read {file}: {reason}; use a file that can be read") from error
 
 
 def _broken(place: str, error: Exception) -> UserError:

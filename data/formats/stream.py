@@ -12,7 +12,7 @@ from data.formats.json_lines import parse_line
 from data.formats.records import BadRecord, Record, read_file
 from data.template import Turns
 from utils.errors import UserError
-from utils.files import open_regular
+from utils.files import MAX_JSON, open_regular
 
 PIPE = "-"
 DIALOGUE_KEYS = {"messages", "conversations", "instruction", "prompt"}
@@ -45,7 +45,8 @@ def _from_file(file: Path, flag: str, form: Form) -> Iterator[Record]:
 
 
 def _parse(lines: IO[bytes], name: str, form: Form) -> Iterator[Record]:
-    texts = ((_decode(line, name, number), number) for number, line in enumerate(lines, start=1))
+    pieces = iter(lambda: lines.readline(MAX_JSON + 1), b"")
+    texts = ((_decode(line, name, number), number) for number, line in enumerate(pieces, start=1))
     texts = ((text, number) for text, number in texts if text.strip())
     first = next(texts, None)
     if first is None:
@@ -58,6 +59,8 @@ def _parse(lines: IO[bytes], name: str, form: Form) -> Iterator[Record]:
 
 
 def _decode(line: bytes, name: str, number: int) -> str:
+    if len(line) > MAX_JSON:
+        raise UserError(f"{name}:{number}: the line has more than {MAX_JSON >> 20} MB; write one record per line")
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:

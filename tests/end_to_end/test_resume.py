@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from tests.helpers.checkpoints import rehash
 from tests.helpers.tiny import SAMPLES, tiny_llama_folder
 from tests.helpers.tiny_run import SIZES, assert_same_run, fit_flags, read_metrics, refusal, run_flags
 from train_ppo import main
@@ -139,8 +141,23 @@ def test_a_named_checkpoint(finished, inputs, tmp_path, capsys):
     assert_same_run(out, expected, "best")
 
 
+def assert_not_changed_by_a_refusal(run: Callable, argv: list[str], out: Path, capfd) -> None:
+    """NaN in the weights of the only checkpoint is found before the run's folder is prepared."""
+    folder = out / "checkpoints" / "step_1"
+    kept = shutil.copytree(folder, out.with_name("kept"))
+    weights = load_file(folder / "model-rank0.safetensors")
+    name = next(name for name in weights if name.startswith("weight/"))
+    save_file(weights | {name: weights[name] * float("nan")}, folder / "model-rank0.safetensors")
+    rehash(folder)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert re.search(r"step_1 is damaged \(model: .* not finite", refusal(run, argv, capfd))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    shutil.rmtree(folder)
+    kept.rename(folder)
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_supervised_stages_resume_too(stage, tmp_path):
+def test_supervised_stages_resume_too(stage, tmp_path, capfd):
     base, run = tiny_llama_folder(tmp_path / "base", **SIZES), importlib.import_module(f"{stage}.train").main
     data = SAMPLES / "en" / {"sft": "dialogues", "reward": "preferences"}[stage]
     flags = {"save_per_step": 2, "checkpoint_per_step": 1, "keep_checkpoints": 3}
@@ -152,6 +169,7 @@ def test_supervised_stages_resume_too(stage, tmp_path):
         out = stopped_after(step, expected, tmp_path / f"run{step}")
         argv = fit_flags(base, data, out, **flags)
         if step == 1:
+            assert_not_changed_by_a_refusal(run, argv, out, capfd)
             stopped_by_the_clock(run, argv)
             assert [row["step"] for row in read_metrics(out)] == [1, 2]
         run(argv)

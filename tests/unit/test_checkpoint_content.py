@@ -1,6 +1,5 @@
 """A checkpoint whose hashes are right but whose content no run wrote is damaged: the run goes on to an older one."""
 
-import hashlib
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ppo.run import PPOState, RunState
 from reward.stage import RewardState
+from tests.helpers.checkpoints import rehash
 from tests.helpers.parts import ppo_config, tiny_scalar_model
 from utils.engine.engine import TrainEngine, init_distributed, shutdown_distributed
 from utils.errors import UserError
@@ -44,16 +44,6 @@ def sound(tmp_path_factory) -> Iterator[Path]:
     shutdown_distributed()
     os.environ.clear()
     os.environ.update(before)
-
-
-def rehash(checkpoint: Path, change: Callable[[dict], dict] = lambda entries: entries) -> None:
-    """Writes sizes and hashes of all files into the manifest, and then changes it."""
-    entries = {}
-    for file in checkpoint.iterdir():
-        if file.name != "manifest.json":
-            content = file.read_bytes() if file.is_file() else b""
-            entries[file.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (checkpoint / "manifest.json").write_text(json.dumps(change(entries)))
 
 
 def in_json(name: str, *keys: str | int, value) -> Callable[[Path], None]:
@@ -114,6 +104,8 @@ def raw_json(name: str, text: str | bytes) -> Callable[[Path], None]:
 W, M = f"weight/{HEAD}/0", f"exp_avg/{HEAD}/0"
 DAMAGE = {
     "step a text": (in_state("step", value="2"), "state.json: step: .* valid integer"),
+    "step 0, of which no run writes one": (in_state("step", value=0), "state.json: step: .* greater .*"),
+    "no weights at all": (in_tensors(dict.fromkeys), "critic: its files hold no weights"),
     "step negative": (in_state("step", value=-1), "state.json: step: .*"),
     "step with a fraction": (in_state("step", value=2.5), "state.json: step: .*"),
     "step of another folder": (in_state("step", value=1), "state.json is of step 1"),
@@ -152,29 +144,38 @@ DAMAGE = {
     "entry null": (in_manifest(lambda entries: entries | {"state.json": None}), "manifest.json: state.json: .*"),
     "manifest a list": (in_manifest(list), "manifest.json: not a JSON object"),
     "a pipe": (fifo_of_no_bytes, "random-rank0.json is not a regular file"),
-    "int8": (in_tensors(lambda x: {W: x[W].to(torch.int8)}), "weight/head.weight/0 is I8 .*"),
-    "float64": (in_tensors(lambda x: {M: x[M].double()}), "exp_avg/head.weight/0 is F64 .*"),
-    "two dimensions": (in_tensors(lambda x: {W: x[W].view(4, 8)}), r"weight/head.weight/0 is F32 \[4, 8\], .*"),
-    "no start": (in_tensors(lambda x: {"weight/a": torch.ones(1)}), "weight/a is .*"),
-    "negative start": (in_tensors(lambda x: {"weight/a/-1": torch.ones(1)}), "weight/a/-1 is .*"),
+    "int8": (in_tensors(lambda x: {W: x[W].to(torch.int8)}), "critic: weight/head.weight/0 is I8 .*"),
+    "float64": (in_tensors(lambda x: {M: x[M].double()}), "critic: exp_avg/head.weight/0 is F64 .*"),
+    "two dimensions": (in_tensors(lambda x: {W: x[W].view(4, 8)}), r"critic: weight/head.weight/0 is F32 \[4, 8\], .*"),
+    "no start": (in_tensors(lambda x: {"weight/a": torch.ones(1)}), "critic: weight/a is .*"),
+    "negative start": (in_tensors(lambda x: {"weight/a/-1": torch.ones(1)}), "critic: weight/a/-1 is .*"),
     "no beginning": (in_tensors(lambda x: {W: None, f"weight/{HEAD}/3": x[W][3:].clone()}), ".* overlap or have gaps"),
     "a gap": (
         in_tensors(lambda x: {W: x[W][:3].clone(), f"weight/{HEAD}/4": x[W][4:].clone()}),
-        "the parts of weight/head.weight, 32 elements, overlap or have gaps",
+        "critic: the parts of weight/head.weight, 32 elements, overlap or have gaps",
     ),
     "an overlap": (in_tensors(lambda x: {f"weight/{HEAD}/31": torch.ones(1)}), ".* overlap or have gaps"),
     "a part twice": (in_tensors(lambda x: {f"weight/{HEAD}/00": x[W].clone()}), ".* overlap or have gaps"),
     "fewer moments": (
         in_tensors(lambda x: {M: x[M][:31].clone()}),
-        "weight and exp_avg have other sizes of head.weight",
+        "critic: weight and exp_avg have other sizes of head.weight",
     ),
-    "no moment of a parameter": (in_tensors(lambda x: {M: None}), "weight and exp_avg have other sizes of head.weight"),
-    "one kind of moments": (in_tensors(lambda x: dict.fromkeys(k for k in x if "exp_avg/" in k)), "it has step 2 .*"),
-    "no step of Adam": (in_tensors(lambda x: {"step": None}), "it has step None .*"),
-    "step of Adam": (in_tensors(lambda x: {"step": torch.tensor(float("nan"))}), "step is not one whole number.*"),
-    "steps of Adam": (in_tensors(lambda x: {"step": torch.ones(2)}), "step is not one whole number.*"),
-    "an unknown kind": (in_tensors(lambda x: {"bias/a/0": torch.ones(1)}), "it has step 2 .*"),
-    "no safetensors": (raw_json("critic-rank0.safetensors", "{}"), ".*header.*"),
+    "no moment of a parameter": (
+        in_tensors(lambda x: {M: None}),
+        "critic: weight and exp_avg have other sizes of head.weight",
+    ),
+    "one kind of moments": (
+        in_tensors(lambda x: dict.fromkeys(k for k in x if "exp_avg/" in k)),
+        "critic: it has step 2 .*",
+    ),
+    "no step of Adam": (in_tensors(lambda x: {"step": None}), "critic: it has step None .*"),
+    "step of Adam": (
+        in_tensors(lambda x: {"step": torch.tensor(float("nan"))}),
+        "critic: step is not one whole number.*",
+    ),
+    "steps of Adam": (in_tensors(lambda x: {"step": torch.ones(2)}), "critic: step is not one whole number.*"),
+    "an unknown kind": (in_tensors(lambda x: {"bias/a/0": torch.ones(1)}), "critic: it has step 2 .*"),
+    "no safetensors": (raw_json("critic-rank0.safetensors", "{}"), "critic: .*header.*"),
 }
 
 
@@ -234,8 +235,12 @@ def test_json_is_read_from_files_alone(tmp_path):
     (tmp_path / "none.json").symlink_to("none.json")
     with open(tmp_path / "large.json", "wb") as file:
         file.truncate((1 << 26) + 1)
-    for name in ("pipe.json", "folder.json", "none.json", "large.json", "/dev/zero"):
-        with pytest.raises(UserError, match=r"--flag: .* is damaged or not readable \(.*\); copy it again"):
+    reasons = {
+        "pipe.json": "not a regular file", "folder.json": "Is a directory", "none.json": "Too many levels",
+        "large.json": "more than 64 MB", "/dev/zero": "not a regular file",
+    }  # fmt: skip
+    for name, reason in reasons.items():
+        with pytest.raises(UserError, match=rf"--flag: .* is damaged or not readable \(.*{reason}.*\); copy it again"):
             read_json(tmp_path / name, "--flag")
     (tmp_path / "marked.json").write_bytes(b'\xef\xbb\xbf{"a": 1, "a": 2}')
     assert read_json(tmp_path / "marked.json") == {"a": 2}

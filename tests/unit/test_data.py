@@ -176,6 +176,17 @@ def test_pipes_are_refused_and_not_waited_for(tmp_path):
         list(stream_records(str(tmp_path / "pipe.json"), "--input"))
 
 
+def test_files_beyond_memory_are_refused(tmp_path):
+    """Files of holes: a terabyte that no machine could hold, and a line of 64 MB, which could go on for ever."""
+    for name, size in {"a.json": 1 << 40, "b.jsonl": (1 << 26) + 1}.items():
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(size)
+    with pytest.raises(UserError, match=r"--data_path: cannot read .*a.json: it has more than \d+ MB; use a file that"):
+        read_records(str(tmp_path / "a.json"))
+    with pytest.raises(UserError, match=r"b.jsonl:1: the line has more than 64 MB; write one record per line"):
+        list(stream_records(str(tmp_path / "b.jsonl"), "--input"))
+
+
 def test_missing_paths_stay_local(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("went to the hub"))
     with pytest.raises(UserError, match=r"--data_path: .*does not exist"):
@@ -262,7 +273,8 @@ def test_streams_of_files(tmp_path):
 def test_streams_of_pipes(monkeypatch, content, form, expected):
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content)))
     assert [record.value for record in stream_records("-", "--input", form)] == expected
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=(b'"%d"\n' % i for i in itertools.count())))
+    endless = (b'"%d"\n' % i for i in itertools.count())
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=SimpleNamespace(readline=lambda size: next(endless))))
     assert next(stream_records("-", "--input")) == Record("0", "stdin:1")  # of an endless pipe
 
 

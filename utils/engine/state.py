@@ -101,14 +101,21 @@ class SharedState:
             for key in file.keys():  # noqa: SIM118 - not a dictionary
                 if key == "step":
                     self._set_step(file.get_tensor(key))
-                    continue
-                part, match = file.get_slice(key), _KEY.fullmatch(key)
-                shape, dtype = part.get_shape(), part.get_dtype()
-                if not match or len(shape) != 1 or dtype != "F32":
-                    raise ValueError(f"{key} is {dtype} {shape}, not flat and float32 with a name KIND/PARAMETER/START")
-                kind, name, start = match.groups()
-                self._parts[kind, name].append((int(start), int(start) + shape[0], part))
+                else:
+                    self._add(key, file.get_slice(key))
         self.moments = sorted({kind for kind, _ in self._parts} - {"weight"})
+        self._check()
+
+    def _add(self, key: str, part) -> None:
+        match, shape, dtype = _KEY.fullmatch(key), part.get_shape(), part.get_dtype()
+        if not match or len(shape) != 1 or dtype != "F32":
+            raise ValueError(f"{key} is {dtype} {shape}, not flat and float32 with a name KIND/PARAMETER/START")
+        kind, name, start = match.groups()
+        self._parts[kind, name].append((int(start), int(start) + shape[0], part))
+
+    def _check(self) -> None:
+        if not self._parts:
+            raise ValueError("its files hold no weights")
         if self.moments != (list(_MOMENTS) if self.step is not None else []):
             raise ValueError(f"it has step {self.step} and moments {self.moments}, not both {' and '.join(_MOMENTS)}")
         sizes = {kind: {} for kind in ("weight", *self.moments)}

@@ -45,7 +45,7 @@ class SavedFlags(Schema):
 class State(Schema):
     """What state.json holds for every caller of `CheckpointWriter.save`."""
 
-    step: Count
+    step: Annotated[Count, Field(ge=1)]
     flags: SavedFlags | None = None
 
 
@@ -116,7 +116,7 @@ def _damage(path: str, kind: type[State]) -> str | None:
         return f"{os.path.basename(error.filename)} is missing"
     except OSError as error:
         return f"{os.path.basename(error.filename or path)} cannot be read: {error.strerror}"
-    except (ValueError, SafetensorError) as error:
+    except ValueError as error:
         return str(error)
     return None
 
@@ -147,7 +147,10 @@ def _check_content(path: str, kind: type[State], manifest: dict) -> None:
     engines = {match[1] for match in map(_ENGINE_FILE.fullmatch, manifest) if match}
     for i, name in enumerate(sorted(engines)):
         if i % world_size() == rank():
-            SharedState(_files_of(name, path, list(manifest)))
+            try:
+                SharedState(_files_of(name, path, list(manifest)))
+            except (ValueError, SafetensorError) as error:
+                raise ValueError(f"{name}: {error}") from None
 
 
 def _files_of(engine: str, path: str, names: list[str]) -> list[str]:

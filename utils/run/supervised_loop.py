@@ -61,16 +61,15 @@ class Stage:
 
 
 def fit(
-    engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig, log: RunLogger,
-    start: Checkpoint | None = None,
+    engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig, log: RunLogger, lifecycle: RunLifecycle,
+    start: Checkpoint | None,
 ) -> int:  # fmt: skip
     """Trains for --train_steps; evaluates every --save_per_step and at the end; writes best/ and final/. Collective.
 
-    start: the checkpoint to resume from. Returns the exit code, not 0 if a signal stopped the run. Raises UserError on
-    all ranks, before the weights change, if the loss or the gradient norm is not finite or beyond --explosion_limit.
+    start: the checkpoint that `lifecycle` restored. Returns the exit code, not 0 if a signal stopped the run. Raises
+    UserError on all ranks, before the weights change, if the loss or the gradient norm is not finite or beyond
+    --explosion_limit.
     """
-    lifecycle = RunLifecycle(config, {"model": engine}, config.train_steps)
-    lifecycle.restore(start, config.seed)
     done, best = 0, None
     if start:
         done, best = start.step, start.state["best"]

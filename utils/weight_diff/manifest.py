@@ -1,6 +1,7 @@
 """`weight_manifest.json` beside weights: SHA-256 of every tensor, and the sum of all parameters."""
 
 import hashlib
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -59,7 +60,7 @@ class _ManifestFile(Schema):
 
 def read_manifest(folder: Path, flag: str) -> Manifest | None:
     """Returns the folder's manifest, None if it has none. Raises UserError if it is damaged."""
-    if not (folder / FILE).is_file():
+    if not os.path.lexists(folder / FILE):
         return None
     content = read_json(folder / FILE, flag, _ManifestFile)
     parts = {part: Hashes(**content[part]) for part in ("raw", "diff", "tuned") if content.get(part)}
