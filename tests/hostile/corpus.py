@@ -1,6 +1,6 @@
 """All cases: name -> case."""
 
+from tests.hostile import configs, tokens
 from tests.hostile.case import Case
-from tests.hostile import configs
 
-CASES: dict[str, Case] = configs.CASES
+CASES: dict[str, Case] = configs.CASES | tokens.CASES
