@@ -19,7 +19,9 @@ if __name__ == "__main__":
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - takes seconds, which every engine in a fork would pay
 import torch
 
-from tests.bad_inputs.commands import COMMANDS
+import ppo.report
+from tests.bad_inputs.commands import COMMANDS as PLAIN
+from tests.bad_inputs.commands import Command
 from tests.hostile.case import Case, contents
 from tests.hostile.corpus import CASES
 from tests.hostile.materials import Materials
@@ -28,6 +30,7 @@ from tests.helpers.tiny_run import as_argv
 SECONDS, BYTES = 20, 2 << 30  # of a case
 ROOM = 8 << 30  # of addresses beyond those of this process, so that a mistake does not fill the machine
 HUNG = "hung"
+COMMANDS = PLAIN | {"report": Command(ppo.report.main, "ppo.report", {}, ["{model}"])}
 
 
 def filled(value, names: dict[str, str]):
@@ -101,7 +104,7 @@ def run(case: Case, materials: Materials, folder: Path) -> dict:
         model.mkdir()
     case.change(model)
     command, names = COMMANDS[case.command], materials.paths | {"folder": str(folder), "model": str(model)}
-    argv = command.words + as_argv({k: filled(v, names) for k, v in (command.flags | case.flags).items()})
+    argv = filled(command.words, names) + as_argv({k: filled(v, names) for k, v in (command.flags | case.flags).items()})
     before = contents(folder)
     outcome = forked(command.main, argv, folder.with_suffix(".log"))
     after = contents(folder)
