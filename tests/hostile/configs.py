@@ -8,7 +8,6 @@ import torch
 
 from tests.hostile.case import Case, values_of
 from tests.hostile.changes import (
-    REMOVED,
     all_of,
     as_bin,
     fifo,
@@ -23,61 +22,69 @@ from tests.hostile.changes import (
     without,
 )
 
-HUGE = 10**12
+HUGE, NAN, INF = 10**12, float("nan"), float("inf")
 policy = partial(Case, "sft", "policy", flags={"hf_model_name_or_path": "{model}"})
 judge = partial(Case, "score", "judge", flags={"model": "{model}"})
 base = partial(Case, "merge", "raw", flags={"path_raw": "{model}"})
 diff = partial(Case, "merge", "diff", flags={"path_diff": "{model}"})
 
-SIZES = {
-    "hidden_size": [-32, 0, HUGE, 3.2, "32", None, [32], True, 2**70],
-    "num_hidden_layers": [-1, 0, 10**9, 2.5, "2", None, {}, 3],
-    "num_attention_heads": [-2, 0, HUGE, 0.5, "2", None, 5],
-    "num_key_value_heads": [-1, 0, HUGE, "1", [], 3],
-    "head_dim": [-16, 0, HUGE, "16", 7],
-    "intermediate_size": [-64, 0, HUGE, "64", None],
-    "vocab_size": [-400, 0, HUGE, "400", None, 1],
-    "max_position_embeddings": [-512, 0, 10**18, "512", 2.5, None],
-    "rms_norm_eps": [float("nan"), float("inf"), "1e-6", [], None, -1],
-    "hidden_act": ["no_such", 3, None, ["silu"], "__import__('os').system('touch ran')"],
-    "rope_parameters": ["x", [], 3, {"rope_type": "no_such"}, {"rope_type": "yarn"}, {"rope_theta": "x"},
-                        {"rope_theta": float("nan"), "rope_type": "default"}, {"rope_theta": 0, "rope_type": "default"},
-                        {"rope_theta": -1.0, "rope_type": "default"}],
-    "rope_scaling": ["x", {"type": 3}, {"rope_type": "dynamic", "factor": "big"}, {"type": "linear", "factor": float("nan")}],
-    "dtype": ["float99", 3, [], "os", "float32; import os"],
+VALUES = {
+    "hidden_size": [-32, 0, HUGE, 10**9, "32", None, [32], True],
+    "num_hidden_layers": [-1, 0, 10**9, 2.5, None, {}, 3],
+    "num_attention_heads": [-2, 0, HUGE, "2", None, 5],
+    "num_key_value_heads": [-1, 0, HUGE, [], 3],
+    "head_dim": [-16, 0, HUGE, "16"],
+    "intermediate_size": [-64, 0, HUGE, None],
+    "vocab_size": [-400, 0, HUGE, "400", 1],
+    "max_position_embeddings": [-512, 0, 10**18, "512", None],
+    "rms_norm_eps": [NAN, INF, "1e-6", -1.0],
+    "hidden_act": ["no_such", 3, "__import__('os').system('touch ran')"],
+    "rope_parameters": ["x", {"rope_type": "no_such"}, {"rope_theta": "x"}, {"rope_theta": NAN, "rope_type": "default"},
+                        {"rope_theta": 0, "rope_type": "default"}, {"rope_theta": -1.0, "rope_type": "default"}],
+    "rope_scaling": ["x", {"type": 3}, {"rope_type": "dynamic", "factor": "big"}, {"type": "linear", "factor": NAN}],
+    "dtype": ["float99", 3, [], "os"],
     "torch_dtype": ["garbage", {}],
-    "eos_token_id": [-1, HUGE, "2", 1.5, [2, "x"], {}],
-    "bos_token_id": [-1, HUGE, "x", []],
-    "pad_token_id": [-1, HUGE, 400, "x", {}],
-    "architectures": [3, "LlamaForCausalLM", [3], {}, []],
-    "model_type": [3, [], {}, "", "../llama", "bert", "clip"],
+    "eos_token_id": [-1, HUGE, "2", [2, "x"], {}],
+    "bos_token_id": [HUGE, "x"],
+    "pad_token_id": [-1, HUGE, 400, "x"],
+    "architectures": [3, "LlamaForCausalLM", [3], []],
+    "model_type": [3, [], "", "../llama", "bert", "clip"],
     "auto_map": [3, "x", {"AutoConfig": 3}, {"AutoModelForCausalLM": "../../x.Y"}],
-    "quantization_config": [3, "x", [], {}, {"quant_method": 3}, {"quant_method": "gptq", "bits": -1}],
-    "attention_bias": ["x", 3, None],
-    "attention_dropout": [float("nan"), 2, -1, "x"],
-    "initializer_range": ["x", -1, float("nan"), float("inf")],
-    "tie_word_embeddings": ["x", 3, None, True],
-    "use_cache": ["x", []],
-    "layer_types": ["x", [3, 3], ["full_attention"], ["no_such", "no_such"]],
-    "pretraining_tp": [0, -1, "x"],
+    "quantization_config": [3, "x", {}, {"quant_method": 3}, {"quant_method": "gptq", "bits": -1}],
+    "attention_bias": ["x"],
+    "attention_dropout": [NAN, 2, -1, "x"],
+    "initializer_range": ["x", -1, NAN],
+    "tie_word_embeddings": ["x", True],
+    "layer_types": ["x", [3, 3], ["no_such", "no_such"]],
     "_attn_implementation": [3, "someone/kernel", []],
-    "attn_implementation": [3, {"": "eager"}],
     "is_encoder_decoder": [True],
-    "is_decoder": ["x"],
     "text_config": [3, {"hidden_size": -1}, []],
-    "chunk_size_feed_forward": [-1, "x"],
-    "id2label": [3, {"x": "y"}, {"0": 3}],
-    "num_labels": [-1, HUGE, "x"],
-    "transformers_version": [3, None],
-    "_name_or_path": [3, "../../etc"],
-    "nested": [{"a": {"b": [[[[]]]]}}],
-    "": [3, None, "x", [], [{}], True],
+    "id2label": [3, {"x": "y"}],
+    "num_labels": [-1, HUGE],
+    "_name_or_path": [3],
+    "": [3, None, [], True],
+}  # fmt: skip
+UNUSED = "no language model reads this key"
+MAY = {
+    "max_position_embeddings = 1000000000000000000": "a window is a limit, and takes no memory",
+    "eos_token_id = -1": "the tokenizer's ids count; published configs have others",
+    "pad_token_id = -1": "published LLaMA configs have it",
+    "architectures = []": "it names no class", "attention_dropout = NaN": "all dropout is switched off", "num_labels = -1": UNUSED, "_name_or_path = 3": UNUSED,
+    'auto_map = {"AutoModelForCausalLM": "../../x…': "code of a folder is never run, and transformers has the class",
+    'quantization_config = {}': "it names no method",
 }  # fmt: skip
 GENERATION = {
     "eos_token_id": [-1, HUGE, "x", [2, None], [[2]], {}, True],
-    "temperature": [float("nan"), "x", -1],
-    "max_length": ["x", -1],
-    "": [3, "x", [], None],
+    "temperature": [NAN, -1],
+    "max_length": ["x"],
+    "": [3, [], None],
+}
+SAMPLING = "sampling has flags of its own"
+MAY_GENERATE = {
+    "temperature = NaN": SAMPLING,
+    "temperature = -1": SAMPLING,
+    "max_length = x": SAMPLING,
+    "eos_token_id = -1": "an id that no token has ends nothing",
 }
 TEXTS = {
     "deep": nested(100_000), "deep object": '{"a":' * 50_000 + "1" + "}" * 50_000, "digits": '{"hidden_size": ' + "9" * 100_000 + "}",
@@ -87,32 +94,34 @@ TEXTS = {
 }  # fmt: skip
 
 
-def files(name: str, make) -> dict[str, Case]:
-    """What may stand in the place of a JSON file."""
-    found = {f"{name}: {title}": make(holding(name, text)) for title, text in TEXTS.items()}
-    found[f"{name}: a folder"] = make(in_place(name, lambda path: path.mkdir()))
-    found[f"{name}: a FIFO"] = make(in_place(name, fifo))
-    found[f"{name}: a link to itself"] = make(in_place(name, lambda path: path.symlink_to(path.name)))
-    found[f"{name}: a link to /dev/zero"] = make(in_place(name, lambda path: path.symlink_to("/dev/zero")))
-    return found
+PLACES = {"a folder": lambda path: path.mkdir(), "a FIFO": fifo, "a link to itself": lambda path: path.symlink_to(path.name),
+          "a link to /dev/zero": lambda path: path.symlink_to("/dev/zero")}  # fmt: skip
 
 
+def files(name: str, make, **accepted: str) -> dict[str, Case]:
+    """What may stand in the place of a JSON file. accepted: title, with _ for spaces -> why that may go on."""
+    changes = {title: holding(name, text) for title, text in TEXTS.items()}
+    changes |= {title: in_place(name, build) for title, build in PLACES.items()}
+    assert accepted.keys() <= {title.replace(" ", "_") for title in changes}
+    return {
+        f"{name}: {title}": make(change, accepted=accepted.get(title.replace(" ", "_"), ""))
+        for title, change in changes.items()
+    }
+
+
+FOREIGN = "keys that are not known are ignored"
 CONFIGS = (
-    values_of("config.json", SIZES, policy)
-    | values_of("generation_config.json", GENERATION, policy)
+    values_of("config.json", VALUES, policy, MAY)
+    | values_of("generation_config.json", GENERATION, policy, MAY_GENERATE)
     | files("config.json", policy)
-    | files("generation_config.json", policy)
-    | {f"config.json of a reward model: {k} = {v!r}": judge(put("config.json", k, v)) for k, v in (
-        ("score_center", float("nan")), ("score_center", [1]), ("score_center", 10**400), ("id2label", {"a": 1}),
-        ("id2label", {}), ("num_labels", 0), ("template", 3),
+    | files("generation_config.json", policy, an_escape=FOREIGN, a_lone_surrogate=FOREIGN, a_BOM="a mark of UTF-8")
+    | {f"config.json of a reward model: {k} = {v!r:.40}": judge(put("config.json", k, v)) for k, v in (
+        ("score_center", NAN), ("score_center", [1]), ("score_center", 10**400), ("id2label", {"a": 1}),
     )}
-    | {f"config.json of a base: {k} = {v!r}": base(put("config.json", k, v)) for k, v in (
-        ("num_hidden_layers", -1), ("num_hidden_layers", HUGE), ("num_attention_heads", 0), ("hidden_size", -8),
-        ("rope_theta", 0), ("rope_theta", "x"), ("rope_theta", -1), ("head_dim", "x"), ("rope_parameters", 3),
+    | {f"config.json of a diff: {k} = {v!r}": diff(put("config.json", k, v)) for k, v in (
+        ("num_hidden_layers", HUGE), ("num_attention_heads", 0), ("hidden_size", 0), ("rope_theta", "x"), ("rope_theta", 0), ("head_dim", HUGE), ("rope_parameters", 3),
     )}
 )  # fmt: skip
-for name, value in {"num_hidden_layers": HUGE, "num_attention_heads": 0, "hidden_size": 0, "rope_theta": "x", "head_dim": HUGE}.items():
-    CONFIGS[f"config.json of a diff: {name} = {value!r}"] = diff(put("config.json", name, value))
 
 ST = "model.safetensors"
 EMBED, NORM, UP = "model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
@@ -217,34 +226,50 @@ RECORDS = {
     "TorchScript": {"constants.pkl": b"\x80\x02)."}, "a foreign name": {"../../ran": b"1"}, "alignment of text": {".format_version": b"x"},
 }  # fmt: skip
 
+UNREAD = "a member that torch does not ask for is not read"
+OF_BASE = (
+    "overlapping",
+    "negative offsets",
+    "offsets that fall",
+    "a shape beyond its bytes",
+    "a huge shape",
+    "a dtype of another size",
+    "deep",
+    "a hole",
+)
+OF_BASE_BIN = (
+    "a bytearray of 2 GB",
+    "bytes of 1 TB",
+    "a memo that is not there",
+    "a global of os",
+    "a number",
+    "a parameter of nothing",
+)
+
+
 WEIGHTS = (
     {f"weights: {title}": policy(header(ST, edit)) for title, edit in HEADERS.items()}
-    | {f"weights of a base: {title}": base(header(ST, edit)) for title, edit in list(HEADERS.items())[:12]
-       if title not in ("overlapping", "a shift back")}
+    | {f"weights of a base: {title}": base(header(ST, HEADERS[title])) for title in OF_BASE}
     | {f"weights: a header of length {title}": policy(length(size)) for title, size in LENGTHS.items()}
     | {f"weights: pickle: {title}": policy(as_bin(content)) for title, content in PICKLES.items()}
-    | {f"weights: legacy pickle: {title}": policy(legacy_bin(content)) for title, content in PICKLES.items() if len(content) < 99}
-    | {f"weights of a base: pickle: {title}": base(as_bin(content)) for title, content in PICKLES.items() if "B" in title or "m" in title}
-    | {f"weights: archive: {title}": policy(as_bin(records=records)) for title, records in RECORDS.items()}
-    | {f"weights of a base: archive: {title}": base(as_bin(records=records)) for title, records in RECORDS.items()}
-    | {f"weights: all in {dtype}": policy(as_type(getattr(torch, dtype))) for dtype in
-       ("int8", "bool", "int64", "complex64", "float8_e4m3fn", "float64", "float16")}
+    | {f"weights: legacy pickle: {title}": policy(legacy_bin(content)) for title, content in list(PICKLES.items())[:16] if len(content) < 99}
+    | {f"weights of a base: pickle: {title}": base(as_bin(PICKLES[title])) for title in OF_BASE_BIN}
+    | {f"weights: archive: {title}": policy(as_bin(records=records), accepted=UNREAD if title in ("a foreign name", "alignment of text") else "")
+       for title, records in RECORDS.items()}
+    | {f"weights of a base: archive: {title}": base(as_bin(records=RECORDS[title])) for title in ("big-endian", "a storage that is too short", "a storage left out")}
+    | {f"weights: all in {dtype}": policy(as_type(getattr(torch, dtype)), accepted=why) for dtype, why in {
+        "int8": "", "bool": "", "complex64": "", **dict.fromkeys(("float8_e4m3fn", "float64", "float16"), "floats are rounded to --dtype")}.items()}
+    | {f"weights: {title}": policy(in_place(ST, build)) for title, build in PLACES.items()}
     | {
-        "weights: a folder": policy(in_place(ST, lambda path: path.mkdir())),
-        "weights: a FIFO": policy(in_place(ST, fifo)),
         "weights of a base: a FIFO": base(in_place(ST, fifo)),
-        "weights: a link to itself": policy(in_place(ST, lambda path: path.symlink_to(path.name))),
-        "weights: a link to /dev/zero": policy(in_place(ST, lambda path: path.symlink_to("/dev/zero"))),
-        "weights: a sparse file of 1 TB": policy(in_place(ST, lambda path: os.truncate(_made(path), 1 << 40))),
-        "weights: a .bin of 1 TB of nothing": policy(all_of(without(ST), lambda folder: os.truncate(
-            _made(folder / "pytorch_model.bin"), 1 << 40))),
+        "weights: a sparse file of 3 GB": policy(in_place(ST, lambda path: os.truncate(_made(path), 3 << 30))),
+        "weights: a .bin of 1 TB of nothing": policy(all_of(without(ST), lambda folder: os.truncate(_made(folder / "pytorch_model.bin"), 1 << 40))),
         "weights: a .bin that is a safetensors file": policy(lambda folder: (folder / ST).rename(folder / "pytorch_model.bin")),
         "weights: an embedding of other width": policy(tensors(ST, lambda s: {**s, EMBED: torch.ones(400, 31)})),
         "weights: an embedding of fewer rows": policy(tensors(ST, lambda s: {**s, EMBED: torch.ones(399, 32)})),
-        "weights: an infinite value": policy(tensors(ST, lambda s: {**s, NORM: s[NORM] * float("inf")})),
+        "weights: an infinite value": policy(tensors(ST, lambda s: {**s, NORM: s[NORM] * INF})),
         "weights: a tensor of no size": policy(tensors(ST, lambda s: {**s, NORM: torch.ones(())})),
-        "weights: a tensor more": policy(tensors(ST, lambda s: {**s, "x" * 5000: torch.ones(3)}),
-                                         accepted="transformers ignores tensors that the model does not have"),
+        "weights: a tensor more": policy(tensors(ST, lambda s: {**s, "x" * 5000: torch.ones(3)}), accepted="transformers ignores tensors that the model does not have"),
     }
 )  # fmt: skip
 
@@ -255,12 +280,22 @@ def _made(path):
     return path
 
 
+SHARD, LIST = "model-00001-of-00001.safetensors", f"{ST}.index.json"
 INDEX = {
-    "": [3, [], "x"], "weight_map": [3, [], {}, None, {EMBED: "/etc/passwd"}, {EMBED: "../policy/model.safetensors"},
-                                     {EMBED: ""}, {EMBED: "."}, {EMBED: ".."}, {EMBED: "\x1b[2J"}, {EMBED: "a\0b"}, {EMBED: ["a"]},
-                                     {"": "model.safetensors"}, {EMBED: "config.json"}, {EMBED: "x" * 5000}],
+    "": [3, [], {}], "weight_map": [3, {}, None, {EMBED: "/etc/passwd"}, {EMBED: "../policy/model.safetensors"}, {EMBED: "."}, {EMBED: ".."}, {EMBED: "\x1b[2J"},
+                                     {EMBED: "a\0b"}, {EMBED: ["a"]}, {"": SHARD}, {EMBED: "config.json"}, {EMBED: "x" * 5000}, {EMBED: SHARD}],
 }  # fmt: skip
-INDICES = values_of(f"{ST}.index.json", INDEX, policy) | files(f"{ST}.index.json", policy)
-INDICES |= {f"{k} (a base)": base(case.change) for k, case in values_of(f"{ST}.index.json", INDEX, base).items()}
+
+
+def sharded(make):
+    """Cases whose weights are in a shard that an index names."""
+
+    def case(change, **options) -> Case:
+        return make(all_of(lambda folder: (folder / ST).rename(folder / SHARD), change), **options)
+
+    return case
+
+
+INDICES = values_of(LIST, INDEX, sharded(policy)) | files(LIST, sharded(policy))
+INDICES |= {f"{name} (a base)": case for name, case in list(values_of(LIST, INDEX, sharded(base)).items())[3:]}
 CASES = CONFIGS | WEIGHTS | INDICES
-__all__ = ["CASES", "REMOVED", "files"]

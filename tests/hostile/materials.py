@@ -7,10 +7,10 @@ from pathlib import Path
 import sft.train
 import train_ppo
 from tests.bad_inputs import materials as bad
+from tests.bad_inputs.commands import FIT, PPO
 from tests.helpers.families import FAMILIES, family_tokenizer
 from tests.helpers.tiny import tiny_llama
-from tests.helpers.tiny_run import SIZES, as_argv, build_inputs
-from tests.bad_inputs.commands import FIT, PPO
+from tests.helpers.tiny_run import SIZES, as_argv
 
 NAMES = ("judge", "other_judge", "pairs", "eight", "records", "raw", "diff", "file")
 TWO_STEPS = {"train_steps": 2, "checkpoint_per_step": 1, "report_to": "none"}
@@ -32,7 +32,7 @@ class Materials(dict):
     def _run(self, main: Callable, flags: dict, folder: Path, forked: Callable) -> Path:
         """A run of two steps that was stopped after the first."""
         argv = as_argv({k: self.fill(v) for k, v in (flags | {"model_save_path": str(folder)}).items()})
-        outcome = forked(main, argv, folder.with_suffix(".log"))
+        outcome = forked(main, argv, folder.with_suffix(".log"), folder.parent)
         assert outcome["code"] == 0, outcome["log"]
         shutil.rmtree(folder / "final")
         shutil.rmtree(folder / "checkpoints" / "step_2")

@@ -3,6 +3,7 @@
 Writes FOLDER/outcomes.json: name -> how it ended. Everything slow is imported, and made, once for all of them.
 """
 
+import gc
 import json
 import os
 import resource
@@ -22,10 +23,10 @@ import torch
 import ppo.report
 from tests.bad_inputs.commands import COMMANDS as PLAIN
 from tests.bad_inputs.commands import Command
+from tests.helpers.tiny_run import as_argv
 from tests.hostile.case import Case, contents
 from tests.hostile.corpus import CASES
 from tests.hostile.materials import Materials
-from tests.helpers.tiny_run import as_argv
 
 SECONDS, BYTES = 20, 2 << 30  # of a case
 ROOM = 8 << 30  # of addresses beyond those of this process, so that a mistake does not fill the machine
@@ -51,8 +52,8 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def forked(main, argv: list[str], log: Path) -> dict:
-    """Calls main(argv) in a process of its own. Returns {"code" (or "hung"), "seconds", "bytes", "log"}."""
+def forked(main, argv: list[str], log: Path, place: Path) -> dict:
+    """Calls main(argv) in a process of its own, in `place`. Returns {"code" (or "hung"), "seconds", "bytes", "log"}."""
     started = time.monotonic()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     child = os.fork()
@@ -65,6 +66,7 @@ def forked(main, argv: list[str], log: Path) -> dict:
             os.dup2(handle, 1)
             os.dup2(handle, 2)
             limit_memory()
+            os.chdir(place)
             main(argv)
             code = 0
         except SystemExit as stopped:
@@ -90,7 +92,12 @@ def forked(main, argv: list[str], log: Path) -> dict:
     except ProcessLookupError:
         pass
     peak = 1024 * (used.ru_maxrss - before)
-    return {"code": code, "seconds": time.monotonic() - started, "bytes": peak, "log": log.read_bytes().decode(errors="replace")}
+    return {
+        "code": code,
+        "seconds": time.monotonic() - started,
+        "bytes": peak,
+        "log": log.read_bytes().decode(errors="replace"),
+    }
 
 
 def run(case: Case, materials: Materials, folder: Path) -> dict:
@@ -104,9 +111,11 @@ def run(case: Case, materials: Materials, folder: Path) -> dict:
         model.mkdir()
     case.change(model)
     command, names = COMMANDS[case.command], materials.paths | {"folder": str(folder), "model": str(model)}
-    argv = filled(command.words, names) + as_argv({k: filled(v, names) for k, v in (command.flags | case.flags).items()})
+    argv = filled(command.words, names) + as_argv(
+        {k: filled(v, names) for k, v in (command.flags | case.flags).items()}
+    )
     before = contents(folder)
-    outcome = forked(command.main, argv, folder.with_suffix(".log"))
+    outcome = forked(command.main, argv, folder.with_suffix(".log"), folder)
     after = contents(folder)
     changed = sorted(name for name in before | after if before.get(name, 0) != after.get(name, 0))
     shutil.rmtree(folder)
@@ -117,6 +126,7 @@ def main(folder: Path, names: list[str]) -> None:
     """All cases with these names, in two processes."""
     torch.set_num_threads(1)  # before the first tensor: a process that has threads must not be forked
     materials = Materials(folder / "materials", forked)
+    gc.freeze()  # or each fork would copy what its garbage collection looks at
     parts = []
     for k in range(2):
         part, child = folder / f"part_{k}.json", os.fork()
