@@ -288,8 +288,7 @@ RUN_FILES = (
 
 recover = partial(Case, "merge", "diff", flags={"path_diff": "{model}"})
 HASHES = {"dtype": "float16", "sha256": {}}
-WEIGHT_ENTRY = {"bytes": 3, "sha256": "0" * 64}
-MANIFEST = {
+WEIGHT_MANIFEST = {
     "": [3, [], None, {"total": 1}, {"total": 1, "tuned": HASHES}, {"total": "x", "tuned": HASHES}, {"total": NAN, "tuned": HASHES, "raw": HASHES, "diff": HASHES},
          {"total": 1, "tuned": 3}, {"total": 1, "tuned": HASHES | {"dtype": "int8"}}, {"total": 1, "tuned": HASHES | {"sha256": {"a": 3}}, "raw": HASHES, "diff": HASHES},
          {"total": 1, "tuned": HASHES | {"more": 1}}, {"total": 10**400, "tuned": HASHES, "raw": HASHES, "diff": HASHES},
