@@ -31,9 +31,10 @@ FILES = ("config.json", "model.safetensors", "deep/a")
 
 
 @pytest.fixture(autouse=True)
-def no_programs(monkeypatch):
-    """Without git, which config.json's description asks for the commit, hundreds of preparations are quick."""
+def quick(monkeypatch):
+    """Without git, which config.json's description asks, and without waiting for the disk, which a SIGKILL spares."""
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def forked(act: Callable[[], None]) -> int:
