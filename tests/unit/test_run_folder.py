@@ -136,9 +136,9 @@ def test_a_beginning_that_is_killed_at_any_call_begins_again(tmp_path, has_begun
             (begun(run) / "best" / "notes.txt").write_text("mine")
         killed = []
         for _ in range(2):
-            check_folder(config_of(run), [])
+            check_folder(config_of(run))
             killed.append(killed_at(number, lambda run=run: prepare_run_folder(str(run), config_of(run))))
-        check_folder(config_of(run), [])
+        check_folder(config_of(run))
         prepare_run_folder(str(run), config_of(run))
         expected = {"config.json", INDEX} | ({"best/notes.txt"} if has_begun else set())
         assert set(files_in(str(run))) - {"best/deep"} == expected  # it may stay behind, empty

@@ -10,10 +10,11 @@ from utils.errors import Say
 from utils.fast_dtype import fast_dtype
 from utils.flags.checks import choose
 from utils.flags.run import RunFlags
+from utils.run.folder import check_inputs
 from utils.run.lock import hold_folder
 from utils.run.logger import RunLogger
 from utils.run.restore import Checkpoint
-from utils.run.resume import begin_folder, check_outputs, find_checkpoint
+from utils.run.resume import begin_folder, check_outputs, find_checkpoint, inputs_of
 
 
 def start_run(config: RunFlags) -> tuple[Say, Checkpoint | None]:
@@ -24,6 +25,7 @@ def start_run(config: RunFlags) -> tuple[Say, Checkpoint | None]:
     init_distributed(config.hang_timeout)
     say = partial(print, flush=True) if is_main() else lambda text: None
     choose_dtype(config)
+    check_inputs(config.model_save_path, inputs_of(config))
     hold_folder(config.model_save_path)
     check_outputs(config)
     return say, find_checkpoint(config, say)
