@@ -1,5 +1,6 @@
 """The folder of a run after SIGKILL at every call that changes it, and its lock between processes."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -8,21 +9,32 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.helpers.parts import ppo_config
 from utils.errors import UserError
 from utils.files import atomic_folder, files_in
 from utils.run import lock
+from utils.run.checkpoint import CheckpointWriter
 from utils.run.export import export_model
 from utils.run.folder import check_owned, prepare_run_folder
 from utils.run.index import INDEX, read_index, record
 from utils.run.lock import LOCK, held, hold_folder
+from utils.run.restore import newest
 from utils.run.resume import check_folder
 
 CALLS = ("replace", "rename", "remove", "unlink", "rmdir", "mkdir", "link", "fsync")
 FILES = ("config.json", "model.safetensors", "deep/a")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Without git, which config.json's description asks, and without waiting for the disk, which a SIGKILL spares."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def forked(act: Callable[[], None]) -> int:
@@ -124,14 +136,32 @@ def test_a_beginning_that_is_killed_at_any_call_begins_again(tmp_path, has_begun
             (begun(run) / "best" / "notes.txt").write_text("mine")
         killed = []
         for _ in range(2):
-            check_folder(config_of(run), [])
+            check_folder(config_of(run))
             killed.append(killed_at(number, lambda run=run: prepare_run_folder(str(run), config_of(run))))
-        check_folder(config_of(run), [])
+        check_folder(config_of(run))
         prepare_run_folder(str(run), config_of(run))
         expected = {"config.json", INDEX} | ({"best/notes.txt"} if has_begun else set())
         assert set(files_in(str(run))) - {"best/deep"} == expected  # it may stay behind, empty
         assert (run / "tensorboard").exists() is False
     assert number > (20 if has_begun else 7)
+
+
+def test_a_kill_at_any_call_of_a_save_leaves_a_checkpoint_and_nothing_unlisted(tmp_path):
+    killed, number = True, 0
+    while killed:
+        number += 1
+        folder = tmp_path / str(number) / "checkpoints"
+        engine = SimpleNamespace(state_tensors=lambda: {"w": torch.ones(3)})
+        writer, said = CheckpointWriter(str(folder), {"policy": engine}, 1), []
+        writer.save({"step": 1}, said.append)
+        killed = killed_at(number, lambda writer=writer: writer.save({"step": 2}, str))
+        listed = {f"step_{step}" for step in read_index(str(folder.parent)).checkpoints}
+        assert {name.removesuffix(".partial") for name in os.listdir(folder)} <= listed
+        assert newest(str(folder), said.append).step in (1, 2)
+        writer.save({"step": 3}, said.append)
+        assert os.listdir(folder) == ["step_3"] and [line[:16] for line in said] == ["checkpoint of st"] * 2
+        assert json.loads((folder.parent / INDEX).read_text())["checkpoints"] == [3]
+    assert number > 20
 
 
 def test_models_of_the_user_are_not_replaced(tmp_path):
@@ -196,6 +226,24 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
         assert os.listdir(tmp_path / "a" / "b") == [LOCK]
         raise ZeroDivisionError
     assert not (tmp_path / "a").exists()
+
+
+def test_processes_that_come_and_go_are_never_two(tmp_path):
+    """The holder removes run.lock at its end, while others have it open."""
+    run, mark, end = tmp_path / "run", tmp_path / "mark", time.monotonic() + 2.0
+
+    def come_and_go() -> None:
+        held_once = False
+        while time.monotonic() < end:
+            with contextlib.suppress(UserError), held:
+                hold_folder(str(run))
+                os.close(os.open(mark, os.O_CREAT | os.O_EXCL))  # fails where another holds it, too
+                mark.unlink()
+                held_once = True
+        assert held_once
+
+    children = [forked(come_and_go) for _ in range(4)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
 
 
 def test_without_locks_a_file_that_is_touched_does(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from utils.flags.parser import changed_flags
 from utils.flags.run import FREE_ON_RESUME, RunFlags
 from utils.run.checkpoint import all_checkpoints
 from utils.run.fingerprints import INPUTS, changes
-from utils.run.folder import check_inputs, check_owned, holds_run, prepare_run_folder
+from utils.run.folder import check_owned, holds_run, prepare_run_folder
 from utils.run.index import read_index
 from utils.run.logger import tracker_names
 from utils.run.restore import Checkpoint, SavedFlags, TrainerState, named, newest
@@ -56,14 +56,13 @@ def _real(value: str | list | None) -> list[str]:
     return [os.path.realpath(str(path)) for path in (value if isinstance(value, list) else [value]) if path]
 
 
-def check_folder(config: RunFlags, inputs: list[str | None]) -> None:
+def check_folder(config: RunFlags) -> None:
     """Raises UserError if --model_save_path cannot be used. Writes nothing.
 
     A run that is there may be overwritten (--overwrite), or resumed if it is unfinished and has either checkpoints or
     the same flags.
     """
     path = config.model_save_path
-    check_inputs(path, inputs)
     if holds_run(path) and not config.overwrite and not _can_resume(config):
         if _is_finished(path) and _has_checkpoints(path) and config.resume == "auto":
             raise UserError(
@@ -177,11 +176,15 @@ def begin_folder(config: RunFlags, checkpoint: Checkpoint | None) -> int:
     return checkpoint.step if checkpoint else 0
 
 
+def inputs_of(config) -> list[str | None]:
+    """Returns the paths of models and data that a run reads."""
+    given = [getattr(config, name) for name in INPUTS if hasattr(config, name)]
+    return [path for paths in given for path in (paths if isinstance(paths, list) else [paths])]
+
+
 def check_outputs(config) -> None:
     """Raises UserError if --model_save_path, --logdir or a tracker of --report_to cannot be used. Writes nothing."""
-    given = [getattr(config, name) for name in INPUTS if hasattr(config, name)]
-    inputs = [path for paths in given for path in (paths if isinstance(paths, list) else [paths])]
-    check_folder(config, inputs)
+    check_folder(config)
     if config.logdir:
         check_writable(config.logdir, "--logdir")
     names = tracker_names(config.report_to)

@@ -11,11 +11,12 @@ from utils.fast_dtype import fast_dtype
 from utils.flags.checks import choose
 from utils.flags.run import RunFlags
 from utils.run.fingerprints import fingerprints
+from utils.run.folder import check_inputs
 from utils.run.lock import hold_folder
 from utils.run.logger import RunLogger
 from utils.run.ranks import check_ranks
 from utils.run.restore import Checkpoint, TrainerState
-from utils.run.resume import begin_folder, check_outputs, find_checkpoint
+from utils.run.resume import begin_folder, check_outputs, find_checkpoint, inputs_of
 from utils.run.stop_signal import settle_hangup
 from utils.watchdog import report_progress
 
@@ -33,6 +34,7 @@ def start_run(config: RunFlags, kind: type[TrainerState]) -> tuple[Say, Checkpoi
     config.fingerprints = fingerprints(config, say)
     check_ranks(config)
     choose_dtype(config)
+    check_inputs(config.model_save_path, inputs_of(config))
     hold_folder(config.model_save_path)
     check_outputs(config)
     return say, find_checkpoint(config, say, kind)
