@@ -17,7 +17,7 @@ from data.formats.json_lines import parse_json_lines, parse_json_list
 from data.order import order
 from utils.errors import Say, UserError
 from utils.hub import is_hub_id
-from utils.watchdog import with_progress
+from utils.watchdog import downloading, with_progress
 
 FLAG = "--data_path"
 MAX_PATH = 200  # characters of a path in a message
@@ -161,7 +161,8 @@ def _from_datasets(builder: str, name: str, flag: str, **options: Any) -> dict[s
 
     datasets.logging.set_verbosity(logging.CRITICAL)  # the exception contains the same message
     try:
-        splits = datasets.load_dataset(builder, **options)
+        with downloading():
+            splits = datasets.load_dataset(builder, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{flag}: cannot load {name} ({reason}); check the name, or download the data first") from error
