@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.watchdog import downloading
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _BESIDE_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "onnx/*", "original/*"]
@@ -28,7 +29,8 @@ def download(name: str, flag: str, **patterns: list[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(name, **patterns))
+        with downloading():
+            return Path(snapshot_download(name, **patterns))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UserError(f"{flag}: cannot download {name}: {reason}; check the name, or download it first") from error

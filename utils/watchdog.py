@@ -6,6 +6,7 @@ It works also while the rank imports, loads or saves, or runs code that holds Py
 
 import contextlib
 import faulthandler
+import math
 import os
 import select
 import signal
@@ -19,6 +20,7 @@ Item = TypeVar("Item")
 HUNG = 124  # exit code, as of timeout(1)
 STACKS = signal.SIGRTMIN + 6  # signal upon which a watched process prints its stacks
 GRACE = 5.0  # seconds that a process without progress has to print its stacks and exit; it is killed afterwards
+DOWNLOAD = "start of a download"  # progress after which time does not count
 LAUNCHER = os.getppid() if "RANK" in os.environ else 0  # id of the launcher; this file is imported at the very start
 
 
@@ -75,6 +77,14 @@ def report_progress(phase: str) -> None:
         Watchdog.current.report(phase)
 
 
+@contextlib.contextmanager
+def downloading() -> Iterator[None]:
+    """Context in which no limit of time applies, since downloads take any time and have limits of their own."""
+    report_progress(DOWNLOAD)
+    yield
+    report_progress("download")
+
+
 def with_progress(items: Iterable[Item], phase: str) -> Iterator[Item]:
     """Yields the items, and reports progress every 100 of them."""
     for i, item in enumerate(items):
@@ -85,7 +95,7 @@ def with_progress(items: Iterable[Item], phase: str) -> Iterator[Item]:
 
 def watch(pid: int, timeout: float, rank: int, launcher: int) -> None:
     """Watches the process that started this one until it ends. launcher: process id, 0 if there is none."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # launchers and schedulers send them to all processes
     parents = {pid: launcher} if launcher else {}
     if b"deepspeed.launcher.launch" in _read(f"/proc/{launcher}/cmdline"):  # started by the command `deepspeed`
@@ -93,7 +103,8 @@ def watch(pid: int, timeout: float, rank: int, launcher: int) -> None:
     idle, phase, tick = 0.0, "start", min(1.0, timeout / 10 or 1.0)
     while os.getppid() == pid:
         if select.select([0], [], [], tick)[0]:
-            phase, idle = os.read(0, 200).decode(errors="replace"), 0.0
+            phase = os.read(0, 200).decode(errors="replace")
+            idle = -math.inf if phase == DOWNLOAD else 0.0
             if not phase:
                 return
         elif _state(pid)[0] not in "Tt":  # not suspended. Ticks: while this process is suspended, none is counted

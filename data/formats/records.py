@@ -18,7 +18,7 @@ from data.order import order
 from utils.errors import Say, UserError
 from utils.files import split_files
 from utils.hub import is_hub_id
-from utils.watchdog import with_progress
+from utils.watchdog import downloading, with_progress
 
 FLAG = "--data_path"
 MAX_PATH = 200  # characters of a path in a message
@@ -167,7 +167,8 @@ def _from_datasets(builder: str, name: str, flag: str, **options: Any) -> dict[s
 
     datasets.logging.set_verbosity(logging.CRITICAL)  # the exception contains the same message
     try:
-        splits = datasets.load_dataset(builder, **options)
+        with downloading():
+            splits = datasets.load_dataset(builder, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{flag}: cannot load {name} ({reason}); check the name, or download the data first") from error

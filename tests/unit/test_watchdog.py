@@ -12,10 +12,11 @@ import pytest
 from tests.helpers.tiny_run import REPOSITORY, clean_environment
 from utils.watchdog import HUNG, Watchdog, report_progress, with_progress
 
-# Reports progress for 2.5 seconds, twice as long as the watchdog waits, prints a line, and then may stand still.
+# Reports progress for 2.5 seconds, twice as long as the watchdog waits, and downloads for 2 seconds; prints a line, and
+# then may stand still.
 WATCHED = """
 import os, re, signal, sys, time
-from utils.watchdog import Watchdog, report_progress
+from utils.watchdog import Watchdog, downloading, report_progress
 
 def stop(number, frame):
     print("stopped by", number, flush=True)
@@ -32,6 +33,9 @@ with Watchdog(1.2):
     for i in range(10):
         time.sleep(0.25)
         report_progress(f"lap {i}")
+    with downloading():
+        time.sleep(2.0)
+    report_progress("lap 10")
     print("alive", flush=True)
     if sys.argv[1:]:
         globals()[sys.argv[1]]()
@@ -49,7 +53,7 @@ def test_progress_is_let_be_and_a_standstill_ends_with_stacks(state, code):
     process = watched(state)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (code, "alive\n")
-    assert re.match(r"error \[rank 3\]: no progress for 1.2 s \(--hang_timeout\) after 'lap 9': ", err)
+    assert re.match(r"error \[rank 3\]: no progress for 1.2 s \(--hang_timeout\) after 'lap 10': ", err)
     assert f"in {state}" in err
     assert ("killed, because its code does not let" in err) == (code != HUNG)
 
