@@ -26,7 +26,7 @@ from utils.moments import RunningMoments
 from utils.run.checkpoint import save_batches
 from utils.run.lifecycle import RunLifecycle
 from utils.run.logger import RunLogger
-from utils.run.restore import TrainerState
+from utils.run.restore import Best, TrainerState
 from utils.schedule import lr_factor
 from utils.schema import Count, Schema
 
@@ -44,7 +44,7 @@ class PPOState(TrainerState):
 
     next_place: Count
     moments: MomentsState
-    best_score: Annotated[float, Field(allow_inf_nan=True, lt=float("inf"))]
+    best_score: Best
     pretrain_place: Count
     left_out: Count
     rollbacks: Count

@@ -33,6 +33,13 @@ def check_inputs(path: str, inputs: list[str | None]) -> None:
             raise UserError(f"--model_save_path {path} would overwrite {source}, which this run reads; use another one")
 
 
+def check_regular(path: str) -> None:
+    """Raises UserError if a run would go on in a folder whose config.json or .jsonl file is a pipe or a folder."""
+    for file in (os.path.join(path, name) for name in RUN_FILES if "." in name):
+        if os.path.lexists(file) and not os.path.isfile(file):
+            raise UserError(f"--model_save_path: {file} is not a regular file; move it, or use another folder")
+
+
 def prepare_run_folder(path: str, config, step: int = 0) -> None:
     """Writes config.json, and removes what an earlier run wrote after `step` (0: all of it). Collective."""
     barrier()

@@ -20,6 +20,9 @@ _ENGINE_FILE = re.compile(r"(\w+)-rank[0-9]+\.safetensors")
 _FileName = Annotated[str, Field(pattern=rf"^(state\.json|random-rank[0-9]+\.json|{_ENGINE_FILE.pattern})$")]
 
 
+Best = Annotated[float, Field(allow_inf_nan=True, lt=float("inf"))]  # an evaluation; -inf is worse than any
+
+
 class _Entry(Schema):
     bytes: Count
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

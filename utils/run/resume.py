@@ -10,7 +10,7 @@ from utils.files import check_writable, read_json
 from utils.flags.parser import changed_flags
 from utils.flags.run import FREE_ON_RESUME, RunFlags
 from utils.run.checkpoint import all_checkpoints
-from utils.run.folder import check_inputs, holds_run, prepare_run_folder
+from utils.run.folder import check_inputs, check_regular, holds_run, prepare_run_folder
 from utils.run.logger import tracker_names
 from utils.run.restore import Checkpoint, SavedFlags, TrainerState, named, newest
 
@@ -50,6 +50,8 @@ def check_folder(config: RunFlags, inputs: list[str | None]) -> None:
             )
         raise UserError(f"--model_save_path {path} already holds a run; use another folder, or pass --overwrite")
     check_writable(path, "--model_save_path")
+    if not config.overwrite:
+        check_regular(path)
 
 
 def _can_resume(config: RunFlags) -> bool:
