@@ -27,7 +27,7 @@ from utils.run.checkpoint import save_batches
 from utils.run.export import export_model
 from utils.run.lifecycle import RunLifecycle
 from utils.run.logger import RunLogger
-from utils.run.restore import TrainerState
+from utils.run.restore import Best, TrainerState
 from utils.schedule import lr_factor
 from utils.schema import Count, Schema
 from utils.watchdog import report_progress
@@ -46,7 +46,7 @@ class PPOState(TrainerState):
 
     next_place: Count
     moments: MomentsState
-    best_score: Annotated[float, Field(allow_inf_nan=True, lt=float("inf"))]
+    best_score: Best
     pretrain_place: Count
     left_out: Count
     rollbacks: Count

@@ -125,7 +125,7 @@ def test_what_the_run_did_not_write_is_kept(checkpoints):
     kept = set(files_in(str(checkpoints)))
     assert {path for path in kept if path.split("/")[0] not in ("step_3", "step_4")} == theirs
     assert newest(str(checkpoints), said.append).step == 4
-    with pytest.raises(UserError, match="state.json is of step 1"):
+    with pytest.raises(UserError, match=r"state\.json is of step 1"):
         named(str(checkpoints / "step_99"))
     (checkpoints / "step_99").rename(checkpoints / "mine")
     assert named(str(checkpoints / "mine")).step == 1

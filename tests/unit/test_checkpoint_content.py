@@ -219,11 +219,12 @@ def test_numbers_that_no_step_leaves_are_refused(checkpoints, kind, value):
         restore(found, {"critic": engine})
 
 
-def test_a_reward_models_state_has_its_center(tmp_path):
+def test_a_reward_models_state_has_its_center():
     sound = {"step": 1, "best": -0.5, "stage": {"center": 0.1}, "flags": FLAGS}
-    for change in ({}, {"best": None}, {"best": float("nan")}):  # an evaluation may be any number
+    for change in ({}, {"best": None}, {"best": float("-inf")}):
         checked(RewardState, sound | change)
-    for change in ({"stage": {}}, {"stage": {"center": "0"}}, {"best": "0"}, {"stage": None}):
+    better_than_all = ({"best": float("nan")}, {"best": float("inf")})
+    for change in ({"stage": {}}, {"stage": {"center": "0"}}, {"best": "0"}, {"stage": None}, *better_than_all):
         with pytest.raises(ValueError, match=r"^(stage|best)"):
             checked(RewardState, sound | change)
 

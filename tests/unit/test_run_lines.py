@@ -7,15 +7,18 @@ import re
 import pytest
 
 from ppo.report import main
+from tests.helpers.parts import ppo_config
 from tests.helpers.tiny_run import refusal
 from utils.errors import UserError
 from utils.files import disk_errors
 from utils.run.folder import cut_lines
+from utils.run.resume import check_folder
 
 FOREIGN = [
     b"notes: lr was too high here", b"", b"[1, 2]", b"3", b'{"loss": 1.0}', b'{"step": "4"}', b'{"step": 4.0}',
     b'{"step": NaN}', b'{"step": true}', b'{"step": -4}', b'{"step": 4, "a": "\\ud800"}', b"\xff\xfe", b"x" * 10**6,
     b"[" * 10**5, b'{"step": ' + b"9" * 5000 + b"}", b'{"step": 1e999}',
+    b'{"step": 10000000000000000000}',
 ]  # fmt: skip
 
 
@@ -26,8 +29,8 @@ def test_lines_of_later_steps_go_and_foreign_ones_stay(tmp_path):
     file.write_bytes(b"\n".join([*own[:2], *FOREIGN, *own[2:], b""]))
     cut_lines(str(file), 3)
     assert file.read_bytes() == b"\n".join([*own[:2], *FOREIGN, own[2], b""])
-    cut_lines(str(file), 1)
-    assert file.read_bytes() == b"\n".join([own[0], *FOREIGN, b""])
+    cut_lines(str(file), 0)
+    assert file.read_bytes() == b"\n".join([*FOREIGN, b""])
 
 
 @pytest.mark.parametrize(
@@ -47,8 +50,11 @@ def test_only_an_unfinished_line_of_a_run_goes(tmp_path, end, kept):
 
 def test_a_pipe_is_no_file_of_metrics(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
+    (tmp_path / "checkpoints" / "step_1").mkdir(parents=True)
     with pytest.raises(UserError, match="run cannot be written: not a regular file"), disk_errors("run"):
         cut_lines(str(tmp_path / "metrics.jsonl"), 3)
+    with pytest.raises(UserError, match=r"--model_save_path: .*/metrics.jsonl is not a regular file; move it"):
+        check_folder(ppo_config(model_save_path=str(tmp_path)), [])
 
 
 @pytest.fixture

@@ -233,3 +233,14 @@ def test_what_a_killed_run_left_is_removed_and_what_others_wrote_stays(folders, 
     run(ENGLISH, "", command_line(folders))
     left = {path.name for path in (folders / "tuned").iterdir()}
     assert not partial.exists() and not left & {".being-written", "model-00001.safetensors"}
+
+
+def test_a_manifest_may_say_more_but_not_be_a_pipe(tmp_path):
+    """Ignored, it would leave the weights unverified."""
+    manifest = tmp_path / "weight_manifest.json"
+    manifest.write_text(json.dumps({"total": 1, "tuned": EMPTY | {"more": 1}, "raw": None, "more": 1}))
+    assert read_manifest(tmp_path, "--path_diff") == Manifest(1, Hashes(**EMPTY))
+    manifest.unlink()
+    os.mkfifo(manifest)
+    with pytest.raises(UserError, match=r"--path_diff: .*weight_manifest.json is damaged .* not a regular file"):
+        read_manifest(tmp_path, "--path_diff")

@@ -40,6 +40,13 @@ def check_owned(path: str) -> None:
             raise UserError(f"--model_save_path: {file} was not written by a run; move it, or use another folder")
 
 
+def check_regular(path: str) -> None:
+    """Raises UserError if a run would go on in a folder whose config.json or .jsonl file is a pipe or a folder."""
+    for file in (os.path.join(path, name) for name in RUN_FILES if "." in name):
+        if os.path.lexists(file) and not os.path.isfile(file):
+            raise UserError(f"--model_save_path: {file} is not a regular file; move it, or use another folder")
+
+
 def prepare_run_folder(path: str, config, step: int = 0) -> None:
     """Writes config.json, and removes what an earlier run wrote after `step` (0: all of it). Collective.
 

@@ -21,6 +21,7 @@ _FileName = Annotated[str, Field(pattern=rf"^(state\.json|random-rank[0-9]+\.jso
 
 
 Fingerprints = dict[str, dict[str, str]]  # flag -> file name -> SHA-256
+Best = Annotated[float, Field(allow_inf_nan=True, lt=float("inf"))]  # an evaluation; -inf is worse than any
 
 
 class _Entry(Schema):

@@ -11,7 +11,7 @@ from utils.flags.parser import changed_flags
 from utils.flags.run import FREE_ON_RESUME, RunFlags
 from utils.run.checkpoint import all_checkpoints
 from utils.run.fingerprints import INPUTS, changes
-from utils.run.folder import check_owned, holds_run, prepare_run_folder
+from utils.run.folder import check_owned, check_regular, holds_run, prepare_run_folder
 from utils.run.index import read_index
 from utils.run.logger import tracker_names
 from utils.run.restore import Checkpoint, SavedFlags, TrainerState, named, newest
@@ -78,6 +78,8 @@ def check_folder(config: RunFlags) -> None:
         raise UserError(f"--model_save_path {path} already holds a run; use another folder, or pass --overwrite")
     check_owned(path)
     check_writable(path, "--model_save_path")
+    if not config.overwrite:
+        check_regular(path)
 
 
 def _can_resume(config: RunFlags) -> bool:

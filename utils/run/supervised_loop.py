@@ -5,10 +5,8 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Annotated
 
 import torch
-from pydantic import Field
 
 from utils.distributed import barrier, is_main, ranks_where, sum_ranks
 from utils.engine.engine import TrainEngine, device
@@ -19,7 +17,7 @@ from utils.run.export import export_model
 from utils.run.index import record
 from utils.run.lifecycle import RunLifecycle
 from utils.run.logger import RunLogger
-from utils.run.restore import Checkpoint, TrainerState
+from utils.run.restore import Best, Checkpoint, TrainerState
 from utils.schedule import lr_factor
 from utils.watchdog import report_progress
 
@@ -27,9 +25,9 @@ Item = object  # one example of the stage's data: a dataclass that can be writte
 
 
 class FitState(TrainerState):
-    """What a checkpoint of `fit` holds. best: an evaluation, which may be any number; stage: of `Stage.state`."""
+    """What a checkpoint of `fit` holds. stage: `Stage.state`."""
 
-    best: Annotated[float, Field(allow_inf_nan=True)] | None
+    best: Best | None
     stage: dict[str, float]
 
 
@@ -114,7 +112,7 @@ def _loop(
             if stage.samples:
                 log.samples(done, stage.samples(engine))
             value = evaluation[stage.best_by] * (1 if stage.larger_is_better else -1)
-            if best is None or value > best:
+            if not math.isnan(value) and (best is None or value > best):
                 said = f"step {done}: best eval_{stage.best_by} so far"
                 if problem := export(engine, stage, config.model_save_path, "best"):
                     log.say(f"warning: {said}, but not saved: {problem}")

@@ -63,7 +63,7 @@ def read_manifest(folder: Path, flag: str) -> Manifest | None:
     if not os.path.lexists(folder / FILE):
         return None
     content = read_json(folder / FILE, flag, _ManifestFile)
-    parts = {part: Hashes(**content[part]) for part in ("raw", "diff", "tuned") if content.get(part)}
+    parts = {part: Hashes(x["dtype"], x["sha256"]) for part in ("raw", "diff", "tuned") if (x := content.get(part))}
     return Manifest(content["total"], **parts)
 
 
