@@ -31,6 +31,8 @@ class FlagParser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         """As argparse's. The error for an unknown flag names the flag that was probably meant."""
         args = list(sys.argv[1:] if args is None else args)
+        if wrong := [word for word in args if word != word.encode(errors="replace").decode()]:
+            raise UserError(f"{wrong[0]}: a name that is not UTF-8, as libraries need it; rename the file or folder")
         known = {name.removeprefix("--") for action in self._actions for name in action.option_strings}
         names = {word: word.split("=")[0].removeprefix("--") for word in args if word.startswith("--")}
         values, unknown = None, [word for word, name in names.items() if name not in known and " " not in name]
