@@ -11,7 +11,7 @@ HOSTFILE=${HOSTFILE:-}              # DeepSpeed's list of machines, when there a
 POLICY_MODEL=${POLICY_MODEL:-models/moss-rlhf-sft-model-7B-en/recover}
 # Scores the answers; with --reward_fn the function does, and a REWARD_MODEL only if one is set
 REWARD_MODEL=${REWARD_MODEL:-$(has_flag --reward_fn "$@" || echo models/moss-rlhf-reward-model-7B-en/recover)}
-CRITIC_MODEL=$(path_value --critic_model_path "${CRITIC_MODEL:-$REWARD_MODEL}" "$@") # where the critic starts from
+CRITIC_MODEL=$(flag_value --critic_model_path "${CRITIC_MODEL:-$REWARD_MODEL}" "$@") # where the critic starts from
 TOKENIZER=${TOKENIZER:-$POLICY_MODEL}
 DATA=${DATA:-data/ppo_data} # a folder with *train.json(l) and *valid.json(l), a file, or a hub id
 OUTPUT=${OUTPUT:-outputs/ppo_en}

@@ -15,9 +15,9 @@ OUTPUT=${OUTPUT:-outputs/reward}
 
 answer_help '-m reward.train' "$@"
 activate_repository_venv
+OUTPUT=$(flag_value --model_save_path "$OUTPUT" "$@")
+DATA=$(flag_value --data_path "$DATA" "$@")
 use_devices "$NUM_GPUS"
-OUTPUT=$(path_value --model_save_path "$OUTPUT" "$@")
-DATA=$(path_value --data_path "$DATA" "$@")
 mkdir -p -- "$OUTPUT"
 
 # One flag per line; the values are those of Part I and II for 7 billion parameters. `--help all` lists the rest.

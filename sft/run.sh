@@ -12,7 +12,7 @@ MODEL=${MODEL:-models/llama-7b} # where it starts from: a Hugging Face folder or
 TOKENIZER=${TOKENIZER:-$MODEL}
 read -rd '' -a DATA <<<"${DATA:-data/sft_data}" || true # folders of *train.json(l) and *valid.json(l), files or hub ids
 read -rd '' -a WEIGHTS <<<"${DATA_WEIGHTS:-}" || true # a share of the samples for each; none: every dialogue once per epoch
-OUTPUT=$(path_value --model_save_path "${OUTPUT:-outputs/sft}" "$@")
+OUTPUT=$(flag_value --model_save_path "${OUTPUT:-outputs/sft}" "$@")
 
 answer_help '-m sft.train' "$@"
 activate_repository_venv

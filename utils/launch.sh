@@ -18,7 +18,7 @@ require_number() { # names of variables. Stops with an error unless each is unse
   done
 }
 
-check_settings() { # of the environment: numbers, and paths, which must not look like flags
+check_settings() { # checks numbers; puts ./ in front of paths that look like flags
   local name
   require_number NUM_GPUS OMP_NUM_THREADS MASTER_PORT
   for name in HOSTFILE POLICY_MODEL REWARD_MODEL CRITIC_MODEL TOKENIZER MODEL DATA OUTPUT OUTPUT_DEMO; do
@@ -61,6 +61,7 @@ check_hosts() { # $1: number of GPUs. Stops with an error unless HOSTFILE is emp
 }
 
 use_devices() { # $1: number of GPUs; without any, DeepSpeed is told to use the CPU
+  check_settings # again: flags have changed some
   [[ -z ${HOSTFILE:-} ]] || check_hosts "$1"
   if (($1 == 0)); then
     export DS_ACCELERATOR=cpu
@@ -230,10 +231,4 @@ flag_value() { # $1: flag; $2: default; then a command line. Prints the flag's l
     shift
   done
   printf '%s' "$value"
-}
-
-path_value() { # as flag_value, for a path. One that looks like a flag gets ./ in front
-  local value
-  value=$(flag_value "$@")
-  printf '%s' "${value/#-/./-}"
 }

@@ -6,7 +6,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TextIO
 
 # C0 but for tab and line feed; DEL and C1; line separators and bidirectional overrides; lone surrogates
@@ -35,8 +35,7 @@ class SafeStream:
     def write(self, text: str) -> int:
         """Writes the text, escaped. Returns its length."""
         start = _BAR.match(text).end() if self._bars else 0
-        with self._until_gone():
-            self.raw.write(text[:start] + printable(text[start:]))
+        self._until_gone(self.raw.write, text[:start] + printable(text[start:]))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -46,13 +45,11 @@ class SafeStream:
 
     def flush(self) -> None:
         """As that of `raw`."""
-        with self._until_gone():
-            self.raw.flush()
+        self._until_gone(self.raw.flush)
 
-    @contextlib.contextmanager
-    def _until_gone(self):
+    def _until_gone(self, function: Callable, *arguments) -> None:
         try:
-            yield
+            function(*arguments)
         except OSError as error:
             if error.errno not in _GONE:
                 raise

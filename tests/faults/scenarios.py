@@ -3,7 +3,7 @@
     python -m tests.faults.scenarios CASES.json
 
 A case: "module" and "function", called with the words "argv" (main) or with these arguments (others); "ranks";
-"fault": a name in FAULTS, or the arguments of at_call; "patience": seconds; "log": file. "second": words
+"fault": a name in FAULTS, or the arguments of kill_at; "patience": seconds; "log": file. "second": words
 that the second rank gets in addition; "folders": the working folder of each rank. Prints exit codes as JSON.
 """
 
@@ -27,7 +27,8 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - takes seconds,
 import torch
 from tqdm import tqdm
 
-from tests.faults.faults import FAULTS, Fault, at_call, nothing
+from tests.faults.faults import FAULTS, Fault, nothing
+from tests.faults.moments import kill_at
 from tests.helpers.tiny_run import Inputs, run_flags, run_module
 from utils.launcher import free_port
 
@@ -63,7 +64,7 @@ def run_forked(folder: Path, rows: dict[str, dict]) -> dict[str, Result]:
     """Name -> result. A row: "argv", and what differs from DEFAULTS. Packages are imported once for all of them."""
     cases = [DEFAULTS | row | {"log": str(folder / f"{name}.log".replace(" ", "_"))} for name, row in rows.items()]
     (folder / "cases.json").write_text(json.dumps(cases))
-    result = run_module("tests.faults.scenarios", folder / "cases.json", timeout=600)
+    result = run_module("tests.faults.scenarios", folder / "cases.json", timeout=LIMIT + 60 * len(cases))
     assert result.returncode == 0, result.stderr[-3000:]
     found = {}
     for name, case, codes in zip(rows, cases, json.loads(result.stdout.splitlines()[-1]), strict=True):
@@ -140,7 +141,7 @@ def main() -> None:
     codes = []
     for case in json.loads(Path(sys.argv[1]).read_text()):
         fault = case["fault"] or nothing
-        fault = FAULTS[fault] if isinstance(fault, str) else at_call(*fault) if isinstance(fault, list) else fault
+        fault = FAULTS[fault] if isinstance(fault, str) else kill_at(*fault) if isinstance(fault, list) else fault
         run = getattr(importlib.import_module(case["module"]), case["function"])
         words = [case["argv"]] if case["function"] == "main" else case["argv"]
         children = start(partial(call, run, words, case), case["ranks"], Path(case["log"]), fault)

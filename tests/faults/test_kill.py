@@ -14,10 +14,20 @@ from tests.helpers.tiny_run import SIZES, assert_same_run, final_weights, fit_fl
 STEPS = {"train_steps": 5, "ranks": 1, "zero_stage": 0}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_runs_that_are_killed(inputs, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "phases"),
+    zip(
+        KINDS,
+        [
+            ("scoring", "update", "rollback", "export of final/"),
+            ("rollout", "saving", "evaluation", "export of best/"),
+        ],
+        strict=True,
+    ),
+)
+def test_runs_that_are_killed(inputs, tmp_path, kind, phases):
     """The short form of tests/faults/kill.py."""
-    kill_and_compare(inputs, tmp_path, kind, kills=4, seed=1)
+    kill_and_compare(inputs, tmp_path, kind, len(phases), seed=1, phases=phases)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -44,6 +45,15 @@ def test_errors_warnings_and_logs_of_libraries(error, code, last):
     shown = result.stderr.decode().split("\n")
     assert (result.returncode, result.stdout, shown[-2:]) == (code, b"", [last, ""])
     assert "WARNING:root:y\\u0007" in shown and any("UserWarning: x\\u001b\\u009b" in line for line in shown)
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
+    """Some libraries read such a folder and some do not: one line for all of them."""
+    words = ["-m", "ppo.report", os.fsdecode(os.fsencode(tmp_path) + b"/x\xff")]
+    result = subprocess.run([sys.executable, *words], cwd=REPOSITORY, env=clean_environment(), capture_output=True)
+    assert result.returncode == 2 and result.stderr.decode() == (
+        f"error: {tmp_path}/x\\udcff: a name that is not UTF-8, as libraries need it; rename the file or folder\n"
+    )
 
 
 def test_bars_move_and_what_they_show_does_not():
