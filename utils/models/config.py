@@ -23,15 +23,15 @@ from utils.schema import Schema, checked
 
 # Names of keys, and the least and the largest number that they can hold.
 _RANGES = {
-    r".*(layers?|blocks)": (0, 10_000),
+    r".*(layers?|blocks)": (-100, 10_000),  # also places of layers, from the end
     r".*(heads?|experts|labels)": (0, 100_000),
     r".*(_size|_dim|_embd|positions|embeddings)|d_[a-z]+|.*_token_id": (-1, 2**31),
-    r".*theta|factor": (1e-9, 1e18),
-    r".*eps(ilon)?": (0, 1),
+    r"rope_theta|factor": (1e-9, 1e18),
+    r"(.*_)?eps(ilon)?": (0, 1),
 }
 _POSITIVE = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim",
-    "vocab_size", "max_position_embeddings",
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+    "max_position_embeddings",
 )  # fmt: skip
 
 
@@ -127,11 +127,11 @@ def check_counts(config: PretrainedConfig, stored: dict[str, Stored]) -> None:
     text = config.get_text_config()
     if not isinstance(text, PretrainedConfig):
         raise ValueError(f"text_config is of the type {type(text).__name__}")
-    for name in _POSITIVE:
-        value = getattr(text, name, None)
+    sizes = {name: vars(text).get(text.attribute_map.get(name, name)) for name in _POSITIVE}
+    for name, value in sizes.items():
         if isinstance(value, int) and value < 1:
             raise ValueError(f"{name} is {value}")
-    layers = getattr(text, "num_hidden_layers", 0)
+    layers = sizes["num_hidden_layers"]
     if isinstance(layers, int) and layers > len(stored) + 64:
         raise ValueError(f"num_hidden_layers is {layers}, and the weights are {len(stored)} tensors")
 
