@@ -129,7 +129,8 @@ TEMPLATES = {
     "{{ 'a' * 10000000000 }}": "MemoryError", "{{ 'a' | center(10000000000) }}": "MemoryError",
     "{{ '%9999999999d' | format(1) }}": "", "{% for i in range(30) %}{{ 'a' * 100000000 }}{% endfor %}": "MemoryError",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "more than",
-    "{{ 'a' * 1000000 }}" + BODY: "it writes 1000014 characters", "{{ '\\ud800' }}" + BODY: "surrogates", " \n": "leaves out the question",
+    "{{ 'a' * 1000000 }}" + BODY: "it writes 1000014 characters", "{{ '\\ud800' }}" + BODY: "surrogates",
+    " \n": "leaves out the question",
     "hello": "leaves out the question", "{{ messages[0].content }}": "leaves out answers",
 }  # fmt: skip
 
