@@ -171,11 +171,6 @@ def _num_common(first: list[int], second: list[int]) -> int:
     return next((k for k, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
 
 
-def _searchable(ids: list[int]) -> str:
-    """Returns one character per id."""
-    return "".join(map(chr, ids))
-
-
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Returns the ids of rendered text, in which special tokens are tokens; the template writes the BOS."""
     return tokenizer.encode(text, add_special_tokens=False)

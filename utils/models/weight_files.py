@@ -162,7 +162,7 @@ def _check_pickle(content: mmap.mmap | bytes) -> set[str]:
     stack = []  # of each object the number of items, those of tuples in tuples included
     for code, value, _ in pickletools.genops(content):
         if code.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _IN_STATE_DICTS.fullmatch(str(value)):
-            raise pickle.UnpicklingError(f"GLOBAL {'.'.join(str(value).split())}")
+            raise ValueError(f"GLOBAL {'.'.join(str(value).split())}")
         if code.name == "BINUNICODE":
             texts.add(value)
         if "PUT" in code.name:
