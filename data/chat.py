@@ -12,7 +12,7 @@ from utils.errors import UserError
 from utils.limits import limited
 
 Turns = list[dict[str, str]]
-_MAX_SECONDS, _MAX_BYTES = 10, 2**30  # of rendering a dialogue
+_MAX_BYTES, _MAX_TEXT = 2**30, 200_000  # of rendering a dialogue: memory, and characters beside those of its texts
 MANY_TURNS = 32  # from here on, the prefixes of a dialogue are not rendered whole
 # The texts of the probe dialogue: they are in no template, and templates that change case keep them.
 _QUESTION, _ANSWER = "2648", "7391"
@@ -74,10 +74,11 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Turns, open_answer: bool) 
     arguments = template_arguments(tokenizer)
     try:
         _check_template(str(tokenizer.chat_template))
-        with limited(_MAX_SECONDS, _MAX_BYTES):
+        with limited(2 + len(turns) / 1000, _MAX_BYTES):
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_answer, **arguments)
-        if len(text) > 10**6 + 100 * sum(1 + len(turn["content"]) for turn in turns):
+        if len(text) > _MAX_TEXT + 100 * sum(1 + len(turn["content"]) for turn in turns):
             raise ValueError(f"it writes {len(text)} characters")
+        text.encode()  # raises an error for half a character
         return text
     except Exception as error:  # some templates refuse system turns; all others are programs that can fail anyhow
         given = " or --chat_template_kwargs" if arguments else ""
@@ -168,11 +169,6 @@ def _searchable(ids: list[int]) -> str:
 def _num_common(first: list[int], second: list[int]) -> int:
     """Returns the number of ids with which both lists begin."""
     return next((k for k, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
-
-
-def _searchable(ids: list[int]) -> str:
-    """Returns one character per id."""
-    return "".join(map(chr, ids))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -4,6 +4,7 @@ transformers' LLaMA class ignores the scores of pieces, and so encodes runs of s
 tokenizer that the published weights were trained with.
 """
 
+import math
 from itertools import groupby
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def read_proto(file: Path):
         loads = SentencePieceProcessor().Load(str(file))
     except (DecodeError, OSError, RuntimeError):
         return None
-    return proto if loads and 0 <= proto.trainer_spec.unk_id < len(proto.pieces) else None
+    sound = 0 <= proto.trainer_spec.unk_id < len(proto.pieces) and all(math.isfinite(x.score) for x in proto.pieces)
+    return proto if loads and sound else None
 
 
 def is_llama_format(proto) -> bool:

@@ -23,4 +23,4 @@ def checked(kind: type[Model], value, place: str = "") -> Model:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
         keys = ".".join(map(str, problem["loc"]))
-        raise ValueError(": ".join(filter(None, (place, keys, problem["msg"])))) from None
+        raise ValueError(": ".join(filter(None, (place, keys, problem["msg"].removeprefix("Value error, "))))) from None

@@ -57,8 +57,9 @@ def load_tokenizer(
         tokenizer = _from_sentencepiece(file, flag) if file and not fast else _from_auto(str(path), flag)
         tokenizer.chat_template = chat or tokenizer.chat_template
         tokenizer.split_special_tokens = False  # a chat template writes special tokens
-        if not tokenizer.decode(tokenizer.encode(_TRIAL, add_special_tokens=False)):
-            raise ValueError(f"it encodes {_TRIAL!r} as nothing")
+        ids = tokenizer.encode(_TRIAL, add_special_tokens=False)
+        if not 0 < len(ids) < 1000 or not tokenizer.decode(ids):
+            raise ValueError(f"it encodes {_TRIAL!r} as {len(ids)} ids, {tokenizer.decode(ids[:1000])[:80]!r}")
     if not tokenizer.eos_token:
         raise UserError(f"{flag}: the tokenizer in {path} has no end-of-sequence token; use one whose config names it")
     tokenizer.chat_template_kwargs = arguments or {}  # read by data/chat.py; not saved

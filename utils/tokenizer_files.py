@@ -36,7 +36,7 @@ class _Model(Schema):
 
 
 class _TokenizerJson(Schema):
-    model: _Model
+    model: _Model | None = None
     added_tokens: list[_AddedToken] | None = None
 
 

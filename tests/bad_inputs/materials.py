@@ -99,8 +99,8 @@ def weights(edit: Callable[[dict], dict | None]) -> Callable:
 
 
 def index(content) -> Callable:
-    """A change: the weights have this index."""
-    return lambda folder: write_json(folder / f"{WEIGHTS}.index.json", content)
+    """A change: this index is in the place of the weights' single file, which would come before it."""
+    return lambda folder: write_json((folder / WEIGHTS).rename(folder / f"{WEIGHTS}.index.json"), content)
 
 
 def live_bin(name: str = "pytorch_model.bin", layout: str = "zip") -> Callable:

@@ -78,6 +78,13 @@ def file(name: str, content: bytes | str):
     return lambda folders: (folders / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+def index(content: str):
+    """Damage that puts an index in the place of the base's single file, which would come before it."""
+    return lambda x: (
+        (x / "raw" / "model.safetensors").rename(x / "raw" / "model.safetensors.index.json").write_text(content)
+    )
+
+
 def safetensors_with(*offsets: list[int]) -> bytes:
     entries = {str(i): {"dtype": "F32", "shape": [16], "data_offsets": place} for i, place in enumerate(offsets)}
     header = json.dumps(entries).encode()
@@ -95,7 +102,7 @@ MANIFESTS = (
 )  # fmt: skip
 DAMAGE = [
     ("--path_raw: no model.safetensors or pytorch_model.bin", lambda x: (x / "raw" / "model.safetensors").unlink()),
-    *((r"--path_raw: .*index\.json is .*damaged", file("raw/model.safetensors.index.json", x)) for x in INDICES),
+    *((r"--path_raw: .*index\.json is .*damaged", index(x)) for x in INDICES),
     *((r"--path_raw: .*safetensors is .*refused", file("raw/model.safetensors", x)) for x in NOT_SAFETENSORS),
     (f"{BIN}not a state dict", binary(lambda x: {"state_dict": x})),
     (f"{BIN}{UP_PROJ} is not contiguous", binary(lambda x: x | {UP_PROJ: x[UP_PROJ].T})),

@@ -21,17 +21,18 @@ from utils.files import read_json
 from utils.models.weight_files import Stored
 from utils.schema import Schema, checked
 
+_LAYERS = (-100, 10_000)  # also places of layers, from the end
 # Names of keys, and the least and the largest number that they can hold.
 _RANGES = {
-    r".*(layers?|blocks)": (0, 10_000),
+    r".*(layers?|blocks)": _LAYERS,
     r".*(heads?|experts|labels)": (0, 100_000),
     r".*(_size|_dim|_embd|positions|embeddings)|d_[a-z]+|.*_token_id": (-1, 2**31),
-    r".*theta|factor": (1e-9, 1e18),
-    r".*eps(ilon)?": (0, 1),
+    r"rope_theta|factor": (1e-9, 1e18),
+    r"(.*_)?eps(ilon)?": (0, 1),
 }
 _POSITIVE = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim",
-    "vocab_size", "max_position_embeddings",
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+    "max_position_embeddings",
 )  # fmt: skip
 
 
@@ -91,14 +92,17 @@ def _check_value(name: str, value: Any) -> None:
         known = isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype)
         if not known and value != "auto":
             raise ValueError(f"{name} {value!r} is not a dtype of torch")
+    ranges = [bounds for pattern, bounds in _RANGES.items() if re.fullmatch(pattern, name)]
+    if isinstance(value, str) and ranges and ranges != [_LAYERS]:  # some have a list of layers as text
+        raise ValueError(f"{name} is {value!r}, not a number")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and "limit" not in name)):
         raise ValueError(f"{name} is {value}, not a finite number")
     if isinstance(value, int) and abs(value) > 2**63:
         raise ValueError(f"{name} is a number of more than 64 bits")
-    for pattern, (least, most) in _RANGES.items():
-        if re.fullmatch(pattern, name) and not least <= value <= most:
+    for least, most in ranges:
+        if not least <= value <= most:
             raise ValueError(f"{name} is {value}, out of the range {least:g} to {most:g}")
 
 
@@ -127,11 +131,11 @@ def check_counts(config: PretrainedConfig, stored: dict[str, Stored]) -> None:
     text = config.get_text_config()
     if not isinstance(text, PretrainedConfig):
         raise ValueError(f"text_config is of the type {type(text).__name__}")
-    for name in _POSITIVE:
-        value = getattr(text, name, None)
+    sizes = {name: vars(text).get(text.attribute_map.get(name, name)) for name in _POSITIVE}
+    for name, value in sizes.items():
         if isinstance(value, int) and value < 1:
             raise ValueError(f"{name} is {value}")
-    layers = getattr(text, "num_hidden_layers", 0)
+    layers = sizes["num_hidden_layers"]
     if isinstance(layers, int) and layers > len(stored) + 64:
         raise ValueError(f"num_hidden_layers is {layers}, and the weights are {len(stored)} tensors")
 

@@ -125,10 +125,10 @@ def from_folder(
         config = without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         check_counts(config, stored)
         _window(config.get_text_config())
-        check_memory(shell_of(auto_class, config, dtype), stored)
     if kernel := _attention_kernel(attn_implementation, config, folder, flag, say):
         options["attn_implementation"] = kernel
     with _loading(folder, flag, attn_implementation):
+        check_memory(shell_of(auto_class, config, dtype), stored)
         model, report = auto_class.from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False,
             ignore_mismatched_sizes=True, **options,

@@ -28,7 +28,16 @@ DAMAGED = (
     *(SafetensorError, pickle.UnpicklingError, StrictDataclassError),
 )
 # Errors of damaged pickles and archives.
-_DAMAGED_FILE = (*DAMAGED, AssertionError, AttributeError, IndexError, TypeError, zipfile.BadZipFile, struct.error)
+_DAMAGED_FILE = (
+    *DAMAGED,
+    AssertionError,
+    AttributeError,
+    IndexError,
+    MemoryError,
+    TypeError,
+    zipfile.BadZipFile,
+    struct.error,
+)
 
 # Names in the pickle of a state dict, as pickletools prints them.
 _IN_STATE_DICTS = re.compile(
@@ -38,7 +47,7 @@ _MAX_ITEMS = 1000
 
 
 class _Index(Schema):
-    weight_map: dict[str, Annotated[str, Field(pattern="^[!-.0-~]{1,200}$")]]  # a file's name without folders
+    weight_map: dict[str, Annotated[str, Field(pattern="^[!-.0-~]{1,200}$")]] = Field(min_length=1)  # names of files
 
 
 class Stored(NamedTuple):
@@ -53,11 +62,11 @@ def tensor_files(folder: Path, flag: str) -> dict[str, Path]:
     """Returns tensor name -> file for all tensors in a folder. Reads indices and headers, no tensors."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index, file = folder / f"{name}.index.json", folder / name
-        if index.is_file():
-            return {tensor: folder / shard for tensor, shard in _shards_of(index, flag).items()}
-        if file.is_file():
+        if file.is_file():  # before the index, as in transformers
             with open_weights(file, flag) as tensors:
                 return dict.fromkeys(tensors.keys(), file)
+        if index.is_file():
+            return {tensor: folder / shard for tensor, shard in _shards_of(index, flag).items()}
     raise UserError(f"{flag}: no model.safetensors or pytorch_model.bin in {folder}; use a Hugging Face model's folder")
 
 
@@ -153,7 +162,7 @@ def _check_pickle(content: mmap.mmap | bytes) -> set[str]:
     stack = []  # of each object the number of items, those of tuples in tuples included
     for code, value, _ in pickletools.genops(content):
         if code.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _IN_STATE_DICTS.fullmatch(str(value)):
-            raise pickle.UnpicklingError(f"GLOBAL {'.'.join(str(value).split())}")
+            raise ValueError(f"GLOBAL {'.'.join(str(value).split())}")
         if code.name == "BINUNICODE":
             texts.add(value)
         if "PUT" in code.name:
