@@ -69,7 +69,8 @@ MAY = {
     "max_position_embeddings = 1000000000000000000": "a window is a limit, and takes no memory",
     "eos_token_id = -1": "the tokenizer's ids count; published configs have others",
     "pad_token_id = -1": "published LLaMA configs have it",
-    "architectures = []": "it names no class", "attention_dropout = NaN": "all dropout is switched off", "num_labels = -1": UNUSED, "_name_or_path = 3": UNUSED,
+    "architectures = []": "it names no class", "attention_dropout = NaN": "all dropout is switched off",
+    "num_labels = -1": UNUSED, "_name_or_path = 3": UNUSED,
     'auto_map = {"AutoModelForCausalLM": "../../x…': "code of a folder is never run, and transformers has the class",
     'quantization_config = {}': "it names no method",
 }  # fmt: skip
@@ -87,14 +88,18 @@ MAY_GENERATE = {
     "eos_token_id = -1": "an id that no token has ends nothing",
 }
 TEXTS = {
-    "deep": nested(100_000), "deep object": '{"a":' * 50_000 + "1" + "}" * 50_000, "digits": '{"hidden_size": ' + "9" * 100_000 + "}",
-    "empty": "", "a NUL": "\0", "UTF-16": "{}".encode("utf-16").decode("latin-1"), "not UTF-8": '{"model_type": "\udcff"}',
-    "a BOM": "\ufeff{}", "cut": '{"model_type": "llama"', "two objects": "{}{}", "a lone surrogate": '{"model_type": "\\ud800"}',
+    "deep": nested(100_000), "deep object": '{"a":' * 50_000 + "1" + "}" * 50_000, "digits": '{"hidden_size": '
+    + "9" * 100_000 + "}",
+    "empty": "", "a NUL": "\0", "UTF-16": "{}".encode("utf-16").decode("latin-1"),
+    "not UTF-8": '{"model_type": "\udcff"}',
+    "a BOM": "\ufeff{}", "cut": '{"model_type": "llama"', "two objects": "{}{}",
+    "a lone surrogate": '{"model_type": "\\ud800"}',
     "an escape": '{"model_type": "\\u001b[2J\\u009b31m"}',
 }  # fmt: skip
 
 
-PLACES = {"a folder": lambda path: path.mkdir(), "a FIFO": fifo, "a link to itself": lambda path: path.symlink_to(path.name),
+PLACES = {"a folder": lambda path: path.mkdir(), "a FIFO": fifo,
+    "a link to itself": lambda path: path.symlink_to(path.name),
           "a link to /dev/zero": lambda path: path.symlink_to("/dev/zero")}  # fmt: skip
 
 
@@ -119,7 +124,8 @@ CONFIGS = (
         ("score_center", NAN), ("score_center", [1]), ("score_center", 10**400), ("id2label", {"a": 1}),
     )}
     | {f"config.json of a diff: {k} = {v!r}": diff(put("config.json", k, v)) for k, v in (
-        ("num_hidden_layers", HUGE), ("num_attention_heads", 0), ("hidden_size", 0), ("rope_theta", "x"), ("rope_theta", 0), ("head_dim", HUGE), ("rope_parameters", 3),
+        ("num_hidden_layers", HUGE), ("num_attention_heads", 0), ("hidden_size", 0), ("rope_theta", "x"),
+        ("rope_theta", 0), ("head_dim", HUGE), ("rope_parameters", 3),
     )}
 )  # fmt: skip
 
@@ -165,9 +171,12 @@ HEADERS = {
     "a shape with nothing": key(NORM, "shape", [0]), "no such dtype": key(NORM, "dtype", "F99"),
     "a dtype of another size": key(NORM, "dtype", "F64"), "dtype of a number": key(NORM, "dtype", 32),
     "an entry that is a list": lambda found: found.update({NORM: []}), "no entries": lambda found: {},
-    "a header that is a list": lambda found: [1], "metadata that are a list": lambda found: found.update(__metadata__=[1]),
-    "metadata of numbers": lambda found: found.update(__metadata__={"format": 3}), "deep": lambda found: nested(50_000).encode(),
-    "NaN": lambda found: b'{"a": NaN}', "not UTF-8": lambda found: b'{"\xff": 1}', "twice": lambda found: b'{"a":1,"a":2}',
+    "a header that is a list": lambda found: [1],
+    "metadata that are a list": lambda found: found.update(__metadata__=[1]),
+    "metadata of numbers": lambda found: found.update(__metadata__={"format": 3}),
+    "deep": lambda found: nested(50_000).encode(),
+    "NaN": lambda found: b'{"a": NaN}', "not UTF-8": lambda found: b'{"\xff": 1}',
+    "twice": lambda found: b'{"a":1,"a":2}',
     "an escape in a name": lambda found: found.update({"\x1b[2J": found.pop(NORM)}),
     "a hole": lambda found: found.pop(UP) and None,
 }  # fmt: skip
@@ -204,14 +213,17 @@ MEMO = b"\x80\x02]r\xff\xff\xff\x7f."
 NESTED = b"\x80\x02" + b"(" * 1_000_000 + b"t" * 1_000_000 + b"."
 DEEP = b"\x80\x02]" + b"\x85" * 1_000_000 + b"."
 PICKLES = {
-    "a bytearray of 2 GB": BOMB, "a memo that is not there": GET, "a text of 2 GB": LONG_TEXT, "bytes of 1 TB": LONG_BYTES,
+    "a bytearray of 2 GB": BOMB, "a memo that is not there": GET, "a text of 2 GB": LONG_TEXT,
+    "bytes of 1 TB": LONG_BYTES,
     "two million copies": MANY, "a far place in the memo": MEMO, "a million marks": NESTED, "a million tuples": DEEP,
     "empty": b"", "a stop alone": b".", "an unknown opcode": b"\x80\x02\xff.", "protocol 99": b"\x80c}.",
     "a number": b"\x80\x02K\x05.", "a call of a number": b"\x80\x02K\x05)R.",
     "a global of os": b"\x80\x02cos\nsystem\nX\x09\x00\x00\x00touch ran\x85R.",
     "a global of builtins": b"\x80\x02cbuiltins\neval\nX\x01\x00\x00\x001\x85R.",
-    "a global of torch": b"\x80\x02ctorch.hub\nload\n)R.", "a global of numpy": b"\x80\x02cnumpy\nones\nJ\xff\xff\xff\x7f\x85R.",
-    "a name with dots": b"\x80\x04\x8c\x05torch\x8c\x0d_utils.system\x93.", "an escape in a name": b"\x80\x02c\x1b[2J\nx\n.",
+    "a global of torch": b"\x80\x02ctorch.hub\nload\n)R.",
+    "a global of numpy": b"\x80\x02cnumpy\nones\nJ\xff\xff\xff\x7f\x85R.",
+    "a name with dots": b"\x80\x04\x8c\x05torch\x8c\x0d_utils.system\x93.",
+    "an escape in a name": b"\x80\x02c\x1b[2J\nx\n.",
     "a storage of text": b"\x80\x02X\x01\x00\x00\x00xQ.", "extensions": b"\x80\x02\x82\x01.",
     "an instance of a class": b"\x80\x02(ios\nsystem\n.", "build on a list": b"\x80\x02]}b.",
     "an OrderedDict of numbers": b"\x80\x02ccollections\nOrderedDict\n)R.",
@@ -220,10 +232,12 @@ PICKLES = {
     "a device tensor": torch_call("_rebuild_device_tensor_from_numpy", None, None, "cpu", False),
 }  # fmt: skip
 RECORDS = {
-    "big-endian": {"byteorder": b"big"}, "no such order": {"byteorder": b"middle"}, "a storage that is too short": {"data/0": b"1234"},
+    "big-endian": {"byteorder": b"big"}, "no such order": {"byteorder": b"middle"},
+    "a storage that is too short": {"data/0": b"1234"},
     "a storage that is too long": {"data/0": b"0" * 10**6}, "an empty storage": {"data/0": b""},
     "a storage left out": {"data/0": None}, "no pickle": {"data.pkl": None}, "version of text": {"version": b"three\n"},
-    "TorchScript": {"constants.pkl": b"\x80\x02)."}, "a foreign name": {"../../ran": b"1"}, "alignment of text": {".format_version": b"x"},
+    "TorchScript": {"constants.pkl": b"\x80\x02)."}, "a foreign name": {"../../ran": b"1"},
+    "alignment of text": {".format_version": b"x"},
 }  # fmt: skip
 
 UNREAD = "a member that torch does not ask for is not read"
@@ -252,24 +266,30 @@ WEIGHTS = (
     | {f"weights of a base: {title}": base(header(ST, HEADERS[title])) for title in OF_BASE}
     | {f"weights: a header of length {title}": policy(length(size)) for title, size in LENGTHS.items()}
     | {f"weights: pickle: {title}": policy(as_bin(content)) for title, content in PICKLES.items()}
-    | {f"weights: legacy pickle: {title}": policy(legacy_bin(content)) for title, content in list(PICKLES.items())[:16] if len(content) < 99}
+    | {f"weights: legacy pickle: {title}": policy(legacy_bin(content)) for title,
+    content in list(PICKLES.items())[:16] if len(content) < 99}
     | {f"weights of a base: pickle: {title}": base(as_bin(PICKLES[title])) for title in OF_BASE_BIN}
-    | {f"weights: archive: {title}": policy(as_bin(records=records), accepted=UNREAD if title in ("a foreign name", "alignment of text") else "")
+    | {f"weights: archive: {title}": policy(as_bin(records=records), accepted=UNREAD if title in ("a foreign name",
+    "alignment of text") else "")
        for title, records in RECORDS.items()}
-    | {f"weights of a base: archive: {title}": base(as_bin(records=RECORDS[title])) for title in ("big-endian", "a storage that is too short", "a storage left out")}
+    | {f"weights of a base: archive: {title}": base(as_bin(records=RECORDS[title])) for title in ("big-endian",
+    "a storage that is too short", "a storage left out")}
     | {f"weights: all in {dtype}": policy(as_type(getattr(torch, dtype)), accepted=why) for dtype, why in {
-        "int8": "", "bool": "", "complex64": "", **dict.fromkeys(("float8_e4m3fn", "float64", "float16"), "floats are rounded to --dtype")}.items()}
+        "int8": "", "bool": "", "complex64": "", **dict.fromkeys(("float8_e4m3fn", "float64", "float16"),
+        "floats are rounded to --dtype")}.items()}
     | {f"weights: {title}": policy(in_place(ST, build)) for title, build in PLACES.items()}
     | {
         "weights of a base: a FIFO": base(in_place(ST, fifo)),
         "weights: a sparse file of 3 GB": policy(in_place(ST, lambda path: os.truncate(_made(path), 3 << 30))),
-        "weights: a .bin of 1 TB of nothing": policy(all_of(without(ST), lambda folder: os.truncate(_made(folder / "pytorch_model.bin"), 1 << 40))),
+        "weights: a .bin of 1 TB of nothing": policy(all_of(without(ST),
+        lambda folder: os.truncate(_made(folder / "pytorch_model.bin"), 1 << 40))),
         "weights: a .bin that is a safetensors file": policy(lambda folder: (folder / ST).rename(folder / "pytorch_model.bin")),
         "weights: an embedding of other width": policy(tensors(ST, lambda s: {**s, EMBED: torch.ones(400, 31)})),
         "weights: an embedding of fewer rows": policy(tensors(ST, lambda s: {**s, EMBED: torch.ones(399, 32)})),
         "weights: an infinite value": policy(tensors(ST, lambda s: {**s, NORM: s[NORM] * INF})),
         "weights: a tensor of no size": policy(tensors(ST, lambda s: {**s, NORM: torch.ones(())})),
-        "weights: a tensor more": policy(tensors(ST, lambda s: {**s, "x" * 5000: torch.ones(3)}), accepted="transformers ignores tensors that the model does not have"),
+        "weights: a tensor more": policy(tensors(ST, lambda s: {**s, "x" * 5000: torch.ones(3)}),
+        accepted="transformers ignores tensors that the model does not have"),
     }
 )  # fmt: skip
 
@@ -282,8 +302,10 @@ def _made(path):
 
 SHARD, LIST = "model-00001-of-00001.safetensors", f"{ST}.index.json"
 INDEX = {
-    "": [3, [], {}], "weight_map": [3, {}, None, {EMBED: "/etc/passwd"}, {EMBED: "../policy/model.safetensors"}, {EMBED: "."}, {EMBED: ".."}, {EMBED: "\x1b[2J"},
-                                     {EMBED: "a\0b"}, {EMBED: ["a"]}, {"": SHARD}, {EMBED: "config.json"}, {EMBED: "x" * 5000}, {EMBED: SHARD}],
+    "": [3, [], {}], "weight_map": [3, {}, None, {EMBED: "/etc/passwd"}, {EMBED: "../policy/model.safetensors"},
+    {EMBED: "."}, {EMBED: ".."}, {EMBED: "\x1b[2J"},
+                                     {EMBED: "a\0b"}, {EMBED: ["a"]}, {"": SHARD}, {EMBED: "config.json"},
+                                     {EMBED: "x" * 5000}, {EMBED: SHARD}],
 }  # fmt: skip
 
 

@@ -37,7 +37,19 @@ from utils.errors import UserError
 
 ROUNDS = 400  # mutations of a process, after which another one takes over
 WORKERS = 2
-CODE = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "shutil.rmtree")
+CODE = (
+    "os.system",
+    "subprocess.Popen",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "socket.connect",
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "shutil.rmtree",
+)
 
 
 def target_of(rng: random.Random, only: str | None) -> Target:
@@ -57,7 +69,12 @@ class Watch:
     def __call__(self, event: str, arguments: tuple) -> None:
         if not self.on:
             return
-        if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+") and arguments[0] != os.devnull:
+        if (
+            event == "open"
+            and isinstance(arguments[1], str)
+            and set(arguments[1]) & set("wax+")
+            and arguments[0] != os.devnull
+        ):
             self.seen.append(f"open {arguments[:2]}")
         elif event in CODE:
             self.seen.append(f"{event} {arguments}"[:200])
@@ -78,7 +95,10 @@ class Reader:
     def problem(self, target: Target, rng: random.Random) -> str | None:
         """What a mutation leads to that it must not, or None."""
         place = self.folders[target.source]
-        sound = {path: path.read_bytes() for path in {place / target.file, *place.glob("checkpoints/*/manifest.json"), *place.glob("*.jsonl")}}
+        sound = {
+            path: path.read_bytes()
+            for path in {place / target.file, *place.glob("checkpoints/*/manifest.json"), *place.glob("*.jsonl")}
+        }
         content = target.mutate(rng, sound[place / target.file])
         read = target.read
         if read is Resume:
@@ -105,7 +125,9 @@ class Reader:
             elif MEMORY.search(text):
                 found = f"asks for memory: {text[:300]}"
         except BaseException as error:  # noqa: BLE001 - libraries raise what is no Exception, too
-            own = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+            own = [
+                frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename
+            ]
             where = f"{Path(own[-1].filename).name}:{own[-1].lineno} {own[-1].name}" if own else ""
             found = f"{type(error).__name__} at {where}: {str(error)[:200]!r}"
         self.watch.on = False
@@ -198,7 +220,9 @@ def run(options: argparse.Namespace, materials: dict[str, Path], folder: Path) -
             _, status = os.waitpid(worker.pid, 0)
             os.close(worker.pipe)
             if worker.current is not None:
-                findings[worker.current] = f"hung for {SECONDS} s" if hung else f"process ended: {os.waitstatus_to_exitcode(status)}"
+                findings[worker.current] = (
+                    f"hung for {SECONDS} s" if hung else f"process ended: {os.waitstatus_to_exitcode(status)}"
+                )
                 worker.todo.remove(worker.current)
             place = workers.index(worker)
             workers.pop(place)

@@ -56,8 +56,10 @@ PPO_STATE = {
 }  # fmt: skip
 STREAMS = {
     "": [3, [], None, {}],
-    "python": [3, [], None, [3, [], None], [3, ["x"] * 625, None], [2, [0] * 625, None], [3, [-1] * 625, None], [3, [2**40] * 625, None]],
-    "numpy": [3, [], ["PCG64", "00", 0, 0, 0.0], ["MT19937", "zz", 0, 0, 0.0], ["MT19937", "00", 0, 0, 0.0], ["MT19937", "00" * 2496, 10**9, 0, 0.0],
+    "python": [3, [], None, [3, [], None], [3, ["x"] * 625, None], [2, [0] * 625, None], [3, [-1] * 625, None], [3,
+    [2**40] * 625, None]],
+    "numpy": [3, [], ["PCG64", "00", 0, 0, 0.0], ["MT19937", "zz", 0, 0, 0.0], ["MT19937", "00", 0, 0, 0.0],
+    ["MT19937", "00" * 2496, 10**9, 0, 0.0],
               ["MT19937", "00" * 2496, -1, 0, 0.0], ["MT19937", "00" * 2496, 0, "x", 0.0]],
     "torch": [3, "", "zz", "00", None, "00" * 5056, "ff" * 5056],
     "gpu": [3, "zz"],
@@ -65,7 +67,8 @@ STREAMS = {
 ENTRY = {"bytes": 3, "sha256": "0" * 64}
 MANIFEST = {
     "": [3, [], None, {}, {"state.json": {}}],
-    "state.json": [3, None, [], {"bytes": -1, "sha256": "0" * 64}, {"bytes": "x", "sha256": 3}, {"bytes": 1e400, "sha256": ""}, REMOVED],
+    "state.json": [3, None, [], {"bytes": -1, "sha256": "0" * 64}, {"bytes": "x", "sha256": 3}, {"bytes": 1e400,
+    "sha256": ""}, REMOVED],
     "model-rank0.safetensors": [REMOVED, {}, {"bytes": None}],
     "random-rank0.json": [REMOVED],
     "../../config.json": [ENTRY],
@@ -154,8 +157,10 @@ TENSORS = {
     "a negative step": swapped("step", torch.tensor(-5.0)), "a huge step": swapped("step", torch.tensor(1e30)),
     "a step of NaN": swapped("step", torch.tensor(NAN)), "a step of a half": swapped("step", torch.tensor(0.5)),
     "a list of steps": swapped("step", torch.ones(3)), "no number as step": swapped("step", torch.ones(0)),
-    "another step": swapped("step", torch.tensor(9.0)), "weights in int8": each(torch.int8), "weights in float64": each(torch.float64),
-    "weights in bfloat16": each(torch.bfloat16), "weights in bool": each(torch.bool), "one weight in int64": swapped(W, torch.ones(32).long()),
+    "another step": swapped("step", torch.tensor(9.0)), "weights in int8": each(torch.int8),
+    "weights in float64": each(torch.float64),
+    "weights in bfloat16": each(torch.bfloat16), "weights in bool": each(torch.bool), "one weight in int64": swapped(W,
+    torch.ones(32).long()),
     "a moment in float16": swapped(M, torch.ones(32).half()), "NaN in a weight": swapped(W, torch.full((32,), NAN)),
     "NaN in a moment": swapped(M, torch.full((32,), NAN)), "infinite moments": swapped(V, torch.full((32,), INF)),
     "negative squares": swapped(V, -torch.ones(32)), "a weight that is too long": swapped(W, torch.ones(33)),
@@ -163,13 +168,18 @@ TENSORS = {
     "a weight of two dimensions": swapped(W, torch.ones(4, 8)), "a scalar": swapped(W, torch.tensor(1.0)),
     "a moment that is too short": swapped(M, torch.ones(31)), "a moment that is too long": swapped(M, torch.ones(3200)),
     "overlapping stretches": parts(lambda s: s | {W: torch.ones(20), f"weight/{NORM}/12": torch.ones(12)}),
-    "a hole and an overlap": parts(lambda s: s | {W: torch.ones(10), f"weight/{NORM}/20": torch.ones(12), f"weight/{NORM}/22": torch.ones(10)}),
-    "a start beyond the end": renamed(W, f"weight/{NORM}/{10**18}"), "a negative start": renamed(W, f"weight/{NORM}/-1"),
+    "a hole and an overlap": parts(lambda s: s | {W: torch.ones(10), f"weight/{NORM}/20": torch.ones(12),
+    f"weight/{NORM}/22": torch.ones(10)}),
+    "a start beyond the end": renamed(W, f"weight/{NORM}/{10**18}"), "a negative start": renamed(W,
+    f"weight/{NORM}/-1"),
     "a start of text": renamed(W, f"weight/{NORM}/x"), "a start with a sign": renamed(M, f"exp_avg/{NORM}/+0"),
-    "no start": renamed(W, f"weight/{NORM}"), "a part more": renamed(W, f"weight/a/{NORM}/0"), "an unknown kind": renamed(M, f"exp_max/{NORM}/0"),
-    "a kind more": parts(lambda s: s | {f"max_exp_avg_sq/{NORM}/0": torch.ones(32)}), "an unknown parameter": renamed(W, "weight/no.such/0"),
+    "no start": renamed(W, f"weight/{NORM}"), "a part more": renamed(W, f"weight/a/{NORM}/0"),
+    "an unknown kind": renamed(M, f"exp_max/{NORM}/0"),
+    "a kind more": parts(lambda s: s | {f"max_exp_avg_sq/{NORM}/0": torch.ones(32)}),
+    "an unknown parameter": renamed(W, "weight/no.such/0"),
     "a parameter more": parts(lambda s: s | {"weight/no.such/0": torch.ones(3)}), "an empty name": renamed(W, ""),
-    "an escape in a name": renamed(W, "weight/\x1b[2J/0"), "a moment of nothing": parts(lambda s: s | {"exp_avg/no.such/0": torch.ones(3)}),
+    "an escape in a name": renamed(W, "weight/\x1b[2J/0"), "a moment of nothing": parts(lambda s: s
+    | {"exp_avg/no.such/0": torch.ones(3)}),
 }  # fmt: skip
 HEADER = (
     "overlapping",
@@ -201,13 +211,16 @@ def placed(edit, key: str):
 RESUME = {"resume": "{model}/checkpoints/step_1"}
 FILES = {
     "a file that the manifest does not name": holding(f"{STEP}/model-rank1.safetensors", b"x" * 99),
-    "a foreign file, named": all_of(holding(f"{STEP}/model-rank1.safetensors", b"x" * 99), lambda f: named_too("model-rank1.safetensors")(f / STEP), again),
+    "a foreign file, named": all_of(holding(f"{STEP}/model-rank1.safetensors", b"x" * 99),
+    lambda f: named_too("model-rank1.safetensors")(f / STEP), again),
     "a second copy of the weights": all_of(lambda f: (f / STEP / "model-rank1.safetensors").write_bytes((f / MODEL).read_bytes()),
                                            lambda f: named_too("model-rank1.safetensors")(f / STEP), again),
     "no weights": all_of(without(MODEL), lambda f: manifest("model-rank0.safetensors", REMOVED)(f)),
     "a FIFO as state": in_place(f"{STEP}/state.json", fifo), "a FIFO as weights": in_place(MODEL, fifo),
-    "a FIFO as manifest": in_place(f"{STEP}/manifest.json", fifo), "a FIFO as streams": in_place(f"{STEP}/random-rank0.json", fifo),
-    "a folder as state": in_place(f"{STEP}/state.json", lambda path: path.mkdir()), "a folder as weights": in_place(MODEL, lambda path: path.mkdir()),
+    "a FIFO as manifest": in_place(f"{STEP}/manifest.json", fifo),
+    "a FIFO as streams": in_place(f"{STEP}/random-rank0.json", fifo),
+    "a folder as state": in_place(f"{STEP}/state.json", lambda path: path.mkdir()),
+    "a folder as weights": in_place(MODEL, lambda path: path.mkdir()),
     "a link to /dev/zero as manifest": in_place(f"{STEP}/manifest.json", lambda path: path.symlink_to("/dev/zero")),
     "a link to /dev/zero as state": in_place(f"{STEP}/state.json", lambda path: path.symlink_to("/dev/zero")),
     "a link to itself": in_place(f"{STEP}/state.json", lambda path: path.symlink_to(path.name)),
@@ -215,9 +228,11 @@ FILES = {
     "a FIFO as checkpoint": all_of(lambda f: (f / STEP).rename(f / "moved"), lambda f: fifo(f / STEP)),
     "step_7 with the state of step 1": lambda f: (f / STEP).rename(f / "checkpoints/step_7"),
     "a folder step_999… of 200 digits": lambda f: (f / "checkpoints" / ("step_" + "9" * 200)).mkdir(),
-    "a deep state": all_of(holding(f"{STEP}/state.json", nested(100_000)), again), "an empty state": all_of(holding(f"{STEP}/state.json", ""), again),
+    "a deep state": all_of(holding(f"{STEP}/state.json", nested(100_000)), again),
+    "an empty state": all_of(holding(f"{STEP}/state.json", ""), again),
     "a state that is not UTF-8": all_of(holding(f"{STEP}/state.json", b'{"step": 1, "x": "\xff"}'), again),
-    "an empty manifest": holding(f"{STEP}/manifest.json", ""), "a deep manifest": holding(f"{STEP}/manifest.json", nested(100_000)),
+    "an empty manifest": holding(f"{STEP}/manifest.json", ""), "a deep manifest": holding(f"{STEP}/manifest.json",
+    nested(100_000)),
 }  # fmt: skip
 
 MAY_TENSORS = {
@@ -233,18 +248,23 @@ CHECKPOINTS = (
     table("state.json", STATE, fit, MAY)
     | {f"PPO's {title}": case for title, case in table("state.json", PPO_STATE, ppo, MAY_PPO).items()}
     | table("random-rank0.json", STREAMS, fit, MAY_STREAMS)
-    | {f"manifest.json: {key or 'all'} = {shown(value)}": fit(manifest(key, value), accepted="a rank without streams keeps its own" if key.startswith("random") else "")
+    | {f"manifest.json: {key or 'all'} = {shown(value)}": fit(manifest(key, value),
+    accepted="a rank without streams keeps its own" if key.startswith("random") else "")
        for key, values in MANIFEST.items() for value in values}
     | {f"checkpoint: {title}": fit(change, accepted=MAY_TENSORS.get(title, "")) for title, change in TENSORS.items()}
-    | {f"checkpoint: header: {title}": fit(all_of(header(MODEL, placed(WEIGHT_HEADERS[title], W)), again)) for title in HEADER}
+    | {f"checkpoint: header: {title}": fit(all_of(header(MODEL, placed(WEIGHT_HEADERS[title], W)), again))
+    for title in HEADER}
     | {f"checkpoint: {title}": fit(change, accepted=MAY_FILES.get(title, "")) for title, change in FILES.items()}
     | {f"--resume: {title}": Case("sft", "fit_run", FILES[title], RUN | RESUME | {"model_save_path": "{folder}/out"})
        for title in ("a FIFO as state", "a FIFO as manifest", "no weights", "a deep state", "a file as checkpoint")}
 )  # fmt: skip
 
-LINE = {"a list": "[1]", "a number": "3", "null": "null", "text": '"x"', "no step": "{}", "a step of text": '{"step": "1"}',
-        "a step of NaN": '{"step": NaN}', "no JSON": "hello", "not UTF-8": "\udcff", "deep": nested(50_000), "digits": '{"step": ' + "9" * 5000 + "}",
-        "an empty line": "", "a list as step": '{"step": [1]}', "a huge line": '{"step": 1, "x": "' + "a" * 10**7 + '"}',
+LINE = {"a list": "[1]", "a number": "3", "null": "null", "text": '"x"', "no step": "{}",
+    "a step of text": '{"step": "1"}',
+        "a step of NaN": '{"step": NaN}', "no JSON": "hello", "not UTF-8": "\udcff", "deep": nested(50_000),
+        "digits": '{"step": ' + "9" * 5000 + "}",
+        "an empty line": "", "a list as step": '{"step": [1]}', "a huge line": '{"step": 1, "x": "' + "a" * 10**7
+        + '"}',
         "an escape": '{"step": 1, "x": "\u009b2J\x1b[2J"}', "a half": '{"step": 1', "a NUL": "\0"}  # fmt: skip
 
 
@@ -261,25 +281,36 @@ def line(name: str, text: str, last: bool = False) -> Change:
 
 report = partial(Case, "report", "ppo_run")
 KEPT = "a foreign line is no reason to stop a run"
-COMPARISON = {"": [3, []], "table": [3, {"score": {"before": 3}}, {"score": 3}, {"score": {"before": ["x", 1, 2]}}], "answers": [3, [3], [{}]]}  # fmt: skip
+COMPARISON = {"": [3, []], "table": [3, {"score": {"before": 3}}, {"score": 3}, {"score": {"before": ["x", 1, 2]}}],
+    "answers": [3, [3], [{}]]}  # fmt: skip
 WHOLE = {"table": {"score": {"before": [1, 0, 2]}}, "answers": [{"prompt": "a", "answer": "b", "answer_after": "c"}]}
 BROKEN = {
-    "config.json of a list": put("config.json", "", []), "steps of text": put("config.json", "critic_pretrain_steps", "x"),
+    "config.json of a list": put("config.json", "", []), "steps of text": put("config.json", "critic_pretrain_steps",
+    "x"),
     "a FIFO as metrics": in_place("metrics.jsonl", fifo), "a FIFO as config": in_place("config.json", fifo),
-    "values of text": holding("metrics.jsonl", '{"step": 1, "score_mean": "x"}\n'), "a folder as metrics": in_place("metrics.jsonl", lambda p: p.mkdir()),
+    "values of text": holding("metrics.jsonl", '{"step": 1, "score_mean": "x"}\n'),
+    "a folder as metrics": in_place("metrics.jsonl", lambda p: p.mkdir()),
     "values beyond floats": holding("metrics.jsonl", '{"step": 1, "score_mean": 1' + "0" * 400 + "}\n"),
-    "a list as value": holding("metrics.jsonl", '{"step": 1, "score_mean": [1]}\n'), "samples without keys": holding("samples.jsonl", '{"step": 1}\n'),
+    "a list as value": holding("metrics.jsonl", '{"step": 1, "score_mean": [1]}\n'),
+    "samples without keys": holding("samples.jsonl", '{"step": 1}\n'),
 }  # fmt: skip
 RUNS = {
-    "a FIFO as metrics": in_place("metrics.jsonl", fifo), "a folder as metrics": in_place("metrics.jsonl", lambda p: p.mkdir()),
-    "a folder as config": in_place("config.json", lambda p: p.mkdir()), "a FIFO as samples": in_place("samples.jsonl", fifo),
+    "a FIFO as metrics": in_place("metrics.jsonl", fifo), "a folder as metrics": in_place("metrics.jsonl",
+    lambda p: p.mkdir()),
+    "a folder as config": in_place("config.json", lambda p: p.mkdir()), "a FIFO as samples": in_place("samples.jsonl",
+    fifo),
 }  # fmt: skip
 RUN_FILES = (
-    {f"metrics.jsonl: {title}, on resume": fit(line("metrics.jsonl", text), accepted=KEPT) for title, text in LINE.items()}
-    | {f"metrics.jsonl: {title}, last, on resume": fit(line("metrics.jsonl", text, last=True), accepted=KEPT) for title, text in list(LINE.items())[:3]}
-    | {f"metrics.jsonl: {title}, reported": report(line("metrics.jsonl", text), accepted=KEPT) for title, text in LINE.items()}
-    | {f"samples.jsonl: {title}, reported": report(line("samples.jsonl", text, last=True), accepted=KEPT) for title, text in list(LINE.items())[:10]}
-    | {f"comparison.json: {k or 'all'} = {shown(v)}": report(all_of(put("comparison.json", "", WHOLE), put("comparison.json", k, v)))
+    {f"metrics.jsonl: {title}, on resume": fit(line("metrics.jsonl", text), accepted=KEPT) for title,
+    text in LINE.items()}
+    | {f"metrics.jsonl: {title}, last, on resume": fit(line("metrics.jsonl", text, last=True), accepted=KEPT)
+    for title, text in list(LINE.items())[:3]}
+    | {f"metrics.jsonl: {title}, reported": report(line("metrics.jsonl", text), accepted=KEPT) for title,
+    text in LINE.items()}
+    | {f"samples.jsonl: {title}, reported": report(line("samples.jsonl", text, last=True), accepted=KEPT) for title,
+    text in list(LINE.items())[:10]}
+    | {f"comparison.json: {k or 'all'} = {shown(v)}": report(all_of(put("comparison.json", "", WHOLE),
+    put("comparison.json", k, v)))
        for k, values in COMPARISON.items() for v in values}
     | files("comparison.json", report)
     | {f"report: {title}": report(change) for title, change in BROKEN.items()}
@@ -289,19 +320,27 @@ RUN_FILES = (
 recover = partial(Case, "merge", "diff", flags={"path_diff": "{model}"})
 HASHES = {"dtype": "float16", "sha256": {}}
 WEIGHT_MANIFEST = {
-    "": [3, [], None, {"total": 1}, {"total": 1, "tuned": HASHES}, {"total": "x", "tuned": HASHES}, {"total": NAN, "tuned": HASHES, "raw": HASHES, "diff": HASHES},
-         {"total": 1, "tuned": 3}, {"total": 1, "tuned": HASHES | {"dtype": "int8"}}, {"total": 1, "tuned": HASHES | {"sha256": {"a": 3}}, "raw": HASHES, "diff": HASHES},
-         {"total": 1, "tuned": HASHES | {"more": 1}}, {"total": 10**400, "tuned": HASHES, "raw": HASHES, "diff": HASHES},
+    "": [3, [], None, {"total": 1}, {"total": 1, "tuned": HASHES}, {"total": "x", "tuned": HASHES}, {"total": NAN,
+    "tuned": HASHES, "raw": HASHES, "diff": HASHES},
+         {"total": 1, "tuned": 3}, {"total": 1, "tuned": HASHES | {"dtype": "int8"}}, {"total": 1, "tuned": HASHES
+         | {"sha256": {"a": 3}}, "raw": HASHES, "diff": HASHES},
+         {"total": 1, "tuned": HASHES | {"more": 1}}, {"total": 10**400, "tuned": HASHES, "raw": HASHES,
+         "diff": HASHES},
          {"total": [], "tuned": HASHES}, {"total": 1, "tuned": HASHES | {"dtype": []}, "raw": HASHES, "diff": HASHES}],
 }  # fmt: skip
 flags = partial(Case, "sft", "", flags={"config": "{model}/flags.json"})
 yaml = partial(Case, "sft", "", flags={"config": "{model}/flags.yaml"})
 YAML = {
-    "a tag of Python": "lr: !!python/object/apply:os.system ['touch ran']", "an unknown tag": "lr: !no 3", "aliases of aliases":
-    "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{c}: &{c} [{','.join([f'*{b}'] * 9)}]\n" for b, c in zip("abcdefgh", "bcdefghi")),
-    "a key twice": "lr: 1\nlr: 2", "a list as key": "? [1]\n: 2", "deep": "lr: " + nested(20_000), "a document more": "lr: 1\n---\nlr: 2",
-    "a date": "lr: 2020-01-01", "binary": "lr: !!binary aGk=", "a tab": "\tlr: 1", "an alias of nothing": "lr: *x", "an object": "lr: {a: 1}",
-    "itself": "&a lr: *a", "an escape": 'lr: "\\e[2J"', "a date of no calendar": "lr: 2020-99-99", "sixties": "lr: 1:99:99",
+    "a tag of Python": "lr: !!python/object/apply:os.system ['touch ran']", "an unknown tag": "lr: !no 3",
+    "aliases of aliases":
+    "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{c}: &{c} [{','.join([f'*{b}'] * 9)}]\n" for b, c in zip("abcdefgh",
+    "bcdefghi")),
+    "a key twice": "lr: 1\nlr: 2", "a list as key": "? [1]\n: 2", "deep": "lr: " + nested(20_000),
+    "a document more": "lr: 1\n---\nlr: 2",
+    "a date": "lr: 2020-01-01", "binary": "lr: !!binary aGk=", "a tab": "\tlr: 1", "an alias of nothing": "lr: *x",
+    "an object": "lr: {a: 1}",
+    "itself": "&a lr: *a", "an escape": 'lr: "\\e[2J"', "a date of no calendar": "lr: 2020-99-99",
+    "sixties": "lr: 1:99:99",
 }  # fmt: skip
 CASES = (
     CHECKPOINTS
@@ -309,6 +348,8 @@ CASES = (
     | values_of("weight_manifest.json", WEIGHT_MANIFEST, recover)
     | files("weight_manifest.json", recover)
     | {f"--config: {title}": case for title, case in (files("flags.json", flags) | values_of(
-        "flags.json", {"": [3, [], None, {"lr": {"a": 1}}, {"lr": [1, 2]}, {"lr": NAN}, {"no\x1b[2J": 1}, {"": 1}, {"lr": "\ud800"}]}, flags)).items()}
-    | {f"--config: YAML: {title}": yaml(holding("flags.yaml", text), accepted="YAML takes the last one" if "twice" in title else "") for title, text in YAML.items()}
+        "flags.json", {"": [3, [], None, {"lr": {"a": 1}}, {"lr": [1, 2]}, {"lr": NAN}, {"no\x1b[2J": 1}, {"": 1},
+        {"lr": "\ud800"}]}, flags)).items()}
+    | {f"--config: YAML: {title}": yaml(holding("flags.yaml", text), accepted="YAML takes the last one"
+    if "twice" in title else "") for title, text in YAML.items()}
 )  # fmt: skip
