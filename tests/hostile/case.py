@@ -9,9 +9,9 @@ from pathlib import Path
 from tests.hostile.changes import REMOVED, Change, put
 
 FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # no terminal may see them
-MEMORY = re.compile(r"alloc|MemoryError|out of memory|os error 12", re.IGNORECASE)  # as a process says that it got none
+MEMORY = re.compile(r"can't allocate|cannot allocate|bad_alloc|os error 12", re.IGNORECASE)  # what a process says that got none
 CODE_RAN = "ran"  # the file that hostile code would make
-LONGEST = 40  # characters of a value in the name of a case
+LONGEST = 60  # characters of a value in the name of a case
 HUGE_FILE = 1 << 24
 
 
@@ -80,11 +80,11 @@ def problem(case: Case, outcome: dict, limit: int) -> str | None:
         "control characters": not FORBIDDEN.search(log),
     }
     if code == 2:
-        names = [word for word in outcome["argv"] if word.startswith(("--", "/"))]
+        names = [word for word in outcome["argv"] if word.startswith("/")]
         line = errors[-1] if errors else ""
         checks |= {
             "not one line": len(errors) == 1 and log.endswith(f"error: {line}\n"),
-            "names neither flag nor file": any(name in line for name in names),
+            "names neither flag nor file": re.search(r"--\w+", line) or any(name in line for name in names),
             "refused, but legitimate": not case.says or not case.accepted,
             f"changed {outcome['changed'][:3]}": not outcome["changed"],
         }

@@ -29,9 +29,9 @@ if __name__ == "__main__":
 import torch
 
 from tests.hostile.case import CODE_RAN, MEMORY
+from tests.hostile.changes import rehash
 from tests.hostile.materials import Materials
 from tests.hostile.run import BYTES, SECONDS, forked, limit_memory
-from tests.hostile.changes import rehash
 from tests.hostile.targets import STEP, TARGETS, Resume, Target, add_sources
 from utils.errors import UserError
 

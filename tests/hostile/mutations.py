@@ -20,7 +20,7 @@ KEYS = [
     "",
     "\x1b[2J",
     "a" * 300,
-    *"x type id content auto_map vocab step model_type text_config dtype __class__".split(),
+    *["x", "type", "id", "content", "auto_map", "vocab", "step", "model_type", "text_config", "dtype", "__class__"],
 ]
 JINJA = [
     "{{ ", " }}", "{% ", " %}", "{% if ", "{% endif %}", "{% for m in messages %}", "{% endfor %}", "{% set x = ",

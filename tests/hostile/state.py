@@ -259,13 +259,13 @@ CHECKPOINTS = (
        for title in ("a FIFO as state", "a FIFO as manifest", "no weights", "a deep state", "a file as checkpoint")}
 )  # fmt: skip
 
-LINE = {"a list": "[1]", "a number": "3", "null": "null", "text": '"x"', "no step": "{}",
+LINE = {"a list": "[1]", "a number": "3", "text": '"x"', "no step": "{}",
     "a step of text": '{"step": "1"}',
         "a step of NaN": '{"step": NaN}', "no JSON": "hello", "not UTF-8": "\udcff", "deep": nested(50_000),
         "digits": '{"step": ' + "9" * 5000 + "}",
         "an empty line": "", "a list as step": '{"step": [1]}', "a huge line": '{"step": 1, "x": "' + "a" * 10**7
         + '"}',
-        "an escape": '{"step": 1, "x": "\u009b2J\x1b[2J"}', "a half": '{"step": 1', "a NUL": "\0"}  # fmt: skip
+        "an escape": '{"step": 1, "x": "\u009b2J\x1b[2J"}', "a half": '{"step": 1', }  # fmt: skip
 
 
 def line(name: str, text: str, last: bool = False) -> Change:
@@ -284,6 +284,7 @@ KEPT = "a foreign line is no reason to stop a run"
 COMPARISON = {"": [3, []], "table": [3, {"score": {"before": 3}}, {"score": 3}, {"score": {"before": ["x", 1, 2]}}],
     "answers": [3, [3], [{}]]}  # fmt: skip
 WHOLE = {"table": {"score": {"before": [1, 0, 2]}}, "answers": [{"prompt": "a", "answer": "b", "answer_after": "c"}]}
+NO_NUMBER = "what is no number is not drawn, and what is no sample not shown"
 BROKEN = {
     "config.json of a list": put("config.json", "", []), "steps of text": put("config.json", "critic_pretrain_steps",
     "x"),
@@ -308,12 +309,12 @@ RUN_FILES = (
     | {f"metrics.jsonl: {title}, reported": report(line("metrics.jsonl", text), accepted=KEPT) for title,
     text in LINE.items()}
     | {f"samples.jsonl: {title}, reported": report(line("samples.jsonl", text, last=True), accepted=KEPT) for title,
-    text in list(LINE.items())[:10]}
+    text in list(LINE.items())[5:10]}
     | {f"comparison.json: {k or 'all'} = {shown(v)}": report(all_of(put("comparison.json", "", WHOLE),
     put("comparison.json", k, v)))
        for k, values in COMPARISON.items() for v in values}
     | files("comparison.json", report)
-    | {f"report: {title}": report(change) for title, change in BROKEN.items()}
+    | {f"report: {title}": report(change, accepted=NO_NUMBER if "value" in title or "keys" in title else "") for title, change in BROKEN.items()}
     | {f"run: {title}": fit(change) for title, change in RUNS.items()}
 )  # fmt: skip
 
