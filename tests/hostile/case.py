@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.hostile.changes import REMOVED, Change, put
 
 FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # no terminal may see them
-MEMORY = re.compile(r"can't allocate|cannot allocate|bad_alloc|os error 12", re.IGNORECASE)  # what a process says that got none
+MEMORY = re.compile(r"can't allocate|cannot allocate|bad_alloc|os error 12", re.IGNORECASE)  # who got none says so
 CODE_RAN = "ran"  # the file that hostile code would make
 LONGEST = 60  # characters of a value in the name of a case
 HUGE_FILE = 1 << 24
@@ -54,6 +54,18 @@ def values_of(
             found[f"{name}: {title}"] = Case(**vars(case) | {"accepted": reason or case.accepted})
     assert not known, f"no such values: {list(known)}"
     return found
+
+
+def named(pattern: str, table: dict, make: Callable[..., Case], accepted: str | dict[str, str] = "") -> dict[str, Case]:
+    """A case for each entry of a table: its title in the pattern -> make(entry). accepted: why, of all or by title."""
+    reasons = accepted if isinstance(accepted, dict) else dict.fromkeys(table, accepted)
+    assert reasons.keys() <= table.keys()
+    return {pattern.format(title): make(value, accepted=reasons.get(title, "")) for title, value in table.items()}
+
+
+def some(table: dict, *titles: str) -> dict:
+    """The entries with these titles."""
+    return {title: table[title] for title in titles}
 
 
 def contents(folder: Path) -> dict[str, tuple]:

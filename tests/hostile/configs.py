@@ -2,11 +2,13 @@
 
 import os
 import struct
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from tests.hostile.case import Case, values_of
+from tests.hostile.case import Case, named, some, values_of
 from tests.hostile.changes import (
     all_of,
     as_bin,
@@ -17,7 +19,6 @@ from tests.hostile.changes import (
     legacy_bin,
     nested,
     pickle_of,
-    put,
     tensors,
     without,
 )
@@ -29,16 +30,23 @@ base = partial(Case, "merge", "raw", flags={"path_raw": "{model}"})
 diff = partial(Case, "merge", "diff", flags={"path_diff": "{model}"})
 
 VALUES = {
-    "hidden_size": [-32, 0, 10**9, "32"], "num_hidden_layers": [-1, 0, 10**9, 2.5, 3], "num_attention_heads": [0, HUGE, 5],
+    "hidden_size": [-32, 0, 10**9, "32"], "num_hidden_layers": [-1, 0, 10**9, 2.5, 3], "num_attention_heads": [0, HUGE,
+    5],
     "num_key_value_heads": [0, HUGE], "head_dim": [-16, 0, HUGE], "intermediate_size": [0, HUGE],
-    "vocab_size": [-400, HUGE, 1], "max_position_embeddings": [-512, 0, 10**18, "512"], "rms_norm_eps": [NAN, INF, "1e-6"],
-    "hidden_act": ["no_such", 3, "__import__('os').system('touch ran')"], "rope_scaling": ["x", {"type": "linear", "factor": NAN}],
+    "vocab_size": [-400, HUGE, 1], "max_position_embeddings": [-512, 0, 10**18, "512"], "rms_norm_eps": [NAN, INF,
+    "1e-6"],
+    "hidden_act": ["no_such", 3, "__import__('os').system('touch ran')"], "rope_scaling": ["x", {"type": "linear",
+    "factor": NAN}],
     "rope_parameters": ["x", {"rope_type": "no_such"}, {"rope_theta": "x"}, {"rope_theta": 0, "rope_type": "default"}],
-    "dtype": ["float99", 3, []], "torch_dtype": ["garbage", {}], "eos_token_id": [HUGE, "2", [2, "x"]], "bos_token_id": [HUGE],
+    "dtype": ["float99", 3, []], "torch_dtype": ["garbage", {}], "eos_token_id": [HUGE, "2", [2, "x"]],
+    "bos_token_id": [HUGE],
     "pad_token_id": [-1, 400, "x"], "architectures": [3, [3], []], "model_type": [3, [], "../llama", "bert"],
-    "auto_map": [3, "x", {"AutoModelForCausalLM": "../../x.Y"}], "attention_dropout": [NAN, 2, -1], "initializer_range": ["x"],
-    "quantization_config": [3, {"quant_method": 3}, {"quant_method": "gptq", "bits": -1}], "tie_word_embeddings": [True],
-    "layer_types": ["x", ["no_such", "no_such"]], "_attn_implementation": [3, "someone/kernel", []], "is_encoder_decoder": [True],
+    "auto_map": [3, "x", {"AutoModelForCausalLM": "../../x.Y"}], "attention_dropout": [NAN, 2, -1],
+    "initializer_range": ["x"],
+    "quantization_config": [3, {"quant_method": 3}, {"quant_method": "gptq", "bits": -1}],
+    "tie_word_embeddings": [True],
+    "layer_types": ["x", ["no_such", "no_such"]], "_attn_implementation": [3, "someone/kernel", []],
+    "is_encoder_decoder": [True],
     "text_config": [3, {"hidden_size": -1}], "id2label": [3], "num_labels": [HUGE], "": [3, None, []],
 }  # fmt: skip
 MAY = {
@@ -51,9 +59,11 @@ MAY = {
 GENERATION = {"eos_token_id": [HUGE, "x", [2, None], [[2]], {}, True], "temperature": [NAN], "": [3, [], None]}
 SAMPLING = {"temperature = NaN": "sampling has flags of its own"}
 TEXTS = {
-    "deep": nested(100_000), "deep object": '{"a":' * 50_000 + "1" + "}" * 50_000, "digits": '{"a": ' + "9" * 100_000 + "}",
+    "deep": nested(100_000), "deep object": '{"a":' * 50_000 + "1" + "}" * 50_000, "digits": '{"a": ' + "9" * 100_000
+    + "}",
     "empty": "", "not UTF-8": '{"model_type": "\udcff"}', "a BOM": "\ufeff{}", "cut": '{"model_type": "llama"',
-    "two objects": "{}{}", "a lone surrogate": '{"model_type": "\\ud800"}', "an escape": '{"model_type": "\\u001b[2J\\u009b31m"}',
+    "two objects": "{}{}", "a lone surrogate": '{"model_type": "\\ud800"}',
+    "an escape": '{"model_type": "\\u001b[2J\\u009b31m"}',
 }  # fmt: skip
 PLACES = {
     "a folder": lambda path: path.mkdir(), "a FIFO": fifo, "a link to itself": lambda path: path.symlink_to(path.name),
@@ -61,32 +71,34 @@ PLACES = {
 }  # fmt: skip
 
 
+def again(case: Case, accepted: str = "") -> Case:
+    """A case that is there already, for another name. accepted: why it may go on, if it does not say so itself."""
+    return replace(case, accepted=case.accepted or accepted)
+
+
 def files(name: str, make, **accepted: str) -> dict[str, Case]:
     """What may stand in the place of a JSON file. accepted: title, with _ for spaces -> why that may go on."""
-    accepted = {"a_BOM": "a mark of UTF-8"} | accepted
     changes = {title: holding(name, text) for title, text in TEXTS.items()}
     changes |= {title: in_place(name, build) for title, build in PLACES.items()}
-    assert accepted.keys() <= {title.replace(" ", "_") for title in changes}
-    return {
-        f"{name}: {title}": make(change, accepted=accepted.get(title.replace(" ", "_"), ""))
-        for title, change in changes.items()
-    }
+    reasons = {title.replace("_", " "): reason for title, reason in accepted.items()}
+    return named(f"{name}: {{}}", changes, make, {"a BOM": "a mark of UTF-8"} | reasons)
 
 
 FOREIGN = "keys that are not known are ignored"
+OF_REWARD = {"score_center": [NAN, [1], 10**400], "id2label": [{"a": 1}]}
+OF_DIFF = {
+    "num_hidden_layers": [HUGE], "num_attention_heads": [0], "hidden_size": [0], "rope_theta": ["x", 0],
+    "head_dim": [HUGE],
+    "rope_parameters": [3],
+}  # fmt: skip
 CONFIGS = (
     values_of("config.json", VALUES, policy, MAY)
     | values_of("generation_config.json", GENERATION, policy, SAMPLING)
     | files("config.json", policy)
     | files("generation_config.json", policy, an_escape=FOREIGN, a_lone_surrogate=FOREIGN)
-    | {f"config.json of a reward model: {k} = {v!r:.40}": judge(put("config.json", k, v)) for k, v in (
-        ("score_center", NAN), ("score_center", [1]), ("score_center", 10**400), ("id2label", {"a": 1}),
-    )}
-    | {f"config.json of a diff: {k} = {v!r}": diff(put("config.json", k, v)) for k, v in (
-        ("num_hidden_layers", HUGE), ("num_attention_heads", 0), ("hidden_size", 0), ("rope_theta", "x"),
-        ("rope_theta", 0), ("head_dim", HUGE), ("rope_parameters", 3),
-    )}
-)  # fmt: skip
+    | named("{} (a reward model)", values_of("config.json", OF_REWARD, judge), again)
+    | named("{} (a diff)", values_of("config.json", OF_DIFF, diff), again)
+)
 
 ST = "model.safetensors"
 EMBED, NORM, UP = "model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
@@ -152,6 +164,12 @@ def length(size: int):
     return change
 
 
+def sparse(path: Path, size: int) -> None:
+    """A file of so many bytes, none of which is on the disk."""
+    path.touch()
+    os.truncate(path, size)
+
+
 def as_type(dtype: torch.dtype):
     """All tensors in another type."""
     return tensors(ST, lambda state: {name: x.to(dtype) for name, x in state.items()})
@@ -199,64 +217,44 @@ RECORDS = {
     "alignment of text": {".format_version": b"x"},
 }  # fmt: skip
 
-UNREAD = "a member that torch does not ask for is not read"
+BIN_ALONE = (without(ST), lambda folder: sparse(folder / "pytorch_model.bin", 3 << 30))
+CHANGES = {
+    "a sparse file of 3 GB": in_place(ST, lambda path: sparse(path, 3 << 30)),
+    "a .bin of 3 GB of nothing": all_of(*BIN_ALONE),
+    "a .bin that is a safetensors file": lambda folder: (folder / ST).rename(folder / "pytorch_model.bin"),
+    "an embedding of other width": tensors(ST, lambda s: {**s, EMBED: torch.ones(400, 31)}),
+    "an embedding of fewer rows": tensors(ST, lambda s: {**s, EMBED: torch.ones(399, 32)}),
+    "an infinite value": tensors(ST, lambda s: {**s, NORM: s[NORM] * INF}),
+    "a tensor of no size": tensors(ST, lambda s: {**s, NORM: torch.ones(())}),
+    "a tensor more": tensors(ST, lambda s: {**s, "x" * 5000: torch.ones(3)}),
+}  # fmt: skip
+CHANGES |= {title: in_place(ST, build) for title, build in PLACES.items()}
+MORE = {"a tensor more": "transformers ignores tensors that the model does not have"}
+UNREAD = dict.fromkeys(("a foreign name", "alignment of text"), "a member that torch does not ask for is not read")
+FLOATS = {name: as_type(getattr(torch, name)) for name in ("float8_e4m3fn", "float64", "float16")}
+OTHERS = {name: as_type(getattr(torch, name)) for name in ("int8", "bool", "complex64")}
+LEGACY = {title: legacy_bin(content) for title, content in list(PICKLES.items())[:9] if len(content) < 99}
+SAFETENSORS = {title: header(ST, edit) for title, edit in HEADERS.items()}
+BINS = {f"pickle: {title}": as_bin(content) for title, content in PICKLES.items()}
+ARCHIVES = {title: as_bin(records=records) for title, records in RECORDS.items()}
 OF_BASE = (
-    "overlapping",
-    "negative offsets",
-    "offsets that fall",
-    "a shape beyond its bytes",
-    "a huge shape",
-    "a dtype of another size",
-    "deep",
-    "a hole",
+    some(SAFETENSORS, "negative offsets", "offsets that fall", "a shape beyond its bytes", "a huge shape", "deep")
+    | some(ARCHIVES, "big-endian", "a storage that is too short", "a storage left out")
+    | some(
+        BINS,
+        *(f"pickle: {x}" for x in ("a bytearray of 2 GB", "bytes of 1 TB", "a global of os", "a parameter of nothing")),
+    )
 )
-OF_BASE_BIN = (
-    "a bytearray of 2 GB",
-    "bytes of 1 TB",
-    "a memo that is not there",
-    "a global of os",
-    "a number",
-    "a parameter of nothing",
-)
-
-
 WEIGHTS = (
-    {f"weights: {title}": policy(header(ST, edit)) for title, edit in HEADERS.items()}
-    | {f"weights of a base: {title}": base(header(ST, HEADERS[title])) for title in OF_BASE}
-    | {f"weights: a header of length {title}": policy(length(size)) for title, size in LENGTHS.items()}
-    | {f"weights: pickle: {title}": policy(as_bin(content)) for title, content in PICKLES.items()}
-    | {f"weights: legacy pickle: {title}": policy(legacy_bin(content)) for title,
-    content in list(PICKLES.items())[:9] if len(content) < 99}
-    | {f"weights of a base: pickle: {title}": base(as_bin(PICKLES[title])) for title in OF_BASE_BIN}
-    | {f"weights: archive: {title}": policy(as_bin(records=records), accepted=UNREAD if title in ("a foreign name",
-    "alignment of text") else "")
-       for title, records in RECORDS.items()}
-    | {f"weights of a base: archive: {title}": base(as_bin(records=RECORDS[title])) for title in ("big-endian",
-    "a storage that is too short", "a storage left out")}
-    | {f"weights: all in {dtype}": policy(as_type(getattr(torch, dtype)), accepted=why) for dtype, why in {
-        "int8": "", "bool": "", "complex64": "", **dict.fromkeys(("float8_e4m3fn", "float64", "float16"),
-        "floats are rounded to --dtype")}.items()}
-    | {f"weights: {title}": policy(in_place(ST, build)) for title, build in PLACES.items()}
-    | {
-        "weights of a base: a FIFO": base(in_place(ST, fifo)),
-        "weights: a sparse file of 3 GB": policy(in_place(ST, lambda path: os.truncate(_made(path), 3 << 30))),
-        "weights: a .bin of 3 GB of nothing": policy(all_of(without(ST),
-        lambda folder: os.truncate(_made(folder / "pytorch_model.bin"), 3 << 30))),
-        "weights: a .bin that is a safetensors file": policy(lambda folder: (folder / ST).rename(folder / "pytorch_model.bin")),
-        "weights: an embedding of other width": policy(tensors(ST, lambda s: {**s, EMBED: torch.ones(400, 31)})),
-        "weights: an embedding of fewer rows": policy(tensors(ST, lambda s: {**s, EMBED: torch.ones(399, 32)})),
-        "weights: an infinite value": policy(tensors(ST, lambda s: {**s, NORM: s[NORM] * INF})),
-        "weights: a tensor of no size": policy(tensors(ST, lambda s: {**s, NORM: torch.ones(())})),
-        "weights: a tensor more": policy(tensors(ST, lambda s: {**s, "x" * 5000: torch.ones(3)}),
-        accepted="transformers ignores tensors that the model does not have"),
-    }
-)  # fmt: skip
-
-
-def _made(path):
-    path.unlink(missing_ok=True)
-    path.touch()
-    return path
+    named("weights: {}", SAFETENSORS | BINS, policy)
+    | named("weights: archive: {}", ARCHIVES, policy, UNREAD)
+    | named("weights: legacy pickle: {}", LEGACY, policy)
+    | named("weights: a header of length {}", {title: length(size) for title, size in LENGTHS.items()}, policy)
+    | named("weights: all in {}", FLOATS, policy, "floats are rounded to --dtype")
+    | named("weights: all in {}", OTHERS, policy)
+    | named("weights: {}", CHANGES, policy, MORE)
+    | named("weights of a base: {}", OF_BASE | some(CHANGES, "a FIFO"), base)
+)
 
 
 SHARD, LIST = "model-00001-of-00001.safetensors", f"{ST}.index.json"
@@ -278,5 +276,5 @@ def sharded(make):
 
 
 INDICES = values_of(LIST, INDEX, sharded(policy)) | files(LIST, sharded(policy))
-INDICES |= {f"{name} (a base)": case for name, case in list(values_of(LIST, INDEX, sharded(base)).items())[3:]}
+INDICES |= named("{} (a base)", dict(list(values_of(LIST, INDEX, sharded(base)).items())[3:]), again)
 CASES = CONFIGS | WEIGHTS | INDICES

@@ -1,11 +1,12 @@
 """Cases of data: files that cannot be read, records that cannot be used, texts that do harm elsewhere."""
 
 import json
-import os
 from functools import partial
 
-from tests.hostile.case import Case
-from tests.hostile.changes import fifo, holding, in_place, nested
+from tests.hostile.case import Case, named
+from tests.hostile.changes import holding, in_place, nested
+from tests.hostile.configs import PLACES as OF_FILES
+from tests.hostile.configs import sparse
 
 SOUND = [[f"Question {i}?", f"Answer {i}."] for i in range(9)]
 PAIRS = [{"prompt": f"{i}?", "chosen": "good", "rejected": "bad"} for i in range(9)]
@@ -76,10 +77,12 @@ TEXTS = ESCAPES | {
 DROPPED, TEXT = "a record that cannot be used is dropped, and counted", "a text may hold anything"
 
 
-def case(command: str, name: str, content: str, **options) -> Case:
-    """A command on one file of data."""
-    flag = "input" if command == "score" else "data_path"
-    return Case(command, "", holding(name, content), {flag: "{model}/" + name}, **options)
+def of(command: str, name: str):
+    """Makes cases of a command on one file of data. A folder for PPO, which looks for *train.json there."""
+    flags = {"input" if command == "score" else "data_path": "{model}" if command == "ppo" else "{model}/" + name}
+    return lambda content, **more: Case(
+        command, "", content if callable(content) else holding(name, content), flags, **more
+    )
 
 
 def lines(records: list) -> str:
@@ -87,37 +90,54 @@ def lines(records: list) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-at = {"sft": "{model}/x.json", "ppo": "{model}", "score": "{model}/x.json"}
-sft, ppo, score = (
-    partial(Case, command, "", flags={"input" if command == "score" else "data_path": path})
-    for command, path in at.items()
+sft, lines_of_sft, prompts, score = (
+    of("sft", "x.json"),
+    of("sft", "x.jsonl"),
+    of("ppo", "train.json"),
+    of("score", "x.json"),
 )
-PLACES = {"a FIFO": fifo, "a folder": lambda path: path.mkdir(),
-    "a link to itself": lambda path: path.symlink_to(path.name),
-          "a link to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
-          "a link to /dev/null": lambda path: path.symlink_to("/dev/null"),
-          "a sparse file of 1 TB": lambda path: (path.touch(), os.truncate(path, 1 << 40))}  # fmt: skip
+PLACES = OF_FILES | {
+    "a link to /dev/null": lambda path: path.symlink_to("/dev/null"),
+    "a sparse file of 1 TB": lambda path: sparse(path, 1 << 40),
+}
+FEW = dict(list(ALONE.items())[:10:2])
 CASES = (
-    {f"data: {title}": case("sft", "x.json", text) for title, text in ALONE.items()}
-    | {f"data: {title}, as lines": case("score", "x.jsonl", text) for title, text in ALONE.items()
-    if title not in ("empty", "white space")}
-    | {f"data: {title}, of prompts": Case("ppo", "", holding("train.json", text), {"data_path": "{model}"}) for title,
-    text in list(ALONE.items())[:3]}
-    | {f"data: {name} = {text[:20]!r}": case("sft", name, text) for name, texts in TABLES.items() for text in texts}
-    | {f"data: {title} as file": make(in_place(name, build)) for make, name in ((sft, "x.json"), (ppo, "train.json"),
-    (score, "x.json"))
-       for title, build in PLACES.items() for title in (f"{title} ({name}, {make.args[0]})",)}
-    | {f"record: {title}": case("sft", "x.jsonl", lines([*SOUND, record]), accepted=DROPPED, says="dropped") for title,
-    record in RECORDS.items()}
-    | {f"record: {title}, alone": case("sft", "x.jsonl", lines([record, record])) for title,
-    record in list(RECORDS.items())[::4]}
-    | {f"preference: {title}": case("reward", "x.jsonl", lines([*PAIRS, record]), accepted=DROPPED, says="dropped")
-    for title, record in PREFERENCES.items()}
-    | {f"text: {title}": case("sft", "x.jsonl", lines([*SOUND, [text, text]]), accepted=TEXT) for title,
-    text in TEXTS.items()}
-    | {f"text: {title}, a subset": case("evaluate", "x.jsonl", lines([p | {"subset": text} for p in PAIRS]),
-    accepted=TEXT) for title, text in list(ESCAPES.items())[:5]}
-    | {f"text: {title}, in a prompt": Case("ppo", "", holding("train.json", json.dumps([[text]] * 11)),
-    {"data_path": "{model}"}, accepted=TEXT)
-       for title, text in list(TEXTS.items())[:14:3]}
-)  # fmt: skip
+    named("data: {}", ALONE, sft)
+    | named("data: {}, as lines", FEW, of("score", "x.jsonl"))
+    | named("data: {}, of prompts", FEW, prompts)
+    | named("data: {} (sft)", {title: in_place("x.json", build) for title, build in PLACES.items()}, sft)
+    | named("data: {} (prompts)", {title: in_place("train.json", build) for title, build in PLACES.items()}, prompts)
+    | named("data: {} (score)", {title: in_place("x.json", build) for title, build in PLACES.items()}, score)
+    | named("record: {}, alone", {title: lines([x, x]) for title, x in list(RECORDS.items())[::4]}, lines_of_sft)
+    | named(
+        "record: {}",
+        {title: lines([*SOUND, x]) for title, x in RECORDS.items()},
+        partial(lines_of_sft, says="dropped"),
+        DROPPED,
+    )
+    | named(
+        "preference: {}",
+        {title: lines([*PAIRS, x]) for title, x in PREFERENCES.items()},
+        partial(of("reward", "x.jsonl"), says="dropped"),
+        DROPPED,
+    )
+    | named("text: {}", {title: lines([*SOUND, [text, text]]) for title, text in TEXTS.items()}, lines_of_sft, TEXT)
+    | named(
+        "text: {}, in a prompt",
+        {title: json.dumps([[text]] * 11) for title, text in list(TEXTS.items())[:14:3]},
+        prompts,
+        TEXT,
+    )
+    | named(
+        "text: {}, a subset",
+        {title: lines([p | {"subset": text} for p in PAIRS]) for title, text in ESCAPES.items()},
+        of("evaluate", "x.jsonl"),
+        TEXT,
+    )
+)
+for name, texts in TABLES.items():
+    CASES |= named(
+        f"data: {name} = {{}}",
+        {ascii(text)[:20].translate({123: "(", 125: ")"}): text for text in texts},
+        of("sft", name),
+    )

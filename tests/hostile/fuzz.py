@@ -37,6 +37,7 @@ from utils.errors import UserError
 
 ROUNDS = 400  # mutations of a process, after which another one takes over
 WORKERS = 2
+ACCEPTED: set[int] = set()  # numbers of mutations that were read without an error
 CODE = (
     "os.system",
     "subprocess.Popen",
@@ -84,7 +85,7 @@ class Reader:
     """One process's copies of the folders, and the objects that readers need."""
 
     def __init__(self, materials: dict[str, Path], folder: Path):
-        self.folder, self.watch = folder, Watch()
+        self.folder, self.watch, self.accepted = folder, Watch(), False
         shutil.rmtree(folder, ignore_errors=True)
         self.folders = {target.source: folder / target.source for target in TARGETS}
         for name, path in self.folders.items():
@@ -115,9 +116,10 @@ class Reader:
                 path.write_bytes(before)
 
     def _outcome(self, read) -> str | None:
-        found = None
+        found, self.accepted = None, False
         try:
             read()
+            self.accepted = True
         except UserError as error:
             text = str(error)
             if len(text.splitlines()) != 1:
@@ -175,11 +177,11 @@ def start(materials: dict[str, Path], folder: Path, todo: list[int], options: ar
             used = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - low)
             if used > BYTES and not found:
                 found = f"{used / 1e9:.1f} GB"
-            os.write(write, json.dumps([i, found]).encode() + b"\n")
+            os.write(write, json.dumps([i, found, reader.accepted]).encode() + b"\n")
             if used > BYTES:
                 break
     except BaseException:  # noqa: BLE001 - this process must not go on as the parent
-        os.write(write, json.dumps([-1, traceback.format_exc()[-900:]]).encode() + b"\n")
+        os.write(write, json.dumps([-1, traceback.format_exc()[-900:], False]).encode() + b"\n")
     finally:
         os._exit(0)
 
@@ -195,8 +197,9 @@ def take(worker: Worker, findings: dict[int, str]) -> bool:
         if isinstance(content, int):
             worker.current = content
             continue
-        number, found = content
+        number, found, accepted = content
         worker.current = None
+        ACCEPTED.update([number] if accepted else [])
         if number in worker.todo:
             worker.todo.remove(number)
         if found:
@@ -256,7 +259,10 @@ def main() -> int:
             only = f" --only {options.only}" if options.only else ""
             print(f"{target.source}/{target.file}: {found}\n  --seed {options.seed} --start {number} --count 1{only}")
     seconds = time.monotonic() - started
-    print(f"{options.count} mutations in {seconds:.0f} s, {len(findings)} findings of {len(kinds)} kinds")
+    print(
+        f"{options.count} mutations in {seconds:.0f} s: {len(ACCEPTED)} accepted, {len(findings)} findings of "
+        f"{len(kinds)} kinds, the others refused in one line"
+    )
     return 1 if findings else 0
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tests.hostile.case import Case, shown, values_of
+from tests.hostile.case import Case, named, shown, some, values_of
 from tests.hostile.changes import (
     REMOVED,
     Change,
@@ -23,6 +23,7 @@ from tests.hostile.changes import (
     without,
 )
 from tests.hostile.configs import HEADERS as WEIGHT_HEADERS
+from tests.hostile.configs import again as kept
 from tests.hostile.configs import files
 
 RUN = {"model_save_path": "{model}", "train_steps": 2, "checkpoint_per_step": 1, "report_to": "none"}
@@ -244,20 +245,23 @@ MAY_FILES = {
     "a folder step_999… of 200 digits": "an older checkpoint is intact",
     "a file that the manifest does not name": UNNAMED,
 }
+IN_HEADER = {title: all_of(header(MODEL, placed(WEIGHT_HEADERS[title], W)), again) for title in HEADER}
+ENTRIES = {f"{key or 'all'} = {shown(x)}": manifest(key, x) for key, values in MANIFEST.items() for x in values}
+OWN = {"random-rank0.json = left out": "a rank without streams keeps its own"}
+resumed = partial(
+    Case, "sft", "fit_run", flags=RUN | {"resume": "{model}/checkpoints/step_1", "model_save_path": "{folder}/out"}
+)
+OF_RESUME = ("a FIFO as state", "a FIFO as manifest", "no weights", "a deep state", "a file as checkpoint")
 CHECKPOINTS = (
     table("state.json", STATE, fit, MAY)
-    | {f"PPO's {title}": case for title, case in table("state.json", PPO_STATE, ppo, MAY_PPO).items()}
+    | named("PPO's {}", table("state.json", PPO_STATE, ppo, MAY_PPO), kept)
     | table("random-rank0.json", STREAMS, fit, MAY_STREAMS)
-    | {f"manifest.json: {key or 'all'} = {shown(value)}": fit(manifest(key, value),
-    accepted="a rank without streams keeps its own" if key.startswith("random") else "")
-       for key, values in MANIFEST.items() for value in values}
-    | {f"checkpoint: {title}": fit(change, accepted=MAY_TENSORS.get(title, "")) for title, change in TENSORS.items()}
-    | {f"checkpoint: header: {title}": fit(all_of(header(MODEL, placed(WEIGHT_HEADERS[title], W)), again))
-    for title in HEADER}
-    | {f"checkpoint: {title}": fit(change, accepted=MAY_FILES.get(title, "")) for title, change in FILES.items()}
-    | {f"--resume: {title}": Case("sft", "fit_run", FILES[title], RUN | RESUME | {"model_save_path": "{folder}/out"})
-       for title in ("a FIFO as state", "a FIFO as manifest", "no weights", "a deep state", "a file as checkpoint")}
-)  # fmt: skip
+    | named("manifest.json: {}", ENTRIES, fit, OWN)
+    | named("checkpoint: {}", TENSORS, fit, MAY_TENSORS)
+    | named("checkpoint: header: {}", IN_HEADER, fit)
+    | named("checkpoint: {}", FILES, fit, MAY_FILES)
+    | named("--resume: {}", some(FILES, *OF_RESUME), resumed)
+)
 
 LINE = {"a list": "[1]", "a number": "3", "text": '"x"', "no step": "{}",
     "a step of text": '{"step": "1"}',
@@ -284,39 +288,42 @@ KEPT = "a foreign line is no reason to stop a run"
 COMPARISON = {"": [3, []], "table": [3, {"score": {"before": 3}}, {"score": 3}, {"score": {"before": ["x", 1, 2]}}],
     "answers": [3, [3], [{}]]}  # fmt: skip
 WHOLE = {"table": {"score": {"before": [1, 0, 2]}}, "answers": [{"prompt": "a", "answer": "b", "answer_after": "c"}]}
-NO_NUMBER = "what is no number is not drawn, and what is no sample not shown"
 BROKEN = {
     "config.json of a list": put("config.json", "", []), "steps of text": put("config.json", "critic_pretrain_steps",
     "x"),
     "a FIFO as metrics": in_place("metrics.jsonl", fifo), "a FIFO as config": in_place("config.json", fifo),
-    "values of text": holding("metrics.jsonl", '{"step": 1, "score_mean": "x"}\n'),
     "a folder as metrics": in_place("metrics.jsonl", lambda p: p.mkdir()),
+}  # fmt: skip
+NO_NUMBERS = {
+    "values of text": holding("metrics.jsonl", '{"step": 1, "score_mean": "x"}\n'),
     "values beyond floats": holding("metrics.jsonl", '{"step": 1, "score_mean": 1' + "0" * 400 + "}\n"),
     "a list as value": holding("metrics.jsonl", '{"step": 1, "score_mean": [1]}\n'),
     "samples without keys": holding("samples.jsonl", '{"step": 1}\n'),
-}  # fmt: skip
+}
 RUNS = {
     "a FIFO as metrics": in_place("metrics.jsonl", fifo), "a folder as metrics": in_place("metrics.jsonl",
     lambda p: p.mkdir()),
     "a folder as config": in_place("config.json", lambda p: p.mkdir()), "a FIFO as samples": in_place("samples.jsonl",
     fifo),
 }  # fmt: skip
+FIRST = {title: line("metrics.jsonl", text) for title, text in LINE.items()}
+LAST = {title: line("metrics.jsonl", text, last=True) for title, text in list(LINE.items())[:3]}
+SAMPLES = {title: line("samples.jsonl", text, last=True) for title, text in list(LINE.items())[5:10]}
+COMPARED = {
+    f"{key or 'all'} = {shown(x)}": all_of(put("comparison.json", "", WHOLE), put("comparison.json", key, x))
+    for key, values in COMPARISON.items() for x in values
+}  # fmt: skip
 RUN_FILES = (
-    {f"metrics.jsonl: {title}, on resume": fit(line("metrics.jsonl", text), accepted=KEPT) for title,
-    text in LINE.items()}
-    | {f"metrics.jsonl: {title}, last, on resume": fit(line("metrics.jsonl", text, last=True), accepted=KEPT)
-    for title, text in list(LINE.items())[:3]}
-    | {f"metrics.jsonl: {title}, reported": report(line("metrics.jsonl", text), accepted=KEPT) for title,
-    text in LINE.items()}
-    | {f"samples.jsonl: {title}, reported": report(line("samples.jsonl", text, last=True), accepted=KEPT) for title,
-    text in list(LINE.items())[5:10]}
-    | {f"comparison.json: {k or 'all'} = {shown(v)}": report(all_of(put("comparison.json", "", WHOLE),
-    put("comparison.json", k, v)))
-       for k, values in COMPARISON.items() for v in values}
+    named("metrics.jsonl: {}, on resume", FIRST, fit, KEPT)
+    | named("metrics.jsonl: {}, last, on resume", LAST, fit, KEPT)
+    | named("metrics.jsonl: {}, reported", FIRST, report, KEPT)
+    | named("samples.jsonl: {}, reported", SAMPLES, report, KEPT)
+    | named("comparison.json: {}", COMPARED, report)
     | files("comparison.json", report)
-    | {f"report: {title}": report(change, accepted=NO_NUMBER if "value" in title or "keys" in title else "") for title, change in BROKEN.items()}
-    | {f"run: {title}": fit(change) for title, change in RUNS.items()}
-)  # fmt: skip
+    | named("report: {}", BROKEN, report)
+    | named("report: {}", NO_NUMBERS, report, "what is no number is not drawn, and what is no sample is not shown")
+    | named("run: {}", RUNS, fit)
+)
 
 recover = partial(Case, "merge", "diff", flags={"path_diff": "{model}"})
 HASHES = {"dtype": "float16", "sha256": {}}
@@ -343,14 +350,13 @@ YAML = {
     "itself": "&a lr: *a", "an escape": 'lr: "\\e[2J"', "a date of no calendar": "lr: 2020-99-99",
     "sixties": "lr: 1:99:99",
 }  # fmt: skip
+FLAGS = {"": [3, [], None, {"lr": {"a": 1}}, {"lr": [1, 2]}, {"lr": NAN}, {"no\x1b[2J": 1}, {"": 1}, {"lr": "\ud800"}]}
+TWICE = {"a key twice": "YAML takes the last one"}
 CASES = (
     CHECKPOINTS
     | RUN_FILES
     | values_of("weight_manifest.json", WEIGHT_MANIFEST, recover)
     | files("weight_manifest.json", recover)
-    | {f"--config: {title}": case for title, case in (files("flags.json", flags) | values_of(
-        "flags.json", {"": [3, [], None, {"lr": {"a": 1}}, {"lr": [1, 2]}, {"lr": NAN}, {"no\x1b[2J": 1}, {"": 1},
-        {"lr": "\ud800"}]}, flags)).items()}
-    | {f"--config: YAML: {title}": yaml(holding("flags.yaml", text), accepted="YAML takes the last one"
-    if "twice" in title else "") for title, text in YAML.items()}
-)  # fmt: skip
+    | named("--config: {}", files("flags.json", flags) | values_of("flags.json", FLAGS, flags), kept)
+    | named("--config: YAML: {}", {title: holding("flags.yaml", text) for title, text in YAML.items()}, yaml, TWICE)
+)

@@ -3,10 +3,11 @@
 import json
 from functools import partial
 
-from tests.hostile.case import Case, values_of
+from tests.hostile.case import Case, named, values_of
 from tests.hostile.changes import all_of, fifo, holding, in_place, put, without
-from tests.hostile.configs import files
+from tests.hostile.configs import FOREIGN, PLACES, again, files
 
+JINJA = "chat_template.jinja"
 HUGE, NAN = 10**9, float("nan")
 llama = partial(Case, "sft", "policy", flags={"hf_model_name_or_path": "{model}"})
 chat = partial(Case, "sft", "chat", flags={"hf_model_name_or_path": "{model}"})
@@ -190,45 +191,36 @@ LISTS = [3, {}, [], [3], [{}], [{"name": "default"}], [{"name": "default", "temp
 def template(text: str):
     """The chat template of a folder, as newer and as older ones have it."""
     if "\ud800" in text or "\0" in text:
-        return all_of(without("chat_template.jinja"), put("tokenizer_config.json", "chat_template", text))
-    return holding("chat_template.jinja", text)
+        return all_of(without(JINJA), put("tokenizer_config.json", "chat_template", text))
+    return holding(JINJA, text)
 
 
 WRITES = "what a template writes besides the messages is its own"
-MAY_TEMPLATE = {
-    "empty": "an empty template is none, and the run says so", "an escape": WRITES, "a NUL": WRITES,
-    "100,000 characters": WRITES, "answers in capitals": WRITES,
-    "answers twice": WRITES, "random": WRITES,
-    '{"default": "{% for m in messages %}{{ m[\'content\'] }}<|im_e': "transformers' own form of several templates",
-}  # fmt: skip
-in_config = without("chat_template.jinja")
-FOREIGN = {
-    "an_escape": "keys that are not known are ignored",
-    "a_lone_surrogate": "keys that are not known are ignored",
+MAY_TEMPLATE = {"empty": "an empty template is none, and the run says so"} | dict.fromkeys(
+    ("an escape", "a NUL", "100,000 characters", "answers in capitals", "answers twice", "random"), WRITES
+)
+MAY_LISTS = {json.dumps({"default": IN_MESSAGES})[:60]: "transformers' own form of several templates"}
+in_config = {
+    json.dumps(x)[:60]: all_of(without(JINJA), put("tokenizer_config.json", "chat_template", x)) for x in LISTS
 }
+NAMED = [{"name": "tool_use", "template": "{{ 1 / 0 }}"}, {"name": "default", "template": IN_MESSAGES}]
+JINJAS = {title: in_place(JINJA, build) for title, build in PLACES.items()} | {"not UTF-8": holding(JINJA, b"\xff\xfe")}
+MAP = {"": [3, []], "eos_token": [3, "no_such", {"content": 3}]}
 CASES = (
     values_of("tokenizer.json", TOKENIZER, chat, MAY)
     | values_of("tokenizer_config.json", CONFIG, chat, MAY_CONFIG)
-    | {f"{name} (SentencePiece)": case for name, case in values_of("tokenizer_config.json", LLAMA_CONFIG, llama,
-    MAY_LLAMA).items()}
+    | named("{} (SentencePiece)", values_of("tokenizer_config.json", LLAMA_CONFIG, llama, MAY_LLAMA), again)
     | values_of("added_tokens.json", ADDED, llama)
-    | values_of("special_tokens_map.json", {"": [3, []], "eos_token": [3, "no_such", {"content": 3}]}, chat)
-    | {f"tokenizer.model: {title}": llama(change, accepted=MAY_MODEL.get(title, "")) for title,
-    change in MODELS.items()}
+    | values_of("special_tokens_map.json", MAP, chat)
+    | named("tokenizer.model: {}", MODELS, llama, MAY_MODEL)
     | files("tokenizer.json", chat)
-    | {f"{name} (SentencePiece)": case for name, case in files("tokenizer_config.json", llama, **FOREIGN).items()}
-    | {f"template: {title}": chat(template(text), accepted=MAY_TEMPLATE.get(title, "")) for title,
-    text in TEMPLATES.items()}
-    | {f"template: {title}": chat(all_of(in_config, put("tokenizer_config.json", "chat_template", value)),
-    accepted=MAY_TEMPLATE.get(title, ""))
-       for value in LISTS for title in (json.dumps(value)[:60],)}
-    | {
-        "template: a FIFO": chat(in_place("chat_template.jinja", fifo)),
-        "template: a folder": chat(in_place("chat_template.jinja", lambda path: path.mkdir())),
-        "template: not UTF-8": chat(holding("chat_template.jinja", b"\xff\xfe")),
-        "template: a list with a default": chat(
-            all_of(in_config, put("tokenizer_config.json", "chat_template", [
-                {"name": "tool_use", "template": "{{ 1 / 0 }}"}, {"name": "default", "template": IN_MESSAGES}])),
-            accepted="several templates are a legitimate form; the default one counts", says="template chat"),
-    }
-)  # fmt: skip
+    | named(
+        "{} (SentencePiece)", files("tokenizer_config.json", llama, an_escape=FOREIGN, a_lone_surrogate=FOREIGN), again
+    )
+    | named("template: {}", {title: template(text) for title, text in TEMPLATES.items()}, chat, MAY_TEMPLATE)
+    | named("template: {}", in_config, chat, MAY_LISTS)
+    | named("template: {}", JINJAS, chat)
+)
+several = all_of(without(JINJA), put("tokenizer_config.json", "chat_template", NAMED))
+DEFAULT = "several templates are a legitimate form; the default one counts"
+CASES["template: a list with a default"] = chat(several, accepted=DEFAULT, says="template chat")
