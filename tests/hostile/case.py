@@ -43,7 +43,10 @@ def shown(value) -> str:
 def values_of(
     name: str, table: dict[str, list], make: Callable[[Change], Case], accepted: dict[str, str] | None = None
 ) -> dict[str, Case]:
-    """A case for each value in a JSON file. table: place -> values; accepted: why one may go on, by "place = value" (or its start and …)."""
+    """A case for each value in a JSON file. table: place -> values; accepted: why some may go on.
+
+    That is by "place = value", or by the beginning of it and "…".
+    """
     found, known = {}, dict(accepted or {})
     for place, values in table.items():
         for value in values:

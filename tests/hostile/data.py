@@ -6,7 +6,7 @@ from functools import partial
 from tests.hostile.case import Case, named
 from tests.hostile.changes import holding, in_place, nested
 from tests.hostile.configs import PLACES as OF_FILES
-from tests.hostile.configs import sparse
+from tests.hostile.weights import sparse
 
 SOUND = [[f"Question {i}?", f"Answer {i}."] for i in range(9)]
 PAIRS = [{"prompt": f"{i}?", "chosen": "good", "rejected": "bad"} for i in range(9)]

@@ -1,4 +1,4 @@
-"""Cases of checkpoints, whose hashes are right again, of files of runs, of manifests and of files of flags."""
+"""Cases of checkpoints, whose hashes are right again."""
 
 import json
 from functools import partial
@@ -17,14 +17,13 @@ from tests.hostile.changes import (
     in_place,
     named_too,
     nested,
-    put,
     rehash,
     tensors,
     without,
 )
-from tests.hostile.configs import HEADERS as WEIGHT_HEADERS
+from tests.hostile.configs import PLACES
 from tests.hostile.configs import again as kept
-from tests.hostile.configs import files
+from tests.hostile.weights import HEADERS as WEIGHT_HEADERS
 
 RUN = {"model_save_path": "{model}", "train_steps": 2, "checkpoint_per_step": 1, "report_to": "none"}
 fit = partial(Case, "sft", "fit_run", flags=RUN)
@@ -209,33 +208,40 @@ def placed(edit, key: str):
     return change
 
 
-RESUME = {"resume": "{model}/checkpoints/step_1"}
+STATE_FILE, MANIFEST_FILE, SECOND = f"{STEP}/state.json", f"{STEP}/manifest.json", f"{STEP}/model-rank1.safetensors"
+
+
+def second(change: Change) -> Change:
+    """One more file of weights, which the manifest names rightly."""
+    return all_of(change, lambda folder: named_too("model-rank1.safetensors")(folder / STEP), again)
+
+
+def copied(folder: Path) -> None:
+    (folder / SECOND).write_bytes((folder / MODEL).read_bytes())
+
+
+def moved(folder: Path) -> None:
+    (folder / STEP).rename(folder / "moved")
+
+
 FILES = {
-    "a file that the manifest does not name": holding(f"{STEP}/model-rank1.safetensors", b"x" * 99),
-    "a foreign file, named": all_of(holding(f"{STEP}/model-rank1.safetensors", b"x" * 99),
-    lambda f: named_too("model-rank1.safetensors")(f / STEP), again),
-    "a second copy of the weights": all_of(lambda f: (f / STEP / "model-rank1.safetensors").write_bytes((f / MODEL).read_bytes()),
-                                           lambda f: named_too("model-rank1.safetensors")(f / STEP), again),
-    "no weights": all_of(without(MODEL), lambda f: manifest("model-rank0.safetensors", REMOVED)(f)),
-    "a FIFO as state": in_place(f"{STEP}/state.json", fifo), "a FIFO as weights": in_place(MODEL, fifo),
-    "a FIFO as manifest": in_place(f"{STEP}/manifest.json", fifo),
-    "a FIFO as streams": in_place(f"{STEP}/random-rank0.json", fifo),
-    "a folder as state": in_place(f"{STEP}/state.json", lambda path: path.mkdir()),
-    "a folder as weights": in_place(MODEL, lambda path: path.mkdir()),
-    "a link to /dev/zero as manifest": in_place(f"{STEP}/manifest.json", lambda path: path.symlink_to("/dev/zero")),
-    "a link to /dev/zero as state": in_place(f"{STEP}/state.json", lambda path: path.symlink_to("/dev/zero")),
-    "a link to itself": in_place(f"{STEP}/state.json", lambda path: path.symlink_to(path.name)),
-    "a file as checkpoint": all_of(lambda f: (f / STEP).rename(f / "moved"), holding(STEP, "x")),
-    "a FIFO as checkpoint": all_of(lambda f: (f / STEP).rename(f / "moved"), lambda f: fifo(f / STEP)),
+    "a file that the manifest does not name": holding(SECOND, b"x" * 99),
+    "a second copy of the weights": second(copied),
+    "a foreign file, named": second(holding(SECOND, b"x" * 99)),
+    "no weights": all_of(without(MODEL), manifest("model-rank0.safetensors", REMOVED)),
+    "a FIFO as weights": in_place(MODEL, fifo), "a folder as weights": in_place(MODEL, lambda path: path.mkdir()),
+    "a FIFO as streams": in_place(f"{STEP}/random-rank0.json", fifo), "a FIFO as checkpoint": all_of(moved,
+    lambda f: fifo(f / STEP)),
+    "a file as checkpoint": all_of(moved, holding(STEP, "x")), "an empty state": all_of(holding(STATE_FILE, ""), again),
     "step_7 with the state of step 1": lambda f: (f / STEP).rename(f / "checkpoints/step_7"),
     "a folder step_999… of 200 digits": lambda f: (f / "checkpoints" / ("step_" + "9" * 200)).mkdir(),
-    "a deep state": all_of(holding(f"{STEP}/state.json", nested(100_000)), again),
-    "an empty state": all_of(holding(f"{STEP}/state.json", ""), again),
-    "a state that is not UTF-8": all_of(holding(f"{STEP}/state.json", b'{"step": 1, "x": "\xff"}'), again),
-    "an empty manifest": holding(f"{STEP}/manifest.json", ""), "a deep manifest": holding(f"{STEP}/manifest.json",
-    nested(100_000)),
+    "a deep state": all_of(holding(STATE_FILE, nested(100_000)), again), "an empty manifest": holding(MANIFEST_FILE,
+    ""),
+    "a state that is not UTF-8": all_of(holding(STATE_FILE, b'{"step": 1, "x": "\xff"}'), again),
+    "a deep manifest": holding(MANIFEST_FILE, nested(100_000)),
 }  # fmt: skip
-
+FILES |= {f"{title} as state": in_place(STATE_FILE, build) for title, build in PLACES.items()}
+FILES |= {f"{title} as manifest": in_place(MANIFEST_FILE, build) for title, build in PLACES.items()}
 MAY_TENSORS = {
     "another step": "a step of a run makes several steps of the optimizer",
     "a start with a sign": "it is the same number",
@@ -252,7 +258,7 @@ resumed = partial(
     Case, "sft", "fit_run", flags=RUN | {"resume": "{model}/checkpoints/step_1", "model_save_path": "{folder}/out"}
 )
 OF_RESUME = ("a FIFO as state", "a FIFO as manifest", "no weights", "a deep state", "a file as checkpoint")
-CHECKPOINTS = (
+CASES = (
     table("state.json", STATE, fit, MAY)
     | named("PPO's {}", table("state.json", PPO_STATE, ppo, MAY_PPO), kept)
     | table("random-rank0.json", STREAMS, fit, MAY_STREAMS)
@@ -261,102 +267,4 @@ CHECKPOINTS = (
     | named("checkpoint: header: {}", IN_HEADER, fit)
     | named("checkpoint: {}", FILES, fit, MAY_FILES)
     | named("--resume: {}", some(FILES, *OF_RESUME), resumed)
-)
-
-LINE = {"a list": "[1]", "a number": "3", "text": '"x"', "no step": "{}",
-    "a step of text": '{"step": "1"}',
-        "a step of NaN": '{"step": NaN}', "no JSON": "hello", "not UTF-8": "\udcff", "deep": nested(50_000),
-        "digits": '{"step": ' + "9" * 5000 + "}",
-        "an empty line": "", "a list as step": '{"step": [1]}', "a huge line": '{"step": 1, "x": "' + "a" * 10**7
-        + '"}',
-        "an escape": '{"step": 1, "x": "\u009b2J\x1b[2J"}', "a half": '{"step": 1', }  # fmt: skip
-
-
-def line(name: str, text: str, last: bool = False) -> Change:
-    """One line more in a file of lines, before the others or after them."""
-
-    def change(folder: Path) -> None:
-        before = (folder / name).read_bytes()
-        new = text.encode("utf-8", "surrogateescape")
-        (folder / name).write_bytes(before + new if last else new + b"\n" + before)
-
-    return change
-
-
-report = partial(Case, "report", "ppo_run")
-KEPT = "a foreign line is no reason to stop a run"
-COMPARISON = {"": [3, []], "table": [3, {"score": {"before": 3}}, {"score": 3}, {"score": {"before": ["x", 1, 2]}}],
-    "answers": [3, [3], [{}]]}  # fmt: skip
-WHOLE = {"table": {"score": {"before": [1, 0, 2]}}, "answers": [{"prompt": "a", "answer": "b", "answer_after": "c"}]}
-BROKEN = {
-    "config.json of a list": put("config.json", "", []), "steps of text": put("config.json", "critic_pretrain_steps",
-    "x"),
-    "a FIFO as metrics": in_place("metrics.jsonl", fifo), "a FIFO as config": in_place("config.json", fifo),
-    "a folder as metrics": in_place("metrics.jsonl", lambda p: p.mkdir()),
-}  # fmt: skip
-NO_NUMBERS = {
-    "values of text": holding("metrics.jsonl", '{"step": 1, "score_mean": "x"}\n'),
-    "values beyond floats": holding("metrics.jsonl", '{"step": 1, "score_mean": 1' + "0" * 400 + "}\n"),
-    "a list as value": holding("metrics.jsonl", '{"step": 1, "score_mean": [1]}\n'),
-    "samples without keys": holding("samples.jsonl", '{"step": 1}\n'),
-}
-RUNS = {
-    "a FIFO as metrics": in_place("metrics.jsonl", fifo), "a folder as metrics": in_place("metrics.jsonl",
-    lambda p: p.mkdir()),
-    "a folder as config": in_place("config.json", lambda p: p.mkdir()), "a FIFO as samples": in_place("samples.jsonl",
-    fifo),
-}  # fmt: skip
-FIRST = {title: line("metrics.jsonl", text) for title, text in LINE.items()}
-LAST = {title: line("metrics.jsonl", text, last=True) for title, text in list(LINE.items())[:3]}
-SAMPLES = {title: line("samples.jsonl", text, last=True) for title, text in list(LINE.items())[5:10]}
-COMPARED = {
-    f"{key or 'all'} = {shown(x)}": all_of(put("comparison.json", "", WHOLE), put("comparison.json", key, x))
-    for key, values in COMPARISON.items() for x in values
-}  # fmt: skip
-RUN_FILES = (
-    named("metrics.jsonl: {}, on resume", FIRST, fit, KEPT)
-    | named("metrics.jsonl: {}, last, on resume", LAST, fit, KEPT)
-    | named("metrics.jsonl: {}, reported", FIRST, report, KEPT)
-    | named("samples.jsonl: {}, reported", SAMPLES, report, KEPT)
-    | named("comparison.json: {}", COMPARED, report)
-    | files("comparison.json", report)
-    | named("report: {}", BROKEN, report)
-    | named("report: {}", NO_NUMBERS, report, "what is no number is not drawn, and what is no sample is not shown")
-    | named("run: {}", RUNS, fit)
-)
-
-recover = partial(Case, "merge", "diff", flags={"path_diff": "{model}"})
-HASHES = {"dtype": "float16", "sha256": {}}
-WEIGHT_MANIFEST = {
-    "": [3, [], None, {"total": 1}, {"total": 1, "tuned": HASHES}, {"total": "x", "tuned": HASHES}, {"total": NAN,
-    "tuned": HASHES, "raw": HASHES, "diff": HASHES},
-         {"total": 1, "tuned": 3}, {"total": 1, "tuned": HASHES | {"dtype": "int8"}}, {"total": 1, "tuned": HASHES
-         | {"sha256": {"a": 3}}, "raw": HASHES, "diff": HASHES},
-         {"total": 1, "tuned": HASHES | {"more": 1}}, {"total": 10**400, "tuned": HASHES, "raw": HASHES,
-         "diff": HASHES},
-         {"total": [], "tuned": HASHES}, {"total": 1, "tuned": HASHES | {"dtype": []}, "raw": HASHES, "diff": HASHES}],
-}  # fmt: skip
-flags = partial(Case, "sft", "", flags={"config": "{model}/flags.json"})
-yaml = partial(Case, "sft", "", flags={"config": "{model}/flags.yaml"})
-YAML = {
-    "a tag of Python": "lr: !!python/object/apply:os.system ['touch ran']", "an unknown tag": "lr: !no 3",
-    "aliases of aliases":
-    "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{c}: &{c} [{','.join([f'*{b}'] * 9)}]\n" for b, c in zip("abcdefgh",
-    "bcdefghi")),
-    "a key twice": "lr: 1\nlr: 2", "a list as key": "? [1]\n: 2", "deep": "lr: " + nested(20_000),
-    "a document more": "lr: 1\n---\nlr: 2",
-    "a date": "lr: 2020-01-01", "binary": "lr: !!binary aGk=", "a tab": "\tlr: 1", "an alias of nothing": "lr: *x",
-    "an object": "lr: {a: 1}",
-    "itself": "&a lr: *a", "an escape": 'lr: "\\e[2J"', "a date of no calendar": "lr: 2020-99-99",
-    "sixties": "lr: 1:99:99",
-}  # fmt: skip
-FLAGS = {"": [3, [], None, {"lr": {"a": 1}}, {"lr": [1, 2]}, {"lr": NAN}, {"no\x1b[2J": 1}, {"": 1}, {"lr": "\ud800"}]}
-TWICE = {"a key twice": "YAML takes the last one"}
-CASES = (
-    CHECKPOINTS
-    | RUN_FILES
-    | values_of("weight_manifest.json", WEIGHT_MANIFEST, recover)
-    | files("weight_manifest.json", recover)
-    | named("--config: {}", files("flags.json", flags) | values_of("flags.json", FLAGS, flags), kept)
-    | named("--config: YAML: {}", {title: holding("flags.yaml", text) for title, text in YAML.items()}, yaml, TWICE)
 )
