@@ -87,12 +87,10 @@ class Resume:
 
 
 def kinds(module) -> list[type]:
-    """The schema of a trainer's state.json, where the module has one."""
-    return [
-        value
-        for name, value in vars(module).items()
-        if name.endswith("State") and hasattr(value, "model_validate") and value.__module__ == module.__name__
-    ][-1:]
+    """The schema of a trainer's state.json, where there are such schemas."""
+    base = getattr(restore, "TrainerState", None)
+    types = [value for value in vars(module).values() if isinstance(value, type)]
+    return [kind for kind in types if base and kind is not base and issubclass(kind, base)]
 
 
 def read_state(folder: Path) -> None:
