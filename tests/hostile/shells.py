@@ -83,9 +83,8 @@ def run_shell(case: Shell, folder: Path) -> str | None:
             return "code ran"
     if case.passed:
         passed = case.passed.replace("{folder}", str(folder))
-        return (
-            None if result.returncode == 0 and passed in started else f"{result.returncode}: {started} {result.stderr}"
-        )
+        fine = result.returncode == 0 and (passed in started or f"./{passed}" in started)  # else -x would be a flag
+        return None if fine else f"{result.returncode}: {started} {result.stderr}"
     lines = result.stderr.strip().splitlines()
     name = next(iter(case.variables))
     fine = (
