@@ -9,9 +9,9 @@ from pathlib import Path
 from tests.hostile.changes import REMOVED, Change, put
 
 FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # no terminal may see them
-MEMORY = re.compile(r"alloc|MemoryError|out of memory|os error 12", re.IGNORECASE)  # as a process says that it got none
+MEMORY = re.compile(r"can't allocate|cannot allocate|bad_alloc|os error 12", re.IGNORECASE)  # who got none says so
 CODE_RAN = "ran"  # the file that hostile code would make
-LONGEST = 40  # characters of a value in the name of a case
+LONGEST = 60  # characters of a value in the name of a case
 HUGE_FILE = 1 << 24
 
 
@@ -43,7 +43,10 @@ def shown(value) -> str:
 def values_of(
     name: str, table: dict[str, list], make: Callable[[Change], Case], accepted: dict[str, str] | None = None
 ) -> dict[str, Case]:
-    """A case for each value in a JSON file. table: place -> values; accepted: why one may go on, by "place = value" (or its start and …)."""
+    """A case for each value in a JSON file. table: place -> values; accepted: why some may go on.
+
+    That is by "place = value", or by the beginning of it and "…".
+    """
     found, known = {}, dict(accepted or {})
     for place, values in table.items():
         for value in values:
@@ -54,6 +57,18 @@ def values_of(
             found[f"{name}: {title}"] = Case(**vars(case) | {"accepted": reason or case.accepted})
     assert not known, f"no such values: {list(known)}"
     return found
+
+
+def named(pattern: str, table: dict, make: Callable[..., Case], accepted: str | dict[str, str] = "") -> dict[str, Case]:
+    """A case for each entry of a table: its title in the pattern -> make(entry). accepted: why, of all or by title."""
+    reasons = accepted if isinstance(accepted, dict) else dict.fromkeys(table, accepted)
+    assert reasons.keys() <= table.keys()
+    return {pattern.format(title): make(value, accepted=reasons.get(title, "")) for title, value in table.items()}
+
+
+def some(table: dict, *titles: str) -> dict:
+    """The entries with these titles."""
+    return {title: table[title] for title in titles}
 
 
 def contents(folder: Path) -> dict[str, tuple]:
@@ -80,11 +95,11 @@ def problem(case: Case, outcome: dict, limit: int) -> str | None:
         "control characters": not FORBIDDEN.search(log),
     }
     if code == 2:
-        names = [word for word in outcome["argv"] if word.startswith(("--", "/"))]
+        names = [word for word in outcome["argv"] if word.startswith("/")]
         line = errors[-1] if errors else ""
         checks |= {
             "not one line": len(errors) == 1 and log.endswith(f"error: {line}\n"),
-            "names neither flag nor file": any(name in line for name in names),
+            "names neither flag nor file": re.search(r"--\w+", line) or any(name in line for name in names),
             "refused, but legitimate": not case.says or not case.accepted,
             f"changed {outcome['changed'][:3]}": not outcome["changed"],
         }

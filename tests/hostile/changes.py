@@ -74,17 +74,6 @@ def in_place(name: str, make: Callable[[Path], object]) -> Change:
     return change
 
 
-def replaced(name: str, old: bytes, new: bytes) -> Change:
-    """Other bytes in a file, which must hold the old ones."""
-
-    def change(folder: Path) -> None:
-        content = (folder / name).read_bytes()
-        assert old in content, f"{name} does not hold {old!r}"
-        (folder / name).write_bytes(content.replace(old, new))
-
-    return change
-
-
 def tensors(name: str, edit: Callable[[dict], dict | None]) -> Change:
     """Other tensors in a safetensors file. edit: changes the dict, or gives another one."""
 

@@ -1,6 +1,5 @@
 """All cases: name -> case."""
 
-from tests.hostile import configs, data, state, tokens
-from tests.hostile.case import Case
+from tests.hostile import checkpoints, configs, data, runs, tokens, weights
 
-CASES: dict[str, Case] = configs.CASES | tokens.CASES | state.CASES | data.CASES
+CASES = configs.CASES | weights.CASES | tokens.CASES | checkpoints.CASES | runs.CASES | data.CASES

@@ -29,15 +29,28 @@ if __name__ == "__main__":
 import torch
 
 from tests.hostile.case import CODE_RAN, MEMORY
+from tests.hostile.changes import rehash
 from tests.hostile.materials import Materials
 from tests.hostile.run import BYTES, SECONDS, forked, limit_memory
-from tests.hostile.changes import rehash
 from tests.hostile.targets import STEP, TARGETS, Resume, Target, add_sources
 from utils.errors import UserError
 
 ROUNDS = 400  # mutations of a process, after which another one takes over
 WORKERS = 2
-CODE = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "shutil.rmtree")
+ACCEPTED: set[int] = set()  # numbers of mutations that were read without an error
+CODE = (
+    "os.system",
+    "subprocess.Popen",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "socket.connect",
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "shutil.rmtree",
+)
 
 
 def target_of(rng: random.Random, only: str | None) -> Target:
@@ -57,7 +70,12 @@ class Watch:
     def __call__(self, event: str, arguments: tuple) -> None:
         if not self.on:
             return
-        if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+") and arguments[0] != os.devnull:
+        if (
+            event == "open"
+            and isinstance(arguments[1], str)
+            and set(arguments[1]) & set("wax+")
+            and arguments[0] != os.devnull
+        ):
             self.seen.append(f"open {arguments[:2]}")
         elif event in CODE:
             self.seen.append(f"{event} {arguments}"[:200])
@@ -67,7 +85,7 @@ class Reader:
     """One process's copies of the folders, and the objects that readers need."""
 
     def __init__(self, materials: dict[str, Path], folder: Path):
-        self.folder, self.watch = folder, Watch()
+        self.folder, self.watch, self.accepted = folder, Watch(), False
         shutil.rmtree(folder, ignore_errors=True)
         self.folders = {target.source: folder / target.source for target in TARGETS}
         for name, path in self.folders.items():
@@ -78,7 +96,10 @@ class Reader:
     def problem(self, target: Target, rng: random.Random) -> str | None:
         """What a mutation leads to that it must not, or None."""
         place = self.folders[target.source]
-        sound = {path: path.read_bytes() for path in {place / target.file, *place.glob("checkpoints/*/manifest.json"), *place.glob("*.jsonl")}}
+        sound = {
+            path: path.read_bytes()
+            for path in {place / target.file, *place.glob("checkpoints/*/manifest.json"), *place.glob("*.jsonl")}
+        }
         content = target.mutate(rng, sound[place / target.file])
         read = target.read
         if read is Resume:
@@ -95,9 +116,10 @@ class Reader:
                 path.write_bytes(before)
 
     def _outcome(self, read) -> str | None:
-        found = None
+        found, self.accepted = None, False
         try:
             read()
+            self.accepted = True
         except UserError as error:
             text = str(error)
             if len(text.splitlines()) != 1:
@@ -105,7 +127,9 @@ class Reader:
             elif MEMORY.search(text):
                 found = f"asks for memory: {text[:300]}"
         except BaseException as error:  # noqa: BLE001 - libraries raise what is no Exception, too
-            own = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+            own = [
+                frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename
+            ]
             where = f"{Path(own[-1].filename).name}:{own[-1].lineno} {own[-1].name}" if own else ""
             found = f"{type(error).__name__} at {where}: {str(error)[:200]!r}"
         self.watch.on = False
@@ -153,11 +177,11 @@ def start(materials: dict[str, Path], folder: Path, todo: list[int], options: ar
             used = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - low)
             if used > BYTES and not found:
                 found = f"{used / 1e9:.1f} GB"
-            os.write(write, json.dumps([i, found]).encode() + b"\n")
+            os.write(write, json.dumps([i, found, reader.accepted]).encode() + b"\n")
             if used > BYTES:
                 break
     except BaseException:  # noqa: BLE001 - this process must not go on as the parent
-        os.write(write, json.dumps([-1, traceback.format_exc()[-900:]]).encode() + b"\n")
+        os.write(write, json.dumps([-1, traceback.format_exc()[-900:], False]).encode() + b"\n")
     finally:
         os._exit(0)
 
@@ -173,8 +197,9 @@ def take(worker: Worker, findings: dict[int, str]) -> bool:
         if isinstance(content, int):
             worker.current = content
             continue
-        number, found = content
+        number, found, accepted = content
         worker.current = None
+        ACCEPTED.update([number] if accepted else [])
         if number in worker.todo:
             worker.todo.remove(number)
         if found:
@@ -198,7 +223,9 @@ def run(options: argparse.Namespace, materials: dict[str, Path], folder: Path) -
             _, status = os.waitpid(worker.pid, 0)
             os.close(worker.pipe)
             if worker.current is not None:
-                findings[worker.current] = f"hung for {SECONDS} s" if hung else f"process ended: {os.waitstatus_to_exitcode(status)}"
+                findings[worker.current] = (
+                    f"hung for {SECONDS} s" if hung else f"process ended: {os.waitstatus_to_exitcode(status)}"
+                )
                 worker.todo.remove(worker.current)
             place = workers.index(worker)
             workers.pop(place)
@@ -232,7 +259,10 @@ def main() -> int:
             only = f" --only {options.only}" if options.only else ""
             print(f"{target.source}/{target.file}: {found}\n  --seed {options.seed} --start {number} --count 1{only}")
     seconds = time.monotonic() - started
-    print(f"{options.count} mutations in {seconds:.0f} s, {len(findings)} findings of {len(kinds)} kinds")
+    print(
+        f"{options.count} mutations in {seconds:.0f} s: {len(ACCEPTED)} accepted, {len(findings)} findings of "
+        f"{len(kinds)} kinds, the others refused in one line"
+    )
     return 1 if findings else 0
 
 

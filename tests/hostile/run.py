@@ -3,6 +3,7 @@
 Writes FOLDER/outcomes.json: name -> how it ended. Everything slow is imported, and made, once for all of them.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -87,10 +88,8 @@ def forked(main, argv: list[str], log: Path, place: Path) -> dict:
             code = HUNG
         else:
             time.sleep(0.003)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # what it has started and left
-    except ProcessLookupError:
-        pass
     peak = 1024 * (used.ru_maxrss - before)
     return {
         "code": code,

@@ -27,18 +27,27 @@ CODE = {
     "backquotes": "`touch ran`",
     "two commands": "1;touch ran",
 }
-NUMBERS = CODE | {"negative": "-1", "a half": "1.5", "a word": "two", "a float": "1e3", "a space": " ", "beyond 64 bits": "9" * 20, "two numbers": "1 2",
-                  "two lines": "1\n2", "a name": "HOME", "a sum": "1+1", "an escape": "\x1b[2J", "a flag": "--help"}  # fmt: skip
+NUMBERS = CODE | {"negative": "-1", "a half": "1.5", "a word": "two", "a float": "1e3", "a space": " ",
+    "beyond 64 bits": "9" * 20, "two numbers": "1 2",
+                  "two lines": "1\n2", "a name": "HOME", "a sum": "1+1", "an escape": "\x1b[2J",
+                  "a flag": "--help"}  # fmt: skip
 SOME = CODE | {title: NUMBERS[title] for title in ("negative", "a word", "two numbers", "an escape")}
-PATHS = {"a space": "a b", "a line break": "a\nb", "a glob": "*", "quotes": "a'b\"c", "a command": "$(touch ran)", "backquotes": "`touch ran`", "an escape": "\x1b[2J",
-         "a semicolon": "a;touch ran", "a backslash": "a\\b", "a dollar": "$HOME", "a brace": "{a,b}", "a leading dash": "-x"}  # fmt: skip
+PATHS = {"a space": "a b", "a line break": "a\nb", "a glob": "*", "quotes": "a'b\"c", "a command": "$(touch ran)",
+    "backquotes": "`touch ran`", "an escape": "\x1b[2J",
+         "a semicolon": "a;touch ran", "a backslash": "a\\b", "a dollar": "$HOME", "a brace": "{a,b}",
+         "a leading dash": "-x"}  # fmt: skip
 SHELLS = (
-    {f"NUM_GPUS: {title} ({script})": Shell(script, {"NUM_GPUS": value}) for title, value in CODE.items() for script in SCRIPTS}
-    | {f"NUM_GPUS: {title}": Shell("sft/run.sh", {"NUM_GPUS": value}) for title, value in NUMBERS.items() if title not in CODE}
+    {f"NUM_GPUS: {title} ({script})": Shell(script, {"NUM_GPUS": value}) for title, value in CODE.items()
+    for script in SCRIPTS}
+    | {f"NUM_GPUS: {title}": Shell("sft/run.sh", {"NUM_GPUS": value}) for title, value in NUMBERS.items()
+    if title not in CODE}
     | {f"OMP_NUM_THREADS: {title}": Shell("sft/run.sh", {"OMP_NUM_THREADS": value}) for title, value in SOME.items()}
-    | {f"MASTER_PORT: {title}": Shell("sft/run.sh", {"MASTER_PORT": value, "NUM_GPUS": "1", "HOSTFILE": "hosts"}) for title, value in SOME.items()}
-    | {f"HOSTFILE: {title}": Shell("sft/run.sh", {"HOSTFILE": value, "NUM_GPUS": "1"}) for title, value in PATHS.items()}
-    | {f"OUTPUT: {title}": Shell("sft/run.sh", {"OUTPUT": f"{{folder}}/{value}"}, f"{{folder}}/{value}") for title, value in PATHS.items()}
+    | {f"MASTER_PORT: {title}": Shell("sft/run.sh", {"MASTER_PORT": value, "NUM_GPUS": "1", "HOSTFILE": "hosts"})
+    for title, value in SOME.items()}
+    | {f"HOSTFILE: {title}": Shell("sft/run.sh", {"HOSTFILE": value, "NUM_GPUS": "1"}) for title,
+    value in PATHS.items()}
+    | {f"OUTPUT: {title}": Shell("sft/run.sh", {"OUTPUT": f"{{folder}}/{value}"}, f"{{folder}}/{value}") for title,
+    value in PATHS.items()}
     | {f"MODEL: {title}": Shell("reward/run.sh", {"MODEL": value}, value) for title, value in PATHS.items()}
 )  # fmt: skip
 
@@ -64,7 +73,8 @@ def run_shell(case: Shell, folder: Path) -> str | None:
         k: str(folder / v) if v == "hosts" else v.replace("{folder}", str(folder)) for k, v in case.variables.items()
     }
     result = subprocess.run(
-        ["bash", REPOSITORY / case.script], cwd=folder, env=os.environ | plain | given, capture_output=True, timeout=20, text=True, errors="replace",
+        ["bash", REPOSITORY / case.script], cwd=folder, env=os.environ | plain | given, capture_output=True,
+        timeout=20, text=True, errors="replace",
     )  # fmt: skip
     started = log.read_text().split("\0") if log.exists() else []
     for place in (folder, REPOSITORY):
@@ -73,9 +83,8 @@ def run_shell(case: Shell, folder: Path) -> str | None:
             return "code ran"
     if case.passed:
         passed = case.passed.replace("{folder}", str(folder))
-        return (
-            None if result.returncode == 0 and passed in started else f"{result.returncode}: {started} {result.stderr}"
-        )
+        fine = result.returncode == 0 and (passed in started or f"./{passed}" in started)  # else -x would be a flag
+        return None if fine else f"{result.returncode}: {started} {result.stderr}"
     lines = result.stderr.strip().splitlines()
     name = next(iter(case.variables))
     fine = (

@@ -26,7 +26,8 @@ from utils.weight_diff.model_files import open_side, read_config
 
 CPU = torch.device("cpu")
 TURNS = [[{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello."}], [
-    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."},
+    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "One?"}, {"role": "assistant",
+    "content": "Two."},
     {"role": "user", "content": "Three?"}, {"role": "assistant", "content": "Four."}]]  # fmt: skip
 
 
@@ -76,7 +77,9 @@ class Resume:
         init_distributed()
         flags = ["--hf_model_name_or_path", str(model), "--data_path", "x", "--model_save_path", "x", "--dtype", "fp32"]
         config = parse_args(SFTConfig, flags)
-        self.engines = {"model": TrainEngine(AnswerModel(load_causal_lm(str(model), torch.float32, CPU, say=say)), config, "model")}
+        self.engines = {
+            "model": TrainEngine(AnswerModel(load_causal_lm(str(model), torch.float32, CPU, say=say)), config, "model")
+        }
 
     def __call__(self, folder: Path) -> None:
         if found := restore.newest(str(folder / "checkpoints"), say, *kinds(utils.run.supervised_loop)):
@@ -84,8 +87,10 @@ class Resume:
 
 
 def kinds(module) -> list[type]:
-    """The schema of a trainer's state.json, where the module has one."""
-    return [value for name, value in vars(module).items() if name.endswith("State") and hasattr(value, "model_validate") and value.__module__ == module.__name__][-1:]
+    """The schema of a trainer's state.json, where there are such schemas."""
+    base = getattr(restore, "TrainerState", None)
+    types = [value for value in vars(module).values() if isinstance(value, type)]
+    return [kind for kind in types if base and kind is not base and issubclass(kind, base)]
 
 
 def read_state(folder: Path) -> None:
@@ -140,9 +145,14 @@ def add_sources(materials: dict[str, Path]) -> None:
     (materials["sharded"] / "model.safetensors").rename(materials["sharded"] / shard)
     index = {"metadata": {"total_size": 9}, "weight_map": dict.fromkeys(state, shard)}
     (materials["sharded"] / "model.safetensors.index.json").write_text(json.dumps(index))
-    settings = {"add_bos_token": True, "bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None, "added_tokens_decoder": {
-        str(i): {"content": token, "special": True, "lstrip": False} for i, token in enumerate(("<unk>", "<s>", "</s>"))}}  # fmt: skip
+    settings = {"add_bos_token": True, "bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None,
+        "added_tokens_decoder": {
+        str(i): {"content": token, "special": True, "lstrip": False} for i, token in enumerate(("<unk>", "<s>",
+        "</s>"))}}  # fmt: skip
     (materials["llama"] / "tokenizer_config.json").write_text(json.dumps(settings))
     (materials["llama"] / "added_tokens.json").write_text(json.dumps({"<s>": 1, "</s>": 2}))
-    manifest = {part: {"dtype": "float16", "sha256": dict.fromkeys(("model.norm.weight",), "0" * 64)} for part in ("tuned", "raw", "diff")}
+    manifest = {
+        part: {"dtype": "float16", "sha256": dict.fromkeys(("model.norm.weight",), "0" * 64)}
+        for part in ("tuned", "raw", "diff")
+    }
     (materials["diff"] / "weight_manifest.json").write_text(json.dumps(manifest | {"total": 1.5}))

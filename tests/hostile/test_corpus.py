@@ -46,9 +46,11 @@ GOOD = {"code": 2, "log": "error: --a /x is wrong\n", "bytes": 0, "changed": [],
 @pytest.mark.parametrize(
     "change",
     [
-        {"code": "hung"}, {"code": 1}, {"code": -9}, {"code": 0}, {"log": "Traceback\nerror: --a\n"}, {"bytes": LIMIT + 1},
+        {"code": "hung"}, {"code": 1}, {"code": -9}, {"code": 0}, {"log": "Traceback\nerror: --a\n"}, {"bytes": LIMIT
+        + 1},
         {"log": "error: --a: can't allocate memory\n"}, {"changed": ["ran"]}, {"changed": ["out/config.json"]},
-        {"log": "error: \x1b[2J--a\n"}, {"log": "error: --a\u202e\n"}, {"log": "error: --a\nmore\n"}, {"log": "wrong\n"},
+        {"log": "error: \x1b[2J--a\n"}, {"log": "error: --a\u202e\n"}, {"log": "error: --a\nmore\n"},
+        {"log": "wrong\n"},
         {"log": "error: wrong\n"}, {"log": "error: --a\nerror: --a\n"},
     ],
 )  # fmt: skip

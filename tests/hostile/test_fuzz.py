@@ -40,9 +40,9 @@ READERS = {
     "ends": (lambda _: os._exit(3), "process ended: 3"),
     "runs code": (lambda _: os.system("touch ran"), "code ran"),
     "writes": (lambda _: open("x", "w").close(), "does open"),
-    "takes memory": (lambda _: bytearray(3 << 30), "GB"),
+    "takes memory": (lambda _: b"x" * (1 << 29), "GB"),
     "no such memory": (lambda _: bytearray(1 << 40), "MemoryError"),
-    "hangs": (lambda _: time.sleep(30), "hung"),
+    "hangs": (lambda _: time.sleep(99), "hung"),
 }
 
 
@@ -50,12 +50,13 @@ READERS = {
 def test_what_a_reader_does_is_found(name, tmp_path, monkeypatch):
     read, expected = READERS[name]
     monkeypatch.setattr(fuzz, "TARGETS", [Target("policy", "config.json", lambda rng, content: content, read)])
-    monkeypatch.setattr(fuzz, "SECONDS", 1)
+    monkeypatch.setattr(fuzz, "SECONDS", 3 if name == "hangs" else 60)
+    monkeypatch.setattr(fuzz, "BYTES", 1 << 28)
     (tmp_path / "policy").mkdir()
     (tmp_path / "policy" / "config.json").write_text("{}")
-    options = argparse.Namespace(seed=0, start=0, count=3, only=None)
+    options = argparse.Namespace(seed=0, start=0, count=2, only=None)
     found = fuzz.run(options, {"policy": tmp_path / "policy"}, tmp_path)
-    assert len(found) == (3 if expected else 0)
+    assert len(found) == (2 if expected else 0)
     assert all(expected in text for text in found.values())
 
 
