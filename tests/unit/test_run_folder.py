@@ -230,20 +230,19 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
 
 def test_processes_that_come_and_go_are_never_two(tmp_path):
     """The holder removes run.lock at its end, while others have it open."""
-    run, mark, end = tmp_path / "run", tmp_path / "mark", time.monotonic() + 2.0
+    run, mark, had, end = tmp_path / "run", tmp_path / "mark", tmp_path / "had", time.monotonic() + 2.0
 
     def come_and_go() -> None:
-        held_once = False
         while time.monotonic() < end:
             with contextlib.suppress(UserError), held:
                 hold_folder(str(run))
                 os.close(os.open(mark, os.O_CREAT | os.O_EXCL))  # fails where another holds it, too
                 mark.unlink()
-                held_once = True
-        assert held_once
+                with open(had, "a") as file:
+                    file.write(".")
 
     children = [forked(come_and_go) for _ in range(4)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4 and had.stat().st_size > 4
 
 
 def test_without_locks_a_file_that_is_touched_does(tmp_path, monkeypatch):
