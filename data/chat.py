@@ -137,7 +137,6 @@ def mask_earlier_answers(
     """
     end, mask, rewritten = turn_end(tokenizer, "chat"), [False] * len(ids), []
     system, text, place = turns[: turns[0]["role"] == "system"], _searchable(ids), 0
-    known = False  # whether the answer before is at `place`, and not only somewhere behind it
     for k, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
@@ -147,12 +146,10 @@ def mask_earlier_answers(
         own = start + encode_last_answer(tokenizer, [*before, turn], start)
         if len(before) < k:
             head = len(encode_chat(tokenizer, [*system, turns[since]]))
-            part = _searchable(own[head:])
-            found = text.find(part, place, place + len(part) if known else None)
+            found = text.find(_searchable(own[head:]), place)
         else:
             head, found = 0, 0 if ids[: len(own)] == own else -1
-        known = found >= 0
-        if not known:
+        if found < 0:
             rewritten.append(k)
             continue
         place = found - head + len(start)

@@ -35,7 +35,7 @@ def read_proto(file: Path):
     try:
         proto = import_protobuf().ModelProto.FromString(file.read_bytes())
         loads = SentencePieceProcessor().Load(str(file))
-    except (DecodeError, OSError, RuntimeError):
+    except (DecodeError, OSError, RuntimeError, ValueError):
         return None
     sound = 0 <= proto.trainer_spec.unk_id < len(proto.pieces) and all(math.isfinite(x.score) for x in proto.pieces)
     return proto if loads and sound else None

@@ -33,7 +33,7 @@ CONFIGS = {
     "num_key_value_heads": [0, -1, 10**9], "head_dim": [0, 10**9, "x"],
     "hidden_size": [0, -64, 10**9, 2**31 - 1], "intermediate_size": [0, 10**9], "vocab_size": [0, -1, 10**9],
     "max_position_embeddings": [0, -1, 10**12], "num_labels": [10**12],
-    "rms_norm_eps": [float("nan"), float("inf"), -1, "x"],
+    "rms_norm_eps": [float("nan"), float("inf"), 1e30, "x"],
     "rope_parameters": [3, [], {"rope_theta": 0}, {"rope_theta": "x"}, {"rope_theta": float("nan")},
                         {"rope_type": "no"}, {"rope_type": "linear", "factor": 0}],
     "torch_dtype": ["garbage", "nn", 3, []], "architectures": ["x", 3, [3], {}], "auto_map": ["x", 3, []],

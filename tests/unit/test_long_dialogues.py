@@ -28,8 +28,8 @@ TEXTS = [
 ]
 
 
-def dialogue(rng: random.Random, size: int, system: bool) -> list[dict]:
-    turns = [{"role": ("user", "assistant")[k % 2], "content": rng.choice(TEXTS)} for k in range(size)]
+def dialogue(rng: random.Random, size: int, system: bool, texts=TEXTS) -> list[dict]:
+    turns = [{"role": ("user", "assistant")[k % 2], "content": rng.choice(texts)} for k in range(size)]
     return [{"role": "system", "content": "Be brief."}] * system + turns
 
 
@@ -47,13 +47,14 @@ def mask_by_prefixes(tokenizer, turns, ids):
     return mask, rewritten
 
 
+@pytest.mark.parametrize("texts", [TEXTS, ["Hi", "Hi Hi"]], ids=["many texts", "two texts, one the end of the other"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_masks_of_long_dialogues_are_those_of_all_prefixes(name):
+def test_masks_of_long_dialogues_are_those_of_all_prefixes(name, texts):
     family = FAMILIES[name]
     tokenizer, rng = family_tokenizer(family), random.Random(name)
     tokenizer.chat_template_kwargs = family.arguments
     for system in (False, True)[: 2 - (family.system is None)]:
-        turns = dialogue(rng, MANY_TURNS + 11, system)
+        turns = dialogue(rng, MANY_TURNS + 11, system, texts)
         ids = encode_prompt(tokenizer, turns, "chat")
         mask, rewritten = mask_earlier_answers(tokenizer, turns, ids)
         assert (mask, rewritten) == mask_by_prefixes(tokenizer, turns, ids)

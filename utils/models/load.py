@@ -161,7 +161,7 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     """Sets a config's dropout probabilities to 0, so that rollout and update give the same log-probs. Returns it."""
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
-            setattr(config, name, 0.0)
+            setattr(config, name, type(value)(0))  # of the same type, which some check
         elif isinstance(value, PretrainedConfig):
             without_dropout(value)
     return config
