@@ -31,9 +31,7 @@ from utils.schedule import lr_factor
 from utils.schema import Count, Schema
 
 
-class MomentsState(Schema):
-    """`RunningMoments` in a checkpoint."""
-
+class _Moments(Schema):
     mean: float
     count: Count
     squares: Annotated[float, Field(ge=0)]
@@ -43,7 +41,7 @@ class PPOState(TrainerState):
     """`RunState` in a checkpoint."""
 
     next_place: Count
-    moments: MomentsState
+    moments: _Moments
     best_score: Best
     pretrain_place: Count
     left_out: Count

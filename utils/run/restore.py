@@ -18,8 +18,6 @@ from utils.schema import Count, Schema
 
 _ENGINE_FILE = re.compile(r"(\w+)-rank[0-9]+\.safetensors")
 _FileName = Annotated[str, Field(pattern=rf"^(state\.json|random-rank[0-9]+\.json|{_ENGINE_FILE.pattern})$")]
-
-
 Best = Annotated[float, Field(allow_inf_nan=True, lt=float("inf"))]  # an evaluation; -inf is worse than any
 
 
@@ -137,7 +135,7 @@ def _check_content(path: str, kind: type[State], manifest: dict) -> None:
     of_folder = re.fullmatch(r"step_([0-9]+)", os.path.basename(path))
     if of_folder and int(of_folder[1]) != state["step"]:
         raise ValueError(f"state.json is of step {state['step']}")
-    for i in range(state.get("flags", {}).get("world_size", 0)):
+    for i in range((state.get("flags") or {}).get("world_size", 0)):
         if (name := f"random-rank{i}.json") not in manifest:
             raise ValueError(f"{MANIFEST} names no {name}")
         if i % world_size() == rank():
