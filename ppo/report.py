@@ -64,25 +64,19 @@ def main(argv: list[str] | None = None) -> None:
 _Number = Annotated[float, Field(allow_inf_nan=True)]
 
 
-class RunConfig(Schema):
-    """What the page takes from config.json."""
-
+class _RunConfig(Schema):
     critic_pretrain_steps: Count = 0
 
 
-class Answer(Schema):
-    """A prompt of comparison.json."""
-
+class _Answer(Schema):
     prompt: str
     answer: str
     answer_after: str
 
 
-class Comparison(Schema):
-    """What ppo.compare writes to comparison.json."""
-
+class _Comparison(Schema):
     table: dict[str, dict[str, Annotated[list[_Number], Field(min_length=3, max_length=3)]]]
-    answers: list[Answer]
+    answers: list[_Answer]
 
 
 def read_run(folder: Path) -> dict:
@@ -92,9 +86,9 @@ def read_run(folder: Path) -> dict:
     metrics = read_lines(folder / "metrics.jsonl")
     if not any(name in row for row in metrics for name in PANELS):
         raise UserError(f"{folder}/metrics.jsonl has no step of a PPO run yet: wait until the first step has been made")
-    config, samples = read_json(folder / "config.json", "RUN", RunConfig), read_lines(folder / "samples.jsonl")
+    config, samples = read_json(folder / "config.json", "RUN", _RunConfig), read_lines(folder / "samples.jsonl")
     file = folder / "comparison.json"
-    comparison = read_json(file, "RUN", Comparison) if os.path.lexists(file) else None
+    comparison = read_json(file, "RUN", _Comparison) if os.path.lexists(file) else None
     return {"config": config, "metrics": metrics, "samples": samples, "comparison": comparison}
 
 

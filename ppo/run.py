@@ -33,9 +33,7 @@ from utils.schema import Count, Schema
 from utils.watchdog import report_progress
 
 
-class MomentsState(Schema):
-    """`RunningMoments` in a checkpoint."""
-
+class _Moments(Schema):
     mean: float
     count: Count
     squares: Annotated[float, Field(ge=0)]
@@ -45,7 +43,7 @@ class PPOState(TrainerState):
     """`RunState` in a checkpoint."""
 
     next_place: Count
-    moments: MomentsState
+    moments: _Moments
     best_score: Best
     pretrain_place: Count
     left_out: Count

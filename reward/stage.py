@@ -3,8 +3,10 @@
 import random
 from collections.abc import Callable
 from functools import partial
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from data.batching.micro_batch_plan import rank_plan
@@ -21,19 +23,12 @@ from utils.errors import Say
 from utils.models.compile import compile_layers
 from utils.models.load import FLAG, check_window, enable_checkpointing
 from utils.run.supervised_loop import FitState, Stage
-from utils.schema import Schema
-
-
-class EvaluationState(Schema):
-    """`Evaluation.state` in a checkpoint."""
-
-    center: float
 
 
 class RewardState(FitState):
-    """What a checkpoint of reward training holds."""
+    """What a checkpoint of reward training holds: also `Evaluation.state`."""
 
-    stage: EvaluationState
+    stage: Annotated[dict[Literal["center"], float], Field(min_length=1)]
 
 
 def comparison_sums(engine: Callable, items: list[Comparison], config: RewardConfig) -> dict[str, torch.Tensor]:

@@ -23,8 +23,10 @@ from merge_weight_en import RELEASE as ENGLISH
 from merge_weight_zh import RELEASE as CHINESE
 from tests.helpers.tiny_run import as_argv
 from tests.helpers.weights import LAYOUTS, constant_weights, load_folder, random_weights, save_folder
+from utils.errors import UserError
 from utils.weight_diff import output_folder
 from utils.weight_diff.commands import run
+from utils.weight_diff.manifest import Hashes, Manifest, read_manifest
 
 Q_PROJ, UP_PROJ = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
 BIN = r"--path_raw: .*pytorch_model\.bin is .*refused: "

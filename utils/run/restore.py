@@ -140,7 +140,7 @@ def _check_content(path: str, kind: type[State], manifest: dict) -> None:
     of_folder = re.fullmatch(r"step_([0-9]+)", os.path.basename(path))
     if of_folder and int(of_folder[1]) != state["step"]:
         raise ValueError(f"state.json is of step {state['step']}")
-    for i in range(state.get("flags", {}).get("world_size", 0)):
+    for i in range((state.get("flags") or {}).get("world_size", 0)):
         if (name := f"random-rank{i}.json") not in manifest:
             raise ValueError(f"{MANIFEST} names no {name}")
         if i % world_size() == rank():
