@@ -20,7 +20,8 @@ class Case:
     """A command on inputs that were changed. It is refused in one line, or `accepted` says why it may go on.
 
     source: a name of tests/hostile/materials.py, of which the case gets a copy ("": an empty folder); `change` is made
-    in it, and flags call it {model}. flags: those that differ from tests/bad_inputs/commands.py. says: what an accepted case has to print.
+    in it, and flags call it {model}. flags: those that differ from tests/bad_inputs/commands.py. says: what an accepted
+    case has to print.
     """
 
     command: str
