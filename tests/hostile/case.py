@@ -19,8 +19,9 @@ HUGE_FILE = 1 << 24
 class Case:
     """A command on inputs that were changed. It is refused in one line, or `accepted` says why it may go on.
 
-    source: a name of tests/hostile/materials.py, of which the case gets a copy, `{model}`; `change` is made in it.
-    flags: those that differ from tests/bad_inputs/commands.py. says: what an accepted case has to print.
+    source: a name of tests/hostile/materials.py, of which the case gets a copy ("": an empty folder); `change` is made
+    in it, and flags call it {model}. flags: those that differ from tests/bad_inputs/commands.py. says: what an accepted
+    case has to print.
     """
 
     command: str

@@ -79,9 +79,14 @@ MANIFEST = {
 
 LATER = "a flag that a checkpoint does not know was added later"
 ANOTHER = "another number of processes is no reason to stop, and the run says so"
-MAY = {"flags = {}": LATER, "flags.lr = left out": LATER, "flags.no_such = 3": LATER} | {
-    f"flags.world_size = {x}": ANOTHER for x in ("0", "x", "-1")
-}
+NUMBER = "an evaluation may be any number"
+MAY = {
+    "best = NaN": NUMBER,
+    "best = Infinity": NUMBER,
+    "flags = {}": LATER,
+    "flags.lr = left out": LATER,
+    "flags.no_such = 3": LATER,
+} | {f"flags.world_size = {x}": ANOTHER for x in ("0", "x", "-1")}
 MAY_PPO = {
     "moments.count = 1000000000000000000000": "a count may be large",
     "rollbacks = 1000000000000000": "then there are no rollbacks left",

@@ -37,8 +37,8 @@ JINJA = [
 
 
 def mutate_value(rng: random.Random, content):
-    """A JSON value with one to three changes, each at a place that is chosen level by level."""
-    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+    """A JSON value with up to three changes, each at a place that is chosen level by level."""
+    for _ in range(rng.choice([0, *[1] * 12, 2, 2, 3])):
         content = _changed(rng, content)
     return content
 
@@ -137,7 +137,7 @@ SPLICES = [
 
 def mutate_parts(rng: random.Random, parts: list, extra: list) -> list:
     """A sequence with parts left out, doubled, exchanged, or put in from `extra`."""
-    for _ in range(rng.choice([1, 1, 2, 3, 6])):
+    for _ in range(rng.choice([0, *[1] * 12, 2, 2, 3, 6])):
         at, other, how = rng.randrange(len(parts) + 1), rng.randrange(len(parts) + 1), rng.random()
         if how < 0.2:
             parts = parts[:at] + parts[at + rng.choice([1, 1, 3, 9]) :]

@@ -103,9 +103,8 @@ def run(case: Case, materials: Materials, folder: Path) -> dict:
     """How a case ends, and what it has changed in its folder."""
     folder.mkdir(parents=True)
     model = folder / "model"
-    source = materials.get(case.source)
-    if source:
-        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, model)
+    if case.source:
+        shutil.copytree(materials[case.source], model)
     else:
         model.mkdir()
     case.change(model)

@@ -32,7 +32,7 @@ def fail(error: BaseException):
 
 READERS = {
     "accepts": (str, None),
-    "refuses": (refuse("--a is wrong"), None),
+    "refuses what is sound": (refuse("--a is wrong"), "a sound folder is refused"),
     "an error": (fail(KeyError("a")), "KeyError"),
     "a panic": (fail(BaseException("a")), "BaseException"),
     "two lines": (refuse("a\nb"), "not one line"),
