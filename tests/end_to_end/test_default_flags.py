@@ -9,6 +9,7 @@ import reward.train
 import sft.train
 import train_ppo
 from tests.helpers.tiny_run import read_metrics, write_json
+from utils.run.lock import LOCK
 
 STEPS = ["--train_steps", "2", "--checkpoint_per_step", "1"]
 
@@ -57,6 +58,7 @@ def test_supervised_stages(inputs, tmp_path, capfd, stage):
     main = {"sft": sft.train.main, "reward": reward.train.main}[stage]
     paths = ["--hf_model_name_or_path", str(inputs.policy), "--data_path", str(data)]
     main([*paths, *STEPS, "--model_save_path", str(tmp_path / "run")])
+    assert not (tmp_path / "run" / LOCK).exists()
     flags = saved(tmp_path / "run")
     count = {"sft": 10, "reward": 8}[stage]
     assert [flags[name] for name in ("context_truncate", "batch_size", "warmup_steps")] == [512, count, 0]
