@@ -90,7 +90,7 @@ def _can_resume(config: RunFlags) -> bool:
         return _is_inside(config.resume, path)
     if _is_finished(path) and not config.resume_with_changes:
         return False
-    return _has_checkpoints(path) or (_same_config(config) and not _lost_checkpoints(path))
+    return _has_checkpoints(path) or (not _lost_checkpoints(path) and _same_config(config))
 
 
 def _is_finished(path: str) -> bool:
