@@ -52,6 +52,15 @@ def test_a_config_that_no_model_has(llama, tmp_path, key, value):
         load(folder)
 
 
+def test_a_config_of_a_far_larger_model_is_refused_before_memory_is_taken(llama, tmp_path):
+    """Its 150 million parameters would fit the limit."""
+    folder = shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((llama / "config.json").read_text()) | {"intermediate_size": 400_000}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="config.json describes 1.54e"):
+        load(folder)
+
+
 @pytest.mark.parametrize("content", [{"eos_token_id": [2, None]}, {"eos_token_id": 10**12}, {"x": "\ud800"}, [], None])
 def test_a_generation_config_that_no_model_has(llama, tmp_path, content):
     folder = shutil.copytree(llama, tmp_path / "model")
