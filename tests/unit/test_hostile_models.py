@@ -57,7 +57,7 @@ def test_a_config_of_a_far_larger_model_is_refused_before_memory_is_taken(llama,
     folder = shutil.copytree(llama, tmp_path / "model")
     config = json.loads((llama / "config.json").read_text()) | {"intermediate_size": 400_000}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="config.json describes 1.54e"):
+    with pytest.raises(UserError, match=r"config\.json describes 1\.54e"):
         load(folder)
 
 
@@ -119,6 +119,16 @@ def test_tokenizer_files_that_are_refused(chat_folder, tmp_path, file, path, val
         (folder / "chat_template.jinja").unlink()
     write_json(folder / file, changed(json.loads((folder / file).read_text()), path, value))
     with limited(20, 2 << 30), pytest.raises(UserError, match=rf"^--tokenizer_name_or_path: [^\n]*{folder}[^\n]*$"):
+        load_tokenizer(str(folder))
+
+
+def test_a_huge_id_is_refused_before_memory_is_taken(chat_folder, tmp_path):
+    """The library takes 4 GB for an id of 10^9."""
+    folder = shutil.copytree(chat_folder, tmp_path / "tokenizer")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["!"] = 10**9
+    write_json(folder / "tokenizer.json", content)
+    with limited(20, 2 << 30), pytest.raises(UserError, match=r"model\.vocab.*less than 10000000"):
         load_tokenizer(str(folder))
 
 
