@@ -52,6 +52,15 @@ def test_a_config_that_no_model_has(llama, tmp_path, key, value):
         load(folder)
 
 
+def test_a_config_of_a_far_larger_model_is_refused_before_memory_is_taken(llama, tmp_path):
+    """Its 150 million parameters would fit the limit."""
+    folder = shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((llama / "config.json").read_text()) | {"intermediate_size": 400_000}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json describes 1\.54e"):
+        load(folder)
+
+
 @pytest.mark.parametrize("content", [{"eos_token_id": [2, None]}, {"eos_token_id": 10**12}, {"x": "\ud800"}, [], None])
 def test_a_generation_config_that_no_model_has(llama, tmp_path, content):
     folder = shutil.copytree(llama, tmp_path / "model")
@@ -110,6 +119,16 @@ def test_tokenizer_files_that_are_refused(chat_folder, tmp_path, file, path, val
         (folder / "chat_template.jinja").unlink()
     write_json(folder / file, changed(json.loads((folder / file).read_text()), path, value))
     with limited(20, 2 << 30), pytest.raises(UserError, match=rf"^--tokenizer_name_or_path: [^\n]*{folder}[^\n]*$"):
+        load_tokenizer(str(folder))
+
+
+def test_a_huge_id_is_refused_before_memory_is_taken(chat_folder, tmp_path):
+    """The library takes 4 GB for an id of 10^9."""
+    folder = shutil.copytree(chat_folder, tmp_path / "tokenizer")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["!"] = 10**9
+    write_json(folder / "tokenizer.json", content)
+    with limited(20, 2 << 30), pytest.raises(UserError, match=r"model\.vocab.*less than 10000000"):
         load_tokenizer(str(folder))
 
 
