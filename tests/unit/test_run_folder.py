@@ -151,7 +151,7 @@ def test_a_kill_at_any_call_of_a_save_leaves_a_checkpoint_and_nothing_unlisted(t
     while killed:
         number += 1
         folder = tmp_path / str(number) / "checkpoints"
-        engine = SimpleNamespace(state_tensors=lambda: {"w": torch.ones(3)})
+        engine = SimpleNamespace(state_tensors=lambda: {"weight/w/0": torch.ones(3)})
         writer, said = CheckpointWriter(str(folder), {"policy": engine}, 1), []
         writer.save({"step": 1}, said.append)
         killed = killed_at(number, lambda writer=writer: writer.save({"step": 2}, str))

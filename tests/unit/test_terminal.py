@@ -88,4 +88,4 @@ def test_a_closed_pipe_is_no_error(stream, after, options):
 
 def test_other_errors_of_a_stream_are_raised():
     result = run("print('x' * 9999)", ">/dev/full")
-    assert result.returncode == 1 and b"No space left on device" in result.stderr
+    assert result.returncode == 2 and b"No space left on device" in result.stderr
