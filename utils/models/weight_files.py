@@ -4,6 +4,7 @@ A `.bin` is read with torch's `weights_only`, which unpickles tensors and never 
 """
 
 import contextlib
+import math
 import mmap
 import pickle
 import pickletools
@@ -140,8 +141,9 @@ def _check_pickles(file: Path) -> list[int] | int:
     with file.open("rb") as stream:
         if stream.read(4) != b"PK\3\4":  # what torch goes by
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                for _ in ("magic number", "version", "system", "state dict"):
+                for _ in ("magic number", "version", "system"):
                     _check_pickle(content)
+                _check_pickle(content, most=len(content))
                 return len(_check_pickle(content))
     with zipfile.ZipFile(file) as archive:
         records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
@@ -154,15 +156,19 @@ def _check_pickles(file: Path) -> list[int] | int:
     return [record.file_size for record in sorted(data, key=lambda record: record.header_offset)]
 
 
-def _check_pickle(content: mmap.mmap | bytes) -> set[str]:
+def _check_pickle(content: mmap.mmap | bytes, most: float = math.inf) -> set[str]:
     """Returns the texts in a pickle. Raises an error unless it asks for nothing but what state dicts are made of, in
     tuples of few items: torch's `weights_only` also calls bytearray(10**11), and hashes tuples in tuples, without end.
+
+    most: the largest number in it. Before torch 1.6, storages are allocated by the number of their elements.
     """
     texts, marks, memo = set(), [], {}
     stack = []  # of each object the number of items, those of tuples in tuples included
     for code, value, _ in pickletools.genops(content):
         if code.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _IN_STATE_DICTS.fullmatch(str(value)):
             raise ValueError(f"GLOBAL {'.'.join(str(value).split())}")
+        if isinstance(value, int) and value > most:
+            raise ValueError("its pickle asks for more elements than the file has bytes")
         if code.name == "BINUNICODE":
             texts.add(value)
         if "PUT" in code.name:
