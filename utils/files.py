@@ -19,6 +19,7 @@ from utils.terminal import printable
 MAX_JSON = 1 << 26  # bytes: 64 MB, twice the largest tokenizer.json of published models
 MAX_DEPTH = 100  # of JSON; Python's own limit differs between versions, and copying a value needs several calls a level
 
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes of this machine
 ASIDE = ".old.partial"  # end of the name of a folder that is being replaced
 
 
@@ -31,8 +32,8 @@ def open_regular(file: str | Path) -> BinaryIO:
     return stream
 
 
-def read_bytes(file: str | Path, limit: int = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) -> bytes:
-    """Returns the content of a regular file. Raises OSError; ValueError beyond `limit` bytes (default: the memory)."""
+def read_bytes(file: str | Path, limit: int = MEMORY) -> bytes:
+    """Returns the content of a regular file. Raises OSError; ValueError beyond `limit` bytes."""
     with open_regular(file) as stream:
         if os.fstat(stream.fileno()).st_size > limit:
             raise ValueError(f"it has more than {limit >> 20} MB")

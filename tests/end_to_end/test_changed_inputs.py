@@ -209,8 +209,10 @@ def test_a_checkpoint_without_fingerprints_is_held_to_its_paths(stopped, finishe
 def test_malformed_fingerprints_are_a_damaged_checkpoint(stopped, capfd):
     inputs, run = stopped
     change_state(run / "checkpoints" / "step_1", inputs={"data_path": [1]})
-    error = refusal(main, run_flags(inputs, run, **flags_of(inputs)), capfd)
-    assert re.search(r"step_1/state.json is damaged \(inputs.data_path: ", error)
+    with pytest.raises(SystemExit, match="2"):
+        main(run_flags(inputs, run, **flags_of(inputs)))
+    said, error = capfd.readouterr()
+    assert re.search(r"step_1 is damaged \(state.json: inputs.data_path", said) and "error: all checkpoints" in error
 
 
 @pytest.mark.parametrize(("stage", "train"), [("sft", train_sft), ("reward", train_reward)])

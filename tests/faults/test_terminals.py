@@ -110,7 +110,7 @@ def read_until(handle: int, end: bytes) -> bytes:
     return text
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["ours", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_ranks_save_and_end_when_their_launcher_is_killed(inputs: Inputs, tmp_path, undisturbed, launcher):
     (tmp_path / "score.py").write_text(WAITS)
     flags = FLAGS | {"reward_fn": f"{tmp_path}/score.py:score"}

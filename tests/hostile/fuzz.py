@@ -218,7 +218,10 @@ def run(options: argparse.Namespace, materials: dict[str, Path], folder: Path) -
     numbers = range(options.start, options.start + options.count)
     workers = [start(materials, folder / f"worker_{k}", list(numbers[k::WORKERS]), options) for k in range(WORKERS)]
     while workers:
-        ready, _, _ = select.select([worker.pipe for worker in workers], [], [], 1.0)
+        pipes = select.poll()
+        for worker in workers:
+            pipes.register(worker.pipe, select.POLLIN | select.POLLHUP)
+        ready = [pipe for pipe, _ in pipes.poll(1000)]
         for worker in list(workers):
             hung = worker.current is not None and time.monotonic() - worker.since > SECONDS
             if hung:

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 import ppo.report
 import ppo.run
-import utils.run.supervised_loop
 from data.choose_template import prepare_tokenizer
 from data.template import decode_answer, encode_dialogue
 from sft.config import SFTConfig
@@ -22,6 +21,7 @@ from utils.flags.parser import parse_args
 from utils.models.load import FLAG, load_causal_lm, window_at
 from utils.run import restore
 from utils.run.folder import cut_lines
+from utils.run.supervised_loop import FitState
 from utils.weight_diff.model_files import open_side, read_config
 
 CPU = torch.device("cpu")
@@ -82,20 +82,13 @@ class Resume:
         }
 
     def __call__(self, folder: Path) -> None:
-        if found := restore.newest(str(folder / "checkpoints"), say, *kinds(utils.run.supervised_loop)):
+        if found := restore.newest(str(folder / "checkpoints"), say, FitState):
             restore.restore(found, self.engines)
-
-
-def kinds(module) -> list[type]:
-    """The schema of a trainer's state.json, where there are such schemas."""
-    base = getattr(restore, "TrainerState", None)
-    types = [value for value in vars(module).values() if isinstance(value, type)]
-    return [kind for kind in types if base and kind is not base and issubclass(kind, base)]
 
 
 def read_state(folder: Path) -> None:
     """As PPO resumes, without its engines."""
-    if found := restore.newest(str(folder / "checkpoints"), say, *kinds(ppo.run)):
+    if found := restore.newest(str(folder / "checkpoints"), say, ppo.run.PPOState):
         ppo.run.RunState().load_state_dict(found.state)
 
 

@@ -76,6 +76,7 @@ ALONE, UNREAD = (
 )
 MAY_CONFIG = {f"tokenizer_class = {name}": ALONE for name in ("NoSuch", "../x", "os.system", "null")} | {
     'auto_map = {"AutoTokenizer": ["own.Own", null]}': "code of a folder is never run, and transformers has a class",
+    "split_special_tokens = true": "special tokens are read as such: the loader sets it to false",
     "model_max_length = NaN": UNREAD,
     "name_or_path = someone/model": UNREAD, "tokenizer_file = /etc/passwd": UNREAD,
 }  # fmt: skip

@@ -124,6 +124,7 @@ ALLOWED = {
     ("ppo/user_reward.py", "exec_module"),  # --reward_fn
     ("utils/run/folder.py", "run"),  # git's commit, without a shell
     ("utils/launcher.py", "Popen"),  # the command of the recipe that starts it, once per GPU, without a shell
+    ("utils/watchdog.py", "Popen"),  # itself, without a shell
     ("data/demo/english.py", "from_pretrained"),  # a file of a package that utils/setup.sh pins
 }
 FOLDERS = ("ppo", "reward", "sft", "data", "utils")

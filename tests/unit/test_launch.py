@@ -101,9 +101,10 @@ def test_recipes_answer_without_models(words, start, code):
     assert code == 0 or ("CRITIC_MODEL= (with --reward_fn" in shown.stderr and "  REWARD_MODEL" not in shown.stderr)
 
 
-def hear_hangups() -> None:
-    """In a process about to start: SIGHUP is not ignored, even if these tests run under nohup."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def hear_signals() -> None:
+    """In a process about to start: these signals are not ignored, even if the tests run under nohup or behind a `&`."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def start_ranks(file: Path, code: str, *, patience: float = 30.0, **environment: str) -> subprocess.Popen:
@@ -112,7 +113,7 @@ def start_ranks(file: Path, code: str, *, patience: float = 30.0, **environment:
     file.write_text(f"import os, pathlib, signal, sys, time\n{here}\n{code}")
     start = f"import sys, utils.launcher as r; r.PATIENCE = {patience}; sys.exit(r.main(['2', {str(file)!r}]))"
     options = {"cwd": REPOSITORY, "env": clean_environment() | environment, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", start], preexec_fn=hear_hangups, **options)
+    return subprocess.Popen([sys.executable, "-c", start], preexec_fn=hear_signals, **options)
 
 
 SAVES = """
@@ -152,7 +153,7 @@ def test_a_recipe_waits_until_the_run_has_saved(tmp_path, number, group):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     shell = subprocess.Popen(
         ["bash", "-c", script], cwd=REPOSITORY, env=clean_environment() | {"PATH": path}, stdout=subprocess.PIPE,
-        text=True, start_new_session=True, preexec_fn=hear_hangups,
+        text=True, start_new_session=True, preexec_fn=hear_signals,
     )  # fmt: skip
     when_started(tmp_path, 1)
     (os.killpg if group else os.kill)(shell.pid, number)

@@ -19,7 +19,7 @@ from pydantic import StringConstraints
 
 from utils.distributed import gather_objects, rank
 from utils.errors import Say, UserError
-from utils.files import first_names, read_json, remove, split_files, write_json
+from utils.files import MEMORY, first_names, read_json, remove, split_files, write_json
 from utils.hub import data_revision, download, download_model, is_hub_id
 from utils.run.checkpoint import sha256
 from utils.schema import Schema, checked
@@ -111,8 +111,13 @@ def _files_of(flag: str, value: str) -> Files:
         files = INPUTS[flag](value, f"--{flag}")
     except (OSError, ValueError, KeyError, AttributeError, RecursionError):  # ValueError includes UserError
         return {}
-    files = {name: file for name, file in files.items() if isinstance(file, str) or os.path.isfile(file)}
+    files = {name: file for name, file in files.items() if isinstance(file, str) or _can_be_read(file)}
     return {name.encode(errors="backslashreplace").decode(): file for name, file in files.items()}  # of any encoding
+
+
+def _can_be_read(file: Path) -> bool:
+    """Whether it is a regular file; JSON, which is read whole, must fit into memory."""
+    return os.path.isfile(file) and (file.suffix not in (".json", ".jsonl") or file.stat().st_size <= MEMORY)
 
 
 def fingerprints(config, say: Say) -> dict[str, dict[str, str]]:
