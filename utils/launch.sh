@@ -20,7 +20,8 @@ require_number() { # names of variables. Stops with an error unless each is unse
 
 check_settings() { # checks numbers; puts ./ in front of paths that look like flags
   local name
-  require_number NUM_GPUS OMP_NUM_THREADS MASTER_PORT
+  require_number NUM_GPUS MASTER_PORT
+  [[ ${OMP_NUM_THREADS:-} == *,* ]] || require_number OMP_NUM_THREADS # a list is one number per level of nesting
   for name in HOSTFILE POLICY_MODEL REWARD_MODEL CRITIC_MODEL TOKENIZER MODEL DATA OUTPUT OUTPUT_DEMO; do
     [[ ${!name:-} != -* ]] || printf -v "$name" %s "./${!name}"
   done
@@ -35,7 +36,7 @@ count_gpus() { # of CUDA_VISIBLE_DEVICES where it is set (numbers, or UUIDs of G
     return
   fi
   read -ra entries <<<"${CUDA_VISIBLE_DEVICES//,/ }"
-  for entry in "${entries[@]}"; do # as CUDA reads it: up to the first that is no GPU of this machine
+  for entry in ${entries[@]+"${entries[@]}"}; do # as CUDA reads it: up to the first that is no GPU of this machine
     [[ $entry =~ ^(GPU|MIG)- ]] || { [[ $entry =~ ^[0-9]{1,9}$ ]] && ((10#$entry < all)); } || break
     count=$((count + 1))
   done
@@ -80,6 +81,7 @@ activate_repository_venv() { # the .venv that utils/setup.sh made, unless an env
 }
 
 pass_on() { # $1: a signal's name. Sends it to the run that `launch` has started, or keeps it until there is one
+  [[ $1 != HUP || $hangup =~ ^(stop|false)$ ]] || return 0 # --ignore_hangup, of which DeepSpeed's launcher knows nothing
   pending=$1
   if [[ -n $process ]]; then
     [[ ${launcher[0]} != deepspeed || $1 == INT ]] || set -- TERM # the others would end DeepSpeed's launcher at once
@@ -89,10 +91,12 @@ pass_on() { # $1: a signal's name. Sends it to the run that `launch` has started
 }
 
 launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS and HOSTFILE say where
-  local log=$1 launcher=(python) process='' pending='' code output tee name
+  local log=$1 launcher=(python) process='' pending='' code output tee name hangup=stop
   shift
   if ((NUM_GPUS > 0)) && [[ -n ${HOSTFILE:-} ]]; then
     launcher=(deepspeed --num_gpus "$NUM_GPUS" --hostfile "$HOSTFILE" ${MASTER_PORT:+--master_port "$MASTER_PORT"})
+    hangup=$(flag_value --ignore_hangup auto "$@")
+    [[ $hangup != auto ]] || hangup=${TMUX:-${STY:-stop}}
     if [[ $1 == -m ]]; then # python's flag; the launcher's is longer
       shift
       launcher+=(--module)

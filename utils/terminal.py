@@ -12,6 +12,7 @@ from typing import TextIO
 # C0 but for tab and line feed; DEL and C1; line separators and bidirectional overrides; lone surrogates
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _BAR = re.compile(r"(\x1b\[A)+\Z|\r?")  # what tqdm writes before a bar: cursor up, or a return to the line's start
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of libraries' messages
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # the reader of the pipe, or the terminal
 
 
@@ -30,12 +31,14 @@ class SafeStream:
         self.raw, self._bars = raw, bars
 
     def __getattr__(self, name: str):
+        if name == "raw":  # of a copy that is not filled yet
+            raise AttributeError(name)
         return getattr(self.raw, name)
 
     def write(self, text: str) -> int:
-        """Writes the text, escaped. Returns its length."""
+        """Writes the text, escaped and without colours. Returns its length."""
         start = _BAR.match(text).end() if self._bars else 0
-        self._until_gone(self.raw.write, text[:start] + printable(text[start:]))
+        self._until_gone(self.raw.write, text[:start] + printable(_COLOURS.sub("", text[start:])))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:

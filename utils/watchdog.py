@@ -21,7 +21,7 @@ HUNG = 124  # exit code, as of timeout(1)
 STACKS = signal.SIGRTMIN + 6  # signal upon which a watched process prints its stacks
 GRACE = 5.0  # seconds that a process without progress has to print its stacks and exit; it is killed afterwards
 DOWNLOAD = "start of a download"  # progress after which time does not count
-LAUNCHER = os.getppid() if "RANK" in os.environ else 0  # id of the launcher; this file is imported at the very start
+SHELLS = ("sh", "bash", "dash", "zsh", "fish", "ksh", "tcsh")  # from which a user starts ranks by hand, and logs out
 
 
 class Watchdog:
@@ -153,6 +153,15 @@ def _read(path: str) -> bytes:
     except OSError:
         return b""
 
+
+def _launcher() -> int:
+    """Returns the process id of the launcher that started this rank, 0 without one."""
+    parent = os.getppid()
+    name = _read(f"/proc/{parent}/comm").decode(errors="replace").strip()
+    return parent if "RANK" in os.environ and name not in SHELLS else 0
+
+
+LAUNCHER = _launcher()  # this file is imported at the very start
 
 if __name__ == "__main__":
     watch(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -37,6 +37,7 @@ FAKES = {
 }
 
 
+@pytest.mark.slow
 def test_every_check_at_toy_sizes(tmp_path):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(

@@ -69,11 +69,17 @@ def test_a_process_that_was_suspended_goes_on():
     assert (process.returncode, out, err) == (0, "alive\n", "")
 
 
-@pytest.mark.parametrize("is_rank", [True, False])
-def test_a_rank_stops_when_its_launcher_dies_and_a_single_process_goes_on(is_rank):
-    """A shell that starts a process and dies is no launcher, if it has given the process no RANK."""
+LAUNCHERS = {
+    "python": [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])"],
+    "shell": ["bash", "-c", '"$@" & wait', "-"],
+}
+
+
+@pytest.mark.parametrize(("parent", "is_rank"), [("python", True), ("python", False), ("shell", True)])
+def test_a_rank_stops_when_its_launcher_dies(parent, is_rank):
+    """A process without RANK has no launcher, and a shell is none: a user may start ranks by hand and log out."""
     environment = clean_environment() | ({"RANK": "3"} if is_rank else {})
-    command = ["bash", "-c", '"$@" & wait', "-", sys.executable, "-c", WATCHED]
+    command, is_rank = [*LAUNCHERS[parent], sys.executable, "-c", WATCHED], is_rank and parent != "shell"
     with subprocess.Popen(command, env=environment, **PIPES) as launcher:
         time.sleep(1.0)
         launcher.kill()
