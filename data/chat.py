@@ -132,8 +132,8 @@ def mask_earlier_answers(
 ) -> tuple[list[bool], list[int]]:
     """Returns (mask of the answers in the prompt `ids` of `turns`, indices of turns whose answers were rewritten).
 
-    An answer is in place if the prompt begins with the dialogue up to it. In a long dialogue, where rendering all these
-    would take quadratic time, it is one that follows the answer before it and the question as in a short dialogue.
+    An answer is in place if the prompt begins with the dialogue up to it. In a long dialogue, where this would take
+    quadratic time, each answer is rendered with only the exchange before it, and searched for in the prompt.
     """
     end, mask, rewritten = turn_end(tokenizer, "chat"), [False] * len(ids), []
     system, text, place = turns[: turns[0]["role"] == "system"], _searchable(ids), 0

@@ -38,10 +38,10 @@ def encode_fitting(
 def newest_turns(
     turns: Turns, encode: Callable[[Turns], Encoded | None], max_turns: int
 ) -> tuple[Turns, Encoded | None]:  # fmt: skip
-    """Returns the turns without as few of the oldest exchanges as possible, and their encoding; the system turn stays.
+    """Drops the fewest oldest exchanges that make the rest fit. Returns (the rest, its encoding); a system turn stays.
 
-    encode: returns None for turns that do not fit; if no turns fit, these are the last exchange and None. At most
-    `max_turns` are tried, as each takes a token. A few encodings, also of long dialogues: fewer turns are shorter.
+    encode: returns None for turns that do not fit; if no turns fit, these are the last exchange and None. Assumes that
+    fewer turns are shorter, and that each takes at least one token, so that at most `max_turns` fit.
     """
     system = [turn for turn in turns[:1] if turn["role"] == "system"]
     spoken, found = turns[len(system) :], {}

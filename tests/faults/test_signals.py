@@ -55,7 +55,7 @@ def test_a_second_signal_ends_a_process_in_the_middle_of_its_step(results):
     """
     result = results["again and again"]
     assert result.codes[1] == 143 and result.codes[0] != 0
-    assert result.log.count("SIGTERM\n") == 3 and result.log.count("a second signal stops at once") == 1
+    assert result.log.count("SIGTERM\n") == 3 and result.log.count("Ctrl-C or SIGTERM then stops at once") == 1
     assert checkpoints(result) == ["step_1", "step_2.partial"]
 
 

@@ -49,10 +49,10 @@ class RunFlags(EngineConfig):
     """Hours after which the run saves a checkpoint and exits with code 75, at the end of a step; 0: no limit"""
     hang_timeout: float = 1800.0
     """Seconds without progress after which a process prints its stacks and exits with code 124; 0: never. Must exceed
-    the load of a model and the longest rollout, scoring, update, evaluation or export"""
+    the time to load a model, and the longest rollout, scoring, update, evaluation or export"""
     ignore_hangup: Literal["auto"] | bool = "auto"
-    """Go on after SIGHUP, the signal of a terminal that is lost. auto: under nohup, tmux and screen. Otherwise a run
-    saves a checkpoint and exits with code 129"""
+    """Keep running after SIGHUP, which a process gets when its terminal or ssh session is lost. auto: true under nohup,
+    tmux and screen. false: save a checkpoint and exit with code 129"""
 
     @property
     def preset_values(self) -> dict:

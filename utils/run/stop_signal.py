@@ -48,7 +48,7 @@ class Stop:
         if not self._code:
             self._code, self._since = 128 + number, time.monotonic()
             with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, b"\nstopping at the end of this step; a second signal stops at once\n")
+                os.write(2, b"\nstopping at the end of this step; Ctrl-C or SIGTERM then stops at once\n")
             if world_size() == 1 and number in ORDERS:  # no launcher repeats them
                 for each in ORDERS:
                     signal.signal(each, signal.SIG_DFL)  # which also interrupts native code
