@@ -53,7 +53,8 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path):
     words = ["-m", "ppo.report", os.fsdecode(os.fsencode(tmp_path) + b"/x\xff")]
     result = subprocess.run([sys.executable, *words], cwd=REPOSITORY, env=clean_environment(), capture_output=True)
     assert result.returncode == 2 and result.stderr.decode() == (
-        f"error: '{tmp_path}/x\\udcff' on the command line, or in --config, is not UTF-8 text; change it, or rename the file\n"
+        f"error: '{tmp_path}/x\\udcff' on the command line, or in --config, is not UTF-8; "
+        "change it, or rename the file\n"
     )
 
 

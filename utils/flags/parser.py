@@ -33,7 +33,9 @@ class FlagParser(argparse.ArgumentParser):
         args = list(sys.argv[1:] if args is None else args)
         for word in args:  # the run's files name it in UTF-8, and no file system takes a null
             if "\0" in word or any("\ud800" <= char <= "\udfff" for char in word):
-                raise UserError(f"{word!r} on the command line, or in --config, is not UTF-8 text; change it, or rename the file")
+                raise UserError(
+                    f"{word!r} on the command line, or in --config, is not UTF-8; change it, or rename the file"
+                )
         known = {name.removeprefix("--") for action in self._actions for name in action.option_strings}
         names = {word: word.split("=")[0].removeprefix("--") for word in args if word.startswith("--")}
         values, unknown = None, [word for word, name in names.items() if name not in known and " " not in name]
