@@ -59,7 +59,7 @@ class _Vocabulary(Schema):
     ids: dict[str, _Id]
 
 
-_FILES = {
+FILES = {
     "tokenizer.json": lambda content: checked(_TokenizerJson, content),
     "tokenizer_config.json": lambda content: checked(_Config, content),
     "special_tokens_map.json": lambda content: checked(_Config, content),
@@ -69,13 +69,13 @@ _FILES = {
 
 
 def read_tokenizer_file(folder: Path, name: str, flag: str) -> dict[str, Any]:
-    """Returns the object in a JSON file of _FILES, {} if there is none. Raises UserError for one that is damaged."""
+    """Returns the object in a JSON file of FILES, {} if there is none. Raises UserError for one that is damaged."""
     file = folder / name
     if not is_there(file, flag):
         return {}
     content = read_json(file, flag)
     try:
-        _FILES[name](content)
+        FILES[name](content)
     except ValueError as error:
         raise UserError(f"{flag}: {file} is damaged ({error}); copy it again") from error
     return content
@@ -83,7 +83,7 @@ def read_tokenizer_file(folder: Path, name: str, flag: str) -> dict[str, Any]:
 
 def check_tokenizer_files(folder: Path, flag: str) -> None:
     """Raises UserError if a JSON file in a tokenizer's folder is damaged."""
-    for name in _FILES:
+    for name in FILES:
         read_tokenizer_file(folder, name, flag)
 
 

@@ -50,11 +50,21 @@ def test_every_flag_that_names_an_input_is_one(config):
             "config.json pytorch_model.bin vocab.txt merges.txt",
         ),
         ("tokenizer.model chat_template.jinja consolidated.safetensors", "tokenizer.model chat_template.jinja"),
+        (
+            "model.safetensors model.safetensors.index.json vocab.json eval_results.json trainer_state.json",
+            "model.safetensors vocab.json",
+        ),
     ],
 )
 def test_files_of_a_model_are_those_that_are_read(tmp_path, names, read):
     write(tmp_path, **dict.fromkeys(names.split(), "x"))
     assert found("policy_model_path", str(tmp_path)) == dict.fromkeys(read.split(), sha("x"))
+
+
+def test_additional_chat_templates_are_read(tmp_path):
+    write(tmp_path / "additional_chat_templates", tools__jinja="x")
+    for flag in ("policy_model_path", "tokenizer_name_or_path"):
+        assert found(flag, str(tmp_path)) == {"additional_chat_templates/tools.jinja": sha("x")}
 
 
 def test_shards_are_those_of_the_index(tmp_path):

@@ -59,15 +59,20 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
+def weight_file(folder: Path) -> Path | None:
+    """Returns a model's weight file, or the index of its weight files, as transformers chooses; None without either."""
+    names = (f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
 def tensor_files(folder: Path, flag: str) -> dict[str, Path]:
     """Returns tensor name -> file for all tensors in a folder. Reads indices and headers, no tensors."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index, file = folder / f"{name}.index.json", folder / name
-        if file.is_file():  # before the index, as in transformers
-            with open_weights(file, flag) as tensors:
-                return dict.fromkeys(tensors.keys(), file)
-        if index.is_file():
-            return {tensor: folder / shard for tensor, shard in _shards_of(index, flag).items()}
+    file = weight_file(folder)
+    if file and file.suffix == ".json":
+        return {tensor: folder / shard for tensor, shard in shards_of(file, flag).items()}
+    if file:
+        with open_weights(file, flag) as tensors:
+            return dict.fromkeys(tensors.keys(), file)
     raise UserError(f"{flag}: no model.safetensors or pytorch_model.bin in {folder}; use a Hugging Face model's folder")
 
 
@@ -94,7 +99,7 @@ def stored_tensors(folder: Path, flag: str, contiguous: bool = False) -> dict[st
     return found
 
 
-def _shards_of(index: Path, flag: str) -> dict[str, str]:
+def shards_of(index: Path, flag: str) -> dict[str, str]:
     """Returns tensor name -> file name from an index. Raises UserError for a damaged index or a file elsewhere."""
     try:
         return checked(_Index, read_json(index, flag)).weight_map
