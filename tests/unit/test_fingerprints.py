@@ -10,9 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from data.formats.records import _from_datasets
 from ppo.config import PPOConfig
 from reward.config import RewardConfig
 from sft.config import SFTConfig
+from utils.errors import UserError
+from utils.hub import data_revision
 from utils.run import fingerprints as module
 from utils.run.fingerprints import INPUTS, changes, code_files, fingerprints
 
@@ -118,6 +121,14 @@ def test_hub_ids_are_the_snapshots_that_are_read(tmp_path, monkeypatch):
     write(tmp_path / "some___data" / "default" / "0.0.0" / commit, dataset_info__json=info)
     assert found("data_path", "some/data") == {"the revision": commit}
     assert found("data_path", "other/data") == {}
+
+
+def test_a_data_set_that_needs_code_of_its_own():
+    """`datasets` raises RuntimeError."""
+    with pytest.raises(OSError, match="scripts are no longer supported"):
+        data_revision("some/script.py")
+    with pytest.raises(UserError, match=r"^--data_path: cannot load some/script.py .Dataset scripts are no longer"):
+        _from_datasets("some/script.py", "some/script.py", "--data_path")
 
 
 def test_changes_are_named():
