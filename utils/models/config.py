@@ -76,7 +76,6 @@ def _values(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yields (key, value) of all values in nested objects and lists; those in a list have the key of the list."""
     if isinstance(content, dict):
         for key, value in content.items():
-            yield "key", key
             yield from _values(value, key)
     elif isinstance(content, list):
         for value in content:
@@ -86,8 +85,6 @@ def _values(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_value(name: str, value: Any) -> None:
-    if isinstance(value, str) and not value.isascii():
-        value.encode()  # raises an error, a ValueError, for half a character
     if name in ("dtype", "torch_dtype") and isinstance(value, str):
         known = isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype)
         if not known and value != "auto":
@@ -99,7 +96,7 @@ def _check_value(name: str, value: Any) -> None:
         return
     if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and "limit" not in name)):
         raise ValueError(f"{name} is {value}, not a finite number")
-    if isinstance(value, int) and abs(value) > 2**63:
+    if isinstance(value, int) and abs(value) > 2**63 and not re.search("length|limit", name):
         raise ValueError(f"{name} is a number of more than 64 bits")
     for least, most in ranges:
         if not least <= value <= most:
