@@ -42,9 +42,11 @@ _DAMAGED_FILE = (
 
 # Names in the pickle of a state dict, as pickletools prints them.
 _IN_STATE_DICTS = re.compile(
-    r"collections OrderedDict|torch [A-Z]\w+Storage|torch\._utils _rebuild_(tensor|tensor_v2|parameter)"
+    r"collections OrderedDict|torch [A-Z]\w+Storage|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)"
+    r"|torch\.storage UntypedStorage|torch float8_\w+"
 )
 _MAX_ITEMS = 1000
+_UNTYPED = 0.5  # stands for the class UntypedStorage, which may be in tuples only: a call of it takes any memory
 
 
 class _Index(Schema):
@@ -170,10 +172,7 @@ def _check_pickle(content: mmap.mmap | bytes, most: float = math.inf) -> set[str
     texts, marks, memo = set(), [], {}
     stack = []  # of each object the number of items, those of tuples in tuples included
     for code, value, _ in pickletools.genops(content):
-        if code.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _IN_STATE_DICTS.fullmatch(str(value)):
-            raise ValueError(f"GLOBAL {'.'.join(str(value).split())}")
-        if isinstance(value, int) and value > most:
-            raise ValueError("its pickle asks for more elements than the file has bytes")
+        _check_value(code.name, value, most)
         if code.name == "BINUNICODE":
             texts.add(value)
         if "PUT" in code.name:
@@ -181,7 +180,11 @@ def _check_pickle(content: mmap.mmap | bytes, most: float = math.inf) -> set[str
         taken = len(stack) - len(code.stack_before)
         if pickletools.markobject in code.stack_before:
             taken = marks.pop() - code.stack_before.index(pickletools.markobject)
-        items = 1 + sum(stack[taken:]) if code.name.startswith("TUPLE") else 1
+        items = _UNTYPED if value == "torch.storage UntypedStorage" else 1
+        if code.name.startswith("TUPLE"):
+            items += sum(stack[taken:])
+        elif _UNTYPED in stack[taken:]:
+            raise ValueError("GLOBAL torch.storage.UntypedStorage")
         if items > _MAX_ITEMS:
             raise ValueError("its pickle holds a tuple of too many items")
         del stack[taken:]
@@ -190,6 +193,16 @@ def _check_pickle(content: mmap.mmap | bytes, most: float = math.inf) -> set[str
         else:
             stack.extend([memo[value] if "GET" in code.name else items] * len(code.stack_after))
     return texts
+
+
+def _check_value(code: str, value, most: float) -> None:
+    """Raises ValueError for a name that state dicts do not need, and for a number above `most`."""
+    if code == "STACK_GLOBAL":
+        raise ValueError("its pickle is of protocol 4 or later; save it again as safetensors")
+    if code in ("GLOBAL", "INST") and not _IN_STATE_DICTS.fullmatch(str(value)):
+        raise ValueError(f"GLOBAL {'.'.join(str(value).split())}")
+    if isinstance(value, int) and value > most:
+        raise ValueError("its pickle asks for more elements than the file has bytes")
 
 
 def _check_tensors(tensors: dict[str, torch.Tensor], records: list[int] | int) -> None:
