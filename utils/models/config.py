@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from utils.errors import UserError
 from utils.files import read_json
 from utils.models.weight_files import Stored
-from utils.schema import Schema, checked
+from utils.schema import Schema
 
 _LAYERS = (-100, 10_000)  # also places of layers, from the end
 # Names of keys, and the least and the largest number that they can hold.
@@ -115,12 +115,7 @@ def read_config(folder: Path, flag: str) -> dict:
 def _read(file: Path, kind: type[Schema], flag: str) -> dict:
     if not file.is_file():
         raise UserError(f"{flag}: {file} is not a file; copy it again")
-    content = read_json(file, flag)
-    try:
-        checked(kind, content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{flag}: {file} is damaged ({error}); copy it again") from error
-    return content
+    return read_json(file, flag, kind)
 
 
 def check_counts(config: PretrainedConfig, stored: dict[str, Stored]) -> None:
