@@ -104,7 +104,7 @@ def _files_of(flag: str, value: str) -> Files:
     """Returns the regular files of one value; none if it cannot be read, which its loader explains later."""
     try:
         files = INPUTS[flag](value, f"--{flag}")
-    except (OSError, ValueError, KeyError, AttributeError, RecursionError):  # ValueError includes UserError
+    except (OSError, ValueError, KeyError, AttributeError):  # ValueError includes UserError
         return {}
     files = {name: file for name, file in files.items() if isinstance(file, str) or _can_be_read(file)}
     return {name.encode(errors="backslashreplace").decode(): file for name, file in files.items()}  # of any encoding
@@ -204,7 +204,7 @@ def _cache_path() -> str:
 
 def _read_cache() -> dict[str, str]:
     path = _cache_path()
-    with contextlib.suppress(OSError, ValueError, RecursionError):
+    with contextlib.suppress(OSError, ValueError):
         if os.path.isfile(path):
             return checked(Cache, read_json(path)).sha256
     return {}
