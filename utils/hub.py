@@ -49,6 +49,7 @@ def data_revision(name: str) -> str:
     import datasets
 
     try:
-        return str(datasets.load_dataset_builder(name).hash)
-    except datasets.exceptions.DatasetsError as error:
+        with downloading():
+            return str(datasets.load_dataset_builder(name).hash)
+    except (RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: it needs code of its own
         raise OSError(str(error)) from error

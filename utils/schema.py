@@ -2,7 +2,7 @@
 
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]  # exact as a float, too
 
@@ -13,13 +13,13 @@ class Schema(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
 
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model")
 
 
 def checked(kind: type[Model], value, place: str = "") -> Model:
     """Returns `value` as a `kind`. Raises ValueError: "place: key.key: what is wrong", for the first problem."""
     try:
-        return kind.model_validate(value)
+        return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
         keys = ".".join(map(str, problem["loc"]))

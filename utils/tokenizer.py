@@ -121,12 +121,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not isinstance(tokenizer, SentencePieceTokenizer):
-        try:
-            tokenizer.save_pretrained(folder)
-        except Exception as error:
-            if type(error) is not Exception:
-                raise
-            raise OSError(str(error)) from error  # what the tokenizers library raises for a full disk
+        tokenizer.save_pretrained(folder)
         return
     (folder / "tokenizer.model").write_bytes(tokenizer.sp_model.serialized_model_proto())
     opening = "Assistant:" if tokenizer.chat_template == _MOSS_CHAT_TEMPLATES["moss_en"] else None
@@ -198,20 +193,18 @@ def _from_auto(path: str, flag: str) -> PreTrainedTokenizerBase:
     local = Path(path)
     if not os.path.exists(local):
         raise UserError(f"{flag}: {path} does not exist; use a folder with a tokenizer, or a hub id (owner/name)")
-    if local.is_dir():
-        if not has_tokenizer(local):
-            names = ", ".join(_TOKENIZER_FILES)
-            raise UserError(f"{flag}: no tokenizer in {path} (looked for {names}); use the folder that has one")
-        check_tokenizer_files(local, flag)
-    config = read_tokenizer_file(local, "tokenizer_config.json", flag)
+    if local.is_dir() and not has_tokenizer(local):
+        names = ", ".join(_TOKENIZER_FILES)
+        raise UserError(f"{flag}: no tokenizer in {path} (looked for {names}); use the folder that has one")
+    content = check_tokenizer_files(local, flag)
     from transformers import AutoTokenizer  # slow to import, and not needed for SentencePiece
 
     what, advice = f"{flag}: cannot load a tokenizer from {path}", "check the folder or hub id"
-    if "auto_map" in config:
+    if "auto_map" in content["tokenizer_config.json"]:
         what += ": it needs code of its own (auto_map in tokenizer_config.json), which is not run here"
     with library_errors(what, advice):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    for token in read_tokenizer_file(local, "tokenizer.json", flag).get("added_tokens") or ():
+    for token in content["tokenizer.json"].get("added_tokens") or ():
         if tokenizer.convert_tokens_to_ids(token["content"]) != token["id"]:
             given = f"{token['content']!r} the id {token['id']}, which leaves a gap or is taken"
             raise UserError(f"{flag}: {local / 'tokenizer.json'} gives the added token {given}; copy it again")

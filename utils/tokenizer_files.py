@@ -13,9 +13,9 @@ from pydantic import Field
 
 from utils.errors import UserError
 from utils.files import read_json
-from utils.schema import Schema, checked
+from utils.schema import Schema
 
-_Id = Annotated[int, Field(ge=0, lt=10_000_000)]
+_Id = Annotated[int, Field(strict=True, ge=0, lt=10_000_000)]
 
 
 class _Token(Schema):
@@ -55,36 +55,26 @@ class _Config(Schema):
     tokenizer_class: str | None = None
 
 
-class _Vocabulary(Schema):
-    ids: dict[str, _Id]
-
-
-_FILES = {
-    "tokenizer.json": lambda content: checked(_TokenizerJson, content),
-    "tokenizer_config.json": lambda content: checked(_Config, content),
-    "special_tokens_map.json": lambda content: checked(_Config, content),
-    "added_tokens.json": lambda content: checked(_Vocabulary, {"ids": content}),
-    "vocab.json": lambda content: checked(_Vocabulary, {"ids": content}),
+FILES = {
+    "tokenizer.json": _TokenizerJson,
+    "tokenizer_config.json": _Config,
+    "special_tokens_map.json": _Config,
+    "added_tokens.json": dict[str, _Id],
+    "vocab.json": dict[str, _Id],
 }
 
 
 def read_tokenizer_file(folder: Path, name: str, flag: str) -> dict[str, Any]:
-    """Returns the object in a JSON file of _FILES, {} if there is none. Raises UserError for one that is damaged."""
+    """Returns the object in a JSON file of FILES, {} if there is none. Raises UserError for one that is damaged."""
     file = folder / name
     if not is_there(file, flag):
         return {}
-    content = read_json(file, flag)
-    try:
-        _FILES[name](content)
-    except ValueError as error:
-        raise UserError(f"{flag}: {file} is damaged ({error}); copy it again") from error
-    return content
+    return read_json(file, flag, FILES[name])
 
 
-def check_tokenizer_files(folder: Path, flag: str) -> None:
-    """Raises UserError if a JSON file in a tokenizer's folder is damaged."""
-    for name in _FILES:
-        read_tokenizer_file(folder, name, flag)
+def check_tokenizer_files(folder: Path, flag: str) -> dict[str, dict[str, Any]]:
+    """Returns the objects in the JSON files of a tokenizer's folder, by name. Raises UserError if one is damaged."""
+    return {name: read_tokenizer_file(folder, name, flag) for name in FILES}
 
 
 def is_there(file: Path, flag: str) -> bool:
@@ -96,7 +86,7 @@ def is_there(file: Path, flag: str) -> bool:
 
 def read_chat_template(folder: Path, flag: str) -> str | None:
     """Returns the chat template in a tokenizer's folder, the default one of several. Raises UserError without it."""
-    file, template = folder / "chat_template.jinja", None
+    file = folder / "chat_template.jinja"
     if is_there(file, flag):
         with library_errors(f"{flag}: {file} is not readable"):
             return file.read_text("utf-8")

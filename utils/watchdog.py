@@ -81,8 +81,10 @@ def report_progress(phase: str) -> None:
 def downloading() -> Iterator[None]:
     """Context in which no limit of time applies, since downloads take any time and have limits of their own."""
     report_progress(DOWNLOAD)
-    yield
-    report_progress("download")
+    try:
+        yield
+    finally:
+        report_progress("download")
 
 
 def with_progress(items: Iterable[Item], phase: str) -> Iterator[Item]:

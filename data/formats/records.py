@@ -169,7 +169,7 @@ def _from_datasets(builder: str, name: str, flag: str, **options: Any) -> dict[s
     try:
         with downloading():
             splits = datasets.load_dataset(builder, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{flag}: cannot load {name} ({reason}); check the name, or download the data first") from error
     return {

@@ -26,6 +26,7 @@ def runs(inputs, tmp_path_factory) -> dict[str, Result]:
         "flag": ["--num_eval_prompts", "128"],  # the default, which the other rank alone would lower
         "reward model": ["--reward_model_path", f"{first}/reward", f"{first}/other_policy"],
         "copies": ["--data_path", f"{copy}/prompts", "--policy_model_path", f"{copy}/policy"],
+        "free flags": ["--report_to", "none", "--ignore_hangup", "true", "--lr_schedule", "inverse_sqrt"],
     }
     flags = {"train_steps": 2, "data_path": "prompts", "reward_model_path": [first / "reward"], "zero_stage": 2}
     flags |= {"num_eval_prompts": None, "checkpoint_per_step": 1}
@@ -60,9 +61,10 @@ def test_both_ranks_say_which_one_differs_in_what(runs, case):
     assert not (result.out / "config.json").exists()
 
 
-def test_ranks_may_have_copies_of_their_own(runs):
-    assert runs["copies"].codes == [0, 0], runs["copies"].log
-    assert len(read_metrics(runs["copies"].out)) == 2
+@pytest.mark.parametrize("case", ["copies", "free flags"])
+def test_ranks_may_have_copies_and_some_flags_of_their_own(runs, case):
+    assert runs[case].codes == [0, 0], runs[case].log
+    assert len(read_metrics(runs[case].out)) == 2
 
 
 def test_code_that_was_edited_on_one_rank_is_noticed(inputs, tmp_path):

@@ -10,9 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from data.formats.records import _from_datasets
 from ppo.config import PPOConfig
 from reward.config import RewardConfig
 from sft.config import SFTConfig
+from utils.errors import UserError
+from utils.hub import data_revision
 from utils.run import fingerprints as module
 from utils.run.fingerprints import INPUTS, changes, code_files, fingerprints
 
@@ -50,11 +53,21 @@ def test_every_flag_that_names_an_input_is_one(config):
             "config.json pytorch_model.bin vocab.txt merges.txt",
         ),
         ("tokenizer.model chat_template.jinja consolidated.safetensors", "tokenizer.model chat_template.jinja"),
+        (
+            "model.safetensors model.safetensors.index.json vocab.json eval_results.json trainer_state.json",
+            "model.safetensors vocab.json",
+        ),
     ],
 )
 def test_files_of_a_model_are_those_that_are_read(tmp_path, names, read):
     write(tmp_path, **dict.fromkeys(names.split(), "x"))
     assert found("policy_model_path", str(tmp_path)) == dict.fromkeys(read.split(), sha("x"))
+
+
+def test_additional_chat_templates_are_read(tmp_path):
+    write(tmp_path / "additional_chat_templates", tools__jinja="x")
+    for flag in ("policy_model_path", "tokenizer_name_or_path"):
+        assert found(flag, str(tmp_path)) == {"additional_chat_templates/tools.jinja": sha("x")}
 
 
 def test_shards_are_those_of_the_index(tmp_path):
@@ -108,6 +121,14 @@ def test_hub_ids_are_the_snapshots_that_are_read(tmp_path, monkeypatch):
     write(tmp_path / "some___data" / "default" / "0.0.0" / commit, dataset_info__json=info)
     assert found("data_path", "some/data") == {"the revision": commit}
     assert found("data_path", "other/data") == {}
+
+
+def test_a_data_set_that_needs_code_of_its_own():
+    """`datasets` raises RuntimeError."""
+    with pytest.raises(OSError, match="scripts are no longer supported"):
+        data_revision("some/script.py")
+    with pytest.raises(UserError, match=r"^--data_path: cannot load some/script.py .Dataset scripts are no longer"):
+        _from_datasets("some/script.py", "some/script.py", "--data_path")
 
 
 def test_changes_are_named():

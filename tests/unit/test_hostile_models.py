@@ -52,6 +52,14 @@ def test_a_config_that_no_model_has(llama, tmp_path, key, value):
         load(folder)
 
 
+def test_the_largest_length_that_tokenizers_know(llama, tmp_path):
+    """Published exports have it."""
+    folder = shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((llama / "config.json").read_text()) | {"model_max_length": 1000000000000000019884624838656}
+    (folder / "config.json").write_text(json.dumps(config))
+    load(folder)
+
+
 def test_a_config_of_a_far_larger_model_is_refused_before_memory_is_taken(llama, tmp_path):
     """Its 150 million parameters would fit the limit."""
     folder = shutil.copytree(llama, tmp_path / "model")

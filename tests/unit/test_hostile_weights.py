@@ -90,6 +90,10 @@ def bin_files() -> dict[str, tuple[bytes, str]]:
         "a storage by its class": (
             archive(called("torch.storage", "UntypedStorage", number(10**11) + b"\x85")), "UntypedStorage",
         ),
+        "a storage by its class from the memo": (
+            archive(START + name_of("torch.storage", "UntypedStorage") + b"q\x000h\0" + number(10**11) + b"\x85R."),
+            "UntypedStorage",
+        ),
         "tuples in tuples": (archive(START + b"}" + b")" + b"\x85" * 10**6 + b"Ns."), "too many items"),
         "tuples of pairs of themselves": (archive(START + b"})" + doubled + b"Ns."), "too many items"),
         "marks": (archive(START + b"(" * 10**6 + b"t" * 10**6 + b"."), "too many items"),
@@ -160,6 +164,15 @@ def test_sound_files_made_in_the_same_way(tmp_path):
     torch.save({"x": torch.nn.Parameter(torch.ones(2)), "y": torch.zeros(0), "z": torch.zeros(0)}, tmp_path / "p.bin")
     content = (tmp_path / "p.bin").read_bytes()
     assert read_all(tmp_path, "pytorch_model.bin", content) == {"x": [1, 1], "y": [], "z": []}
+
+
+def test_files_of_float8_and_of_later_pickles(tmp_path):
+    torch.save({"x": torch.arange(4.0).to(torch.float8_e4m3fn)}, tmp_path / "pytorch_model.bin")
+    assert stored_tensors(tmp_path, "--model")["x"][1:] == ("float8_e4m3fn", (4,))
+    assert read_tensor(tmp_path / "pytorch_model.bin", "x", "--model").float().tolist() == [0, 1, 2, 3]
+    torch.save({"x": torch.ones(4)}, tmp_path / "pytorch_model.bin", pickle_protocol=4)
+    with pytest.raises(UserError, match="refused: its pickle is of protocol 4 or later; save it again as safetensors"):
+        stored_tensors(tmp_path, "--model")
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "../x.bin", "a/b.bin", "a\0b"])

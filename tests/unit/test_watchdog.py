@@ -15,7 +15,7 @@ from utils.watchdog import HUNG, Watchdog, report_progress, with_progress
 # Reports progress for 2.5 seconds, twice as long as the watchdog waits, and downloads for 2 seconds; prints a line, and
 # then may stand still.
 WATCHED = """
-import os, re, signal, sys, time
+import contextlib, os, re, signal, sys, time
 from utils.watchdog import Watchdog, downloading, report_progress
 
 def stop(number, frame):
@@ -24,6 +24,11 @@ def stop(number, frame):
 
 def stands_still():
     time.sleep(60)
+
+def download_fails():
+    with contextlib.suppress(OSError), downloading():
+        raise OSError
+    stands_still()
 
 def holds_the_lock():
     re.match("(a+)+$", "a" * 60 + "b")
@@ -48,12 +53,19 @@ def watched(*words: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", WATCHED, *words], env=clean_environment() | {"RANK": "3"}, **PIPES)
 
 
-@pytest.mark.parametrize(("state", "code"), [("stands_still", HUNG), ("holds_the_lock", -signal.SIGKILL)])
-def test_progress_is_let_be_and_a_standstill_ends_with_stacks(state, code):
+@pytest.mark.parametrize(
+    ("state", "code", "last"),
+    [
+        ("stands_still", HUNG, "lap 10"),
+        ("download_fails", HUNG, "download"),
+        ("holds_the_lock", -signal.SIGKILL, "lap 10"),
+    ],
+)
+def test_progress_is_let_be_and_a_standstill_ends_with_stacks(state, code, last):
     process = watched(state)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (code, "alive\n")
-    assert re.match(r"error \[rank 3\]: no progress for 1.2 s \(--hang_timeout\) after 'lap 10': ", err)
+    assert re.match(rf"error \[rank 3\]: no progress for 1.2 s \(--hang_timeout\) after '{last}': ", err)
     assert f"in {state}" in err
     assert ("killed, because its code does not let" in err) == (code != HUNG)
 

@@ -6,45 +6,28 @@ A `.bin` is read with torch's `weights_only`, which unpickles tensors and never 
 import contextlib
 import math
 import mmap
-import pickle
 import pickletools
 import re
-import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from utils.errors import UserError
 from utils.files import first_names, read_json
 from utils.schema import Schema, checked
 
-DAMAGED = (
-    *(OSError, ValueError, KeyError, RuntimeError, ImportError, EOFError),
-    *(SafetensorError, pickle.UnpicklingError, StrictDataclassError),
-)
-# Errors of damaged pickles and archives.
-_DAMAGED_FILE = (
-    *DAMAGED,
-    AssertionError,
-    AttributeError,
-    IndexError,
-    MemoryError,
-    TypeError,
-    zipfile.BadZipFile,
-    struct.error,
-)
-
 # Names in the pickle of a state dict, as pickletools prints them.
 _IN_STATE_DICTS = re.compile(
-    r"collections OrderedDict|torch [A-Z]\w+Storage|torch\._utils _rebuild_(tensor|tensor_v2|parameter)"
+    r"collections OrderedDict|torch [A-Z]\w+Storage|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)"
+    r"|torch\.storage UntypedStorage|torch float8_\w+"
 )
 _MAX_ITEMS = 1000
+_UNTYPED = 0.5  # stands for the class UntypedStorage, which may be in tuples only: a call of it takes any memory
 
 
 class _Index(Schema):
@@ -59,15 +42,20 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
+def weight_file(folder: Path) -> Path | None:
+    """Returns a model's weight file, or the index of its weight files, as transformers chooses; None without either."""
+    names = (f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
 def tensor_files(folder: Path, flag: str) -> dict[str, Path]:
     """Returns tensor name -> file for all tensors in a folder. Reads indices and headers, no tensors."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index, file = folder / f"{name}.index.json", folder / name
-        if file.is_file():  # before the index, as in transformers
-            with open_weights(file, flag) as tensors:
-                return dict.fromkeys(tensors.keys(), file)
-        if index.is_file():
-            return {tensor: folder / shard for tensor, shard in _shards_of(index, flag).items()}
+    file = weight_file(folder)
+    if file and file.suffix == ".json":
+        return {tensor: folder / shard for tensor, shard in shards_of(file, flag).items()}
+    if file:
+        with open_weights(file, flag) as tensors:
+            return dict.fromkeys(tensors.keys(), file)
     raise UserError(f"{flag}: no model.safetensors or pytorch_model.bin in {folder}; use a Hugging Face model's folder")
 
 
@@ -94,7 +82,7 @@ def stored_tensors(folder: Path, flag: str, contiguous: bool = False) -> dict[st
     return found
 
 
-def _shards_of(index: Path, flag: str) -> dict[str, str]:
+def shards_of(index: Path, flag: str) -> dict[str, str]:
     """Returns tensor name -> file name from an index. Raises UserError for a damaged index or a file elsewhere."""
     try:
         return checked(_Index, read_json(index, flag)).weight_map
@@ -129,7 +117,7 @@ def open_weights(file: Path, flag: str) -> Iterator:
                 raise ValueError("not a state dict of tensors alone")
             _check_tensors(tensors, records)
             yield tensors
-    except _DAMAGED_FILE as error:
+    except Exception as error:  # torch, zipfile and pickletools raise all kinds
         raise UserError(f"{flag}: {file} is not readable, truncated or refused: {reason_of(error)}") from error
 
 
@@ -165,10 +153,7 @@ def _check_pickle(content: mmap.mmap | bytes, most: float = math.inf) -> set[str
     texts, marks, memo = set(), [], {}
     stack = []  # of each object the number of items, those of tuples in tuples included
     for code, value, _ in pickletools.genops(content):
-        if code.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _IN_STATE_DICTS.fullmatch(str(value)):
-            raise ValueError(f"GLOBAL {'.'.join(str(value).split())}")
-        if isinstance(value, int) and value > most:
-            raise ValueError("its pickle asks for more elements than the file has bytes")
+        _check_value(code.name, value, most)
         if code.name == "BINUNICODE":
             texts.add(value)
         if "PUT" in code.name:
@@ -176,7 +161,11 @@ def _check_pickle(content: mmap.mmap | bytes, most: float = math.inf) -> set[str
         taken = len(stack) - len(code.stack_before)
         if pickletools.markobject in code.stack_before:
             taken = marks.pop() - code.stack_before.index(pickletools.markobject)
-        items = 1 + sum(stack[taken:]) if code.name.startswith("TUPLE") else 1
+        items = _UNTYPED if value == "torch.storage UntypedStorage" else 1
+        if code.name.startswith("TUPLE"):
+            items += sum(stack[taken:])
+        elif _UNTYPED in stack[taken:]:
+            raise ValueError("GLOBAL torch.storage.UntypedStorage")
         if items > _MAX_ITEMS:
             raise ValueError("its pickle holds a tuple of too many items")
         del stack[taken:]
@@ -185,6 +174,16 @@ def _check_pickle(content: mmap.mmap | bytes, most: float = math.inf) -> set[str
         else:
             stack.extend([memo[value] if "GET" in code.name else items] * len(code.stack_after))
     return texts
+
+
+def _check_value(code: str, value, most: float) -> None:
+    """Raises ValueError for a name that state dicts do not need, and for a number above `most`."""
+    if code == "STACK_GLOBAL":
+        raise ValueError("its pickle is of protocol 4 or later; save it again as safetensors")
+    if code in ("GLOBAL", "INST") and not _IN_STATE_DICTS.fullmatch(str(value)):
+        raise ValueError(f"GLOBAL {'.'.join(str(value).split())}")
+    if isinstance(value, int) and value > most:
+        raise ValueError("its pickle asks for more elements than the file has bytes")
 
 
 def _check_tensors(tensors: dict[str, torch.Tensor], records: list[int] | int) -> None:

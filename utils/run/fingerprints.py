@@ -21,13 +21,17 @@ from utils.distributed import gather_objects, rank
 from utils.errors import Say, UserError
 from utils.files import MEMORY, first_names, read_json, remove, split_files, write_json
 from utils.hub import data_revision, download, download_model, is_hub_id
+from utils.models.weight_files import shards_of, weight_file
 from utils.run.checkpoint import sha256
 from utils.schema import Schema, checked
+from utils.tokenizer_files import FILES as TOKENIZER_JSON
 
 CODE = ("data", "ppo", "reward", "sft", "utils")  # folders beside train_ppo.py
 MIN_CACHED = 1 << 20  # bytes; smaller files are hashed again in less time than the cache would save
 MAX_CACHED = 5000  # entries
 SETTLED = 2 * 10**9  # nanoseconds: a file that changed more recently may change again without another time of change
+NAMES = ("config.json", "generation_config.json", *TOKENIZER_JSON, "vocab.txt", "merges.txt")  # read beside weights
+PATTERNS = ("*.jinja", "*.model", "*.tiktoken", "additional_chat_templates/*")
 THREADS = 4  # per rank
 LOUD = 1 << 30  # bytes to hash from which on a line says so
 
@@ -54,24 +58,15 @@ class Stamp(NamedTuple):
 
 def _model(path: str, flag: str) -> Files:
     folder = download_model(path, flag) if is_hub_id(path) else Path(path)
-    return _text_files(folder) | {name: folder / name for name in _weights(folder)}
-
-
-def _weights(folder: Path) -> set[str]:
-    """Returns the names of a model's weight files, as utils/models/weight_files.py and transformers choose them."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / f"{name}.index.json").is_file():
-            shards = map(str, read_json(folder / f"{name}.index.json")["weight_map"].values())
-            return {name, *(shard for shard in shards if shard == os.path.basename(shard))}
-        if (folder / name).is_file():
-            return {name}
-    return set()
+    file = weight_file(folder)
+    shards = shards_of(file, flag).values() if file and file.suffix == ".json" else ()
+    return _text_files(folder) | {name: folder / name for name in ([file.name, *shards] if file else ())}
 
 
 def _text_files(folder: Path) -> Files:
-    """Returns configs, tokenizer and templates of a model, without its README and notes."""
-    kinds, names = (".json", ".jinja", ".model", ".tiktoken"), ("vocab.txt", "merges.txt")
-    return {file.name: file for file in folder.iterdir() if file.suffix in kinds or file.name in names}
+    """Returns configs, tokenizer and templates of a model; not its README, notes and other tools' JSON."""
+    files = [file for pattern in PATTERNS for file in folder.glob(pattern)]
+    return {str(file.relative_to(folder)): file for file in files} | {name: folder / name for name in NAMES}
 
 
 def _tokenizer(path: str, flag: str) -> Files:
@@ -109,7 +104,7 @@ def _files_of(flag: str, value: str) -> Files:
     """Returns the regular files of one value; none if it cannot be read, which its loader explains later."""
     try:
         files = INPUTS[flag](value, f"--{flag}")
-    except (OSError, ValueError, KeyError, AttributeError, RecursionError):  # ValueError includes UserError
+    except (OSError, ValueError, KeyError, AttributeError):  # ValueError includes UserError
         return {}
     files = {name: file for name, file in files.items() if isinstance(file, str) or _can_be_read(file)}
     return {name.encode(errors="backslashreplace").decode(): file for name, file in files.items()}  # of any encoding
@@ -209,7 +204,7 @@ def _cache_path() -> str:
 
 def _read_cache() -> dict[str, str]:
     path = _cache_path()
-    with contextlib.suppress(OSError, ValueError, RecursionError):
+    with contextlib.suppress(OSError, ValueError):
         if os.path.isfile(path):
             return checked(Cache, read_json(path)).sha256
     return {}

@@ -10,6 +10,13 @@ from utils.flags.run import RunFlags
 from utils.run.fingerprints import INPUTS, changes, code_files, digest_of
 from utils.run.folder import versions
 
+# Flags that only rank 0 uses, or each for itself.
+_FREE = ("logdir", "report_to", "print_interval", "ignore_hangup")
+# Flags whose default may be lowered later on, unlike the same value from the user.
+_LOWERED = (
+    "warmup_steps", "batch_size", "num_rollouts", "maxlen_prompt", "maxlen_res", "context_truncate", "num_valid",
+    "num_eval_prompts",
+)  # fmt: skip
 Facts = dict[str, str | dict[str, str]]  # what is compared -> its value, or file name -> SHA-256
 
 
@@ -33,10 +40,11 @@ def check_ranks(config: RunFlags) -> None:
 
 
 def _facts(config: RunFlags) -> Facts:
-    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in INPUTS}
+    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in (*INPUTS, *_FREE)}
     flags["model_save_path"] = os.path.abspath(config.model_save_path)  # all ranks write to it
-    given = {name: f"{value}{'' if name in config.given else ' (not given)'}" for name, value in flags.items()}
-    facts = given | config.fingerprints
+    defaults = {name for name in _LOWERED if name not in config.given}
+    flags = {name: f"{value}{' (not given)' * (name in defaults)}" for name, value in flags.items()}
+    facts = flags | config.fingerprints
     return {f"--{name}": value for name, value in facts.items()} | versions() | {"code": code_files()}
 
 

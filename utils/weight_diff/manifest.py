@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from utils.errors import UserError
 from utils.files import read_json, write_json
-from utils.schema import Schema
+from utils.schema import checked
 from utils.weight_diff.published import DTYPES
 
 FILE = "weight_manifest.json"
@@ -21,18 +21,22 @@ FILE = "weight_manifest.json"
 class Hashes:
     """SHA-256, in hexadecimal, of each tensor's bytes in `dtype` (row-major, little-endian)."""
 
-    dtype: str
-    sha256: dict[str, str]
+    dtype: Literal[DTYPES]
+    sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
 
 
 @dataclass(frozen=True)
 class Manifest:
     """total: sum of the recovered model (see recover.recover). raw, diff: only in the folder of a diff."""
 
-    total: float
+    total: Annotated[float, Field(strict=True, allow_inf_nan=False)]
     tuned: Hashes
     raw: Hashes | None = None
     diff: Hashes | None = None
+
+    def __post_init__(self):
+        if (self.raw is None) != (self.diff is None):
+            raise ValueError("it has only one of raw and diff")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -40,31 +44,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_json(str(folder / FILE), {key: value for key, value in asdict(manifest).items() if value is not None})
 
 
-class _HashesFile(Schema):
-    dtype: Literal[DTYPES]
-    sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
-
-
-class _ManifestFile(Schema):
-    total: float
-    tuned: _HashesFile
-    raw: _HashesFile | None = None
-    diff: _HashesFile | None = None
-
-    @model_validator(mode="after")
-    def _has_both_or_none(self):
-        if (self.raw is None) != (self.diff is None):
-            raise ValueError("it has only one of raw and diff")
-        return self
-
-
 def read_manifest(folder: Path, flag: str) -> Manifest | None:
     """Returns the folder's manifest, None if it has none. Raises UserError if it is damaged."""
     if not os.path.lexists(folder / FILE):
         return None
-    content = read_json(folder / FILE, flag, _ManifestFile)
-    parts = {part: Hashes(x["dtype"], x["sha256"]) for part in ("raw", "diff", "tuned") if (x := content.get(part))}
-    return Manifest(content["total"], **parts)
+    return checked(Manifest, read_json(folder / FILE, flag, Manifest))
 
 
 class TensorHasher:
