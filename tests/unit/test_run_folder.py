@@ -269,3 +269,19 @@ def test_without_locks_a_file_that_is_touched_does(tmp_path, monkeypatch):
     with held:
         hold_folder(str(tmp_path))
     assert not (tmp_path / LOCK).exists()
+
+
+def test_the_lock_of_another_host_counts_until_its_file_is_old(tmp_path, monkeypatch):
+    """As where locks are local to a node: this node's lock succeeds while a process on another one trains."""
+    (path := tmp_path / LOCK).write_text('{"host": "node-7.cluster", "pid": 41, "since": "2026-11-27 20:00:00"}\n')
+    with held, pytest.raises(UserError, match=r"in use by process 41 on node-7\.cluster .* killed, wait 5 minutes"):
+        hold_folder(str(tmp_path))
+    os.utime(path, (old := time.time() - 301, old))
+    monkeypatch.setattr(lock, "BEAT", 0.1)
+    with held:
+        hold_folder(str(tmp_path))
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+        os.utime(path, (old, old))
+        time.sleep(1.0)
+        assert path.stat().st_mtime > old + 200  # touched
+    assert not path.exists()
