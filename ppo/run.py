@@ -174,7 +174,8 @@ class Run:
     def export(self, name: str) -> bool:
         """Writes the policy to the run's folder best/ or final/, and returns True. Collective; rank 0 writes.
 
-        If the disk refuses, best/ stays as it was, which is printed, and the result is False; final/ is a UserError.
+        If best/ could not be written, it stays as it was, the reason is printed, and the result is False. For final/,
+        UserError is raised.
         """
         state, lm = self.models.policy.full_state_dict(), self.models.policy.module.lm
         state = {key.removeprefix("lm."): value for key, value in state.items()}
