@@ -205,7 +205,7 @@ def _warn_of_unsaved(path: str) -> None:
         with open_regular(file) as lines:
             steps = sum(parse_row(line) is not None for line in lines)
     if steps or _has_best(path):
-        what = f"{steps} steps{' and best/' if _has_best(path) else ''}"
+        what = f"{steps} step{'s' * (steps != 1)}{' and best/' if _has_best(path) else ''}"
         print(
             f"warning: {path} holds {what} without a checkpoint; they are removed and the run starts at step 0",
             flush=True,
