@@ -4,9 +4,6 @@ Loss: -E[log sigmoid(chosen - rejected)] + beta * cross entropy of the chosen an
 with the options of Part II as flags: margin, label smoothing, flipped labels, contrastive loss.
 """
 
-import contextlib
-import sys
-
 from reward.config import RewardConfig
 from utils.errors import UserError
 from utils.flags.parser import entry_point, parse_args
@@ -19,12 +16,11 @@ def train(config: RewardConfig) -> None:
     from reward.encode import load_center_answers, load_comparisons
     from reward.stage import RewardState, build_stage, load
     from utils.distributed import world_size
-    from utils.engine.engine import TrainEngine, shutdown_distributed
+    from utils.engine.engine import TrainEngine
     from utils.engine.memory import device_room
     from utils.memory.recompute import choose_checkpointing
     from utils.models.load import FLAG, window_at
-    from utils.run.lifecycle import RunLifecycle
-    from utils.run.start import open_log, start_run
+    from utils.run.start import start_run
     from utils.run.supervised_loop import fit
 
     say, start = start_run(config, RewardState)
@@ -44,13 +40,7 @@ def train(config: RewardConfig) -> None:
     stage = build_stage(config, model, tokenizer, items, answers)
     tokens = max(config.micro_batch_tokens, *map(stage.length, items))
     choose_checkpointing(engine, model.backbone, config, tokens, device_room(), say)
-    lifecycle = RunLifecycle(config, {"model": engine}, config.train_steps)
-    lifecycle.restore(start, config.seed)
-    with contextlib.closing(open_log(config, start, config.train_steps)) as log:
-        code = fit(engine, stage, held_out_items, config, log, lifecycle, start)
-    shutdown_distributed()
-    if code:
-        sys.exit(code)
+    fit(engine, stage, held_out_items, config, start)
 
 
 @entry_point

@@ -3,9 +3,6 @@
 The loss is the next-token loss on the assistant's tokens, up to the end of each turn.
 """
 
-import contextlib
-import sys
-
 from sft.config import SFTConfig
 from utils.flags.parser import entry_point, parse_args
 from utils.watchdog import Watchdog
@@ -18,13 +15,12 @@ def train(config: SFTConfig) -> None:
     from sft.samples import prompt_length
     from sft.stage import build_stage, evenly_spaced, load, load_encoded
     from utils.distributed import world_size
-    from utils.engine.engine import TrainEngine, shutdown_distributed
+    from utils.engine.engine import TrainEngine
     from utils.engine.memory import device_room
     from utils.memory.recompute import choose_checkpointing
     from utils.models.load import FLAG, window_at
     from utils.models.routers import router_coef
-    from utils.run.lifecycle import RunLifecycle
-    from utils.run.start import open_log, start_run
+    from utils.run.start import start_run
     from utils.run.supervised_loop import FitState, fit
 
     say, start = start_run(config, FitState)
@@ -39,13 +35,7 @@ def train(config: SFTConfig) -> None:
     tokens = max(config.micro_batch_tokens, config.context_truncate)
     choose_checkpointing(engine, lm, config, tokens, device_room(), say)
     stage = build_stage(config, lm, tokenizer, layout, sets, evenly_spaced(valid, config.num_samples), balance)
-    lifecycle = RunLifecycle(config, {"model": engine}, config.train_steps)
-    lifecycle.restore(start, config.seed)
-    with contextlib.closing(open_log(config, start, config.train_steps)) as log:
-        code = fit(engine, stage, layout.rows(valid, world_size()), config, log, lifecycle, start)
-    shutdown_distributed()
-    if code:
-        sys.exit(code)
+    fit(engine, stage, layout.rows(valid, world_size()), config, start)
 
 
 @entry_point

@@ -114,11 +114,11 @@ def test_what_the_run_did_not_write_is_kept(checkpoints):
     shutil.copytree(checkpoints / "step_1", checkpoints / "step_99")
     for name in ("step_3_good", "keep_me", "mine.partial", "step_8", "step_9.partial", "step_1/mine"):
         (checkpoints / name).mkdir()
-    for name in ("notes.txt", "step_1/notes.txt", "step_1/mine/deep"):
+    for name in ("notes.txt", "step_1/notes.txt", "step_1/mine/deep", "step_8/state.json"):
         (checkpoints / name).write_text(name)
     theirs = [*files_in(str(checkpoints / "step_99")), "keep_me", "mine.partial", "notes.txt", "step_1/mine/deep"]
     theirs = {f"step_99/{name}" if name in files_in(str(checkpoints / "step_99")) else name for name in theirs}
-    theirs |= {"step_1/notes.txt", "step_3_good", "step_8", "step_9.partial"}
+    theirs |= {"step_1/notes.txt", "step_3_good", "step_8/state.json", "step_9.partial"}
     for step in (3, 4, 8, 9):
         save(checkpoints, step, engines(3.0), said.append)
     assert [re.search("step_. was not saved|not written by this run", line) is None for line in said] == [1, 1, 0, 0]
@@ -129,6 +129,32 @@ def test_what_the_run_did_not_write_is_kept(checkpoints):
         named(str(checkpoints / "step_99"))
     (checkpoints / "step_99").rename(checkpoints / "mine")
     assert named(str(checkpoints / "mine")).step == 1
+
+
+def test_notes_do_not_take_the_place_of_a_checkpoint(checkpoints):
+    """A pruned one's folder, which only holds the user's notes, is none, and is written again."""
+    said, notes = [], checkpoints / "step_1" / "notes.txt"
+    notes.write_text("mine")
+    for step in (3, 4, 1):
+        save(checkpoints, step, engines(3.0), said.append)
+        assert notes.read_text() == "mine"
+    assert len(said) == 3 and not any("not saved" in line for line in said)
+    (checkpoints / "step_5").mkdir()
+    (checkpoints / "step_5" / "notes.txt").write_text("mine")
+    index = json.loads((checkpoints.parent / INDEX).read_text())
+    (checkpoints.parent / INDEX).write_text(json.dumps(index | {"checkpoints": [4, 5]}))  # killed while writing it
+    assert newest(str(checkpoints), said.append).step == 4 and len(said) == 3
+
+
+@pytest.mark.parametrize("is_of_run", [True, False])
+def test_an_older_versions_partial_checkpoint_is_of_the_run(checkpoints, is_of_run):
+    (checkpoints.parent / INDEX).unlink()
+    if is_of_run:
+        (checkpoints.parent / "config.json").write_text('{"argv": []}')
+    (checkpoints / "step_3.partial").mkdir()
+    said = []
+    save(checkpoints, 3, engines(3.0), said.append)
+    assert (checkpoints / "step_3").exists() == is_of_run and ("not written by this run" not in said[0]) == is_of_run
 
 
 @pytest.mark.parametrize("background", [False, True])

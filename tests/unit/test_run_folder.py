@@ -24,7 +24,7 @@ from utils.run.folder import check_owned, prepare_run_folder
 from utils.run.index import INDEX, read_index, record
 from utils.run.lock import LOCK, held, hold_folder
 from utils.run.restore import newest
-from utils.run.resume import check_folder
+from utils.run.resume import begin_folder, check_folder
 
 CALLS = ("replace", "rename", "remove", "unlink", "rmdir", "mkdir", "link", "fsync")
 FILES = ("config.json", "model.safetensors", "deep/a")
@@ -72,8 +72,8 @@ def killed_at(number: int, act: Callable[[], None]) -> bool:
     return code != 0
 
 
-def config_of(run: Path):
-    config = ppo_config(model_save_path=str(run))
+def config_of(run: Path, checkpoint_per_step: int = 50):
+    config = ppo_config(model_save_path=str(run), checkpoint_per_step=checkpoint_per_step)
     config.given = frozenset()
     return config
 
@@ -136,14 +136,33 @@ def test_a_beginning_that_is_killed_at_any_call_begins_again(tmp_path, has_begun
             (begun(run) / "best" / "notes.txt").write_text("mine")
         killed = []
         for _ in range(2):
-            check_folder(config_of(run))
+            check_folder(config_of(run, 0))
             killed.append(killed_at(number, lambda run=run: prepare_run_folder(str(run), config_of(run))))
-        check_folder(config_of(run))
+        check_folder(config_of(run, 0))
         prepare_run_folder(str(run), config_of(run))
         expected = {"config.json", INDEX} | ({"best/notes.txt"} if has_begun else set())
         assert set(files_in(str(run))) - {"best/deep"} == expected  # it may stay behind, empty
         assert (run / "tensorboard").exists() is False
     assert number > (20 if has_begun else 7)
+
+
+@pytest.mark.parametrize("every", [0, 50])
+def test_steps_without_a_checkpoint_are_not_removed_silently(tmp_path, capsys, every):
+    """Those of a run with checkpoints are not removed at all while best/ is there."""
+    run, config = begun(tmp_path), config_of(tmp_path, every)
+    lost = "2 steps and best/"
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    if every:
+        with pytest.raises(UserError, match=r"holds best/ of a run without a checkpoint.*move best/ away.*--overwrite"):
+            check_folder(config)
+        (run / "best").rename(tmp_path / "mine")
+        lost = "2 steps"
+    check_folder(config)
+    for warned in (True, False):
+        begin_folder(config, None)
+        words = f"warning: {run} holds {lost} without a checkpoint; they are removed and the run starts at step 0\n"
+        assert (words in (said := capsys.readouterr().out)) == warned == ("warning" in said)
+    assert not (run / "best").exists() and not (run / "metrics.jsonl").exists()
 
 
 def test_a_kill_at_any_call_of_a_save_leaves_a_checkpoint_and_nothing_unlisted(tmp_path):
@@ -269,3 +288,19 @@ def test_without_locks_a_file_that_is_touched_does(tmp_path, monkeypatch):
     with held:
         hold_folder(str(tmp_path))
     assert not (tmp_path / LOCK).exists()
+
+
+def test_the_lock_of_another_host_counts_until_its_file_is_old(tmp_path, monkeypatch):
+    """As where locks are local to a node: this node's lock succeeds while a process on another one trains."""
+    (path := tmp_path / LOCK).write_text('{"host": "node-7.cluster", "pid": 41, "since": "2026-11-27 20:00:00"}\n')
+    with held, pytest.raises(UserError, match=r"in use by process 41 on node-7\.cluster .* killed, wait 5 minutes"):
+        hold_folder(str(tmp_path))
+    os.utime(path, (old := time.time() - 301, old))
+    monkeypatch.setattr(lock, "BEAT", 0.1)
+    with held:
+        hold_folder(str(tmp_path))
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+        os.utime(path, (old, old))
+        time.sleep(1.0)
+        assert path.stat().st_mtime > old + 200  # touched
+    assert not path.exists()

@@ -24,7 +24,7 @@ from utils.distributed import gather_objects, is_main, rank
 from utils.engine.engine import TrainEngine
 from utils.engine.memory import fits_on_host
 from utils.errors import Say, UserError
-from utils.files import carry_over, remove, remove_own, replace, sync
+from utils.files import carry_over, files_in, foreign_files, remove, remove_own, replace, sync
 from utils.run.index import CHECKPOINT, LINES, MANIFEST, read_index, record, remove_partials, write_index
 from utils.run.random_state import random_state
 from utils.run.state_file import PIECE, file_pieces, new_buffer, write_file
@@ -173,8 +173,8 @@ def _prepare(writing: Writing) -> None:
     folder, size = os.path.dirname(writing.target), writing.size
     os.makedirs(folder, exist_ok=True)
     index = remove_partials(folder)
-    for path in (writing.target, writing.partial):
-        if writing.step not in index.checkpoints and os.path.lexists(path):
+    for path, taken in ((writing.target, _is_checkpoint), (writing.partial, os.path.lexists)):
+        if writing.step not in index.checkpoints and taken(path):
             raise OSError(f"{path} was not written by this run; move it")
     free = shutil.disk_usage(folder).free
     if free < size:
@@ -182,6 +182,12 @@ def _prepare(writing: Writing) -> None:
     index.checkpoints = sorted({*index.checkpoints, writing.step})
     write_index(os.path.dirname(folder), index)
     os.makedirs(writing.partial)
+
+
+def _is_checkpoint(path: str) -> bool:
+    """Whether there is more at a path than a folder of files that no checkpoint has, such as a user's notes."""
+    own = set(files_in(path)) - set(foreign_files(path, CHECKPOINT))
+    return bool(own) or os.path.islink(path) or os.path.isfile(path)
 
 
 def _write_share(partial: str, files: Files, started: float) -> Share:
@@ -229,7 +235,8 @@ def sha256(path: str) -> str:
 def all_checkpoints(folder: str) -> list[tuple[int, str]]:
     """Returns (step, path) of every checkpoint in a folder that the run wrote, newest first."""
     steps = sorted(read_index(os.path.dirname(folder)).checkpoints, reverse=True)
-    return [(step, path) for step in steps if os.path.isdir(path := os.path.join(folder, f"step_{step}"))]
+    paths = [(step, os.path.join(folder, f"step_{step}")) for step in steps]
+    return [(step, path) for step, path in paths if os.path.isdir(path) and _is_checkpoint(path)]
 
 
 def save_batches(path: str, batches: tuple) -> str | None:

@@ -13,7 +13,7 @@ from utils.watchdog import report_progress
 def export_model(run: str, name: str, save: Callable[[str], None]) -> str | None:
     """Replaces a run's best/ or final/ by the folder that `save(path)` writes, on rank 0. Collective.
 
-    Returns None, or on all ranks why the disk refused; then the earlier folder is as it was.
+    Returns None, or on all ranks why it could not be written; then the earlier folder is as it was.
     """
     problem, path = None, os.path.join(run, name)
     if is_main():

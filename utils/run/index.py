@@ -42,15 +42,19 @@ def read_index(run: str) -> RunIndex:
 
 
 def _index_of_older_run(run: str) -> RunIndex:
-    """Returns an index by names, for runs of versions without one. Checkpoints: step_N that contain a manifest."""
+    """Returns an index by names, for runs of versions without one.
+
+    Checkpoints: step_N that contain a manifest; where config.json is a run's, also step_N.partial.
+    """
     index, folder = RunIndex(), os.path.join(run, "checkpoints")
-    for name in os.listdir(folder) if os.path.isdir(folder) else ():
-        if re.fullmatch(r"step_\d+", name) and os.path.exists(os.path.join(folder, name, MANIFEST)):
-            index.checkpoints.append(int(name.removeprefix("step_")))
     try:
         saved = read_json(os.path.join(run, "config.json"))
     except (OSError, ValueError, RecursionError):
         saved = {}
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        match = re.fullmatch(r"step_(\d+)(\.partial)?", name)
+        if match and ("argv" in saved if match[2] else os.path.exists(os.path.join(folder, name, MANIFEST))):
+            index.checkpoints.append(int(match[1]))
     if "argv" in saved or index.checkpoints:
         index.names = {name: files_in(os.path.join(run, name)) for name in ALWAYS}
         index.names |= {"tensorboard": ["events.out.tfevents.*"], "bad_batches": ["step_*"]}

@@ -1,8 +1,9 @@
 """Lock of a run's folder: `run.lock` names the process that trains there, and a second trainer is refused.
 
 A POSIX lock, which the system or NFS's lock daemon drops when the process ends, however it ends. Closing any other
-descriptor of the file would drop it as well, so the holder opens the file once. Where the file system has no locks, a
-thread touches the file, and a file that is STALE seconds old by that file system's clock is free.
+descriptor of the file would drop it as well, so the holder opens the file once. A thread touches the file: where the
+file system has no locks, or has locks that only one host sees, a file that is less than STALE seconds old by that file
+system's clock is in use.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from utils.schema import Schema, checked
 
 LOCK = "run.lock"
 BEAT, STALE = 15.0, 300.0  # seconds
+WAIT = f"; if it was killed, wait {STALE / 60:g} minutes"
 NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
 
 held = contextlib.ExitStack()  # a trainer runs in it: what `hold_folder` locked is free at its end
@@ -66,12 +68,15 @@ def _lock(run: str) -> None:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in NO_LOCKS:
-                hint = f"; if it was killed, wait {STALE / 60:g} minutes"
+                hint = WAIT
             elif error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             if not hint or (content and _age(path) < STALE):
                 raise _in_use(path, content, hint) from None
         if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            holder = _holder(content)
+            if not hint and holder and holder.host != socket.gethostname() and _age(path) < STALE:
+                raise _in_use(path, content, WAIT)
             break  # else its holder has just removed it
     now = datetime.datetime.now().isoformat(" ", "seconds")
     text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}) + "\n"
@@ -82,9 +87,9 @@ def _lock(run: str) -> None:
         time.sleep(1.0)  # of two that take it at the same time, the last to write has it
         if (content := Path(path).read_text("utf-8")) != text:
             raise _in_use(path, content, hint)
-        ended = threading.Event()
-        threading.Thread(target=_beat, args=(path, ended), name="run.lock", daemon=True).start()
-        held.callback(ended.set)
+    ended = threading.Event()
+    threading.Thread(target=_beat, args=(path, ended), name="run.lock", daemon=True).start()
+    held.callback(ended.set)
     held.callback(_release, path)
 
 
@@ -105,11 +110,16 @@ def _beat(path: str, ended: threading.Event) -> None:
             os.utime(path)
 
 
-def _in_use(path: str, content: str, hint: str) -> UserError:
+def _holder(content: str) -> Holder | None:
     try:
-        holder = checked(Holder, json.loads(content))
-        who, stop = f"process {holder.pid} on {holder.host} since {holder.since}", f": kill {holder.pid}, on that host"
+        return checked(Holder, json.loads(content))
     except (ValueError, RecursionError):
-        who, stop = "another process", ""
+        return None
+
+
+def _in_use(path: str, content: str, hint: str) -> UserError:
+    who, stop = "another process", ""
+    if holder := _holder(content):
+        who, stop = f"process {holder.pid} on {holder.host} since {holder.since}", f": kill {holder.pid}, on that host"
     what = f"--model_save_path {os.path.dirname(path)} is in use by {who}"
     return UserError(f"{what}; use another folder, wait for it, or stop it{stop}{hint}")

@@ -6,13 +6,13 @@ import os
 
 from utils.distributed import is_main, world_size
 from utils.errors import Say, UserError
-from utils.files import check_writable, read_json
+from utils.files import ASIDE, check_writable, open_regular, parse_row, read_json
 from utils.flags.parser import changed_flags
 from utils.flags.run import FREE_ON_RESUME, RunFlags
 from utils.run.checkpoint import all_checkpoints
 from utils.run.fingerprints import INPUTS, changes
 from utils.run.folder import check_owned, check_regular, holds_run, prepare_run_folder
-from utils.run.index import read_index
+from utils.run.index import LINES, read_index
 from utils.run.logger import tracker_names
 from utils.run.restore import Checkpoint, SavedFlags, TrainerState, named, newest
 
@@ -31,8 +31,8 @@ def identity(config: RunFlags) -> dict:
 def _changed(config: RunFlags, saved: dict, record: dict) -> dict[str, str]:
     """Returns flag -> what it was, for flags that differ from those of `saved`, a part of `record`; given ones first.
 
-    Not those that have the default which `saved` replaced. Of models and data the content counts, not the path, unless
-    `record` has no fingerprints.
+    A flag does not count if it has the default that the saved run replaced by its own choice (`replaced_defaults`). Of
+    models and data the content counts, not the path, unless `record` has no fingerprints.
     """
     same = [saved, saved.get("replaced_defaults", {})]
     now = {name: value for name, value in identity(config).items() if name in saved and name != "replaced_defaults"}
@@ -75,6 +75,11 @@ def check_folder(config: RunFlags) -> None:
                 f"{path}/checkpoints has none of its checkpoints: move them back there and use --resume auto, use "
                 "another folder, or pass --overwrite, which removes what is left of the run"
             )
+        if _unsaved_best(config):
+            raise UserError(
+                f"--model_save_path {path} holds best/ of a run without a checkpoint, which starting at step 0 would "
+                "remove: move best/ away and repeat the command, use another folder, or pass --overwrite"
+            )
         raise UserError(f"--model_save_path {path} already holds a run; use another folder, or pass --overwrite")
     check_owned(path)
     check_writable(path, "--model_save_path")
@@ -90,7 +95,9 @@ def _can_resume(config: RunFlags) -> bool:
         return _is_inside(config.resume, path)
     if _is_finished(path) and not config.resume_with_changes:
         return False
-    return _has_checkpoints(path) or (not _lost_checkpoints(path) and _same_config(config))
+    return _has_checkpoints(path) or (
+        not _lost_checkpoints(path) and _same_config(config) and not _unsaved_best(config)
+    )
 
 
 def _is_finished(path: str) -> bool:
@@ -110,6 +117,17 @@ def _has_checkpoints(path: str) -> bool:
 def _lost_checkpoints(path: str) -> bool:
     """Whether a run's checkpoints are gone, all of them: its other files would be removed if it started at step 0."""
     return bool(read_index(path).last_checkpoint) and not _has_checkpoints(path)
+
+
+def _has_best(path: str) -> bool:
+    return any(os.path.lexists(os.path.join(path, name, "config.json")) for name in ("best", f"best{ASIDE}"))
+
+
+def _unsaved_best(config: RunFlags) -> bool:
+    """Whether the folder holds best/ of an unfinished run that should have checkpoints, but has none."""
+    path = config.model_save_path
+    unsaved = config.checkpoint_per_step and not _has_checkpoints(path) and not _is_finished(path)
+    return bool(unsaved) and config.resume == "auto" and _has_best(path)
 
 
 def _same_config(config: RunFlags) -> bool:
@@ -171,11 +189,27 @@ def _check_flags(checkpoint: Checkpoint, config: RunFlags, say: Say) -> None:
 def begin_folder(config: RunFlags, checkpoint: Checkpoint | None) -> int:
     """Prepares the run's folder, prints the flags, and returns the number of steps already done. Collective."""
     own = checkpoint is not None and _is_inside(checkpoint.path, config.model_save_path)
+    if is_main() and not checkpoint and not config.overwrite:
+        _warn_of_unsaved(config.model_save_path)
     prepare_run_folder(config.model_save_path, config, checkpoint.step if own else 0)
     if is_main():
         where = f"{config.model_save_path}/config.json"
         print(f"all flags: {where}; flags that differ from their defaults:\n  {changed_flags(config)}", flush=True)
     return checkpoint.step if checkpoint else 0
+
+
+def _warn_of_unsaved(path: str) -> None:
+    """Prints what is removed of an attempt without a checkpoint."""
+    file, steps = os.path.join(path, LINES[0]), 0
+    if os.path.exists(file):
+        with open_regular(file) as lines:
+            steps = sum(parse_row(line) is not None for line in lines)
+    if steps or _has_best(path):
+        what = f"{steps} step{'s' * (steps != 1)}{' and best/' if _has_best(path) else ''}"
+        print(
+            f"warning: {path} holds {what} without a checkpoint; they are removed and the run starts at step 0",
+            flush=True,
+        )
 
 
 def inputs_of(config) -> list[str | None]:

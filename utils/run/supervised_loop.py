@@ -1,7 +1,9 @@
 """The training loop of the supervised stages: step, evaluate, save the best. A `Stage` says what is learnt."""
 
+import contextlib
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -9,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from utils.distributed import barrier, is_main, ranks_where, sum_ranks
-from utils.engine.engine import TrainEngine, device
+from utils.engine.engine import TrainEngine, device, shutdown_distributed
 from utils.errors import UserError
 from utils.files import write_json
 from utils.flags.supervised import FitConfig
@@ -18,6 +20,7 @@ from utils.run.index import record
 from utils.run.lifecycle import RunLifecycle
 from utils.run.logger import RunLogger
 from utils.run.restore import Best, Checkpoint, TrainerState
+from utils.run.start import open_log
 from utils.schedule import lr_factor
 from utils.watchdog import report_progress
 
@@ -58,29 +61,30 @@ class Stage:
     state: dict = field(default_factory=dict)  # JSON that checkpoints keep, changed in place
 
 
-def fit(
-    engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig, log: RunLogger, lifecycle: RunLifecycle,
-    start: Checkpoint | None,
-) -> int:  # fmt: skip
+def fit(engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig, start: Checkpoint | None) -> None:
     """Trains for --train_steps; evaluates every --save_per_step and at the end; writes best/ and final/. Collective.
 
-    start: the checkpoint that `lifecycle` restored. Returns the exit code, not 0 if a signal stopped the run. Raises
-    UserError on all ranks, before the weights change, if the loss or the gradient norm is not finite or beyond
-    --explosion_limit.
+    start: the checkpoint to resume from. Leaves the process group at the end, and the process if a signal stopped the
+    run. Raises UserError on all ranks, before the weights change, if the loss or the gradient norm is not finite or
+    beyond --explosion_limit.
     """
+    lifecycle = RunLifecycle(config, {"model": engine}, config.train_steps)
+    lifecycle.restore(start, config.seed)
     done, best = 0, None
     if start:
         done, best = start.step, start.state["best"]
         stage.state.update(start.state["stage"])
         for _ in range(done):  # the order of the data depends only on the seed
             next(stage.batches)
-    with lifecycle:
+    with contextlib.closing(open_log(config, start, config.train_steps)) as log, lifecycle:
         _loop(engine, stage, valid, config, log, lifecycle, done, best)
         if not lifecycle.exit_code:
             if problem := export(engine, stage, config.model_save_path, "final"):
                 raise UserError(problem)
             log.say(f"done: {config.model_save_path}/final")
-    return lifecycle.exit_code
+    shutdown_distributed()
+    if lifecycle.exit_code:
+        sys.exit(lifecycle.exit_code)
 
 
 def _loop(
@@ -190,7 +194,7 @@ def keep_batch(folder: str, step: int, items: list[Item]) -> str:
 
 
 def export(engine: TrainEngine, stage: Stage, run: str, name: str) -> str | None:
-    """Writes the current weights to a run's folder `name`. Returns why the disk refused, or None. Collective."""
+    """Writes the current weights to a run's folder `name`. Returns why it could not be written, or None. Collective."""
     state = engine.full_state_dict()
     return export_model(run, name, lambda folder: stage.save(state, folder))
 
