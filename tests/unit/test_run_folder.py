@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -136,9 +137,9 @@ def test_a_beginning_that_is_killed_at_any_call_begins_again(tmp_path, has_begun
             (begun(run) / "best" / "notes.txt").write_text("mine")
         killed = []
         for _ in range(2):
-            check_folder(config_of(run, 0))
+            check_folder(config_of(run))
             killed.append(killed_at(number, lambda run=run: prepare_run_folder(str(run), config_of(run))))
-        check_folder(config_of(run, 0))
+        check_folder(config_of(run))
         prepare_run_folder(str(run), config_of(run))
         expected = {"config.json", INDEX} | ({"best/notes.txt"} if has_begun else set())
         assert set(files_in(str(run))) - {"best/deep"} == expected  # it may stay behind, empty
@@ -146,17 +147,17 @@ def test_a_beginning_that_is_killed_at_any_call_begins_again(tmp_path, has_begun
     assert number > (20 if has_begun else 7)
 
 
-@pytest.mark.parametrize("every", [0, 50])
+@pytest.mark.parametrize("every", [0, 1, 50])
 def test_steps_without_a_checkpoint_are_not_removed_silently(tmp_path, capsys, every):
-    """Those of a run with checkpoints are not removed at all while best/ is there."""
+    """Those of a run that should have a checkpoint are not removed at all while best/ is there."""
     run, config = begun(tmp_path), config_of(tmp_path, every)
-    lost = "2 steps and best/"
-    (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    if every:
+    lost = "3 steps and best/"
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    if every == 1:
         with pytest.raises(UserError, match=r"holds best/ of a run without a checkpoint.*move best/ away.*--overwrite"):
             check_folder(config)
         (run / "best").rename(tmp_path / "mine")
-        lost = "2 steps"
+        lost = "3 steps"
     check_folder(config)
     for warned in (True, False):
         begin_folder(config, None)
@@ -277,23 +278,22 @@ def test_without_locks_a_file_that_is_touched_does(tmp_path, monkeypatch):
     try:
         time.sleep(2.5)
         for _ in range(2):
-            with pytest.raises(UserError, match=f"in use by process {child} .*; if it was killed, wait"):
+            with pytest.raises(UserError, match=f"in use by process {child} "):
                 hold_folder(str(tmp_path))
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    with pytest.raises(UserError, match="in use"):
-        hold_folder(str(tmp_path))
-    time.sleep(2.5)
+    before = time.monotonic()
     with held:
         hold_folder(str(tmp_path))
-    assert not (tmp_path / LOCK).exists()
+    assert not (tmp_path / LOCK).exists() and time.monotonic() - before > 1
 
 
 def test_the_lock_of_another_host_counts_until_its_file_is_old(tmp_path, monkeypatch):
     """As where locks are local to a node: this node's lock succeeds while a process on another one trains."""
     (path := tmp_path / LOCK).write_text('{"host": "node-7.cluster", "pid": 41, "since": "2026-11-27 20:00:00"}\n')
-    with held, pytest.raises(UserError, match=r"in use by process 41 on node-7\.cluster .* killed, wait 5 minutes"):
+    threading.Timer(2.5, os.utime, (path,)).start()  # a sign of life
+    with held, pytest.raises(UserError, match=r"in use by process 41 on node-7\.cluster "):
         hold_folder(str(tmp_path))
     os.utime(path, (old := time.time() - 301, old))
     monkeypatch.setattr(lock, "BEAT", 0.1)

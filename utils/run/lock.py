@@ -24,10 +24,10 @@ from utils.distributed import gather_objects, is_main
 from utils.errors import UserError
 from utils.files import check_writable, disk_errors, existing_parent, remove_empty
 from utils.schema import Schema, checked
+from utils.watchdog import report_progress
 
 LOCK = "run.lock"
 BEAT, STALE = 15.0, 300.0  # seconds
-WAIT = f"; if it was killed, wait {STALE / 60:g} minutes"
 NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
 
 held = contextlib.ExitStack()  # a trainer runs in it: what `hold_folder` locked is free at its end
@@ -63,34 +63,47 @@ def _lock(run: str) -> None:
     while True:
         file = held.enter_context(open(path, "a+", encoding="utf-8", errors="replace"))  # noqa: SIM115 - no exit but held's
         file.seek(0)
-        content, hint = file.read(1000), ""
+        content, has_locks = file.read(1000), True
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in NO_LOCKS:
-                hint = WAIT
-            elif error.errno not in (errno.EACCES, errno.EAGAIN):
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise _in_use(path, content) from None
+            if error.errno not in NO_LOCKS:
                 raise
-            if not hint or (content and _age(path) < STALE):
-                raise _in_use(path, content, hint) from None
-        if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            has_locks = False
+        with contextlib.suppress(FileNotFoundError):  # its holder has just removed it
             holder = _holder(content)
-            if not hint and holder and holder.host != socket.gethostname() and _age(path) < STALE:
-                raise _in_use(path, content, WAIT)
-            break  # else its holder has just removed it
+            if (content and not has_locks) or (holder and holder.host != socket.gethostname()):
+                _outlast(path, content)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
     now = datetime.datetime.now().isoformat(" ", "seconds")
     text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}) + "\n"
     file.truncate(0)
     file.write(text)
     file.flush()
-    if hint:
+    if not has_locks:
         time.sleep(1.0)  # of two that take it at the same time, the last to write has it
         if (content := Path(path).read_text("utf-8")) != text:
-            raise _in_use(path, content, hint)
+            raise _in_use(path, content)
     ended = threading.Event()
     threading.Thread(target=_beat, args=(path, ended), name="run.lock", daemon=True).start()
     held.callback(ended.set)
     held.callback(_release, path)
+
+
+def _outlast(path: str, content: str) -> None:
+    """Waits until run.lock is STALE seconds old. Raises UserError if its holder touches it before."""
+    touched, said = os.stat(path).st_mtime_ns, False
+    while _age(path) < STALE:
+        if not said:
+            print(f"{_in_use(path, content)}. Waiting up to {STALE / 60:g} minutes, in case it was killed", flush=True)
+            said = True
+        time.sleep(min(1.0, BEAT))
+        report_progress("wait for run.lock")
+        if os.stat(path).st_mtime_ns != touched:
+            raise _in_use(path, content)
 
 
 def _release(path: str) -> None:
@@ -117,9 +130,9 @@ def _holder(content: str) -> Holder | None:
         return None
 
 
-def _in_use(path: str, content: str, hint: str) -> UserError:
+def _in_use(path: str, content: str) -> UserError:
     who, stop = "another process", ""
     if holder := _holder(content):
         who, stop = f"process {holder.pid} on {holder.host} since {holder.since}", f": kill {holder.pid}, on that host"
     what = f"--model_save_path {os.path.dirname(path)} is in use by {who}"
-    return UserError(f"{what}; use another folder, wait for it, or stop it{stop}{hint}")
+    return UserError(f"{what}; use another folder, wait for it, or stop it{stop}")

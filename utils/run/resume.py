@@ -124,10 +124,20 @@ def _has_best(path: str) -> bool:
 
 
 def _unsaved_best(config: RunFlags) -> bool:
-    """Whether the folder holds best/ of an unfinished run that should have checkpoints, but has none."""
-    path = config.model_save_path
-    unsaved = config.checkpoint_per_step and not _has_checkpoints(path) and not _is_finished(path)
+    """Whether the folder holds best/ of an unfinished run whose checkpoints all failed: the first is complete one step
+    after --checkpoint_per_step.
+    """
+    path, every = config.model_save_path, config.checkpoint_per_step
+    unsaved = every and not _has_checkpoints(path) and not _is_finished(path) and _steps_done(path) > every + 1
     return bool(unsaved) and config.resume == "auto" and _has_best(path)
+
+
+def _steps_done(path: str) -> int:
+    """Returns the number of a run's lines in its metrics."""
+    if not os.path.exists(file := os.path.join(path, LINES[0])):
+        return 0
+    with open_regular(file) as lines:
+        return sum(parse_row(line) is not None for line in lines)
 
 
 def _same_config(config: RunFlags) -> bool:
@@ -200,10 +210,7 @@ def begin_folder(config: RunFlags, checkpoint: Checkpoint | None) -> int:
 
 def _warn_of_unsaved(path: str) -> None:
     """Prints what is removed of an attempt without a checkpoint."""
-    file, steps = os.path.join(path, LINES[0]), 0
-    if os.path.exists(file):
-        with open_regular(file) as lines:
-            steps = sum(parse_row(line) is not None for line in lines)
+    steps = _steps_done(path)
     if steps or _has_best(path):
         what = f"{steps} step{'s' * (steps != 1)}{' and best/' if _has_best(path) else ''}"
         print(
