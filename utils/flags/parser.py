@@ -124,22 +124,27 @@ def entry_point(main):
         argv = list(sys.argv[1:] if argv is None else argv)
         try:
             return main([word for word in argv if word != "--debug"])
-        except UserError as error:
-            if "--debug" in argv:
-                traceback.print_exc()
+        except (UserError, OSError) as error:
             text = " ".join(str(error).splitlines())  # a path may contain line breaks
-            print(f"error{where}: {text}", file=sys.stderr, flush=True)
-            sys.exit(2)
-        except OSError as error:  # of a disk or a limit of the system, where no flag is known
-            if not error.strerror or isinstance(error, BrokenPipeError):
-                raise
+            if isinstance(error, OSError):  # of a disk or a limit of the system, where no flag is known
+                if not error.strerror or isinstance(error, BrokenPipeError):
+                    raise
+                place = f" ({error.filename})" if error.filename else ""
+                text = f"{error.strerror}{place}; --debug shows where"
             if "--debug" in argv:
                 traceback.print_exc()
-            place = f" ({error.filename})" if error.filename else ""
-            print(f"error{where}: {error.strerror}{place}; --debug shows where", file=sys.stderr, flush=True)
-            sys.exit(2)
+            print(f"error{where}: {text}", file=sys.stderr, flush=True)
+            _exit(2, is_alone=not where)
         except KeyboardInterrupt:
             print(f"stopped by Ctrl-C{where}", file=sys.stderr, flush=True)
-            sys.exit(130)
+            _exit(130, is_alone=not where)
 
     return run
+
+
+def _exit(code: int, is_alone: bool) -> NoReturn:
+    """Exits. One of several ranks does so without destructors, in which gloo aborts if another rank is gone already."""
+    if is_alone:
+        sys.exit(code)
+    sys.stdout.flush()
+    os._exit(code)
