@@ -23,7 +23,7 @@ import sys, time
 from sft.config import SFTConfig
 from utils.engine.engine import init_distributed, shutdown_distributed
 from utils.run.fingerprints import fingerprints
-from utils.run.ranks import check_ranks
+from utils.run.compare_ranks import check_ranks
 init_distributed()
 config = SFTConfig(hf_model_name_or_path=sys.argv[1], data_path=[sys.argv[1] + "/train.json"])
 start = time.perf_counter()

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from data.formats.dialogue_forms import check_turns, from_hh, is_hh, parse_history, parse_turns, with_system
-from data.formats.json_lines import has_lone_surrogate
 from data.formats.ranked_answers import is_ranked, ranked_pairs
 from data.formats.records import FLAG, BadRecord, Record, Tally, load_items
 from data.formats.score_columns import STRENGTH, read_number, read_strength
 from data.template import Turns
 from utils.errors import Say, UserError
+from utils.terminal import has_lone_surrogate
 
 MARGIN_COLUMNS = (STRENGTH, "margin")  # columns with a pair's margin, unless a flag names another
 

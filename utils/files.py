@@ -2,12 +2,12 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
 import stat
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from utils.errors import UserError
 from utils.terminal import printable
+from utils.watchdog import report_progress
 
 MAX_JSON = 1 << 26  # bytes: 64 MB, twice the largest tokenizer.json of published models
 MAX_DEPTH = 100  # of JSON; Python's own limit differs between versions, and copying a value needs several calls a level
@@ -38,6 +39,14 @@ def read_bytes(file: str | Path, limit: int = MEMORY) -> bytes:
         if os.fstat(stream.fileno()).st_size > limit:
             raise ValueError(f"it has more than {limit >> 20} MB")
         return stream.read()
+
+
+def sha256(file: str | Path) -> str:
+    """Returns the SHA-256 of a file's content, in hexadecimal."""
+    with open(file, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+    report_progress(f"hash of {os.path.basename(file)}")
+    return digest.hexdigest()
 
 
 def parse_json(text: str) -> Any:
@@ -92,7 +101,12 @@ def parse_row(line: bytes) -> dict | None:
 def write_json(path: str, content, flag: str = "") -> None:
     """Writes a value as JSON, as `atomic_file` does."""
     with atomic_file(path, flag) as file:
-        file.write(printable(json.dumps(content, indent=2, ensure_ascii=False)) + "\n")
+        file.write(json_text(content))
+
+
+def json_text(content) -> str:
+    """Returns a value as the text of a JSON file, with control characters escaped."""
+    return printable(json.dumps(content, indent=2, ensure_ascii=False)) + "\n"
 
 
 def first_names(names: list[str], limit: int = 5) -> str:
@@ -241,49 +255,3 @@ def remove_empty(folder: str, existing: str) -> None:
         while folder != existing:
             os.rmdir(folder)
             folder = os.path.dirname(folder)
-
-
-def files_in(folder: str) -> list[str]:
-    """Returns the paths, relative to a folder, of files, links and empty folders in it; none for a link."""
-    found = []
-    for path, folders, files in os.walk(folder) if not os.path.islink(folder) else ():
-        links = [name for name in folders if os.path.islink(os.path.join(path, name))]
-        empty = [""] if path != folder and not folders and not files else []
-        found += [os.path.normpath(os.path.relpath(os.path.join(path, x), folder)) for x in files + links + empty]
-    return found
-
-
-def foreign_files(folder: str, names: list[str]) -> list[str]:
-    """Returns the paths in a folder, as `files_in`, that match none of `names`."""
-    deep = [(name, name.count("/")) for name in names]
-    return [x for x in files_in(folder) if not any(fnmatchcase(x, name) and x.count("/") == n for name, n in deep)]
-
-
-def remove_own(path: str, names: list[str]) -> None:
-    """Removes a file, or a folder without its `foreign_files`, and temporary copies. A kill leaves no part of it."""
-    for end in (".partial", ".partial.partial", ASIDE):
-        remove(path + end)
-    foreign = foreign_files(path, names)
-    if not foreign and os.path.lexists(path):
-        os.replace(path, f"{path}.partial")
-        remove(f"{path}.partial")
-    for name in set(files_in(path)) - set(foreign):
-        os.remove(os.path.join(path, name))
-        remove_empty(os.path.dirname(os.path.join(path, name)), path)
-
-
-def carry_over(old: str, new: str, names: list[str]) -> None:
-    """Links, or copies, the `foreign_files` of a folder into the one that is to replace it. Raises OSError."""
-    for name in foreign_files(old, names):
-        source, target = os.path.join(old, name), os.path.join(new, name)
-        if os.path.isdir(source) and not os.path.islink(source):
-            os.makedirs(target, exist_ok=True)
-            continue
-        if os.path.lexists(target):
-            raise OSError(f"{source} was not written by this run; move it")
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        try:
-            os.link(source, target, follow_symlinks=False)
-        except OSError:  # the file system has no links
-            shutil.copy2(source, target, follow_symlinks=False)
-            sync(target)

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 
+from utils.watchdog import STOPS
+
 PATIENCE = 30.0  # seconds after which the other ranks are killed once one has failed
 
 
@@ -38,7 +40,7 @@ def main(argv: list[str]) -> int:
         for process in ranks:
             process.send_signal(number)  # does nothing if the process has ended
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in STOPS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP; so do ranks
             signal.signal(number, forward)
     for i in range(count):

@@ -21,6 +21,11 @@ def printable(text: str) -> str:
     return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+def has_lone_surrogate(text: str) -> bool:
+    """Returns whether the text contains half of a surrogate pair. JSON allows that; files and tokenizers do not."""
+    return any("\ud800" <= char <= "\udfff" for char in text)
+
+
 class SafeStream:
     r"""A text stream that writes `printable` text to `raw`, and is quiet once the pipe or terminal of `raw` is gone.
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import Self, TypeVar
 
 Item = TypeVar("Item")
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # on which a run saves and ends
 HUNG = 124  # exit code, as of timeout(1)
 STACKS = signal.SIGRTMIN + 6  # signal upon which a watched process prints its stacks
 GRACE = 5.0  # seconds that a process without progress has to print its stacks and exit; it is killed afterwards
@@ -97,7 +98,7 @@ def with_progress(items: Iterable[Item], phase: str) -> Iterator[Item]:
 
 def watch(pid: int, timeout: float, rank: int, launcher: int) -> None:
     """Watches the process that started this one until it ends. launcher: process id, 0 if there is none."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)  # launchers and schedulers send them to all processes
     parents = {pid: launcher} if launcher else {}
     if b"deepspeed.launcher.launch" in _read(f"/proc/{launcher}/cmdline"):  # started by the command `deepspeed`

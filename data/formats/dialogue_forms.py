@@ -3,9 +3,9 @@
 import re
 from typing import Any
 
-from data.formats.json_lines import has_lone_surrogate
 from data.formats.records import BadRecord
 from data.template import Turns
+from utils.terminal import has_lone_surrogate
 
 _ROLES = {
     "user": "user", "human": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant",

@@ -45,11 +45,6 @@ def json_line(value: Any) -> str:
     return printable(json.dumps(value, ensure_ascii=False, default=str)) + "\n"
 
 
-def has_lone_surrogate(text: str) -> bool:
-    """Returns whether the text contains half of a surrogate pair. JSON allows that; files and tokenizers do not."""
-    return any("\ud800" <= char <= "\udfff" for char in text)
-
-
 def _read(file: Path, flag: str) -> str:
     try:
         return read_bytes(file).decode("utf-8-sig")

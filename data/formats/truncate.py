@@ -52,11 +52,6 @@ def newest_turns(
         return found[dropped] is not None
 
     low = min(last, max(0, len(spoken) - max_turns + 1) // 2)
-    if fits(low):
-        return system + spoken[2 * low :], found[low]
-    high, step = last + 1, 1
-    while high - step > low and fits(high - step):
-        high, step = high - step, 2 * step
-    low = max(low, high - step)
-    high = low + 1 + bisect_left(range(low + 1, high), True, key=fits)
-    return system + spoken[2 * min(high, last) :], found.get(high)
+    if not fits(low):
+        low += 1 + bisect_left(range(low + 1, last + 1), True, key=fits)
+    return system + spoken[2 * min(low, last) :], found.get(low)

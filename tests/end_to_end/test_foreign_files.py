@@ -9,8 +9,8 @@ import pytest
 
 from tests.helpers.tiny_run import assert_same_run, read_metrics, refusal, run_flags
 from train_ppo import main
-from utils.files import files_in
 from utils.run.index import INDEX
+from utils.run.own_files import files_in
 
 FLAGS = {"train_steps": 3, "checkpoint_per_step": 1, "keep_checkpoints": 1, "num_eval_prompts": 2, "zero_stage": 0}
 THEIRS = (

@@ -23,7 +23,8 @@ import utils.models.export
 import utils.run.checkpoint
 from utils.engine.engine import TrainEngine
 from utils.run.checkpoint import CheckpointWriter
-from utils.run.stop_signal import GRACE, NOTICES
+from utils.run.stop_signal import GRACE, ORDERS
+from utils.watchdog import STOPS
 
 VICTIM = 1  # the rank that faults happen to
 NAN = float("nan")
@@ -274,7 +275,9 @@ FAULTS = {
     for phase in PHASES
     for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)
 }
-FAULTS |= {f"{number.name} in scoring": at_call(VICTIM, "scoring", 2, number) for number in NOTICES}
+FAULTS |= {
+    f"{number.name} in scoring": at_call(VICTIM, "scoring", 2, number) for number in STOPS if number not in ORDERS
+}
 FAULTS |= {
     "stall in loading": stall(ppo.models, "load_scalar"),
     "stall in encoding": stall(data.prompts, "encode_prompt"),

@@ -14,9 +14,9 @@ import pytest
 from tests.faults.scenarios import finished, run_cases
 from tests.helpers.tiny_run import REPOSITORY, assert_same_run, clean_environment, read_metrics, run_flags
 from train_ppo import main
-from utils.files import files_in
 from utils.launcher import free_port
 from utils.run.lock import LOCK
+from utils.run.own_files import files_in
 
 FLAGS = {"train_steps": 3, "checkpoint_per_step": 1, "keep_checkpoints": 1, "num_eval_prompts": 2, "zero_stage": 2}
 

@@ -16,8 +16,9 @@ from torch import nn
 
 from benchmarks.timing import GIB, peak_of, timed
 from utils.engine.engine import TrainEngine, device, init_distributed, shutdown_distributed
+from utils.files import sha256
 from utils.flags.engine import EngineConfig
-from utils.run.checkpoint import MANIFEST, CheckpointWriter, sha256
+from utils.run.checkpoint import MANIFEST, CheckpointWriter
 
 STEPS, LR = 4, 1e-3
 TOLERANCE = 1e-2  # of LR: what the weights of both may differ by, as only the gradient's norm is rounded otherwise

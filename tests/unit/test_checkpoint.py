@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 from utils.engine.memory import fits_on_host, free_host_memory, group_room
 from utils.errors import UserError
-from utils.files import files_in
 from utils.run.checkpoint import CheckpointWriter
 from utils.run.index import INDEX
+from utils.run.own_files import files_in
 from utils.run.restore import named, newest
 from utils.run.state_file import PIECE, file_pieces, write_file
 

@@ -151,7 +151,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     """The cache's file, in a home of the test's own. Files are cached at any size and age."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "MIN_CACHED", 0)
-    monkeypatch.setattr(module, "SETTLED", -1)
+    monkeypatch.setattr(module, "MIN_AGE", -1)
     return tmp_path / "cache" / "ppo-max" / "sha256.json"
 
 
@@ -178,7 +178,7 @@ def test_small_files_and_those_that_just_changed_are_not_cached(tmp_path, cache,
     monkeypatch.setattr(module, "MIN_CACHED", 2)
     found("policy_model_path", str(folder))
     monkeypatch.setattr(module, "MIN_CACHED", 0)
-    monkeypatch.setattr(module, "SETTLED", 10**9)
+    monkeypatch.setattr(module, "MIN_AGE", 10**9)
     found("policy_model_path", str(folder))
     assert not cache.exists()
     time.sleep(1.1)

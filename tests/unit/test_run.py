@@ -14,7 +14,7 @@ import torch
 
 from ppo.run import RunState
 from utils.run.random_state import random_state, seed_streams, set_random_state
-from utils.run.stop_signal import OUT_OF_TIME, Stop, settle_hangup
+from utils.run.stop_signal import OUT_OF_TIME, Stop, set_hangup_action
 from utils.schedule import SCHEDULES, lr_factor
 
 CPU = torch.device("cpu")
@@ -92,7 +92,7 @@ def test_a_signal_waits_for_the_step_and_handlers_come_back():
 def test_a_notice_may_come_again_and_an_order_soon_after_it_is_the_same_wish(ignore, code):
     """As when a terminal is lost, whose shell and kernel both send SIGHUP, and whose launcher adds SIGTERM."""
     before = signal.getsignal(signal.SIGHUP)
-    settle_hangup(ignore)
+    set_hangup_action(ignore)
     with Stop(0.0) as stop:
         os.kill(os.getpid(), signal.SIGHUP)
         if not ignore:
@@ -120,7 +120,7 @@ def test_a_hangup_is_ignored_where_a_terminal_may_go(monkeypatch, variable, befo
         monkeypatch.setenv(variable, "x")
     own = signal.signal(signal.SIGHUP, before)
     try:
-        settle_hangup("auto")
+        set_hangup_action("auto")
         assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == ignored
     finally:
         signal.signal(signal.SIGHUP, own)

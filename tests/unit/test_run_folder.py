@@ -17,13 +17,14 @@ import torch
 
 from tests.helpers.parts import ppo_config
 from utils.errors import UserError
-from utils.files import atomic_folder, files_in
+from utils.files import atomic_folder
 from utils.run import lock
 from utils.run.checkpoint import CheckpointWriter
 from utils.run.export import export_model
 from utils.run.folder import check_owned, prepare_run_folder
 from utils.run.index import INDEX, read_index, record
 from utils.run.lock import LOCK, held, hold_folder
+from utils.run.own_files import files_in
 from utils.run.restore import newest
 from utils.run.resume import begin_folder, check_folder
 

@@ -15,7 +15,7 @@ from utils.flags.config_file import read_config_file
 from utils.flags.fields import add_field, default_of
 from utils.flags.help import show_help
 from utils.flags.other_names import explain_unknown
-from utils.terminal import protect_streams
+from utils.terminal import has_lone_surrogate, protect_streams
 
 Config = TypeVar("Config")
 
@@ -32,7 +32,7 @@ class FlagParser(argparse.ArgumentParser):
         """As argparse's. The error for an unknown flag names the flag that was probably meant."""
         args = list(sys.argv[1:] if args is None else args)
         for word in args:  # the run's files name it in UTF-8, and no file system takes a null
-            if "\0" in word or any("\ud800" <= char <= "\udfff" for char in word):
+            if "\0" in word or has_lone_surrogate(word):
                 raise UserError(
                     f"{word!r} on the command line, or in --config, is not UTF-8; change it, or rename the file"
                 )

@@ -1,7 +1,7 @@
 """Checks config.json and generation_config.json before transformers reads them, and a config against the weights.
 
-transformers checks the types of an architecture's own keys. Here are the values that it takes although they cannot be
-right, or that would cost hours or all memory; by the names of keys, as each architecture has its own.
+transformers checks the types of an architecture's own keys. This file refuses values that transformers accepts but that
+cannot be right, or would take hours or all memory. It goes by the names of keys, as each architecture has its own.
 """
 
 import math
@@ -16,7 +16,6 @@ from pydantic import Field, model_validator
 from torch import nn
 from transformers import PretrainedConfig
 
-from utils.errors import UserError
 from utils.files import read_json
 from utils.models.weight_files import Stored
 from utils.schema import Schema
@@ -108,14 +107,8 @@ def read_config(folder: Path, flag: str) -> dict:
     generation_config.json.
     """
     if os.path.lexists(folder / "generation_config.json"):
-        _read(folder / "generation_config.json", _Settings, flag)
-    return _read(folder / "config.json", _Config, flag)
-
-
-def _read(file: Path, kind: type[Schema], flag: str) -> dict:
-    if not file.is_file():
-        raise UserError(f"{flag}: {file} is not a file; copy it again")
-    return read_json(file, flag, kind)
+        read_json(folder / "generation_config.json", flag, _Settings)
+    return read_json(folder / "config.json", flag, _Config)
 
 
 def check_counts(config: PretrainedConfig, stored: dict[str, Stored]) -> None:
@@ -133,9 +126,8 @@ def check_counts(config: PretrainedConfig, stored: dict[str, Stored]) -> None:
 
 
 def check_memory(model: nn.Module, stored: dict[str, Stored]) -> None:
-    """Raises ValueError if a model, on the meta device, is far larger than the weights, or they are not numbers for it.
-
-    Weights can be packed, 8 in a number.
+    """Raises ValueError if a model on the meta device is much larger than the stored weights (a packed one holds up to
+    8 values), or if a `.weight` is not floating point.
     """
     needed = sum(x.numel() for x in (*model.parameters(), *model.buffers()))
     held = sum(math.prod(place.shape) for place in stored.values())

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 
 from utils.errors import UserError
 from utils.files import atomic_folder, write_json
-from utils.models.load import quiet_transformers, shell_of
+from utils.models.load import meta_model, quiet_transformers
 from utils.tokenizer import save_tokenizer, stop_ids
 
 
@@ -21,7 +21,7 @@ def saved_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def check_names(auto_class: type, config: PretrainedConfig, state: dict[str, torch.Tensor], what: str) -> None:
     """Raises UserError if `write_model` would omit tensors, or write some that `auto_class` does not load."""
-    other = state.keys() ^ saved_tensors(shell_of(auto_class, config, torch.float32)).keys()
+    other = state.keys() ^ saved_tensors(meta_model(auto_class, config, torch.float32)).keys()
     if other:
         names = f"{min(other)} and {len(other) - 1} more" if len(other) > 1 else min(other)
         wrong = f"a {config.model_type} model cannot be saved as {auto_class.__name__} ({names})"
@@ -50,7 +50,7 @@ def write_model(
     if tokenizer is not None:
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         set_ids(config, **ids)
-    shell = shell_of(auto_class, config, config.dtype)
+    shell = meta_model(auto_class, config, config.dtype)
     if shell.can_generate():
         text = config.get_text_config()
         ends = [text.eos_token_id] if tokenizer is None else stop_ids(tokenizer)

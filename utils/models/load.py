@@ -56,9 +56,7 @@ def model_folder(path: str, flag: str = FLAG) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(f"{flag}: no config.json in {path}; use the folder of a Hugging Face model")
     _check_known(read_config(folder, flag), path, flag)
-    missing = sorted({file.name for file in tensor_files(folder, flag).values() if not file.is_file()})
-    if missing:
-        raise UserError(f"{flag}: {path} lacks {', '.join(missing)}, which its index names; copy the folder again")
+    tensor_files(folder, flag)  # checks that they are there
     return folder
 
 
@@ -128,7 +126,7 @@ def from_folder(
     if kernel := _attention_kernel(attn_implementation, config, folder, flag, say):
         options["attn_implementation"] = kernel
     with _loading(folder, flag, attn_implementation):
-        check_memory(shell_of(auto_class, config, dtype), stored)
+        check_memory(meta_model(auto_class, config, dtype), stored)
         model, report = auto_class.from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False,
             ignore_mismatched_sizes=True, **options,
@@ -151,7 +149,7 @@ def from_folder(
     return model.eval()
 
 
-def shell_of(auto_class: type, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def meta_model(auto_class: type, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Returns the model of a config on the meta device."""
     with quiet_transformers(), torch.device("meta"):
         return auto_class.from_config(copy.deepcopy(config), dtype=dtype)

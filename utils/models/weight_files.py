@@ -52,7 +52,12 @@ def tensor_files(folder: Path, flag: str) -> dict[str, Path]:
     """Returns tensor name -> file for all tensors in a folder. Reads indices and headers, no tensors."""
     file = weight_file(folder)
     if file and file.suffix == ".json":
-        return {tensor: folder / shard for tensor, shard in shards_of(file, flag).items()}
+        files = {tensor: folder / shard for tensor, shard in shards_of(file, flag).items()}
+        if missing := sorted({shard.name for shard in files.values() if not shard.is_file()}):
+            raise UserError(
+                f"{flag}: {folder} lacks {first_names(missing)}, which its index names; copy the folder again"
+            )
+        return files
     if file:
         with open_weights(file, flag) as tensors:
             return dict.fromkeys(tensors.keys(), file)
@@ -65,10 +70,7 @@ def stored_tensors(folder: Path, flag: str, contiguous: bool = False) -> dict[st
     Opens every file, and so raises UserError for one that is missing, damaged or refused. contiguous: refuse others.
     """
     file_of, found = tensor_files(folder, flag), {}
-    files = sorted(set(file_of.values()))
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise UserError(f"{flag}: {folder} lacks {first_names(missing)}, which its index names; copy the folder again")
-    for file in files:
+    for file in sorted(set(file_of.values())):
         outline: dict[str, Stored] = {}
         with open_weights(file, flag) as tensors:
             for name in tensors if isinstance(tensors, dict) else tensors.offset_keys():
@@ -84,11 +86,10 @@ def stored_tensors(folder: Path, flag: str, contiguous: bool = False) -> dict[st
 
 def shards_of(index: Path, flag: str) -> dict[str, str]:
     """Returns tensor name -> file name from an index. Raises UserError for a damaged index or a file elsewhere."""
+    content = read_json(index, flag)
     try:
-        return checked(_Index, read_json(index, flag)).weight_map
+        return checked(_Index, content).weight_map
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{flag}: {index} is damaged (no weight_map of file names); copy it again") from error
 
 
@@ -124,7 +125,7 @@ def open_weights(file: Path, flag: str) -> Iterator:
 def _check_pickles(file: Path) -> list[int] | int:
     """Returns the sizes of an archive's storages in the order of the file; before torch 1.6, the number of storages.
 
-    Raises an error for numbers of another layout, and for pickles that could take much more memory than the file.
+    Raises an error for big-endian or compressed records, and for pickles that could take much more memory than it.
     """
     with file.open("rb") as stream:
         if stream.read(4) != b"PK\3\4":  # what torch goes by

@@ -5,8 +5,6 @@ Files: `state.json` (the run's own numbers and flags), `<engine>-rank<r>.safeten
 """
 
 import contextlib
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -24,12 +22,11 @@ from utils.distributed import gather_objects, is_main, rank
 from utils.engine.engine import TrainEngine
 from utils.engine.memory import fits_on_host
 from utils.errors import Say, UserError
-from utils.files import carry_over, files_in, foreign_files, remove, remove_own, replace, sync
+from utils.files import json_text, remove, replace, sync
 from utils.run.index import CHECKPOINT, LINES, MANIFEST, read_index, record, remove_partials, write_index
+from utils.run.own_files import carry_over, files_in, foreign_files, remove_own
 from utils.run.random_state import random_state
 from utils.run.state_file import PIECE, file_pieces, new_buffer, write_file
-from utils.terminal import printable
-from utils.watchdog import report_progress
 
 Engines = dict[str, TrainEngine]
 Files = dict[str, Iterable[bytes | torch.Tensor]]  # name -> content
@@ -89,9 +86,9 @@ class CheckpointWriter:
             self._report_failure(writing, problem)
             return
         files, copied = self._files(tensors, all(fits for _, fits in shares))
-        files[f"random-rank{rank()}.json"] = [_json(random_state())]
+        files[f"random-rank{rank()}.json"] = [json_text(random_state()).encode()]
         if is_main():
-            files["state.json"] = [_json(state)]
+            files["state.json"] = [json_text(state).encode()]
         if not all(gather_objects(copied)):
             self._complete(writing, _write_share(writing.partial, files, started), started)
             return
@@ -146,10 +143,6 @@ class CheckpointWriter:
         if is_main():
             _problem(remove_partials, self._folder)
         writing.say(f"warning: the checkpoint of step {writing.step} was not saved: {problem}; older ones are intact")
-
-
-def _json(content) -> bytes:
-    return (printable(json.dumps(content, indent=2, ensure_ascii=False)) + "\n").encode()
 
 
 def _problem(function: Callable, *arguments) -> str | None:
@@ -207,7 +200,7 @@ def _write_share(partial: str, files: Files, started: float) -> Share:
 
 def _commit(writing: Writing, manifest: dict, keep: int) -> None:
     """Writes the manifest, gives the folder its name, and removes the run's checkpoints but the newest `keep`."""
-    write_file(os.path.join(writing.partial, MANIFEST), [_json(manifest)])
+    write_file(os.path.join(writing.partial, MANIFEST), [json_text(manifest).encode()])
     folder = os.path.dirname(writing.target)
     run = os.path.dirname(folder)
     for name in LINES:  # after a power cut, a checkpoint must not be ahead of the run's metrics
@@ -222,14 +215,6 @@ def _commit(writing: Writing, manifest: dict, keep: int) -> None:
         index.checkpoints.remove(step)
     with contextlib.suppress(UserError):  # no room for it: the next checkpoint's will do
         write_index(run, index)
-
-
-def sha256(path: str) -> str:
-    """Returns the SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    report_progress(f"hash of {os.path.basename(path)}")
-    return digest.hexdigest()
 
 
 def all_checkpoints(folder: str) -> list[tuple[int, str]]:

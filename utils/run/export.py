@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 from utils.distributed import gather_objects, is_main
 from utils.errors import UserError
-from utils.files import carry_over, disk_errors, files_in, remove, replace
+from utils.files import disk_errors, remove, replace
 from utils.run.index import read_index, record
+from utils.run.own_files import carry_over, files_in
 from utils.watchdog import report_progress
 
 

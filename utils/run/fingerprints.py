@@ -13,36 +13,30 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, NamedTuple
-
-from pydantic import StringConstraints
+from typing import NamedTuple
 
 from utils.distributed import gather_objects, rank
 from utils.errors import Say, UserError
-from utils.files import MEMORY, first_names, read_json, remove, split_files, write_json
+from utils.files import MEMORY, first_names, read_json, remove, sha256, split_files, write_json
 from utils.hub import data_revision, download, download_model, is_hub_id
 from utils.models.weight_files import shards_of, weight_file
-from utils.run.checkpoint import sha256
-from utils.schema import Schema, checked
+from utils.schema import Schema, Sha256, checked
 from utils.tokenizer_files import FILES as TOKENIZER_JSON
 
 CODE = ("data", "ppo", "reward", "sft", "utils")  # folders beside train_ppo.py
 MIN_CACHED = 1 << 20  # bytes; smaller files are hashed again in less time than the cache would save
 MAX_CACHED = 5000  # entries
-SETTLED = 2 * 10**9  # nanoseconds: a file that changed more recently may change again without another time of change
+MIN_AGE = 2 * 10**9  # nanoseconds: a file that changed more recently may change again without another time of change
 NAMES = ("config.json", "generation_config.json", *TOKENIZER_JSON, "vocab.txt", "merges.txt")  # read beside weights
 PATTERNS = ("*.jinja", "*.model", "*.tiktoken", "additional_chat_templates/*")
 THREADS = 4  # per rank
-LOUD = 1 << 30  # bytes to hash from which on a line says so
+ANNOUNCED = 1 << 30  # bytes to hash from which on a line says so
 
 Files = dict[str, Path | str]  # name -> file, or a text that stands for content
-Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
 
-class Cache(Schema):
-    """The cache's file."""
-
-    sha256: dict[str, Digest]
+class _Cache(Schema):
+    sha256: dict[str, Sha256]
 
 
 class Stamp(NamedTuple):
@@ -171,8 +165,8 @@ def _hash_all(stamps: set[Stamp], say: Say) -> dict[Stamp, str]:
         load[owner] += stamp.size
         if owner == rank():
             own.append(stamp)
-    if load.total() >= LOUD:
-        say(f"hashing models and data, {load.total() / 1e9:.1f} GB: once, unless the files change")
+    if load.total() >= ANNOUNCED:
+        say(f"hashing {load.total() / 1e9:.1f} GB of models and data; later runs reuse the hashes of unchanged files")
     with ThreadPoolExecutor(THREADS) as pool:
         shares = gather_objects(dict(zip(own, pool.map(_hash, own), strict=True)))
     new = {stamp: found for share in shares for stamp, found in share.items()}
@@ -188,7 +182,7 @@ def _key(stamp: Stamp) -> str:
 
 def _hash(stamp: Stamp) -> tuple[str, bool]:
     """Returns (SHA-256 of a file, whether the cache may keep it: it is large and was not being changed)."""
-    settled = time.time_ns() - max(stamp.modified, stamp.changed) > SETTLED
+    settled = time.time_ns() - max(stamp.modified, stamp.changed) > MIN_AGE
     try:
         digest = sha256(stamp.path)
         return digest, settled and stamp.size >= MIN_CACHED and _stamp(stamp.path) == stamp
@@ -206,7 +200,7 @@ def _read_cache() -> dict[str, str]:
     path = _cache_path()
     with contextlib.suppress(OSError, ValueError):
         if os.path.isfile(path):
-            return checked(Cache, read_json(path)).sha256
+            return checked(_Cache, read_json(path)).sha256
     return {}
 
 

@@ -10,9 +10,10 @@ from importlib import metadata
 
 from utils.distributed import barrier, is_main
 from utils.errors import UserError
-from utils.files import atomic_file, disk_errors, open_regular, parse_row, recover, remove_own, write_json
+from utils.files import atomic_file, disk_errors, open_regular, parse_row, recover, write_json
 from utils.run.fingerprints import code_files, digest_of
 from utils.run.index import ALWAYS, CHECKPOINT, LINES, MODELS, read_index, write_index
+from utils.run.own_files import remove_own
 
 PACKAGES = (
     "torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "tensorboard", "safetensors"

@@ -11,7 +11,8 @@ from typing import Literal
 from pydantic import Field
 
 from utils.errors import UserError
-from utils.files import files_in, read_json, recover, remove, write_json
+from utils.files import read_json, recover, remove, write_json
+from utils.run.own_files import files_in
 from utils.schema import Schema, checked
 
 INDEX = "run_index.json"

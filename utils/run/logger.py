@@ -18,7 +18,7 @@ from utils.device import synchronize
 from utils.distributed import is_main
 from utils.files import disk_errors
 from utils.run.folder import cut_lines
-from utils.run.index import record
+from utils.run.index import LINES, record
 from utils.terminal import printable
 
 LEVELS = "▁▂▃▄▅▆▇█"
@@ -124,7 +124,7 @@ class RunLogger:
         if not is_main():
             return
         with self._disk():
-            for name in ("metrics.jsonl", "samples.jsonl"):
+            for name in LINES:
                 cut_lines(os.path.join(self.folder, name), step)
             self.board.close()
         self.board = self._board(step)

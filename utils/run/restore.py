@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from utils.distributed import barrier, gather_objects, rank, world_size
 from utils.engine.state import SharedState
 from utils.errors import Say, UserError
-from utils.files import read_json
-from utils.run.checkpoint import MANIFEST, Engines, all_checkpoints, first_problem, sha256
+from utils.files import read_json, sha256
+from utils.run.checkpoint import MANIFEST, Engines, all_checkpoints, first_problem
 from utils.run.random_state import check_random_state, set_random_state
-from utils.schema import Count, Schema
+from utils.schema import Count, Schema, Sha256
 
 _ENGINE_FILE = re.compile(r"(\w+)-rank[0-9]+\.safetensors")
 _FileName = Annotated[str, Field(pattern=rf"^(state\.json|random-rank[0-9]+\.json|{_ENGINE_FILE.pattern})$")]
@@ -26,7 +26,7 @@ Best = Annotated[float, Field(allow_inf_nan=True, lt=float("inf"))]  # an evalua
 
 class _Entry(Schema):
     bytes: Count
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    sha256: Sha256
 
 
 class _Manifest(RootModel):

@@ -10,14 +10,14 @@ from utils.errors import Say
 from utils.fast_dtype import fast_dtype
 from utils.flags.checks import choose
 from utils.flags.run import RunFlags
+from utils.run.compare_ranks import check_ranks
 from utils.run.fingerprints import fingerprints
 from utils.run.folder import check_inputs
 from utils.run.lock import hold_folder
 from utils.run.logger import RunLogger
-from utils.run.ranks import check_ranks
 from utils.run.restore import Checkpoint, TrainerState
 from utils.run.resume import begin_folder, check_outputs, find_checkpoint, inputs_of
-from utils.run.stop_signal import settle_hangup
+from utils.run.stop_signal import set_hangup_action
 from utils.watchdog import report_progress
 
 
@@ -27,7 +27,7 @@ def start_run(config: RunFlags, kind: type[TrainerState]) -> tuple[Say, Checkpoi
     kind: what state.json of a checkpoint has to hold. Returns a function that prints on rank 0, and the checkpoint to
     resume from (None: the run starts at step 0).
     """
-    settle_hangup(config.ignore_hangup)
+    set_hangup_action(config.ignore_hangup)
     init_distributed(config.hang_timeout)
     report_progress("start of all ranks")
     say = partial(print, flush=True) if is_main() else lambda text: None

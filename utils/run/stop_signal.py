@@ -9,16 +9,16 @@ from typing import Literal, Self
 import torch
 
 from utils.distributed import max_ranks, world_size
+from utils.watchdog import STOPS
 
 OUT_OF_TIME = 75  # exit code of --max_hours: EX_TEMPFAIL of sysexits.h
 GRACE = 3.0  # seconds within which a repeated signal is ignored: launchers may send it more than once
-ORDERS = (signal.SIGINT, signal.SIGTERM)
-NOTICES = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # of lost terminals and schedulers; may come more than once
-NAMES = {128 + number: number.name for number in (*ORDERS, *NOTICES)}
+ORDERS = (signal.SIGINT, signal.SIGTERM)  # the others are notices, which may come more than once
+NAMES = {128 + number: number.name for number in STOPS}
 NAMES |= {128 + signal.SIGINT: "Ctrl-C", OUT_OF_TIME: "--max_hours"}
 
 
-def settle_hangup(ignore: bool | Literal["auto"]) -> None:
+def set_hangup_action(ignore: bool | Literal["auto"]) -> None:
     """Ignores SIGHUP, or not. auto: under tmux and screen, and if it is ignored already, as under nohup."""
     if ignore == "auto":
         ignore = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN or bool(os.environ.keys() & {"TMUX", "STY"})
@@ -35,7 +35,7 @@ class Stop:
         self._before = {}
 
     def __enter__(self) -> Self:
-        for number in (*ORDERS, *NOTICES):
+        for number in STOPS:
             if number in ORDERS or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._before[number] = signal.signal(number, self._handle)
         return self

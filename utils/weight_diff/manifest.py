@@ -11,7 +11,7 @@ from pydantic import Field
 
 from utils.errors import UserError
 from utils.files import read_json, write_json
-from utils.schema import checked
+from utils.schema import Sha256, checked
 from utils.weight_diff.published import DTYPES
 
 FILE = "weight_manifest.json"
@@ -22,7 +22,7 @@ class Hashes:
     """SHA-256, in hexadecimal, of each tensor's bytes in `dtype` (row-major, little-endian)."""
 
     dtype: Literal[DTYPES]
-    sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
+    sha256: dict[str, Sha256]
 
 
 @dataclass(frozen=True)

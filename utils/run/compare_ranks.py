@@ -29,8 +29,7 @@ def check_ranks(config: RunFlags) -> None:
     if len(set(gather_objects(digest_of(own)))) == 1:
         return
     first, *others = gather_objects(own)
-    differ = {rank: _differences(first, facts) for rank, facts in enumerate(others, 1)}
-    differ = {rank: found for rank, found in differ.items() if found}
+    differ = {rank: found for rank, facts in enumerate(others, 1) if (found := _differences(first, facts))}
     (rank, found), *more = differ.items()
     also = f" (and so do ranks {first_names([str(other) for other, _ in more])})" if more else ""
     raise UserError(
