@@ -21,6 +21,7 @@ import ppo.score
 import ppo.update
 import utils.models.export
 import utils.run.checkpoint
+import utils.run.state_file
 from utils.engine.engine import TrainEngine
 from utils.run.checkpoint import CheckpointWriter
 from utils.run.stop_signal import GRACE, ORDERS
@@ -185,19 +186,19 @@ def fill(disk: Path, leave: int) -> None:
 
 def disk_fills_in_a_save(rank: int) -> None:
     """Between two files of the checkpoint of step 2 something else takes the room; before that of step 4 it goes."""
-    write, save = utils.run.checkpoint.write_file, CheckpointWriter.save
+    write, save = utils.run.state_file.write_file, CheckpointWriter.save
 
-    def fills(path: str, pieces) -> dict:
-        if "step_2" in path and "critic" in path:
-            fill(Path(path).parents[3], leave=2**16)  # some lines of metrics
-        return write(path, pieces)
+    def fills(file, pieces) -> dict:
+        if "step_2" in file.name and "critic" in file.name:
+            fill(Path(file.name).parents[3], leave=2**16)  # some lines of metrics
+        return write(file, pieces)
 
     def clears(writer: CheckpointWriter, state: dict, *args, **kwargs) -> None:
         if state["step"] == 4:
             (Path(writer._folder).parents[1] / "filler").unlink()
         save(writer, state, *args, **kwargs)
 
-    utils.run.checkpoint.write_file, CheckpointWriter.save = fills, clears
+    utils.run.state_file.write_file, CheckpointWriter.save = fills, clears
 
 
 def disk_is_full(rank: int) -> None:
@@ -281,7 +282,7 @@ FAULTS |= {
 FAULTS |= {
     "stall in loading": stall(ppo.models, "load_scalar"),
     "stall in encoding": stall(data.prompts, "encode_prompt"),
-    "stall in saving": stall(utils.run.checkpoint, "write_file"),
+    "stall in saving": stall(utils.run.checkpoint, "write_files"),
     "NaN loss": bad_minibatch("policy_backward", "policy_objective", nan_loss),
     "NaN gradient": bad_minibatch("policy_backward", "policy_objective", nan_gradient(1)),
     "NaN critic gradient": bad_minibatch("critic_backward", "value_loss", nan_gradient(0)),

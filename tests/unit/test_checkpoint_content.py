@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,10 +17,13 @@ from reward.stage import RewardState
 from tests.helpers.checkpoints import rehash
 from tests.helpers.parts import ppo_config, tiny_scalar_model
 from utils.engine.engine import TrainEngine, init_distributed, shutdown_distributed
+from utils.engine.state import SharedState
 from utils.errors import UserError
 from utils.files import read_json
+from utils.run import checkpoint
 from utils.run.checkpoint import CheckpointWriter
 from utils.run.restore import named, newest, restore
+from utils.run.state_file import write_files
 from utils.schema import checked
 
 HEAD = "head.weight"  # the smallest parameter: 32 elements
@@ -35,15 +39,25 @@ def sound(tmp_path_factory) -> Iterator[Path]:
     engine = TrainEngine(tiny_scalar_model(), ppo_config(), "critic")
     writer = CheckpointWriter(str(folder), {"critic": engine}, 2)
     for step in (1, 2):
-        ids = torch.arange(2, 20).view(2, 9)
-        engine.backward(engine(ids, torch.ones_like(ids)).square().sum())
-        engine.measure()
-        engine.apply(1e-3)
+        train(engine)
         writer.save(RunState(step=step).state_dict() | {"flags": FLAGS}, print)
     yield folder
     shutdown_distributed()
     os.environ.clear()
     os.environ.update(before)
+
+
+def backward(engine: TrainEngine) -> None:
+    """Adds a gradient."""
+    ids = torch.arange(2, 20).view(2, 9)
+    engine.backward(engine(ids, torch.ones_like(ids)).square().sum())
+
+
+def train(engine: TrainEngine) -> None:
+    """One step."""
+    backward(engine)
+    engine.measure()
+    engine.apply(1e-3)
 
 
 def in_json(name: str, *keys: str | int, value) -> Callable[[Path], None]:
@@ -202,6 +216,35 @@ def test_what_the_manifest_does_not_name_is_not_read(checkpoints):
     engine = TrainEngine(tiny_scalar_model(seed=7), ppo_config(), "critic")
     restore(newest(str(checkpoints), print, PPOState), {"critic": engine})
     assert torch.equal(engine.full_state_dict()[HEAD].flatten(), weights[W])
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [{"zero_stage": 0}, *({"zero_stage": i, "offload_optimizer": off} for i in (2, 3) for off in (False, True))],
+    ids=lambda stage: "-".join(map(str, stage.values())),
+)
+def test_a_change_waits_until_the_state_before_it_has_been_read(sound, tmp_path, monkeypatch, stage):
+    """What a bad step does needs no wait, since it changes nothing. Here the thread begins late to read."""
+    monkeypatch.setattr(checkpoint, "write_files", lambda *args: (time.sleep(0.1), write_files(*args))[1])
+    engine = TrainEngine(tiny_scalar_model(), ppo_config(**stage), "critic")
+    other = SharedState([str(sound / "step_1" / "critic-rank0.safetensors")])
+    changes = {
+        "bad step": lambda: (backward(engine), engine.measure(), engine.drop_gradients()),
+        "step": lambda: train(engine),
+        "scaling": lambda: engine.scale_weight(HEAD, 2.0),
+        "loading": lambda: engine.load_state(other),
+    }
+    train(engine)
+    writer = CheckpointWriter(str(tmp_path / "checkpoints"), {"critic": engine}, 1)
+    for i, (name, change) in enumerate(changes.items()):
+        before = {key: x.clone() for key, x in engine.state_tensors().items()}
+        writer.save({"step": i}, print, background=True)
+        change()
+        writer.finish()
+        after, saved = engine.state_tensors(), load_file(tmp_path / f"checkpoints/step_{i}/critic-rank0.safetensors")
+        assert all(torch.equal(x, saved.pop(key)) for key, x in before.items()) and not saved, name
+        same = all(torch.equal(x, after[key]) for key, x in before.items())
+        assert same == (name == "bad step"), name
 
 
 @pytest.mark.parametrize("kind", ["weight", "exp_avg", "exp_avg_sq"])

@@ -79,6 +79,7 @@ class TrainEngine:
         self.gradient_clip = config.gradient_clip
         self.explosion_limit = config.explosion_limit
         self._norm: torch.Tensor | None = None  # of the gradients that `measure` saw
+        self.before_change: Callable[[], None] = lambda: None  # called before what `state_tensors` returned changes
         self._bad_gradient = torch.zeros((), dtype=torch.bool, device=device())
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         for parameter in self.parameters:
@@ -127,6 +128,7 @@ class TrainEngine:
 
     def apply(self, lr: float) -> None:
         """Makes an optimizer step with the gradients that `measure` found good, clipped by their norm. Collective."""
+        self.before_change()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         if self.zero_stage == 0 and self.gradient_clip:
@@ -206,17 +208,22 @@ class TrainEngine:
         return state
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Returns what this rank must save for an exact resume; {} if another rank holds the same (stage 0)."""
+        """Returns what this rank must save for an exact resume; {} if another rank holds the same (stage 0).
+
+        Not copied: only `apply`, `load_state` and `scale_weight` change it, after a call of `before_change`.
+        """
         if self.zero_stage == 0 and not is_main():
             return {}
         return state_tensors(self.engine.optimizer, self.zero_stage, rank(), self._trained())
 
     def load_state(self, state: SharedState) -> None:
         """Restores what `state_tensors` of all ranks returned, for any number of ranks and any stage. Collective."""
+        self.before_change()
         load_state(self.engine.optimizer, self.zero_stage, rank(), self._trained(), state)
 
     def scale_weight(self, name: str, factor: float) -> None:
         """Multiplies the trained parameter `name` by `factor`; the optimizer's moments do not change. Collective."""
+        self.before_change()
         scale_weight(self.engine.optimizer, self.zero_stage, rank(), self._trained(), name, factor)
 
     def _trained(self) -> dict[nn.Parameter, str]:

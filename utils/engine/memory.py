@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,26 +47,20 @@ def host_copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     buffer = torch.empty(0, dtype=torch.uint8)
     for tensor, size in zip(tensors, sizes, strict=True):
         if place + size > len(buffer):
-            buffer, place = _page_locked(max(size, min(BUFFER, left))), 0
+            buffer, place = page_locked(max(size, min(BUFFER, left))), 0
         held = buffer[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         copies.append(held.copy_(tensor.detach()))
         place, left = place + size, left - size
     return copies
 
 
-def _page_locked(size: int) -> torch.Tensor:
-    """Returns `size` uninitialised bytes."""
+def page_locked(size: int) -> torch.Tensor:
+    """Returns `size` uninitialised bytes of host memory; page-locked if there is a GPU, which speeds up its copies."""
     if on_gpu():
         with contextlib.suppress(RuntimeError):
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         warnings.warn("no more host memory can be page-locked: copies to the GPU will be slower", stacklevel=3)
     return torch.empty(size, dtype=torch.uint8)
-
-
-def fits_on_host(size: int) -> bool:
-    """Whether this process may use 1.1 * `size` bytes more and still has room for its highest memory use so far."""
-    now, peak = psutil.Process().memory_info().rss, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return 1.1 * size + max(peak - now, 0) <= free_host_memory()
 
 
 def free_host_memory() -> int:

@@ -7,11 +7,11 @@ Files: `state.json` (the run's own numbers and flags), `<engine>-rank<r>.safeten
 import contextlib
 import os
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from itertools import repeat
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -20,16 +20,16 @@ from safetensors.torch import save_file
 
 from utils.distributed import gather_objects, is_main, rank
 from utils.engine.engine import TrainEngine
-from utils.engine.memory import fits_on_host
+from utils.engine.memory import page_locked
 from utils.errors import Say, UserError
 from utils.files import json_text, remove, replace, sync
 from utils.run.index import CHECKPOINT, LINES, MANIFEST, read_index, record, remove_partials, write_index
 from utils.run.own_files import carry_over, files_in, foreign_files, remove_own
 from utils.run.random_state import random_state
-from utils.run.state_file import PIECE, file_pieces, new_buffer, write_file
+from utils.run.state_file import Files, file_pieces, side_stream, write_files
 
+PIECE = 1 << 26  # bytes of a rank's buffer: 64 MB, a power of two because PyTorch rounds pinned memory up to one
 Engines = dict[str, TrainEngine]
-Files = dict[str, Iterable[bytes | torch.Tensor]]  # name -> content
 
 
 class Share(NamedTuple):
@@ -49,6 +49,7 @@ class Writing:
     size: int
     say: Say
     waited: float = 0.0
+    read: threading.Event = field(default_factory=threading.Event)  # set once the engines may change
     share: Future[Share] | None = None
 
     @property
@@ -56,46 +57,52 @@ class Writing:
         """The folder's name until the checkpoint is complete."""
         return f"{self.target}.partial"
 
+    def wait_until_read(self) -> None:
+        """Waits until this rank's tensors have been read, or could not be."""
+        started = time.perf_counter()
+        self.read.wait()
+        self.waited += time.perf_counter() - started
+
 
 class CheckpointWriter:
     """Writes checkpoints to a folder, and removes the run's older ones but for `keep`. Every method is collective.
 
-    In the background, a thread of each rank writes that rank's files from a copy. Only main threads communicate: once
-    all ranks have written their files, the next `finish` or `save` gives the checkpoint its final name.
+    A thread of each rank writes that rank's files, piece by piece from the live tensors. An engine that is about to
+    change them waits until they have been read: for a PPO run that is after the next rollout and scoring. Only main
+    threads communicate: once all ranks have written, the next `finish` or `save` gives the checkpoint its final name.
     """
 
     def __init__(self, folder: str, engines: Engines, keep: int):
         self._folder, self._engines, self._keep = folder, engines, keep
         self._writing: Writing | None = None
-        self._copies: list[torch.Tensor] = []
 
     def save(self, state: dict, say: Say, background: bool = False) -> None:
         """Writes `folder`/step_N, after the previous checkpoint is complete. Prints a failure; older ones stay intact.
 
-        state: JSON, with "step". background: return once host memory holds a copy, if all ranks have room for it.
+        state: JSON, with "step". background: return while it is being written.
         """
         self.finish()
         started = time.perf_counter()
         tensors = {name: engine.state_tensors() for name, engine in self._engines.items()}
-        own = sum(x.nbytes for named in tensors.values() for x in named.values())
-        fits = background and fits_on_host(own - PIECE * len(self._copies))
-        shares = gather_objects((own, fits))
-        step, size = state["step"], sum(own for own, _ in shares)
-        writing = Writing(step, os.path.join(self._folder, f"step_{step}"), size, say)
+        step, own = state["step"], sum(x.nbytes for named in tensors.values() for x in named.values())
+        writing = Writing(step, os.path.join(self._folder, f"step_{step}"), sum(gather_objects(own)), say)
         if problem := first_problem(_problem(_prepare, writing) if is_main() else None):
             self._report_failure(writing, problem)
             return
-        files, copied = self._files(tensors, all(fits for _, fits in shares))
+        buffer = page_locked(PIECE)
+        named = {f"{name}-rank{rank()}.safetensors": held for name, held in tensors.items() if held}
+        files: Files = {name: file_pieces(held, buffer) for name, held in named.items()}
         files[f"random-rank{rank()}.json"] = [json_text(random_state()).encode()]
         if is_main():
             files["state.json"] = [json_text(state).encode()]
-        if not all(gather_objects(copied)):
-            self._complete(writing, _write_share(writing.partial, files, started), started)
-            return
         thread = ThreadPoolExecutor(1, "checkpoint")
-        writing.share = thread.submit(_write_share, writing.partial, files, started)
+        writing.share = thread.submit(_write_share, writing.partial, files, side_stream(), writing.read, started)
         thread.shutdown(wait=False)  # the thread ends when the files are written
+        for engine in self._engines.values():
+            engine.before_change = writing.wait_until_read
         self._writing, writing.waited = writing, time.perf_counter() - started
+        if not background:
+            self.finish()
 
     def finish(self, wait: bool = True) -> None:
         """Completes the checkpoint that is being written. wait: if False, return at once while a rank still writes."""
@@ -104,28 +111,9 @@ class CheckpointWriter:
             self._writing = None
             self._complete(writing, writing.share.result(), started)
 
-    def _files(self, tensors: dict[str, dict[str, torch.Tensor]], copy: bool) -> tuple[Files, bool]:
-        """Returns the contents of the engines' files, and whether they are copies, made if `copy`."""
-        named = {f"{engine}-rank{rank()}.safetensors": values for engine, values in tensors.items() if values}
-        if copy:
-            buffers = self._buffers()
-            with contextlib.suppress(RuntimeError):  # a system may limit pinned memory below what is free
-                return {name: list(file_pieces(values, buffers)) for name, values in named.items()}, True
-            self._copies.clear()
-        buffers = repeat(new_buffer())
-        return {name: file_pieces(values, buffers) for name, values in named.items()}, False
-
-    def _buffers(self) -> Iterator[torch.Tensor]:
-        """Yields the buffers of the previous checkpoint, then new ones."""
-        yield from list(self._copies)
-        while True:
-            self._copies.append(new_buffer())
-            yield self._copies[-1]
-
     def _complete(self, writing: Writing, share: Share, started: float) -> None:
         """Names the checkpoint once all ranks' shares are written, and prints times. started: of the wait for it."""
-        self._copies = [buffer for buffer in self._copies if buffer.is_pinned()]  # kept, since pinning is slow
-        shares = gather_objects(share)
+        shares, waits = zip(*gather_objects((share, writing.waited)), strict=True)
         problem = next((share.problem for share in shares if share.problem), None)
         if not problem:
             manifest = {name: entry for share in shares for name, entry in share.entries.items()}
@@ -133,7 +121,7 @@ class CheckpointWriter:
         if problem:
             self._report_failure(writing, problem)
             return
-        took, waited = max(share.seconds for share in shares), writing.waited + time.perf_counter() - started
+        took, waited = max(share.seconds for share in shares), max(waits) + time.perf_counter() - started
         writing.say(
             f"checkpoint of step {writing.step}: {writing.size / 1e6:.1f} MB in {took:.1f} s; the run waited "
             f"{waited:.1f} s for it"
@@ -183,15 +171,19 @@ def _is_checkpoint(path: str) -> bool:
     return bool(own) or os.path.islink(path) or os.path.isfile(path)
 
 
-def _write_share(partial: str, files: Files, started: float) -> Share:
-    """Writes this rank's files and waits until they are on the disk."""
+def _write_share(
+    partial: str, files: Files, stream: torch.cuda.Stream | None, read: threading.Event, started: float
+) -> Share:
+    """Writes this rank's files, in a thread of its own, and waits until they are on the disk.
+
+    stream: of the copies from the GPU. read: set once all content has been read, or a failure has ended that.
+    """
     entries: dict[str, dict] = {}
-
-    def write() -> None:
-        for name, pieces in files.items():
-            entries[name] = write_file(os.path.join(partial, name), pieces)
-
-    problem = _problem(write)
+    try:
+        torch.cuda.set_stream(stream)  # of this thread; None changes nothing
+        problem = _problem(lambda: entries.update(write_files(partial, files, read.set)))
+    finally:
+        read.set()
     if problem:  # frees space for the metrics of the steps until `finish`
         for name in files:
             _problem(remove, os.path.join(partial, name))
@@ -200,7 +192,7 @@ def _write_share(partial: str, files: Files, started: float) -> Share:
 
 def _commit(writing: Writing, manifest: dict, keep: int) -> None:
     """Writes the manifest, gives the folder its name, and removes the run's checkpoints but the newest `keep`."""
-    write_file(os.path.join(writing.partial, MANIFEST), [json_text(manifest).encode()])
+    write_files(writing.partial, {MANIFEST: [json_text(manifest).encode()]})
     folder = os.path.dirname(writing.target)
     run = os.path.dirname(folder)
     for name in LINES:  # after a power cut, a checkpoint must not be ahead of the run's metrics

@@ -1,43 +1,49 @@
 """Writes tensors to a safetensors file in pieces, without a copy of all of them and without reading back."""
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
 
 import torch
 
-from utils.device import on_gpu
+from utils.device import device, on_gpu
 from utils.watchdog import report_progress
 
-PIECE = 1 << 26  # bytes per buffer: 64 MB, a power of two because PyTorch rounds pinned memory up to one
+Files = dict[str, Iterable[bytes | torch.Tensor]]  # name -> content
 _CODES = {
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.uint8: "U8",
     torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
 }  # fmt: skip
 
 
-def new_buffer() -> torch.Tensor:
-    """Returns uninitialised host memory of PIECE bytes; pinned if there is a GPU, which speeds up its copies."""
-    return torch.empty(PIECE, dtype=torch.uint8, pin_memory=on_gpu())
+def side_stream() -> torch.cuda.Stream | None:
+    """Returns a new stream of the GPU, which starts once the work queued so far is done; None on a CPU."""
+    if not on_gpu():
+        return None
+    stream = torch.cuda.Stream(device())
+    stream.wait_stream(torch.cuda.current_stream(device()))
+    return stream
 
 
-def file_pieces(tensors: dict[str, torch.Tensor], buffers: Iterator[torch.Tensor]) -> Iterator[bytes | torch.Tensor]:
-    """Yields the content of a safetensors file: the header, then the data, each piece in the next buffer.
+def file_pieces(tensors: dict[str, torch.Tensor], buffer: torch.Tensor) -> Iterator[bytes | torch.Tensor]:
+    """Yields the content of a safetensors file: the header, then the data, each piece in the buffer.
 
-    tensors: contiguous. buffers: uint8 in host memory, which may be reused after their piece is used.
+    tensors: contiguous; those on a GPU are copied in the current stream. buffer: uint8 in host memory.
     """
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # aligns each tensor
     devices = {x.device for x in tensors.values() if x.is_cuda}
     yield _header(tensors)
-    buffer, filled = next(buffers), 0
+    filled = 0
     for tensor in tensors.values():
         data = tensor.detach().reshape(-1).view(torch.uint8)
         while len(data):
             if filled == len(buffer):
                 yield _synchronized(buffer, devices)
-                buffer, filled = next(buffers), 0
+                filled = 0
             part = data[: len(buffer) - filled]
             buffer[filled : filled + len(part)].copy_(part, non_blocking=True)
             filled, data = filled + len(part), data[len(part) :]
@@ -57,21 +63,35 @@ def _header(tensors: dict[str, torch.Tensor]) -> bytes:
 
 def _synchronized(piece: torch.Tensor, devices: set[torch.device]) -> torch.Tensor:
     """Returns the piece once the copies from these GPUs are complete."""
-    for device in devices:
-        torch.cuda.current_stream(device).synchronize()
+    for gpu in devices:
+        torch.cuda.current_stream(gpu).synchronize()
     return piece
 
 
-def write_file(path: str, pieces: Iterable[bytes | torch.Tensor]) -> dict:
-    """Writes a file and waits until it is on the disk. Returns {"bytes", "sha256"} of its content."""
+def write_files(folder: str, files: Files, on_read: Callable[[], None] = lambda: None) -> dict[str, dict]:
+    """Writes files and waits until they are on the disk. Returns name -> {"bytes", "sha256"} of the content.
+
+    on_read: called once the last piece is in the system's page cache, before the wait for the disk.
+    """
+    with contextlib.ExitStack() as stack:  # closed at the end, as network file systems wait for the disk in `close`
+        opened = {name: stack.enter_context(open(os.path.join(folder, name), "wb")) for name in files}
+        entries = {name: write_file(file, files[name]) for name, file in opened.items()}
+        on_read()
+        for name, file in opened.items():
+            os.fsync(file.fileno())
+            report_progress(f"writing of {name}")
+    return entries
+
+
+def write_file(file: BinaryIO, pieces: Iterable[bytes | torch.Tensor]) -> dict:
+    """Writes to a file. Returns {"bytes", "sha256"} of its content."""
     digest, size = hashlib.sha256(), 0
-    with open(path, "wb") as file, ThreadPoolExecutor(1) as hasher:
+    with ThreadPoolExecutor(1) as hasher:
         for piece in pieces:
             data = memoryview(piece.numpy() if isinstance(piece, torch.Tensor) else piece)
             hashed = hasher.submit(digest.update, data)
             size += file.write(data)
             hashed.result()
-            report_progress(f"writing of {os.path.basename(path)}")
-        file.flush()
-        os.fsync(file.fileno())
+            report_progress(f"writing of {os.path.basename(file.name)}")
+    file.flush()
     return {"bytes": size, "sha256": digest.hexdigest()}
