@@ -23,7 +23,7 @@ import utils.models.export
 import utils.run.checkpoint
 from utils.engine.engine import TrainEngine
 from utils.run.checkpoint import CheckpointWriter
-from utils.run.stop_signal import GRACE, ORDERS
+from utils.run.stop_signal import GRACE
 from utils.watchdog import STOPS
 
 VICTIM = 1  # the rank that faults happen to
@@ -229,13 +229,14 @@ def disk_fills_in_an_export(number: int, rank: int) -> None:
 
 
 def insistent_launcher(rank: int) -> None:
-    """In step 3 the victim gets SIGTERM, once more at once, as when two launchers pass it on, and again much later."""
+    """In step 3 the victim gets SIGTERM and SIGINT at once, as if by two launchers, and again much later."""
 
     def insist() -> None:
-        for pause in (0.0, 0.0, GRACE + 0.5):
+        for pause in (0.0, GRACE + 0.5):
             time.sleep(pause)
-            print("SIGTERM", flush=True)
-            send(signal.SIGTERM)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                print(number.name, flush=True)
+                send(number)
 
     if rank == VICTIM:
         before_calls(TrainEngine, "apply", {9: insist})
@@ -276,7 +277,7 @@ FAULTS = {
     for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)
 }
 FAULTS |= {
-    f"{number.name} in scoring": at_call(VICTIM, "scoring", 2, number) for number in STOPS if number not in ORDERS
+    f"{number.name} in scoring": at_call(VICTIM, "scoring", 2, number) for number in STOPS if number != signal.SIGINT
 }
 FAULTS |= {
     "stall in loading": stall(ppo.models, "load_scalar"),

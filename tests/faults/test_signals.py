@@ -1,4 +1,4 @@
-"""Signals to end: one rank that gets one stops all after the step, and a second signal ends the process at once."""
+"""Signals to end: one rank that gets one stops all after the step, and a second Ctrl-C ends the process at once."""
 
 import json
 import re
@@ -18,6 +18,7 @@ CASES = {
     "after SIGUSR1": {"out": "SIGUSR1"},
     "ignored": {"fault": "SIGHUP in scoring", "ignore_hangup": True},
     "again and again": {"fault": "insistent launcher", "patience": 5},
+    "every minute": {"checkpoint_per_step": 50, "checkpoint_minutes": 1e-6},
     "slow disk": {"fault": "slow disk"},
     "while writing": {"fault": "signal while writing"},
     "after while writing": {"out": "while writing"},
@@ -48,15 +49,23 @@ def test_a_lost_terminal_may_be_ignored(results):
     assert_same_run(results["ignored"].out, results["undisturbed"].out)
 
 
-def test_a_second_signal_ends_a_process_in_the_middle_of_its_step(results):
+def test_a_second_ctrl_c_ends_a_process_in_the_middle_of_its_step(results):
     """The checkpoint of step 2 would have got its name at the end of step 3.
 
-    A launcher and a scheduler may pass the same wish on twice; who asks again seconds later means it.
+    Launchers and schedulers repeat SIGTERM at any time. Who presses Ctrl-C seconds after a signal means it.
     """
     result = results["again and again"]
-    assert result.codes[1] == 143 and result.codes[0] != 0
-    assert result.log.count("SIGTERM\n") == 3 and result.log.count("Ctrl-C or SIGTERM then stops at once") == 1
+    assert result.codes[1] == 130 and result.codes[0] != 0
+    assert (result.log.count("SIGTERM\n"), result.log.count("SIGINT\n")) == (2, 2)
+    assert result.log.count("Ctrl-C after 3 s") == 1
     assert checkpoints(result) == ["step_1", "step_2.partial"]
+
+
+def test_checkpoints_by_the_clock_change_no_numbers(results):
+    result = results["every minute"]
+    assert result.codes == [0, 0], result.log[-3000:]
+    assert checkpoints(result) == ["step_1", "step_2", "step_3"]
+    assert_same_run(result.out, results["undisturbed"].out)
 
 
 def test_checkpoints_that_take_longer_than_a_step_wait_for_each_other(results):

@@ -1,6 +1,7 @@
 """Run lifecycle: checkpoints and signals. The same for all stages."""
 
 import os
+import time
 from typing import Self
 
 from utils.distributed import rank, world_size
@@ -27,10 +28,12 @@ class RunLifecycle:
         self._folder = os.path.join(config.model_save_path, "checkpoints")
         self._writer = CheckpointWriter(self._folder, engines, config.keep_checkpoints)
         self._stop = Stop(config.max_hours)
+        self._saved_at = time.monotonic()
         self.exit_code = 0
 
     def __enter__(self) -> Self:
         self._stop.__enter__()
+        self._saved_at = time.monotonic()
         return self
 
     def __exit__(self, kind, *error) -> None:
@@ -61,11 +64,13 @@ class RunLifecycle:
         """Writes a checkpoint of `state`, JSON, if one is due; sets `exit_code` if any rank has to stop. Collective."""
         report_progress("step")
         step, every = state["step"], self._config.checkpoint_per_step
-        code = self._stop.exit_code(device())
+        interval = 60 * self._config.checkpoint_minutes or float("inf")
+        code, due = self._stop.exit_code(device(), due=time.monotonic() - self._saved_at >= interval)
         self.exit_code = code if step < self._total_steps else 0
         last = bool(self.exit_code) or step >= self._total_steps  # no step follows during which to write
-        if every and (step % every == 0 or self.exit_code):
+        if every and (step % every == 0 or due or self.exit_code):
             record = {"flags": identity(self._config), "inputs": self._config.fingerprints}
+            self._saved_at = time.monotonic()
             self._writer.save(state | record, say, background=not last)
             report_progress("checkpoint")
         else:

@@ -8,12 +8,12 @@ from typing import Literal, Self
 
 import torch
 
-from utils.distributed import max_ranks, world_size
+from utils.distributed import is_main, max_ranks
 from utils.watchdog import STOPS
 
 OUT_OF_TIME = 75  # exit code of --max_hours: EX_TEMPFAIL of sysexits.h
-GRACE = 3.0  # seconds within which a repeated signal is ignored: launchers may send it more than once
-ORDERS = (signal.SIGINT, signal.SIGTERM)  # the others are notices, which may come more than once
+GRACE = 3.0  # seconds within which a Ctrl-C after another signal is ignored: launchers may send it more than once
+ALWAYS = (signal.SIGINT, signal.SIGTERM)  # the others may be ignored, as under nohup
 NAMES = {128 + number: number.name for number in STOPS}
 NAMES |= {128 + signal.SIGINT: "Ctrl-C", OUT_OF_TIME: "--max_hours"}
 
@@ -26,7 +26,10 @@ def set_hangup_action(ignore: bool | Literal["auto"]) -> None:
 
 
 class Stop:
-    """Context in which a signal takes effect at the end of the step, and a later Ctrl-C or SIGTERM at once."""
+    """Context in which a signal takes effect at the end of the step, and a later Ctrl-C at once.
+
+    Only Ctrl-C, because launchers and schedulers repeat the other signals; to kill a process they use SIGKILL.
+    """
 
     def __init__(self, max_hours: float):
         self._code = 0
@@ -36,7 +39,7 @@ class Stop:
 
     def __enter__(self) -> Self:
         for number in STOPS:
-            if number in ORDERS or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            if number in ALWAYS or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -48,14 +51,15 @@ class Stop:
         if not self._code:
             self._code, self._since = 128 + number, time.monotonic()
             with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, b"\nstopping at the end of this step; Ctrl-C or SIGTERM then stops at once\n")
-            if world_size() == 1 and number in ORDERS:  # no launcher repeats them
-                for each in ORDERS:
-                    signal.signal(each, signal.SIG_DFL)  # which also interrupts native code
-        elif number in ORDERS and time.monotonic() - self._since > GRACE:
+                os.write(2, f"\nstopping at the end of this step; Ctrl-C after {GRACE:g} s stops at once\n".encode())
+        elif number == signal.SIGINT and time.monotonic() - self._since > GRACE:
             os._exit(128 + number)
 
-    def exit_code(self, device: torch.device) -> int:
-        """Returns the code to exit with, not 0 if any rank has to stop; the same on all ranks. Collective."""
+    def exit_code(self, device: torch.device, due: bool = False) -> tuple[int, bool]:
+        """Returns (the code to exit with, not 0 if any rank has to stop; whether rank 0 says `due`). Collective.
+
+        Both are the same on all ranks; `due` counts only if the code is 0.
+        """
         late = OUT_OF_TIME if time.monotonic() > self._deadline else 0
-        return max_ranks(self._code or late, device)
+        code, due = divmod(max_ranks(2 * (self._code or late) + (due and is_main()), device), 2)
+        return code, bool(due)
