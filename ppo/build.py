@@ -11,15 +11,22 @@ from ppo.rollout import PolicySampler
 from ppo.run import PPOState, Run, RunState
 from ppo.user_reward import load_reward_fn
 from utils.distributed import world_size
+from utils.errors import Say
 from utils.flags.checks import is_default
 from utils.models.load import model_folder, window_at
 from utils.run.lifecycle import RunLifecycle
+from utils.run.restore import Checkpoint
 from utils.run.start import open_log, start_run
+from utils.run.together import together
 
 
 def build(config: PPOConfig) -> Run:
-    """Does the quick checks first, loads data and models, then creates the run's folder."""
-    say, begin = start_run(config, PPOState)
+    """Does the quick checks first, loads data and models, then creates the run's folder. Collective."""
+    return _build(config, *start_run(config, PPOState))
+
+
+@together()
+def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
     model_folder(config.policy_model_path, "--policy_model_path")
     model_folder(config.critic_model_path, "--critic_model_path")
     for path in config.reward_model_path:

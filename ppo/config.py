@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from ppo import flags
 from reward.scoring.flags import RewardFlags
 from utils.errors import UserError
-from utils.flags.checks import check_range, fit_warmup, replace_default
+from utils.flags.checks import check_range, fit_warmup, is_default, replace_default
 from utils.flags.engine import RouterFlags
 from utils.flags.fields import Common
 from utils.flags.run import RunFlags
@@ -27,6 +27,13 @@ AMOUNTS = {
     "use_entropy_loss": "entropy_loss_weight",
     "use_ppo_pretrain_loss": "ppo_pretrain_loss_weight",
 }
+
+_SIZES = ("num_rollouts", "batch_size")
+
+
+def _nearest(number: int, step: int) -> int:
+    """Returns the multiple of `step` that is nearest to a number, at least `step`."""
+    return max(1, round(number / step)) * step
 
 
 @dataclass
@@ -66,6 +73,25 @@ class PPOConfig(
             replace_default(self, "num_rollouts", buffer, reason)
         if self.num_rollouts % self.batch_size:
             raise UserError(f"{reason}: a buffer is split into whole batches; pass a multiple")
+
+    def _fit_ranks(self, num_ranks: int) -> None:
+        """Makes default sizes multiples of the number of ranks. Raises UserError for explicit ones that are not."""
+        bad = [f"--{name} {getattr(self, name)}" for name in _SIZES if getattr(self, name) % num_ranks]
+        buffer_varies, batch_varies = (is_default(self, name) for name in _SIZES)
+        buffer, batch = (self.replaced_defaults.get(name, getattr(self, name)) for name in _SIZES)
+        multiples = range(num_ranks, max(buffer, batch) + num_ranks, num_ranks)
+        batches = [size for size in multiples if buffer_varies or buffer % size == 0]
+        if bad and batches and batch_varies:
+            reason = f"it is divided among {num_ranks} processes"
+            replace_default(self, "batch_size", min(batches, key=lambda size: abs(size - batch)), reason)
+            replace_default(self, "num_rollouts", _nearest(buffer, self.batch_size), reason)
+        elif bad:
+            fitting = [size for size in multiples if abs(size - batch) < num_ranks]
+            pairs = [f"--num_rollouts {_nearest(buffer, size)} --batch_size {size}" for size in fitting]
+            verb = "does" if len(bad) == 1 else "do"
+            raise UserError(
+                f"{' and '.join(bad)} {verb} not divide by the {num_ranks} processes; pass {' or '.join(pairs)}"
+            )
 
     def fit_prompts(self, num_prompts: int, world_size: int) -> None:
         """Lowers default sizes to the number of prompts. Raises UserError for an explicit --num_rollouts."""
@@ -132,10 +158,7 @@ class PPOConfig(
 
     def check_world(self, world_size: int, vocab_size: int) -> None:
         """Checks that need the number of ranks and the size of the vocabulary. Raises UserError."""
-        for name in ("num_rollouts", "batch_size", "ppo_pretrain_batch_size"):
-            value = getattr(self, name)
-            if value % world_size and (name != "ppo_pretrain_batch_size" or self.use_ppo_pretrain_loss):
-                raise UserError(f"--{name} {value} does not divide by the {world_size} processes; pass a multiple")
+        self._fit_ranks(world_size)
         if self.use_entropy_loss and self.entropy_clip > math.log(vocab_size):
             limit = f"entropy is at most ln({vocab_size}) = {math.log(vocab_size):.2f}"
             raise UserError(f"--entropy_clip {self.entropy_clip:g} can never be reached: {limit}; lower it")

@@ -22,24 +22,27 @@ def train(config: RewardConfig) -> None:
     from utils.models.load import FLAG, window_at
     from utils.run.start import start_run
     from utils.run.supervised_loop import fit
+    from utils.run.together import together
 
     say, start = start_run(config, RewardState)
-    config.check_ranks(world_size())
-    models = [(FLAG, config.hf_model_name_or_path)]
-    tokenizer, _ = prepare_tokenizer(config, config.tokenizer_name_or_path, models, say)
-    if config.delimiter not in (None, tokenizer.eos_token):
-        raise UserError(f"--delimiter {config.delimiter!r}: utterances end in {tokenizer.eos_token!r}; remove the flag")
-    config.fit_window(window_at(config.hf_model_name_or_path))
-    items, held_out_items = load_comparisons(config, tokenizer, say)
-    say(first_prompt(tokenizer, items[0].answers[0][: items[0].prompt_length]))
-    if config.center_scores and not held_out_items:
-        raise UserError("--center_scores needs an evaluation; add a *valid* file, or use --num_valid above 0")
-    answers = load_center_answers(config, tokenizer, say) if config.center_data_path else None
-    model = load(config, tokenizer, say)
-    engine = TrainEngine(model, config, "reward model")
-    stage = build_stage(config, model, tokenizer, items, answers)
-    tokens = max(config.micro_batch_tokens, *map(stage.length, items))
-    choose_checkpointing(engine, model.backbone, config, tokens, device_room(), say)
+    with together():
+        config.check_ranks(world_size())
+        models = [(FLAG, config.hf_model_name_or_path)]
+        tokenizer, _ = prepare_tokenizer(config, config.tokenizer_name_or_path, models, say)
+        if config.delimiter not in (None, tokenizer.eos_token):
+            end = tokenizer.eos_token
+            raise UserError(f"--delimiter {config.delimiter!r}: utterances end in {end!r}; remove the flag")
+        config.fit_window(window_at(config.hf_model_name_or_path))
+        items, held_out_items = load_comparisons(config, tokenizer, say)
+        say(first_prompt(tokenizer, items[0].answers[0][: items[0].prompt_length]))
+        if config.center_scores and not held_out_items:
+            raise UserError("--center_scores needs an evaluation; add a *valid* file, or use --num_valid above 0")
+        answers = load_center_answers(config, tokenizer, say) if config.center_data_path else None
+        model = load(config, tokenizer, say)
+        engine = TrainEngine(model, config, "reward model")
+        stage = build_stage(config, model, tokenizer, items, answers)
+        tokens = max(config.micro_batch_tokens, *map(stage.length, items))
+        choose_checkpointing(engine, model.backbone, config, tokens, device_room(), say)
     fit(engine, stage, held_out_items, config, start)
 
 

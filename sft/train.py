@@ -22,19 +22,23 @@ def train(config: SFTConfig) -> None:
     from utils.models.routers import router_coef
     from utils.run.start import start_run
     from utils.run.supervised_loop import FitState, fit
+    from utils.run.together import together
 
     say, start = start_run(config, FitState)
-    config.check_ranks(world_size())
-    tokenizer, _ = prepare_tokenizer(config, config.tokenizer_name_or_path, [(FLAG, config.hf_model_name_or_path)], say)
-    config.fit_window(window_at(config.hf_model_name_or_path))
-    sets, valid = load_encoded(config, tokenizer, say)
-    say(first_prompt(tokenizer, sets[0][0].ids[: prompt_length(sets[0][0])]))
-    lm, layout = load(config, tokenizer, say)
-    balance = router_coef(lm, config.router_aux_loss_coef, f"{FLAG} {config.hf_model_name_or_path}", say)
-    engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")
-    tokens = max(config.micro_batch_tokens, config.context_truncate)
-    choose_checkpointing(engine, lm, config, tokens, device_room(), say)
-    stage = build_stage(config, lm, tokenizer, layout, sets, evenly_spaced(valid, config.num_samples), balance)
+    with together():
+        config.check_ranks(world_size())
+        tokenizer, _ = prepare_tokenizer(
+            config, config.tokenizer_name_or_path, [(FLAG, config.hf_model_name_or_path)], say
+        )
+        config.fit_window(window_at(config.hf_model_name_or_path))
+        sets, valid = load_encoded(config, tokenizer, say)
+        say(first_prompt(tokenizer, sets[0][0].ids[: prompt_length(sets[0][0])]))
+        lm, layout = load(config, tokenizer, say)
+        balance = router_coef(lm, config.router_aux_loss_coef, f"{FLAG} {config.hf_model_name_or_path}", say)
+        engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")
+        tokens = max(config.micro_batch_tokens, config.context_truncate)
+        choose_checkpointing(engine, lm, config, tokens, device_room(), say)
+        stage = build_stage(config, lm, tokenizer, layout, sets, evenly_spaced(valid, config.num_samples), balance)
     fit(engine, stage, layout.rows(valid, world_size()), config, start)
 
 

@@ -1,5 +1,7 @@
 """Collectives outside of the engine. All ranks call them in the same order; with one process they do nothing."""
 
+import functools
+
 import torch
 import torch.distributed as dist
 
@@ -75,3 +77,14 @@ def gather_rows(x: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(wire) for _ in range(world_size())]
     dist.all_gather(parts, wire.contiguous())
     return torch.cat(parts).to(x.dtype)
+
+
+def message_store(prefix: str) -> dist.Store:
+    """Returns the process group's key-value store for keys of a prefix; no collective. It also serves other threads."""
+    return dist.PrefixStore(prefix, _own_connection(dist.distributed_c10d._get_default_store()))
+
+
+@functools.cache
+def _own_connection(store: dist.Store) -> dist.Store:
+    """Returns another connection to a store. The first one is busy while a collective waits in it."""
+    return store.clone()

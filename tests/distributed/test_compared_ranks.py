@@ -13,6 +13,16 @@ from tests.faults.scenarios import Result, run_forked
 from tests.helpers.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flags
 from utils.launcher import free_port
 
+FAILS_ON_ONE = """
+import os
+
+if os.environ["RANK"] == "1":
+    raise ImportError("no such package")
+
+def score(prompts, answers):
+    return [0.0 for answer in answers]
+"""
+
 
 @pytest.fixture(scope="module")
 def runs(inputs, tmp_path_factory) -> dict[str, Result]:
@@ -32,12 +42,16 @@ def runs(inputs, tmp_path_factory) -> dict[str, Result]:
     flags |= {"num_eval_prompts": None, "checkpoint_per_step": 1}
     rows = {name: {"second": words, "folders": [first, first]} for name, words in seconds.items()}
     rows["data"] = {"folders": [first, second]}
+    rows["one fails"] = {"folders": [first, first]}
+    (folder / "score.py").write_text(FAILS_ON_ONE)
     rows["stopped"] = {"folders": [first, first]}
     rows["other content"] = {"folders": [second, second], "out": "stopped"}
     rows["other path"] = {"folders": [copy, copy], "out": "stopped"}
     for name, row in rows.items():
         limit = {"max_hours": 1e-9} if name == "stopped" else {}
         row["argv"] = run_flags(inputs, folder / row.pop("out", name), **flags | limit)
+        if name == "one fails":
+            row["argv"] += ["--reward_fn", f"{folder}/score.py:score"]
         row |= {"folders": [str(path) for path in row["folders"]], "patience": 20}
     words = [str(inputs.policy), str(inputs.prompts)]
     rows["hashing"] = {"module": "tests.distributed.jobs", "function": "fingerprint_inputs", "argv": words}
@@ -53,12 +67,21 @@ NAMED = {
 
 
 @pytest.mark.parametrize("case", NAMED)
-def test_both_ranks_say_which_one_differs_in_what(runs, case):
+def test_both_ranks_end_and_one_says_which_one_differs_in_what(runs, case):
     result = runs[case]
     assert result.codes == [2, 2] and "Traceback" not in result.log
-    for rank in (0, 1):
-        assert re.search(rf"error \[rank {rank}\]: rank 1 differs from rank 0: {NAMED[case]}", result.log), result.log
+    assert re.findall("error.*?:", result.log) == ["error [rank 0]:"]
+    assert re.search(rf"error \[rank 0\]: rank 1 differs from rank 0: {NAMED[case]}", result.log), result.log
     assert not (result.out / "config.json").exists()
+
+
+def test_an_error_on_one_rank_ends_the_other_that_waits_in_a_collective(runs):
+    """Rank 0 says whose error it is, and leaves no lock."""
+    result, error = runs["one fails"], "--reward_fn .*score.py:score cannot be loaded: .*no such package"
+    assert result.codes == [2, 2] and "Traceback" not in result.log
+    assert re.search(rf"error \[rank 0\]: rank 1: {error}", result.log), result.log
+    assert re.search(rf"error \[rank 1\]: {error}", result.log), result.log
+    assert not result.out.exists()
 
 
 @pytest.mark.parametrize("case", ["copies", "free flags"])
@@ -82,7 +105,7 @@ def test_code_that_was_edited_on_one_rank_is_noticed(inputs, tmp_path):
         ranks.append(subprocess.Popen(command, cwd=tree, env=environment, stderr=subprocess.PIPE, text=True))
     errors = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], errors
-    assert all("rank 1 differs from rank 0: code: ppo/loss.py has other content. Start" in error for error in errors)
+    assert "rank 1 differs from rank 0: code: ppo/loss.py has other content. Start" in errors[0]
 
 
 def test_a_resume_refuses_other_content_on_both_ranks(runs):
@@ -92,8 +115,7 @@ def test_a_resume_refuses_other_content_on_both_ranks(runs):
         [2] * 2,
         [0] * 2,
     )
-    for rank in (0, 1):
-        assert re.search(rf"\[rank {rank}\]: --data_path .*train.json has other content\);", runs["other content"].log)
+    assert re.search(r"\[rank 0\]: --data_path .*train.json has other content\);", runs["other content"].log)
     assert re.search("resuming from .*/stopped/checkpoints/step_1", runs["other path"].log)
     assert [row["step"] for row in read_metrics(runs["other path"].out)] == [1, 2]
 

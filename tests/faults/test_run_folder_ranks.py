@@ -44,7 +44,7 @@ def test_links_and_moved_checkpoints(inputs, stopped, tmp_path):
     for name in ("moved", "moved and named"):
         assert results[name].codes == [2, 2]
         out, log = results[name].out, results[name].log
-        assert len(re.findall(r"error .rank [01].: .* has none of its checkpoints: move them back", log)) == 2, log
+        assert len(re.findall(r"error .rank 0.: .* has none of its checkpoints: move them back", log)) == 1, log
         assert {name: (out / name).read_bytes() for name in files_in(str(out))} == before
     done = finished({name: results[name] for name in ("plain", "linked")})
     assert_same_run(done["linked"], done["plain"], "best")
@@ -73,7 +73,7 @@ def test_ranks_without_a_launcher_keep_the_folder(inputs, tmp_path):
         for name, result in results.items():
             assert result.codes == [2] * (1 if name == "one" else 2)
             words = rf"--model_save_path {out} is in use by process {ranks[0].pid} on .*?: kill {ranks[0].pid}"
-            assert len(re.findall(words, result.log)) == len(result.codes), result.log
+            assert len(re.findall(words, result.log)) == 1, result.log
         assert [rank.poll() for rank in ranks] == [None, None]
         os.kill(ranks[0].pid, signal.SIGKILL)
         ranks[0].wait()

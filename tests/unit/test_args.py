@@ -21,6 +21,7 @@ from utils.flags.help import explain, field_help, overview
 from utils.flags.other_names import OURS, explain_unknown
 from utils.flags.parser import changed_flags, entry_point, parse_args
 from utils.run.folder import run_description
+from utils.run.resume import keep_sizes
 
 RELEASED_FLAGS = """
     --tokenizer_name_or_path X --policy_model_path X --critic_model_path X --model_save_path X --data_path X --seed 42
@@ -184,6 +185,59 @@ def test_defaults_give_way_and_explicit_values_are_refused(flags, name, value, e
     assert f"--{name} " in capsys.readouterr().out
     with pytest.raises(UserError, match=f"--{name}"):
         parsed(*flags.split(), f"--{name}", explicit)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags", "sizes"),
+    [
+        (16, "", (128, 32)),
+        (24, "", (120, 24)),
+        (48, "", (144, 48)),
+        (64, "", (128, 64)),
+        (24, "--num_rollouts 144", (144, 24)),
+        (24, "--batch_size 48", (96, 48)),
+    ],
+)
+def test_default_sizes_become_multiples_of_the_number_of_ranks(ranks, flags, sizes):
+    config = parsed(*flags.split())
+    config.check_world(ranks, 32_000)
+    assert (config.num_rollouts, config.batch_size) == sizes
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags", "advice"),
+    [
+        (24, "128 32", r"120 --batch_size 24 or --num_rollouts 144 --batch_size 48"),
+        (48, "128 32", r"144 --batch_size 48"),
+        (64, "128 32", r"128 --batch_size 64"),
+        (24, "100", r"96 --batch_size 24 or --num_rollouts 96 --batch_size 48"),
+    ],
+)
+def test_explicit_sizes_that_do_not_divide_are_refused_with_some_that_do(ranks, flags, advice):
+    words = [word for pair in zip(("--num_rollouts", "--batch_size"), flags.split(), strict=False) for word in pair]
+    with pytest.raises(UserError, match=rf"do(es)? not divide by the {ranks} processes; pass --num_rollouts {advice}$"):
+        parsed(*words).check_world(ranks, 32_000)
+
+
+def test_a_resumed_run_keeps_the_sizes_of_its_checkpoint():
+    """Those of 24 ranks on 8, where the defaults would do, too; 16 do not divide them."""
+    config = parsed()
+    keep_sizes(config, {"num_rollouts": 120, "batch_size": 24})
+    config.check_world(8, 32_000)
+    config.fit_prompts(130, 8)
+    assert (config.num_rollouts, config.batch_size) == (120, 24)
+    assert config.replaced_defaults == {"num_rollouts": 128, "batch_size": 32}
+    with pytest.raises(UserError, match="--num_rollouts 120 and --batch_size 24 do not divide by the 16 processes"):
+        config.check_world(16, 32_000)
+
+
+def test_supervised_batches_have_a_record_per_rank():
+    flags = ["--hf_model_name_or_path", "M", "--data_path", "D"]
+    config = parse_args(SFTConfig, flags)
+    config.check_ranks(48)
+    assert config.batch_size == 48
+    with pytest.raises(UserError, match="--batch_size 32 is less than the 48 ranks"):
+        parse_args(SFTConfig, [*flags, "--batch_size", "32"]).check_ranks(48)
 
 
 def test_changed_flags_give_the_same_config():

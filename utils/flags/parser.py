@@ -7,10 +7,11 @@ import os
 import re
 import shlex
 import sys
+import time
 import traceback
 from typing import NoReturn, TypeVar
 
-from utils.errors import UserError
+from utils.errors import LINGER, SharedError, UserError, problem_of
 from utils.flags.config_file import read_config_file
 from utils.flags.fields import add_field, default_of
 from utils.flags.help import show_help
@@ -125,15 +126,15 @@ def entry_point(main):
         try:
             return main([word for word in argv if word != "--debug"])
         except (UserError, OSError) as error:
-            text = " ".join(str(error).splitlines())  # a path may contain line breaks
-            if isinstance(error, OSError):  # of a disk or a limit of the system, where no flag is known
-                if not error.strerror or isinstance(error, BrokenPipeError):
-                    raise
-                place = f" ({error.filename})" if error.filename else ""
-                text = f"{error.strerror}{place}; --debug shows where"
+            if (text := problem_of(error)) is None:
+                raise
             if "--debug" in argv:
                 traceback.print_exc()
-            print(f"error{where}: {text}", file=sys.stderr, flush=True)
+            is_shared = isinstance(error, SharedError)
+            if not (is_shared and error.is_silent):
+                print(f"error{where}: {text}", file=sys.stderr, flush=True)
+            if is_shared:
+                time.sleep(LINGER)
             _exit(2, is_alone=not where)
         except KeyboardInterrupt:
             print(f"stopped by Ctrl-C{where}", file=sys.stderr, flush=True)

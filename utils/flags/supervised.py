@@ -63,7 +63,9 @@ class FitConfig(FitDataFlags, FitScheduleFlags, RunFlags):
             replace_default(self, "context_truncate", window, "that is the model's window")
 
     def check_ranks(self, num_ranks: int) -> None:
-        """Raises UserError if a batch has less than one record per rank."""
+        """Raises a default --batch_size to one record per rank. Raises UserError for an explicit one that is lower."""
+        if self.batch_size < num_ranks:
+            replace_default(self, "batch_size", num_ranks, f"there are {num_ranks} ranks")
         if self.batch_size < num_ranks:
             raise UserError(f"--batch_size {self.batch_size} is less than the {num_ranks} ranks; raise it")
 

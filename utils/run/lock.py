@@ -23,14 +23,13 @@ from pydantic import Field
 from utils.distributed import gather_objects, is_main
 from utils.errors import UserError
 from utils.files import check_writable, disk_errors, existing_parent, remove_empty
+from utils.run.together import held
 from utils.schema import Schema, checked
 from utils.watchdog import report_progress
 
 LOCK = "run.lock"
 BEAT, STALE = 15.0, 300.0  # seconds
 NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
-
-held = contextlib.ExitStack()  # a trainer runs in it: what `hold_folder` locked is free at its end
 
 
 class Holder(Schema):

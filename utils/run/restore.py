@@ -39,6 +39,8 @@ class SavedFlags(Schema):
     world_size: Annotated[int, Field(ge=1)]
     train_steps: Count
     critic_pretrain_steps: Count = 0
+    num_rollouts: Annotated[int, Field(ge=1)] = 1
+    batch_size: Annotated[int, Field(ge=1)] = 1
     replaced_defaults: dict[str, Any] = Field({})
     inputs: Fingerprints | None = None  # in config.json
 

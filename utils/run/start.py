@@ -18,6 +18,7 @@ from utils.run.logger import RunLogger
 from utils.run.restore import Checkpoint, TrainerState
 from utils.run.resume import begin_folder, check_outputs, find_checkpoint, inputs_of
 from utils.run.stop_signal import set_hangup_action
+from utils.run.together import together
 from utils.watchdog import report_progress
 
 
@@ -31,13 +32,14 @@ def start_run(config: RunFlags, kind: type[TrainerState]) -> tuple[Say, Checkpoi
     init_distributed(config.hang_timeout)
     report_progress("start of all ranks")
     say = partial(print, flush=True) if is_main() else lambda text: None
-    config.fingerprints = fingerprints(config, say)
-    check_ranks(config)
-    choose_dtype(config)
-    check_inputs(config.model_save_path, inputs_of(config))
-    hold_folder(config.model_save_path)
-    check_outputs(config)
-    return say, find_checkpoint(config, say, kind)
+    with together():
+        config.fingerprints = fingerprints(config, say)
+        check_ranks(config)
+        choose_dtype(config)
+        check_inputs(config.model_save_path, inputs_of(config))
+        hold_folder(config.model_save_path)
+        check_outputs(config)
+        return say, find_checkpoint(config, say, kind)
 
 
 def open_log(config: RunFlags, checkpoint: Checkpoint | None, num_steps: int) -> RunLogger:
