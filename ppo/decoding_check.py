@@ -19,11 +19,12 @@ PROMPTS = (19, 16, 7, 3)  # tokens
 STEPS = 8
 
 
-def choose_decoding(policy: nn.Module, config, what: str, say: Say) -> None:
+def choose_decoding(policy: nn.Module, config, what: str, say: Say, layered: bool = False) -> None:
     """Sets `policy.decoding` to the first of DECODING by which the policy samples from its own distribution.
 
     The same on all ranks. Raises UserError, which calls the model `what`, if none does: the cache holds keys and values
-    only, so states of other kinds are lost between tokens. config: the run's flags.
+    only, so states of other kinds are lost between tokens. config: the run's flags. layered: the weights are split over
+    ranks and gathered layer by layer, which needs the model's own forward.
     """
     probe = Probe(policy.lm, what)
     settings = policy.decoder.config
@@ -31,6 +32,8 @@ def choose_decoding(policy: nn.Module, config, what: str, say: Say) -> None:
         "triton": can_run_triton(policy.decoder), "llama_step": can_run_llama_step(settings),
         "grouped": can_group(settings), "transformers": True,
     }  # fmt: skip
+    if layered:
+        supported = {"grouped": supported["grouped"], "transformers": True}
     for way in filter(supported.get, DECODING):
         policy.decoding = way
         failure = probe.deviation(lambda: _distance(policy, probe, config))

@@ -1,6 +1,5 @@
 """The models of a run: policy and critic in training engines, reference and reward models frozen."""
 
-import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,16 +14,18 @@ from ppo.decoding_check import choose_decoding
 from ppo.rollout import DECODING
 from reward.scoring.ensemble import Ensemble, Frozen
 from reward.scoring.load import check_same_tokenizer, load_ensemble, load_scalar, reward_readers
-from utils.distributed import world_size
 from utils.engine.engine import DTYPES, InferenceEngine, TrainEngine, device
-from utils.engine.frozen import shard_frozen, splits_frozen
+from utils.engine.frozen import shard_frozen
+from utils.engine.memory import fits_whole
+from utils.engine.split import splitter, whole
 from utils.errors import Say
 from utils.models.chunked_logprobs import by_chunks, head_logits, logprobs_and_entropy
 from utils.models.compile import compile_layers
 from utils.models.export import check_names, saved_tensors
-from utils.models.load import check_window, enable_checkpointing, load_causal_lm
+from utils.models.load import check_window, embedding_rows, enable_checkpointing, load_causal_lm
 from utils.models.padding_free import decoder_of, joins_rows, states_of
 from utils.models.routers import recorded_router_logits, router_coef, router_sums
+from utils.models.split import gathered_by_layer, model_copy
 from utils.tensors import at_tokens, before, places_of
 from utils.tokenizer import template_of
 
@@ -111,44 +112,48 @@ class Models:
 def load_models(config: PPOConfig, tokenizer, say: Say = print) -> Models:
     """Loads each model once, in config.dtype, onto its device, and creates its engine.
 
-    Policy and reference come from one read, as do critic and reward model if they are the same. Host memory holds at
-    most one model's weights per rank. Tokenizers are compared before any weights are read.
+    Policy and reference come from one read, as do critic and reward model if they are the same. Where weights are split
+    over ranks, no rank holds a whole model. Tokenizers are compared before any weights are read.
     """
     critic_path, critic_flag = config.critic_model_path, "--critic_model_path"
     check_same_tokenizer(critic_path, critic_flag, tokenizer, template_of(tokenizer))
     readers = reward_readers(config, tokenizer, say)
     dtype, place = DTYPES[config.dtype], device()
+    split, split_judge = splitter(config, dtype), splitter(config, dtype, True, config.offload_frozen)
     lm = load_causal_lm(
-        config.policy_model_path, dtype, place, config.attn_implementation, tokenizer, say, flag="--policy_model_path"
+        config.policy_model_path, dtype, place, config.attn_implementation, tokenizer, say, "--policy_model_path", split
     )
     check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
     flag = f"--policy_model_path {config.policy_model_path}"
     check_names(AutoModelForCausalLM, lm.config, saved_tensors(lm), flag)
-    split = splits_frozen(config.zero_stage, world_size())
     even_tokens = max(config.micro_batch_tokens, config.maxlen_prompt)
     coef = router_coef(lm, config.router_aux_loss_coef, flag, say)
-    model = PolicyModel(lm, even_tokens if config.zero_stage == 3 else 0, coef)
-    choose_decoding(model, config, flag, say)
-    reference = _freeze(PolicyModel(copy.deepcopy(lm), even_tokens if split else 0), config)
+    model = PolicyModel(lm, even_tokens if split else 0, coef)
+    wanted = config.gather_for_generation
+    layered = bool(split) and (wanted == "never" or (wanted == "auto" and not fits_whole(lm)))
+    with gathered_by_layer(lm) if layered else whole(lm):
+        choose_decoding(model, config, flag, say, layered)
+    freeze = partial(_freeze, config=config, split=bool(split_judge))
+    reference = freeze(PolicyModel(model_copy(lm, split_judge), even_tokens if split_judge else 0))
     if config.gradient_checkpoint is True:
         enable_checkpointing(lm)
-    rows = lm.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(lm)
     policy = TrainEngine(model, config, "policy")
 
-    critic_model = load_scalar(config, critic_path, tokenizer, rows, say, critic_flag)
-    freeze = partial(_freeze, config=config)
-    reward = load_ensemble(config, readers, tokenizer, rows, freeze, say, critic=(critic_path, critic_model))
+    critic_model = load_scalar(config, critic_path, tokenizer, rows, say, critic_flag, split)
+    critic = critic_path, critic_model
+    reward = load_ensemble(config, readers, tokenizer, rows, freeze, say, critic, split_judge)
     if config.gradient_checkpoint is True:
         enable_checkpointing(critic_model.backbone)
     critic = TrainEngine(critic_model, config, "critic")
     if config.compile:
         judges = [member.model.model for member in reward.members] if reward else []
         # Not models that are split over ranks: their layers gather and release weights within a forward.
-        for model in (lm, critic_model, *(() if split else (reference.model, *judges))):
+        for model in (lm, critic_model, *(() if split_judge else (reference.model, *judges))):
             compile_layers(model)
     return Models(policy, critic, reference, reward)
 
 
-def _freeze(model: nn.Module, config: PPOConfig) -> Frozen:
-    whole = not splits_frozen(config.zero_stage, world_size())  # otherwise the engine moves its shards
-    return Frozen(shard_frozen(model, config, config.offload_frozen), config.offload_frozen and whole)
+def _freeze(model: nn.Module, config: PPOConfig, split: bool) -> Frozen:
+    # The engine moves the parts of a model that is split.
+    return Frozen(shard_frozen(model, config, config.offload_frozen), config.offload_frozen and not split)

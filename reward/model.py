@@ -25,8 +25,9 @@ from utils.errors import Say, UserError
 from utils.models.check import check_forward
 from utils.models.chunked_logprobs import head_logits, sum_nll
 from utils.models.export import check_names, saved_tensors, set_ids, write_model
-from utils.models.load import FLAG, fit_vocabulary, from_folder, model_folder
+from utils.models.load import FLAG, fit_vocabulary, from_folder, model_folder, resize_embeddings
 from utils.models.padding_free import has_varlen_kernel, joins_rows, states_of
+from utils.models.split import Split, gathered_by_layer, split_rest
 from utils.models.weight_files import read_tensor, tensor_files
 from utils.tensors import at_tokens, before, last_index
 from utils.tokenizer import stop_ids
@@ -102,12 +103,13 @@ def last_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
 def load_scalar_model(
     path: str, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None, tokenizer=None,
     with_lm_head: bool = False, seed: int = 0, say: Say = print, flag: str = FLAG,
-    trained: bool = False,
+    trained: bool = False, rows: int = 0, split: Split | None = None,
 ) -> ScalarModel:  # fmt: skip
     """Returns the scalar model of a folder or hub id in any of the three layouts, in eval mode.
 
     A missing head is initialised with `seed`; with `trained` it is an error. tokenizer: resize or check the vocabulary.
-    flag: the flag that gave the path. Raises UserError for several labels or a head that does not match.
+    rows: least number of embeddings. flag: the flag that gave the path. split: as in `load_causal_lm`. Raises UserError
+    for several labels or a head that does not match.
     """
     folder = model_folder(path, flag)
     files = tensor_files(folder, flag)
@@ -120,11 +122,14 @@ def load_scalar_model(
     if with_lm_head and name == HEAD_NAMES[0]:
         raise UserError(f"{flag}: {path} is a classifier without an LM head; use it with --reward_lm_loss_factor 0")
     auto_class = AutoModelForCausalLM if with_lm_head else AutoModel
-    model = from_folder(auto_class, folder, dtype, device, attn_implementation, flag, say)
+    model = from_folder(auto_class, folder, dtype, device, attn_implementation, flag, say, split)
     if tokenizer is not None:
         fit_vocabulary(model, tokenizer, f"{flag} {path}", say)
     backbone, lm_head = (model.base_model, model.get_output_embeddings()) if with_lm_head else (model, None)
-    check_forward(model.to(device), f"{flag} {path}", say, with_lm_head)
+    resize_embeddings(model, rows)
+    split_rest(model, split, device)
+    with gathered_by_layer(model):
+        check_forward(model, f"{flag} {path}", say, with_lm_head)
     if type(model.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         kind = f"a {model.config.model_type} model, which transformers has no sequence classification for"
         raise UserError(f"{flag}: {path} is {kind}: it cannot be saved; use another architecture")

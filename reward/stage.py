@@ -19,6 +19,7 @@ from reward.metrics import evaluation_metrics, mean_best_score
 from reward.model import ScalarModel, check_scalar_export, load_scalar_model, save_scalar_model, set_dropout
 from utils.distributed import rank, world_size
 from utils.engine.engine import DTYPES, TrainEngine, device
+from utils.engine.split import splitter
 from utils.errors import Say
 from utils.models.compile import compile_layers
 from utils.models.load import FLAG, check_window, enable_checkpointing
@@ -126,7 +127,8 @@ def load(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Say) -> 
     """Returns the model to train, configured by the flags."""
     path, dtype, attention = config.hf_model_name_or_path, DTYPES[config.dtype], config.attn_implementation
     with_lm = config.reward_lm_loss_factor > 0
-    model = load_scalar_model(path, dtype, device(), attention, tokenizer, with_lm, config.seed, say)
+    split = splitter(config, dtype)
+    model = load_scalar_model(path, dtype, device(), attention, tokenizer, with_lm, config.seed, say, split=split)
     check_window(model, config.context_truncate, "--context_truncate")
     check_scalar_export(model, f"{FLAG} {path}")
     model.even_tokens = config.even_tokens

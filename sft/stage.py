@@ -16,6 +16,7 @@ from sft.packed_batches import Layout, PackedRow
 from sft.samples import sample_answers
 from utils.distributed import rank, world_size
 from utils.engine.engine import DTYPES, TrainEngine, device
+from utils.engine.split import splitter
 from utils.errors import Say, UserError
 from utils.flags.checks import is_default
 from utils.models.compile import compile_layers
@@ -23,6 +24,7 @@ from utils.models.export import check_names, save_causal_lm, saved_tensors
 from utils.models.load import FLAG, check_window, enable_checkpointing, load_causal_lm
 from utils.models.padding_free import decoder_of, has_varlen_kernel
 from utils.models.routers import ROUTER_METRICS
+from utils.models.split import gathered_by_layer
 from utils.run.supervised_loop import Stage, evaluate
 from utils.tensors import to_device
 from utils.tokenizer import template_of
@@ -113,12 +115,14 @@ def build_stage(
 def load(config: SFTConfig, tokenizer, say: Say) -> tuple[PreTrainedModel, Layout]:
     """Returns (the model to train, configured by the flags; the layout of its batches)."""
     path, dtype = config.hf_model_name_or_path, DTYPES[config.dtype]
-    lm = load_causal_lm(path, dtype, device(), config.attn_implementation, tokenizer, say)
+    split = splitter(config, dtype)
+    lm = load_causal_lm(path, dtype, device(), config.attn_implementation, tokenizer, say, split=split)
     check_window(lm, config.context_truncate, "--context_truncate")
     check_names(AutoModelForCausalLM, lm.config, saved_tensors(lm), f"{FLAG} {path}")
     joined = has_varlen_kernel(decoder_of(lm))
     packing = config.packing and not joined
-    failure = packing_failure(lm, f"{FLAG} {path}") if packing else None
+    with gathered_by_layer(lm):
+        failure = packing_failure(lm, f"{FLAG} {path}") if packing else None
     if failure:
         say(f"--packing is off: packed dialogues would affect each other in {type(lm).__name__} ({failure})")
     if config.gradient_checkpoint is True:

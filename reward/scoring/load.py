@@ -1,6 +1,5 @@
 """Loads critics and reward models; a reward model with the tokenizer and template that it was trained on."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,8 @@ from reward.scoring.ensemble import Encoding, Ensemble, Frozen, Member, check_la
 from reward.scoring.flags import RewardFlags
 from utils.engine.engine import DTYPES, device
 from utils.errors import Say, UserError
-from utils.models.load import check_window, model_folder, resize_embeddings, window_of
+from utils.models.load import check_window, model_folder, window_of
+from utils.models.split import Split, model_copy
 from utils.tokenizer import has_tokenizer, load_tokenizer, template_of
 
 PROBE = [
@@ -82,41 +82,46 @@ def _same_ids(tokenizer, template: str, theirs, their_template: str) -> bool:
 
 def load_ensemble(
     config: RewardFlags, readers: list[Reader], tokenizer, rows: int, freeze: Callable[[nn.Module], Frozen],
-    say: Say, critic: tuple[str, ScalarModel] | None = None,
+    say: Say, critic: tuple[str, ScalarModel] | None = None, split: Split | None = None,
 ) -> Ensemble | None:  # fmt: skip
     """Loads and freezes the reward models one after the other; returns None if there are none.
 
     rows: number of the policy's embeddings. critic: its (path, model), copied if it is also a reward model. freeze:
-    also moves a model to host memory if it is offloaded.
+    also moves a model to host memory if it is offloaded. split: as in `load_causal_lm`.
     """
     members = []
     for reader in readers:
         if reader.own:
-            model = _load(config, reader.path, config.reward_flag, reader.own[0], say, trained=True)
+            model = _load(config, reader.path, config.reward_flag, reader.own[0], say, True, split=split)
             encoding = Encoding(*reader.own, window_of(model))
         else:
             shared = critic is not None and reader.path == critic[0]
-            model = copy.deepcopy(critic[1]) if shared else load_scalar(config, reader.path, tokenizer, rows, say)
+            load = partial(load_scalar, config, reader.path, tokenizer, rows, say, split=split)
+            model = model_copy(critic[1], split) if shared else load()
             encoding = None
         members.append(Member(freeze(model), window_of(model), encoding))
     return Ensemble(members, config.reward_ensemble, config.ensemble_std_coef) if members else None
 
 
-def load_scalar(config: RewardFlags, path: str, tokenizer, rows: int, say: Say, flag: str | None = None) -> ScalarModel:
+def load_scalar(
+    config: RewardFlags, path: str, tokenizer, rows: int, say: Say, flag: str | None = None, split: Split | None = None
+) -> ScalarModel:
     """Loads a critic, or a reward model that reads the policy's ids, with at least the policy's `rows` embeddings."""
     flag = flag or config.reward_flag
-    model = _load(config, path, flag, tokenizer, say, trained=path in config.reward_paths)
+    model = _load(config, path, flag, tokenizer, say, path in config.reward_paths, rows, split)
     check_window(model, config.maxlen_prompt, f"{flag} {path}: --maxlen_prompt")
-    if model.backbone.get_input_embeddings().weight.shape[0] < rows:
-        resize_embeddings(model.backbone, rows)
     return model
 
 
-def _load(config: RewardFlags, path: str, flag: str, tokenizer, say: Say, trained: bool):
+def _load(
+    config: RewardFlags, path: str, flag: str, tokenizer, say: Say, trained: bool, rows: int = 0,
+    split: Split | None = None,
+) -> ScalarModel:  # fmt: skip
     dtype, attention = DTYPES[config.dtype], config.attn_implementation
     return load_scalar_model(
-        path, dtype, device(), attention, tokenizer, seed=config.seed, say=say, flag=flag, trained=trained
-    )
+        path, dtype, device(), attention, tokenizer, seed=config.seed, say=say, flag=flag, trained=trained, rows=rows,
+        split=split,
+    )  # fmt: skip
 
 
 def check_same_tokenizer(path: str, flag: str, tokenizer, template: str) -> None:

@@ -17,14 +17,15 @@ from torch import nn
 
 from utils.deterministic import strictly
 from utils.device import device
-from utils.distributed import any_rank, is_main, rank, world_size
+from utils.distributed import is_main, rank, world_size
 from utils.engine.chunked_adamw import use_chunked_step
-from utils.engine.memory import free_memory
+from utils.engine.memory import fits_whole
 from utils.engine.settings import adds_up_in_place, deepspeed_config
 from utils.engine.state import SharedState, load_state, scale_weight, state_tensors
 from utils.errors import UserError
 from utils.flags.engine import EngineConfig
 from utils.models.export import saved_tensors
+from utils.models.split import whole_shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # On Hopper and Blackwell PyTorch prefers cuDNN's attention, which plans for tens of milliseconds at each new length
@@ -83,7 +84,7 @@ class TrainEngine:
         self._bad_gradient = torch.zeros((), dtype=torch.bool, device=device())
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         for parameter in self.parameters:
-            if parameter.dim() == 1:  # norms: small, in every layer, and every gradient passes through one
+            if len(whole_shape(parameter)) == 1:  # norms: small, in every layer, and every gradient passes through one
                 parameter.register_hook(self._note_gradient)
         betas = (config.adam_beta1, config.adam_beta2)
         options = {"lr": 0.0, "betas": betas, "eps": config.adam_eps, "weight_decay": 0.0}
@@ -193,9 +194,7 @@ class TrainEngine:
         """Whether each rank has free memory for 1.5 times the whole weights. Collective."""
         if self.zero_stage < 3:
             return True
-        element = torch.finfo(next(self.module.parameters()).dtype).bits // 8
-        needed = 1.5 * element * sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
-        return not any_rank(needed > free_memory(), device())
+        return fits_whole(self.module)
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Returns name -> whole tensor in host memory on rank 0, {} elsewhere. Collective, gathers one by one."""

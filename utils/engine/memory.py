@@ -8,9 +8,11 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 
 from utils.device import device, on_gpu
-from utils.distributed import max_ranks, world_size
+from utils.distributed import any_rank, max_ranks, world_size
+from utils.models.split import whole_shape
 
 ROOM = 0.9  # share of a GPU's memory that plans and automatic sizes may use
 BUFFER = 1 << 30  # bytes
@@ -30,6 +32,12 @@ def free_memory() -> int:
         # Memory that PyTorch's allocator caches is free as well.
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return free_host_memory()
+
+
+def fits_whole(model: nn.Module) -> bool:
+    """Whether each rank has free memory for 1.5 times the whole weights of a model. Collective."""
+    needed = 1.5 * sum(whole_shape(x).numel() * x.itemsize for x in model.parameters())
+    return not any_rank(needed > free_memory(), device())
 
 
 def device_room() -> int | None:

@@ -16,6 +16,7 @@ from utils.distributed import any_rank
 from utils.errors import Say, UserError
 from utils.models.chunked_logprobs import head_logits
 from utils.models.padding_free import decoder_of, joins_rows, states_of
+from utils.models.split import is_split, whole_shape
 
 LENGTHS = (29, 17, 6)  # tokens of the rows
 LEAST_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.01}
@@ -121,24 +122,25 @@ class Probe:
 @contextlib.contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
     """Context in which the parameters are float32 copies, of 4 bytes each."""
-    kept = [(parameter, parameter.data) for parameter in model.parameters()]
+    parts = [parameter.ds_tensor for parameter in model.parameters() if is_split(parameter)]
+    kept = [(tensor, tensor.data) for tensor in (*model.parameters(), *parts)]
     try:
-        for parameter, data in kept:
-            parameter.data = data.float()
+        for tensor, data in kept:
+            tensor.data = data.float()
         yield
     finally:
-        for parameter, data in kept:
-            parameter.data = data
+        for tensor, data in kept:
+            tensor.data = data
 
 
 def probe_rows(model: PreTrainedModel) -> list[torch.Tensor]:
     """Returns rows of LENGTHS ids without special ones, the same in every call, on the model's device."""
-    table = model.get_input_embeddings().weight
+    device, rows = model.get_input_embeddings().weight.device, whole_shape(model.get_input_embeddings().weight)[0]
     parts = (model.config, model.config.get_text_config())
     taken = {x for part in parts for name, x in vars(part).items() if "token" in name and isinstance(x, int)}
-    free = torch.tensor([i for i in range(min(len(table), 50_000)) if i not in taken])
+    free = torch.tensor([i for i in range(min(rows, 50_000)) if i not in taken])
     generator = torch.Generator().manual_seed(0)
-    return [free[torch.randint(len(free), (length,), generator=generator)].to(table.device) for length in LENGTHS]
+    return [free[torch.randint(len(free), (length,), generator=generator)].to(device) for length in LENGTHS]
 
 
 def distance(found: list[torch.Tensor], true: list[torch.Tensor]) -> float:

@@ -21,6 +21,7 @@ from utils.hub import download_model, is_hub_id
 from utils.models.check import check_forward
 from utils.models.compile import layers_of
 from utils.models.config import check_counts, check_memory, read_config
+from utils.models.split import Split, gathered_by_layer, not_finite, split_rest, splitting_layers, whole_shape
 from utils.models.weight_files import reason_of, stored_tensors, tensor_files
 from utils.tokenizer import check_vocabulary
 from utils.watchdog import report_progress
@@ -30,18 +31,21 @@ FLAG = "--hf_model_name_or_path"
 
 def load_causal_lm(
     path: str, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None, tokenizer=None,
-    say: Say = print, flag: str = FLAG,
+    say: Say = print, flag: str = FLAG, split: Split | None = None,
 ) -> PreTrainedModel:  # fmt: skip
     """Returns the causal LM in the folder or hub id `path`, in `dtype` on `device`, without dropout, in eval mode.
 
     tokenizer: its vocabulary is checked, and the embedding grows for the tags of moss_zh. flag: the flag of `path`.
-    Raises UserError for a folder that is damaged, and for an architecture that fails utils/models/check.py.
+    split: splits the weights over the ranks as they are read. Collective then. Raises UserError for a folder that is
+    damaged, and for an architecture that fails utils/models/check.py.
     """
     folder = model_folder(path, flag)
-    model = from_folder(AutoModelForCausalLM, folder, dtype, device, attn_implementation, flag, say)
+    model = from_folder(AutoModelForCausalLM, folder, dtype, device, attn_implementation, flag, say, split)
     if tokenizer is not None:
         fit_vocabulary(model, tokenizer, f"{flag} {path}", say)
-    check_forward(model, f"{flag} {path}", say)
+    split_rest(model, split, device)
+    with gathered_by_layer(model):
+        check_forward(model, f"{flag} {path}", say)
     return model
 
 
@@ -114,10 +118,13 @@ def _attention_kernel(asked: str | None, config: PretrainedConfig, folder: Path,
 
 def from_folder(
     auto_class: type, folder: Path, dtype: torch.dtype, device: torch.device, attn_implementation: str | None,
-    flag: str, say: Say = print,
+    flag: str, say: Say = print, split: Split | None = None,
 ) -> PreTrainedModel:  # fmt: skip
-    """Calls `auto_class.from_pretrained` in `dtype`. Raises UserError for weights that are missing or not finite."""
-    options = {"device_map": {"": device}} if device.type == "cuda" else {}
+    """Calls `auto_class.from_pretrained` in `dtype`. Raises UserError for weights that are missing or not finite.
+
+    split: the layers are split over the ranks; the caller must call `split_rest`.
+    """
+    options = {"device_map": {"": device}} if device.type == "cuda" and split is None else {}
     with _loading(folder, flag):
         stored = stored_tensors(folder, flag)
         config = without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False))
@@ -126,11 +133,13 @@ def from_folder(
     if kernel := _attention_kernel(attn_implementation, config, folder, flag, say):
         options["attn_implementation"] = kernel
     with _loading(folder, flag, attn_implementation):
-        check_memory(meta_model(auto_class, config, dtype), stored)
-        model, report = auto_class.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False,
-            ignore_mismatched_sizes=True, **options,
-        )  # fmt: skip
+        outline = meta_model(auto_class, config, dtype)
+        check_memory(outline, stored)
+        with splitting_layers(split, outline):
+            model, report = auto_class.from_pretrained(
+                folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False,
+                ignore_mismatched_sizes=True, **options,
+            )  # fmt: skip
     if report["mismatched_keys"]:
         name, stored, wanted = sorted(report["mismatched_keys"])[0]
         raise UserError(f"{flag}: {folder} holds {name} in shape {list(stored)}, not {list(wanted)}; copy it again")
@@ -139,9 +148,8 @@ def from_folder(
         raise UserError(f"{flag}: {folder} has no weights for {missing[0]} and {len(missing) - 1} more; copy it again")
     if model.config.is_encoder_decoder:
         raise UserError(f"{flag}: {folder}/config.json is of an encoder-decoder; use a decoder")
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise UserError(f"{flag}: {folder} holds weights that are not finite ({name}); use an earlier checkpoint")
+    if name := not_finite(model):
+        raise UserError(f"{flag}: {folder} holds weights that are not finite ({name}); use an earlier checkpoint")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -218,9 +226,14 @@ def check_window(model: nn.Module, max_tokens: int, flag: str) -> None:
         raise UserError(f"{flag} {max_tokens}{reason}; use at most {window}")
 
 
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Returns the number of tokens that a model has embeddings for."""
+    return whole_shape(model.get_input_embeddings().weight)[0]
+
+
 def fit_vocabulary(model: PreTrainedModel, tokenizer, what: str, say: Say) -> None:
     """Grows the embedding for the tokenizer's moss_zh tags. Raises UserError if other tokens are beyond it."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(model)
     needed = check_vocabulary(tokenizer, rows, what)
     if needed > rows:
         resize_embeddings(model, needed)
@@ -228,8 +241,10 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer, what: str, say: Say) -> No
 
 
 def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
-    """Grows input and output embeddings to `rows`; each new row is the mean of the old ones."""
-    old = model.get_input_embeddings().weight.shape[0]
+    """Grows input and output embeddings to at least `rows`; each new row is the mean of the old ones."""
+    old = embedding_rows(model)
+    if old >= rows:
+        return
     model.resize_token_embeddings(rows, mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if layer is not None:
