@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs PPO, or prints a plan (--plan). Flags are checked before torch and deepspeed are imported."""
     config = parse_args(PPOConfig, argv, PRESETS, AMOUNTS)
     if config.plan:
-        from ppo.planning.plan import print_plan
+        from ppo.planning.report import print_plan
 
         print_plan(config)
         return

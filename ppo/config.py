@@ -139,7 +139,7 @@ class PPOConfig(
             critic_pretrain_steps=(0, None), critic_init_scale=(0, None), num_eval_prompts=(0, None),
             num_samples=(0, None), best_max_kl=(0, None), skip_bad_batches=(0, None), alarm_kl=(0, None),
             alarm_perplexity=(0, None), alarm_eos=(0, 1), alarm_length=(0, None), alarm_score_std=(0, None),
-            plan_gpus=(0, None), plan_gpu_memory=(0, None),
+            plan_gpus=(0, None), plan_gpu_memory=(0, None), plan_network=(0, None),
         )  # fmt: skip
         if self.on_collapse == "rollback" and not self.checkpoint_per_step:
             raise UserError("--on_collapse rollback needs checkpoints: pass --checkpoint_per_step above 0")

@@ -243,3 +243,6 @@ class PlanFlags:
     """GPU of the plan"""
     plan_gpu_memory: float = 0.0
     """Memory of each GPU of the plan, in GiB; 0: that of --plan_gpu"""
+    plan_network: float = 0.0
+    """Network rate of each node of 8 GPUs of the plan, over all its ports, in Gbit/s; 0: a100 1600, h100 and h200 3200,
+    4090 100"""

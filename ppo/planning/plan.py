@@ -1,12 +1,12 @@
-"""`train_ppo.py --plan`: predicts the memory of a run from shapes alone, without reading weights.
+"""Predicts the memory of a run from shapes alone, without reading weights.
 
 Assumptions: GPUs; a run after its first optimizer step; attention that keeps no [length, length] scores; prompts and
 responses of full length; reward models that read the policy's ids. Activations are counted on the meta device. Not
 counted: the CUDA context, libraries, fragmentation; so a plan fits if it leaves a tenth of the memory.
 """
 
-import os
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -14,18 +14,16 @@ from ppo.config import PPOConfig
 from ppo.decoding.kv_cache import AUTO_SLOTS, columns_for, slots_for, slots_in
 from ppo.models import CHUNK_ELEMENTS, Models
 from ppo.planning.shapes import Shapes, cache_bytes, models_of, slot_bytes
-from ppo.planning.step_time import CARDS, checkpoint, phases, table
+from ppo.planning.step_time import CARDS
 from utils.distributed import world_size
 from utils.engine.engine import DTYPES
 from utils.engine.frozen import splits_frozen
-from utils.engine.memory import ROOM, device_room
+from utils.engine.memory import ROOM, device_memory, device_room
 from utils.errors import Say
-from utils.flags.checks import choose
 from utils.memory.activation_peak import peak_bytes
 from utils.memory.recompute import layers_kept, num_layers, predicted, recompute_fewest, refuse_eager, training_peak
 from utils.memory.zero_bytes import backward_bytes, gathered_bytes, moment_bytes, optimizer_bytes, weight_bytes
 from utils.models.chunked_logprobs import logits_bytes
-from utils.models.load import attention_cap
 
 PHASES = ("rollout", "score", "backward", "step")
 GIB = 2**30
@@ -58,14 +56,33 @@ class Plan:
 
 def plan(config: PPOConfig, gpus: int) -> Plan:
     """Returns the plan of a run on `gpus` GPUs of --plan_gpu."""
+    config = with_gathering(config, gpus, gpu_bytes(config))
     rows, host = fixed_rows(config, gpus)
     free = int(ROOM * gpu_bytes(config)) - sum(map(min, rows.values()))
     sizes = choose_sizes(config, gpus, rows, free)
     return Plan(rows | pass_rows(config, sizes), host, sizes)
 
 
+def with_gathering(config: PPOConfig, gpus: int, memory: float) -> PPOConfig:
+    """Returns the flags with --gather_for_generation auto decided as `TrainEngine.fits_gathered` does.
+
+    memory: bytes of each GPU.
+    """
+    if config.zero_stage < 3 or config.gather_for_generation != "auto":
+        return config
+    decided, policy = copy(config), models_of(config)[0]["policy"]
+    decided.gather_for_generation = "never"
+    free = memory - sum(map(min, fixed_rows(decided, gpus)[0].values()))
+    if 1.5 * DTYPES[config.dtype].itemsize * policy.numel <= free:
+        decided.gather_for_generation = "always"
+    return decided
+
+
 def fixed_rows(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
-    """Returns rows and host memory of a plan without key-value cache and activations, which depend on `Sizes`."""
+    """Returns rows and host memory of a plan without key-value cache and activations, which depend on `Sizes`.
+
+    config: with --gather_for_generation decided by `with_gathering`.
+    """
     stage, dtype = config.zero_stage, DTYPES[config.dtype]
     element = dtype.itemsize
     models, rewards = models_of(config)
@@ -148,6 +165,7 @@ def measured_sizes(config: PPOConfig, models: Models, free: int) -> Sizes:
     """Returns the sizes for a GPU with `free` bytes before the first optimizer step, which allocates Adam's moments."""
     refuse_eager(models.policy.module.lm.config)
     gpus, trained = world_size(), [model.numels for model in models_of(config)[0].values()]
+    config = with_gathering(config, gpus, device_memory())
     rows, _ = fixed_rows(config, gpus)
     return choose_sizes(config, gpus, rows, free - moment_bytes(trained, config, gpus))
 
@@ -199,49 +217,3 @@ def host_bytes(config: PPOConfig, states: int, frozen: int, policy: int) -> dict
     if config.offload_frozen:
         rows["reference and reward models"] = frozen
     return rows
-
-
-def print_plan(config: PPOConfig) -> None:
-    """Prints tables of memory and time, and whether the run fits its GPUs. Only the first process prints."""
-    if int(os.environ.get("RANK", "0")):
-        return
-    if config.dtype == "auto":
-        choose(config, "dtype", "bf16", f"the plan is for {config.plan_gpu} GPUs")
-    gpus = config.plan_gpus or int(os.environ.get("WORLD_SIZE", "1"))
-    found, (models, rewards) = plan(config, gpus), models_of(config)
-    layers = {name: num_layers(model.decoder) for name, model in models.items()}
-    recomputed = {name: count - found.sizes.kept[name] for name, count in layers.items()}
-    recomputing = (f"{recomputed[name]} of {count} layers of the {name} recomputed" for name, count in layers.items())
-    print(
-        f"GiB on each of {gpus} GPU(s), ZeRO-{config.zero_stage}, {config.dtype}, {found.sizes.slots} slots, "
-        + ", ".join(recomputing)
-    )
-    print(f"{'':36}" + "".join(f"{phase:>10}" for phase in PHASES))
-    for name, row in [*found.rows.items(), ("total", found.totals)]:
-        print(f"{name:36}" + "".join(f"{size / GIB:10.2f}" for size in row))
-    print("\nGiB of host memory per process")
-    for name, size in found.host.items():
-        print(f"{name:46}{size / GIB:10.2f}")
-    print("\n" + verdict(config, gpus, found.totals))
-    trained, frozen = {name: model.work for name, model in models.items()}, [model.work for model in rewards]
-    share = sum(recomputed.values()) / sum(layers.values())
-    seconds = phases(config, gpus, trained, frozen, found.sizes.slots, share)
-    print("\n" + table(config, seconds, checkpoint(config, gpus, trained)))
-    if attention_cap(models["policy"].decoder.config):
-        print("Not counted: attention scores of eager attention, which this policy needs for its cap of them")
-
-
-def verdict(config: PPOConfig, gpus: int, totals: list[int]) -> str:
-    """Returns one line: whether the run fits, and if not, which single flags would reduce its memory."""
-    peak, available = max(totals) / GIB, gpu_bytes(config) / GIB
-    where = f"{peak:.1f} of {available:g} GiB, in {PHASES[totals.index(max(totals))]}"
-    if peak <= ROOM * available:
-        return f"FITS: {where}"
-    changes = [{"gradient_checkpoint": True}, {"zero_stage": 3}, {"offload_optimizer": True}, {"offload_frozen": True}]
-    helps = []
-    for change in changes:
-        other = max(plan(replace(config, **change), gpus).totals) / GIB
-        if other < 0.98 * peak:
-            helps += [f"--{name} {value}: {other:.1f} GiB" for name, value in change.items()]
-    result = "DOES NOT FIT" if peak > available else f"TIGHT (less than {100 * (1 - ROOM):.0f} % left for CUDA)"
-    return f"{result}: {where}. Each flag alone gives {'; '.join(helps) or 'no reduction: use smaller batches'}"

@@ -1,16 +1,17 @@
 """Predicts the seconds of each phase of a buffer on a GPU from bytes, FLOPs and kernel launches.
 
-Assumes prompts and responses as long as the flags allow, a single node, and that a token passes all experts of a
-mixture. Evaluation, --reward_fn and the host's work between forwards are not counted.
+Assumes prompts and responses as long as the flags allow, nodes of NODE GPUs, and that a token passes all experts of a
+mixture. Evaluation, --reward_fn, the host's work between forwards and the latency of a network are not counted.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ppo.config import PPOConfig
 
 LAUNCHES = 23  # kernels per decoder layer in a forward
 CPU_ADAM = 1e9  # parameters per second in a step of CPU Adam, per process; not measured yet
 DISK = 2e9  # bytes per second written by a node; not measured yet
+NODE = 8  # GPUs per node
 STEP_BYTES = 30  # per parameter in an optimizer step: weight and two moments read and written, gradient, bf16 weight
 
 
@@ -24,6 +25,7 @@ class Card:
     bandwidth: float  # bytes/s of its memory
     host: float  # bytes/s to or from the host, PCIe
     link: float  # bytes/s to other GPUs of the node: NVLink, or PCIe
+    network: float  # bytes/s from a node to others, over all its ports
     product_share: float = 0.8  # of the matrix rate, in a product of 8192 x 8192
     forward_share: float = 0.7  # of that product's rate, in a whole forward
     backward_share: float = 0.7
@@ -39,10 +41,10 @@ class Card:
 
 
 CARDS = {
-    "a100": Card(80, 312e12, 19.5e12, 2.04e12, 32e9, 300e9),
-    "h100": Card(80, 989e12, 66.9e12, 3.35e12, 64e9, 450e9),
-    "h200": Card(141, 989e12, 66.9e12, 4.8e12, 64e9, 450e9),
-    "4090": Card(24, 165e12, 82.6e12, 1.01e12, 32e9, 32e9, launch=8e-6),
+    "a100": Card(80, 312e12, 19.5e12, 2.04e12, 32e9, 300e9, 200e9),
+    "h100": Card(80, 989e12, 66.9e12, 3.35e12, 64e9, 450e9, 400e9),
+    "h200": Card(141, 989e12, 66.9e12, 4.8e12, 64e9, 450e9, 400e9),
+    "4090": Card(24, 165e12, 82.6e12, 1.01e12, 32e9, 32e9, 12.5e9, launch=8e-6),
 }
 
 
@@ -65,12 +67,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Phase:
-    """Predicted seconds, a lower bound by the data sheet's rates, and what limits the prediction."""
+    """Predicted seconds, a lower bound by the data sheet's rates, what limits the prediction, bytes each GPU sends."""
 
     name: str
     seconds: float
     floor: float
     bound: str
+    sent: float = 0.0
 
 
 def phases(
@@ -84,15 +87,14 @@ def phases(
 
 
 def checkpoint(config: PPOConfig, gpus: int, trained: dict[str, Work]) -> Phase:
-    """Predicts writing a checkpoint. Its lower bound is the copy to host memory: a thread may do the rest."""
+    """Predicts writing a checkpoint: each node its share. Its lower bound is the copy to host memory."""
     size, card = 12 * sum(work.numel for work in trained.values()), CARDS[config.plan_gpu]
-    return Phase("checkpoint", size / DISK, size / gpus / card.host, "disk")
+    return Phase("checkpoint", size / DISK / -(-gpus // NODE), size / gpus / card.host, f"disk, {size / 1e9:.0f} GB")
 
 
-def slowest(**seconds: float) -> tuple[float, str]:
-    """Returns seconds and name of the longest of operations that run at the same time."""
-    name = max(seconds, key=seconds.__getitem__)
-    return seconds[name], name.replace("_", " ")
+def in_turn(*parts: tuple[float, str]) -> tuple[float, str]:
+    """Returns the seconds of operations one after another, and the name of the longest."""
+    return sum(seconds for seconds, _ in parts), max(parts)[1]
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,25 @@ class _Run:
         """Seconds at the data sheet's matrix rate."""
         return flops / (self.card.bf16 if self.config.dtype == "bf16" else self.card.fp32)
 
-    def between(self, size: float) -> float:
-        """Seconds to gather these bytes from all ranks, or to reduce them to shares."""
-        return size * (self.gpus - 1) / self.gpus / (self.card.link * self.card.link_share)
+    def gather(self, size: float) -> float:
+        """Bytes that each GPU sends to gather `size` bytes from all ranks, or to reduce them to shares: ring."""
+        return size * (self.gpus - 1) / self.gpus
+
+    def exchange(self, sent: float) -> tuple[float, str]:
+        """Seconds for each GPU to send these bytes, and where. Source: NCCL tests, PERFORMANCE.md, "bus bandwidth".
+
+        A collective is several rings over all GPUs. Each enters and leaves a node once, through a port of its own. So
+        all ports of a node together send as much as each GPU's link: the slower one of them limits the rings.
+        """
+        network = self.config.plan_network * 1e9 / 8 or self.card.network
+        if self.gpus > NODE and network < self.card.link:
+            return sent / (network * self.card.link_share), "exchange between nodes"
+        return sent / (self.card.link * self.card.link_share), "exchange between GPUs"
+
+    def slowest(self, sent: float, **seconds: float) -> tuple[float, str]:
+        """Returns seconds and name of the longest of operations that run at the same time, one sends these bytes."""
+        others = [(value, name.replace("_", " ")) for name, value in seconds.items()]
+        return max(*others, self.exchange(sent), key=lambda operation: operation[0])
 
     def forwards(self, rows: float) -> int:
         """Number of micro-batches of rows of full length."""
@@ -124,27 +142,34 @@ class _Run:
         return forwards * model.layers * LAUNCHES * self.card.launch
 
     def rollout(self, policy: Work, slots: int) -> list[Phase]:
-        """Predicts prompts and new tokens: one step per token of a response, one response after another per slot."""
+        """Predicts prompts and new tokens: one step per token of a response, one response after another per slot.
+
+        Under ZeRO-3 the weights are gathered once, before the prompts, or in every forward.
+        """
         config, card, rows, response = self.config, self.card, self.rows, self.config.maxlen_res
-        prompt = config.maxlen_prompt - response
-        flops = policy.flops(rows, prompt, 1)
-        launches = self.launches(policy, self.forwards(rows))
-        prefill = slowest(matrix_products=flops / card.rate(config.dtype), launches=launches)
+        prompt, forwards = config.maxlen_prompt - response, self.forwards(rows)
         steps, weights = -int(-rows // slots) * response, self.element * (policy.body + policy.head)
+        split, once = config.zero_stage == 3, config.gather_for_generation != "never"
+        each = self.gather(self.element * policy.numel) if split else 0.0
+        before, in_prefill, in_steps = (each, 0.0, 0.0) if once else (0.0, forwards * each, steps * each)
+        flops = policy.flops(rows, prompt, 1)
+        prefill = self.slowest(
+            in_prefill, matrix_products=flops / card.rate(config.dtype), launches=self.launches(policy, forwards)
+        )
         cache = rows * response * (prompt + response / 2) * policy.token
-        captured = policy.captured and (config.zero_stage < 3 or config.gather_for_generation != "never")
-        times = {
-            "memory": (steps * weights + cache) / (card.bandwidth * card.bandwidth_share),
-            "launches": card.launch * steps if captured else self.launches(policy, steps),
-            "matrix_products": policy.flops(rows * response, 1, 1) / card.rate(config.dtype),
-        }
-        if config.zero_stage == 3:
-            gathers = steps if config.gather_for_generation == "never" else 1
-            times["gathering_weights"] = gathers * self.between(self.element * policy.numel)
-        decoding = slowest(**times)
+        captured = policy.captured and (once or not split)
+        decoding = self.slowest(
+            in_steps,
+            memory=(steps * weights + cache) / (card.bandwidth * card.bandwidth_share),
+            launches=card.launch * steps if captured else self.launches(policy, steps),
+            matrix_products=policy.flops(rows * response, 1, 1) / card.rate(config.dtype),
+        )
         floor = (response * weights + cache) / card.bandwidth
-        prompts = Phase("prompts", prefill[0], self.sheet(flops), prefill[1])
-        return [prompts, Phase("new tokens", decoding[0], floor, decoding[1])]
+        prompts = in_turn(self.exchange(before), prefill)
+        return [
+            Phase("prompts", prompts[0], self.sheet(flops), prompts[1], before + in_prefill),
+            Phase("new tokens", decoding[0], floor, decoding[1], in_steps),
+        ]
 
     def score(self, models: dict[str, Work], rewards: list[Work]) -> Phase:
         """Predicts a forward of each model. From ZeRO-1 on, frozen models are split, and gathered layer by layer."""
@@ -155,13 +180,15 @@ class _Run:
         split = self.gpus > 1 and config.zero_stage > 0
         gathered = (frozen if split else []) + (trained if config.zero_stage == 3 else [])
         copied = sum(m.numel for m in frozen) * self.element if config.offload_frozen else 0
-        seconds, bound = slowest(
+        sent = forwards * self.gather(self.element * sum(m.numel for m in gathered))
+        passes = self.slowest(
+            sent,
             matrix_products=flops / self.card.rate(config.dtype),
             launches=sum(self.launches(m, forwards) for m in trained + frozen),
-            gathering_weights=forwards * self.between(self.element * sum(m.numel for m in gathered)),
         )
         copies = copied * (forwards / self.gpus if split else 1) / (self.card.host * self.card.host_share)
-        return Phase("scoring", seconds + copies, self.sheet(flops), bound if seconds > copies else "copies from host")
+        seconds, bound = in_turn(passes, (copies, "copies from host"))
+        return Phase("scoring", seconds, self.sheet(flops), bound, sent)
 
     def update(self, models: list[Work], recomputed: float) -> Phase:
         """Predicts forwards, recomputed layers, backwards (twice the FLOPs), gradients over ranks, optimizer steps."""
@@ -172,29 +199,20 @@ class _Run:
             m.flops(self.rows, config.maxlen_prompt, config.maxlen_res if m.head else 0) for m in models
         )
         passes = (1 + recomputed) * flops / card.rate(config.dtype) + 2 * flops / card.rate(config.dtype, backward=True)
-        # ZeRO-2 and 3 reduce each micro-batch's gradients during its backward; ZeRO-3 gathers weights twice.
-        each = self.between(self.element * numel) * {2: 1, 3: 3}.get(config.zero_stage, 0)
-        seconds, bound = slowest(
+        # An all-reduce counts twice. DeepSpeed's ZeRO-1 and 2 all-reduce gradients, ZeRO-2 and 3 in each micro-batch's
+        # backward; ZeRO-3 reduces them to shares and gathers weights twice. After a step, ZeRO-1 and 2 gather weights.
+        each = self.gather(self.element * numel)
+        during = forwards * each * {2: 2, 3: 3}.get(config.zero_stage, 0)
+        after = steps * each * {0: 2, 1: 3, 2: 1, 3: 0}[config.zero_stage]
+        backward = self.slowest(
+            during,
             matrix_products=passes,
             launches=(3 + recomputed) * sum(self.launches(m, forwards) for m in models),
-            gradients_over_ranks=forwards * each,
         )
         share = numel / self.gpus if config.zero_stage else numel
-        exchanged = {0: 2, 1: 2, 2: 1, 3: 0}[config.zero_stage] * self.between(self.element * numel)
         moved = STEP_BYTES * share / card.bandwidth
         step = moved / card.bandwidth_share
         if config.offload_optimizer:
             step = share / CPU_ADAM + share * (4 + self.element) / (card.host * card.host_share)
-        rest = steps * (exchanged + step)
-        bound = bound if seconds > rest else "optimizer steps"
-        return Phase("update", seconds + rest, self.sheet(3 * flops) + steps * moved, bound)
-
-
-def table(config: PPOConfig, found: list[Phase], saved: Phase) -> str:
-    """Returns the phases of a buffer and a checkpoint as text."""
-    rows = [*found, Phase("buffer", sum(p.seconds for p in found), sum(p.floor for p in found), "")]
-    if every := config.checkpoint_per_step:
-        rows.append(replace(saved, bound=f"{saved.bound}, every {every} buffers"))
-    title = f"Seconds of a buffer on {config.plan_gpu} (texts of full length; rates estimated, not measured)"
-    lines = [f"{p.name:14}{p.seconds:10.2f}{p.floor:10.2f}   {p.bound}".rstrip() for p in rows]
-    return "\n".join([title, f"{'':14}{'seconds':>10}{'floor':>10}   bound by", *lines])
+        seconds, bound = in_turn(backward, self.exchange(after), (steps * step, "optimizer steps"))
+        return Phase("update", seconds, self.sheet(3 * flops) + steps * moved, bound, during + after)
