@@ -84,7 +84,7 @@ def phases(
 
 
 def checkpoint(config: PPOConfig, gpus: int, trained: dict[str, Work]) -> Phase:
-    """Predicts writing a checkpoint. Its lower bound is the copy to host memory: a thread may do the rest."""
+    """Predicts writing a checkpoint, beside rollout and scoring. Its lower bound is the copy to host memory."""
     size, card = 12 * sum(work.numel for work in trained.values()), CARDS[config.plan_gpu]
     return Phase("checkpoint", size / DISK, size / gpus / card.host, "disk")
 
