@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from benchmarks.timing import GIB, peak_of, timed
@@ -39,7 +40,10 @@ class Weights(nn.Module):
 
 
 def check(toy: bool, report) -> None:
-    """Figures: seconds and peak memory of a step of each kind; seconds that a checkpoint takes, that the run waits."""
+    """Figures: seconds and peak memory of a step of each kind; of a checkpoint, in all, in `save` and in the next step.
+
+    The step follows at once, without the rollout during which a run's state is read, and must not get into the file.
+    """
     init_distributed()
     rows, columns = ([16, 3], 64) if toy else ([4096] * 50 + [840], 4096)
     master = {}
@@ -62,10 +66,10 @@ def check(toy: bool, report) -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = os.path.join(folder, "checkpoints")
         writer = CheckpointWriter(folder, {"model": engine}, keep=1)
-        # The first one makes the copies in page-locked memory that the second one finds there.
+        # The first one makes the page-locked buffer that the second one finds in PyTorch's cache.
         for i, way in enumerate(("first_background", "background", "foreground"), 1):
             if toy or report.seconds_left() > 20:
-                write(writer, Path(folder) / f"step_{i}", way, report)
+                write(writer, engine, Path(folder) / f"step_{i}", way, report)
         verify(Path(folder), report)
     shutdown_distributed()
 
@@ -82,16 +86,24 @@ def step(engine: TrainEngine) -> tuple[float, float]:
     return seconds, peak
 
 
-def write(writer: CheckpointWriter, folder: Path, way: str, report) -> None:
-    """Writes a checkpoint: seconds that a run waits for it, and until it is on the disk."""
+def write(writer: CheckpointWriter, engine: TrainEngine, folder: Path, way: str, report) -> None:
+    """Writes a checkpoint and makes a step: seconds of `save` and of the step, and until it is on the disk."""
     said: list[str] = []
-    step, start = {"step": int(folder.name.removeprefix("step_"))}, time.perf_counter()
-    _, waited = timed(writer.save, step, said.append, way != "foreground")
+    last, live = list(engine.state_tensors().items())[-1]  # what the thread reads last
+    before = live.to("cpu", copy=True)
+    number, start = {"step": int(folder.name.removeprefix("step_"))}, time.perf_counter()
+    _, waited = timed(writer.save, number, said.append, way != "foreground")
+    saved = time.perf_counter() - start
+    report(**{f"{way}_next_step_s": step(engine)[0]})
     writer.finish()
-    seconds = time.perf_counter() - start
+    seconds = saved if way == "foreground" else time.perf_counter() - start
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     report(**{f"{way}_waited_s": waited, f"{way}_s": seconds, f"{way}_gb_per_s": size / seconds / 1e9})
     report.expect(size > 0, f"no checkpoint was written: {' '.join(said)}")
+    with safe_open(folder / "model-rank0.safetensors", "pt") as file:
+        same = torch.equal(file.get_tensor(last), before)
+    report.expect(same, f"{way}: {last} is not what it was before the step")
+    report.expect(not torch.equal(live.cpu(), before), f"{way}: the step after the checkpoint changed nothing")
 
 
 def verify(folder: Path, report) -> None:

@@ -221,6 +221,21 @@ def test_a_checkpoint_takes_one_buffer_of_memory(tmp_path):
     assert torch.equal(load_file(tmp_path / "step_1" / "policy-rank0.safetensors")["w"], state["w"])
 
 
+def test_a_failure_to_write_does_not_hold_the_run_up(checkpoints):
+    """Of one file: the limit of a shell (ulimit -f). The engines may change at once, and older checkpoints stay."""
+    before, said, models = resource.getrlimit(resource.RLIMIT_FSIZE), [], engines(3.0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    try:
+        writer = save(checkpoints, 3, models, said.append, background=True)
+        assert writer._writing.read.wait(60)
+        models["policy"].before_change()
+        writer.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert said == ["warning: the checkpoint of step 3 was not saved: File too large; older ones are intact"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_1", "step_2"]
+
+
 @pytest.mark.parametrize("size", [8, 1000, 10**6])
 def test_a_file_in_pieces_is_what_safetensors_reads(tmp_path, size):
     """Also where tensors and buffers end at other places; types of every width, a scalar and an empty one."""

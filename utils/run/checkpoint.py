@@ -68,8 +68,8 @@ class CheckpointWriter:
     """Writes checkpoints to a folder, and removes the run's older ones but for `keep`. Every method is collective.
 
     A thread of each rank writes that rank's files, piece by piece from the live tensors. An engine that is about to
-    change them waits until they have been read: for a PPO run that is after the next rollout and scoring. Only main
-    threads communicate: once all ranks have written, the next `finish` or `save` gives the checkpoint its final name.
+    change them waits until they have been read; in a PPO run, rollout and scoring come first. Only main threads
+    communicate: once all ranks have written their files, the next `finish` or `save` names the checkpoint.
     """
 
     def __init__(self, folder: str, engines: Engines, keep: int):
