@@ -112,5 +112,4 @@ def interruptible(function: Callable[[], Result]) -> Result | None:
         stop.interrupts = False
         if not stop.code:
             raise
-        return None
-    return result
+    return None if stop.code else result
