@@ -1,6 +1,7 @@
 """Collectives outside of the engine. All ranks call them in the same order; with one process they do nothing."""
 
 import functools
+import os
 
 import torch
 import torch.distributed as dist
@@ -81,7 +82,8 @@ def gather_rows(x: torch.Tensor) -> torch.Tensor:
 
 def message_store(prefix: str) -> dist.Store:
     """Returns the process group's key-value store for keys of a prefix; no collective. It also serves other threads."""
-    return dist.PrefixStore(prefix, _own_connection(dist.distributed_c10d._get_default_store()))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives its ranks
+    return dist.PrefixStore(f"{start}/{prefix}", _own_connection(dist.distributed_c10d._get_default_store()))
 
 
 @functools.cache
