@@ -21,6 +21,7 @@ import ppo.score
 import ppo.update
 import utils.models.export
 import utils.run.checkpoint
+import utils.run.lock
 from utils.engine.engine import TrainEngine
 from utils.run.checkpoint import CheckpointWriter
 from utils.run.stop_signal import GRACE, ORDERS
@@ -270,6 +271,17 @@ def no_room(rank: int) -> None:
     TrainEngine.fits_gathered = lambda self: False
 
 
+def shared_late(rank: int) -> None:
+    """The victim sees the folder `run` of the other rank two seconds after the start."""
+    if rank == VICTIM:
+        threading.Timer(2.0, lambda: Path("run").symlink_to("../first/run")).start()
+
+
+def never_shared(rank: int) -> None:
+    """The victim waits for one second only to see the folder of the run."""
+    utils.run.lock.SEEN = 1.0
+
+
 FAULTS = {
     f"{number.name} in {phase}": at_call(VICTIM, phase, 2, number)
     for phase in PHASES
@@ -287,5 +299,8 @@ FAULTS |= {
     "NaN critic gradient": bad_minibatch("critic_backward", "value_loss", nan_gradient(0)),
 }
 _OTHERS = [nan_score, empty_responses, small_chunks, no_room, disk_fills_in_a_save, disk_is_full, insistent_launcher]
-FAULTS |= {fault.__name__.replace("_", " "): fault for fault in (*_OTHERS, slow_disk, signal_while_writing)}
+FAULTS |= {
+    fault.__name__.replace("_", " "): fault
+    for fault in (*_OTHERS, slow_disk, signal_while_writing, shared_late, never_shared)
+}
 FAULTS |= {f"disk fills in export {number}": partial(disk_fills_in_an_export, number) for number in (2, 3)}
