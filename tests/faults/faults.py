@@ -83,11 +83,11 @@ def at_call(victim: int, phase: str, calls: int, number: int = signal.SIGKILL) -
     return begin
 
 
-def stall(owner, name: str) -> Fault:
+def stall(owner, name: str, victim: int = VICTIM) -> Fault:
     """The victim's first call of this function takes ten minutes."""
 
     def begin(rank: int) -> None:
-        if rank == VICTIM:
+        if rank == victim:
             before_calls(owner, name, {1: partial(time.sleep, 600)})
 
     return begin
@@ -292,7 +292,7 @@ FAULTS |= {
 }
 FAULTS |= {
     "stall in loading": stall(ppo.models, "load_scalar"),
-    "stall in encoding": stall(data.prompts, "encode_prompt"),
+    "stall in encoding": stall(data.prompts, "encode_prompt", victim=0),  # which reads for both
     "stall in saving": stall(utils.run.checkpoint, "write_file"),
     "NaN loss": bad_minibatch("policy_backward", "policy_objective", nan_loss),
     "NaN gradient": bad_minibatch("policy_backward", "policy_objective", nan_gradient(1)),
