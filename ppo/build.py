@@ -1,5 +1,7 @@
 """Builds a `Run` from the flags; every check is done before anything is written."""
 
+from functools import partial
+
 from data.choose_template import first_prompt, prepare_tokenizer
 from data.prompts import load_prompts
 from ppo.config import PPOConfig
@@ -17,7 +19,7 @@ from utils.models.load import model_folder, window_at
 from utils.run.lifecycle import RunLifecycle
 from utils.run.restore import Checkpoint
 from utils.run.start import open_log, start_run
-from utils.run.together import together
+from utils.run.together import once_per_node, together
 
 
 def build(config: PPOConfig) -> Run:
@@ -38,9 +40,10 @@ def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
     for flag, path in (policy, critic):
         config.fit_window(window_at(path, flag))
     room, lower = config.maxlen_prompt - config.maxlen_res, is_default(config, "num_eval_prompts")
-    train, valid = load_prompts(
-        config.data_path, tokenizer, template, room, config.num_eval_prompts, config.seed, say, lower
+    read = partial(
+        load_prompts, config.data_path, tokenizer, template, room, config.num_eval_prompts, config.seed, say, lower
     )
+    train, valid = once_per_node(read)
     config.fit_prompts(len(train), world_size())
     say(first_prompt(tokenizer, train[0].ids))
     pretrain = load_pretrain(config, tokenizer, template, say) if config.use_ppo_pretrain_loss else None

@@ -13,6 +13,7 @@ from ppo.loss import masked_sum
 from utils.distributed import rank, world_size
 from utils.engine.engine import TrainEngine, device
 from utils.errors import Say, UserError
+from utils.run.together import once_per_node
 from utils.sums import Sums, add
 from utils.tensors import to_device
 
@@ -38,9 +39,12 @@ class PretrainStream:
 
 def load_pretrain(config: PPOConfig, tokenizer, template: str, say: Say) -> PretrainStream:
     """Returns an endless, seeded stream of batches, epoch by epoch; reports what --maxlen_prompt cuts or drops."""
-    dialogues, _ = load_dialogues(config.ppo_pretrain_data_path, 0, config.seed, say, FLAG)
-    encoded = encode_dialogues(tokenizer, dialogues, template, config.maxlen_prompt, say, "--maxlen_prompt")
-    if not encoded:
+
+    def read() -> list[EncodedDialogue]:
+        dialogues, _ = load_dialogues(config.ppo_pretrain_data_path, 0, config.seed, say, FLAG)
+        return encode_dialogues(tokenizer, dialogues, template, config.maxlen_prompt, say, "--maxlen_prompt")
+
+    if not (encoded := once_per_node(read)):
         limit = f"--maxlen_prompt {config.maxlen_prompt}"
         raise UserError(f"{FLAG} {config.ppo_pretrain_data_path}: no dialogue fits {limit}; raise it")
     return PretrainStream(encoded, config.ppo_pretrain_batch_size, config.seed)

@@ -1,6 +1,7 @@
 """Load preferences and encode them as comparisons; all answers to a prompt are truncated in the same way."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import count
 
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from reward.config import RewardConfig
 from utils.distributed import world_size
 from utils.errors import Say, UserError
 from utils.flags.checks import is_default
+from utils.run.together import once_per_node
 from utils.tokenizer import template_of
 
 CENTER_ANSWERS = 1000  # maximum number of answers of --center_data_path, scored in each evaluation
@@ -68,6 +70,15 @@ def load_comparisons(
     config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Say
 ) -> tuple[list[Comparison], list[Comparison]]:
     """Returns (train, valid) comparisons of --data_path; --flip_negative applies to the training set only."""
+    splits = once_per_node(partial(_read_comparisons, config, tokenizer, say))
+    config.fit_batch(len(splits[0]), max(MIN_PAIRS, world_size()))
+    if len(splits[0]) < config.batch_size:
+        few = f"{len(splits[0])} pairs to train on are fewer than --batch_size {config.batch_size}"
+        raise UserError(f"--data_path {config.data_path}: {few}; add data, lower it or raise --context_truncate")
+    return splits[0], splits[1]
+
+
+def _read_comparisons(config: RewardConfig, tokenizer, say: Say) -> list[list[Comparison]]:
     template, columns = template_of(tokenizer), ()
     if config.use_margin:
         columns = (config.margin_column,) if config.margin_column else MARGIN_COLUMNS
@@ -78,18 +89,18 @@ def load_comparisons(
     if config.use_margin:
         check_margins(train, columns, say)
     splits = [encode_all(split, tokenizer, template, config.context_truncate, say) for split in (train, valid)]
-    config.fit_batch(len(splits[0]), max(MIN_PAIRS, world_size()))
-    if len(splits[0]) < config.batch_size:
-        few = f"{len(splits[0])} pairs to train on are fewer than --batch_size {config.batch_size}"
-        raise UserError(f"--data_path {config.data_path}: {few}; add data, lower it or raise --context_truncate")
     if valid and not splits[1]:
         limit = f"--context_truncate {config.context_truncate}"
         raise UserError(f"--data_path {config.data_path}: no held-out pair fits {limit}; raise it (or --num_valid 0)")
-    return splits[0], splits[1]
+    return splits
 
 
 def load_center_answers(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Say) -> list[Comparison]:
     """Returns up to CENTER_ANSWERS answers of --center_data_path, chosen by the seed, as comparisons without pairs."""
+    return once_per_node(partial(_read_center_answers, config, tokenizer, say))
+
+
+def _read_center_answers(config: RewardConfig, tokenizer, say: Say) -> list[Comparison]:
     flag = "--center_data_path"
     dialogues, _ = load_dialogues(config.center_data_path, 0, config.seed, say, flag)
     indices = order(0, min(CENTER_ANSWERS, len(dialogues)), len(dialogues), config.seed)

@@ -26,12 +26,23 @@ from utils.models.padding_free import decoder_of, has_varlen_kernel
 from utils.models.routers import ROUTER_METRICS
 from utils.models.split import gathered_by_layer
 from utils.run.supervised_loop import Stage, evaluate
+from utils.run.together import once_per_node
 from utils.tensors import to_device
 from utils.tokenizer import template_of
 
 
 def load_encoded(config: SFTConfig, tokenizer, say: Say) -> tuple[list[list[EncodedDialogue]], list[EncodedDialogue]]:
     """Returns (one training set per --data_path, all held-out dialogues). Raises UserError for less than a batch."""
+    sets, valid = once_per_node(partial(_read_encoded, config, tokenizer, say))
+    total = sum(map(len, sets))
+    config.fit_batch(total, world_size())
+    if total < config.batch_size:
+        few = f"{total} dialogues to train on are fewer than --batch_size {config.batch_size}"
+        raise UserError(f"--data_path {' '.join(config.data_path)}: {few}; add data or lower --batch_size")
+    return sets, valid
+
+
+def _read_encoded(config: SFTConfig, tokenizer, say: Say) -> tuple[list[list[EncodedDialogue]], list[EncodedDialogue]]:
     template, max_tokens, sets, valid = template_of(tokenizer), config.context_truncate, [], []
     for path in config.data_path:
         splits = load_dialogues(path, config.num_valid, config.seed, say, lower=is_default(config, "num_valid"))
@@ -40,11 +51,6 @@ def load_encoded(config: SFTConfig, tokenizer, say: Say) -> tuple[list[list[Enco
             raise UserError(f"--data_path {path}: no dialogue fits --context_truncate {max_tokens}; raise it")
         sets.append(own)
         valid += held_out
-    total = sum(map(len, sets))
-    config.fit_batch(total, world_size())
-    if total < config.batch_size:
-        few = f"{total} dialogues to train on are fewer than --batch_size {config.batch_size}"
-        raise UserError(f"--data_path {' '.join(config.data_path)}: {few}; add data or lower --batch_size")
     return sets, valid
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import socket
 
 import torch
 import torch.distributed as dist
@@ -78,6 +79,27 @@ def gather_rows(x: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(wire) for _ in range(world_size())]
     dist.all_gather(parts, wire.contiguous())
     return torch.cat(parts).to(x.dtype)
+
+
+def node_ranks() -> list[int]:
+    """Returns the ranks on this rank's host. Collective."""
+    hosts = gather_objects(socket.gethostname())
+    return [i for i, host in enumerate(hosts) if host == hosts[rank()]]
+
+
+def share_in_node(item, ranks: list[int]):
+    """Returns the first rank's item on all ranks of a node, as a copy made by pickle. ranks: as of `node_ranks`."""
+    if len(ranks) == 1:
+        return item
+    items = [item]
+    dist.broadcast_object_list(items, ranks[0], _group_of(dist.group.WORLD, *ranks), torch.device("cpu"))
+    return items[0]
+
+
+@functools.cache
+def _group_of(world: dist.ProcessGroup, *ranks: int) -> dist.ProcessGroup:
+    """Returns a group for messages between the CPUs of some ranks, which all of them call. world: for the cache."""
+    return dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
 
 
 def message_store(prefix: str) -> dist.Store:

@@ -9,6 +9,9 @@ from utils.watchdog import downloading
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _BESIDE_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "onnx/*", "original/*"]
+downloaded: dict[
+    tuple[str, str], Path | str
+] = {}  # (hub id, what of it) -> folder or commit, of this process's downloads
 _DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".parquet", ".txt", ".model", ".gguf", ".safetensors", ".bin", ".pt"}
 
 
@@ -25,12 +28,15 @@ def is_hub_id(path: str) -> bool:
 
 def download(name: str, flag: str, **patterns: list[str]) -> Path:
     """Returns the local folder of a hub id's files (`allow_patterns`, `ignore_patterns`). Raises UserError."""
+    if folder := downloaded.get(key := (name, repr(patterns))):
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         with downloading():
-            return Path(snapshot_download(name, **patterns))
+            downloaded[key] = Path(snapshot_download(name, **patterns))
+        return downloaded[key]
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UserError(f"{flag}: cannot download {name}: {reason}; check the name, or download it first") from error
@@ -46,10 +52,13 @@ def download_model(name: str, flag: str) -> Path:
 
 def data_revision(name: str) -> str:
     """Returns the commit of the hub data set that `datasets` loads. Raises OSError or ValueError."""
+    if commit := downloaded.get(key := (name, "data")):
+        return commit
     import datasets
 
     try:
         with downloading():
-            return str(datasets.load_dataset_builder(name).hash)
+            downloaded[key] = str(datasets.load_dataset_builder(name).hash)
+        return downloaded[key]
     except (RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: it needs code of its own
         raise OSError(str(error)) from error

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import torch
 from safetensors.torch import save_file
@@ -18,6 +19,8 @@ from utils.engine.state import same_weights
 from utils.run import fingerprints
 from utils.run.checkpoint import CheckpointWriter
 from utils.run.restore import named, restore
+from utils.run.together import once_per_node
+from utils.watchdog import Watchdog, report_progress
 
 SHAPE = {"vocab": 1000, "hidden_size": 128, "intermediate_size": 200}
 TOKENS = 64  # at most, in a forward
@@ -103,4 +106,25 @@ def fingerprint_inputs(policy: str, prompts: str) -> None:
     paths = {0: {"policy_model_path": ".", "data_path": prompts}, 1: {"policy_model_path": policy, "data_path": "."}}
     found = fingerprints.fingerprints(ppo_config(**paths[rank()]), print)
     os.write(1, f"found {json.dumps(found, sort_keys=True)}\n".encode())
+    shutdown_distributed()
+
+
+def read_apart(file: str, seconds: float) -> None:
+    """Rank 0 reads for both, for longer than the watchdog waits for progress; `file` gets what the ranks have then."""
+    calls = []
+
+    def read() -> list[str]:
+        for _ in range(int(4 * seconds)):
+            time.sleep(0.25)
+            report_progress("reading")
+        calls.append(rank())
+        return [f"read by {rank()}"]
+
+    with Watchdog(seconds / 2):
+        init_distributed(60)
+        found = once_per_node(read)
+        everyone = gather_objects((found, calls))
+    if is_main():
+        with open(file, "w") as out:
+            json.dump(everyone, out)
     shutdown_distributed()

@@ -55,6 +55,8 @@ def runs(inputs, tmp_path_factory) -> dict[str, Result]:
         row |= {"folders": [str(path) for path in row["folders"]], "patience": 20}
     words = [str(inputs.policy), str(inputs.prompts)]
     rows["hashing"] = {"module": "tests.distributed.jobs", "function": "fingerprint_inputs", "argv": words}
+    words = [str(folder / "read.json"), 5.0]
+    rows["reading"] = {"module": "tests.distributed.jobs", "function": "read_apart", "argv": words}
     return run_forked(folder, rows)
 
 
@@ -128,3 +130,10 @@ def test_ranks_of_a_node_share_the_hashing(runs, inputs):
     assert hashed == {str(path): 1 for folder in (inputs.policy, inputs.prompts) for path in folder.iterdir()}
     first, second = re.findall("^found (.*)$", result.log, re.MULTILINE)
     assert first == second and set(json.loads(first)) == {"policy_model_path", "data_path"}
+
+
+def test_one_rank_of_a_node_reads_and_the_other_waits_as_long_as_it_takes(runs):
+    """Twice as long as the watchdog waits for progress."""
+    assert runs["reading"].codes == [0, 0], runs["reading"].log
+    found = json.loads((runs["reading"].out / "read.json").read_text())
+    assert found == [[["read by 0"], [0]], [["read by 0"], []]]

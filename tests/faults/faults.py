@@ -22,6 +22,7 @@ import ppo.score
 import ppo.update
 import utils.models.export
 import utils.run.checkpoint
+import utils.run.lock
 import utils.run.state_file
 from utils.engine.engine import TrainEngine
 from utils.run.checkpoint import CheckpointWriter
@@ -89,11 +90,11 @@ def in_step_2(phase: str, calls: int, number: int, start: tuple = (ppo.run.Run, 
     return lambda rank: before_calls(*start, {2: install}) if rank == VICTIM else None
 
 
-def stall(owner, name: str) -> Fault:
+def stall(owner, name: str, victim: int = VICTIM) -> Fault:
     """The victim's first call of this function takes ten minutes."""
 
     def begin(rank: int) -> None:
-        if rank == VICTIM:
+        if rank == victim:
             before_calls(owner, name, {1: partial(time.sleep, 600)})
 
     return begin
@@ -278,6 +279,17 @@ def no_room(rank: int) -> None:
     TrainEngine.fits_gathered = lambda self: False
 
 
+def shared_late(rank: int) -> None:
+    """The victim sees the folder `run` of the other rank two seconds after the start."""
+    if rank == VICTIM:
+        threading.Timer(2.0, lambda: Path("run").symlink_to("../first/run")).start()
+
+
+def never_shared(rank: int) -> None:
+    """The victim waits for one second only to see the folder of the run."""
+    utils.run.lock.SEEN = 1.0
+
+
 FAULTS = {
     f"{number.name} in {phase}": at_call(VICTIM, phase, 2, number)
     for phase in PHASES
@@ -291,12 +303,15 @@ FAULTS |= {
 }
 FAULTS |= {
     "stall in loading": stall(ppo.models, "load_scalar"),
-    "stall in encoding": stall(data.prompts, "encode_prompt"),
+    "stall in encoding": stall(data.prompts, "encode_prompt", victim=0),  # which reads for both
     "stall in saving": stall(utils.run.checkpoint, "write_files"),
     "NaN loss": bad_minibatch("policy_backward", "policy_objective", nan_loss),
     "NaN gradient": bad_minibatch("policy_backward", "policy_objective", nan_gradient(1)),
     "NaN critic gradient": bad_minibatch("critic_backward", "value_loss", nan_gradient(0)),
 }
 _OTHERS = [nan_score, empty_responses, small_chunks, no_room, disk_fills_in_a_save, disk_is_full, insistent_launcher]
-FAULTS |= {fault.__name__.replace("_", " "): fault for fault in (*_OTHERS, slow_disk, signal_while_writing)}
+FAULTS |= {
+    fault.__name__.replace("_", " "): fault
+    for fault in (*_OTHERS, slow_disk, signal_while_writing, shared_late, never_shared)
+}
 FAULTS |= {f"disk fills in export {number}": partial(disk_fills_in_an_export, number) for number in (2, 3)}

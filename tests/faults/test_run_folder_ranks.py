@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.scenarios import finished, run_cases
+from tests.faults.scenarios import finished, run_cases, run_forked
 from tests.helpers.tiny_run import REPOSITORY, assert_same_run, clean_environment, read_metrics, run_flags
 from train_ppo import main
 from utils.launcher import free_port
@@ -84,3 +84,25 @@ def test_ranks_without_a_launcher_keep_the_folder(inputs, tmp_path):
         for rank in ranks:
             rank.kill()
             rank.wait()
+
+
+def test_ranks_that_do_not_share_the_folder_are_refused(inputs, tmp_path):
+    """One path, which names another folder on the second rank; in the last case it leads to the first's a bit later."""
+    rows = {}
+    for case in ("never shared", "shared late"):
+        folders = [tmp_path / case / name for name in ("first", "second")]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        argv = run_flags(inputs, Path("/proc/self/cwd/run"), num_eval_prompts=0, train_steps=1)
+        rows[case] = {"argv": argv, "fault": case, "folders": [str(folder) for folder in folders]}
+    results = run_forked(tmp_path, rows)
+    alone, late = (results[case] for case in rows)
+    problem = "--model_save_path /proc/self/cwd/run is not the folder of rank 0, whose run.lock is not there; use a"
+    assert alone.codes == [2, 2]
+    assert sorted(re.findall("error.*there; use a", alone.log)) == [
+        f"error [rank 0]: rank 1: {problem}",
+        f"error [rank 1]: {problem}",
+    ]
+    assert [list((tmp_path / "never shared" / name).iterdir()) for name in ("first", "second")] == [[], []]
+    assert late.codes == [0, 0] and "rank 1: waiting up to 90 s" in late.log, late.log[-3000:]
+    assert (tmp_path / "shared late" / "first" / "run" / "final" / "config.json").exists()

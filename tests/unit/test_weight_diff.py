@@ -224,6 +224,7 @@ def test_hub_ids_are_downloaded_safetensors_first(tmp_path, monkeypatch, layout)
         return str(tmp_path / "hub" / name.removeprefix("owner/"))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("utils.hub.downloaded", {})
     recover("owner/raw", "owner/diff", str(tmp_path / "tuned"), RELEASE, "policy", say=str)
     with_bin = [("owner/raw", True), ("owner/diff", True)] if layout == "zip" else []
     assert sorted(asked) == sorted([("owner/raw", False), ("owner/diff", False), *with_bin])

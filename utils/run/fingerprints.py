@@ -10,16 +10,18 @@ import os
 import socket
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from utils.distributed import gather_objects, rank
 from utils.errors import Say, UserError
 from utils.files import MEMORY, first_names, read_json, remove, sha256, split_files, write_json
-from utils.hub import data_revision, download, download_model, is_hub_id
+from utils.hub import data_revision, download, download_model, downloaded, is_hub_id
 from utils.models.weight_files import shards_of, weight_file
+from utils.run.together import once_per_node, together
 from utils.schema import Schema, Sha256, checked
 from utils.tokenizer_files import FILES as TOKENIZER_JSON
 
@@ -114,18 +116,32 @@ def fingerprints(config, say: Say) -> dict[str, dict[str, str]]:
 
     Names of a flag with several values start with the number of the value.
     """
+    downloaded.update(once_per_node(partial(_download, config)))
     found = {}  # (flag, name) -> stamp, or a text that stands for content
-    for flag in INPUTS:
-        value = getattr(config, flag, None) or []
-        for i, path in enumerate(value if isinstance(value, list) else [value], 1):
-            for name, file in _files_of(flag, path).items():
-                numbered = f"{i}/{name}" if isinstance(value, list) else name
-                found[flag, numbered] = file if isinstance(file, str) else _stamp(file)
+    for flag, number, path in _inputs(config):
+        for name, file in _files_of(flag, path).items():
+            found[flag, number + name] = file if isinstance(file, str) else _stamp(file)
     known = _hash_all({stamp for stamp in found.values() if isinstance(stamp, Stamp)}, say)
     result = defaultdict(dict)
     for (flag, name), stamp in found.items():
         result[flag][name] = known.get(stamp, stamp)
     return dict(result)
+
+
+def _inputs(config) -> Iterator[tuple[str, str, str]]:
+    """Yields (flag, "i/" for the i-th of several values or "", value)."""
+    for flag in INPUTS:
+        value = getattr(config, flag, None) or []
+        for i, path in enumerate(value if isinstance(value, list) else [value], 1):
+            yield flag, f"{i}/" * isinstance(value, list), path
+
+
+def _download(config) -> dict:
+    """Downloads the inputs that are hub ids; returns where they are."""
+    for flag, _, path in _inputs(config):
+        if is_hub_id(path):
+            _files_of(flag, path)
+    return downloaded
 
 
 def changes(before: dict[str, str], now: dict[str, str]) -> str:
@@ -167,8 +183,9 @@ def _hash_all(stamps: set[Stamp], say: Say) -> dict[Stamp, str]:
             own.append(stamp)
     if load.total() >= ANNOUNCED:
         say(f"hashing {load.total() / 1e9:.1f} GB of models and data; later runs reuse the hashes of unchanged files")
-    with ThreadPoolExecutor(THREADS) as pool:
-        shares = gather_objects(dict(zip(own, pool.map(_hash, own), strict=True)))
+    with together(), ThreadPoolExecutor(THREADS) as pool:  # one rank may take long
+        hashed = dict(zip(own, pool.map(_hash, own), strict=True))
+    shares = gather_objects(hashed)
     new = {stamp: found for share in shares for stamp, found in share.items()}
     if rank() == nodes.index(nodes[rank()]):  # the first of its node; nodes may share one home
         _write_cache({_key(stamp): digest for stamp, (digest, keep) in new.items() if keep})

@@ -20,15 +20,16 @@ from pathlib import Path
 
 from pydantic import Field
 
-from utils.distributed import gather_objects, is_main
+from utils.distributed import gather_objects, is_main, rank
 from utils.errors import UserError
 from utils.files import check_writable, disk_errors, existing_parent, remove_empty
-from utils.run.together import held
+from utils.run.together import held, together
 from utils.schema import Schema, checked
 from utils.watchdog import report_progress
 
 LOCK = "run.lock"
 BEAT, STALE = 15.0, 300.0  # seconds
+SEEN = 90.0  # seconds until all nodes see a new file: NFS keeps what a folder holds for up to a minute
 NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
 
 
@@ -42,20 +43,38 @@ class Holder(Schema):
 
 def hold_folder(run: str) -> None:
     """Locks a run's folder until `held` is left or the process ends; creates it. Raises UserError. Collective."""
-    problem = None
-    if is_main():
-        try:
+    content = None
+    with together():
+        if is_main():
             check_writable(run, "--model_save_path")
             with disk_errors(f"--model_save_path {run}"):
-                _lock(run)
-        except UserError as error:
-            problem = str(error)
-    if problem := gather_objects(problem)[0]:
-        raise UserError(problem)
+                content = _lock(run)
+    content = gather_objects(content)[0]
+    with together():
+        _check_shared(run, content)
 
 
-def _lock(run: str) -> None:
-    """Locks and writes run.lock. `held` removes it, and folders that are created here if nothing else is in them."""
+def _check_shared(run: str, content: str) -> None:
+    """Raises UserError on a rank that does not see rank 0's run.lock: every rank writes its share of checkpoints."""
+    path, said, deadline = Path(run, LOCK), False, time.monotonic() + SEEN
+    while not is_main() and not (path.exists() and path.read_text("utf-8") == content):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"--model_save_path {run} is not the folder of rank 0, whose run.lock is not there; use a folder on a "
+                "file system that all nodes share"
+            )
+        if not said:
+            print(f"rank {rank()}: waiting up to {SEEN:g} s for rank 0's run.lock in {run}", flush=True)
+            said = True
+        time.sleep(min(1.0, SEEN))
+        report_progress("wait for a shared folder")
+
+
+def _lock(run: str) -> str:
+    """Locks and writes run.lock; returns its content.
+
+    `held` removes it, and folders that are created here if nothing else is in them.
+    """
     path = os.path.join(run, LOCK)
     held.callback(remove_empty, os.path.abspath(run), existing_parent(run))
     os.makedirs(run, exist_ok=True)
@@ -82,6 +101,7 @@ def _lock(run: str) -> None:
     file.truncate(0)
     file.write(text)
     file.flush()
+    os.fsync(file.fileno())  # NFS would keep it from other nodes as long as the file is open
     if not has_locks:
         time.sleep(1.0)  # of two that take it at the same time, the last to write has it
         if (content := Path(path).read_text("utf-8")) != text:
@@ -90,6 +110,7 @@ def _lock(run: str) -> None:
     threading.Thread(target=_beat, args=(path, ended), name="run.lock", daemon=True).start()
     held.callback(ended.set)
     held.callback(_release, path)
+    return text
 
 
 def _outlast(path: str, content: str) -> None:

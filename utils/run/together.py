@@ -10,15 +10,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
-from utils.distributed import message_store, rank, world_size
+from utils.distributed import message_store, node_ranks, rank, share_in_node, world_size
 from utils.errors import LINGER, SharedError, problem_of
 from utils.files import first_names
 from utils.watchdog import report_progress
 
 PATIENCE = 5.0  # seconds after a rank has failed in which another one may fail, too, or come to the end
 BEAT = 1.0  # seconds
+Result = TypeVar("Result")
 
 held = contextlib.ExitStack()  # a trainer runs in it: what `hold_folder` locked is free at its end
 _numbers = itertools.count()
@@ -51,6 +53,17 @@ def together() -> Iterator[None]:
         if own and not problem_of(own):
             raise own
         raise section.error() from own
+
+
+def once_per_node(function: Callable[[], Result]) -> Result:
+    """Calls a function on the first rank of each node; returns its result on all ranks. Raises as `together` does.
+
+    The function has no collectives and changes nothing that other ranks need. Collective.
+    """
+    ranks = node_ranks()
+    with together():
+        result = function() if rank() == ranks[0] else None
+    return share_in_node(result, ranks)
 
 
 class _Section:
