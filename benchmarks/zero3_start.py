@@ -2,11 +2,11 @@
 
     python benchmarks/zero3_start.py [--model 1.1B] [--trainer sft|ppo] [--ranks 2] [--zero_stage 3] [--tree FOLDER]
 
-Writes a random LLaMA in bf16 to a temporary folder, and starts the trainer's models and engines as the trainer does. ppo:
-the same folder is policy, reference, critic and reward model. Host memory is anonymous memory (RssAnon and RssShmem in
-/proc, read every 5 ms from outside) above that after imports and joining the group: pages of mapped weight files, which
-the kernel drops when it needs memory, do not count. Held: the same after the start, that is this rank's shard of weights
-and float32 weights and DeepSpeed's buffers. The limit is 1.3 times what is held, plus 1 GiB. --tree measures the code of
+Writes a random LLaMA in bf16 to a temporary folder, and creates models and engines as the trainer does. ppo: the LLaMA
+is policy, reference and critic, and beside it is a reward model. Host memory is anonymous memory (RssAnon and RssShmem
+in /proc, read every 5 ms) above that after imports and joining the group: pages of mapped weight files, which the
+kernel drops when it needs memory, do not count. Held: the same after the start, that is the rank's shard of weights and
+float32 weights, and DeepSpeed's buffers. The limit is 1.3 times what is held, plus 1 GiB. --tree measures the code of
 another checkout.
 """
 
