@@ -51,6 +51,7 @@ def splitting_layers(split: Split | None, outline: PreTrainedModel) -> Iterator[
         return
     tables = (outline.get_input_embeddings(), outline.get_output_embeddings())
     tied = [outline.get_parameter_or_buffer(name) for pair in outline.all_tied_weights_keys.items() for name in pair]
+    parts: list[nn.Parameter] = []
     kept = {x.shape for x in (*tied, *(table.weight for table in tables if table is not None))}
 
     def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -58,6 +59,8 @@ def splitting_layers(split: Split | None, outline: PreTrainedModel) -> Iterator[
         read = getattr(parameter, "_is_hf_initialized", False) and not is_split(parameter)
         if read and parameter.dim() > 1 and parameter.shape not in kept:
             split([parameter])
+            parts.append(parameter)
+            parameter.data = parameter.data.new_zeros(1).expand(parameter.ds_shape)  # some models ask for the shape
 
     hook = register_module_parameter_registration_hook(registered)
     before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
@@ -66,6 +69,8 @@ def splitting_layers(split: Split | None, outline: PreTrainedModel) -> Iterator[
         yield
     finally:
         hook.remove()
+        for parameter in parts:
+            parameter.data = parameter.data.new_empty(0)
         os.environ.pop("HF_DEACTIVATE_ASYNC_LOAD")
         if before is not None:
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
