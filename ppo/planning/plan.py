@@ -56,6 +56,7 @@ class Plan:
 
 def plan(config: PPOConfig, gpus: int) -> Plan:
     """Returns the plan of a run on `gpus` GPUs of --plan_gpu."""
+    config.check_world(gpus, models_of(config)[0]["policy"].decoder.config.vocab_size)
     config = with_gathering(config, gpus, gpu_bytes(config))
     rows, host = fixed_rows(config, gpus)
     free = int(ROOM * gpu_bytes(config)) - sum(map(min, rows.values()))
@@ -87,7 +88,6 @@ def fixed_rows(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
     element = dtype.itemsize
     models, rewards = models_of(config)
     policy, trained, names = models["policy"], list(models.values()), " and ".join(models)
-    config.check_world(gpus, policy.decoder.config.vocab_size)
     frozen, split = [policy, *rewards], splits_frozen(stage, gpus)
     rows: Rows = {}
 

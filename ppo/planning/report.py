@@ -66,10 +66,9 @@ def table(config: PPOConfig, gpus: int, found: list[Phase], saved: Phase) -> str
     """Returns the phases of a buffer, of which the last is the update, and a checkpoint as text."""
     seconds, floor, sent = (sum(getattr(phase, name) for phase in found) for name in ("seconds", "floor", "sent"))
     rows = [*found, Phase("buffer", seconds, floor, "", sent)]
-    if every := config.checkpoint_per_step:
+    if config.checkpoint_per_step:
         waits = max(0.0, saved.seconds - sum(phase.seconds for phase in found[:-1]))
-        text = f"{saved.bound} every {every} buffers; the next update waits {waits:.0f} s for it"
-        rows.append(replace(saved, bound=text))
+        rows.append(replace(saved, bound=f"{saved.bound}; the next update waits {waits:.0f} s for it"))
     outside = 1 / NODE if gpus > NODE else 0  # the share of a ring's traffic that leaves a node
     lines = [
         f"Seconds of a buffer on {config.plan_gpu} (texts of full length; rates estimated, not measured); GB that each "

@@ -165,7 +165,7 @@ def test_slots_of_a_run_take_the_room_of_weights_that_it_cannot_gather(tmp_path)
 
 
 def test_each_node_writes_its_share_of_a_checkpoint(paths_7b):  # noqa: F811
-    config = ppo_config(**paths_7b, plan_gpu="h100", checkpoint_per_step=20)
+    config = ppo_config(**paths_7b, plan_gpu="h100")
     trained = {name: model.work for name, model in models_of(config)[0].items()}
     for gpus, nodes in [(1, 1), (8, 1), (9, 2), (64, 8)]:
         saved = checkpoint(config, gpus, trained)
@@ -174,5 +174,5 @@ def test_each_node_writes_its_share_of_a_checkpoint(paths_7b):  # noqa: F811
     rows = [line.split(maxsplit=5) for line in lines.splitlines()[2:]]
     assert rows[0] == ["scoring", "3.00", "2.00", "16.0", "2.0", "x"]  # each GPU has an eighth of the node's traffic
     assert rows[2] == ["buffer", "12.00", "6.00", "16.0", "2.0"]
-    assert rows[3][5] == "disk, 160 GB every 20 buffers; the next update waits 7 s for it"
+    assert rows[3][5] == "disk, 160 GB; the next update waits 7 s for it"
     assert table(config, 8, [Phase("update", 9.0, 4.0, "y", 8e9)], saved).splitlines()[2].split()[3:5] == ["8.0", "0.0"]

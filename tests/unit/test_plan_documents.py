@@ -1,0 +1,76 @@
+"""The tables of sizes in the documents are what the command beside them prints."""
+
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from tests.unit.test_documents import text_of
+from train_ppo import main
+
+CLUSTER, PERFORMANCE = "docs/cluster.md", "docs/performance.md"
+pytestmark = pytest.mark.slow  # 19 plans
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    """Model -> folder of its config.json, written by the shell function of docs/cluster.md with the numbers there."""
+    text = text_of(CLUSTER)
+    function = re.search(r"^llama\(\) \{.*?^\}$", text, re.DOTALL | re.MULTILINE)[0]
+    sizes = {"7B": re.search(r"&& llama ([\d ]+) >", text)[1]} | dict(re.findall(r"(\d+B): (\d+(?: \d+){4})", text))
+    made = {}
+    for model, numbers in sizes.items():
+        made[model] = str(tmp_path_factory.mktemp(model))
+        command = f"{function}\nllama {numbers} > {made[model]}/config.json"
+        subprocess.run(["bash", "-c", command], check=True)
+    return made
+
+
+def section(document: str, heading: str) -> str:
+    return text_of(document).partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def table_of(text: str) -> list[list[str]]:
+    """The cells of the rows of the only table in a text, without the line below the header."""
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in [rows[0], *rows[2:]]]
+
+
+def printed(text: str, folder: str, flags: str, capsys) -> tuple[dict[str, list[float]], dict[str, str], str]:
+    """({row: its numbers}, {row: text after them}, everything) of the command in a text, with other flags appended."""
+    command = re.search(r"^python train_ppo\.py (.*?[^\\])$", text, re.DOTALL | re.MULTILINE)[1]
+    words = shlex.split(command.replace("\\\n", " "))
+    main([folder if word == "M" else word for word in words] + shlex.split(flags.strip("`")))
+    output = capsys.readouterr().out
+    rows = re.findall(r"^(\D.*?) {2,}(-?\d+\.\d+(?: +-?\d+\.\d+)*)(?: {3}(.*))?$", output, re.MULTILINE)
+    numbers = {name: [float(number) for number in found.split()] for name, found, _ in rows}
+    return numbers, {name: rest for name, _, rest in rows}, output
+
+
+def test_sizes_of_clusters(folders, capsys):
+    text = section(CLUSTER, "Sizes")
+    for model, gpus, flags, *expected in table_of(text)[1:]:
+        count, card = re.fullmatch(r"(\d+) (\w+)", gpus).groups()
+        more = f"{flags} --plan_gpus {count} --plan_gpu {card.lower()}"
+        numbers, rest, output = printed(text, folders[model], more.replace("`", ""), capsys)
+        host = sum(found[1] for name, found in numbers.items() if len(found) == 2)
+        found = [max(numbers["total"]), numbers["buffer"][0], numbers["new tokens"][0], host]
+        digits = [f"{found[0]:.1f}", *(f"{x:.0f}" for x in found[1:])]
+        assert (digits, "\nFITS: " in output) == (expected, True), f"{model}, {gpus}, {flags}"
+        assert re.search(rf"{re.match(r'disk, (.* GB)', rest['checkpoint'])[1]}\W+{model}", text.replace("\n", " "))
+
+
+def test_64_gpus_on_paper(folders, capsys):
+    text = section(PERFORMANCE, "64 GPUs, on paper")
+    header, *rows = table_of(text)
+    for column, cell in enumerate(header[1:], 1):
+        model, flags = cell.split(", ")
+        numbers, rest, output = printed(text, folders[model], flags, capsys)
+        cells = {row[0]: row[column] for row in rows}
+        assert "\nFITS: " in output and cells["GiB per GPU"] == f"{max(numbers['total']):.1f}"
+        for name in ("prompts", "new tokens", "scoring", "update", "checkpoint"):
+            assert cells[f"{name}, s"] == f"{numbers[name][0]:.2f}: {rest[name].partition(';')[0]}"
+        assert cells["buffer, s"] == f"{numbers['buffer'][0]:.2f}"
+        assert cells["GB that a GPU sends per buffer"] == f"{numbers['buffer'][2]:.1f}"
+        assert cells["of these over the network"] == f"{numbers['buffer'][3]:.1f}"
