@@ -50,10 +50,13 @@ InactiveLimit=0
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=n1,n2 CPUs=2 RealMemory=4000
+SlurmdParameters=config_overrides
+GresTypes=gpu
+NodeName=n1,n2 CPUs=64 RealMemory=4000 Gres=gpu:8
 PartitionName=low Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=2
 """
+GRES_CONF = "Name=gpu File={folder}/gpu[0-7]\n"  # empty files: Slurm counts them and gives their numbers to jobs
 SSH_CONFIG = """
 IdentityFile {folder}/user_key
 StrictHostKeyChecking no
@@ -120,12 +123,14 @@ class Cluster:
 
     def _write_files(self) -> None:
         hosts = [f"127.0.0.1 localhost\n{NETWORK}254 head"] + [f"{NETWORK}{i} {n}" for i, n in enumerate(NODES, 1)]
-        files = {"hosts": "\n".join(hosts) + "\n", "slurm.conf": SLURM_CONF}
+        files = {"hosts": "\n".join(hosts) + "\n", "slurm.conf": SLURM_CONF, "gres.conf": GRES_CONF}
         files |= {"ssh_config": SSH_CONFIG, "sshd_config": SSHD_CONFIG}
         for name, text in files.items():
             (self.folder / name).write_text(text.replace("{folder}", str(self.folder)))
         for name in NODES:
             (self.folder / f"spool.{name}").mkdir()
+        for i in range(8):
+            (self.folder / f"gpu{i}").touch()
         (self.folder / "state").mkdir()
         (self.folder / "munge.key").write_bytes(os.urandom(128))
         (self.folder / "munge.key").chmod(0o600)
