@@ -12,15 +12,16 @@ import subprocess
 import sys
 import time
 
+from utils.slurm import PORTS
 from utils.watchdog import STOPS
 
 PATIENCE = 30.0  # seconds after which the other ranks are killed once one has failed
 
 
 def free_port() -> int:
-    """Returns a free TCP port below those of outgoing connections, so that several runs share a machine."""
+    """Returns a free TCP port, so that several runs share a machine."""
     while True:
-        port = random.SystemRandom().randrange(15_000, 32_000)
+        port = random.SystemRandom().choice(PORTS)
         with socket.socket() as probe:
             try:
                 probe.bind(("", port))
