@@ -1,7 +1,4 @@
-"""A cluster for the tests of this folder, or the reason why there is none; and tiny runs of PPO with two ranks.
-
-The runs are those of run_en.sh, of one rank per node. Their reward function writes the environment of its rank to a file.
-"""
+"""A cluster for the tests of this folder, or the reason why there is none; and tiny runs of PPO on two ranks."""
 
 import json
 import shlex
@@ -11,18 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.cluster import Cluster, what_is_missing
-from tests.helpers.tiny_run import REPOSITORY, Inputs, clean_environment, read_lines, run_flags
+from tests.helpers.cluster import Cluster, wait_until, what_is_missing
+from tests.helpers.tiny_run import Inputs, clean_environment, run_flags
 
+# Writes the environment of its rank to a file; waits in step N + 1 as long as the file `hold` contains N.
 REWARD = """
 import json, os, pathlib, socket, time
 folder = pathlib.Path(__file__).parent
+metrics, hold = folder / "out" / "metrics.jsonl", folder / "hold"
 
 def vowels(prompts, answers):
-    seen = dict(os.environ) | {"host": socket.gethostname(), "threads": len(os.sched_getaffinity(0))}
+    seen = dict(os.environ) | {"host": socket.gethostname()}
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
-    if (folder / "slow").exists():
-        time.sleep(0.7)
+    done = metrics.read_text().count("\\n") if metrics.exists() else 0
+    while hold.exists() and hold.read_text() == str(done):
+        (folder / "held").write_text(str(done))
+        time.sleep(0.1)
     return [sum(letter in "aeiou" for letter in answer) / (1 + len(answer)) for answer in answers]
 """
 STEPS = 8
@@ -30,7 +31,7 @@ STEPS = 8
 
 @dataclass
 class Run:
-    """One run: `name` is unique. folder: of the reward function and what it writes; out: of the run; log: of the job."""
+    """A run. folder: of its reward function, and what that writes; out: what the run writes; log: what it prints."""
 
     cluster: Cluster
     inputs: Inputs
@@ -44,7 +45,7 @@ class Run:
     def flags(self, **changes) -> str:
         """The flags of train_ppo.py, as words of a shell."""
         own = {"reward_fn": f"{self.folder}/reward.py:vowels", "train_steps": STEPS, "num_eval_prompts": 0}
-        return shlex.join(run_flags(self.inputs, self.out, **own | {"hang_timeout": 20} | changes))
+        return shlex.join(run_flags(self.inputs, self.out, **own | {"hang_timeout": 100} | changes))
 
     def settings(self, **changes: str) -> dict[str, str]:
         """Environment of run_en.sh."""
@@ -54,14 +55,15 @@ class Run:
         cpu = {"DS_ACCELERATOR": "cpu", "VIRTUAL_ENV": sys.prefix, "PATH": path}
         return clean_environment() | own | cpu | changes
 
-    def slow(self, is_slow: bool = True) -> None:
-        """From now on each step takes 0.7 s longer, or no longer."""
-        (self.folder / "slow").touch() if is_slow else (self.folder / "slow").unlink(missing_ok=True)
+    def hold(self, steps: int) -> None:
+        """The run will wait, or goes on and waits, in the middle of the step after that many."""
+        (self.folder / "hold.new").write_text(str(steps))
+        (self.folder / "hold.new").rename(self.folder / "hold")
 
-    def steps(self) -> int:
-        """How many steps are in metrics.jsonl."""
-        file = self.out / "metrics.jsonl"
-        return file.read_text().count("\n") if file.exists() else 0
+    def wait_until_held(self, steps: int) -> None:
+        """Returns when the run waits there."""
+        held = self.folder / "held"
+        wait_until(lambda: held.exists() and held.read_text() == str(steps), 120, f"step {steps}: {self.log}")
 
     def environment(self, rank: int) -> dict:
         """What a rank has seen in its last step."""

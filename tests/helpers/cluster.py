@@ -164,7 +164,7 @@ class Cluster:
         """Returns this process's environment, with the configuration of this cluster."""
         return os.environ | {"SLURM_CONF": f"{self.folder}/slurm.conf", "PATH": _path()}
 
-    def run(self, command: str, node: str = "head", check: bool = True, timeout: float = 120, **variables: str):
+    def run(self, command: str, node: str = "head", check: bool = True, timeout: float = 240, **variables: str):
         """Runs a line of shell on a machine. Returns the CompletedProcess with its output."""
         result = subprocess.run(
             [*self.enter(node), "bash", "-c", command], env=self.environment() | variables,
