@@ -40,7 +40,7 @@ def train(config: PPOConfig) -> None:
         if run.finished:
             run.export("final")
     shutdown_distributed()
-    if not run.finished:
+    if run.lifecycle.exit_code:
         sys.exit(run.lifecycle.exit_code)
 
 
@@ -53,11 +53,13 @@ def loop(run) -> None:
     from utils.run.logger import Stopwatch
 
     config, state, models = run.config, run.state, run.models
+    run.finish_stopped_step()
     while not (run.finished or run.lifecycle.exit_code):
         lr = run.learning_rates(state.step)
         watch = Stopwatch(on_lap=report_progress)
 
-        # 1. Sample a response to each prompt.
+        # 1. Sample a response to each prompt. A signal abandons this and 2, and a resumed run makes them again.
+        run.lifecycle.begin(state.state_dict(), run.logger.say)
         prompts = run.next_prompts()
         rollout = run.sampler(prompts, run.sampling, config.seed)
         watch.lap("rollout")

@@ -32,7 +32,8 @@ class Sampler(Protocol):
     """Samples one response per prompt of this rank with the policy's newest weights. Called by all ranks together.
 
     A sampler that also computes the policy's log-probabilities returns a `MeasuredRollout`, from which `score` takes
-    them.
+    them. It should ask `stop_signal.requested` at times, and then return at once, any rollout of these prompts: `score`
+    does not use it.
     """
 
     def __call__(self, prompts: PromptBatch, sampling: Sampling, seed: int) -> Rollout:

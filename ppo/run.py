@@ -39,6 +39,28 @@ class _Moments(Schema):
     squares: Annotated[float, Field(ge=0)]
 
 
+class _Metrics(Schema, extra="allow", allow_inf_nan=True):
+    """Numbers of a step, among them those that alarms and the log read."""
+
+    kl_ref: float
+    perplexity: float
+    eos_fraction: float
+    response_length: float
+    score_std: float
+    __pydantic_extra__: dict[str, float] = Field(init=False)
+
+
+class _Sample(Schema, extra="forbid"):
+    prompt: str
+    answer: str
+    score: float
+
+
+class _Unfinished(Schema):
+    metrics: _Metrics
+    samples: list[_Sample]
+
+
 class PPOState(TrainerState):
     """`RunState` in a checkpoint."""
 
@@ -49,6 +71,7 @@ class PPOState(TrainerState):
     left_out: Count
     rollbacks: Count
     critic_center: float | None = None
+    unfinished: _Unfinished | None = None
 
 
 @dataclass
@@ -63,6 +86,7 @@ class RunState:
     rollbacks: int = 0
     left_out: int = 0  # bad batches so far, at most --skip_bad_batches
     critic_center: float | None = None  # subtracted from the critic head's output, once `fit_critic` has set it
+    unfinished: dict | None = None  # metrics and samples of this step, before its evaluation
 
     def state_dict(self) -> dict:
         """Returns the state as JSON."""
@@ -70,7 +94,7 @@ class RunState:
         return {
             "step": self.step, "next_place": self.next_place, "moments": self.moments.state_dict(),
             "best_score": self.best_score, "pretrain_place": place, "left_out": self.left_out,
-            "rollbacks": self.rollbacks, "critic_center": self.critic_center,
+            "rollbacks": self.rollbacks, "critic_center": self.critic_center, "unfinished": self.unfinished,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
@@ -78,7 +102,7 @@ class RunState:
         self.step, self.next_place, self.left_out = state["step"], state["next_place"], state["left_out"]
         self.moments.load_state_dict(state["moments"])
         self.best_score, self.rollbacks = state["best_score"], state["rollbacks"]
-        self.critic_center = state.get("critic_center")
+        self.critic_center, self.unfinished = state.get("critic_center"), state.get("unfinished")
         if self.pretrain:
             self.pretrain.place = max(self.pretrain.place, state["pretrain_place"])
 
@@ -191,16 +215,29 @@ class Run:
         return problem is None
 
     def after_step(self, rollout: Rollout, scores: Scores, metrics: dict[str, float]) -> None:
-        """Writes metrics and samples; evaluates, exports best/, writes a checkpoint or rolls back. Collective."""
+        """Evaluates, exports best/, writes metrics, samples and a checkpoint, or rolls back. Collective."""
+        self.state.unfinished = {"metrics": metrics, "samples": self._texts(rollout, scores)}
+        self._finish_step()
+
+    def finish_stopped_step(self) -> None:
+        """Finishes the step in whose evaluation the run was stopped, if it was, before it resumed. Collective."""
+        if self.state.unfinished:
+            self.logger.rewind(self.state.step - 1)
+            self._finish_step()
+
+    def _finish_step(self) -> None:
         config, step = self.config, self.state.step
+        metrics, samples = self.state.unfinished["metrics"], self.state.unfinished["samples"]
         signs = alarms(metrics, config)
         if self.eval_prompts and (step % config.save_per_step == 0 or step == config.total_steps):
+            self.lifecycle.begin(self.state.state_dict(), self.logger.say)
             metrics = metrics | self.evaluate(may_be_best=not signs)
         if config.skip_bad_batches:
             metrics = metrics | {"bad_batches": self.state.left_out}
         self.logger.metrics(step, metrics)
-        self.logger.samples(step, self._texts(rollout, scores))
+        self.logger.samples(step, samples)
         self.logger.advance()
+        self.state.unfinished = None
         if not self._collapses(signs):
             self.lifecycle.after_step(self.state.state_dict(), self.logger.say)
 
@@ -223,6 +260,7 @@ class Run:
         if not start:
             return False
         kept = {"next_place": state.next_place, "best_score": state.best_score, "rollbacks": state.rollbacks + 1}
+        kept["unfinished"] = None  # that step was finished after the run had resumed
         self.lifecycle.restore(start, config.seed)
         state.load_state_dict(start.state | kept)
         self.logger.rewind(state.step)

@@ -15,6 +15,7 @@ from ppo.user_reward import RewardFunction, call_reward_fn
 from reward.scoring.ensemble import Ensemble, score_ids
 from utils.distributed import any_rank, gather_objects, world_size
 from utils.engine.state import same_weights
+from utils.run import stop_signal
 from utils.tensors import before, shift_to_next, to_device
 from utils.tokenizer import template_of
 
@@ -27,8 +28,10 @@ def score(
     """Computes the `Scores` of a rollout, in forwards of at most micro_batch_tokens tokens, equally many on every rank.
 
     temperature: that of sampling, for log-probabilities. with_values: False leaves out the critic. The policy does no
-    forward if the sampler measured the rollout, and the reference none while its weights equal the policy's.
+    forward if the sampler measured the rollout, and the reference none while its weights equal the policy's. Raises
+    Abandoned on all ranks, after a part, if one of them got a signal to stop in work that the run can abandon.
     """
+    stop_signal.check()
     policy, critic = models.policy, models.critic
     policy.module.eval()
     if isinstance(rollout, MeasuredRollout):
@@ -58,7 +61,9 @@ def score(
     if models.reward is not None:
         scores = models.reward.combine(members)
     if reward_fn is not None:
-        numbers = call_reward_fn(reward_fn, prompts.turns, response_texts(rollout, tokenizer))
+        answers = response_texts(rollout, tokenizer)
+        numbers = stop_signal.interruptible(lambda: call_reward_fn(reward_fn, prompts.turns, answers))
+        stop_signal.check()
         scores = scores + torch.tensor(numbers, device=scores.device)
     return Scores(logprobs, ref_logprobs, entropy, values, scores, members, truncated)
 
@@ -85,6 +90,7 @@ def reward_scores(
         with member.model.resident() as model:
             batches = even_batches([len(row) for row in ids], max_tokens, model.joins_rows)
             scores = torch.cat([scores, score_ids(model, ids, batches)[:, None]], 1)
+        stop_signal.check()
     return scores, truncated.bool()
 
 
@@ -129,4 +135,5 @@ def _by_batch(
             results = tuple(torch.zeros(rollout.sequences.shape, device=x.device) for x in outputs)
         for result, x in zip(results, outputs, strict=True):
             result[index, : x.shape[1]] = x.float()
+    stop_signal.check()
     return results

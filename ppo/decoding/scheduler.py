@@ -10,8 +10,9 @@ from data.batching.collate import pad
 from ppo.decoding.cuda_graphs import StepGraphs, bucket_of
 from ppo.decoding.kv_cache import SlotCache, columns_for, slots_for
 from ppo.decoding.sampling import Sampling, sample, uniforms
-from utils.distributed import any_rank
+from utils.distributed import max_ranks
 from utils.models.chunked_logprobs import logprobs_and_entropy
+from utils.run.stop_signal import requested
 from utils.tensors import position_ids, to_device
 from utils.tokenizer import stop_ids
 
@@ -77,8 +78,11 @@ class Decoder:
 
     @torch.no_grad()
     def run(self, lockstep: bool = False) -> list[torch.Tensor]:
-        """Returns the tokens of each response. lockstep: all ranks step until the last response has ended."""
-        while any_rank(self.busy, self.device) if lockstep else self.busy:
+        """Returns the tokens of each response. lockstep: all ranks step until the last response has ended.
+
+        Ends early, with responses that have ended and empty ones, after a signal (`stop_signal.requested`).
+        """
+        while self._goes_on(lockstep):
             for _ in range(self.options.steps_per_check):
                 self.forward()
             self._free_ended()
@@ -88,6 +92,11 @@ class Decoder:
         """Returns (log-probabilities, entropies) of each response's tokens, float32, as scoring computes them."""
         logprobs, entropy = map(self._of_responses, self.measured)
         return logprobs, entropy
+
+    def _goes_on(self, lockstep: bool) -> bool:
+        """Whether there is more to do, and no signal to stop; in lockstep, the same on all ranks."""
+        state = 2 if requested() else int(self.busy)
+        return (max_ranks(state, self.device) if lockstep else state) == 1
 
     @property
     def busy(self) -> bool:

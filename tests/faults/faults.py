@@ -17,14 +17,14 @@ import ppo.build
 import ppo.decoding.scheduler
 import ppo.models
 import ppo.rollout
+import ppo.run
 import ppo.score
 import ppo.update
 import utils.models.export
 import utils.run.checkpoint
 from utils.engine.engine import TrainEngine
 from utils.run.checkpoint import CheckpointWriter
-from utils.run.stop_signal import GRACE, ORDERS
-from utils.watchdog import STOPS
+from utils.run.stop_signal import GRACE
 
 VICTIM = 1  # the rank that faults happen to
 NAN = float("nan")
@@ -80,6 +80,12 @@ def at_call(victim: int, phase: str, calls: int, number: int = signal.SIGKILL) -
             once_loaded(install) if phase == "rollout" else install()
 
     return begin
+
+
+def in_step_2(phase: str, calls: int, number: int, beginning: tuple = (ppo.run.Run, "next_prompts")) -> Fault:
+    """On the victim, that call of this phase after the second `beginning` begins with this signal to itself."""
+    install = partial(before_calls, *PHASES[phase][:2], {calls: partial(send, number)})
+    return lambda rank: before_calls(*beginning, {2: install}) if rank == VICTIM or "RANK" not in os.environ else None
 
 
 def stall(owner, name: str) -> Fault:
@@ -229,13 +235,14 @@ def disk_fills_in_an_export(number: int, rank: int) -> None:
 
 
 def insistent_launcher(rank: int) -> None:
-    """In step 3 the victim gets SIGTERM, once more at once, as when two launchers pass it on, and again much later."""
+    """In step 3 the victim gets SIGTERM and SIGINT at once, as if by two launchers, and again much later."""
 
     def insist() -> None:
-        for pause in (0.0, 0.0, GRACE + 0.5):
+        for pause in (0.0, GRACE + 0.5):
             time.sleep(pause)
-            print("SIGTERM", flush=True)
-            send(signal.SIGTERM)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                print(number.name, flush=True)
+                send(number)
 
     if rank == VICTIM:
         before_calls(TrainEngine, "apply", {9: insist})
@@ -273,10 +280,14 @@ def no_room(rank: int) -> None:
 FAULTS = {
     f"{number.name} in {phase}": at_call(VICTIM, phase, 2, number)
     for phase in PHASES
-    for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)
+    for number in (signal.SIGKILL, signal.SIGSTOP)
 }
 FAULTS |= {
-    f"{number.name} in scoring": at_call(VICTIM, "scoring", 2, number) for number in STOPS if number not in ORDERS
+    "SIGTERM in scoring": in_step_2("scoring", 2, signal.SIGTERM),
+    "SIGHUP in rollout": in_step_2("rollout", 2, signal.SIGHUP),
+    "SIGUSR1 in rollout": in_step_2("rollout", 2, signal.SIGUSR1),
+    "SIGUSR2 in update": in_step_2("update", 2, signal.SIGUSR2),
+    "SIGTERM in evaluation": in_step_2("rollout", 2, signal.SIGTERM, (ppo.run, "evaluate")),
 }
 FAULTS |= {
     "stall in loading": stall(ppo.models, "load_scalar"),

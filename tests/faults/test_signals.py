@@ -1,4 +1,4 @@
-"""Signals to end: one rank that gets one stops all after the step, and a second signal ends the process at once."""
+"""Signals to end: one rank that gets one stops all, at once or after the update; a second Ctrl-C ends the process."""
 
 import json
 import re
@@ -8,16 +8,25 @@ import pytest
 from tests.faults.scenarios import Result, run_cases
 from tests.helpers.tiny_run import assert_same_run
 
+TOGETHER = {"zero_stage": 3, "gather_for_generation": "never"}
+ALONE = {"ranks": 1, "zero_stage": 0, "num_eval_prompts": 2, "save_per_step": 1, "checkpoint_per_step": 50}
 CASES = {
     "undisturbed": {},
-    "SIGTERM": {"fault": "SIGTERM in scoring"},
+    "SIGTERM": {"fault": "SIGTERM in scoring", "checkpoint_per_step": 50},
     "after SIGTERM": {"out": "SIGTERM"},
-    "SIGHUP": {"fault": "SIGHUP in scoring", "ignore_hangup": False},
+    "SIGHUP": {"fault": "SIGHUP in rollout", "ignore_hangup": False},
     "after SIGHUP": {"out": "SIGHUP"},
-    "SIGUSR1": {"fault": "SIGUSR1 in scoring"},
-    "after SIGUSR1": {"out": "SIGUSR1"},
-    "ignored": {"fault": "SIGHUP in scoring", "ignore_hangup": True},
+    "SIGUSR2": {"fault": "SIGUSR2 in update"},
+    "after SIGUSR2": {"out": "SIGUSR2"},
+    "ignored": {"fault": "SIGHUP in rollout", "ignore_hangup": True},
+    "undisturbed together": TOGETHER,
+    "SIGUSR1": TOGETHER | {"fault": "SIGUSR1 in rollout"},
+    "after SIGUSR1": TOGETHER | {"out": "SIGUSR1"},
+    "undisturbed alone": ALONE,
+    "evaluation": ALONE | {"fault": "SIGTERM in evaluation"},
+    "after evaluation": ALONE | {"out": "evaluation"},
     "again and again": {"fault": "insistent launcher", "patience": 5},
+    "every minute": {"checkpoint_per_step": 50, "checkpoint_minutes": 1e-6},
     "slow disk": {"fault": "slow disk"},
     "while writing": {"fault": "signal while writing"},
     "after while writing": {"out": "while writing"},
@@ -33,14 +42,35 @@ def checkpoints(result: Result) -> list[str]:
     return sorted(path.name for path in (result.out / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 138)])
-def test_a_signal_to_one_rank_stops_both_after_the_step(results, name, code):
+AGAIN = "what followed is made again; "
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "step", "rest", "like"),
+    [
+        ("SIGTERM", 143, 1, AGAIN, "undisturbed"),
+        ("SIGHUP", 129, 1, AGAIN, "undisturbed"),
+        ("SIGUSR1", 138, 1, AGAIN, "undisturbed together"),
+        ("SIGUSR2", 140, 2, "", "undisturbed"),
+    ],
+)
+def test_a_signal_to_one_rank_stops_both(results, name, code, step, rest, like):
+    """In a rollout or scoring, also where ranks decode together, at once; in an update after the step."""
     result = results[name]
-    assert result.codes == [code, code]
-    assert f"stopped by {name} after step 1; the same command resumes" in result.log
+    assert result.codes == [code, code], result.log[-3000:]
+    assert f"stopped by {name} after step {step}; {rest}the same command resumes from its checkpoint" in result.log
+    assert len(re.findall(r"checkpoint of step", result.log)) == step
     assert results[f"after {name}"].codes == [0, 0]
-    assert json.loads((result.out / "config.json").read_text())["resumed_from_step"] == 1
-    assert_same_run(result.out, results["undisturbed"].out)
+    assert json.loads((result.out / "config.json").read_text())["resumed_from_step"] == step
+    assert_same_run(result.out, results[like].out)
+
+
+def test_a_signal_stops_an_evaluation_which_the_resumed_run_makes_again(results):
+    result, after = results["evaluation"], results["after evaluation"]
+    assert result.codes == [143] and after.codes == [0], result.log[-3000:] + after.log[-3000:]
+    assert f"stopped by SIGTERM after step 2; {AGAIN}the same command resumes" in result.log
+    assert "step 2: held-out" not in result.log and "step 2: held-out" in after.log
+    assert_same_run(result.out, results["undisturbed alone"].out, "best")
 
 
 def test_a_lost_terminal_may_be_ignored(results):
@@ -48,15 +78,23 @@ def test_a_lost_terminal_may_be_ignored(results):
     assert_same_run(results["ignored"].out, results["undisturbed"].out)
 
 
-def test_a_second_signal_ends_a_process_in_the_middle_of_its_step(results):
+def test_a_second_ctrl_c_ends_a_process_in_the_middle_of_its_step(results):
     """The checkpoint of step 2 would have got its name at the end of step 3.
 
-    A launcher and a scheduler may pass the same wish on twice; who asks again seconds later means it.
+    Launchers and schedulers repeat SIGTERM at any time. Who presses Ctrl-C seconds after a signal means it.
     """
     result = results["again and again"]
-    assert result.codes[1] == 143 and result.codes[0] != 0
-    assert result.log.count("SIGTERM\n") == 3 and result.log.count("Ctrl-C or SIGTERM then stops at once") == 1
+    assert result.codes[1] == 130 and result.codes[0] != 0
+    assert (result.log.count("SIGTERM\n"), result.log.count("SIGINT\n")) == (2, 2)
+    assert result.log.count("Ctrl-C after 3 s") == 1
     assert checkpoints(result) == ["step_1", "step_2.partial"]
+
+
+def test_checkpoints_by_the_clock_change_no_numbers(results):
+    result = results["every minute"]
+    assert result.codes == [0, 0], result.log[-3000:]
+    assert checkpoints(result) == ["step_1", "step_2", "step_3"]
+    assert_same_run(result.out, results["undisturbed"].out)
 
 
 def test_checkpoints_that_take_longer_than_a_step_wait_for_each_other(results):
@@ -69,10 +107,11 @@ def test_checkpoints_that_take_longer_than_a_step_wait_for_each_other(results):
     assert_same_run(result.out, results["undisturbed"].out)
 
 
-def test_a_signal_while_a_checkpoint_is_written_waits_for_it_and_saves_once_more(results):
+def test_a_signal_while_a_checkpoint_is_written_waits_for_it(results):
+    """It most likely comes in the rollout of step 2, after which there is nothing new to save; or in the update."""
     result = results["while writing"]
     assert result.codes == [143, 143], result.log[-3000:]
-    assert "stopped by SIGTERM after step 2" in result.log
-    assert re.findall(r"checkpoint of step (\d)", result.log) == ["1", "2"]
-    assert f"resuming from {result.out}/checkpoints/step_2" in results["after while writing"].log
+    (step,) = re.findall(r"stopped by SIGTERM after step (\d)", result.log)
+    assert re.findall(r"checkpoint of step (\d)", result.log) == ["1", "2"][: int(step)]
+    assert f"resuming from {result.out}/checkpoints/step_{step}" in results["after while writing"].log
     assert_same_run(result.out, results["undisturbed"].out)

@@ -23,7 +23,7 @@ LAUNCHERS = {
     "ours": ["-m", "utils.launcher", "2", "train_ppo.py"],
     "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "train_ppo.py"],
 }
-# Scores as `vowels` does, but on each rank from its second call on only once the launcher is dead.
+# Scores as `vowels` does, but on each rank from its second call on without an end, unless there is a file `go`.
 WAITS = """
 import os, time
 from pathlib import Path
@@ -122,11 +122,11 @@ def test_ranks_save_and_end_when_their_launcher_is_killed(inputs: Inputs, tmp_pa
     process.kill()
     process.wait()
     until(lambda: len(re.findall(r"the launcher, process \d+, has died", log.read_text())) == 2, 10)
-    (tmp_path / "go").touch()
     until(
         lambda: not any(Path(f"/proc/{rank.read_text()}/cmdline").read_bytes() for rank in ranks if is_there(rank)), 20
     )
-    assert "stopped by SIGUSR1 after step 2; the same command resumes" in log.read_text()
+    assert "stopped by SIGUSR1 after step 1; what followed is made again; the same command resumes" in log.read_text()
+    (tmp_path / "go").touch()
     after = run_cases(tmp_path, inputs, {"after": flags | {"out": "run"}})
     assert "resuming from" in after["after"].log
     assert_same_run(finished(after)["after"], undisturbed["two"])

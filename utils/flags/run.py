@@ -12,9 +12,10 @@ from utils.flags.fields import Common
 FREE_ON_RESUME = frozenset(
     [
         "model_save_path", "logdir", "report_to", "overwrite", "num_samples", "print_interval", "resume",
-        "resume_with_changes", "checkpoint_per_step", "keep_checkpoints", "max_hours", "hang_timeout", "ignore_hangup",
-        "rollout_batch_size", "rollout_cache_tokens", "micro_batch_tokens", "gradient_checkpoint", "offload_frozen",
-        "gather_for_generation", "plan", "plan_gpus", "plan_gpu", "plan_gpu_memory",
+        "resume_with_changes", "checkpoint_per_step", "checkpoint_minutes", "keep_checkpoints", "max_hours",
+        "hang_timeout", "ignore_hangup", "rollout_batch_size", "rollout_cache_tokens", "micro_batch_tokens",
+        "gradient_checkpoint", "offload_frozen", "gather_for_generation", "plan", "plan_gpus", "plan_gpu",
+        "plan_gpu_memory",
     ]
 )  # fmt: skip
 
@@ -43,6 +44,9 @@ class RunFlags(EngineConfig):
     """Resume even if flags that change the results, or the content of models and data, differ from the checkpoint's"""
     checkpoint_per_step: int = 50
     """Steps between checkpoints; 0: no checkpoints, even when the run is stopped"""
+    checkpoint_minutes: float = 30.0
+    """Minutes without a checkpoint after which one is written at the end of the step; 0: only every
+    --checkpoint_per_step steps. With --checkpoint_per_step 0 there are none"""
     keep_checkpoints: int = 2
     """Number of checkpoints that are kept; older ones are deleted. With 1 there is none to fall back on"""
     max_hours: float = 0.0
@@ -62,8 +66,8 @@ class RunFlags(EngineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(
-            self, checkpoint_per_step=(0, None), keep_checkpoints=(1, None), max_hours=(0, None),
-            hang_timeout=(0, None), seed=SEEDS,
+            self, checkpoint_per_step=(0, None), checkpoint_minutes=(0, None), keep_checkpoints=(1, None),
+            max_hours=(0, None), hang_timeout=(0, None), seed=SEEDS,
         )  # fmt: skip
         if not self.resume:
             raise UserError("--resume is empty: pass auto, never or the folder of a checkpoint")

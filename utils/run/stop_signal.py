@@ -1,19 +1,25 @@
-"""Stops a run at the end of a step, on all ranks together: after a signal or --max_hours."""
+"""Stops a run on all ranks together: after a signal in work that can be abandoned, or at the end of a step.
+
+Work between two `check`s may end early once `requested`; its result is then not used. --max_hours ends whole steps.
+"""
 
 import contextlib
 import os
 import signal
 import time
-from typing import Literal, Self
+from collections.abc import Callable
+from typing import ClassVar, Literal, Self, TypeVar
 
 import torch
 
-from utils.distributed import max_ranks, world_size
+from utils.device import device
+from utils.distributed import is_main, max_ranks
 from utils.watchdog import STOPS
 
 OUT_OF_TIME = 75  # exit code of --max_hours: EX_TEMPFAIL of sysexits.h
-GRACE = 3.0  # seconds within which a repeated signal is ignored: launchers may send it more than once
-ORDERS = (signal.SIGINT, signal.SIGTERM)  # the others are notices, which may come more than once
+GRACE = 3.0  # seconds within which a Ctrl-C after another signal is ignored: launchers may send it more than once
+ALWAYS = (signal.SIGINT, signal.SIGTERM)  # the others may be ignored, as under nohup
+Result = TypeVar("Result")
 NAMES = {128 + number: number.name for number in STOPS}
 NAMES |= {128 + signal.SIGINT: "Ctrl-C", OUT_OF_TIME: "--max_hours"}
 
@@ -25,18 +31,32 @@ def set_hangup_action(ignore: bool | Literal["auto"]) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN if ignore else signal.SIG_DFL)
 
 
+class Abandoned(Exception):
+    """Raised by `check` on all ranks. code: the code to exit with."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
+
+
 class Stop:
-    """Context in which a signal takes effect at the end of the step, and a later Ctrl-C or SIGTERM at once."""
+    """Context in which the first signal stops the run, and a later Ctrl-C ends the process at once.
+
+    Only Ctrl-C, because launchers and schedulers repeat the other signals; to kill a process they use SIGKILL.
+    """
+
+    current: ClassVar["Stop | None"] = None  # while the run does what it can abandon; `RunLifecycle` sets it
 
     def __init__(self, max_hours: float):
-        self._code = 0
+        self.code = 0  # the signal's, 0 before it
+        self.interrupts = False  # whether the signal raises KeyboardInterrupt
         self._since = 0.0
         self._deadline = time.monotonic() + 3600 * max_hours if max_hours else float("inf")
         self._before = {}
 
     def __enter__(self) -> Self:
         for number in STOPS:
-            if number in ORDERS or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            if number in ALWAYS or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -45,17 +65,52 @@ class Stop:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame) -> None:
-        if not self._code:
-            self._code, self._since = 128 + number, time.monotonic()
+        if not self.code:
+            self.code, self._since = 128 + number, time.monotonic()
             with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, b"\nstopping at the end of this step; Ctrl-C or SIGTERM then stops at once\n")
-            if world_size() == 1 and number in ORDERS:  # no launcher repeats them
-                for each in ORDERS:
-                    signal.signal(each, signal.SIG_DFL)  # which also interrupts native code
-        elif number in ORDERS and time.monotonic() - self._since > GRACE:
+                text = f"stopping once the run can be resumed from there; Ctrl-C after {GRACE:g} s stops at once"
+                os.write(2, f"\n{text}\n".encode())
+            if self.interrupts:
+                raise KeyboardInterrupt
+        elif number == signal.SIGINT and time.monotonic() - self._since > GRACE:
             os._exit(128 + number)
 
-    def exit_code(self, device: torch.device) -> int:
-        """Returns the code to exit with, not 0 if any rank has to stop; the same on all ranks. Collective."""
+    def exit_code(self, device: torch.device, due: bool = False) -> tuple[int, bool]:
+        """Returns (the code to exit with, not 0 if any rank has to stop; whether rank 0 says `due`). Collective.
+
+        Both are the same on all ranks; `due` counts only if the code is 0.
+        """
         late = OUT_OF_TIME if time.monotonic() > self._deadline else 0
-        return max_ranks(self._code or late, device)
+        code, due = divmod(max_ranks(2 * (self.code or late) + (due and is_main()), device), 2)
+        return code, bool(due)
+
+
+def requested() -> bool:
+    """Whether this rank got a signal in work that the run can abandon. The work may then end early, up to a `check`."""
+    return Stop.current is not None and Stop.current.code > 0
+
+
+def check() -> None:
+    """Raises Abandoned on all ranks if any of them has `requested` it. Collective if the run can abandon its work."""
+    if Stop.current and (code := max_ranks(Stop.current.code, device())):
+        raise Abandoned(code)
+
+
+def interruptible(function: Callable[[], Result]) -> Result | None:
+    """Calls a function, in which the signal raises KeyboardInterrupt; returns None if it came, whatever the outcome.
+
+    For users' code without collectives, which may take minutes; a `check` has to follow.
+    """
+    stop = Stop.current
+    if stop is None:
+        return function()
+    try:
+        stop.interrupts = True
+        result = None if stop.code else function()
+        stop.interrupts = False
+    except BaseException:  # also what the user's code makes of the KeyboardInterrupt
+        stop.interrupts = False
+        if not stop.code:
+            raise
+        return None
+    return result
