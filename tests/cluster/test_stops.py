@@ -36,8 +36,8 @@ def preemption(run: Run, job: str) -> None:
 
 
 def time_limit(run: Run, job: str) -> None:
-    """Slurm looks at the limits of jobs every 30 seconds."""
-    run.cluster.run(f"scontrol update JobId={job} TimeLimit=2")
+    """Less is left than the time of the job's --signal. Slurm looks at it every 30 seconds."""
+    run.cluster.run(f"scontrol update JobId={job} TimeLimit=10")
 
 
 STOPS = {1: notice, 3: preemption, 5: time_limit}  # after so many steps
@@ -51,7 +51,8 @@ def test_a_job_that_is_told_to_stop_loses_only_the_step_at_hand(new_run, expecte
         run.wait_until_held(steps)
         stop(run, job)
         wait_for(run, job, "Restarts", str(restarts + 1))
-        run.hold(steps + 2)
+        run.cluster.run(f"scontrol update JobId={job} TimeLimit=UNLIMITED")
+        run.hold(next((later for later in STOPS if later > steps), STEPS))
     wait_for(run, job, "JobState", "COMPLETED")
     assert_same_run(run.out, expected.out)
     made = re.findall(rf"^step (\d+)/{STEPS}: ", run.log.read_text(), re.MULTILINE)
