@@ -73,4 +73,4 @@ for flag in --lang --template --chat_template_kwargs --context_truncate; do # th
   value=$(flag_value "$flag" '' "${ARGS[@]}" "$@")
   [[ -z $value ]] || EVALUATION+=("$flag" "$value")
 done
-NUM_GPUS=0 launch "$OUTPUT/evaluation.log" -m reward.evaluate "${EVALUATION[@]}"
+launch_one "$OUTPUT/evaluation.log" -m reward.evaluate "${EVALUATION[@]}"

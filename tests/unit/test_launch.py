@@ -25,26 +25,45 @@ launch "$LOG" -m sft.train --lr 1
 """
 WORDS = "-m sft.train --lr 1"
 ONE, MANY = f"python {WORDS}", "python -m utils.launcher {} " + WORDS
-HOSTS = "deepspeed --num_gpus 8 --hostfile h --module sft.train --lr 1"
+HOSTS = f"python -m utils.launcher --hostfile h 8 {WORDS}"
+PDSH = "deepspeed --num_gpus 8 --hostfile h --log_level warning --module sft.train --lr 1"
+TORCH = "torchrun --nproc_per_node 8 --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+TORCH_NODE = f"{TORCH} --nnodes 2 --node_rank 1 --master_addr a --master_port 29500 {WORDS}"
+SRUN = "srun --export=ALL --input=none --kill-on-bad-exit=0 --wait=60"
+# What sbatch of Slurm 22.05 sets with --nodes=2 --gpus-per-node=8 --cpus-per-task=64, and with a task per GPU
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_CPUS_PER_NODE": "64(x2)"}
+TASKS = BATCH | {"SLURM_NTASKS": "16", "SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_CPUS_PER_TASK": "8"}
+STEP = TASKS | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
+SHELL = BATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}  # srun --pty bash
+SALLOC = TASKS | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}  # its shell may be a step of this number
 
 
 @pytest.fixture
 def launched(tmp_path):
-    """The command line that a recipe runs, with DS_ACCELERATOR and CUDA_VISIBLE_DEVICES of its environment."""
+    """The command line that a recipe runs, with DS_ACCELERATOR, CUDA_VISIBLE_DEVICES and threads of its environment."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    say = '#!/bin/sh\necho {} "$@"; echo "${{DS_ACCELERATOR-}} $CUDA_VISIBLE_DEVICES"\n'
+    say = '#!/bin/sh\necho {} "$@"; echo "${{DS_ACCELERATOR-}} $CUDA_VISIBLE_DEVICES"; echo $OMP_NUM_THREADS\n'
     (programs / "pdsh").touch(0o755)
 
     def run(listing: str | None, **settings: str) -> tuple[str, str]:
-        scripts = {name: say.format(name) for name in ("python", "deepspeed")}
+        scripts = {name: say.format(name) for name in ("python", "deepspeed", "torchrun", "srun")}
         if listing is not None:
             scripts["nvidia-smi"] = f"#!/bin/sh\nprintf '%s\\n' '{listing}'\n"
         for name, text in scripts.items():
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
-        unset = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "MASTER_PORT", "NUM_GPUS", "HOSTFILE")
-        environment = {key: value for key, value in os.environ.items() if key not in unset}
+        unset = (
+            "CUDA_VISIBLE_DEVICES",
+            "DS_ACCELERATOR",
+            "MASTER_",
+            "NUM_GPUS",
+            "HOSTFILE",
+            "LAUNCHER",
+            "SLURM_",
+            "RANK",
+        )
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(unset)}
         (tmp_path / "h").write_text("a slots=8\nb slots=8\n")
         environment |= {"PATH": f"{programs}:/usr/bin:/bin", "LOG": str(tmp_path / "log")} | settings
         if "HOSTFILE" in settings:
@@ -70,19 +89,62 @@ def launched(tmp_path):
         (EIGHT, {"CUDA_VISIBLE_DEVICES": ""}, ONE, "cpu "),
         (EIGHT, {"NUM_GPUS": "0"}, ONE, "cpu "),
         (EIGHT, {"HOSTFILE": "h"}, HOSTS, " "),
-        (EIGHT, {"HOSTFILE": "h", "MASTER_PORT": "5"}, HOSTS.replace("h --mod", "h --master_port 5 --mod"), " "),
+        (EIGHT, {"HOSTFILE": "h", "LAUNCHER": "deepspeed"}, PDSH, " "),
+        (
+            EIGHT,
+            {"HOSTFILE": "h", "LAUNCHER": "deepspeed", "MASTER_PORT": "5"},
+            PDSH.replace("h --l", "h --master_port 5 --l"),
+            " ",
+        ),
+        (EIGHT, {"LAUNCHER": "none"}, ONE, " "),
+        (EIGHT, {"LAUNCHER": "own", "NUM_GPUS": "1"}, MANY.format(1), " "),
+        (EIGHT, {"LAUNCHER": "torchrun"}, f"{TORCH} --standalone {WORDS}", " "),
+        (EIGHT, {"LAUNCHER": "torchrun", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}, TORCH_NODE, " "),
+        (None, BATCH, f"{SRUN} --ntasks-per-node=8 --ntasks=16 --cpus-per-task=8 --overcommit {ONE}", " "),
+        (None, BATCH | {"LAUNCHER": "none"}, ONE, " "),
+        (None, TASKS, f"{SRUN} --cpus-per-task=8 {ONE}", " "),
+        (None, SALLOC, f"{SRUN} --cpus-per-task=8 {ONE}", " "),
+        (EIGHT, STEP, ONE, " "),
+        (EIGHT, SHELL, MANY.format(8), " "),
+        (EIGHT, BATCH | {"HOSTFILE": "h"}, HOSTS, " "),
     ],
 )
 def test_the_gpus_that_were_given_are_those_that_are_used(launched, listing, settings, command, devices):
-    assert launched(listing, **settings) == (command, devices)
+    assert launched(listing, **settings)[:2] == (command, devices)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"LAUNCHER": "mpirun"}, "error: LAUNCHER=mpirun: set it to auto, own, deepspeed, torchrun, srun or none"),
+        ({"LAUNCHER": "torchrun", "NNODES": "2"}, "error: LAUNCHER=torchrun: NNODES=2 needs NODE_RANK"),
+        ({"LAUNCHER": "torchrun", "NNODES": "two"}, "error: NNODES=two: not a number"),
+        ({"LAUNCHER": "srun", "HOSTFILE": "h"}, "error: HOSTFILE=h: LAUNCHER=srun does not read it"),
+    ],
+)
+def test_a_launcher_that_cannot_be_used(launched, settings, error):
+    (line,) = launched(EIGHT, **settings)
+    assert line.startswith(error)
+
+
+@pytest.mark.parametrize(
+    ("settings", "threads"), [(BATCH, 8), (TASKS, 8), (STEP, 8), (BATCH | {"NUM_GPUS": "2"}, 32), (SHELL, 8)]
+)
+def test_threads_are_those_of_the_allocation(launched, settings, threads):
+    """64 CPUs of a node, whatever this machine has."""
+    assert launched(EIGHT, **settings, OMP_NUM_THREADS="")[2] == str(threads)
 
 
 def test_a_hostfile_that_cannot_be_used(launched, tmp_path):
     """It is missing, there are no GPUs, or the program that reaches several machines is."""
     assert "there is no such file" in launched(EIGHT, HOSTFILE="nowhere")[0]
     assert "NUM_GPUS is 0" in launched(EIGHT, HOSTFILE="h", NUM_GPUS="0")[0]
+    for program in Path("/usr/bin").iterdir():
+        if program.name != "pdsh":
+            (tmp_path / program.name).symlink_to(program)
     (tmp_path / "bin" / "pdsh").unlink()
-    assert "pdsh, which is not installed" in launched(EIGHT, HOSTFILE="h")[0]
+    path = f"{tmp_path}/bin:{tmp_path}"
+    assert "pdsh, which is not installed" in launched(EIGHT, HOSTFILE="h", LAUNCHER="deepspeed", PATH=path)[0]
 
 
 @pytest.mark.parametrize(
