@@ -27,6 +27,7 @@ def vowels(prompts, answers):
     return [sum(letter in "aeiou" for letter in answer) / (1 + len(answer)) for answer in answers]
 """
 STEPS = 8
+JOB = "sbatch --parsable -N2 --ntasks-per-node=1 --cpus-per-task=1 --gpus-per-node=0"
 
 
 @dataclass

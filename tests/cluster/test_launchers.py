@@ -1,8 +1,10 @@
 """Two nodes of one rank each make the numbers of two ranks of one node, whatever starts them."""
 
+from functools import partial
+
 import pytest
 
-from tests.cluster.conftest import Run
+from tests.cluster.conftest import JOB, Run
 from tests.helpers.cluster import NODES
 from tests.helpers.tiny_run import assert_same_run
 
@@ -17,14 +19,14 @@ def srun(run: Run) -> int:
 
 
 def recipe_in_a_job(run: Run) -> int:
-    job = f"sbatch --wait -N2 --ntasks-per-node=1 --output={run.log} slurm/train.sbatch {run.flags()}"
-    return run.cluster.run(job, check=False, **run.settings(**SETTINGS)).returncode
+    job = f"{JOB} --wait --output={run.log} slurm/train.sbatch {run.flags()}"
+    return run.cluster.run(job, check=False, timeout=LIMIT, **run.settings(**SETTINGS)).returncode
 
 
-def hostfile(run: Run) -> int:
+def hostfile(run: Run, launcher: str = "auto") -> int:
     hosts = run.folder / "hosts"
     hosts.write_text("n1 slots=1\nn2 slots=1\n")
-    settings = run.settings(HOSTFILE=str(hosts), NUM_GPUS="1", **SETTINGS)
+    settings = run.settings(HOSTFILE=str(hosts), NUM_GPUS="1", LAUNCHER=launcher, **SETTINGS)
     return run.cluster.start(f"bash run_en.sh {run.flags()}", run.log, "n1", **settings).wait(LIMIT)
 
 
@@ -38,7 +40,13 @@ def torchrun(run: Run) -> int:
     return max(agent.wait(LIMIT) for agent in agents)
 
 
-LAUNCHERS = {"srun": srun, "sbatch": recipe_in_a_job, "hostfile": hostfile, "torchrun": torchrun}
+LAUNCHERS = {
+    "srun": srun,
+    "sbatch": recipe_in_a_job,
+    "ssh": hostfile,
+    "pdsh": partial(hostfile, launcher="deepspeed"),
+    "torchrun": torchrun,
+}
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)

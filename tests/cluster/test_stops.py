@@ -4,12 +4,11 @@ import re
 
 import pytest
 
-from tests.cluster.conftest import STEPS, Run
+from tests.cluster.conftest import JOB, STEPS, Run
 from tests.helpers.cluster import wait_until
 from tests.helpers.tiny_run import assert_same_run
 
 pytestmark = pytest.mark.slow
-JOB = "sbatch --parsable -N2 --ntasks-per-node=1 --cpus-per-task=1 --gpus-per-node=0"
 
 
 def submit(run: Run, **flags) -> str:
