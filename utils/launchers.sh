@@ -51,7 +51,7 @@ check_hosts() { # $1: number of GPUs. Stops with an error unless HOSTFILE is emp
 
 tasks_per_node() { # $1: number of GPUs. Processes per machine; an allocation with several tasks per node keeps its layout
   local tasks=
-  if is_task; then
+  if [[ $LAUNCHER == none ]] && is_task; then
     tasks=$SLURM_STEP_TASKS_PER_NODE
   elif [[ $LAUNCHER == srun ]] && keeps_layout "$1"; then
     tasks=${SLURM_TASKS_PER_NODE:-1}
@@ -82,6 +82,9 @@ set_launcher() { # Sets `launcher` of `launch`. With `alone`, it starts one proc
     own) launcher=(python -m utils.launcher ${HOSTFILE:+--hostfile "$HOSTFILE"} "$tasks") ;;
     deepspeed)
       launcher=(deepspeed --num_gpus "$tasks" ${HOSTFILE:+--hostfile "$HOSTFILE"} ${MASTER_PORT:+--master_port "$MASTER_PORT"})
+      if [[ -z ${HOSTFILE:-} && -n ${CUDA_VISIBLE_DEVICES:-} ]]; then # which --num_gpus would ignore
+        launcher[1]=--include launcher[2]=localhost:$(cut -d , -f "1-$tasks" <<<"$CUDA_VISIBLE_DEVICES")
+      fi
       ;;
     torchrun)
       launcher=(torchrun --nproc_per_node "$tasks" --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2)
