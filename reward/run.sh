@@ -6,7 +6,8 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source utils/launch.sh
 
 NUM_GPUS=${NUM_GPUS:-$(count_gpus)} # on each machine; 0: one process on the CPU
-HOSTFILE=${HOSTFILE:-}              # DeepSpeed's list of machines, when there are several
+HOSTFILE=${HOSTFILE:-}              # list of machines, when there are several, in DeepSpeed's format: node1 slots=8
+LAUNCHER=${LAUNCHER:-auto}          # own, deepspeed, torchrun, srun, none; auto: srun in a Slurm job, else own for several GPUs
 
 MODEL=${MODEL:-outputs/sft/final} # where it starts from: the SFT model, or a reward model with --reward_lm_loss_factor 0
 TOKENIZER=${TOKENIZER:-$MODEL}
@@ -73,4 +74,4 @@ for flag in --lang --template --chat_template_kwargs --context_truncate; do # th
   value=$(flag_value "$flag" '' "${ARGS[@]}" "$@")
   [[ -z $value ]] || EVALUATION+=("$flag" "$value")
 done
-NUM_GPUS=0 launch "$OUTPUT/evaluation.log" -m reward.evaluate "${EVALUATION[@]}"
+launch_one "$OUTPUT/evaluation.log" -m reward.evaluate "${EVALUATION[@]}"

@@ -1,5 +1,6 @@
-# What the recipes share: processes, threads, one launcher for CPU and GPUs, the frame of the demos. Sourced, not run.
+# What the recipes share: settings, processes and their signals, the frame of the demos. Sourced, not run.
 
+source "${BASH_SOURCE[0]%/*}/launchers.sh"
 umask o-w # nothing that is written may be changed by everyone
 SIGNALS=(INT TERM HUP USR1 USR2) # on which a run saves and ends
 if [[ -p /dev/stdout ]]; then # the script goes on when nobody reads its output any more (`| head`)
@@ -20,7 +21,7 @@ require_number() { # names of variables. Stops with an error unless each is unse
 
 check_settings() { # checks numbers; puts ./ in front of paths that look like flags
   local name
-  require_number NUM_GPUS MASTER_PORT
+  require_number NUM_GPUS MASTER_PORT NNODES NODE_RANK SLURM_NTASKS SLURM_NNODES SLURM_PROCID
   [[ ${OMP_NUM_THREADS:-} == *,* ]] || require_number OMP_NUM_THREADS # a list is one number per level of nesting
   for name in HOSTFILE POLICY_MODEL REWARD_MODEL CRITIC_MODEL TOKENIZER MODEL DATA OUTPUT OUTPUT_DEMO; do
     [[ ${!name:-} != -* ]] || printf -v "$name" %s "./${!name}"
@@ -30,6 +31,11 @@ check_settings
 
 count_gpus() { # of CUDA_VISIBLE_DEVICES where it is set (numbers, or UUIDs of GPUs and MIG slices); else of the machine
   local all entries entry count=0
+  all=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-}} # such as 8 or a100:8; this machine may have none
+  if in_allocation && [[ ${all##*:} =~ ^[0-9]+$ ]]; then
+    echo "${all##*:}"
+    return
+  fi
   all=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true) # 0 without nvidia-smi
   if ((all == 0)) || [[ -z ${CUDA_VISIBLE_DEVICES+set} ]]; then
     echo "$all"
@@ -43,26 +49,9 @@ count_gpus() { # of CUDA_VISIBLE_DEVICES where it is set (numbers, or UUIDs of G
   echo "$count"
 }
 
-use_threads() { # $1: processes on this machine. Shares its cores out, unless OMP_NUM_THREADS is set already
-  local cores
-  cores=$(getconf _NPROCESSORS_ONLN)
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
-}
-
-check_hosts() { # $1: number of GPUs. Stops with an error unless HOSTFILE is empty or can be used
-  local problem=
-  if [[ ! -f $HOSTFILE ]]; then
-    problem="there is no such file; give a list of machines, one line such as 'node1 slots=8' for each"
-  elif (($1 == 0)); then
-    problem='NUM_GPUS is 0; set it to the number of GPUs of each machine, or leave HOSTFILE empty'
-  elif (($(grep -c '^[^#[:space:]]' -- "$HOSTFILE") > 1)) && ! command -v pdsh >/dev/null; then
-    problem='DeepSpeed starts the other machines with pdsh, which is not installed here'
-  fi
-  [[ -z $problem ]] || { printf 'error: HOSTFILE=%q: %s\n' "$HOSTFILE" "$problem" >&2 && exit 2; }
-}
-
 use_devices() { # $1: number of GPUs; without any, DeepSpeed is told to use the CPU
   check_settings # again: flags have changed some
+  choose_launcher "$1"
   [[ -z ${HOSTFILE:-} ]] || check_hosts "$1"
   if (($1 == 0)); then
     export DS_ACCELERATOR=cpu
@@ -70,7 +59,7 @@ use_devices() { # $1: number of GPUs; without any, DeepSpeed is told to use the 
     # of a step. With one arena per thread, large ones would go back all the same, or leave holes
     export MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=67108864
   fi
-  use_threads "$(($1 > 1 ? $1 : 1))"
+  use_threads "$(tasks_per_node "$1")"
 }
 
 activate_repository_venv() { # the .venv that utils/setup.sh made, unless an environment is active
@@ -81,28 +70,39 @@ activate_repository_venv() { # the .venv that utils/setup.sh made, unless an env
 }
 
 pass_on() { # $1: a signal's name. Sends it to the run that `launch` has started, or keeps it until there is one
-  [[ $1 != HUP || $hangup =~ ^(stop|false)$ ]] || return 0 # --ignore_hangup, of which DeepSpeed's launcher knows nothing
+  [[ $1 != HUP || $hangup =~ ^(stop|false)$ ]] || return 0 # --ignore_hangup, of which others' launchers know nothing
   pending=$1
   if [[ -n $process ]]; then
-    [[ ${launcher[0]} != deepspeed || $1 == INT ]] || set -- TERM # the others would end DeepSpeed's launcher at once
+    case ${launcher[0]}-$1-$told in
+      deepspeed-INT-*) ;;
+      deepspeed-*) set -- TERM ;;  # the others would end DeepSpeed's launcher at once
+      srun-INT-yes) set -- TERM ;; # upon which srun kills the ranks, at once
+      srun-*) set -- USR1 ;;       # the only one that it passes on to them
+    esac
     kill -s "$1" "$process" 2>/dev/null || true
-    pending=
+    pending='' told=yes
   fi
 }
 
-launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS and HOSTFILE say where
-  local log=$1 launcher=(python) process='' pending='' code output tee name hangup=stop
+launch() { # $1: log file; then what python is to run, with its flags. LAUNCHER, NUM_GPUS and HOSTFILE say where
+  local log=$1 launcher process='' pending='' told='' code output tee name hangup=stop env_file=''
+  local DS_ENV_FILE=${DS_ENV_FILE:-.deepspeed_env}
   shift
-  if ((NUM_GPUS > 0)) && [[ -n ${HOSTFILE:-} ]]; then
-    launcher=(deepspeed --num_gpus "$NUM_GPUS" --hostfile "$HOSTFILE" ${MASTER_PORT:+--master_port "$MASTER_PORT"})
+  choose_launcher "$NUM_GPUS"
+  set_launcher
+  if [[ ${launcher[0]} =~ ^(deepspeed|torchrun|srun)$ ]]; then
     hangup=$(flag_value --ignore_hangup auto "$@")
     [[ $hangup != auto ]] || hangup=${TMUX:-${STY:-stop}}
+  fi
+  if [[ ${launcher[0]} == deepspeed ]]; then
+    if [[ -n ${HOSTFILE:-} ]]; then
+      write_deepspeed_env
+      launcher+=(--log_level warning) # else it writes all variables into the log
+    fi
     if [[ $1 == -m ]]; then # python's flag; the launcher's is longer
       shift
       launcher+=(--module)
     fi
-  elif ((NUM_GPUS > 1)); then # rank i takes entry i of CUDA_VISIBLE_DEVICES, which all ranks inherit
-    launcher=(python -m utils.launcher "$NUM_GPUS")
   fi
   # The run is a job of its own, to which this script passes signals once, then waits until it has saved and ended. tee
   # ignores them, so that the run's last lines are shown and kept; -p: it writes the log when nobody reads its output
@@ -113,7 +113,7 @@ launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS 
   exec {output}> >(trap '' "${SIGNALS[@]}" && exec tee -p -a -- "$log")
   tee=$!
   set -m
-  "${launcher[@]}" "$@" >&"$output" 2>&1 {output}>&- &
+  "${launcher[@]}" "$@" </dev/null >&"$output" 2>&1 {output}>&- &
   process=$!
   set +m
   exec {output}>&-
@@ -123,7 +123,14 @@ launch() { # $1: log file; then what python is to run, with its flags. NUM_GPUS 
   while code=0 && { wait "$process" || code=$?; } && kill -0 "$process" 2>/dev/null; do :; done # a signal ends a wait
   while kill -0 "$tee" 2>/dev/null; do wait "$tee" || true; done
   trap - "${SIGNALS[@]}"
+  [[ -z $env_file ]] || rm -f -- "$env_file"
   return "$code"
+}
+
+launch_one() { # as `launch`, but one process. It does nothing in a task of srun, or on a machine, that is not the first
+  ! is_task || ((SLURM_PROCID == 0)) || return 0
+  [[ $LAUNCHER != torchrun ]] || ((${NODE_RANK:-0} == 0)) || return 0
+  alone=yes launch "$@"
 }
 
 recover_command() { # $1: en or zh; $2: where the whole model belongs; $3: sft or reward
@@ -164,8 +171,10 @@ begin_demo() { # $1: output folder. One process, on the first GPU if there is on
   # Sets DTYPE, of all models
   # shellcheck disable=SC1091
   source utils/setup.sh demo
-  HOSTFILE='' use_devices "$((NUM_GPUS > 0))"
-  NUM_GPUS=0 # from here on: no launcher
+  ! is_task || ((SLURM_PROCID == 0)) || exit 0
+  unset SLURM_STEP_NUM_TASKS # a task of srun is no rank here
+  LAUNCHER=none HOSTFILE=''
+  use_devices "$((NUM_GPUS > 0))"
   export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
   DTYPE=$(python -m utils.fast_dtype)
   if [[ $DTYPE == fp32 ]]; then

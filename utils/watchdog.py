@@ -161,7 +161,8 @@ def _launcher() -> int:
     """Returns the process id of the launcher that started this rank, 0 without one."""
     parent = os.getppid()
     name = _read(f"/proc/{parent}/comm").decode(errors="replace").strip()
-    return parent if "RANK" in os.environ and name not in SHELLS else 0
+    is_rank = "RANK" in os.environ or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"  # as in utils/slurm.py
+    return parent if is_rank and name not in SHELLS else 0
 
 
 LAUNCHER = _launcher()  # this file is imported at the very start

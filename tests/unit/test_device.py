@@ -48,6 +48,16 @@ def test_more_processes_than_gpus_are_a_mistake_of_the_user():
     assert "UserError('local rank 2 has no GPU; this node has 2" in result.stdout, result.stderr
 
 
+def test_a_task_to_which_slurm_shows_one_gpu_uses_it():
+    """Unlike the second process of a launcher on a machine with one GPU."""
+    code = "import os; from utils.engine.engine import init_distributed as x\n"
+    code += "torch.cuda.device_count, torch.cuda.set_device = lambda: 1, refuse\n"
+    code += "try: x()\nexcept Exception as e: print(os.environ['LOCAL_RANK'], repr(e))"
+    second = {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2", "DS_ACCELERATOR": "cuda"}
+    assert run_there(code, **second, SLURM_LOCALID="1").stdout.startswith("0 AssertionError('CUDA was to be started")
+    assert "local rank 1 has no GPU" in run_there(code, **second, SLURM_LOCALID="0").stdout
+
+
 @pytest.mark.parametrize("zero_stage", [1, 3])
 def test_deepspeed_does_not_wait_for_the_device_in_forwards_and_steps(single_process, monkeypatch, zero_stage):
     """Its throughput timer would from the third step on."""

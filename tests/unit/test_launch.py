@@ -3,11 +3,13 @@
 And help and wrong flags are quick.
 """
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,26 +27,46 @@ launch "$LOG" -m sft.train --lr 1
 """
 WORDS = "-m sft.train --lr 1"
 ONE, MANY = f"python {WORDS}", "python -m utils.launcher {} " + WORDS
-HOSTS = "deepspeed --num_gpus 8 --hostfile h --module sft.train --lr 1"
+HOSTS = f"python -m utils.launcher --hostfile h 8 {WORDS}"
+PDSH = "deepspeed --num_gpus 8 --hostfile h --log_level warning --module sft.train --lr 1"
+LOCAL = "deepspeed --include localhost:4,5,6 --module sft.train --lr 1"
+TORCH = "torchrun --nproc_per_node 8 --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+TORCH_NODE = f"{TORCH} --nnodes 2 --node_rank 1 --master_addr a --master_port 29500 {WORDS}"
+SRUN = "srun --export=ALL --input=none --kill-on-bad-exit=0 --wait=60"
+# What sbatch of Slurm 22.05 sets with --nodes=2 --gpus-per-node=8 --cpus-per-task=64, and with a task per GPU
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_CPUS_PER_NODE": "64(x2)"}
+TASKS = BATCH | {"SLURM_NTASKS": "16", "SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_CPUS_PER_TASK": "8"}
+STEP = TASKS | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
+SHELL = BATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}  # srun --pty bash
+SALLOC = TASKS | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}  # its shell may be a step of this number
 
 
 @pytest.fixture
 def launched(tmp_path):
-    """The command line that a recipe runs, with DS_ACCELERATOR and CUDA_VISIBLE_DEVICES of its environment."""
+    """The command line that a recipe runs, with DS_ACCELERATOR, CUDA_VISIBLE_DEVICES and threads of its environment."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    say = '#!/bin/sh\necho {} "$@"; echo "${{DS_ACCELERATOR-}} $CUDA_VISIBLE_DEVICES"\n'
+    say = '#!/bin/sh\necho {} "$@"; echo "${{DS_ACCELERATOR-}} $CUDA_VISIBLE_DEVICES"; echo $OMP_NUM_THREADS\n'
     (programs / "pdsh").touch(0o755)
 
     def run(listing: str | None, **settings: str) -> tuple[str, str]:
-        scripts = {name: say.format(name) for name in ("python", "deepspeed")}
+        scripts = {name: say.format(name) for name in ("python", "deepspeed", "torchrun", "srun")}
         if listing is not None:
             scripts["nvidia-smi"] = f"#!/bin/sh\nprintf '%s\\n' '{listing}'\n"
         for name, text in scripts.items():
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
-        unset = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "MASTER_PORT", "NUM_GPUS", "HOSTFILE")
-        environment = {key: value for key, value in os.environ.items() if key not in unset}
+        unset = (
+            "CUDA_VISIBLE_DEVICES",
+            "DS_ACCELERATOR",
+            "MASTER_",
+            "NUM_GPUS",
+            "HOSTFILE",
+            "LAUNCHER",
+            "SLURM_",
+            "RANK",
+        )
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(unset)}
         (tmp_path / "h").write_text("a slots=8\nb slots=8\n")
         environment |= {"PATH": f"{programs}:/usr/bin:/bin", "LOG": str(tmp_path / "log")} | settings
         if "HOSTFILE" in settings:
@@ -70,19 +92,63 @@ def launched(tmp_path):
         (EIGHT, {"CUDA_VISIBLE_DEVICES": ""}, ONE, "cpu "),
         (EIGHT, {"NUM_GPUS": "0"}, ONE, "cpu "),
         (EIGHT, {"HOSTFILE": "h"}, HOSTS, " "),
-        (EIGHT, {"HOSTFILE": "h", "MASTER_PORT": "5"}, HOSTS.replace("h --mod", "h --master_port 5 --mod"), " "),
+        (EIGHT, {"HOSTFILE": "h", "LAUNCHER": "deepspeed"}, PDSH, " "),
+        (
+            EIGHT,
+            {"HOSTFILE": "h", "LAUNCHER": "deepspeed", "MASTER_PORT": "5"},
+            PDSH.replace("h --l", "h --master_port 5 --l"),
+            " ",
+        ),
+        (EIGHT, {"LAUNCHER": "deepspeed", "CUDA_VISIBLE_DEVICES": "4,5,6"}, LOCAL, " 4,5,6"),
+        (EIGHT, {"LAUNCHER": "none"}, ONE, " "),
+        (EIGHT, {"LAUNCHER": "own", "NUM_GPUS": "1"}, MANY.format(1), " "),
+        (EIGHT, {"LAUNCHER": "torchrun"}, f"{TORCH} --standalone {WORDS}", " "),
+        (EIGHT, {"LAUNCHER": "torchrun", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}, TORCH_NODE, " "),
+        (None, BATCH, f"{SRUN} --ntasks-per-node=8 --ntasks=16 --cpus-per-task=8 --overcommit {ONE}", " "),
+        (None, BATCH | {"LAUNCHER": "none"}, ONE, " "),
+        (None, TASKS, f"{SRUN} --cpus-per-task=8 {ONE}", " "),
+        (None, SALLOC, f"{SRUN} --cpus-per-task=8 {ONE}", " "),
+        (EIGHT, STEP, ONE, " "),
+        (EIGHT, SHELL, MANY.format(8), " "),
+        (EIGHT, BATCH | {"HOSTFILE": "h"}, HOSTS, " "),
     ],
 )
 def test_the_gpus_that_were_given_are_those_that_are_used(launched, listing, settings, command, devices):
-    assert launched(listing, **settings) == (command, devices)
+    assert launched(listing, **settings)[:2] == (command, devices)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"LAUNCHER": "mpirun"}, "error: LAUNCHER=mpirun: set it to auto, own, deepspeed, torchrun, srun or none"),
+        ({"LAUNCHER": "torchrun", "NNODES": "2"}, "error: LAUNCHER=torchrun: NNODES=2 needs NODE_RANK"),
+        ({"LAUNCHER": "torchrun", "NNODES": "two"}, "error: NNODES=two: not a number"),
+        ({"LAUNCHER": "srun", "HOSTFILE": "h"}, "error: HOSTFILE=h: LAUNCHER=srun does not read it"),
+    ],
+)
+def test_a_launcher_that_cannot_be_used(launched, settings, error):
+    (line,) = launched(EIGHT, **settings)
+    assert line.startswith(error)
+
+
+@pytest.mark.parametrize(
+    ("settings", "threads"), [(BATCH, 8), (TASKS, 8), (STEP, 8), (BATCH | {"NUM_GPUS": "2"}, 32), (SHELL, 8)]
+)
+def test_threads_are_those_of_the_allocation(launched, settings, threads):
+    """64 CPUs of a node, whatever this machine has."""
+    assert launched(EIGHT, **settings, OMP_NUM_THREADS="")[2] == str(threads)
 
 
 def test_a_hostfile_that_cannot_be_used(launched, tmp_path):
     """It is missing, there are no GPUs, or the program that reaches several machines is."""
     assert "there is no such file" in launched(EIGHT, HOSTFILE="nowhere")[0]
     assert "NUM_GPUS is 0" in launched(EIGHT, HOSTFILE="h", NUM_GPUS="0")[0]
+    for program in Path("/usr/bin").iterdir():
+        if program.name != "pdsh":
+            (tmp_path / program.name).symlink_to(program)
     (tmp_path / "bin" / "pdsh").unlink()
-    assert "pdsh, which is not installed" in launched(EIGHT, HOSTFILE="h")[0]
+    path = f"{tmp_path}/bin:{tmp_path}"
+    assert "pdsh, which is not installed" in launched(EIGHT, HOSTFILE="h", LAUNCHER="deepspeed", PATH=path)[0]
 
 
 @pytest.mark.parametrize(
@@ -184,6 +250,63 @@ def test_the_first_failure_is_the_exit_code_and_ends_the_others(tmp_path, end, c
     launcher = start_ranks(tmp_path / "rank.py", f"if rank == '1': {end}\ntime.sleep(60)", patience=0.3)
     assert launcher.wait(timeout=20) == code
     assert time.monotonic() - started < 15
+
+
+def on_a_node(folder: Path, code: str, **environ: str) -> subprocess.Popen:
+    """The launcher of the second of two machines, as the first one starts it by ssh; its input is still open."""
+    (folder / "rank.py").write_text(f"import os, pathlib, signal, sys, time\nhere = {str(folder)!r}\n{code}")
+    ranks = {"count": 2, "command": [f"{folder}/rank.py"], "address": "n1", "port": "5000", "nodes": 2, "node": 1}
+    node = subprocess.Popen(
+        [sys.executable, "-m", "utils.launcher", "--node"], cwd=REPOSITORY, env=clean_environment(),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=hear_signals,
+    )  # fmt: skip
+    node.stdin.write(json.dumps({"environ": environ, "ranks": ranks}).encode() + b"\n")
+    node.stdin.flush()
+    return node
+
+
+@pytest.mark.parametrize(("number", "saved"), [(signal.SIGTERM, signal.SIGTERM), (None, signal.SIGUSR1)])
+def test_ranks_of_another_machine_save_when_they_are_told_to_or_the_first_machine_is_gone(tmp_path, number, saved):
+    node = on_a_node(tmp_path, f"rank = os.environ['RANK']{SAVES}")
+    when_started(tmp_path, 2)
+    if number:
+        node.stdin.write(f"{int(number)}\n".encode())
+        node.stdin.flush()
+    else:
+        node.stdin.close()
+    assert node.wait(timeout=20) == 128 + saved
+    assert {path.name for path in tmp_path.glob("saved *")} == {"saved 2", "saved 3"}
+
+
+def test_ranks_of_another_machine_have_their_places_and_the_environment_of_the_first(tmp_path):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TEXT")
+    node = on_a_node(tmp_path, f"os.write(1, repr([os.environ[n] for n in {names}]).encode() + b'\\n')", TEXT='a"$b\n')
+    lines = sorted(node.stdout.read().decode().splitlines())
+    assert node.wait(timeout=20) == 0
+    assert lines == [repr([str(2 + i), str(i), "4", "2", "n1", "5000", 'a"$b\n']) for i in range(2)]
+
+
+def test_deepspeed_gets_a_file_of_variables_which_is_removed(tmp_path):
+    """Only its owner can read it. The shells of other machines evaluate values between double quotes."""
+    values = {"WANDB_API_KEY": "a \"b\" $HOME `c` %n \\ ; 'd'\ne é", "NCCL_DEBUG": "x", "USER_NAME": "not passed on"}
+    values |= {"HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": "0", "DS_ACCELERATOR": "cpu"}
+    (tmp_path / ".deepspeed_env").write_text("# own ones\nNCCL_DEBUG=INFO\n\nOWN=1\n")
+    (tmp_path / "hosts").touch()
+    (tmp_path / "deepspeed").write_text(f"#!/bin/sh\nstat -c '%a %n' $DS_ENV_FILE\ncp $DS_ENV_FILE {tmp_path}/copy\n")
+    (tmp_path / "deepspeed").chmod(0o755)
+    script = "source utils/launch.sh; NUM_GPUS=1; launch /dev/null -m sft.train"
+    environment = clean_environment() | values | {"PATH": f"{tmp_path}:/usr/bin:/bin", "LAUNCHER": "deepspeed"}
+    run = partial(subprocess.run, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    said = run(["bash", "-uc", script], env=environment | {"HOSTFILE": f"{tmp_path}/hosts"})
+    mode, path = said.stdout.split()
+    assert mode == "600" and not Path(path).exists()
+    seen = {}
+    for line in (tmp_path / "copy").read_text().splitlines():
+        name, value = line.split("=", 1)
+        seen[name] = run(["sh", "-c", f'printf %s "{value}"']).stdout
+    assert seen.items() >= {"WANDB_API_KEY": values["WANDB_API_KEY"], "NCCL_DEBUG": "INFO", "OWN": "1"}.items()
+    assert seen["PATH"] == environment["PATH"] and seen["DS_ACCELERATOR"] == "cpu"
+    assert not {"USER_NAME", "HOME", "CUDA_VISIBLE_DEVICES", "DS_ENV_FILE"} & seen.keys()
 
 
 def test_each_run_has_a_port_of_its_own_unless_one_is_given(tmp_path):

@@ -65,7 +65,8 @@ def test_the_preset_counts_wherever_it_is_changed(recipe, tmp_path, script):
     """PPO-max as it comes; plain PPO where the flag is added, and where the line in the recipe is edited."""
     copy = tmp_path / "edited" / script
     (copy.parent / "utils").mkdir(parents=True)
-    shutil.copy(REPOSITORY / "utils" / "launch.sh", copy.parent / "utils")
+    for name in ("launch.sh", "launchers.sh"):
+        shutil.copy(REPOSITORY / "utils" / name, copy.parent / "utils")
     text = (REPOSITORY / script).read_text()
     assert text.count("--preset ppo_max # ") == 1
     copy.write_text(text.replace("--preset ppo_max # ", "--preset vanilla # "))
@@ -129,7 +130,7 @@ def test_other_settings_of_the_shell_do_no_harm(tmp_path):
     for value, count in gpus.items():
         assert shell("count_gpus", CUDA_VISIBLE_DEVICES=value).stdout == f"{count}\n", value
     assert shell('echo "$NUM_GPUS"', NUM_GPUS="08").stdout == "8\n"
-    assert shell('check_hosts 2; echo "$HOSTFILE"', HOSTFILE="-f").stdout == "./-f\n"
+    assert shell('choose_launcher 2; check_hosts 2; echo "$HOSTFILE"', HOSTFILE="-f").stdout == "./-f\n"
     error = shell("check_hosts 2", HOSTFILE="no\n\x1b[2J").stderr
     assert error.startswith("error: HOSTFILE=") and error.strip().isprintable()
     assert not (tmp_path / "ran").exists()
@@ -139,7 +140,7 @@ def test_other_settings_of_the_shell_do_no_harm(tmp_path):
 def test_paths_that_look_like_flags(recipe, tmp_path, script):
     """They get ./ in front, in the environment and as values of flags; `cd` finds the recipe's own folder."""
     copy, stage = tmp_path / "-copy", {"sft/run.sh": "-m sft.train", "reward/run.sh": "-m reward.evaluate"}
-    for name in (script, "utils/launch.sh"):
+    for name in (script, "utils/launch.sh", "utils/launchers.sh"):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, copy / name)
     (tmp_path / "elsewhere" / "-copy" / script).mkdir(parents=True)

@@ -45,6 +45,8 @@ def init_distributed(hang_timeout: float = 0.0) -> None:
         os.environ.update(alone, MASTER_PORT="0")  # 0: any free port
     if device().type == "cuda":
         gpus = torch.cuda.device_count()
+        if gpus == 1 and os.environ.get("LOCAL_RANK", "0") == os.environ.get("SLURM_LOCALID"):
+            os.environ["LOCAL_RANK"] = "0"  # Slurm shows each task a GPU of its own. DeepSpeed reads the variable, too
         if device().index >= gpus:
             what = f"local rank {device().index} has no GPU; this node has {gpus}"
             raise UserError(f"{what}. Start one process per GPU (NUM_GPUS)")

@@ -16,6 +16,7 @@ from utils.flags.config_file import read_config_file
 from utils.flags.fields import add_field, default_of
 from utils.flags.help import show_help
 from utils.flags.other_names import explain_unknown
+from utils.slurm import rank_variables
 from utils.terminal import has_lone_surrogate, protect_streams
 
 Config = TypeVar("Config")
@@ -121,6 +122,9 @@ def entry_point(main):
     def run(argv: list[str] | None = None):
         os.umask(os.umask(0o777) | 0o002)  # nothing that is written may be changed by everyone
         protect_streams()
+        os.environ.update(rank_variables(os.environ))
+        if "PYTORCH_ALLOC_CONF" not in os.environ:  # torch prefers the older name if both are set
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # fewer gaps in GPU memory
         where = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         argv = list(sys.argv[1:] if argv is None else argv)
         try:

@@ -1,0 +1,62 @@
+"""Two nodes of one rank each make the numbers of two ranks of one node, whatever starts them."""
+
+from functools import partial
+
+import pytest
+
+from tests.cluster.conftest import JOB, Run
+from tests.helpers.cluster import NODES
+from tests.helpers.tiny_run import assert_same_run
+
+pytestmark = pytest.mark.slow
+LIMIT = 240  # seconds for a run
+SETTINGS = {"HF_TEST": "a  'b' \"c\" $d `e`", "WANDB_TEST": "1", "NCCL_TEST": "x", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def srun(run: Run) -> int:
+    command = f"srun -N2 -n2 python train_ppo.py {run.flags()}"
+    return run.cluster.start(command, run.log, **run.settings(**SETTINGS)).wait(LIMIT)
+
+
+def recipe_in_a_job(run: Run) -> int:
+    job = f"{JOB} --wait --output={run.log} slurm/train.sbatch {run.flags()}"
+    return run.cluster.run(job, check=False, timeout=LIMIT, **run.settings(**SETTINGS)).returncode
+
+
+def hostfile(run: Run, launcher: str = "auto") -> int:
+    hosts = run.folder / "hosts"
+    hosts.write_text("n1 slots=1\nn2 slots=1\n")
+    settings = run.settings(HOSTFILE=str(hosts), NUM_GPUS="1", LAUNCHER=launcher, **SETTINGS)
+    return run.cluster.start(f"bash run_en.sh {run.flags()}", run.log, "n1", **settings).wait(LIMIT)
+
+
+def torchrun(run: Run) -> int:
+    settings = run.settings(**SETTINGS)
+    agents = []
+    for i, node in enumerate(NODES):
+        where = f"--nnodes 2 --nproc_per_node 1 --node_rank {i} --master_addr n1 --master_port 29500"
+        command = f"torchrun {where} train_ppo.py {run.flags()}"
+        agents.append(run.cluster.start(command, run.folder / f"log.{node}", node, **settings))
+    return max(agent.wait(LIMIT) for agent in agents)
+
+
+LAUNCHERS = {
+    "srun": srun,
+    "sbatch": recipe_in_a_job,
+    "ssh": hostfile,
+    "pdsh": partial(hostfile, launcher="deepspeed"),
+    "torchrun": torchrun,
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_two_nodes_make_the_numbers_of_one(new_run, expected, name):
+    """The second node has the variables of the first, too."""
+    run = new_run(name)
+    code = LAUNCHERS[name](run)
+    assert code == 0, "".join(log.read_text() for log in run.folder.glob("log*"))
+    assert_same_run(run.out, expected.out)
+    seen = [run.environment(rank) for rank in (0, 1)]
+    assert [each["host"] for each in seen] == list(NODES)
+    for name in (*SETTINGS, "OMP_NUM_THREADS"):
+        assert seen[0][name] == seen[1][name] == run.settings(**SETTINGS)[name]
