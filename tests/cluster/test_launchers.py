@@ -1,5 +1,7 @@
 """Two nodes of one rank each make the numbers of two ranks of one node, whatever starts them."""
 
+import re
+import time
 from functools import partial
 
 import pytest
@@ -60,3 +62,22 @@ def test_two_nodes_make_the_numbers_of_one(new_run, expected, name):
     assert [each["host"] for each in seen] == list(NODES)
     for name in (*SETTINGS, "OMP_NUM_THREADS"):
         assert seen[0][name] == seen[1][name] == run.settings(**SETTINGS)[name]
+
+
+@pytest.mark.parametrize("name", ["sbatch", "ssh", "torchrun"])
+def test_a_node_without_the_model_ends_all_with_one_line(new_run, name):
+    """The job does not try again. torchrun has a traceback of its own, and turns the code into 1."""
+    run = new_run(f"no model for {name}".replace(" ", "_"))
+    run.cluster.run(f"mount -t tmpfs none {run.inputs.policy}", "n2")
+    begin = time.monotonic()
+    try:
+        code = LAUNCHERS[name](run)
+    finally:
+        run.cluster.run(f"umount {run.inputs.policy}", "n2")
+    log = "".join(log.read_text() for log in run.folder.glob("log*"))
+    assert code == (1 if name == "torchrun" else 2), log
+    assert time.monotonic() - begin < 100  # a minute of which may be the start of Python on a busy machine
+    (line,) = set(re.findall(r"^error \[rank \d\]: (.*)", log, re.MULTILINE))
+    assert "rank 1" in line and "--policy_model_path" in line
+    assert ("Traceback" in log) == (name == "torchrun")
+    assert not (run.out / "metrics.jsonl").exists() and "queue" not in log
