@@ -230,6 +230,7 @@ MUTANTS = [Mutant(*mutant) for mutant in (
     ("checkpoint hashes are not compared", 'and sha256(file) != entry["sha256"]:', "and False:",
      "unit/test_checkpoint.py"),
     ("files are not waited for", "os.fsync(file.fileno())", "pass", "unit/test_checkpoint.py"),
+    ("weights change while a checkpoint is read", "self.read.wait()", "pass", "unit/test_checkpoint_content.py"),
     ("signals are not heard", "self._code, self._since = 128 + number, time.monotonic()",
      "self._since = time.monotonic()", "unit/test_run.py"),
     ("the watchdog sleeps", "idle += tick", "pass", "unit/test_watchdog.py"),
