@@ -17,7 +17,7 @@ CASES = {
     "SIGHUP": {"fault": "SIGHUP in update", "ignore_hangup": False},
     "after SIGHUP": {"out": "SIGHUP"},
     "ignored": {"fault": "SIGHUP in update", "ignore_hangup": True},
-    "reward_fn": TOGETHER,
+    "reward_fn": TOGETHER | {"checkpoint_per_step": 50},
     "after reward_fn": TOGETHER | {"out": "reward_fn"},
     "SIGUSR1": TOGETHER | {"fault": "SIGUSR1 in rollout"},
     "after SIGUSR1": TOGETHER | {"out": "SIGUSR1"},
