@@ -9,9 +9,7 @@ from utils.watchdog import downloading
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _BESIDE_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "onnx/*", "original/*"]
-downloaded: dict[
-    tuple[str, str], Path | str
-] = {}  # (hub id, what of it) -> folder or commit, of this process's downloads
+downloaded: dict[tuple[str, str], Path | str] = {}  # (hub id, what of it) -> its folder or commit
 _DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".parquet", ".txt", ".model", ".gguf", ".safetensors", ".bin", ".pt"}
 
 

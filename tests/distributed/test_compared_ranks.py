@@ -13,16 +13,6 @@ from tests.faults.scenarios import Result, run_forked
 from tests.helpers.tiny_run import REPOSITORY, clean_environment, read_metrics, run_flags
 from utils.launcher import free_port
 
-FAILS_ON_ONE = """
-import os
-
-if os.environ["RANK"] == "1":
-    raise ImportError("no such package")
-
-def score(prompts, answers):
-    return [0.0 for answer in answers]
-"""
-
 
 @pytest.fixture(scope="module")
 def runs(inputs, tmp_path_factory) -> dict[str, Result]:
@@ -42,16 +32,13 @@ def runs(inputs, tmp_path_factory) -> dict[str, Result]:
     flags |= {"num_eval_prompts": None, "checkpoint_per_step": 1}
     rows = {name: {"second": words, "folders": [first, first]} for name, words in seconds.items()}
     rows["data"] = {"folders": [first, second]}
-    rows["one fails"] = {"folders": [first, first]}
-    (folder / "score.py").write_text(FAILS_ON_ONE)
+    rows["one fails"] = {"folders": [first, first], "fault": "damaged model"}
     rows["stopped"] = {"folders": [first, first]}
     rows["other content"] = {"folders": [second, second], "out": "stopped"}
     rows["other path"] = {"folders": [copy, copy], "out": "stopped"}
     for name, row in rows.items():
         limit = {"max_hours": 1e-9} if name == "stopped" else {}
         row["argv"] = run_flags(inputs, folder / row.pop("out", name), **flags | limit)
-        if name == "one fails":
-            row["argv"] += ["--reward_fn", f"{folder}/score.py:score"]
         row |= {"folders": [str(path) for path in row["folders"]], "patience": 20}
     words = [str(inputs.policy), str(inputs.prompts)]
     rows["hashing"] = {"module": "tests.distributed.jobs", "function": "fingerprint_inputs", "argv": words}
@@ -79,7 +66,7 @@ def test_both_ranks_end_and_one_says_which_one_differs_in_what(runs, case):
 
 def test_an_error_on_one_rank_ends_the_other_that_waits_in_a_collective(runs):
     """Rank 0 says whose error it is, and leaves no lock."""
-    result, error = runs["one fails"], "--reward_fn .*score.py:score cannot be loaded: .*no such package"
+    result, error = runs["one fails"], "--critic_model_path is damaged"
     assert result.codes == [2, 2] and "Traceback" not in result.log
     assert re.search(rf"error \[rank 0\]: rank 1: {error}", result.log), result.log
     assert re.search(rf"error \[rank 1\]: {error}", result.log), result.log

@@ -25,6 +25,7 @@ import utils.run.checkpoint
 import utils.run.lock
 import utils.run.state_file
 from utils.engine.engine import TrainEngine
+from utils.errors import UserError
 from utils.run.checkpoint import CheckpointWriter
 from utils.run.stop_signal import GRACE
 
@@ -279,6 +280,16 @@ def no_room(rank: int) -> None:
     TrainEngine.fits_gathered = lambda self: False
 
 
+def damaged_model(rank: int) -> None:
+    """The victim cannot load its critic, when the other rank goes on to a collective."""
+
+    def refuse() -> None:
+        raise UserError("--critic_model_path is damaged")
+
+    if rank == VICTIM:
+        before_calls(ppo.models, "load_scalar", {1: refuse})
+
+
 def shared_late(rank: int) -> None:
     """The victim sees the folder `run` of the other rank two seconds after the start."""
     if rank == VICTIM:
@@ -312,6 +323,6 @@ FAULTS |= {
 _OTHERS = [nan_score, empty_responses, small_chunks, no_room, disk_fills_in_a_save, disk_is_full, insistent_launcher]
 FAULTS |= {
     fault.__name__.replace("_", " "): fault
-    for fault in (*_OTHERS, slow_disk, signal_while_writing, shared_late, never_shared)
+    for fault in (*_OTHERS, slow_disk, signal_while_writing, damaged_model, shared_late, never_shared)
 }
 FAULTS |= {f"disk fills in export {number}": partial(disk_fills_in_an_export, number) for number in (2, 3)}

@@ -101,7 +101,7 @@ def _lock(run: str) -> str:
     file.truncate(0)
     file.write(text)
     file.flush()
-    os.fsync(file.fileno())  # NFS would keep it from other nodes as long as the file is open
+    os.fsync(file)  # NFS would keep it from other nodes as long as the file is open
     if not has_locks:
         time.sleep(1.0)  # of two that take it at the same time, the last to write has it
         if (content := Path(path).read_text("utf-8")) != text:

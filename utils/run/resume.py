@@ -169,8 +169,7 @@ def find_checkpoint(config: RunFlags, say: Say, kind: type[TrainerState]) -> Che
         return None
     if checkpoint:
         _check_flags(checkpoint, config, say)
-        if not config.resume_with_changes:
-            keep_sizes(config, checkpoint.state["flags"])
+        keep_sizes(config, checkpoint.state["flags"])
         say(f"resuming from {checkpoint.path}")
         path = config.model_save_path
         if _is_finished(path):
@@ -201,8 +200,11 @@ def _check_flags(checkpoint: Checkpoint, config: RunFlags, say: Say) -> None:
 
 
 def keep_sizes(config: RunFlags, saved: dict) -> None:
-    """Sets SIZES that have their defaults to those of the saved run, as if the user had passed them."""
-    for name in SIZES:
+    """Sets SIZES that have their defaults to those of the saved run, as if the user had passed them.
+
+    Under --resume_with_changes they are worked out anew.
+    """
+    for name in () if config.resume_with_changes else SIZES:
         if name in saved and hasattr(config, name) and is_default(config, name):
             if getattr(config, name) != saved[name]:
                 choose(config, name, saved[name], "the checkpoint was made with it")

@@ -44,9 +44,10 @@ def start_run(config: RunFlags, kind: type[TrainerState]) -> tuple[Say, Checkpoi
 
 def open_log(config: RunFlags, checkpoint: Checkpoint | None, num_steps: int) -> RunLogger:
     """Prepares the run's folder for the steps after the checkpoint, and opens its log. Collective."""
-    step = begin_folder(config, checkpoint)
     folder = config.model_save_path
-    return RunLogger(folder, config.logdir, config.report_to, dataclasses.asdict(config), num_steps, step)
+    with together():
+        step = begin_folder(config, checkpoint)
+        return RunLogger(folder, config.logdir, config.report_to, dataclasses.asdict(config), num_steps, step)
 
 
 def choose_dtype(config) -> None:
