@@ -11,11 +11,11 @@ from reward.model import load_scalar_model
 from tests.helpers.parts import ppo_config
 from utils.distributed import barrier, gather_objects, is_main, rank, world_size
 from utils.engine.engine import DTYPES, init_distributed, shutdown_distributed
-from utils.engine.split import splitter, whole
+from utils.engine.split import splitter
 from utils.errors import UserError
 from utils.models.check import in_float32
 from utils.models.load import load_causal_lm
-from utils.models.split import Split, gathered_by_layer, model_copy, not_finite, own_part
+from utils.models.split import Split, gathered, model_copy, not_finite, own_part
 from utils.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def split_for(dtype: str = "fp32", **flags) -> Split:
 
 def differences(first: nn.Module, second: nn.Module) -> list[str]:
     """Names of parameters and buffers that two models do not have alike. The second one is split."""
-    with whole(second):
+    with gathered(second, by_layer=False):
         pairs = [(dict(first.named_parameters()), dict(second.named_parameters()))]
         pairs.append((dict(first.named_buffers()), dict(second.named_buffers())))
         found = [name for a, b in pairs for name in sorted(a.keys() ^ b.keys())]
@@ -45,7 +45,7 @@ def compare(folder: str, dtype: str) -> list[str]:
     first = load_causal_lm(folder, DTYPES[dtype], CPU, say=str)
     second = load_causal_lm(folder, DTYPES[dtype], CPU, say=str, split=split_for(dtype))
     found = differences(first, second)
-    with gathered_by_layer(second):
+    with gathered(second):
         if not torch.equal(first(input_ids=IDS, use_cache=False).logits, second(input_ids=IDS, use_cache=False).logits):
             found.append("logits")
         with in_float32(first), in_float32(second):
