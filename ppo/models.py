@@ -17,7 +17,7 @@ from reward.scoring.load import check_same_tokenizer, load_ensemble, load_scalar
 from utils.engine.engine import DTYPES, InferenceEngine, TrainEngine, device
 from utils.engine.frozen import shard_frozen
 from utils.engine.memory import fits_whole
-from utils.engine.split import splitter, whole
+from utils.engine.split import splitter
 from utils.errors import Say
 from utils.models.chunked_logprobs import by_chunks, head_logits, logprobs_and_entropy
 from utils.models.compile import compile_layers
@@ -25,7 +25,7 @@ from utils.models.export import check_names, saved_tensors
 from utils.models.load import check_window, embedding_rows, enable_checkpointing, load_causal_lm
 from utils.models.padding_free import decoder_of, joins_rows, states_of
 from utils.models.routers import recorded_router_logits, router_coef, router_sums
-from utils.models.split import gathered_by_layer, model_copy
+from utils.models.split import gathered, model_copy
 from utils.tensors import at_tokens, before, places_of
 from utils.tokenizer import template_of
 
@@ -131,7 +131,7 @@ def load_models(config: PPOConfig, tokenizer, say: Say = print) -> Models:
     model = PolicyModel(lm, even_tokens if split else 0, coef)
     wanted = config.gather_for_generation
     layered = bool(split) and (wanted == "never" or (wanted == "auto" and not fits_whole(lm)))
-    with gathered_by_layer(lm) if layered else whole(lm):
+    with gathered(lm, by_layer=layered):
         choose_decoding(model, config, flag, say, layered)
     freeze = partial(_freeze, config=config, split=bool(split_judge))
     reference = freeze(PolicyModel(model_copy(lm, split_judge), even_tokens if split_judge else 0))

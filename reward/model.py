@@ -27,7 +27,7 @@ from utils.models.chunked_logprobs import head_logits, sum_nll
 from utils.models.export import check_names, saved_tensors, set_ids, write_model
 from utils.models.load import FLAG, fit_vocabulary, from_folder, model_folder, resize_embeddings
 from utils.models.padding_free import has_varlen_kernel, joins_rows, states_of
-from utils.models.split import Split, gathered_by_layer, split_rest
+from utils.models.split import Split, gathered, split_rest
 from utils.models.weight_files import read_tensor, tensor_files
 from utils.tensors import at_tokens, before, last_index
 from utils.tokenizer import stop_ids
@@ -128,7 +128,7 @@ def load_scalar_model(
     backbone, lm_head = (model.base_model, model.get_output_embeddings()) if with_lm_head else (model, None)
     resize_embeddings(model, rows)
     split_rest(model, split, device)
-    with gathered_by_layer(model):
+    with gathered(model):
         check_forward(model, f"{flag} {path}", say, with_lm_head)
     if type(model.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         kind = f"a {model.config.model_type} model, which transformers has no sequence classification for"

@@ -24,7 +24,7 @@ from utils.models.export import check_names, save_causal_lm, saved_tensors
 from utils.models.load import FLAG, check_window, enable_checkpointing, load_causal_lm
 from utils.models.padding_free import decoder_of, has_varlen_kernel
 from utils.models.routers import ROUTER_METRICS
-from utils.models.split import gathered_by_layer
+from utils.models.split import gathered
 from utils.run.supervised_loop import Stage, evaluate
 from utils.run.together import once_per_node
 from utils.tensors import to_device
@@ -127,7 +127,7 @@ def load(config: SFTConfig, tokenizer, say: Say) -> tuple[PreTrainedModel, Layou
     check_names(AutoModelForCausalLM, lm.config, saved_tensors(lm), f"{FLAG} {path}")
     joined = has_varlen_kernel(decoder_of(lm))
     packing = config.packing and not joined
-    with gathered_by_layer(lm):
+    with gathered(lm):
         failure = packing_failure(lm, f"{FLAG} {path}") if packing else None
     if failure:
         say(f"--packing is off: packed dialogues would affect each other in {type(lm).__name__} ({failure})")

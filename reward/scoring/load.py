@@ -92,7 +92,7 @@ def load_ensemble(
     members = []
     for reader in readers:
         if reader.own:
-            model = _load(config, reader.path, config.reward_flag, reader.own[0], say, True, split=split)
+            model = _load(config, reader.path, config.reward_flag, reader.own[0], say, trained=True, split=split)
             encoding = Encoding(*reader.own, window_of(model))
         else:
             shared = critic is not None and reader.path == critic[0]
@@ -108,20 +108,17 @@ def load_scalar(
 ) -> ScalarModel:
     """Loads a critic, or a reward model that reads the policy's ids, with at least the policy's `rows` embeddings."""
     flag = flag or config.reward_flag
-    model = _load(config, path, flag, tokenizer, say, path in config.reward_paths, rows, split)
+    trained = path in config.reward_paths
+    model = _load(config, path, flag, tokenizer, say, trained=trained, rows=rows, split=split)
     check_window(model, config.maxlen_prompt, f"{flag} {path}: --maxlen_prompt")
     return model
 
 
-def _load(
-    config: RewardFlags, path: str, flag: str, tokenizer, say: Say, trained: bool, rows: int = 0,
-    split: Split | None = None,
-) -> ScalarModel:  # fmt: skip
+def _load(config: RewardFlags, path: str, flag: str, tokenizer, say: Say, **options) -> ScalarModel:
     dtype, attention = DTYPES[config.dtype], config.attn_implementation
     return load_scalar_model(
-        path, dtype, device(), attention, tokenizer, seed=config.seed, say=say, flag=flag, trained=trained, rows=rows,
-        split=split,
-    )  # fmt: skip
+        path, dtype, device(), attention, tokenizer, seed=config.seed, say=say, flag=flag, **options
+    )
 
 
 def check_same_tokenizer(path: str, flag: str, tokenizer, template: str) -> None:

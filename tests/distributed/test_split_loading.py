@@ -16,6 +16,8 @@ from tests.helpers.tiny_run import tiny_reward_model
 # Tied embeddings, fused projections, fused experts, transposed matrices with biases, and a model that asks for shapes
 # while it is loaded.
 FAMILIES = ("llama", "llama-tied", "phi3", "mixtral", "gpt2", "blt")
+# Of the tied LLaMA: a .bin, which holds the embedding twice, and a file with another head, which must not be tied.
+FILES = ("bin", "another head")
 RANKS = 3  # do not divide the sizes of the matrices, so that the last rank's part is padded
 LARGE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "tie_word_embeddings": False}
 
@@ -35,6 +37,11 @@ def found(tmp_path_factory) -> dict[str, dict]:
     for name in FAMILIES[1:]:
         save_folder(tiny_config(name), folder / name)
     llama = tiny_llama_folder(folder / "llama")
+    changed(folder / "llama-tied", folder / "another head", **{"lm_head.weight": torch.rand(400, 64)})
+    tied = load_file(folder / "llama-tied" / "model.safetensors")
+    changed(folder / "llama-tied", folder / "bin")
+    (folder / "bin" / "model.safetensors").unlink()
+    torch.save(tied | {"lm_head.weight": tied["model.embed_tokens.weight"]}, folder / "bin" / "pytorch_model.bin")
     tiny_llama(**LARGE).to(torch.bfloat16).save_pretrained(folder / "large")
     tiny_reward_model(folder / "reward", 400)
     name = "model.layers.1.mlp.down_proj.weight"
@@ -43,7 +50,7 @@ def found(tmp_path_factory) -> dict[str, dict]:
     changed(llama, folder / "shape", **{name: weight[:, :-1]})
     weight[-1, -1] = torch.nan  # in the last rank's part
     changed(llama, folder / "nan", **{name: weight})
-    jobs = {"families": [FAMILIES], "others": [], "large": []}
+    jobs = {"families": [FAMILIES + FILES], "others": [], "large": []}
     rows = {
         job: {
             "module": "tests.distributed.loading_jobs", "function": f"load_{job}", "ranks": RANKS,
@@ -56,7 +63,7 @@ def found(tmp_path_factory) -> dict[str, dict]:
 
 
 def test_families_are_the_same_when_they_are_split_while_loading(found):
-    assert found["families"] == {name: [[]] * RANKS for name in FAMILIES}
+    assert found["families"] == {name: [[]] * RANKS for name in FAMILIES + FILES}
 
 
 def test_grown_embeddings_scalar_models_and_copies_are_the_same(found):

@@ -1,7 +1,5 @@
 """Splits weights over the ranks by ZeRO-3 while a model is loaded, so that no rank holds the whole of it."""
 
-import contextlib
-from collections.abc import Iterator
 from copy import copy
 
 import deepspeed
@@ -47,10 +45,3 @@ def splitter(config: EngineConfig, dtype: torch.dtype, frozen: bool = False, off
             first.convert_to_zero_parameters(param_list=[parameter])
 
     return split
-
-
-@contextlib.contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
-    """Context in which a split model without an engine has all its weights on every rank. Collective."""
-    with deepspeed.zero.GatheredParameters(list(module.parameters())):
-        yield

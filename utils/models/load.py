@@ -21,7 +21,7 @@ from utils.hub import download_model, is_hub_id
 from utils.models.check import check_forward
 from utils.models.compile import layers_of
 from utils.models.config import check_counts, check_memory, read_config
-from utils.models.split import Split, gathered_by_layer, not_finite, split_rest, splitting_layers, whole_shape
+from utils.models.split import Split, gathered, not_finite, split_rest, splitting_layers, whole_shape
 from utils.models.weight_files import reason_of, stored_tensors, tensor_files
 from utils.tokenizer import check_vocabulary
 from utils.watchdog import report_progress
@@ -44,7 +44,7 @@ def load_causal_lm(
     if tokenizer is not None:
         fit_vocabulary(model, tokenizer, f"{flag} {path}", say)
     split_rest(model, split, device)
-    with gathered_by_layer(model):
+    with gathered(model):
         check_forward(model, f"{flag} {path}", say)
     return model
 

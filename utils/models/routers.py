@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from utils.errors import Say, UserError
 from utils.models.padding_free import decoder_of
-from utils.models.split import gathered_by_layer
+from utils.models.split import gathered
 
 ASK = {"output_router_logits": True}
 ROUTER_METRICS = ("router_aux_loss", "router_max_load", "router_entropy")
@@ -45,7 +45,7 @@ def _gives_router_logits(decoder: nn.Module) -> bool:
     if "router_logits" not in getattr(decoder, "can_record_outputs", {}):
         return False
     ids = torch.tensor([[1, 2, 3]], device=next(decoder.parameters()).device)
-    with gathered_by_layer(decoder), recorded_router_logits(decoder) as layers:
+    with gathered(decoder), recorded_router_logits(decoder) as layers:
         decoder(input_ids=ids, use_cache=False)
     return bool(layers) and all(x.shape[:-1].numel() == ids.numel() for x in layers)
 

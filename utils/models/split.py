@@ -62,18 +62,14 @@ def splitting_layers(split: Split | None, outline: PreTrainedModel) -> Iterator[
             parts.append(parameter)
             parameter.data = parameter.data.new_zeros(1).expand(parameter.ds_shape)  # some models ask for the shape
 
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # transformers' threads read all tensors as fast as they can
     hook = register_module_parameter_registration_hook(registered)
-    before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
-    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # its threads read all tensors as fast as they can
     try:
         yield
     finally:
         hook.remove()
         for parameter in parts:
             parameter.data = parameter.data.new_empty(0)
-        os.environ.pop("HF_DEACTIVATE_ASYNC_LOAD")
-        if before is not None:
-            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
 
 
 def split_rest(model: nn.Module, split: Split | None, device: torch.device) -> None:
@@ -93,26 +89,27 @@ def not_finite(model: nn.Module) -> str | None:
 
 
 @contextlib.contextmanager
-def gathered_by_layer(model: PreTrainedModel) -> Iterator[None]:
-    """Context in which forwards of a split model work without an engine: each layer is whole while it runs.
+def gathered(model: PreTrainedModel, by_layer: bool = True) -> Iterator[None]:
+    """Context in which forwards of a split model work without an engine. For a model that is not split, does nothing.
 
-    What is not in a layer is whole all the time. Forwards are collective. Of a model that is not split: does nothing.
+    by_layer: each layer is whole only while it runs, and forwards are collective. What is not in a layer is whole all
+    the time.
     """
-    inside = [module for layer in layers_of(model) for module in layer.modules()]
+    inside = [module for layer in layers_of(model) for module in layer.modules() if by_layer]
     in_layers = {id(x) for module in inside for x in module.parameters(recurse=False)}
     others = [x for x in model.parameters() if id(x) not in in_layers]
-    hooks, gathered = [], []
+    hooks, running = [], []
     # Of the modules inside of a layer too: some callers run parts of a layer.
     for module in inside if any(map(is_split, model.parameters())) else []:
-        hooks.append(module.register_forward_pre_hook(lambda part, _: gathered.append(_gather(part.parameters()))))
-        hooks.append(module.register_forward_hook(lambda *_: _release(gathered.pop()), always_call=True))
+        hooks.append(module.register_forward_pre_hook(lambda part, _: running.append(_gather(part.parameters()))))
+        hooks.append(module.register_forward_hook(lambda *_: _release(running.pop()), always_call=True))
     held = _gather(others)
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        _release([x for part in (held, *gathered) for x in part])
+        _release([x for part in (held, *running) for x in part])
 
 
 def _gather(parameters: Iterator[nn.Parameter]) -> list[nn.Parameter]:
