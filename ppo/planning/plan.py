@@ -65,7 +65,7 @@ def plan(config: PPOConfig, gpus: int) -> Plan:
 
 
 def with_gathering(config: PPOConfig, gpus: int, memory: float) -> PPOConfig:
-    """Returns the flags with --gather_for_generation auto decided as `TrainEngine.fits_gathered` does.
+    """Returns the flags with --gather_for_generation auto decided as the run does: always if 1.5 times the weights fit.
 
     memory: bytes of each GPU.
     """

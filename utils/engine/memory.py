@@ -40,17 +40,17 @@ def fits_whole(model: nn.Module) -> bool:
     return not any_rank(needed > free_memory(), device())
 
 
-def device_memory() -> int:
-    """Returns the bytes of this process's GPU; on a CPU, of the host's memory."""
-    return torch.cuda.mem_get_info()[1] if device().type == "cuda" else psutil.virtual_memory().total
-
-
 def device_room() -> int | None:
     """Returns the bytes that each rank may still use of ROOM of its GPU's memory, None on a CPU. Collective."""
     if device().type == "cpu":
         return None
     spare = free_memory() - int((1 - ROOM) * device_memory())
     return -max_ranks(-spare, device())
+
+
+def device_memory() -> int:
+    """Returns the bytes of this process's GPU; on a CPU, of the host's memory."""
+    return torch.cuda.mem_get_info()[1] if device().type == "cuda" else psutil.virtual_memory().total
 
 
 def host_copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
