@@ -70,7 +70,8 @@ activate_repository_venv() { # the .venv that utils/setup.sh made, unless an env
 }
 
 pass_on() { # $1: a signal's name. Sends it to the run that `launch` has started, or keeps it until there is one
-  [[ $1 != HUP || $hangup =~ ^(stop|false)$ ]] || return 0 # --ignore_hangup, of which others' launchers know nothing
+  heard=yes
+  [[ $1 != HUP || ${hangup,,} =~ ^(stop|no|false|f|n|0)$ ]] || return 0 # --ignore_hangup, of which others' launchers know nothing
   pending=$1
   if [[ -n $process ]]; then
     case ${launcher[0]}-$1-$told in
@@ -85,7 +86,7 @@ pass_on() { # $1: a signal's name. Sends it to the run that `launch` has started
 }
 
 launch() { # $1: log file; then what python is to run, with its flags. LAUNCHER, NUM_GPUS and HOSTFILE say where
-  local log=$1 launcher process='' pending='' told='' code output tee name hangup=stop env_file=''
+  local log=$1 launcher process='' pending='' told='' heard code output tee name hangup=stop env_file=''
   local DS_ENV_FILE=${DS_ENV_FILE:-.deepspeed_env}
   shift
   choose_launcher "$NUM_GPUS"
@@ -120,7 +121,7 @@ launch() { # $1: log file; then what python is to run, with its flags. LAUNCHER,
   if [[ -n $pending ]]; then
     pass_on "$pending"
   fi
-  while code=0 && { wait "$process" || code=$?; } && kill -0 "$process" 2>/dev/null; do :; done # a signal ends a wait
+  while heard='' code=0 && { wait "$process" || code=$?; } && [[ -n $heard ]]; do :; done # a signal ends a wait
   while kill -0 "$tee" 2>/dev/null; do wait "$tee" || true; done
   trap - "${SIGNALS[@]}"
   [[ -z $env_file ]] || rm -f -- "$env_file"

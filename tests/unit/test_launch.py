@@ -109,6 +109,7 @@ def launched(tmp_path):
         (None, TASKS, f"{SRUN} --cpus-per-task=8 {ONE}", " "),
         (None, SALLOC, f"{SRUN} --cpus-per-task=8 {ONE}", " "),
         (EIGHT, STEP, ONE, " "),
+        (EIGHT, STEP | {"SLURM_STEP_TASKS_PER_NODE": "1(x16)", "LAUNCHER": "own"}, MANY.format(8), " "),
         (EIGHT, SHELL, MANY.format(8), " "),
         (EIGHT, BATCH | {"HOSTFILE": "h"}, HOSTS, " "),
     ],
@@ -132,7 +133,8 @@ def test_a_launcher_that_cannot_be_used(launched, settings, error):
 
 
 @pytest.mark.parametrize(
-    ("settings", "threads"), [(BATCH, 8), (TASKS, 8), (STEP, 8), (BATCH | {"NUM_GPUS": "2"}, 32), (SHELL, 8)]
+    ("settings", "threads"),
+    [(BATCH, 8), (TASKS, 8), (STEP | {"NUM_GPUS": "1"}, 8), (BATCH | {"NUM_GPUS": "2"}, 32), (SHELL, 8)],
 )
 def test_threads_are_those_of_the_allocation(launched, settings, threads):
     """64 CPUs of a node, whatever this machine has."""
@@ -226,6 +228,43 @@ def test_a_recipe_waits_until_the_run_has_saved(tmp_path, number, group):
     output, _ = shell.communicate(timeout=20)
     assert shell.returncode == 128 + number
     assert output == (tmp_path / "log").read_text() == f"saved {number}\n"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "sent", "received"),
+    [
+        ("srun", "TERM", "USR1"),
+        ("srun", "INT INT", "USR1 TERM"),
+        ("torchrun", "USR2", "USR2"),
+        ("deepspeed", "HUP", "TERM"),
+    ],
+)
+def test_each_launcher_gets_a_signal_upon_which_it_lets_ranks_save(tmp_path, launcher, sent, received):
+    """srun kills them upon SIGTERM: only a second Ctrl-C becomes one."""
+    code = f"""#!{sys.executable}
+import os, signal, time
+seen = []
+def note(number, frame):
+    seen.append(number)
+    os.write(1, signal.Signals(number).name.encode() + b"\\n")
+for number in (1, 2, 10, 12, 15):
+    signal.signal(number, note)
+print("up", flush=True)
+while len(seen) < {len(sent.split())}:
+    time.sleep(0.01)
+"""
+    (tmp_path / launcher).write_text(code)
+    (tmp_path / launcher).chmod(0o755)
+    script = f"source utils/launch.sh; NUM_GPUS=1 LAUNCHER={launcher}; launch /dev/null run.py --ignore_hangup False"
+    shell = subprocess.Popen(
+        ["bash", "-c", script], cwd=REPOSITORY, env=clean_environment() | {"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        stdout=subprocess.PIPE, text=True, preexec_fn=hear_signals,
+    )  # fmt: skip
+    assert shell.stdout.readline() == "up\n"
+    for own, passed_on in zip(sent.split(), received.split(), strict=True):
+        shell.send_signal(signal.Signals[f"SIG{own}"])
+        assert shell.stdout.readline() == f"SIG{passed_on}\n"
+    assert shell.wait(timeout=20) == 0
 
 
 def test_a_recipe_goes_on_when_nobody_reads_its_output(tmp_path):
