@@ -20,9 +20,10 @@ def srun(run: Run) -> int:
     return run.cluster.start(command, run.log, **run.settings(**SETTINGS)).wait(LIMIT)
 
 
-def recipe_in_a_job(run: Run) -> int:
-    job = f"{JOB} --wait --output={run.log} slurm/train.sbatch {run.flags()}"
-    return run.cluster.run(job, check=False, timeout=LIMIT, **run.settings(**SETTINGS)).returncode
+def job(run: Run, **changes: str) -> int:
+    command = f"{JOB} --wait --output={run.log} slurm/train.sbatch {run.flags()}"
+    settings = run.settings(**SETTINGS | changes)
+    return run.cluster.run(command, check=False, timeout=LIMIT, **settings).returncode
 
 
 def hostfile(run: Run, launcher: str = "auto") -> int:
@@ -44,7 +45,8 @@ def torchrun(run: Run) -> int:
 
 LAUNCHERS = {
     "srun": srun,
-    "sbatch": recipe_in_a_job,
+    "sbatch": job,
+    "containers": partial(job, WRAPPER="srun --kill-on-bad-exit=0 --wait=60 env"),  # env, for want of a container
     "ssh": hostfile,
     "pdsh": partial(hostfile, launcher="deepspeed"),
     "torchrun": torchrun,
