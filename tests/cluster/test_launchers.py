@@ -34,12 +34,14 @@ def hostfile(run: Run, launcher: str = "auto") -> int:
 
 
 def torchrun(run: Run) -> int:
-    settings = run.settings(**SETTINGS)
-    agents = []
-    for i, node in enumerate(NODES):
-        where = f"--nnodes 2 --nproc_per_node 1 --node_rank {i} --master_addr n1 --master_port 29500"
-        command = f"torchrun {where} train_ppo.py {run.flags()}"
-        agents.append(run.cluster.start(command, run.folder / f"log.{node}", node, **settings))
+    """The recipe, on each node."""
+    settings = run.settings(LAUNCHER="torchrun", NUM_GPUS="1", NNODES="2", MASTER_ADDR="n1", **SETTINGS)
+    agents = [
+        run.cluster.start(
+            f"bash run_en.sh {run.flags()}", run.folder / f"log.{node}", node, NODE_RANK=str(i), **settings
+        )
+        for i, node in enumerate(NODES)
+    ]
     return max(agent.wait(LIMIT) for agent in agents)
 
 
