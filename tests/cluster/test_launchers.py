@@ -20,9 +20,10 @@ def srun(run: Run) -> int:
     return run.cluster.start(command, run.log, **run.settings(**SETTINGS)).wait(LIMIT)
 
 
-def recipe_in_a_job(run: Run) -> int:
-    job = f"{JOB} --wait --output={run.log} slurm/train.sbatch {run.flags()}"
-    return run.cluster.run(job, check=False, timeout=LIMIT, **run.settings(**SETTINGS)).returncode
+def job(run: Run, **changes: str) -> int:
+    command = f"{JOB} --wait --output={run.log} slurm/train.sbatch {run.flags()}"
+    settings = run.settings(**SETTINGS | changes)
+    return run.cluster.run(command, check=False, timeout=LIMIT, **settings).returncode
 
 
 def hostfile(run: Run, launcher: str = "auto") -> int:
@@ -33,18 +34,21 @@ def hostfile(run: Run, launcher: str = "auto") -> int:
 
 
 def torchrun(run: Run) -> int:
-    settings = run.settings(**SETTINGS)
-    agents = []
-    for i, node in enumerate(NODES):
-        where = f"--nnodes 2 --nproc_per_node 1 --node_rank {i} --master_addr n1 --master_port 29500"
-        command = f"torchrun {where} train_ppo.py {run.flags()}"
-        agents.append(run.cluster.start(command, run.folder / f"log.{node}", node, **settings))
+    """The recipe, on each node."""
+    settings = run.settings(LAUNCHER="torchrun", NUM_GPUS="1", NNODES="2", MASTER_ADDR="n1", **SETTINGS)
+    agents = [
+        run.cluster.start(
+            f"bash run_en.sh {run.flags()}", run.folder / f"log.{node}", node, NODE_RANK=str(i), **settings
+        )
+        for i, node in enumerate(NODES)
+    ]
     return max(agent.wait(LIMIT) for agent in agents)
 
 
 LAUNCHERS = {
     "srun": srun,
-    "sbatch": recipe_in_a_job,
+    "sbatch": job,
+    "containers": partial(job, WRAPPER="srun --kill-on-bad-exit=0 --wait=60 env"),  # env, for want of a container
     "ssh": hostfile,
     "pdsh": partial(hostfile, launcher="deepspeed"),
     "torchrun": torchrun,
