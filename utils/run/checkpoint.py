@@ -75,7 +75,7 @@ class CheckpointWriter:
     def __init__(self, folder: str, engines: Engines, keep: int):
         self._folder, self._engines, self._keep = folder, engines, keep
         self._writing: Writing | None = None
-        self._buffer = page_locked(PIECE)  # for the whole run, made before memory is fragmented
+        self._buffer = page_locked(PIECE)  # kept: made later, it would split free blocks of the heap
 
     def save(self, state: dict, say: Say, background: bool = False) -> None:
         """Writes `folder`/step_N, after the previous checkpoint is complete. Prints a failure; older ones stay intact.
