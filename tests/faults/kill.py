@@ -2,8 +2,8 @@
 
 Every kill is a SIGKILL on a random rank: at a random call in the middle of a rollout, a scoring, an update, a saving,
 an evaluation, an export or a rollback, or after a random number of milliseconds; or a SIGTERM in a rollout or scoring.
-The run is then started again with the same command. In the end its metrics (times aside), texts and weights, final and best, equal those of a run that
-nobody disturbed, bit for bit.
+The run is then started again with the same command. In the end its metrics (times aside), texts and weights, final and
+best, equal those of a run that nobody disturbed, bit for bit.
 """
 
 import argparse
