@@ -231,7 +231,7 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "unit/test_checkpoint.py"),
     ("files are not waited for", "os.fsync(file.fileno())", "pass", "unit/test_checkpoint.py"),
     ("weights change while a checkpoint is read", "self.read.wait()", "pass", "unit/test_checkpoint_content.py"),
-    ("signals are not heard", "self._code, self._since = 128 + number, time.monotonic()",
+    ("signals are not heard", "self.code, self._since = 128 + number, time.monotonic()",
      "self._since = time.monotonic()", "unit/test_run.py"),
     ("the watchdog sleeps", "idle += tick", "pass", "unit/test_watchdog.py"),
     ("a run is overwritten", "if holds_run(path) and not config.overwrite and not _can_resume(config):", "if False:",
@@ -273,8 +273,12 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "distributed/test_engine_ranks.py::test_two_ranks_add_gradients_up_in_float32"),
     ("ranks' samples out of order", "gather_rows(rows)[order]", "gather_rows(rows)",
      "distributed/test_two_ranks.py::test_several_reward_models_score_as_on_one_process"),
-    ("one rank stops alone", "return max_ranks(self._code or late, device)", "return self._code or late",
-     "faults/test_signals.py::test_a_signal_to_one_rank_stops_both_after_the_step"),
+    ("one rank stops alone", "(code := max_ranks(Stop.current.code, device()))", "(code := Stop.current.code)",
+     "faults/test_signals.py::test_a_signal_to_one_rank_stops_both"),
+    ("a stop does not go back in random streams", "        set_random_state(streams)", "",
+     "faults/test_signals.py::test_a_signal_interrupts_reward_functions_on_all_ranks_and_random_streams_go_back"),
+    ("decoding does not hear a signal", "state = 2 if requested() else int(self.busy)", "state = int(self.busy)",
+     "unit/test_decoding.py::test_decoding_ends_soon_after_a_signal"),
 )]
 # fmt: on
 
