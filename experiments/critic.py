@@ -9,6 +9,7 @@ returns of λ = 1, which do not depend on the critic.
 import argparse
 import contextlib
 import copy
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,7 +66,9 @@ def measure(seed: int, world: Path, output: Path, flags: list[str]) -> tuple[flo
     with contextlib.closing(run.logger), run.lifecycle:
         before = explained_variance(run)
         loop(run)
-        return before, explained_variance(run)
+        if not run.lifecycle.exit_code:
+            return before, explained_variance(run)
+    sys.exit(run.lifecycle.exit_code)
 
 
 @entry_point

@@ -1,5 +1,8 @@
 """Collectives outside of the engine. All ranks call them in the same order; with one process they do nothing."""
 
+import datetime
+import os
+
 import torch
 import torch.distributed as dist
 
@@ -46,6 +49,13 @@ def max_ranks(number: int, device: torch.device) -> int:
     largest = torch.tensor(number, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
+
+
+def connect_store() -> dist.Store:
+    """Returns a connection to the store of all ranks, for use by another thread. Not collective."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    limit = datetime.timedelta(seconds=30)
+    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
 
 
 def gather_objects(item) -> list:

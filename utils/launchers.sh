@@ -83,6 +83,7 @@ set_launcher() { # Sets `launcher` of `launch`. With `alone`, it starts one proc
   case ${alone:+one-}$LAUNCHER in
     own) launcher=(python -m utils.launcher ${HOSTFILE:+--hostfile "$HOSTFILE"} "$tasks") ;;
     deepspeed)
+      export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=15" # a lost machine ends it
       launcher=(deepspeed --num_gpus "$tasks" ${HOSTFILE:+--hostfile "$HOSTFILE"})
       launcher+=(${MASTER_PORT:+--master_port "$MASTER_PORT"})
       if [[ -z ${HOSTFILE:-} && -n ${CUDA_VISIBLE_DEVICES:-} ]]; then # which --num_gpus would ignore

@@ -80,7 +80,7 @@ class Decoder:
     def run(self, lockstep: bool = False) -> list[torch.Tensor]:
         """Returns the tokens of each response. lockstep: all ranks step until the last response has ended.
 
-        Ends early, with responses that have ended and empty ones, after a signal (`stop_signal.requested`).
+        Ends early, with incomplete responses, after a signal (`stop_signal.requested`).
         """
         while self._goes_on(lockstep):
             for _ in range(self.options.steps_per_check):

@@ -1,5 +1,7 @@
 """Two nodes of one rank each make the numbers of two ranks of one node, whatever starts them."""
 
+import re
+import time
 from functools import partial
 
 import pytest
@@ -18,9 +20,10 @@ def srun(run: Run) -> int:
     return run.cluster.start(command, run.log, **run.settings(**SETTINGS)).wait(LIMIT)
 
 
-def recipe_in_a_job(run: Run) -> int:
-    job = f"{JOB} --wait --output={run.log} slurm/train.sbatch {run.flags()}"
-    return run.cluster.run(job, check=False, timeout=LIMIT, **run.settings(**SETTINGS)).returncode
+def job(run: Run, **changes: str) -> int:
+    command = f"{JOB} --wait --output={run.log} slurm/train.sbatch {run.flags()}"
+    settings = run.settings(**SETTINGS | changes)
+    return run.cluster.run(command, check=False, timeout=LIMIT, **settings).returncode
 
 
 def hostfile(run: Run, launcher: str = "auto") -> int:
@@ -31,18 +34,21 @@ def hostfile(run: Run, launcher: str = "auto") -> int:
 
 
 def torchrun(run: Run) -> int:
-    settings = run.settings(**SETTINGS)
-    agents = []
-    for i, node in enumerate(NODES):
-        where = f"--nnodes 2 --nproc_per_node 1 --node_rank {i} --master_addr n1 --master_port 29500"
-        command = f"torchrun {where} train_ppo.py {run.flags()}"
-        agents.append(run.cluster.start(command, run.folder / f"log.{node}", node, **settings))
+    """The recipe, on each node."""
+    settings = run.settings(LAUNCHER="torchrun", NUM_GPUS="1", NNODES="2", MASTER_ADDR="n1", **SETTINGS)
+    agents = [
+        run.cluster.start(
+            f"bash run_en.sh {run.flags()}", run.folder / f"log.{node}", node, NODE_RANK=str(i), **settings
+        )
+        for i, node in enumerate(NODES)
+    ]
     return max(agent.wait(LIMIT) for agent in agents)
 
 
 LAUNCHERS = {
     "srun": srun,
-    "sbatch": recipe_in_a_job,
+    "sbatch": job,
+    "containers": partial(job, WRAPPER="srun --kill-on-bad-exit=0 --wait=60 env"),  # env, for want of a container
     "ssh": hostfile,
     "pdsh": partial(hostfile, launcher="deepspeed"),
     "torchrun": torchrun,
@@ -60,3 +66,22 @@ def test_two_nodes_make_the_numbers_of_one(new_run, expected, name):
     assert [each["host"] for each in seen] == list(NODES)
     for name in (*SETTINGS, "OMP_NUM_THREADS"):
         assert seen[0][name] == seen[1][name] == run.settings(**SETTINGS)[name]
+
+
+@pytest.mark.parametrize("name", ["sbatch", "ssh", "torchrun"])
+def test_a_node_without_the_model_ends_all_with_one_line(new_run, name):
+    """The job does not try again. torchrun has a traceback of its own, and turns the code into 1."""
+    run = new_run(f"no model for {name}".replace(" ", "_"))
+    run.cluster.run(f"mount -t tmpfs none {run.inputs.policy}", "n2")
+    begin = time.monotonic()
+    try:
+        code = LAUNCHERS[name](run)
+    finally:
+        run.cluster.run(f"umount {run.inputs.policy}", "n2")
+    log = "".join(log.read_text() for log in run.folder.glob("log*"))
+    assert code == (1 if name == "torchrun" else 2), log
+    assert time.monotonic() - begin < 100  # a minute of which may be the start of Python on a busy machine
+    (line,) = set(re.findall(r"^error \[rank \d\]: (.*)", log, re.MULTILINE))
+    assert "rank 1" in line and "--policy_model_path" in line
+    assert ("Traceback" in log) == (name == "torchrun")
+    assert not (run.out / "metrics.jsonl").exists() and "queue" not in log

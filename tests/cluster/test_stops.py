@@ -9,6 +9,7 @@ from tests.helpers.cluster import wait_until
 from tests.helpers.tiny_run import assert_same_run
 
 pytestmark = pytest.mark.slow
+HANG = 30  # seconds of --hang_timeout; on a busy machine, importing packages alone may take 20
 
 
 def submit(run: Run, **flags) -> str:
@@ -56,3 +57,45 @@ def test_a_job_that_is_told_to_stop_loses_only_the_step_at_hand(new_run, expecte
     assert_same_run(run.out, expected.out)
     made = re.findall(rf"^step (\d+)/{STEPS}: ", run.log.read_text(), re.MULTILINE)
     assert made == [str(step) for step in range(1, STEPS + 1)]  # none of them twice
+
+
+def kill_second_node(run: Run, steps: int) -> None:
+    """Takes the power of n2 when the run is in the step after these. The other node's rank is left waiting for it."""
+    run.wait_until_held(steps)
+    run.cluster.kill_node("n2")
+    run.hold(STEPS)
+
+
+def test_a_job_goes_on_when_a_node_that_has_died_is_back(new_run, expected):
+    run = new_run("job")
+    run.hold(3)
+    job = submit(run, checkpoint_per_step=2, hang_timeout=HANG)
+    kill_second_node(run, 3)
+    wait_for(run, job, "Restarts", "1")
+    run.cluster.start_node("n2")
+    wait_for(run, job, "JobState", "COMPLETED")
+    assert_same_run(run.out, expected.out)
+
+
+@pytest.mark.parametrize(("launcher", "is_back"), [("own", False), ("deepspeed", True)])
+def test_a_machine_that_dies_ends_the_others_and_the_same_command_goes_on(new_run, expected, launcher, is_back):
+    """is_back: it starts again at once, so that connections are refused; else nothing is heard from it."""
+    run = new_run(launcher)
+    hosts = run.folder / "hosts"
+    hosts.write_text("n1 slots=1\nn2 slots=1\n")
+    settings = run.settings(HOSTFILE=str(hosts), NUM_GPUS="1", LAUNCHER=launcher)
+    command = f"bash run_en.sh {run.flags(checkpoint_per_step=2, hang_timeout=HANG)}"
+    run.hold(3)
+    first = run.cluster.start(command, run.log, "n1", **settings)
+    kill_second_node(run, 3)
+    if is_back:
+        run.cluster.start_node("n2")
+    try:
+        assert first.wait(HANG + 60) != 0  # DeepSpeed's launcher and ours look every 15 s whether a machine is there
+    finally:
+        if not is_back:
+            run.cluster.start_node("n2")
+    log = run.log.read_text()
+    assert is_back or f"no progress for {HANG} s (--hang_timeout)" in log, log
+    assert run.cluster.start(command, run.log, "n1", **settings).wait(240) == 0, run.log.read_text()
+    assert_same_run(run.out, expected.out)

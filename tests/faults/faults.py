@@ -82,10 +82,10 @@ def at_call(victim: int, phase: str, calls: int, number: int = signal.SIGKILL) -
     return begin
 
 
-def in_step_2(phase: str, calls: int, number: int, beginning: tuple = (ppo.run.Run, "next_prompts")) -> Fault:
-    """On the victim, that call of this phase after the second `beginning` begins with this signal to itself."""
+def in_step_2(phase: str, calls: int, number: int, start: tuple = (ppo.run.Run, "next_prompts")) -> Fault:
+    """On the victim, that call of this phase after the second call of `start` begins with this signal to itself."""
     install = partial(before_calls, *PHASES[phase][:2], {calls: partial(send, number)})
-    return lambda rank: before_calls(*beginning, {2: install}) if rank == VICTIM or "RANK" not in os.environ else None
+    return lambda rank: before_calls(*start, {2: install}) if rank == VICTIM else None
 
 
 def stall(owner, name: str) -> Fault:
@@ -284,9 +284,8 @@ FAULTS = {
 }
 FAULTS |= {
     "SIGTERM in scoring": in_step_2("scoring", 2, signal.SIGTERM),
-    "SIGHUP in rollout": in_step_2("rollout", 2, signal.SIGHUP),
+    "SIGHUP in update": in_step_2("update", 2, signal.SIGHUP),
     "SIGUSR1 in rollout": in_step_2("rollout", 2, signal.SIGUSR1),
-    "SIGUSR2 in update": in_step_2("update", 2, signal.SIGUSR2),
     "SIGTERM in evaluation": in_step_2("rollout", 2, signal.SIGTERM, (ppo.run, "evaluate")),
 }
 FAULTS |= {

@@ -87,8 +87,9 @@ def what_is_missing() -> str:
     packages = [package for name, package in PROGRAMS.items() if not shutil.which(name, path=_path())]
     if packages:
         return f"not installed: {' '.join(packages)}"
-    if os.geteuid() != 0 or subprocess.run(["unshare", *NAMESPACES, "true"], capture_output=True).returncode:
-        return "namespaces need root"
+    bridge = ["unshare", *NAMESPACES, "ip", "link", "add", "nodes", "type", "bridge"]  # it goes with its namespace
+    if subprocess.run(bridge, capture_output=True, env=os.environ | {"PATH": _path()}).returncode:
+        return "namespaces and network bridges need root, and a kernel that has them"
     return ""
 
 

@@ -53,6 +53,7 @@ PPO_STATE = {
     "left_out": [-1, "x", None],
     "rollbacks": [-1, "x", HUGE],
     "critic_center": ["x", NAN, [], 10**400],
+    "unfinished": [3, "x", [], {}, {"metrics": {}, "samples": []}],
 }  # fmt: skip
 STREAMS = {
     "": [3, [], None, {}],

@@ -3,6 +3,8 @@
 import gc
 import itertools
 import math
+import os
+import signal
 import weakref
 
 import pytest
@@ -18,6 +20,7 @@ from ppo.models import PolicyModel
 from ppo.rollout import decoding_options
 from tests.helpers.parts import EOS, VOCAB_SIZE, ppo_config, tiny_policy, token_ids
 from tests.helpers.tiny import SIZES, tiny_llama_config
+from utils.run.stop_signal import Stop
 
 GENERATOR = torch.Generator().manual_seed(0)
 LENGTHS = [3, 30, 1, 7, 7, 19, 12, 2, 26, 5, 9, 14, 40]
@@ -95,6 +98,24 @@ def test_any_stop_id_ends_a_response():
         ends = [t for t, token in enumerate(expected.tolist()) if token in stops]
         assert row.tolist() == expected[: ends[0] + 1 if ends else None].tolist()
     assert {int(row[-1]) for row in found} > set(stops)  # each ended some, the limit others
+
+
+def test_decoding_ends_soon_after_a_signal(monkeypatch):
+    """Each answer is the beginning of what it would have been."""
+    options, policy, forwards = DecodingOptions(4, 64, steps_per_check=3), tiny_policy(), itertools.count(1)
+
+    def watch(_) -> None:
+        if next(forwards) == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with Stop(0.0) as stop, grouped(policy.lm.config):
+        monkeypatch.setattr(Stop, "current", stop)
+        found = Decoder(policy, PROMPTS, PLACES, LIMITS, EVALUATION, 0, token_ids(), options, CPU, watch=watch).run()
+    assert 20 < next(forwards) <= 23
+    monkeypatch.undo()
+    whole = decode(policy, EVALUATION, 0, options)
+    assert 0 < sum(map(len, found)) < sum(map(len, whole))
+    assert all(row.tolist() == other[: len(row)] for row, other in zip(found, whole, strict=True))
 
 
 def test_the_cache_is_gone_when_decoding_ends(monkeypatch):

@@ -8,17 +8,20 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-FOLDERS = ("ppo", "reward", "sft", "data", "utils", "tests", "benchmarks", "experiments", "docs")
+FOLDERS = ("ppo", "reward", "sft", "data", "utils", "tests", "benchmarks", "experiments", "docs", "slurm")
 DOCUMENTS = sorted(
     str(file.relative_to(REPOSITORY))
     for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "experiments/*.md")
     for file in REPOSITORY.glob(pattern)
 )
 READMES = ("README.md", "README.zh.md")
-# Of the parser itself; one for all switches; the worked example; another library's; of torchrun, sbatch and srun.
+# Of the parser itself; one for all switches; the worked example; another library's; of torchrun; of sbatch and srun; of
+# containers.
 OTHER_FLAGS = {"--help", "--config", "--debug", "--use_x", "--dual_clip", "--learning_rate"}
 OTHER_FLAGS |= {"--nnodes", "--nproc_per_node", "--node_rank", "--master_addr", "--master_port"}
-OTHER_FLAGS |= {"--nodes", "--ntasks", "--gpus", "--cpus", "--signal"}
+OTHER_FLAGS |= {"--nodes", "--ntasks", "--gpus", "--cpus", "--signal", "--array", "--job", "--kill", "--wait"}
+OTHER_FLAGS |= {"--tag", "--file", "--rm", "--init", "--ipc", "--ulimit", "--volume", "--workdir", "--shm", "--time"}
+OTHER_FLAGS |= {"--nv", "--bind", "--pwd", "--container"}
 
 
 def text_of(document: str) -> str:

@@ -1,5 +1,6 @@
 """What a run consists of besides its models: random streams, state, wishes to stop, learning rates."""
 
+import asyncio
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import torch
 
 from ppo.run import RunState
 from utils.run.random_state import random_state, seed_streams, set_random_state
-from utils.run.stop_signal import OUT_OF_TIME, Stop, set_hangup_action
+from utils.run.stop_signal import OUT_OF_TIME, Abandoned, Stop, check, interruptible, requested, set_hangup_action
 from utils.schedule import SCHEDULES, lr_factor
 
 CPU = torch.device("cpu")
@@ -89,6 +90,43 @@ def test_a_signal_waits_for_the_step_and_handlers_come_back():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.exit_code(CPU)[0] == 143
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def swallows() -> int:
+    try:
+        time.sleep(60)
+    except:  # noqa: E722 - as users' code does
+        return 3
+
+
+def fails() -> None:
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        raise ValueError("no answer from the server") from None
+
+
+@pytest.mark.parametrize("function", [lambda: time.sleep(60), swallows, fails, lambda: asyncio.run(asyncio.sleep(60))])
+def test_a_signal_ends_a_users_function_whatever_it_makes_of_it(monkeypatch, function):
+    with Stop(0.0) as stop:
+        monkeypatch.setattr(Stop, "current", stop)
+        assert interruptible(lambda: 5) == 5 and not requested()
+        check()
+        with pytest.raises(ZeroDivisionError):
+            interruptible(lambda: 1 / 0)
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        before = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        started = time.monotonic()
+        assert interruptible(function) is None and time.monotonic() - started < 5
+        signal.signal(signal.SIGALRM, before)
+        assert requested() and not stop.interrupts
+        assert interruptible(lambda: pytest.fail("called after the signal")) is None
+        with pytest.raises(Abandoned) as raised:
+            check()
+        assert raised.value.code == 143
+        monkeypatch.setattr(Stop, "current", None)  # as in an update
+        check()
+        assert interruptible(lambda: 5) == 5 and not requested()
 
 
 @pytest.mark.parametrize(("ignore", "code"), [(True, 0), (False, 129)])

@@ -6,6 +6,7 @@ Work between two `check`s may end early once `requested`; its result is then not
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import ClassVar, Literal, Self, TypeVar
@@ -13,12 +14,13 @@ from typing import ClassVar, Literal, Self, TypeVar
 import torch
 
 from utils.device import device
-from utils.distributed import is_main, max_ranks
+from utils.distributed import connect_store, is_main, max_ranks, world_size
 from utils.watchdog import STOPS
 
 OUT_OF_TIME = 75  # exit code of --max_hours: EX_TEMPFAIL of sysexits.h
 GRACE = 3.0  # seconds within which a Ctrl-C after another signal is ignored: launchers may send it more than once
 ALWAYS = (signal.SIGINT, signal.SIGTERM)  # the others may be ignored, as under nohup
+SPREADING = 1.0  # seconds until other ranks look whether one got a signal
 Result = TypeVar("Result")
 NAMES = {128 + number: number.name for number in STOPS}
 NAMES |= {128 + signal.SIGINT: "Ctrl-C", OUT_OF_TIME: "--max_hours"}
@@ -53,14 +55,21 @@ class Stop:
         self._since = 0.0
         self._deadline = time.monotonic() + 3600 * max_hours if max_hours else float("inf")
         self._before = {}
+        self._ended = threading.Event()
+        self._courier = threading.Thread(target=self._pass_on, name="stop signal", daemon=True)
 
     def __enter__(self) -> Self:
         for number in STOPS:
             if number in ALWAYS or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._handle)
+        if world_size() > 1:
+            self._courier.start()
         return self
 
     def __exit__(self, *_) -> None:
+        self._ended.set()
+        if self._courier.ident:
+            self._courier.join()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -74,6 +83,19 @@ class Stop:
                 raise KeyboardInterrupt
         elif number == signal.SIGINT and time.monotonic() - self._since > GRACE:
             os._exit(128 + number)
+
+    def _pass_on(self) -> None:
+        """Passes the signal on to the other ranks: DeepSpeed's launcher sends it to one rank after the other's end."""
+        key = f"stop {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"  # torchrun's store outlives its ranks
+        with contextlib.suppress(RuntimeError):  # the process that holds the store has ended
+            store = connect_store()
+            while not self._ended.wait(SPREADING):
+                if self.code:
+                    store.set(key, str(self.code - 128))
+                    return
+                if store.check([key]):
+                    signal.pthread_kill(threading.main_thread().ident, int(store.get(key)))
+                    return
 
     def exit_code(self, device: torch.device, due: bool = False) -> tuple[int, bool]:
         """Returns (the code to exit with, not 0 if any rank has to stop; whether rank 0 says `due`). Collective.
@@ -112,5 +134,4 @@ def interruptible(function: Callable[[], Result]) -> Result | None:
         stop.interrupts = False
         if not stop.code:
             raise
-        return None
-    return result
+    return None if stop.code else result
