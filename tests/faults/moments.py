@@ -32,10 +32,14 @@ INSIDE = {
 }
 LIMITS = {phase: limit for phase, (_, _, limit) in PHASES.items()}
 LIMITS |= {phase: limit for phase, (*_, limit) in INSIDE.items()} | {ANY_TIME: 2500}  # milliseconds
+STOPPED = "SIGTERM in "  # in place of SIGKILL
+LIMITS |= {STOPPED + phase: PHASES[phase][2] for phase in ("rollout", "scoring")}
 
 
 def kill_at(victim: int, phase: str, number: int) -> Fault:
-    """On the rank `victim`, SIGKILL at that call, event or millisecond of the phase."""
+    """On the rank `victim`, SIGKILL (or SIGTERM) at that call, event or millisecond of the phase."""
+    if phase.startswith(STOPPED):
+        return at_call(victim, phase.removeprefix(STOPPED), number, signal.SIGTERM)
     if phase in PHASES:
         return at_call(victim, phase, number)
     begin = partial(at_time, number) if phase == ANY_TIME else partial(inside, *INSIDE[phase][:4], number)
