@@ -20,6 +20,7 @@ from utils.watchdog import report_progress
 
 PATIENCE = 5.0  # seconds after a rank has failed in which another one may fail, too, or come to the end
 BEAT = 1.0  # seconds
+LOCAL_RANK = os.environ.get("LOCAL_RANK", "0")  # `init_distributed` may change it later
 Result = TypeVar("Result")
 
 held = contextlib.ExitStack()  # a trainer runs in it: what `hold_folder` locked is free at its end
@@ -111,7 +112,7 @@ class _Section:
         if rank() != failed[0] and len(same) < world_size():
             where = "" if host == socket.gethostname() else f" on {host}"
             problem = f"rank{'s' * (len(same) > 1)} {first_names(same)}{where}: {problem}"
-        return SharedError(problem, is_silent=rank() != failed[0] and os.environ.get("LOCAL_RANK", "0") != "0")
+        return SharedError(problem, is_silent=rank() != failed[0] and LOCAL_RANK != "0")
 
     def _out_of_patience(self, more: float = 0.0) -> bool:
         if self._store.add("failed", 0):
