@@ -32,10 +32,11 @@ def train(config: PPOConfig) -> None:
     """Builds the run, runs the loop and writes the final model. Every rank does the same number of steps."""
     from ppo.build import build
     from utils.engine.engine import shutdown_distributed
+    from utils.run.together import together
 
     run = build(config)
     # Closing the logger ends its progress line, so that an error starts on a new one.
-    with contextlib.closing(run.logger), run.lifecycle:
+    with together(), contextlib.closing(run.logger), run.lifecycle:
         loop(run)
         if run.finished:
             run.export("final")

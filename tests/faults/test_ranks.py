@@ -93,9 +93,9 @@ def test_bad_numbers_on_one_rank_stop_both_before_the_step(numbers, fault):
     """Without the fault the run goes on from before it, and no bit of it is another."""
     result, after = numbers[fault], numbers[f"after {fault}"]
     assert result.codes == [2, 2] and "Traceback" not in result.log
-    for rank in (0, 1):
-        where = r"step 2, batch in .*/bad_batches/step_2_1.safetensors"
-        assert re.search(rf"error \[rank {rank}\]: {BAD[fault]}.*\[{where}\]", result.log), result.log
+    where = r"step 2, batch in .*/bad_batches/step_2_1.safetensors"
+    assert re.search(rf"error \[rank 0\]: {BAD[fault]}.*\[{where}\]", result.log), result.log
+    assert result.log.count("error [rank") == 1
     batch = load_file(result.out / "bad_batches" / "step_2_1.safetensors")
     assert batch["sequences"].shape == batch["attention_mask"].shape and len(batch["sequences"]) in (4, 8)
     assert after.codes == [0, 0] and f"resuming from {result.out}/checkpoints/step_1" in after.log

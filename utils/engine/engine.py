@@ -7,6 +7,7 @@ token count, so gradients are summed over micro-batches and ranks, never average
 import contextlib
 import datetime
 import os
+import socket
 from collections.abc import Callable
 
 import deepspeed
@@ -17,12 +18,13 @@ from torch import nn
 
 from utils.deterministic import strictly
 from utils.device import device
-from utils.distributed import is_main, rank, world_size
+from utils.distributed import is_main, message_store, rank, world_size
 from utils.engine.chunked_adamw import use_chunked_step
 from utils.engine.memory import fits_whole
 from utils.engine.settings import adds_up_in_place, deepspeed_config
 from utils.engine.state import SharedState, load_state, scale_weight, state_tensors
 from utils.errors import UserError
+from utils.files import first_names
 from utils.flags.engine import EngineConfig
 from utils.models.export import saved_tensors
 from utils.models.split import whole_shape
@@ -59,6 +61,18 @@ def init_distributed(hang_timeout: float = 0.0) -> None:
         timeout = datetime.timedelta(seconds=2 * hang_timeout) if hang_timeout else datetime.timedelta(days=30)
         backend = "nccl" if device().type == "cuda" else "gloo"
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
+        if backend == "nccl" and world_size() > 1:
+            _check_gpus()
+
+
+def _check_gpus() -> None:
+    """Raises UserError on all ranks if two of them use the same GPU. NCCL, whose message does not help, is not used."""
+    store, name = message_store("GPUs"), torch.cuda.get_device_properties(device()).uuid
+    store.set(str(rank()), f"{socket.gethostname()} {name}")
+    used = [store.get(str(i)) for i in range(world_size())]
+    if sharing := [i for i in range(world_size()) if used.count(used[i]) > 1]:
+        who = f"ranks {first_names(list(map(str, sharing)))} share a GPU ({used[sharing[0]].decode()})"
+        raise UserError(f"{who}; start one process per GPU (NUM_GPUS), or let each task of srun have one of its own")
 
 
 def shutdown_distributed() -> None:

@@ -129,9 +129,12 @@ def entry_point(main):
         argv = list(sys.argv[1:] if argv is None else argv)
         try:
             return main([word for word in argv if word != "--debug"])
-        except (UserError, OSError) as error:
+        except Exception as error:
             if (text := problem_of(error)) is None:
-                raise
+                if not where:
+                    raise
+                traceback.print_exc()
+                _exit(1, is_alone=False)
             if "--debug" in argv:
                 traceback.print_exc()
             is_shared = isinstance(error, SharedError)

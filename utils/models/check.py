@@ -92,18 +92,20 @@ class Probe:
     @torch.no_grad()
     def deviation(self, run: Callable[[], float], share: float = 1.0) -> str | None:
         """Returns None if `run` deviates by at most `share` * tolerance on all ranks, else the reason. Collective."""
-        failure = None
+        failure, far, limit, place = None, 0.0, 0.0, self.rows[0].device
         try:
             far = run()
-            if not far <= share * self.tolerance or (far > DOUBT * share * self.tolerance and self._is_off(run, share)):
-                failure = f"off by {far:.2g} standard deviations"
+            limit = share * self.tolerance
         except torch.OutOfMemoryError:
             raise
         except FAILURES as error:
             failure = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        # Ranks may differ near the tolerance, but have to make the same decision.
-        if any_rank(failure is not None, self.rows[0].device):
-            return failure or "off on another rank"
+        # Forwards may be collective: all ranks decide together whether there are more.
+        is_far = f"off by {far:.2g} standard deviations"
+        if any_rank(failure is not None or not far <= limit, place):
+            return failure or (is_far if not far <= limit else "off on another rank")
+        if any_rank(far > DOUBT * limit, place) and any_rank(self._is_off(run, share), place):
+            return is_far
         return None
 
     def _is_off(self, run: Callable[[], float], share: float) -> bool:

@@ -182,6 +182,8 @@ def _write_share(
     try:
         torch.cuda.set_stream(stream)  # of this thread; None changes nothing
         problem = _problem(lambda: entries.update(write_files(partial, files, read.set)))
+    except Exception as error:  # noqa: BLE001 - such as CUDA's: all ranks go on together, without this checkpoint
+        problem = f"{type(error).__name__}: {error}"
     finally:
         read.set()
     if problem:  # frees space for the metrics of the steps until `finish`

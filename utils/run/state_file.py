@@ -1,6 +1,7 @@
 """Writes tensors to a safetensors file in pieces, without a copy of all of them and without reading back."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -21,12 +22,18 @@ _CODES = {
 
 
 def side_stream() -> torch.cuda.Stream | None:
-    """Returns a new stream of the GPU, which starts once the work queued so far is done; None on a CPU."""
+    """Returns the stream of copies from the GPU, which waits for the work queued so far; None on a CPU."""
     if not on_gpu():
         return None
-    stream = torch.cuda.Stream(device())
+    stream = _copy_stream(device())
     stream.wait_stream(torch.cuda.current_stream(device()))
     return stream
+
+
+@functools.cache
+def _copy_stream(gpu: torch.device) -> torch.cuda.Stream:
+    # PyTorch hands out 32 streams per priority in turn. Those of normal priority may be recording a CUDA graph.
+    return torch.cuda.Stream(gpu, priority=-1)
 
 
 def file_pieces(tensors: dict[str, torch.Tensor], buffer: torch.Tensor) -> Iterator[bytes | torch.Tensor]:

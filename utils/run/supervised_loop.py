@@ -21,6 +21,7 @@ from utils.run.lifecycle import RunLifecycle
 from utils.run.logger import RunLogger
 from utils.run.restore import Best, Checkpoint, TrainerState
 from utils.run.start import open_log
+from utils.run.together import together
 from utils.schedule import lr_factor
 from utils.watchdog import report_progress
 
@@ -76,7 +77,8 @@ def fit(engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig,
         stage.state.update(start.state["stage"])
         for _ in range(done):  # the order of the data depends only on the seed
             next(stage.batches)
-    with contextlib.closing(open_log(config, start, config.train_steps)) as log, lifecycle:
+    log = open_log(config, start, config.train_steps)
+    with together(), contextlib.closing(log), lifecycle:
         _loop(engine, stage, valid, config, log, lifecycle, done, best)
         if not lifecycle.exit_code:
             if problem := export(engine, stage, config.model_save_path, "final"):
