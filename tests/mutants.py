@@ -231,7 +231,7 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "unit/test_checkpoint.py"),
     ("files are not waited for", "os.fsync(file.fileno())", "pass", "unit/test_checkpoint.py"),
     ("weights change while a checkpoint is read", "self.read.wait()", "pass", "unit/test_checkpoint_content.py"),
-    ("signals are not heard", "self._code, self._since = 128 + number, time.monotonic()",
+    ("signals are not heard", "self.code, self._since = 128 + number, time.monotonic()",
      "self._since = time.monotonic()", "unit/test_run.py"),
     ("the watchdog sleeps", "idle += tick", "pass", "unit/test_watchdog.py"),
     ("a run is overwritten", "if holds_run(path) and not config.overwrite and not _can_resume(config):", "if False:",
@@ -273,7 +273,7 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "distributed/test_engine_ranks.py::test_two_ranks_add_gradients_up_in_float32"),
     ("ranks' samples out of order", "gather_rows(rows)[order]", "gather_rows(rows)",
      "distributed/test_two_ranks.py::test_several_reward_models_score_as_on_one_process"),
-    ("one rank stops alone", "return max_ranks(self._code or late, device)", "return self._code or late",
+    ("one rank stops alone", "return max_ranks(self.code or late, device)", "return self.code or late",
      "faults/test_signals.py::test_a_signal_to_one_rank_stops_both_after_the_step"),
 )]
 # fmt: on
