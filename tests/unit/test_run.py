@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppo.run import RunState
+from ppo.state import RunState
 from utils.run.random_state import random_state, seed_streams, set_random_state
 from utils.run.stop_signal import OUT_OF_TIME, Abandoned, Stop, check, interruptible, requested, set_hangup_action
 from utils.schedule import SCHEDULES, lr_factor
