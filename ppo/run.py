@@ -151,7 +151,8 @@ class Run:
         metrics, samples = self.state.unfinished["metrics"], self.state.unfinished["samples"]
         signs = alarms(metrics, config)
         if self.eval_prompts and (step % config.save_per_step == 0 or step == config.total_steps):
-            self.lifecycle.begin(self.state.state_dict(), self.logger.say)
+            # With an alarm it is not abandoned: a rollback must not find a checkpoint of this step.
+            self.lifecycle.begin(None if signs else self.state.state_dict(), self.logger.say)
             metrics = metrics | self.evaluate(may_be_best=not signs)
         if config.skip_bad_batches:
             metrics = metrics | {"bad_batches": self.state.left_out}

@@ -221,7 +221,7 @@ MUTANTS = [Mutant(*mutant) for mutant in (
     ("resume restarts Adam's step count", "float(state.step), device", "0.0, device", "end_to_end/test_resume.py"),
     ("a supervised run resumes with the first batches", "for _ in range(done):", "for _ in range(0):",
      "end_to_end/test_resume.py::test_supervised_stages_resume_too"),
-    ("resume with other flags", "        if not config.resume_with_changes:\n            old", "        if False:\n            old",
+    ("resume with other flags", "if not config.resume_with_changes:\n            old", "if False:\n            old",
      "end_to_end/test_resume.py::test_what_may_not_go_on_is_refused_by_name"),
     ("a checkpoint is written in place", 'return f"{self.target}.partial"', "return self.target",
      "unit/test_checkpoint.py"),
@@ -273,8 +273,12 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "distributed/test_engine_ranks.py::test_two_ranks_add_gradients_up_in_float32"),
     ("ranks' samples out of order", "gather_rows(rows)[order]", "gather_rows(rows)",
      "distributed/test_two_ranks.py::test_several_reward_models_score_as_on_one_process"),
-    ("one rank stops alone", "return max_ranks(self.code or late, device)", "return self.code or late",
-     "faults/test_signals.py::test_a_signal_to_one_rank_stops_both_after_the_step"),
+    ("one rank stops alone", "(code := max_ranks(Stop.current.code, device()))", "(code := Stop.current.code)",
+     "faults/test_signals.py::test_a_signal_to_one_rank_stops_both"),
+    ("a stop does not go back in random streams", "        set_random_state(streams)", "",
+     "faults/test_signals.py::test_a_signal_interrupts_reward_functions_on_all_ranks_and_random_streams_go_back"),
+    ("decoding does not hear a signal", "state = 2 if requested() else int(self.busy)", "state = int(self.busy)",
+     "unit/test_decoding.py::test_decoding_ends_soon_after_a_signal"),
 )]
 # fmt: on
 

@@ -26,6 +26,7 @@ CASES = {
     "after evaluation": HELD_OUT | {"out": "evaluation", "fault": "SIGKILL in update", "patience": 0},
     "again after evaluation": HELD_OUT | {"out": "evaluation"},
     "undisturbed held out": HELD_OUT,
+    "alarm": HELD_OUT | {"fault": "SIGTERM in evaluation", "alarm_length": 1000},
     "again and again": {"fault": "insistent launcher", "patience": 5},
     "every minute": {"checkpoint_per_step": 50, "checkpoint_minutes": 1e-6},
     "slow disk": {"fault": "slow disk"},
@@ -102,6 +103,12 @@ def test_a_signal_stops_an_evaluation_which_the_resumed_run_makes_again(results)
     assert f"stopped by SIGTERM after step 2; {AGAIN}the same command resumes" in result.log
     assert "step 2: held-out" not in result.log and all("step 2: held-out" in x.log for x in (after, again))
     assert_same_run(result.out, results["undisturbed held out"].out, "best")
+
+
+def test_a_signal_does_not_stop_an_evaluation_after_an_alarm(results):
+    """A rollback after it, in the resumed run, would find the step's own checkpoint."""
+    assert results["alarm"].codes == [143, 143]
+    assert "stopped by SIGTERM after step 2; the same command resumes" in results["alarm"].log
 
 
 def test_a_lost_terminal_may_be_ignored(results):

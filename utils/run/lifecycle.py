@@ -67,13 +67,13 @@ class RunLifecycle:
         self._writer.finish()
         report_progress("checkpoint")
 
-    def begin(self, state: dict, say: Say) -> None:
+    def begin(self, state: dict | None, say: Say) -> None:
         """Begins work that a signal abandons (`stop_signal.check`), up to the next `begin` or `after_step`.
 
         The run then stops with a checkpoint of `state` and of the random streams of now. The engines must not change
-        after a `check`.
+        before the last `check`. state: None if the work is not to be abandoned.
         """
-        self._begun, Stop.current = (state, random_state(), say), self._stop
+        self._begun, Stop.current = (state, random_state(), say), self._stop if state else None
 
     def after_step(self, state: dict, say: Say) -> None:
         """Writes a checkpoint of `state`, JSON, if one is due; sets `exit_code` if any rank has to stop. Collective."""
