@@ -1,6 +1,6 @@
 """Stops a run on all ranks together: after a signal in work that can be abandoned, or at the end of a step.
 
-Work between two `check`s may end early once `requested`; its result is then not used. --max_hours ends whole steps.
+Once `requested` is True, work may end early: the next `check` discards its result. --max_hours ends whole steps.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Ranks start together or end together: an error on one rank at the start of a run ends all ranks with one message.
+"""An error on one rank at the start of a run ends all ranks with one message.
 
 Messages go through the store of the process group, so that they also reach ranks that wait in a collective.
 """
@@ -18,11 +18,11 @@ from utils.errors import LINGER, SharedError, problem_of
 from utils.files import first_names
 from utils.watchdog import report_progress
 
-PATIENCE = 5.0  # seconds after a rank has failed in which another one may fail, too, or come to the end
-BEAT = 1.0  # seconds
+PATIENCE = 5.0  # seconds that the other ranks have to leave the body after one has failed
+BEAT = 1.0  # seconds between signs of life
 Result = TypeVar("Result")
 
-held = contextlib.ExitStack()  # a trainer runs in it: what `hold_folder` locked is free at its end
+held = contextlib.ExitStack()  # of a trainer: what is released at its end or exit, such as the lock of `hold_folder`
 _numbers = itertools.count()
 
 
