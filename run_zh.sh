@@ -7,7 +7,7 @@ source utils/launch.sh
 
 NUM_GPUS=${NUM_GPUS:-$(count_gpus)} # on each machine; 0: one process on the CPU
 HOSTFILE=${HOSTFILE:-}              # list of machines, when there are several, in DeepSpeed's format: node1 slots=8
-LAUNCHER=${LAUNCHER:-auto}          # own, deepspeed, torchrun, srun, none; auto: srun in a Slurm job, else own for several GPUs
+LAUNCHER=${LAUNCHER:-auto}          # own, deepspeed, torchrun, srun or none; auto: srun in a Slurm job, else own if needed
 
 POLICY_MODEL=${POLICY_MODEL:-models/moss-rlhf-sft-model-7B-zh/recover}
 # Scores the answers; with --reward_fn the function does, and a REWARD_MODEL only if one is set

@@ -1,9 +1,10 @@
 """What a checkpoint in the background costs:   python benchmarks/checkpoint.py [--model 0.3B] [--stages 2 3]
 
-Two ranks train a random LLaMA. A step is two forwards without gradient over --tokens random tokens per rank, as rollout
-and scoring leave the weights alone, then forward, backward and optimizer step on them. A checkpoint is written during
-every second step. Prints medians of both kinds of steps, the seconds for which the optimizer step waited, and the
-memory of the process that belongs to no file (RssAnon) at its highest: the page cache is not counted.
+Two ranks train a random LLaMA. A step is --forwards forwards without gradient over --tokens random tokens per rank, as
+rollout and scoring leave the weights alone, then forward, backward and optimizer step. After --checkpoints steps a
+checkpoint is written during every second step. Prints medians of both kinds of steps (seconds, and of one rank's CPU),
+the seconds for which the optimizer step waited, and the memory of a process that belongs to no file (RssAnon) at its
+highest: the page cache is not counted.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -22,7 +24,7 @@ from benchmarks.environment import MALLOC, add_dtype
 
 ROW = 512  # tokens
 MODELS = {
-    "20M": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 688},
+    "58M": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376},
     "0.3B": {"hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16, "intermediate_size": 2816},
     "1.1B": {"hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32, "intermediate_size": 5632,
              "num_key_value_heads": 4},
@@ -72,7 +74,7 @@ def run_rank(options: argparse.Namespace) -> None:
 
     def step() -> None:
         with torch.no_grad():
-            for row in (*rows, *rows):
+            for row in options.forwards * list(rows):
                 engine(row[None], row[None] > 0, 1.0)
         for row in rows:
             engine.backward(-engine(row[None], row[None] > 0, 1.0)[0].sum() / options.tokens / world_size())
@@ -80,12 +82,13 @@ def run_rank(options: argparse.Namespace) -> None:
         engine.apply(1e-6)
 
     step()  # makes the moments
-    seconds, waits, peaks = {False: [], True: []}, [], []
+    seconds, cpu, waits, peaks = {False: [], True: []}, {False: [], True: []}, [], []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         folder = gather_objects(folder)[0]
         writer = CheckpointWriter(os.path.join(folder, "checkpoints"), {"policy": engine}, keep=1)
-        for number in range(2 * options.checkpoints + 1):
-            writes = number % 2 == 1
+        for number in range(3 * options.checkpoints):
+            writes = number > options.checkpoints and (number - options.checkpoints) % 2 == 1
+            started = time.process_time()
             with PeakMemory() as peak:
                 if writes:
                     writer.save({"step": number}, said.append, background=True)
@@ -93,6 +96,7 @@ def run_rank(options: argparse.Namespace) -> None:
                 if writes:
                     waits.append(max(gather_objects(writer._writing.waited)))
                 writer.finish()
+            cpu[writes].append(time.process_time() - started)
             peaks.append(max(gather_objects(peak.mb)))
     if is_main():
         (alone, usual), (beside, slow) = (spread(seconds[writes]) for writes in (False, True))
@@ -101,8 +105,8 @@ def run_rank(options: argparse.Namespace) -> None:
             f"{options.tokens} tokens per rank",
             f"step {usual}, while a checkpoint is written {slow}: {beside / alone - 1:+.1%}; of that, the run waited "
             f"{statistics.median(waits):.2f} s",
-            f"memory of a rank: {peaks[0]:.0f} MB before, {max(peaks[1::2]):.0f} MB while checkpoints are written, "
-            f"{max(peaks[2::2]):.0f} MB between them",
+            f"CPU of rank 0: {spread(cpu[False])[1]}, while a checkpoint is written {spread(cpu[True])[1]}",
+            f"memory of a rank in each step, MB: {', '.join(f'{peak:.0f}' for peak in peaks)}",
             *said, sep="\n", flush=True,
         )  # fmt: skip
     shutdown_distributed()
@@ -120,6 +124,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), default="0.3B")
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3], help="ZeRO stages")
     parser.add_argument("--tokens", type=int, default=2048, help="per rank and step, in rows of 512")
+    parser.add_argument("--forwards", type=int, default=2, help="without gradient; 0: as in supervised training")
     parser.add_argument("--checkpoints", type=int, default=3)
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="on the disk to measure")
     add_dtype(parser)

@@ -71,7 +71,7 @@ activate_repository_venv() { # the .venv that utils/setup.sh made, unless an env
 
 pass_on() { # $1: a signal's name. Sends it to the run that `launch` has started, or keeps it until there is one
   heard=yes
-  [[ $1 != HUP || ${hangup,,} =~ ^(stop|no|false|f|n|0)$ ]] || return 0 # --ignore_hangup, of which others' launchers know nothing
+  [[ $1 != HUP || ${hangup,,} =~ ^(stop|no|false|f|n|0)$ ]] || return 0 # --ignore_hangup, which only ranks know
   pending=$1
   if [[ -n $process ]]; then
     case ${launcher[0]}-$1-$told in
@@ -121,7 +121,7 @@ launch() { # $1: log file; then what python is to run, with its flags. LAUNCHER,
   if [[ -n $pending ]]; then
     pass_on "$pending"
   fi
-  while heard='' code=0 && { wait "$process" || code=$?; } && [[ -n $heard ]]; do :; done # a signal ends a wait
+  while heard='' code=0 && { wait "$process" || code=$?; } && [[ -n $heard ]]; do :; done # a signal ends `wait`
   while kill -0 "$tee" 2>/dev/null; do wait "$tee" || true; done
   trap - "${SIGNALS[@]}"
   [[ -z $env_file ]] || rm -f -- "$env_file"

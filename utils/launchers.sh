@@ -43,7 +43,9 @@ check_hosts() { # $1: number of GPUs. Stops with an error unless HOSTFILE is emp
     problem='NUM_GPUS is 0; set it to the number of GPUs of each machine, or leave HOSTFILE empty'
   elif [[ $LAUNCHER != own && $LAUNCHER != deepspeed ]]; then
     problem="LAUNCHER=$LAUNCHER does not read it; set LAUNCHER=own, or leave HOSTFILE empty"
-  elif [[ $LAUNCHER == deepspeed ]] && (($(grep -c '^[^#[:space:]]' -- "$HOSTFILE") > 1)) && ! command -v pdsh >/dev/null; then
+  elif [[ $LAUNCHER == own ]] || command -v pdsh >/dev/null; then
+    return 0
+  elif (($(grep -c '^[^#[:space:]]' -- "$HOSTFILE") > 1)); then
     problem='DeepSpeed starts the other machines with pdsh, which is not installed here'
   fi
   [[ -z $problem ]] || { printf 'error: HOSTFILE=%q: %s\n' "$HOSTFILE" "$problem" >&2 && exit 2; }
@@ -81,8 +83,9 @@ set_launcher() { # Sets `launcher` of `launch`. With `alone`, it starts one proc
   case ${alone:+one-}$LAUNCHER in
     own) launcher=(python -m utils.launcher ${HOSTFILE:+--hostfile "$HOSTFILE"} "$tasks") ;;
     deepspeed)
-      export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=15" # it notices that a machine is gone
-      launcher=(deepspeed --num_gpus "$tasks" ${HOSTFILE:+--hostfile "$HOSTFILE"} ${MASTER_PORT:+--master_port "$MASTER_PORT"})
+      export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=15" # a lost machine ends it
+      launcher=(deepspeed --num_gpus "$tasks" ${HOSTFILE:+--hostfile "$HOSTFILE"})
+      launcher+=(${MASTER_PORT:+--master_port "$MASTER_PORT"})
       if [[ -z ${HOSTFILE:-} && -n ${CUDA_VISIBLE_DEVICES:-} ]]; then # which --num_gpus would ignore
         launcher[1]=--include launcher[2]=localhost:$(cut -d , -f "1-$tasks" <<<"$CUDA_VISIBLE_DEVICES")
       fi
@@ -127,5 +130,6 @@ write_deepspeed_env() { # Sets `env_file` of `launch`, and DS_ENV_FILE
   grep -hE '^[^#]+=' -- ~/"$given" "$given" >>"$env_file" 2>/dev/null || true # the user's own ones win
   export DS_ENV_FILE=$env_file
 }
-FORWARDED='^((OMP|MKL|HF|TRANSFORMERS|TOKENIZERS|WANDB|SWANLAB|MLFLOW|DS|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|CUDA|NCCL|GLOO|MALLOC|LC)_'
+FORWARDED='^((OMP|MKL|HF|TRANSFORMERS|TOKENIZERS|WANDB|SWANLAB|MLFLOW|DS|TORCH|TORCHINDUCTOR|PYTORCH|TRITON'
+FORWARDED+='|CUDA|NCCL|GLOO|MALLOC|LC)_'
 FORWARDED+='|(PATH|LD_LIBRARY_PATH|LANG|TMUX|STY)$)'

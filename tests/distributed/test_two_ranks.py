@@ -26,7 +26,7 @@ START = time.time()
 FLAGS = {
     "train_steps": 2, "critic_pretrain_steps": 1, "micro_batch_tokens": 60, "maxlen_res": 16, "use_entropy_loss": True,
     "entropy_loss_weight": 0.1, "entropy_clip": 5, "use_ppo_pretrain_loss": True, "ppo_pretrain_loss_weight": 0.5,
-    "ppo_pretrain_batch_size": 6, "missing_eos_penalty": 0.5,
+    "ppo_pretrain_batch_size": 5, "missing_eos_penalty": 0.5,
 }  # fmt: skip
 REWARDS = {"reward_ensemble": "mean_minus_std", "train_steps": 1, "micro_batch_tokens": 45, "maxlen_res": 16}
 TOGETHER = {"zero_stage": 3, "gather_for_generation": "never", "offload_frozen": True}

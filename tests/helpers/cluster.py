@@ -4,7 +4,7 @@ Each node has its own host name, address, loopback interface, processes and moun
 machine. A third one, `head`, runs Slurm's controller and the commands of users. When its first process ends, the kernel
 kills all others, those of the nodes included. By hand, for one command:
 
-    PYTHONPATH=. python -m tests.helpers.cluster 'srun -N2 hostname; ssh n2 hostname'
+    python -m tests.helpers.cluster 'srun -N2 hostname; ssh n2 hostname'
 """
 
 import os

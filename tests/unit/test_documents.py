@@ -20,6 +20,7 @@ READMES = ("README.md", "README.zh.md")
 OTHER_FLAGS = {"--help", "--config", "--debug", "--use_x", "--dual_clip", "--learning_rate"}
 OTHER_FLAGS |= {"--nnodes", "--nproc_per_node", "--node_rank", "--master_addr", "--master_port"}
 OTHER_FLAGS |= {"--nodes", "--ntasks", "--gpus", "--cpus", "--signal", "--array", "--job", "--kill", "--wait"}
+OTHER_FLAGS |= {"--full", "--batch"}
 OTHER_FLAGS |= {"--tag", "--file", "--rm", "--init", "--ipc", "--ulimit", "--volume", "--workdir", "--shm", "--time"}
 OTHER_FLAGS |= {"--nv", "--bind", "--pwd", "--container"}
 

@@ -15,7 +15,7 @@ from ppo.config import PPOConfig
 from reward.config import RewardConfig
 from sft.config import SFTConfig
 from utils.errors import UserError
-from utils.hub import data_revision
+from utils.hub import data_revision, downloaded
 from utils.run import fingerprints as module
 from utils.run.fingerprints import INPUTS, changes, code_files, fingerprints
 
@@ -121,6 +121,11 @@ def test_hub_ids_are_the_snapshots_that_are_read(tmp_path, monkeypatch):
     write(tmp_path / "some___data" / "default" / "0.0.0" / commit, dataset_info__json=info)
     assert found("data_path", "some/data") == {"the revision": commit}
     assert found("data_path", "other/data") == {}
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", None
+    )  # each is asked for once, in all of a node's processes
+    assert found("tokenizer_name_or_path", "some/model") == {"config.json": sha("x")}
+    assert downloaded["some/data", "data"] == commit
 
 
 def test_a_data_set_that_needs_code_of_its_own():

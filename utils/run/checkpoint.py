@@ -75,6 +75,7 @@ class CheckpointWriter:
     def __init__(self, folder: str, engines: Engines, keep: int):
         self._folder, self._engines, self._keep = folder, engines, keep
         self._writing: Writing | None = None
+        self._buffer = page_locked(PIECE)  # kept: made later, it would split free blocks of the heap
 
     def save(self, state: dict, say: Say, background: bool = False) -> None:
         """Writes `folder`/step_N, after the previous checkpoint is complete. Prints a failure; older ones stay intact.
@@ -89,9 +90,8 @@ class CheckpointWriter:
         if problem := first_problem(_problem(_prepare, writing) if is_main() else None):
             self._report_failure(writing, problem)
             return
-        buffer = page_locked(PIECE)
         named = {f"{name}-rank{rank()}.safetensors": held for name, held in tensors.items() if held}
-        files: Files = {name: file_pieces(held, buffer) for name, held in named.items()}
+        files: Files = {name: file_pieces(held, self._buffer) for name, held in named.items()}
         files[f"random-rank{rank()}.json"] = [json_text(random_state()).encode()]
         if is_main():
             files["state.json"] = [json_text(state).encode()]

@@ -10,9 +10,8 @@ import os
 import socket
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,11 +115,9 @@ def fingerprints(config, say: Say) -> dict[str, dict[str, str]]:
 
     Names of a flag with several values start with the number of the value.
     """
-    downloaded.update(once_per_node(partial(_download, config)))
-    found = {}  # (flag, name) -> stamp, or a text that stands for content
-    for flag, number, path in _inputs(config):
-        for name, file in _files_of(flag, path).items():
-            found[flag, number + name] = file if isinstance(file, str) else _stamp(file)
+    # The first rank of each node lists them before the others, for what it downloads.
+    downloaded.update(once_per_node(lambda: (_list(config), downloaded)[1]))
+    found = _list(config)
     known = _hash_all({stamp for stamp in found.values() if isinstance(stamp, Stamp)}, say)
     result = defaultdict(dict)
     for (flag, name), stamp in found.items():
@@ -128,20 +125,16 @@ def fingerprints(config, say: Say) -> dict[str, dict[str, str]]:
     return dict(result)
 
 
-def _inputs(config) -> Iterator[tuple[str, str, str]]:
-    """Yields (flag, "i/" for the i-th of several values or "", value)."""
+def _list(config) -> dict[tuple[str, str], Stamp | str]:
+    """Returns (flag, name) -> stamp, or a text that stands for content."""
+    found = {}
     for flag in INPUTS:
         value = getattr(config, flag, None) or []
         for i, path in enumerate(value if isinstance(value, list) else [value], 1):
-            yield flag, f"{i}/" * isinstance(value, list), path
-
-
-def _download(config) -> dict:
-    """Downloads the inputs that are hub ids; returns where they are."""
-    for flag, _, path in _inputs(config):
-        if is_hub_id(path):
-            _files_of(flag, path)
-    return downloaded
+            for name, file in _files_of(flag, path).items():
+                numbered = f"{i}/{name}" if isinstance(value, list) else name
+                found[flag, numbered] = file if isinstance(file, str) else _stamp(file)
+    return found
 
 
 def changes(before: dict[str, str], now: dict[str, str]) -> str:
