@@ -15,9 +15,8 @@ from ppo.rollout import DECODING
 from reward.scoring.ensemble import Ensemble, Frozen
 from reward.scoring.load import check_same_tokenizer, load_ensemble, load_scalar, reward_readers
 from utils.engine.engine import DTYPES, InferenceEngine, TrainEngine, device
-from utils.engine.frozen import shard_frozen
 from utils.engine.memory import fits_whole
-from utils.engine.split import splitter
+from utils.engine.split import shard_frozen, splitter
 from utils.errors import Say
 from utils.models.chunked_logprobs import by_chunks, head_logits, logprobs_and_entropy
 from utils.models.compile import compile_layers
