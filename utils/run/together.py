@@ -20,7 +20,6 @@ from utils.watchdog import report_progress
 
 PATIENCE = 5.0  # seconds that the other ranks have to leave the body after one has failed
 BEAT = 1.0  # seconds between signs of life
-LOCAL_RANK = os.environ.get("LOCAL_RANK", "0")  # `init_distributed` may change it later
 Result = TypeVar("Result")
 
 held = contextlib.ExitStack()  # of a trainer: what is released at its end or exit, such as the lock of `hold_folder`
@@ -112,7 +111,9 @@ class _Section:
         if rank() != failed[0] and len(same) < world_size():
             where = "" if host == socket.gethostname() else f" on {host}"
             problem = f"rank{'s' * (len(same) > 1)} {first_names(same)}{where}: {problem}"
-        return SharedError(problem, is_silent=rank() != failed[0] and LOCAL_RANK != "0")
+        # `init_distributed` sets LOCAL_RANK to 0 in a task of srun with one GPU; ranks of a launcher share one task.
+        is_first = all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_LOCALID"))
+        return SharedError(problem, is_silent=rank() != failed[0] and not is_first)
 
     def _out_of_patience(self, more: float = 0.0) -> bool:
         if self._store.add("failed", 0):
