@@ -59,7 +59,7 @@ def loop(run) -> None:
         lr = run.learning_rates(state.step)
         watch = Stopwatch(on_lap=report_progress)
 
-        # 1. Sample a response to each prompt. A signal abandons this and 2, and a resumed run makes them again.
+        # 1. Sample a response to each prompt. A signal abandons 1 and 2; the resumed run repeats them.
         run.lifecycle.begin(state.state_dict(), run.logger.say)
         prompts = run.next_prompts()
         rollout = run.sampler(prompts, run.sampling, config.seed)

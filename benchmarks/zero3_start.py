@@ -3,11 +3,9 @@
     python benchmarks/zero3_start.py [--model 1.1B] [--trainer sft|ppo] [--ranks 2] [--zero_stage 3] [--tree FOLDER]
 
 Writes a random LLaMA in bf16 to a temporary folder, and creates models and engines as the trainer does. ppo: the LLaMA
-is policy, reference and critic, and beside it is a reward model. Host memory is anonymous memory (RssAnon and RssShmem
-in /proc, read every 5 ms) above that after imports and joining the group: pages of mapped weight files, which the
-kernel drops when it needs memory, do not count. Held: the same after the start, that is the rank's shard of weights and
-float32 weights, and DeepSpeed's buffers. The limit is 1.3 times what is held, plus 1 GiB. --tree measures the code of
-another checkout.
+is policy, reference and critic, and beside it is a reward model. Host memory is anonymous memory (RssAnon, RssShmem),
+read every 5 ms, above that before the start; pages of weight files do not count. Held: the same after the start. The
+limit is 1.3 times what is held, plus 1 GiB. --tree: measures the code of another checkout.
 """
 
 import argparse

@@ -10,7 +10,8 @@ from ppo.models import load_models
 from ppo.planning.plan import fit_to_memory
 from ppo.pretrain import load_pretrain
 from ppo.rollout import PolicySampler
-from ppo.run import PPOState, Run, RunState
+from ppo.run import Run
+from ppo.state import PPOState, RunState
 from ppo.user_reward import load_reward_fn
 from utils.distributed import world_size
 from utils.errors import Say

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from ppo import flags
 from reward.scoring.flags import RewardFlags
 from utils.errors import UserError
-from utils.flags.checks import check_range, fit_warmup, is_default, replace_default
+from utils.flags.checks import SIZES, check_range, fit_warmup, is_default, replace_default
 from utils.flags.engine import RouterFlags
 from utils.flags.fields import Common
 from utils.flags.run import RunFlags
@@ -27,8 +27,6 @@ AMOUNTS = {
     "use_entropy_loss": "entropy_loss_weight",
     "use_ppo_pretrain_loss": "ppo_pretrain_loss_weight",
 }
-
-_SIZES = ("num_rollouts", "batch_size")
 
 
 def _nearest(number: int, step: int) -> int:
@@ -76,9 +74,9 @@ class PPOConfig(
 
     def _fit_ranks(self, num_ranks: int) -> None:
         """Makes default sizes multiples of the number of ranks. Raises UserError for explicit ones that are not."""
-        bad = [f"--{name} {getattr(self, name)}" for name in _SIZES if getattr(self, name) % num_ranks]
-        buffer_varies, batch_varies = (is_default(self, name) for name in _SIZES)
-        buffer, batch = (self.replaced_defaults.get(name, getattr(self, name)) for name in _SIZES)
+        bad = [f"--{name} {getattr(self, name)}" for name in SIZES if getattr(self, name) % num_ranks]
+        buffer_varies, batch_varies = (is_default(self, name) for name in SIZES)
+        buffer, batch = (self.replaced_defaults.get(name, getattr(self, name)) for name in SIZES)
         multiples = range(num_ranks, max(buffer, batch) + num_ranks, num_ranks)
         batches = [size for size in multiples if buffer_varies or buffer % size == 0]
         if bad and batches and batch_varies:

@@ -44,10 +44,10 @@ class TrainingFlags:
     peak of the value loss at the start (Part I, Figure 8)"""
     num_rollouts: Common[int] = 128
     """Responses per step (the experience buffer), over all GPUs; a multiple of --batch_size. Part I: 128. The
-    default is lowered if there are fewer prompts, and changed with --batch_size"""
+    default is lowered if there are fewer prompts, and rounded to a multiple of --batch_size"""
     batch_size: Common[int] = 32
-    """Responses per optimizer step, over all GPUs; a multiple of their number. Part I: 32. The default becomes the
-    nearest one"""
+    """Responses per optimizer step, over all GPUs; a multiple of the number of GPUs, to which the default is rounded.
+    Part I: 32"""
     ppo_epochs: int = 1
     """Passes over each buffer of responses"""
     lr: Common[float] = 5e-7

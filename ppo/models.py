@@ -15,9 +15,8 @@ from ppo.rollout import DECODING
 from reward.scoring.ensemble import Ensemble, Frozen
 from reward.scoring.load import check_same_tokenizer, load_ensemble, load_scalar, reward_readers
 from utils.engine.engine import DTYPES, InferenceEngine, TrainEngine, device
-from utils.engine.frozen import shard_frozen
 from utils.engine.memory import fits_whole
-from utils.engine.split import splitter
+from utils.engine.split import shard_frozen, splitter
 from utils.errors import Say
 from utils.models.chunked_logprobs import by_chunks, head_logits, logprobs_and_entropy
 from utils.models.compile import compile_layers
@@ -119,7 +118,7 @@ def load_models(config: PPOConfig, tokenizer, say: Say = print) -> Models:
     check_same_tokenizer(critic_path, critic_flag, tokenizer, template_of(tokenizer))
     readers = reward_readers(config, tokenizer, say)
     dtype, place = DTYPES[config.dtype], device()
-    split, split_judge = splitter(config, dtype), splitter(config, dtype, True, config.offload_frozen)
+    split, split_frozen = splitter(config, dtype), splitter(config, dtype, frozen=True, offload=config.offload_frozen)
     lm = load_causal_lm(
         config.policy_model_path, dtype, place, config.attn_implementation, tokenizer, say, "--policy_model_path", split
     )
@@ -133,23 +132,22 @@ def load_models(config: PPOConfig, tokenizer, say: Say = print) -> Models:
     layered = bool(split) and (wanted == "never" or (wanted == "auto" and not fits_whole(lm)))
     with gathered(lm, by_layer=layered):
         choose_decoding(model, config, flag, say, layered)
-    freeze = partial(_freeze, config=config, split=bool(split_judge))
-    reference = freeze(PolicyModel(model_copy(lm, split_judge), even_tokens if split_judge else 0))
+    freeze = partial(_freeze, config=config, split=bool(split_frozen))
+    reference = freeze(PolicyModel(model_copy(lm, split_frozen), even_tokens if split_frozen else 0))
     if config.gradient_checkpoint is True:
         enable_checkpointing(lm)
     rows = embedding_rows(lm)
     policy = TrainEngine(model, config, "policy")
 
     critic_model = load_scalar(config, critic_path, tokenizer, rows, say, critic_flag, split)
-    critic = critic_path, critic_model
-    reward = load_ensemble(config, readers, tokenizer, rows, freeze, say, critic, split_judge)
+    reward = load_ensemble(config, readers, tokenizer, rows, freeze, say, (critic_path, critic_model), split_frozen)
     if config.gradient_checkpoint is True:
         enable_checkpointing(critic_model.backbone)
     critic = TrainEngine(critic_model, config, "critic")
     if config.compile:
         judges = [member.model.model for member in reward.members] if reward else []
         # Not models that are split over ranks: their layers gather and release weights within a forward.
-        for model in (lm, critic_model, *(() if split_judge else (reference.model, *judges))):
+        for model in (lm, critic_model, *(() if split_frozen else (reference.model, *judges))):
             compile_layers(model)
     return Models(policy, critic, reference, reward)
 

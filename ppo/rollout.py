@@ -32,8 +32,8 @@ class Sampler(Protocol):
     """Samples one response per prompt of this rank with the policy's newest weights. Called by all ranks together.
 
     A sampler that also computes the policy's log-probabilities returns a `MeasuredRollout`, from which `score` takes
-    them. It should ask `stop_signal.requested` at times, and then return at once, any rollout of these prompts: `score`
-    does not use it.
+    them. It should check `stop_signal.requested` often and, if it is True, return any rollout of these prompts at once;
+    `score` discards it.
     """
 
     def __call__(self, prompts: PromptBatch, sampling: Sampling, seed: int) -> Rollout:

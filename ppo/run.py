@@ -1,10 +1,8 @@
-"""A PPO run: its parts, its state, and what happens between two steps of the loop."""
+"""A PPO run: its parts, and what happens between two steps of the loop."""
 
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass
 
 import torch
-from pydantic import Field
 
 from data.order import order
 from data.prompts import Prompt
@@ -14,97 +12,20 @@ from ppo.decoding.sampling import Sampling
 from ppo.evaluate import evaluate, is_best
 from ppo.experience import score_problem, value_scale, with_values
 from ppo.models import Models
-from ppo.pretrain import PretrainStream
 from ppo.ranks import own_share
 from ppo.rollout import Sampler, response_texts
+from ppo.state import RunState
 from ppo.types import Batch, Experience, PromptBatch, Rollout, Scores
 from ppo.user_reward import RewardFunction
 from utils.distributed import barrier, is_main
 from utils.errors import UserError
 from utils.models.export import save_causal_lm
-from utils.moments import RunningMoments
 from utils.run.checkpoint import save_batches
 from utils.run.export import export_model
 from utils.run.lifecycle import RunLifecycle
 from utils.run.logger import RunLogger
-from utils.run.restore import Best, TrainerState
 from utils.schedule import lr_factor
-from utils.schema import Count, Schema
 from utils.watchdog import report_progress
-
-
-class _Moments(Schema):
-    mean: float
-    count: Count
-    squares: Annotated[float, Field(ge=0)]
-
-
-class _Metrics(Schema, extra="allow", allow_inf_nan=True):
-    """Numbers of a step, among them those that alarms and the log read."""
-
-    kl_ref: float
-    perplexity: float
-    eos_fraction: float
-    response_length: float
-    score_std: float
-    __pydantic_extra__: dict[str, float] = Field(init=False)
-
-
-class _Sample(Schema, extra="forbid"):
-    prompt: str
-    answer: str
-    score: float
-
-
-class _Unfinished(Schema):
-    metrics: _Metrics
-    samples: list[_Sample]
-
-
-class PPOState(TrainerState):
-    """`RunState` in a checkpoint."""
-
-    next_place: Count
-    moments: _Moments
-    best_score: Best
-    pretrain_place: Count
-    left_out: Count
-    rollbacks: Count
-    critic_center: float | None = None
-    unfinished: _Unfinished | None = None
-
-
-@dataclass
-class RunState:
-    """What changes during a run, besides the engines. Checkpoints contain it."""
-
-    step: int = 0
-    best_score: float = float("-inf")  # mean score of the evaluation that best/ comes from
-    next_place: int = 0  # place of the next prompt in the run, on which order and random streams depend
-    moments: RunningMoments = field(default_factory=RunningMoments)
-    pretrain: PretrainStream | None = None  # batches of the pre-training loss
-    rollbacks: int = 0
-    left_out: int = 0  # bad batches so far, at most --skip_bad_batches
-    critic_center: float | None = None  # subtracted from the critic head's output, once `fit_critic` has set it
-    unfinished: dict | None = None  # metrics and samples of this step, before its evaluation
-
-    def state_dict(self) -> dict:
-        """Returns the state as JSON."""
-        place = self.pretrain.place if self.pretrain else 0
-        return {
-            "step": self.step, "next_place": self.next_place, "moments": self.moments.state_dict(),
-            "best_score": self.best_score, "pretrain_place": place, "left_out": self.left_out,
-            "rollbacks": self.rollbacks, "critic_center": self.critic_center, "unfinished": self.unfinished,
-        }  # fmt: skip
-
-    def load_state_dict(self, state: dict) -> None:
-        """Restores what `state_dict` returned."""
-        self.step, self.next_place, self.left_out = state["step"], state["next_place"], state["left_out"]
-        self.moments.load_state_dict(state["moments"])
-        self.best_score, self.rollbacks = state["best_score"], state["rollbacks"]
-        self.critic_center, self.unfinished = state.get("critic_center"), state.get("unfinished")
-        if self.pretrain:
-            self.pretrain.place = max(self.pretrain.place, state["pretrain_place"])
 
 
 @dataclass

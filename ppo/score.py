@@ -29,7 +29,7 @@ def score(
 
     temperature: that of sampling, for log-probabilities. with_values: False leaves out the critic. The policy does no
     forward if the sampler measured the rollout, and the reference none while its weights equal the policy's. Raises
-    Abandoned on all ranks, after a part, if one of them got a signal to stop in work that the run can abandon.
+    Abandoned on all ranks, after a model's forwards or --reward_fn, if one of them got a signal to stop.
     """
     stop_signal.check()
     policy, critic = models.policy, models.critic

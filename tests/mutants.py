@@ -221,7 +221,7 @@ MUTANTS = [Mutant(*mutant) for mutant in (
     ("resume restarts Adam's step count", "float(state.step), device", "0.0, device", "end_to_end/test_resume.py"),
     ("a supervised run resumes with the first batches", "for _ in range(done):", "for _ in range(0):",
      "end_to_end/test_resume.py::test_supervised_stages_resume_too"),
-    ("resume with other flags", "if not config.resume_with_changes:", "if False:",
+    ("resume with other flags", "if not config.resume_with_changes:\n            old", "if False:\n            old",
      "end_to_end/test_resume.py::test_what_may_not_go_on_is_refused_by_name"),
     ("a checkpoint is written in place", 'return f"{self.target}.partial"', "return self.target",
      "unit/test_checkpoint.py"),

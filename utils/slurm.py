@@ -12,9 +12,7 @@ def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
     Nothing, too, if RANK is set: a launcher or the user has chosen. MASTER_ADDR and MASTER_PORT are kept if set.
     The port follows from job and step, so that tasks agree without a message and two jobs can share a node.
     """
-    tasks = environ.get(
-        "SLURM_STEP_NUM_TASKS", "1"
-    )  # only tasks of srun have it; the shells of sbatch and salloc do not
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")  # of srun; the shells of sbatch and salloc do not have it
     if tasks == "1" or "RANK" in environ:
         return {}
     counts = [

@@ -17,8 +17,8 @@ from ppo.planning.shapes import Shapes, cache_bytes, models_of, slot_bytes
 from ppo.planning.step_time import CARDS
 from utils.distributed import world_size
 from utils.engine.engine import DTYPES
-from utils.engine.frozen import splits_frozen
 from utils.engine.memory import ROOM, device_memory, device_room
+from utils.engine.split import splits_frozen
 from utils.errors import Say
 from utils.memory.activation_peak import peak_bytes
 from utils.memory.recompute import layers_kept, num_layers, predicted, recompute_fewest, refuse_eager, training_peak

@@ -14,7 +14,7 @@ from tests.helpers.parts import ppo_config, tiny_policy
 from tests.helpers.tiny import tiny_llama
 from utils.distributed import gather_objects, is_main, rank
 from utils.engine.engine import DTYPES, TrainEngine, init_distributed, shutdown_distributed
-from utils.engine.frozen import shard_frozen
+from utils.engine.split import shard_frozen
 from utils.engine.state import same_weights
 from utils.run import fingerprints
 from utils.run.checkpoint import CheckpointWriter

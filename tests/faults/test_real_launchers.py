@@ -25,15 +25,28 @@ def parent_of(process: str) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+def flags_of(folder: Path, flags: dict) -> dict:
+    """Flags of a run whose reward function waits, in its second call, for a file `go` in the folder."""
+    (folder / "score.py").write_text(WAITS)
+    return SMALL | flags | {"reward_fn": f"{folder}/score.py:score", "checkpoint_per_step": 50}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "go").touch()
+    cases = {"1 split": SPLIT | {"ranks": 1}, "2 split": SPLIT, "2 together": TOGETHER}
+    return finished(run_cases(folder, inputs, {name: flags_of(folder, case) for name, case in cases.items()}))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "flags"),
     [("torchrun", SPLIT), ("torchrun", TOGETHER), ("deepspeed", SPLIT), ("deepspeed", TOGETHER), ("none", SPLIT)],
 )
-def test_nothing_is_lost_but_the_buffer_at_hand(inputs, tmp_path, launcher, flags):
-    (tmp_path / "score.py").write_text(WAITS)
-    flags = SMALL | flags | {"reward_fn": f"{tmp_path}/score.py:score", "checkpoint_per_step": 50}
-    command = [sys.executable, *LAUNCHERS[launcher], "train_ppo.py", *run_flags(inputs, tmp_path / "run", **flags)]
+def test_nothing_is_lost_but_the_buffer_at_hand(inputs, undisturbed, tmp_path, launcher, flags):
+    words = run_flags(inputs, tmp_path / "run", **flags_of(tmp_path, flags))
+    command = [sys.executable, *LAUNCHERS[launcher], "train_ppo.py", *words]
     log, ranks = tmp_path / "log", [tmp_path / f"rank{i}" for i in range(2 if LAUNCHERS[launcher] else 1)]
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stdout=file, stderr=file)
@@ -47,5 +60,4 @@ def test_nothing_is_lost_but_the_buffer_at_hand(inputs, tmp_path, launcher, flag
     (tmp_path / "go").touch()
     again = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and "resuming from" in again.stdout, again.stdout + again.stderr
-    undisturbed = finished(run_cases(tmp_path, inputs, {"undisturbed": flags | {"ranks": len(ranks)}}))
-    assert_same_run(tmp_path / "run", undisturbed["undisturbed"])
+    assert_same_run(tmp_path / "run", undisturbed[f"{len(ranks)} {'together' if flags is TOGETHER else 'split'}"])

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import ppo.report
-import ppo.run
+import ppo.state
 from data.choose_template import prepare_tokenizer
 from data.template import decode_answer, encode_dialogue
 from sft.config import SFTConfig
@@ -88,8 +88,8 @@ class Resume:
 
 def read_state(folder: Path) -> None:
     """As PPO resumes, without its engines."""
-    if found := restore.newest(str(folder / "checkpoints"), say, ppo.run.PPOState):
-        ppo.run.RunState().load_state_dict(found.state)
+    if found := restore.newest(str(folder / "checkpoints"), say, ppo.state.PPOState):
+        ppo.state.RunState().load_state_dict(found.state)
 
 
 def read_report(folder: Path) -> None:

@@ -16,12 +16,12 @@ from reward.scoring.score_flags import ScoreConfig
 from sft.config import SFTConfig
 from tests.helpers.tiny_run import REPOSITORY, clean_environment
 from utils.errors import UserError
+from utils.flags.checks import keep_sizes
 from utils.flags.fields import default_of
 from utils.flags.help import explain, field_help, overview
 from utils.flags.other_names import OURS, explain_unknown
 from utils.flags.parser import changed_flags, entry_point, parse_args
 from utils.run.folder import run_description
-from utils.run.resume import keep_sizes
 
 RELEASED_FLAGS = """
     --tokenizer_name_or_path X --policy_model_path X --critic_model_path X --model_save_path X --data_path X --seed 42

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ppo.run import PPOState, RunState
+from ppo.state import PPOState, RunState
 from reward.stage import RewardState
 from tests.helpers.checkpoints import rehash
 from tests.helpers.parts import ppo_config, tiny_scalar_model

@@ -42,20 +42,25 @@ def test_each_process_has_the_gpu_that_its_launcher_names():
     assert run_there(code, LOCAL_RANK="1", DS_ACCELERATOR="cpu").stdout == "cpu\n"
 
 
-def test_more_processes_than_gpus_are_a_mistake_of_the_user():
-    code = "from utils.engine.engine import init_distributed as x\ntry: x()\nexcept Exception as e: print(repr(e))"
-    result = run_there(code, LOCAL_RANK="2", RANK="2", WORLD_SIZE="3", DS_ACCELERATOR="cuda")
-    assert "UserError('local rank 2 has no GPU; this node has 2" in result.stdout, result.stderr
-
-
-def test_a_task_to_which_slurm_shows_one_gpu_uses_it():
-    """Unlike the second process of a launcher on a machine with one GPU."""
-    code = "import os; from utils.engine.engine import init_distributed as x\n"
-    code += "torch.cuda.device_count, torch.cuda.set_device = lambda: 1, refuse\n"
-    code += "try: x()\nexcept Exception as e: print(os.environ['LOCAL_RANK'], repr(e))"
-    second = {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2", "DS_ACCELERATOR": "cuda"}
-    assert run_there(code, **second, SLURM_LOCALID="1").stdout.startswith("0 AssertionError('CUDA was to be started")
-    assert "local rank 1 has no GPU" in run_there(code, **second, SLURM_LOCALID="0").stdout
+def test_more_processes_than_gpus_are_a_mistake_of_the_user_unless_slurm_shows_each_task_its_own():
+    """(number of GPUs, LOCAL_RANK, SLURM_LOCALID) -> the LOCAL_RANK that is used, and what happens then."""
+    code = """
+import os
+from utils.engine.engine import init_distributed
+torch.cuda.set_device = refuse
+for gpus, rank, task in ((2, "2", ""), (1, "1", "0"), (1, "1", "1")):
+    torch.cuda.device_count = lambda: gpus
+    os.environ |= {"LOCAL_RANK": rank, "SLURM_LOCALID": task}
+    try:
+        init_distributed()
+    except Exception as error:
+        print(os.environ["LOCAL_RANK"], repr(error))
+"""
+    result = run_there(code, RANK="2", WORLD_SIZE="3", DS_ACCELERATOR="cuda")
+    many, other, shown = result.stdout.splitlines()
+    assert many.startswith("2 UserError('local rank 2 has no GPU; this node has 2"), result.stderr
+    assert other.startswith("1 UserError('local rank 1 has no GPU; this node has 1")
+    assert shown == "0 AssertionError('CUDA was to be started')"
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])

@@ -15,8 +15,8 @@ from reward.scoring.score_records import score_chunk
 from tests.helpers.parts import ppo_config, tiny_scalar_model
 from tests.helpers.tiny import VOCAB, tiny_tokenizer_folder
 from utils.engine.engine import device
-from utils.engine.frozen import shard_frozen
 from utils.engine.memory import host_copies
+from utils.engine.split import shard_frozen
 from utils.errors import UserError
 from utils.tokenizer import load_tokenizer
 

@@ -56,16 +56,7 @@ def launched(tmp_path):
         for name, text in scripts.items():
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
-        unset = (
-            "CUDA_VISIBLE_DEVICES",
-            "DS_ACCELERATOR",
-            "MASTER_",
-            "NUM_GPUS",
-            "HOSTFILE",
-            "LAUNCHER",
-            "SLURM_",
-            "RANK",
-        )
+        unset = ("CUDA_VISIBLE_DEVICES", "DS_", "MASTER_", "NUM_GPUS", "HOSTFILE", "LAUNCHER", "SLURM_", "RANK")
         environment = {key: value for key, value in os.environ.items() if not key.startswith(unset)}
         (tmp_path / "h").write_text("a slots=8\nb slots=8\n")
         environment |= {"PATH": f"{programs}:/usr/bin:/bin", "LOG": str(tmp_path / "log")} | settings

@@ -21,7 +21,7 @@ from tests.helpers.tiny import tiny_llama
 from tests.unit.test_plan import CRITIC_7B, LLAMA_7B, POLICY_7B, paths_7b  # noqa: F401 - a fixture
 from utils.distributed import world_size
 from utils.engine import engine as engines
-from utils.engine.frozen import shard_frozen
+from utils.engine.split import shard_frozen
 from utils.memory.zero_bytes import moment_bytes
 
 RING = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1}  # times (ranks - 1) / ranks: NCCL tests

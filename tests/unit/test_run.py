@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppo.run import RunState
+from ppo.state import RunState
 from utils.run.random_state import random_state, seed_streams, set_random_state
 from utils.run.stop_signal import OUT_OF_TIME, Abandoned, Stop, check, interruptible, requested, set_hangup_action
 from utils.schedule import SCHEDULES, lr_factor
@@ -72,23 +72,23 @@ def test_every_number_of_a_run_comes_back():
 def test_a_run_stops_after_its_hours():
     stop = Stop(5e-4)  # 1.8 s
     time.sleep(0.1)
-    assert stop.exit_code(CPU) == (0, False)
+    assert stop.exit_code(CPU) == 0
     time.sleep(1.8)
-    assert stop.exit_code(CPU)[0] == OUT_OF_TIME
-    assert Stop(0.0).exit_code(CPU, due=True) == (0, True)
+    assert stop.exit_code(CPU) == OUT_OF_TIME
+    assert Stop(0.0).exit_code(CPU) == 0
 
 
 def test_a_signal_waits_for_the_step_and_handlers_come_back():
     """In one process. With two ranks, and in real runs: tests/faults/test_signals.py."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with Stop(0.0) as stop:
-        assert stop.exit_code(CPU) == (0, False)
+        assert stop.exit_code(CPU) == 0
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.exit_code(CPU)[0] == 143
+        assert stop.exit_code(CPU) == 143
         os.kill(os.getpid(), signal.SIGINT)  # a launcher passes both on
         stop._since -= 100  # seconds
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.exit_code(CPU)[0] == 143
+        assert stop.exit_code(CPU) == 143
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
@@ -140,7 +140,7 @@ def test_a_notice_may_come_again_and_an_order_soon_after_it_is_the_same_wish(ign
             os.kill(os.getpid(), signal.SIGTERM)
             stop._since -= 100  # seconds
         os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.exit_code(CPU)[0] == code
+        assert stop.exit_code(CPU) == code
     signal.signal(signal.SIGHUP, before)
 
 

@@ -208,9 +208,7 @@ class TrainEngine:
 
     def fits_gathered(self) -> bool:
         """Whether each rank has free memory for 1.5 times the whole weights. Collective."""
-        if self.zero_stage < 3:
-            return True
-        return fits_whole(self.module)
+        return self.zero_stage < 3 or fits_whole(self.module)
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Returns name -> whole tensor in host memory on rank 0, {} elsewhere. Collective, gathers one by one."""

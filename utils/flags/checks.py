@@ -7,6 +7,7 @@ import os
 from utils.errors import UserError
 from utils.flags.fields import default_of
 
+SIZES = ("num_rollouts", "batch_size")  # flags whose defaults depend on data and ranks
 SEEDS = (0, 10**9)  # with ranks and streams added, every generator takes these
 
 
@@ -60,3 +61,12 @@ def is_default(config, name: str) -> bool:
     """Whether the user did not set the flag: it has its default, or a value that replaced it."""
     default = next(default_of(field) for field in dataclasses.fields(config) if field.name == name)
     return name not in config.given and (name in config.replaced_defaults or getattr(config, name) == default)
+
+
+def keep_sizes(config, saved: dict) -> None:
+    """Sets SIZES that have their defaults to those of a saved run, as if the user had passed them."""
+    for name in SIZES:
+        if name in saved and hasattr(config, name) and is_default(config, name):
+            if getattr(config, name) != saved[name]:
+                choose(config, name, saved[name], "the checkpoint was made with it")
+            config.given |= {name}

@@ -33,7 +33,7 @@ class FitScheduleFlags:
     train_steps: Common[int] = 1000
     """Optimizer steps. An epoch has as many as there are records, divided by --batch_size"""
     batch_size: Common[int] = 32
-    """Records per optimizer step, over all GPUs"""
+    """Records per optimizer step, over all GPUs. The default is raised to the number of GPUs"""
     lr: Common[float] = 1e-5
     """Peak learning rate"""
     warmup_steps: Common[int] = 100

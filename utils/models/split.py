@@ -1,4 +1,4 @@
-"""Models whose weights are split over the ranks by ZeRO-3 before an engine exists: from their first byte on.
+"""Loads models whose weights ZeRO-3 splits over the ranks while they are read, before an engine exists.
 
 utils/engine/split.py makes the function that splits, a `Split`. A split parameter has no elements outside of the
 contexts here; `ds_shape` is its whole shape, and `ds_tensor` this rank's part, flat, padded on the last rank.

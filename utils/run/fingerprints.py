@@ -115,14 +115,19 @@ def fingerprints(config, say: Say) -> dict[str, dict[str, str]]:
 
     Names of a flag with several values start with the number of the value.
     """
-    # The first rank of each node lists them before the others, for what it downloads.
-    downloaded.update(once_per_node(lambda: (_list(config), downloaded)[1]))
+    downloaded.update(once_per_node(lambda: _download(config)))
     found = _list(config)
     known = _hash_all({stamp for stamp in found.values() if isinstance(stamp, Stamp)}, say)
     result = defaultdict(dict)
     for (flag, name), stamp in found.items():
         result[flag][name] = known.get(stamp, stamp)
     return dict(result)
+
+
+def _download(config) -> dict:
+    """Lists the inputs, which downloads those that are hub ids. Returns where they are."""
+    _list(config)
+    return downloaded
 
 
 def _list(config) -> dict[tuple[str, str], Stamp | str]:

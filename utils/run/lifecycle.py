@@ -4,7 +4,7 @@ import os
 import time
 from typing import Self
 
-from utils.distributed import gather_objects, rank, world_size
+from utils.distributed import any_rank, gather_objects, rank, world_size
 from utils.engine.engine import device
 from utils.errors import Say
 from utils.flags.run import RunFlags
@@ -81,7 +81,8 @@ class RunLifecycle:
         report_progress("step")
         step, every = state["step"], self._config.checkpoint_per_step
         interval = 60 * self._config.checkpoint_minutes or float("inf")
-        code, due = self._stop.exit_code(device(), due=time.monotonic() - self._saved_at >= interval)
+        due = any_rank(time.monotonic() - self._saved_at >= interval, device())
+        code = self._stop.exit_code(device())
         self.exit_code = code if step < self._total_steps else 0
         last = bool(self.exit_code) or step >= self._total_steps  # no step follows during which to write
         if every and (step % every == 0 or due or self.exit_code):

@@ -29,7 +29,7 @@ from utils.watchdog import report_progress
 
 LOCK = "run.lock"
 BEAT, STALE = 15.0, 300.0  # seconds
-SEEN = 90.0  # seconds until all nodes see a new file: NFS keeps what a folder holds for up to a minute
+SEEN = 90.0  # seconds until all nodes see a new file: NFS caches the content of folders for up to a minute
 NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
 
 

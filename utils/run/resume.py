@@ -7,7 +7,7 @@ import os
 from utils.distributed import is_main, world_size
 from utils.errors import Say, UserError
 from utils.files import ASIDE, check_writable, open_regular, parse_row, read_json
-from utils.flags.checks import choose, is_default
+from utils.flags.checks import keep_sizes
 from utils.flags.parser import changed_flags
 from utils.flags.run import FREE_ON_RESUME, RunFlags
 from utils.run.checkpoint import all_checkpoints
@@ -20,7 +20,6 @@ from utils.run.restore import Checkpoint, SavedFlags, TrainerState, named, newes
 # May change on resume, with a message: the run stays the same except for rounding and for the random streams of each
 # rank, which dropout and --reward_fn use.
 SPLIT = ("world_size", "zero_stage", "offload_optimizer", "deterministic")
-SIZES = ("num_rollouts", "batch_size")  # flags whose defaults depend on data and ranks
 
 
 def identity(config: RunFlags) -> dict:
@@ -169,7 +168,8 @@ def find_checkpoint(config: RunFlags, say: Say, kind: type[TrainerState]) -> Che
         return None
     if checkpoint:
         _check_flags(checkpoint, config, say)
-        keep_sizes(config, checkpoint.state["flags"])
+        if not config.resume_with_changes:
+            keep_sizes(config, checkpoint.state["flags"])
         say(f"resuming from {checkpoint.path}")
         path = config.model_save_path
         if _is_finished(path):
@@ -197,18 +197,6 @@ def _check_flags(checkpoint: Checkpoint, config: RunFlags, say: Say) -> None:
                 "--resume_with_changes to resume anyway, or --overwrite to start at step 0"
             )
         say(f"resumed with another --{name}: {wanted}, not {was}")
-
-
-def keep_sizes(config: RunFlags, saved: dict) -> None:
-    """Sets SIZES that have their defaults to those of the saved run, as if the user had passed them.
-
-    Under --resume_with_changes they are worked out anew.
-    """
-    for name in () if config.resume_with_changes else SIZES:
-        if name in saved and hasattr(config, name) and is_default(config, name):
-            if getattr(config, name) != saved[name]:
-                choose(config, name, saved[name], "the checkpoint was made with it")
-            config.given |= {name}
 
 
 def begin_folder(config: RunFlags, checkpoint: Checkpoint | None) -> int:

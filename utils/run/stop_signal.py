@@ -1,6 +1,6 @@
 """Stops a run on all ranks together: after a signal in work that can be abandoned, or at the end of a step.
 
-Work between two `check`s may end early once `requested`; its result is then not used. --max_hours ends whole steps.
+Once `requested` is True, work may end early: the next `check` discards its result. --max_hours ends whole steps.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ from typing import ClassVar, Literal, Self, TypeVar
 import torch
 
 from utils.device import device
-from utils.distributed import is_main, max_ranks, message_store, world_size
+from utils.distributed import max_ranks, message_store, world_size
 from utils.watchdog import STOPS
 
 OUT_OF_TIME = 75  # exit code of --max_hours: EX_TEMPFAIL of sysexits.h
 GRACE = 3.0  # seconds within which a Ctrl-C after another signal is ignored: launchers may send it more than once
 ALWAYS = (signal.SIGINT, signal.SIGTERM)  # the others may be ignored, as under nohup
-SPREADING = 1.0  # seconds until other ranks look whether one got a signal
+POLL_INTERVAL = 1.0  # seconds between looks whether another rank got a signal
 Result = TypeVar("Result")
 NAMES = {128 + number: number.name for number in STOPS}
 NAMES |= {128 + signal.SIGINT: "Ctrl-C", OUT_OF_TIME: "--max_hours"}
@@ -56,20 +56,20 @@ class Stop:
         self._deadline = time.monotonic() + 3600 * max_hours if max_hours else float("inf")
         self._before = {}
         self._ended = threading.Event()
-        self._courier = threading.Thread(target=self._pass_on, name="stop signal", daemon=True)
+        self._forwarder = threading.Thread(target=self._forward, name="stop signal", daemon=True)
 
     def __enter__(self) -> Self:
         for number in STOPS:
             if number in ALWAYS or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._handle)
         if world_size() > 1:
-            self._courier.start()
+            self._forwarder.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._ended.set()
-        if self._courier.ident:
-            self._courier.join()
+        if self._forwarder.ident:
+            self._forwarder.join()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -84,12 +84,12 @@ class Stop:
         elif number == signal.SIGINT and time.monotonic() - self._since > GRACE:
             os._exit(128 + number)
 
-    def _pass_on(self) -> None:
-        """Passes the signal on to the other ranks: DeepSpeed's launcher sends it to one rank after the other's end."""
+    def _forward(self) -> None:
+        """Sends the signal to the other ranks: DeepSpeed's launcher signals the next rank only when one has ended."""
         key = "signal"
         with contextlib.suppress(RuntimeError):  # the process that holds the store has ended
             store = message_store("stop")
-            while not self._ended.wait(SPREADING):
+            while not self._ended.wait(POLL_INTERVAL):
                 if self.code:
                     store.set(key, str(self.code - 128))
                     return
@@ -97,14 +97,10 @@ class Stop:
                     signal.pthread_kill(threading.main_thread().ident, int(store.get(key)))
                     return
 
-    def exit_code(self, device: torch.device, due: bool = False) -> tuple[int, bool]:
-        """Returns (the code to exit with, not 0 if any rank has to stop; whether rank 0 says `due`). Collective.
-
-        Both are the same on all ranks; `due` counts only if the code is 0.
-        """
+    def exit_code(self, device: torch.device) -> int:
+        """Returns the code to exit with if any rank has to stop, else 0; the same on all ranks. Collective."""
         late = OUT_OF_TIME if time.monotonic() > self._deadline else 0
-        code, due = divmod(max_ranks(2 * (self.code or late) + (due and is_main()), device), 2)
-        return code, bool(due)
+        return max_ranks(self.code or late, device)
 
 
 def requested() -> bool:

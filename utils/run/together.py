@@ -1,4 +1,4 @@
-"""Ranks start together or end together: an error on one rank at the start of a run ends all ranks with one message.
+"""An error on one rank at the start of a run ends all ranks with one message.
 
 Messages go through the store of the process group, so that they also reach ranks that wait in a collective.
 """
@@ -18,12 +18,11 @@ from utils.errors import LINGER, SharedError, problem_of
 from utils.files import first_names
 from utils.watchdog import report_progress
 
-PATIENCE = 5.0  # seconds after a rank has failed in which another one may fail, too, or come to the end
-BEAT = 1.0  # seconds
-LOCAL_RANK = os.environ.get("LOCAL_RANK", "0")  # `init_distributed` may change it later
+PATIENCE = 5.0  # seconds that the other ranks have to leave the body after one has failed
+BEAT = 1.0  # seconds between signs of life
 Result = TypeVar("Result")
 
-held = contextlib.ExitStack()  # a trainer runs in it: what `hold_folder` locked is free at its end
+held = contextlib.ExitStack()  # of a trainer: what is released at its end or exit, such as the lock of `hold_folder`
 _numbers = itertools.count()
 
 
@@ -112,7 +111,9 @@ class _Section:
         if rank() != failed[0] and len(same) < world_size():
             where = "" if host == socket.gethostname() else f" on {host}"
             problem = f"rank{'s' * (len(same) > 1)} {first_names(same)}{where}: {problem}"
-        return SharedError(problem, is_silent=rank() != failed[0] and LOCAL_RANK != "0")
+        # `init_distributed` sets LOCAL_RANK to 0 in a task of srun with one GPU; ranks of a launcher share one task.
+        is_first = all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_LOCALID"))
+        return SharedError(problem, is_silent=rank() != failed[0] and not is_first)
 
     def _out_of_patience(self, more: float = 0.0) -> bool:
         if self._store.add("failed", 0):
