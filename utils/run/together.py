@@ -49,10 +49,16 @@ def together() -> Iterator[None]:
     finally:
         left.set()
     text = own and (problem_of(own) or f"{type(own).__name__}: {' '.join(str(own).split())}; see its traceback")
-    if section.end(text or ""):
-        if own and not problem_of(own):
-            raise own
-        raise section.error() from own
+    shared = None
+    try:
+        shared = section.end(text or "")
+    except RuntimeError:  # the process that holds the store has ended
+        if not own:
+            raise
+    if own and not (shared and problem_of(own)):
+        raise own
+    if shared:
+        raise shared from own
 
 
 def once_per_node(function: Callable[[], Result]) -> Result:
@@ -87,8 +93,8 @@ class _Section:
                     time.sleep(LINGER)
                     os._exit(2)
 
-    def end(self, problem: str) -> bool:
-        """Tells the others this rank's problem ("": none), waits for them, and returns whether any rank has one."""
+    def end(self, problem: str) -> SharedError | None:
+        """Tells the others this rank's problem ("": none), waits for them, and returns the error of all, if any."""
         if self._exits:
             time.sleep(2 * LINGER)
         self._store.set(str(rank()), f"{socket.gethostname()}\n{problem}".encode(errors="backslashreplace"))
@@ -100,7 +106,12 @@ class _Section:
             if beats != (beats := self._store.add("beats", 0)):
                 report_progress("wait for other ranks")
             ended = self._store.add("ended", 0)
-        return self._store.add("failed", 0) > 0
+        error, gone = self.error() if self._store.add("failed", 0) else None, self._store.add("gone", 1)
+        deadline = time.monotonic() + LINGER
+        while rank() == 0 and gone < world_size() and time.monotonic() < deadline:  # the store ends with rank 0
+            time.sleep(0.005)
+            gone = self._store.add("gone", 0)
+        return error
 
     def error(self) -> SharedError:
         """Returns the error of the first rank that has one."""
