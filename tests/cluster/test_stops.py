@@ -24,7 +24,7 @@ def shown(run: Run, job: str, key: str) -> str:
 
 
 def wait_for(run: Run, job: str, key: str, value: str) -> None:
-    wait_until(lambda: shown(run, job, key) == value, 150, f"{key}={value}: {run.log.read_text()[-3000:]}")
+    wait_until(lambda: shown(run, job, key) == value, 300, f"{key}={value}: {run.log.read_text()[-3000:]}")
 
 
 def notice(run: Run, job: str) -> None:
