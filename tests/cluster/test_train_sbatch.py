@@ -19,7 +19,7 @@ JOBS = {  # exit codes of its recipe, + after a new checkpoint -> exit code of t
     "75,138,0": (0, 3),  # --max_hours, then Slurm's notice
     "143,2": (2, 2),  # an error
     "124,143": (143, 2),  # MAX_RESTARTS is 1
-    "143+,137+,124,0": (0, 4),  # the same, but it makes progress
+    "143+,124,137+,0": (0, 4),  # the same, but it makes progress
     "134,139,1": (1, 3),  # it crashes twice
     "1": (1, 1),
     "130": (130, 1),  # Ctrl-C
