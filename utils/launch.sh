@@ -32,9 +32,14 @@ check_settings
 count_gpus() { # of CUDA_VISIBLE_DEVICES where it is set (numbers, or UUIDs of GPUs and MIG slices); else of the machine
   local all entries entry count=0
   all=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-}} # such as 8 or a100:8; this machine may have none
-  if in_allocation && [[ ${all##*:} =~ ^[0-9]+$ ]]; then
-    echo "${all##*:}"
-    return
+  if in_allocation; then
+    if [[ -z $all && ${LAUNCHER:-auto} =~ ^(auto|srun)$ ]]; then
+      all=$(ask_nodes) || exit
+    fi
+    if [[ ${all##*:} =~ ^[0-9]+$ ]]; then
+      echo "${all##*:}"
+      return
+    fi
   fi
   all=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true) # 0 without nvidia-smi
   if ((all == 0)) || [[ -z ${CUDA_VISIBLE_DEVICES+set} ]]; then
@@ -47,6 +52,18 @@ count_gpus() { # of CUDA_VISIBLE_DEVICES where it is set (numbers, or UUIDs of G
     count=$((count + 1))
   done
   echo "$count"
+}
+
+ask_nodes() { # how many GPUs a process of srun has, on the node with the fewest: salloc tells its shell only for some flags
+  local all
+  # shellcheck disable=SC2016
+  all=$(srun --ntasks="${SLURM_NNODES:-1}" --ntasks-per-node=1 --input=none bash -c \
+    'echo "${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c "^GPU")}"' | sort -n | head -n 1)
+  if [[ ! $all =~ ^[0-9]+$ ]]; then
+    echo 'error: NUM_GPUS: srun does not tell it; set it to the number of GPUs of each node, or 0 for the CPU' >&2
+    exit 2
+  fi
+  echo "$all"
 }
 
 use_devices() { # $1: number of GPUs; without any, DeepSpeed is told to use the CPU

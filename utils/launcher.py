@@ -25,7 +25,9 @@ from utils.watchdog import STOPS
 
 PATIENCE = 30.0  # seconds after which the other ranks are killed once one has failed
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15")  # notices within 45 s that a machine is gone
-OF_A_MACHINE = ("HOSTNAME", "SSH_", "SLURM_")  # variables that begin like this are not passed on to others
+# Variables that begin like this belong to a machine, session or job, and are not passed on to other machines.
+OF_A_MACHINE = ("HOSTNAME", "TMPDIR", "SSH_", "XDG_", "DBUS_", "DISPLAY", "XAUTHORITY", "KRB5CCNAME")
+OF_A_MACHINE += ("SLURM_", "PBS_", "LSB_", "PMI_", "PMIX_", "OMPI_")
 
 
 def free_port() -> int:
@@ -53,6 +55,10 @@ def main(argv: list[str]) -> int:
     with open(argv[1]) as file:
         hosts = [line.split()[0] for line in file if line.strip() and not line.startswith("#")]
     first = os.environ.get("MASTER_ADDR") or hosts[0].rpartition("@")[2]
+    if len(hosts) > 1 and (first in ("localhost", "::1") or first.startswith("127.")):
+        problem = f"other machines cannot reach the first one as {first}; write its name"
+        print(f"error: HOSTFILE={shlex.quote(argv[1])}: {problem}", file=sys.stderr)
+        return 2
     environ = {name: value for name, value in os.environ.items() if not name.startswith(OF_A_MACHINE)}
     order = {"count": int(argv[2]), "command": argv[3:], "address": first, "port": port, "nodes": len(hosts)}
     orders = [{"environ": environ, "ranks": order | {"node": i}} for i in range(len(hosts))]

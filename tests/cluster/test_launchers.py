@@ -68,6 +68,25 @@ def test_two_nodes_make_the_numbers_of_one(new_run, expected, name):
         assert seen[0][name] == seen[1][name] == run.settings(**SETTINGS)[name]
 
 
+ALLOCATIONS = {  # flags of salloc -> GPUs of each process that count_gpus starts with
+    "--ntasks-per-node=2": 0,
+    "--gres=gpu:8": 8,
+    "--gpus-per-node=4": 4,
+    "--gpus=16": 8,
+    "--gpus=10": 2,  # of the node with the fewest
+    "--gpus-per-task=1 --ntasks-per-node=4": 1,
+    "--gres=gpu:2 --exclusive": 2,
+}
+
+
+def test_the_shell_of_an_allocation_has_the_gpus_of_its_nodes(cluster):
+    """This one runs on the head, which has none. Slurm tells it of --gpus-per-node only."""
+    script = "set -euo pipefail; source utils/launch.sh; NUM_GPUS=$(count_gpus); echo $NUM_GPUS"
+    for flags, count in ALLOCATIONS.items():
+        shell = cluster.run(f"env -u CUDA_VISIBLE_DEVICES salloc -Q -N2 {flags} bash -c '{script}'")
+        assert (shell.stdout, shell.stderr) == (f"{count}\n", ""), flags
+
+
 @pytest.mark.parametrize("name", ["sbatch", "ssh", "torchrun"])
 def test_a_node_without_the_model_ends_all_with_one_line(new_run, name):
     """The job does not try again. torchrun has a traceback of its own, and turns the code into 1."""

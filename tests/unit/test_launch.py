@@ -116,6 +116,7 @@ def test_the_gpus_that_were_given_are_those_that_are_used(launched, listing, set
         ({"LAUNCHER": "torchrun", "NNODES": "2"}, "error: LAUNCHER=torchrun: NNODES=2 needs NODE_RANK"),
         ({"LAUNCHER": "torchrun", "NNODES": "two"}, "error: NNODES=two: not a number"),
         ({"LAUNCHER": "srun", "HOSTFILE": "h"}, "error: HOSTFILE=h: LAUNCHER=srun does not read it"),
+        ({"SLURM_JOB_ID": "7"}, "error: NUM_GPUS: srun does not tell it"),  # the one here does not run anything
     ],
 )
 def test_a_launcher_that_cannot_be_used(launched, settings, error):
@@ -306,6 +307,35 @@ def test_ranks_of_another_machine_save_when_they_are_told_to_or_the_first_machin
         node.stdin.close()
     assert node.wait(timeout=20) == 128 + saved
     assert {path.name for path in tmp_path.glob("saved *")} == {"saved 2", "saved 3"}
+
+
+@pytest.mark.parametrize(
+    ("hosts", "address", "error"),
+    [
+        (["localhost", "b"], None, "as localhost; write its name"),
+        (["me@127.0.0.1", "b"], None, "as 127.0.0.1; write its name"),
+        (["localhost", "b"], "a", ""),
+        (["localhost"], None, ""),
+        (["a", "localhost"], None, ""),
+    ],
+)
+def test_the_first_machine_of_several_has_an_address_for_the_others(tmp_path, hosts, address, error):
+    """And variables of this machine, its sessions and jobs stay here: the `ssh` of this test keeps what is sent."""
+    (tmp_path / "hosts").write_text("".join(f"{host} slots=1\n" for host in hosts))
+    (tmp_path / "ssh").write_text("#!/bin/sh\nhead -n 1 >$0.$$\n")
+    (tmp_path / "ssh").chmod(0o755)
+    given = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TMPDIR": "/tmp", "XDG_RUNTIME_DIR": "/run/user/0", "PMI_RANK": "0"}
+    given |= {"CUDA_VISIBLE_DEVICES": "0,1"} | ({"MASTER_ADDR": address} if address else {})
+    command = [sys.executable, "-m", "utils.launcher", "--hostfile", str(tmp_path / "hosts"), "1", "run.py"]
+    environment = clean_environment() | given
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=20)
+    assert result.returncode == (2 if error else 0) and result.stderr.strip().endswith(error)
+    assert result.stderr.count("\n") == (1 if error else 0)
+    orders = [json.loads(sent.read_text()) for sent in tmp_path.glob("ssh.*")]
+    assert len(orders) == (0 if error else len(hosts))
+    for order in orders:
+        assert order["ranks"]["address"] == (address or hosts[0])
+        assert given.keys() & order["environ"].keys() == given.keys() - {"TMPDIR", "XDG_RUNTIME_DIR", "PMI_RANK"}
 
 
 def test_ranks_of_another_machine_have_their_places_and_the_environment_of_the_first(tmp_path):
