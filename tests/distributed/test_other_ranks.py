@@ -52,6 +52,31 @@ def test_a_run_goes_on_with_another_number_of_ranks(inputs, tmp_path, capfd):
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-5)
 
 
+FAILING = """
+import os
+steps = []
+def score(prompts, answers):
+    steps.append(1)
+    if len(steps) == 2 and os.environ["RANK"] == "1":
+        raise ValueError("no score today")
+    return [0.0] * len(answers)
+"""
+
+
+def test_an_error_of_one_rank_in_training_ends_both(inputs, tmp_path):
+    """Rank 0 waits for it in a collective."""
+    (tmp_path / "score.py").write_text(FAILING)
+    flags = {
+        "reward_fn": f"{tmp_path}/score.py:score",
+        "num_eval_prompts": 0,
+        "checkpoint_per_step": 0,
+        "zero_stage": 2,
+    }
+    result = run_cases(tmp_path, inputs, {"run": flags})["run"]
+    assert result.codes == [2, 2], result.log
+    assert "error [rank 0]: rank 1: " in result.log and result.log.count("no score today") == 2, result.log
+
+
 def test_two_runs_on_one_machine(inputs, tmp_path):
     """As the recipes start them: neither takes the other's port, exit codes arrive."""
     flags = {"all steps": {"train_steps": 1}, "out of time": {"max_hours": 1e-9, "checkpoint_per_step": 5}}

@@ -1,4 +1,4 @@
-"""An error on one rank at the start of a run ends all ranks with one message.
+"""Ranks go on together or end together: an error on one rank ends all ranks with one message.
 
 Messages go through the store of the process group, so that they also reach ranks that wait in a collective.
 """
