@@ -70,15 +70,19 @@ def load_comparisons(
     config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Say
 ) -> tuple[list[Comparison], list[Comparison]]:
     """Returns (train, valid) comparisons of --data_path; --flip_negative applies to the training set only."""
-    splits = once_per_node(partial(_read_comparisons, config, tokenizer, say))
-    config.fit_batch(len(splits[0]), max(MIN_PAIRS, world_size()))
-    if len(splits[0]) < config.batch_size:
-        few = f"{len(splits[0])} pairs to train on are fewer than --batch_size {config.batch_size}"
+    train, valid, held_out = once_per_node(partial(_read_comparisons, config, tokenizer, say))
+    config.fit_batch(len(train), max(MIN_PAIRS, world_size()))
+    if len(train) < config.batch_size:
+        few = f"{len(train)} pairs to train on are fewer than --batch_size {config.batch_size}"
         raise UserError(f"--data_path {config.data_path}: {few}; add data, lower it or raise --context_truncate")
-    return splits[0], splits[1]
+    if held_out and not valid:
+        limit = f"--context_truncate {config.context_truncate}"
+        raise UserError(f"--data_path {config.data_path}: no held-out pair fits {limit}; raise it (or --num_valid 0)")
+    return train, valid
 
 
-def _read_comparisons(config: RewardConfig, tokenizer, say: Say) -> list[list[Comparison]]:
+def _read_comparisons(config: RewardConfig, tokenizer, say: Say) -> tuple[list[Comparison], list[Comparison], int]:
+    """Returns training and held-out comparisons, and the number of held-out records."""
     template, columns = template_of(tokenizer), ()
     if config.use_margin:
         columns = (config.margin_column,) if config.margin_column else MARGIN_COLUMNS
@@ -88,11 +92,8 @@ def _read_comparisons(config: RewardConfig, tokenizer, say: Say) -> list[list[Co
         train = flip_negative(train, say)
     if config.use_margin:
         check_margins(train, columns, say)
-    splits = [encode_all(split, tokenizer, template, config.context_truncate, say) for split in (train, valid)]
-    if valid and not splits[1]:
-        limit = f"--context_truncate {config.context_truncate}"
-        raise UserError(f"--data_path {config.data_path}: no held-out pair fits {limit}; raise it (or --num_valid 0)")
-    return splits
+    encoded = [encode_all(split, tokenizer, template, config.context_truncate, say) for split in (train, valid)]
+    return *encoded, len(valid)
 
 
 def load_center_answers(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Say) -> list[Comparison]:

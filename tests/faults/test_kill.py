@@ -75,7 +75,7 @@ def test_a_disk_that_is_full_when_a_model_is_written(inputs, disk, tmp_path):
     weights = [final_weights(results[name].out, "best")["lm_head.weight"] for name in ("final", "best", "whole")]
     assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[1], weights[2])
     assert results["final"].codes == [2, 2] and "Traceback" not in results["final"].log
-    assert len(re.findall(r"error .rank [01].: .*/final cannot be written", results["final"].log)) == 2
+    assert len(re.findall(r"error .rank 0.: .*/final cannot be written", results["final"].log)) == 1
     assert not list(disk.rglob("*.partial")) and not (results["final"].out / "final").exists()
 
     base = tiny_llama_folder(tmp_path / "base", **SIZES)

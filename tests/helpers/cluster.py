@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.helpers.tiny_run import clean_environment
+
 NODES = ("n1", "n2")
 NETWORK = "198.18.0."  # of the range that is reserved for tests of networks
 PROGRAMS = {
@@ -162,8 +164,8 @@ class Cluster:
         return ["nsenter", "--target", str(self._first_process(name)), *NAMESPACES, "--wdns=" + os.getcwd()]
 
     def environment(self) -> dict[str, str]:
-        """Returns this process's environment, with the configuration of this cluster."""
-        return os.environ | {"SLURM_CONF": f"{self.folder}/slurm.conf", "PATH": _path()}
+        """Returns this process's environment without a process group, with the configuration of this cluster."""
+        return clean_environment() | {"SLURM_CONF": f"{self.folder}/slurm.conf", "PATH": _path()}
 
     def run(self, command: str, node: str = "head", check: bool = True, timeout: float = 240, **variables: str):
         """Runs a line of shell on a machine. Returns the CompletedProcess with its output."""
