@@ -66,7 +66,10 @@ def init_distributed(hang_timeout: float = 0.0) -> None:
 
 
 def _check_gpus() -> None:
-    """Raises UserError on all ranks if two of them use the same GPU. NCCL, whose message does not help, is not used."""
+    """Raises UserError on all ranks if two of them use the same GPU.
+
+    Ranks compare names in the store: NCCL's own error, at the first collective, does not say what to change.
+    """
     store, name = message_store("GPUs"), torch.cuda.get_device_properties(device()).uuid
     store.set(str(rank()), f"{socket.gethostname()} {name}")
     used = [store.get(str(i)) for i in range(world_size())]

@@ -52,8 +52,8 @@ def choose(config, name: str, value, reason: str) -> None:
 
 
 def replace_default(config, name: str, value, reason: str) -> None:
-    """`choose`, unless the user gave the flag."""
-    if is_default(config, name):
+    """`choose`, unless the user gave the flag or it has this value already."""
+    if is_default(config, name) and getattr(config, name) != value:
         choose(config, name, value, reason)
 
 
@@ -67,6 +67,5 @@ def keep_sizes(config, saved: dict) -> None:
     """Sets SIZES that have their defaults to those of a saved run, as if the user had passed them."""
     for name in SIZES:
         if name in saved and hasattr(config, name) and is_default(config, name):
-            if getattr(config, name) != saved[name]:
-                choose(config, name, saved[name], "the checkpoint was made with it")
+            replace_default(config, name, saved[name], "the checkpoint was made with it")
             config.given |= {name}
