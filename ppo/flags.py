@@ -134,6 +134,40 @@ class DecodingFlags:
 
 
 @dataclass
+class RolloutEngineFlags:
+    """Rollout engine: this toolkit's own decoding, or vLLM."""
+
+    rollout_engine: Common[Literal["auto", "own", "vllm"]] = "auto"
+    """Engine that samples responses. own: the policy's own engine; vllm: vLLM in the same process, with the policy's
+    weights copied to it and compared before every rollout. auto: vllm on a GPU where it is installed, else own"""
+    vllm_gpu_memory_utilization: Literal["auto"] | float = "auto"
+    """Share of each GPU's memory that vLLM may use during a rollout, weights and key-value cache together. auto: what
+    training leaves, by the numbers of --plan"""
+    vllm_tensor_parallel_size: int = 1
+    """GPUs of one node that share a copy of the policy in vLLM; a divisor of the number of processes per node"""
+    vllm_batch_invariant: bool = False
+    """Use vLLM's kernels whose results do not depend on the batch; slower, and only on GPUs of compute capability 9.0
+    or newer"""
+    sampler_kl_limit: float | None = None
+    """Largest mean difference between vLLM's distribution and that of the scoring forward, k3 in nats per token. Above
+    it the run stops. Default: 1e-6 for fp32, 0.02 for bf16"""
+    sampler_correction: Literal["none", "truncate", "mask_token", "mask_sequence"] = "none"
+    """Importance weights for the difference between vLLM's distribution and the policy's. truncate: the ratio of the
+    two per token, at most --sampler_correction_cap; mask_token, mask_sequence: leave out tokens, or whole responses,
+    whose ratio is outside [1 / cap, cap]"""
+    sampler_correction_cap: float = 2.0
+    """Largest ratio under --sampler_correction; above 1"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, vllm_tensor_parallel_size=(1, None), sampler_correction_cap=(1.000001, None))
+        if self.vllm_gpu_memory_utilization != "auto":
+            check_range(self, vllm_gpu_memory_utilization=(0.01, 1))
+        if self.sampler_kl_limit is not None:
+            check_range(self, sampler_kl_limit=(0, None))
+
+
+@dataclass
 class GatherFlags:
     """Memory and speed: the policy's weights while it decodes."""
 

@@ -64,6 +64,17 @@ class MeasuredRollout(Rollout):
 
 
 @dataclass(frozen=True)
+class SampledRollout(Rollout):
+    """A rollout of another engine than the policy's, with that engine's log-probabilities of the response tokens.
+
+    sampler_logprobs [batch, length] float32: under the engine's own distribution at the sampling temperature, before
+    top-p and repetition penalty, so that they compare with `Scores.old_logprobs`.
+    """
+
+    sampler_logprobs: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Scores(Batch):
     """What the models compute for a rollout, float32; [batch, length] unless stated. old_values: None without a critic.
 
