@@ -32,7 +32,7 @@ def evaluate(
     count = slice(len(prompts))
     own = scores.scores
     rollout, scores = (batch.rows(count) for batch in gather_batches(share, rollout, scores))
-    if problem := sampler_problem(rollout, scores, sampler, config):
+    if problem := sampler_problem(rollout, scores, sampler, config, EVALUATION.temperature):
         raise UserError(f"evaluation: {problem}")
     if problem := score_problem(scores.scores, config.explosion_limit, own):
         raise UserError(problem)

@@ -97,7 +97,7 @@ class Run:
 
     def check_sampler(self, rollout: Rollout, scores: Scores) -> None:
         """Raises UserError if another engine's samples are not the policy's (`sampler_problem`). Collective."""
-        if problem := sampler_problem(rollout, scores, self.sampler, self.config):
+        if problem := sampler_problem(rollout, scores, self.sampler, self.config, self.config.temperature):
             self.lifecycle.finish_checkpoint()
             raise UserError(f"step {self.state.step + 1}: {problem}")
 

@@ -11,8 +11,8 @@ from ppo.kl import k3
 from ppo.types import Rollout, SampledRollout, Scores
 from utils.tensors import masked_mean
 
-# Default of --sampler_kl_limit by --dtype, nats per token: five times the largest value that benchmarks/sampler_gap.py
-# measures between vLLM and the policy's forward with equal weights.
+# Default of --sampler_kl_limit by --dtype, nats per token at temperature 1, from benchmarks/README.md: about five times
+# what rounding explains. In fp32 that is vLLM's attention on a GPU, which multiplies in TF32.
 KL_LIMITS = {"fp32": 2e-5, "bf16": 0.02}
 
 
@@ -60,7 +60,7 @@ def weight_metrics(weights: torch.Tensor, mask: torch.Tensor, cap: float) -> dic
     return {"sampler_weight_mean": masked_mean(weights, mask), "sampler_truncated_fraction": masked_mean(changed, mask)}
 
 
-def sampler_problem(rollout: Rollout, scores: Scores, sampler, config) -> str | None:
+def sampler_problem(rollout: Rollout, scores: Scores, sampler, config, temperature: float) -> str | None:
     """Describes a gap above --sampler_kl_limit, or one that is not finite; None if the samples are the policy's.
 
     rollout, scores: of all ranks, so that all find the same. `sampler.explain()`, which is collective, compares the
@@ -69,16 +69,16 @@ def sampler_problem(rollout: Rollout, scores: Scores, sampler, config) -> str | 
     if not isinstance(rollout, SampledRollout):
         return None
     gap = gap_metrics(rollout.sampler_logprobs, scores.old_logprobs, rollout.response_mask)
-    limit = KL_LIMITS[config.dtype] if config.sampler_kl_limit is None else config.sampler_kl_limit
-    kl = float(gap["sampler_kl"])
+    kl, limit = float(gap["sampler_kl"]), config.sampler_kl_limit
+    if limit is None:  # rounding of logits counts more at a low temperature
+        limit = KL_LIMITS[config.dtype] / min(1.0, temperature)
     if kl <= limit:  # False for NaN
         return None
     cause = sampler.explain() or (
-        "Its weights equal the policy's, so that its kernels compute something else: if that is expected, raise "
-        "--sampler_kl_limit"
+        "all weights are equal, so that its kernels compute something else; if that is expected, raise the limit"
     )
     return (
-        f"vLLM samples from another distribution than the policy's: sampler_kl is {kl:.3g} nats per token, above "
-        f"--sampler_kl_limit {limit:g}, and the largest difference of a log-probability "
-        f"{float(gap['sampler_gap_max']):.3g}. {cause.rstrip('.')}. --rollout_engine own samples without vLLM"
+        f"vLLM samples from another distribution than the policy's: sampler_kl is {kl:.3g} nats per token "
+        f"(--sampler_kl_limit {limit:g}), sampler_gap_max {float(gap['sampler_gap_max']):.3g} nats; {cause}. "
+        "--rollout_engine own samples without vLLM"
     )

@@ -195,12 +195,12 @@ def test_trap_20_a_sampler_with_other_weights_than_the_policy_is_stopped(stale):
         weight += 3.0 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     rollout = other(prompts, Sampling(), 0)
     scores = score(rollout, prompts, models, None, token_ids(), 1.0, config)
-    problem = sampler_problem(rollout, scores, other, config)
+    problem = sampler_problem(rollout, scores, other, config, 1.0)
     assert bool(problem) is bool(stale) and other.asked == bool(stale)
     if stale:
         assert f"the first tensor that differs is {stale}. " in problem
         assert "--sampler_kl_limit 2e-05" in problem and "--rollout_engine own" in problem
-        assert sampler_problem(rollout, scores, other, ppo_config(sampler_kl_limit=10.0)) is None
+        assert sampler_problem(rollout, scores, other, ppo_config(sampler_kl_limit=10.0), 1.0) is None
 
 
 @pytest.mark.parametrize("bad", [-INF, NAN])
@@ -209,15 +209,34 @@ def test_a_logprob_that_is_not_finite_is_no_weight(bad, side):
     rollout, scores = buffer()
     rollout.sampler_logprobs[MASK] = scores.old_logprobs[MASK]
     sampler, config = OtherEngine(tiny_policy()), ppo_config()
-    assert sampler_problem(rollout, scores, sampler, config) is None
+    assert sampler_problem(rollout, scores, sampler, config, 1.0) is None
     (rollout.sampler_logprobs if side == "sampler" else scores.old_logprobs)[1, 2] = bad
-    problem = sampler_problem(rollout, scores, sampler, ppo_config(sampler_kl_limit=1e30))
+    problem = sampler_problem(rollout, scores, sampler, ppo_config(sampler_kl_limit=1e30), 1.0)
     assert "sampler_kl is nan nats" in problem or "sampler_kl is inf nats" in problem
-    assert "Its weights equal the policy's" in problem
+    assert "all weights are equal" in problem
+
+
+@pytest.mark.parametrize(
+    ("flags", "temperature", "limit"),
+    [
+        ({}, 1.0, 2e-5),
+        ({}, 2.0, 2e-5),
+        ({"dtype": "bf16", "zero_stage": 1}, 0.5, 0.04),
+        ({"sampler_kl_limit": 0.5}, 0.5, 0.5),
+    ],
+)
+def test_limit_by_dtype_and_temperature(flags, temperature, limit):
+    rollout, scores = buffer()
+    for factor in (0.99, 1.01):  # k3 of a small gap x is x² / 2
+        gap = math.sqrt(2 * factor * limit)
+        rollout.sampler_logprobs[MASK] = scores.old_logprobs[MASK] + gap
+        exact = math.expm1(-gap) + gap
+        problem = sampler_problem(rollout, scores, OtherEngine(tiny_policy()), ppo_config(**flags), temperature)
+        assert bool(problem) is (exact > limit)
 
 
 def test_own_rollouts_are_not_checked():
-    assert sampler_problem(rollout_of([[0, 1]]), None, None, ppo_config()) is None
+    assert sampler_problem(rollout_of([[0, 1]]), None, None, ppo_config(), 1.0) is None
 
 
 def test_evaluation_stops_too():
