@@ -55,6 +55,27 @@ def train(engine: TrainEngine) -> None:
     engine.apply(1e-3)
 
 
+def offload_between_steps(file: str, stage: int, dtype: str) -> None:
+    """Three steps, with and without states in host memory between them; `file` gets what differs on each rank."""
+    init_distributed(60)
+    ours, plain = (
+        TrainEngine(tiny_policy().to(DTYPES[dtype]), ppo_config(zero_stage=stage, dtype=dtype), "policy")
+        for _ in range(2)
+    )
+    for _ in range(3):
+        with ours.states_offloaded():
+            ours.full_state_dict()  # a collective in between
+        train(ours)
+        train(plain)
+    found, wanted = (engine.state_tensors() | engine.full_state_dict() for engine in (ours, plain))
+    differing = [name for name, x in wanted.items() if not torch.equal(x, found[name])]
+    everyone = gather_objects({"tensors": len(wanted), "differing": differing})
+    if is_main():
+        with open(file, "w") as out:
+            json.dump(everyone, out)
+    shutdown_distributed()
+
+
 @torch.no_grad()
 def score_with_frozen(file: str, family: str, stage: int, offload: bool) -> None:
     """Compares a frozen model that is split over the ranks with the whole one; `file` gets a list of each rank's."""

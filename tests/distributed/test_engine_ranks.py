@@ -74,6 +74,17 @@ def test_two_ranks_add_gradients_up_in_float32(tmp_path):
         assert errors[str((stage, "fp32"))] < 0.25 * errors[str((stage, "bf16"))], errors
 
 
+@pytest.mark.slow
+def test_two_ranks_step_as_if_nothing_had_been_in_host_memory(tmp_path):
+    cases = [(1, "bf16"), (2, "fp32"), (3, "bf16"), (3, "fp32")]
+    files = {case: str(tmp_path / f"{case}.json") for case in cases}
+    job = {"module": "tests.distributed.jobs", "function": "offload_between_steps"}
+    finished(run_forked(tmp_path, {str(case): job | {"argv": [file, *case]} for case, file in files.items()}))
+    for file in files.values():
+        for rank in json.loads(Path(file).read_text()):
+            assert rank["differing"] == [] and rank["tensors"] > 20
+
+
 # (family, stage of what is trained, offload). LongCat's experts are called one by one, those that a rank's tokens need.
 FROZEN = {
     "ZeRO-1": ("llama", 1, False),

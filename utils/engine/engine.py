@@ -21,6 +21,7 @@ from utils.device import device
 from utils.distributed import is_main, message_store, rank, world_size
 from utils.engine.chunked_adamw import use_chunked_step
 from utils.engine.memory import fits_whole
+from utils.engine.offload import emptied, step_tensors
 from utils.engine.settings import adds_up_in_place, deepspeed_config
 from utils.engine.state import SharedState, load_state, scale_weight, state_tensors
 from utils.errors import UserError
@@ -259,6 +260,16 @@ class TrainEngine:
         """Multiplies the trained parameter `name` by `factor`; the optimizer's moments do not change. Collective."""
         self._change()
         scale_weight(self.engine.optimizer, self.zero_stage, rank(), self._trained(), name, factor)
+
+    @contextlib.contextmanager
+    def states_offloaded(self):
+        """Context in which host memory holds what only a step needs, 12 bytes per parameter. Forwards work as before.
+
+        Before, it waits until a checkpoint that is being written has been read.
+        """
+        self.before_change()
+        with emptied(step_tensors(self._optimizer, self.zero_stage, self.module.parameters())):
+            yield
 
     def _change(self) -> None:
         self.before_change()

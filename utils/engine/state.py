@@ -31,11 +31,11 @@ class Piece:
     name: str
     start: int
     length: int
-    master: int  # index of that tensor in _masters()
+    master: int  # index of that tensor in stepped()
     offset: int
 
 
-def _masters(optimizer, zero_stage: int) -> list[torch.Tensor]:
+def stepped(optimizer, zero_stage: int) -> list[torch.Tensor]:
     """Returns what the inner optimizer steps: the parameters (stage 0), or this rank's flat float32 partitions."""
     if zero_stage == 0:
         return [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -45,7 +45,7 @@ def _masters(optimizer, zero_stage: int) -> list[torch.Tensor]:
 def pieces(optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, str]) -> Iterator[Piece]:
     """Yields what this rank holds. Stages 1 and 2 partition one flat tensor, stage 3 each parameter."""
     if zero_stage == 0:
-        for i, parameter in enumerate(_masters(optimizer, 0)):
+        for i, parameter in enumerate(stepped(optimizer, 0)):
             yield Piece(names[parameter], 0, parameter.numel(), i, 0)
     elif zero_stage == 3:
         for i, group in enumerate(optimizer.fp16_groups):
@@ -59,7 +59,7 @@ def pieces(optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, str]
     else:
         groups = zip(optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_padding, strict=True)
         for i, (group, padding) in enumerate(groups):
-            share = len(_masters(optimizer, zero_stage)[i])
+            share = len(stepped(optimizer, zero_stage)[i])
             place = -rank * share  # where the parameter begins, relative to this rank's partition
             for parameter, behind in zip(group, padding, strict=True):
                 first, end = max(place, 0), min(place + parameter.numel(), share)
@@ -71,7 +71,7 @@ def pieces(optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, str]
 def state_tensors(optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, str]) -> dict[str, torch.Tensor]:
     """Returns name -> flat tensor, not copied; `step` is a scalar."""
     inner = optimizer.optimizer if zero_stage else optimizer
-    masters = _masters(optimizer, zero_stage)
+    masters = stepped(optimizer, zero_stage)
     tensors = {}
     for piece in pieces(optimizer, zero_stage, rank, names):
         master = masters[piece.master]
@@ -158,7 +158,7 @@ def load_state(optimizer, zero_stage: int, rank: int, names: dict[nn.Parameter, 
     """
     state.check_sizes({name: getattr(p, "ds_numel", p.numel()) for p, name in names.items()})
     inner = optimizer.optimizer if zero_stage else optimizer
-    masters = _masters(optimizer, zero_stage)
+    masters = stepped(optimizer, zero_stage)
     with _rewriting(optimizer, zero_stage):
         for master in masters:
             inner.state.pop(master, None)
@@ -192,7 +192,7 @@ def scale_weight(
     with _rewriting(optimizer, zero_stage):
         for piece in pieces(optimizer, zero_stage, rank, names):
             if piece.name == name:
-                master = _masters(optimizer, zero_stage)[piece.master]
+                master = stepped(optimizer, zero_stage)[piece.master]
                 master.view(-1)[piece.offset : piece.offset + piece.length] *= factor
 
 
@@ -203,7 +203,7 @@ def _rewriting(optimizer, zero_stage: int) -> Iterator[None]:
         optimizer.checkpoint_event_prologue()  # frees gathered weights until the epilogue
     yield
     if zero_stage == 3:
-        for i in range(len(_masters(optimizer, zero_stage))):
+        for i in range(len(stepped(optimizer, zero_stage))):
             optimizer._reassign_or_swap_out_partitioned_parameters(i)
         optimizer.checkpoint_event_epilogue()  # gathers the small parameters that every rank keeps whole
     elif zero_stage:
