@@ -40,6 +40,7 @@ def train(config: PPOConfig) -> None:
         loop(run)
         if run.finished:
             run.export("final")
+    run.sampler.close()
     shutdown_distributed()
     if run.lifecycle.exit_code:
         sys.exit(run.lifecycle.exit_code)
@@ -72,6 +73,7 @@ def loop(run) -> None:
         # 3. Gather the buffer on every rank (it is small), and compute rewards, advantages and returns.
         own_scores = scores.scores
         rollout, scores = gather_batches(prompts, rollout, scores)
+        run.check_sampler(rollout, scores)
         if run.refuses(rollout, scores, own_scores):
             continue
         experience = run.fit_critic(make_experience(rollout, scores, state.moments, config))
@@ -84,7 +86,7 @@ def loop(run) -> None:
         watch.lap("update")
 
         state.step += 1
-        metrics |= rollout_metrics(rollout, scores) | experience_metrics(experience)
+        metrics |= rollout_metrics(rollout, scores) | experience_metrics(experience, config)
         metrics |= {f"lr_{name}": lr[name] for name in models.engines()}
         metrics |= watch.metrics(samples=len(rollout), tokens=int(rollout.response_mask.sum()))
         if warning := negative_kl_warning(scores):

@@ -13,6 +13,7 @@ from ppo.rollout import PolicySampler
 from ppo.run import Run
 from ppo.state import PPOState, RunState
 from ppo.user_reward import load_reward_fn
+from ppo.vllm_sampler import VLLMSampler, choose_rollout_engine, start_vllm
 from utils.distributed import world_size
 from utils.errors import Say
 from utils.flags.checks import is_default
@@ -30,6 +31,7 @@ def build(config: PPOConfig) -> Run:
 
 @together()
 def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
+    choose_rollout_engine(config)
     model_folder(config.policy_model_path, "--policy_model_path")
     model_folder(config.critic_model_path, "--critic_model_path")
     for path in config.reward_model_path:
@@ -48,6 +50,9 @@ def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
     config.fit_prompts(len(train), world_size())
     say(first_prompt(tokenizer, train[0].ids))
     pretrain = load_pretrain(config, tokenizer, template, say) if config.use_ppo_pretrain_loss else None
+    vllm = None
+    if config.rollout_engine == "vllm":  # on GPUs that are still empty, whose memory it measures
+        vllm = start_vllm(config, config.policy_model_path, "--policy_model_path", tokenizer, 0.5)
     models = load_models(config, tokenizer, say)
     fit_to_memory(config, models, say)
     state = RunState(pretrain=pretrain)
@@ -62,7 +67,10 @@ def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
     sampling = Sampling(config.temperature, config.topp, config.repetition_penalty)
     if not sampling.from_model:
         logger.say("warning: with --topp or --repetition_penalty, ratio and KL are those of the model without them")
-    sampler = PolicySampler(models.policy, tokenizer, config, measure=config.reuse_sampler_logprobs)
+    if vllm:
+        sampler = VLLMSampler(models.policy, tokenizer, config, vllm)
+    else:
+        sampler = PolicySampler(models.policy, tokenizer, config, measure=config.reuse_sampler_logprobs)
     return Run(
         config, tokenizer, train, valid[: config.num_eval_prompts], models, sampler, sampling, reward_fn, logger, state,
         lifecycle,

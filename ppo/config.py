@@ -59,6 +59,7 @@ class PPOConfig(
         if self.alarm_kl is None:  # experiments/RESULTS.md: the quality of short answers falls long before 100 nats
             self.alarm_kl = min(100.0, float(self.maxlen_res))
         self._check_numbers()
+        self._check_sampler()
         fit_warmup(self)
         self._fit_batches()
 
@@ -154,6 +155,19 @@ class PPOConfig(
             )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise UserError("--kl_in loss needs --kl_estimator k2 or k3: the gradient of k1 is 0 on average")
+
+    def _check_sampler(self) -> None:
+        engine, kind = f"--rollout_engine {self.rollout_engine}", f"--sampler_correction {self.sampler_correction}"
+        if self.reuse_sampler_logprobs and self.rollout_engine == "vllm":
+            problem = f"--reuse_sampler_logprobs with {engine}: vLLM's log-probabilities are compared with those of the"
+            raise UserError(f"{problem} policy's own forward, which cannot be left out; drop one of the flags")
+        if self.sampler_correction != "none" and self.rollout_engine == "own":
+            raise UserError(f"{kind} with {engine}, which has no difference to correct; drop one of the flags")
+        if self.sampler_correction != "none" and (self.topp < 1.0 or self.repetition_penalty != 1.0):
+            raise UserError(
+                f"{kind} with --topp {self.topp:g} --repetition_penalty {self.repetition_penalty:g}: the distribution "
+                "that is sampled is vLLM's only at 1 and 1; pass these, or --sampler_correction none"
+            )
 
     def check_world(self, world_size: int, vocab_size: int) -> None:
         """Checks that need the number of ranks and the size of the vocabulary. Raises UserError."""

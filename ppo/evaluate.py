@@ -7,6 +7,7 @@ from ppo.experience import rollout_metrics, score_problem
 from ppo.models import Models
 from ppo.ranks import gather_batches, own_share
 from ppo.rollout import Sampler, response_texts
+from ppo.sampler_gap import sampler_problem
 from ppo.score import score
 from ppo.user_reward import RewardFunction
 from utils.distributed import world_size
@@ -31,6 +32,8 @@ def evaluate(
     count = slice(len(prompts))
     own = scores.scores
     rollout, scores = (batch.rows(count) for batch in gather_batches(share, rollout, scores))
+    if problem := sampler_problem(rollout, scores, sampler, config, EVALUATION.temperature):
+        raise UserError(f"evaluation: {problem}")
     if problem := score_problem(scores.scores, config.explosion_limit, own):
         raise UserError(problem)
     lengths = rollout.response_mask.sum(1)

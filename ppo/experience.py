@@ -8,7 +8,8 @@ from ppo.advantages import gae
 from ppo.config import PPOConfig
 from ppo.kl import KL_ESTIMATORS, k1
 from ppo.rewards import shape_scores, token_rewards
-from ppo.types import Experience, Rollout, Scores
+from ppo.sampler_gap import gap_metrics, importance_weights, weight_metrics
+from ppo.types import Experience, Rollout, SampledRollout, Scores
 from utils.distributed import ranks_where
 from utils.moments import RunningMoments
 from utils.tensors import masked_mean, whiten
@@ -25,7 +26,11 @@ def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, c
     kl_coef = config.kl_penalty_weight if config.kl_in == "reward" else 0.0
     rewards = token_rewards(shaped, kl, mask, kl_coef)
     columns = (rollout.sequences, rollout.attention_mask, mask, scores.old_logprobs, scores.ref_logprobs)
-    return with_values(Experience(*columns, None, rewards, rewards, None), scores.old_values, config)
+    weights = None
+    if isinstance(rollout, SampledRollout) and config.sampler_correction != "none":
+        kind, cap = config.sampler_correction, config.sampler_correction_cap
+        weights = importance_weights(rollout.sampler_logprobs, scores.old_logprobs, mask, kind, cap)
+    return with_values(Experience(*columns, None, rewards, rewards, None, weights), scores.old_values, config)
 
 
 def with_values(experience: Experience, old_values: torch.Tensor | None, config: PPOConfig) -> Experience:
@@ -81,6 +86,8 @@ def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:
         "entropy": masked_mean(scores.entropy, mask),
         "eos_fraction": rollout.ended.float().mean(),
     }
+    if isinstance(rollout, SampledRollout):
+        values |= gap_metrics(rollout.sampler_logprobs, scores.old_logprobs, mask)
     return as_floats(values | member_metrics(scores))
 
 
@@ -108,7 +115,7 @@ def negative_kl_warning(scores: Scores) -> str | None:
     return f"warning: mean KL {float(kl.mean()):.2f} is below 0: sampling and scoring use different distributions"
 
 
-def experience_metrics(experience: Experience) -> dict[str, float]:
+def experience_metrics(experience: Experience, config: PPOConfig) -> dict[str, float]:
     """Metrics over all response tokens of the buffer; those of values and returns with a critic only."""
     mask = experience.response_mask
     advantages = experience.advantages[mask]
@@ -117,4 +124,6 @@ def experience_metrics(experience: Experience) -> dict[str, float]:
         returns, values = experience.returns[mask], experience.old_values[mask]
         unexplained = (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
         metrics |= {"return_mean": returns.mean(), "value_mean": values.mean(), "explained_variance": 1.0 - unexplained}
+    if experience.weights is not None:
+        metrics |= weight_metrics(experience.weights, mask, config.sampler_correction_cap)
     return as_floats(metrics)

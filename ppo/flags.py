@@ -149,17 +149,19 @@ class RolloutEngineFlags:
     """Use vLLM's kernels whose results do not depend on the batch; slower, and only on GPUs of compute capability 9.0
     or newer"""
     sampler_kl_limit: float | None = None
-    """Largest mean difference between vLLM's distribution and that of the scoring forward, k3 in nats per token. Above
-    it the run stops. Default: 1e-6 for fp32, 0.02 for bf16"""
+    """Largest KL of vLLM's distribution to that of the scoring forward, k3 in nats per token. Above it the run stops.
+    Default: 2e-5 for fp32, 0.02 for bf16; divided by a temperature below 1"""
     sampler_correction: Literal["none", "truncate", "mask_token", "mask_sequence"] = "none"
-    """Importance weights for the difference between vLLM's distribution and the policy's. truncate: the ratio of the
-    two per token, at most --sampler_correction_cap; mask_token, mask_sequence: leave out tokens, or whole responses,
-    whose ratio is outside [1 / cap, cap]"""
-    sampler_correction_cap: float = 2.0
-    """Largest ratio under --sampler_correction; above 1"""
+    """Weights in the policy loss from the ratio of the policy's probability of a token to vLLM's. truncate: the ratio,
+    at most --sampler_correction_cap (TIS); mask_token: the ratio, 0 outside [1 / cap, cap] (IcePop); mask_sequence: 0
+    for responses whose geometric mean ratio is outside, else 1 (Geo-RS)"""
+    sampler_correction_cap: float | None = None
+    """Largest ratio under --sampler_correction; above 1. Default: 2, and 1.1 for mask_sequence"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.sampler_correction_cap is None:
+            self.sampler_correction_cap = 1.1 if self.sampler_correction == "mask_sequence" else 2.0
         check_range(self, vllm_tensor_parallel_size=(1, None), sampler_correction_cap=(1.000001, None))
         if self.vllm_gpu_memory_utilization != "auto":
             check_range(self, vllm_gpu_memory_utilization=(0.01, 1))

@@ -14,6 +14,7 @@ from ppo.experience import score_problem, value_scale, with_values
 from ppo.models import Models
 from ppo.ranks import own_share
 from ppo.rollout import Sampler, response_texts
+from ppo.sampler_gap import sampler_problem
 from ppo.state import RunState
 from ppo.types import Batch, Experience, PromptBatch, Rollout, Scores
 from ppo.user_reward import RewardFunction
@@ -93,6 +94,12 @@ class Run:
         self.logger.say(f"critic: values scaled by {scale:.3g} and shifted by {shift:.3g} (--critic_init_scale)")
         values = (scale * experience.old_values + shift).masked_fill(~experience.response_mask, 0.0)
         return with_values(experience, values, config)
+
+    def check_sampler(self, rollout: Rollout, scores: Scores) -> None:
+        """Raises UserError if another engine's samples are not the policy's (`sampler_problem`). Collective."""
+        if problem := sampler_problem(rollout, scores, self.sampler, self.config, self.config.temperature):
+            self.lifecycle.finish_checkpoint()
+            raise UserError(f"step {self.state.step + 1}: {problem}")
 
     def refuses(self, rollout: Rollout, scores: Scores, own: torch.Tensor) -> bool:
         """Whether the buffer is left out for a bad score; the step then takes new prompts. own: this rank's scores."""

@@ -93,7 +93,10 @@ class Scores(Batch):
 
 @dataclass(frozen=True)
 class Experience(Batch):
-    """What the update reads: [batch, length]. old_values and returns are None without a critic."""
+    """What the update reads: [batch, length]. old_values and returns are None without a critic.
+
+    weights: factors of the policy's loss per token (`importance_weights`), None without --sampler_correction.
+    """
 
     sequences: torch.Tensor
     attention_mask: torch.Tensor
@@ -104,3 +107,4 @@ class Experience(Batch):
     rewards: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor | None
+    weights: torch.Tensor | None = None

@@ -159,10 +159,16 @@ def policy_backward(
 def policy_objective(
     part: Experience, logprobs: torch.Tensor, entropy: torch.Tensor | None, config: PPOConfig, num_tokens: float
 ) -> tuple[torch.Tensor, Sums]:
-    """Returns (scalar loss, sums for metrics) of these samples. logprobs, entropy: [batch, length]."""
+    """Returns (scalar loss, sums for metrics) of these samples. logprobs, entropy: [batch, length].
+
+    Weights do not change num_tokens: the mean of weight * surrogate over all samples of the sampler estimates the
+    policy's mean; division by the sum of the weights, which differs between minibatches, would not.
+    """
     mask = part.response_mask
+    # w * min(ρ A, clip(ρ) A) = min(ρ w A, clip(ρ) w A) because w >= 0.
+    advantages = part.advantages if part.weights is None else part.weights * part.advantages
     clip = config.pg_clip if config.use_policy_loss_clip else 0.0
-    surrogate = policy_loss(logprobs, part.old_logprobs, part.advantages, mask, clip, num_tokens)
+    surrogate = policy_loss(logprobs, part.old_logprobs, advantages, mask, clip, num_tokens)
     loss = surrogate
     if config.kl_in == "loss" and config.kl_penalty_weight:
         kl = KL_ESTIMATORS[config.kl_estimator](logprobs, part.ref_logprobs)
@@ -171,7 +177,7 @@ def policy_objective(
         loss = loss - config.entropy_loss_weight * entropy_bonus(entropy, mask, config.entropy_clip, num_tokens)
     with torch.no_grad():
         ratio, tokens = policy_ratio(logprobs, part.old_logprobs, mask), mask.sum()
-        clipped = policy_clipped(ratio, part.advantages, config.pg_clip).float()
+        clipped = policy_clipped(ratio, advantages, config.pg_clip).float()
         sums = {
             "policy_loss": (surrogate * num_tokens, tokens),
             "approx_kl": (masked_sum(k3(part.old_logprobs, logprobs), mask), tokens),

@@ -70,9 +70,9 @@ class Inputs:
     reward_file: Path
 
 
-def build_inputs(folder: Path) -> Inputs:
-    """Two policies (hidden 32, 2 layers), a reward model, 11 prompts and 3 held out, dialogues."""
-    policy, other = policy_folder(folder / "policy", seed=1), policy_folder(folder / "other_policy", seed=2)
+def build_inputs(folder: Path, **changes) -> Inputs:
+    """Two policies (hidden 32, 2 layers; changes: of these), a reward model, 11 prompts and 3 held out, dialogues."""
+    policy, other = (policy_folder(folder / x, seed, **changes) for seed, x in enumerate(("policy", "other_policy"), 1))
     base = tiny_llama_folder(folder / "reward_base", seed=3, **SIZES)
     cpu = torch.device("cpu")
     save_scalar_model(load_scalar_model(str(base), torch.float32, cpu, say=lambda _: None), str(folder / "reward"))
@@ -97,9 +97,9 @@ def tiny_reward_model(folder: Path, vocab: int, seed: int = 9) -> Path:
     return folder
 
 
-def policy_folder(folder: Path, seed: int) -> Path:
+def policy_folder(folder: Path, seed: int, **changes) -> Path:
     """A random policy that is far from uniform and often ends early, so that responses are of many lengths."""
-    model = tiny_llama(seed=seed, **SIZES)
+    model = tiny_llama(seed=seed, **SIZES | changes)
     with torch.no_grad():
         model.lm_head.weight.mul_(10.0)
         model.lm_head.weight[model.config.eos_token_id].mul_(3.0)

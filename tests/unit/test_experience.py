@@ -66,11 +66,11 @@ def test_advantages_are_whitened_over_the_whole_buffer():
     experience = make_experience(ROLLOUT, scores_of(ROLLOUT, [3.0, -1.0]), RunningMoments(), config)
     # 3, 3, -1, -1: mean 1, deviation 2
     torch.testing.assert_close(experience.advantages, torch.tensor([[0.0, 1.0, 1.0, 0.0], [0.0, 0.0, -1.0, -1.0]]))
-    metrics = experience_metrics(experience)
+    metrics = experience_metrics(experience, config)
     expected = {"advantage_mean": 0.0, "advantage_std": 1.0}
     critics = {"return_mean": 1.0, "value_mean": 0.0, "explained_variance": 0.0}
     assert metrics == pytest.approx(expected | critics, abs=1e-5)
-    assert experience_metrics(replace(experience, old_values=None, returns=None)).keys() == expected.keys()
+    assert experience_metrics(replace(experience, old_values=None, returns=None), config).keys() == expected.keys()
 
 
 def test_rollout_metrics_by_hand():

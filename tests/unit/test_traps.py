@@ -6,6 +6,7 @@
 test_update.py. 11 truncated responses: test_experience.py. 12 entropy clip: tests/bad_inputs/ppo.yaml. 13 perplexity:
 test_experience.py. 14 separate steps: test_update.py, test_engine.py. 15 random streams: test_sampling.py,
 test_decoding.py. 16 equally many forwards: test_reward_models.py, test_batching.py. 17 the rule for best/: here.
+20 a sampler with other weights: test_sampler_gap.py.
 """
 
 import math

@@ -8,7 +8,7 @@ import contextlib
 import datetime
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import deepspeed
 import torch
@@ -27,8 +27,9 @@ from utils.engine.state import SharedState, load_state, scale_weight, state_tens
 from utils.errors import UserError
 from utils.files import first_names
 from utils.flags.engine import EngineConfig
+from utils.models.compile import layers_of
 from utils.models.export import saved_tensors
-from utils.models.split import whole_shape
+from utils.models.split import is_split, whole_shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # On Hopper and Blackwell PyTorch prefers cuDNN's attention, which plans for tens of milliseconds at each new length
@@ -101,6 +102,7 @@ class TrainEngine:
         self.explosion_limit = config.explosion_limit
         self._norm: torch.Tensor | None = None  # of the gradients that `measure` saw
         self.before_change: Callable[[], None] = lambda: None  # called before what `state_tensors` returned changes
+        self.version = 0  # counts changes of the weights
         self._bad_gradient = torch.zeros((), dtype=torch.bool, device=device())
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         for parameter in self.parameters:
@@ -149,7 +151,7 @@ class TrainEngine:
 
     def apply(self, lr: float) -> None:
         """Makes an optimizer step with the gradients that `measure` found good, clipped by their norm. Collective."""
-        self.before_change()
+        self._change()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         if self.zero_stage == 0 and self.gradient_clip:
@@ -224,6 +226,22 @@ class TrainEngine:
                     state[name] = tensor.detach().to("cpu", copy=True)
         return state
 
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields (name, whole tensor on this rank's device) of what `full_state_dict` returns. Collective.
+
+        Under ZeRO-3 these are copies, of one layer at a time. The caller must not change the others.
+        """
+        tensors = saved_tensors(self.module)
+        inside = [{id(x) for x in layer.parameters()} for layer in layers_of(self.module)]
+        groups = [[name for name, x in tensors.items() if id(x) in ids] for ids in inside]
+        in_layers = set().union(*groups)
+        for names in [*groups, *([name] for name in tensors if name not in in_layers)]:
+            split = [tensors[name] for name in names if is_split(tensors[name])]
+            # DeepSpeed frees a gathered tensor, so that what is yielded has to be a copy.
+            with deepspeed.zero.GatheredParameters(split) if split else contextlib.nullcontext():
+                whole = [tensors[name].detach().clone() if split else tensors[name].detach() for name in names]
+            yield from zip(names, whole, strict=True)
+
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Returns what this rank must save for an exact resume; {} if another rank holds the same (stage 0).
 
@@ -235,12 +253,12 @@ class TrainEngine:
 
     def load_state(self, state: SharedState) -> None:
         """Restores what `state_tensors` of all ranks returned, for any number of ranks and any stage. Collective."""
-        self.before_change()
+        self._change()
         load_state(self.engine.optimizer, self.zero_stage, rank(), self._trained(), state)
 
     def scale_weight(self, name: str, factor: float) -> None:
         """Multiplies the trained parameter `name` by `factor`; the optimizer's moments do not change. Collective."""
-        self.before_change()
+        self._change()
         scale_weight(self.engine.optimizer, self.zero_stage, rank(), self._trained(), name, factor)
 
     @contextlib.contextmanager
@@ -253,6 +271,10 @@ class TrainEngine:
         with emptied(step_tensors(self._optimizer, self.zero_stage, self.module.parameters())):
             yield
 
+    def _change(self) -> None:
+        self.before_change()
+        self.version += 1
+
     def _trained(self) -> dict[nn.Parameter, str]:
         return {parameter: name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
 
@@ -261,6 +283,7 @@ class InferenceEngine:
     """A model without optimizer, with the methods of TrainEngine that sampling and scoring use. One process."""
 
     zero_stage = 0
+    version = 0
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -271,6 +294,10 @@ class InferenceEngine:
     def gathered(self):
         """Context in which the module is whole: it always is."""
         return contextlib.nullcontext(self.module)
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields (name, tensor), as `TrainEngine.weights` does."""
+        return ((name, x.detach()) for name, x in saved_tensors(self.module).items())
 
 
 def keep_while_reduced(optimizer) -> None:

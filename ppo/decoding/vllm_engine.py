@@ -1,0 +1,296 @@
+"""vLLM in this process: starts it, draws tokens with `sample`, loads weights into it and reads them back.
+
+No other module imports vllm. Weights start as random numbers, so that one which is never loaded cannot go unnoticed.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ppo.decoding.sampling import Sampling, sample, uniforms
+from utils.device import device, on_gpu
+from utils.models.chunked_logprobs import logprobs_and_entropy
+from utils.run.random_state import random_state, set_random_state
+from utils.tensors import to_device
+
+# The scheduler runs in this process, and calls logits processors of its first model runner.
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1"}
+os.environ.setdefault("FLASHINFER_CUBINS_REPOSITORY", "none")  # else kernels are downloaded without being asked for
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else it binds threads to cores that other ranks use
+
+import vllm
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+
+CPU_CACHE = 1 << 30  # bytes of the key-value cache on a CPU
+# Classes whose weights sleep discards; others are copied to host memory. A test loads each of these completely.
+DISCARDED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+@dataclass
+class Draws:
+    """What the tokens of one call are drawn with, and what is recorded: one row per prompt, one column per token."""
+
+    places: torch.Tensor
+    sampling: Sampling
+    seed: int
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+    seen: torch.Tensor | None = None
+
+
+@dataclass
+class Draw:
+    """Draws a token per row of logits, and leaves only this token, which vLLM then picks as the most likely one.
+
+    Random numbers, top-p and penalty are therefore those of `sample`, and log-probabilities those of the model.
+    """
+
+    draws: Draws | None = None
+    rows: dict[int, tuple[int, list[int]]] = field(default_factory=dict)  # by place in vLLM's batch: row, tokens so far
+
+    def update(self, update: BatchUpdate) -> None:
+        """Follows vLLM's changes of its batch, in the order that vLLM's interface prescribes."""
+        for place in update.removed:
+            self.rows.pop(place, None)
+        for place, params, _, tokens in update.added:
+            self.rows[place] = (params.extra_args["row"], tokens)
+        for source, target, way in update.moved:
+            moved, replaced = self.rows.pop(source, None), self.rows.pop(target, None)
+            if moved is not None:
+                self.rows[target] = moved
+            if replaced is not None and way == MoveDirectionality.SWAP:
+                self.rows[source] = replaced
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits [batch, vocabulary] -> the same shape, -inf but for one token."""
+        draws, batch = self.draws, [self.rows[place] for place in range(len(logits))]
+        numbers = [[row for row, _ in batch], [len(tokens) for _, tokens in batch]]
+        row, count = to_device(torch.tensor(numbers), logits.device)
+        if draws.sampling.repetition_penalty != 1.0:
+            self._mark_seen(row, count, [tokens[-1] if tokens else 0 for _, tokens in batch], logits.shape[-1])
+        seen = None if draws.seen is None else draws.seen[row]
+        token = sample(logits, uniforms(draws.seed, draws.places[row], count), draws.sampling, seen)
+        logprobs, _ = logprobs_and_entropy(logits, token, draws.sampling.temperature, with_entropy=False)
+        # Of a prompt that vLLM processes in parts, each part draws the same place; the last one counts.
+        draws.tokens[row, count], draws.logprobs[row, count] = token, logprobs
+        return torch.full_like(logits, -float("inf")).scatter_(1, token[:, None], 0.0)
+
+    def _mark_seen(self, row: torch.Tensor, count: torch.Tensor, last: list[int], vocabulary: int) -> None:
+        draws = self.draws
+        if draws.seen is None:
+            draws.seen = torch.zeros(len(draws.places), vocabulary, dtype=torch.bool, device=row.device)
+        draws.seen[row, to_device(torch.tensor(last), row.device)] |= count > 0
+
+
+def _processor(draw: Draw) -> type[LogitsProcessor]:
+    """Returns a class for vLLM, which makes the instance itself, whose instance calls `draw`."""
+
+    class Processor(LogitsProcessor):
+        def __init__(self, *_):
+            pass
+
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+        def update_state(self, batch_update: BatchUpdate | None) -> None:
+            if batch_update is not None:
+                draw.update(batch_update)
+
+        def apply(self, logits: torch.Tensor) -> torch.Tensor:
+            return draw(logits)
+
+    return Processor
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where vLLM holds a tensor of the policy: `size` rows from `start` of a module's weight or bias; None: all."""
+
+    module: nn.Module
+    name: str  # weight, bias
+    start: int = 0
+    size: int | None = None
+    dim: int | None = None  # along which the tensor is split over tensor-parallel ranks; None: not split
+    index: int = 0  # of this rank's share
+
+    def cut(self, held: torch.Tensor, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what corresponds in a module's whole weight or bias and in the policy's whole tensor."""
+        if self.size is not None:
+            held = held.narrow(0, self.start, self.size)
+        if self.dim is None:
+            return held, tensor
+        length = held.shape[self.dim]  # the last rank's share of a vocabulary has padding
+        tensor = tensor[(slice(None),) * self.dim + (slice(self.index * length, (self.index + 1) * length),)]
+        return held.narrow(self.dim, 0, tensor.shape[self.dim]), tensor
+
+
+class VLLMEngine:
+    """vLLM with the weights of a model on this rank, or split over `tensor_parallel` neighbouring ranks."""
+
+    def __init__(
+        self, folder: str, dtype: torch.dtype, vocabulary: int, max_tokens: int, max_slots: int, prefill_tokens: int,
+        tensor_parallel: int = 1, memory_share: float = 0.9,
+    ):  # fmt: skip
+        """folder: of the model; only its config.json is read. vocabulary: rows of the embedding. Collective.
+
+        max_tokens: longest prompt and response together; max_slots: sequences at once; prefill_tokens: tokens of a
+        forward over prompts; memory_share: of the GPU's memory. Raises what vLLM raises.
+        """
+        self.draw, self.sleeps, self.asleep = Draw(), on_gpu(), False
+        memory = {"gpu_memory_utilization": memory_share} if self.sleeps else {"kv_cache_memory_bytes": CPU_CACHE}
+        streams, set_threads = random_state(), torch.set_num_threads
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                self.llm = vllm.LLM(
+                    folder, skip_tokenizer_init=True, load_format="dummy", dtype=dtype, generation_config="vllm",
+                    hf_overrides={"vocab_size": vocabulary}, max_model_len=max_tokens, max_num_seqs=max_slots,
+                    max_num_batched_tokens=max(prefill_tokens, max_tokens), tensor_parallel_size=tensor_parallel,
+                    distributed_executor_backend="external_launcher", enable_sleep_mode=self.sleeps,
+                    enforce_eager=not self.sleeps, async_scheduling=False, disable_log_stats=True,
+                    logits_processors=[_processor(self.draw)], **memory,
+                )  # fmt: skip
+        finally:  # vLLM seeds the global streams, and on a CPU replaces this function
+            set_random_state(streams)
+            torch.set_num_threads = set_threads
+        [self.model] = self.llm.apply_model(lambda model: model)
+        self.parts = dict(_parts(self.model))
+
+    def sleep(self) -> None:
+        """Frees the weights and the key-value cache. On a CPU, where vLLM keeps them, nothing may be generated."""
+        self.asleep = True
+        if self.sleeps:
+            self.llm.sleep(level=2 if type(self.model).__name__ in DISCARDED else 1)
+
+    def wake(self, *parts: str) -> None:
+        """Allocates "weights", whose content is then undefined, or "kv_cache"."""
+        self.asleep = False
+        if self.sleeps:
+            self.llm.wake_up(list(parts))
+
+    def close(self) -> None:
+        """Ends vLLM, and with it the process group."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Replaces the weights. Their loss in sleep would not be noticed, so that loading then is an error."""
+        if self.asleep:
+            raise RuntimeError("weights cannot be loaded into vLLM while it sleeps")
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept keys and values of old weights")
+
+    @torch.no_grad()
+    def first_difference(self, weights: Iterator[tuple[str, torch.Tensor]]) -> tuple[str, float] | None:
+        """Returns the name and the largest difference of the first tensor that differs from vLLM's, None if none does.
+
+        weights: all of the model. Infinite: not finite in one of them, or in one of the two models only.
+        """
+        missing, module, held = dict.fromkeys(self.parts), None, {}
+        for name, tensor in weights:
+            part = self.parts.get(name)
+            if part is None:
+                return name, float("inf")
+            del missing[name]
+            if part.module is not module:
+                module, held = part.module, {}
+            if part.name not in held:
+                held[part.name] = _held(part.module, part.name)
+            ours, theirs = part.cut(held[part.name], tensor)
+            if not torch.equal(ours, theirs):
+                gap = (ours.float() - theirs.float()).abs().max()
+                return name, float(gap) if torch.isfinite(gap) else float("inf")
+        return (next(iter(missing)), float("inf")) if missing else None
+
+    def generate(
+        self, prompts: list[list[int]], places: list[int], limit: int, sampling: Sampling, seed: int,
+        stops: tuple[int, ...], stopped: Callable[[], bool] = lambda: False,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+        """Returns each response's tokens, of which there are at most `limit`, and their log-probabilities, float32.
+
+        stopped: asked before each step. If it is True, responses may be incomplete.
+        """
+        if self.asleep:
+            raise RuntimeError("vLLM cannot generate while it sleeps")
+        shape, place, engine = (len(prompts), limit), device(), self.llm.llm_engine
+        self.draw.draws = draws = Draws(
+            torch.tensor(places, device=place), sampling, seed, torch.zeros(shape, dtype=torch.int64, device=place),
+            torch.zeros(shape, device=place),
+        )  # fmt: skip
+        names = list(map(str, range(len(prompts))))
+        for row, name in enumerate(names):
+            params = vllm.SamplingParams(
+                temperature=0.0, max_tokens=limit, ignore_eos=True, stop_token_ids=list(stops), detokenize=False,
+                extra_args={"row": row}, output_kind=RequestOutputKind.FINAL_ONLY,
+            )  # fmt: skip
+            engine.add_request(name, {"prompt_token_ids": prompts[row]}, params)
+        responses = dict.fromkeys(names, stops[:1])
+        while engine.has_unfinished_requests():
+            if stopped():
+                engine.abort_request(names)
+                break
+            responses |= {output.request_id: output.outputs[0].token_ids for output in engine.step()}
+        lengths = [len(responses[name]) for name in names]
+        tokens, logprobs = (
+            [row[:length] for row, length in zip(x, lengths, strict=True)] for x in (draws.tokens, draws.logprobs)
+        )
+        if not stopped() and torch.cat(tokens).tolist() != [i for name in names for i in responses[name]]:
+            raise RuntimeError("vLLM returned other tokens than were drawn")
+        return tokens, logprobs
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, Part]]:
+    """Yields the name that each weight and bias of vLLM's model has in the policy, and where vLLM holds it."""
+    packed = getattr(model, "packed_modules_mapping", {})
+    for path, module in model.named_modules():
+        parent, _, last = path.rpartition(".")
+        names, shares = [last], [(0, None, getattr(module, "tp_rank", 0))]  # start, size, index
+        if isinstance(module, QKVParallelLinear):
+            query, key, value = (
+                module.num_heads * module.head_size, module.num_kv_heads * module.head_size,
+                module.num_kv_heads * module.v_head_size,
+            )  # fmt: skip
+            copied = module.tp_rank // module.num_kv_head_replicas
+            shares = [(0, query, module.tp_rank), (query, key, copied), (query + key, value, copied)]
+            names = packed.get(last, names)
+        elif isinstance(module, MergedColumnParallelLinear):
+            sizes = [size // module.tp_size for size in module.output_sizes]
+            shares = [(sum(sizes[:i]), size, module.tp_rank) for i, size in enumerate(sizes)]
+            names = packed.get(last, names)
+        if len(names) != len(shares):  # the policy has one tensor for all
+            names, shares = [last], [(0, None, 0)]
+        is_split = isinstance(module, LinearBase | VocabParallelEmbedding) and module.tp_size > 1
+        for name, _ in module.named_parameters(recurse=False):
+            dim = 0 if is_split or isinstance(module, VocabParallelEmbedding) else None
+            if isinstance(module, RowParallelLinear) and is_split:
+                dim = 1 if name == "weight" else None
+            for own, (start, size, index) in zip(names, shares, strict=True):
+                yield ".".join(filter(None, (parent, own, name))), Part(module, name, start, size, dim, index)
+
+
+def _held(module: nn.Module, name: str) -> torch.Tensor:
+    """Returns the weight or bias that a module of vLLM's computes with.
+
+    On a CPU vLLM packs matrices. A product with the identity matrix gives them back exactly, as all but one of the
+    terms of each sum are 0.
+    """
+    if name != "weight" or not hasattr(module, "cpu_linear") or type(module) is VocabParallelEmbedding:
+        return getattr(module, name)
+    if isinstance(module, ParallelLMHead):
+        size = module.embedding_dim
+    else:
+        size = getattr(module, "input_size_per_partition", module.input_size)
+    return module.quant_method.apply(module, torch.eye(size, dtype=module.weight.dtype)).T

