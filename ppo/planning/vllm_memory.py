@@ -18,7 +18,6 @@ from utils.memory.activation_peak import peak_bytes
 
 GRAPH_BYTES = 1 << 30  # an estimate
 BLOCK = 16  # tokens that vLLM's cache allocates at once
-FEW = 16  # sequences at once below which a rollout takes long; optimizer states then go to host memory
 
 
 PHASES = ("rollout", "score", "backward", "step")
@@ -56,9 +55,9 @@ class VLLMSizes:
 
 
 def sizes_beside(rows: Rows, config: PPOConfig, policy: Shapes, gpus: int, memory: float) -> VLLMSizes:
-    """Returns vLLM's sizes on GPUs of `memory` bytes, with a cache for all sequences, or for as many as fit.
+    """Returns vLLM's sizes on GPUs of `memory` bytes: a cache for all sequences, or for as many as fit.
 
-    rows: of training.
+    If that is less than half of them, optimizer states go to host memory. rows: of training.
     """
     size, text, element = config.vllm_tensor_parallel_size, policy.text, DTYPES[config.dtype].itemsize
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -79,7 +78,7 @@ def sizes_beside(rows: Rows, config: PPOConfig, policy: Shapes, gpus: int, memor
         return min(wanted, max(0, free + more) // (sequence + drawn))
 
     if config.vllm_gpu_memory_utilization == "auto":
-        offload = states > 0 and fitting(0) < min(wanted, FEW)
+        offload = states > 0 and 2 * fitting(0) < wanted  # moving them takes less time than decoding in more turns
         slots = max(1, fitting(states if offload else 0))
         cache = slots * sequence
     else:
