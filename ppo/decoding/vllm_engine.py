@@ -21,6 +21,7 @@ from utils.tensors import to_device
 
 # The scheduler runs in this process, and calls logits processors of its first model runner.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1"}
+os.environ.setdefault("FLASHINFER_CUBINS_REPOSITORY", "none")  # else kernels are downloaded without being asked for
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else it binds threads to cores that other ranks use
 

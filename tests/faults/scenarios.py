@@ -8,6 +8,7 @@ that the second rank gets in addition; "folders": the working folder of each ran
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -138,8 +139,11 @@ def call(run: Callable, words: list, case: dict) -> None:
 def main() -> None:
     """All cases of the file."""
     torch.set_num_threads(1)  # before the first tensor: a process that has threads must not be forked
-    codes = []
-    for case in json.loads(Path(sys.argv[1]).read_text()):
+    codes, cases = [], json.loads(Path(sys.argv[1]).read_text())
+    with_vllm = any("vllm" in case["argv"] or case["module"].startswith("tests.vllm.") for case in cases)
+    if with_vllm and importlib.util.find_spec("vllm"):
+        importlib.import_module("ppo.decoding.vllm_engine")  # takes seconds, which every process would pay
+    for case in cases:
         fault = case["fault"] or nothing
         fault = FAULTS[fault] if isinstance(fault, str) else kill_at(*fault) if isinstance(fault, list) else fault
         run = getattr(importlib.import_module(case["module"]), case["function"])
