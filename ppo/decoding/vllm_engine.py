@@ -34,7 +34,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-CPU_CACHE = 1 << 30  # bytes of the key-value cache on a CPU
 # Classes whose weights sleep discards; others are copied to host memory. A test loads each of these completely.
 DISCARDED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -142,15 +141,15 @@ class VLLMEngine:
 
     def __init__(
         self, folder: str, dtype: torch.dtype, vocabulary: int, max_tokens: int, max_slots: int, prefill_tokens: int,
-        tensor_parallel: int = 1, memory_share: float = 0.9,
+        tensor_parallel: int = 1, memory_share: float = 0.9, cache: int | None = None,
     ):  # fmt: skip
         """folder: of the model; only its config.json is read. vocabulary: rows of the embedding. Collective.
 
         max_tokens: longest prompt and response together; max_slots: sequences at once; prefill_tokens: tokens of a
-        forward over prompts; memory_share: of the GPU's memory. Raises what vLLM raises.
+        forward over prompts; memory_share: of the GPU's memory; cache: bytes of the key-value cache, None: what is
+        left of this share. Raises what vLLM raises.
         """
         self.draw, self.sleeps, self.asleep = Draw(), on_gpu(), False
-        memory = {"gpu_memory_utilization": memory_share} if self.sleeps else {"kv_cache_memory_bytes": CPU_CACHE}
         streams, set_threads = random_state(), torch.set_num_threads
         try:
             with warnings.catch_warnings():
@@ -158,10 +157,11 @@ class VLLMEngine:
                 self.llm = vllm.LLM(
                     folder, skip_tokenizer_init=True, load_format="dummy", dtype=dtype, generation_config="vllm",
                     hf_overrides={"vocab_size": vocabulary}, max_model_len=max_tokens, max_num_seqs=max_slots,
-                    max_num_batched_tokens=max(prefill_tokens, max_tokens), tensor_parallel_size=tensor_parallel,
-                    distributed_executor_backend="external_launcher", enable_sleep_mode=self.sleeps,
-                    enforce_eager=not self.sleeps, async_scheduling=False, disable_log_stats=True,
-                    logits_processors=[_processor(self.draw)], **memory,
+                    max_num_batched_tokens=max(prefill_tokens, max_tokens, max_slots),
+                    gpu_memory_utilization=memory_share, kv_cache_memory_bytes=cache,
+                    tensor_parallel_size=tensor_parallel, distributed_executor_backend="external_launcher",
+                    enable_sleep_mode=self.sleeps, enforce_eager=not self.sleeps, async_scheduling=False,
+                    disable_log_stats=True, logits_processors=[_processor(self.draw)],
                 )  # fmt: skip
         finally:  # vLLM seeds the global streams, and on a CPU replaces this function
             set_random_state(streams)
