@@ -15,7 +15,7 @@ class CompareConfig(LengthFlags, DecodingFlags, RolloutEngineFlags, RewardFlags)
     """Compare two policies on held-out prompts: scores, lengths, KL, with 95 % intervals."""
 
     required = ("policies", "data_path")
-    vllm_tensor_parallel_size = 1  # no flag: there is one process
+    vllm_tensor_parallel_size, hang_timeout = 1, 0.0  # no flags: there is one process
 
     policies: Common[list[str]] = field(default_factory=list)
     """Two policies, before and after training: folders or hub ids"""

@@ -1,9 +1,11 @@
 """Samples with vLLM, from weights that were compared with the policy's, tensor by tensor, before any token is drawn."""
 
+import collections
 import importlib.metadata
 import importlib.util
 import itertools
 import logging
+import os
 import re
 from collections.abc import Iterator
 
@@ -16,9 +18,9 @@ from ppo.decoding.sampling import Sampling
 from ppo.planning.shapes import cache_bytes
 from ppo.rollout import assemble
 from ppo.types import PromptBatch, SampledRollout
-from utils.device import on_gpu
-from utils.distributed import gather_objects, rank
-from utils.engine.engine import DTYPES, InferenceEngine, TrainEngine
+from utils.device import device, on_gpu
+from utils.distributed import any_rank, gather_objects, node_ranks, rank, world_size
+from utils.engine.engine import DTYPES, InferenceEngine, TrainEngine, group_timeout
 from utils.engine.memory import free_host_memory
 from utils.errors import UserError
 from utils.flags.checks import choose
@@ -26,6 +28,7 @@ from utils.models.load import model_folder
 from utils.run.stop_signal import requested
 from utils.tensors import at_tokens
 from utils.tokenizer import check_vocabulary, stop_ids
+from utils.watchdog import report_progress
 
 REMEDY = "pass --rollout_engine own"
 VERSION = "0.32."  # whose interfaces ppo/decoding/vllm_engine.py uses; several are not documented
@@ -36,7 +39,10 @@ HOST_SHARE = 0.25  # of free host memory, for the cache on a CPU: the models fol
 
 
 def choose_rollout_engine(config) -> None:
-    """Decides --rollout_engine auto. Raises UserError if vLLM was asked for and is missing, or of another version."""
+    """Decides --rollout_engine auto. Collective.
+
+    Raises UserError if vLLM was asked for and is missing, or of another version, or not for these ranks or GPUs.
+    """
     found = importlib.util.find_spec("vllm") is not None
     if config.rollout_engine == "auto":
         usable, where = found and on_gpu(), "there is no GPU" if found else "vLLM is not installed"
@@ -50,6 +56,7 @@ def choose_rollout_engine(config) -> None:
         raise UserError(
             f"--rollout_engine vllm: vLLM {version} is installed, not {VERSION}x; run {INSTALL}, or {REMEDY}"
         )
+    _check_ranks(config)
 
 
 def _version(package: str) -> str | None:
@@ -59,6 +66,19 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _check_ranks(config) -> None:
+    size = config.vllm_tensor_parallel_size
+    first = rank() // size * size
+    apart = world_size() % size or not {*range(first, first + size)} <= {*node_ranks()}
+    if any_rank(bool(apart), device()):
+        raise UserError(
+            f"--vllm_tensor_parallel_size {size}: {world_size()} processes do not divide into groups of {size} "
+            "neighbours on one node; pass a divisor of the number of processes per node"
+        )
+    if config.vllm_batch_invariant and not (on_gpu() and torch.cuda.get_device_capability() >= (9, 0)):
+        raise UserError("--vllm_batch_invariant needs GPUs of compute capability 9.0 or newer; leave the flag out")
+
+
 def start_vllm(config: PPOConfig, path: str, flag: str, tokenizer, share: float, prompts: int):
     """Returns a `VLLMEngine` for the model in `path`, without its weights, that has generated a token. Collective.
 
@@ -66,6 +86,8 @@ def start_vllm(config: PPOConfig, path: str, flag: str, tokenizer, share: float,
     does not start or, as on a CPU with some sizes of heads, does not run.
     """
     folder = model_folder(path, flag)
+    if config.vllm_batch_invariant:
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"  # vLLM reads it also while it is imported
     settings = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     rows = max(settings.vocab_size, check_vocabulary(tokenizer, settings.vocab_size, f"{flag} {path}"))
     slots = config.rollout_batch_size
@@ -79,6 +101,7 @@ def start_vllm(config: PPOConfig, path: str, flag: str, tokenizer, share: float,
         engine = VLLMEngine(
             str(folder), DTYPES[config.dtype], rows, config.maxlen_prompt, slots, config.micro_batch_tokens,
             config.vllm_tensor_parallel_size, share, _cache(config, settings, slots),
+            int(group_timeout(config.hang_timeout).total_seconds()),
         )  # fmt: skip
         engine.generate([[0]], [0], 1, Sampling(), 0, ())
         return engine
@@ -154,11 +177,15 @@ class VLLMSampler:
 
     def explain(self) -> str | None:
         """Returns a sentence about the first tensor in which vLLM and the policy differ, None if there is none."""
-        found = self.engine.first_difference(self.weights())
-        if found is None:
+        weights = self.weights()
+        found = self.engine.first_difference(weights)
+        collections.deque(weights, maxlen=0)  # ranks gather the rest of split weights together, whatever they found
+        differences = [(i, x) for i, x in enumerate(gather_objects(found)) if x]
+        if not differences:
             return None
-        name, gap = found
-        return f"{name} in vLLM is not the policy's (largest difference {gap:.3g})"
+        where, (name, gap) = differences[0]
+        whose = f" of rank {where}" if world_size() > 1 else ""
+        return f"{name} in vLLM{whose} is not the policy's (largest difference {gap:.3g})"
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the policy's (name, whole tensor). A head that shares the embedding's weights is one of them."""
@@ -187,4 +214,5 @@ class VLLMSampler:
         return sum(len(x) for x, _ in group[: rank() - start]), ids, places
 
     def _stopped(self) -> bool:
+        report_progress("tokens")
         return requested()
