@@ -1,8 +1,10 @@
 """Samples with vLLM, from weights that were compared with the policy's, tensor by tensor, before any token is drawn."""
 
+import collections
 import importlib.metadata
 import importlib.util
 import itertools
+import os
 from collections.abc import Iterator
 
 import torch
@@ -12,15 +14,16 @@ from ppo.config import PPOConfig
 from ppo.decoding.sampling import Sampling
 from ppo.rollout import assemble
 from ppo.types import PromptBatch, SampledRollout
-from utils.device import on_gpu
-from utils.distributed import gather_objects, rank
-from utils.engine.engine import DTYPES, InferenceEngine, TrainEngine
+from utils.device import device, on_gpu
+from utils.distributed import any_rank, gather_objects, node_ranks, rank, world_size
+from utils.engine.engine import DTYPES, InferenceEngine, TrainEngine, group_timeout
 from utils.errors import UserError
 from utils.flags.checks import choose
 from utils.models.load import model_folder
 from utils.run.stop_signal import requested
 from utils.tensors import at_tokens
 from utils.tokenizer import check_vocabulary, stop_ids
+from utils.watchdog import report_progress
 
 REMEDY = "pass --rollout_engine own"
 VERSION = "0.32."  # whose interfaces ppo/decoding/vllm_engine.py uses; several are not documented
@@ -29,7 +32,10 @@ AUTO_SLOTS = 256  # for --rollout_batch_size auto: vLLM's scheduler holds back w
 
 
 def choose_rollout_engine(config) -> None:
-    """Decides --rollout_engine auto. Raises UserError if vLLM was asked for and is missing, or of another version."""
+    """Decides --rollout_engine auto. Collective.
+
+    Raises UserError if vLLM was asked for and is missing, or of another version, or not for these ranks or GPUs.
+    """
     found = importlib.util.find_spec("vllm") is not None
     if config.rollout_engine == "auto":
         usable, where = found and on_gpu(), "there is no GPU" if found else "vLLM is not installed"
@@ -43,6 +49,7 @@ def choose_rollout_engine(config) -> None:
         raise UserError(
             f"--rollout_engine vllm: vLLM {version} is installed, not {VERSION}x; run {INSTALL}, or {REMEDY}"
         )
+    _check_ranks(config)
 
 
 def _version(package: str) -> str | None:
@@ -52,12 +59,27 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _check_ranks(config) -> None:
+    size = config.vllm_tensor_parallel_size
+    first = rank() // size * size
+    apart = world_size() % size or not {*range(first, first + size)} <= {*node_ranks()}
+    if any_rank(bool(apart), device()):
+        raise UserError(
+            f"--vllm_tensor_parallel_size {size}: {world_size()} processes do not divide into groups of {size} "
+            "neighbours on one node; pass a divisor of the number of processes per node"
+        )
+    if config.vllm_batch_invariant and not (on_gpu() and torch.cuda.get_device_capability() >= (9, 0)):
+        raise UserError("--vllm_batch_invariant needs GPUs of compute capability 9.0 or newer; leave the flag out")
+
+
 def start_vllm(config: PPOConfig, path: str, flag: str, tokenizer, share: float):
     """Returns a `VLLMEngine` for the model in `path`, without its weights. Collective.
 
     flag: that names the model. share: of each GPU's memory. Raises UserError if vLLM does not start.
     """
     folder = model_folder(path, flag)
+    if config.vllm_batch_invariant:
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"  # vLLM reads it also while it is imported
     rows = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().vocab_size
     rows = max(rows, check_vocabulary(tokenizer, rows, f"{flag} {path}"))
     slots = AUTO_SLOTS if config.rollout_batch_size == "auto" else config.rollout_batch_size
@@ -66,7 +88,7 @@ def start_vllm(config: PPOConfig, path: str, flag: str, tokenizer, share: float)
 
         return VLLMEngine(
             str(folder), DTYPES[config.dtype], rows, config.maxlen_prompt, slots, config.micro_batch_tokens,
-            config.vllm_tensor_parallel_size, share,
+            config.vllm_tensor_parallel_size, share, int(group_timeout(config.hang_timeout).total_seconds()),
         )  # fmt: skip
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -118,11 +140,15 @@ class VLLMSampler:
 
     def explain(self) -> str | None:
         """Returns a sentence about the first tensor in which vLLM and the policy differ, None if there is none."""
-        found = self.engine.first_difference(self.weights())
-        if found is None:
+        weights = self.weights()
+        found = self.engine.first_difference(weights)
+        collections.deque(weights, maxlen=0)  # ranks gather the rest of split weights together, whatever they found
+        differences = [(i, x) for i, x in enumerate(gather_objects(found)) if x]
+        if not differences:
             return None
-        name, gap = found
-        return f"{name} in vLLM is not the policy's (largest difference {gap:.3g})"
+        where, (name, gap) = differences[0]
+        whose = f" of rank {where}" if world_size() > 1 else ""
+        return f"{name} in vLLM{whose} is not the policy's (largest difference {gap:.3g})"
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the policy's (name, whole tensor). A head that shares the embedding's weights is one of them."""
@@ -151,4 +177,5 @@ class VLLMSampler:
         return sum(len(x) for x, _ in group[: rank() - start]), ids, places
 
     def _stopped(self) -> bool:
+        report_progress("tokens")
         return requested()

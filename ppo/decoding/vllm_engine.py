@@ -3,6 +3,8 @@
 No other module imports vllm. Weights start as random numbers, so that one which is never loaded cannot go unnoticed.
 """
 
+import contextlib
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,6 +26,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else it binds threads to cores that other ranks use
 
 import vllm
+from vllm.distributed import get_tp_group
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.model_executor.layers.linear import (
     LinearBase,
     MergedColumnParallelLinear,
@@ -34,6 +38,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
+# Not through shared memory: on a host all runs use the same name for it, and a run that is killed leaves it behind.
+CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+# Variables that vLLM sets for processes that it might start. They would reach those of a --reward_fn, and this toolkit.
+SHARED = ("LD_PRELOAD", "LOCAL_WORLD_SIZE")
+STOP_INTERVAL = 8  # steps between questions whether to stop: ranks that share a model have to agree
 CPU_CACHE = 1 << 30  # bytes of the key-value cache on a CPU
 # Classes whose weights sleep discards; others are copied to host memory. A test loads each of these completely.
 DISCARDED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -142,32 +151,28 @@ class VLLMEngine:
 
     def __init__(
         self, folder: str, dtype: torch.dtype, vocabulary: int, max_tokens: int, max_slots: int, prefill_tokens: int,
-        tensor_parallel: int = 1, memory_share: float = 0.9,
+        tensor_parallel: int = 1, memory_share: float = 0.9, timeout: int | None = None,
     ):  # fmt: skip
         """folder: of the model; only its config.json is read. vocabulary: rows of the embedding. Collective.
 
         max_tokens: longest prompt and response together; max_slots: sequences at once; prefill_tokens: tokens of a
-        forward over prompts; memory_share: of the GPU's memory. Raises what vLLM raises.
+        forward over prompts; memory_share: of the GPU's memory; timeout: seconds, of its process groups. Raises
+        what vLLM raises.
         """
         self.draw, self.sleeps, self.asleep = Draw(), on_gpu(), False
         memory = {"gpu_memory_utilization": memory_share} if self.sleeps else {"kv_cache_memory_bytes": CPU_CACHE}
-        streams, set_threads = random_state(), torch.set_num_threads
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                self.llm = vllm.LLM(
-                    folder, skip_tokenizer_init=True, load_format="dummy", dtype=dtype, generation_config="vllm",
-                    hf_overrides={"vocab_size": vocabulary}, max_model_len=max_tokens, max_num_seqs=max_slots,
-                    max_num_batched_tokens=max(prefill_tokens, max_tokens), tensor_parallel_size=tensor_parallel,
-                    distributed_executor_backend="external_launcher", enable_sleep_mode=self.sleeps,
-                    enforce_eager=not self.sleeps, async_scheduling=False, disable_log_stats=True,
-                    logits_processors=[_processor(self.draw)], **memory,
-                )  # fmt: skip
-        finally:  # vLLM seeds the global streams, and on a CPU replaces this function
-            set_random_state(streams)
-            torch.set_num_threads = set_threads
+        with _restored():
+            self.llm = vllm.LLM(
+                folder, skip_tokenizer_init=True, load_format="dummy", dtype=dtype, generation_config="vllm",
+                hf_overrides={"vocab_size": vocabulary}, max_model_len=max_tokens, max_num_seqs=max_slots,
+                max_num_batched_tokens=max(prefill_tokens, max_tokens), tensor_parallel_size=tensor_parallel,
+                distributed_executor_backend="external_launcher", distributed_timeout_seconds=timeout,
+                cpu_distributed_timeout_seconds=timeout, enable_sleep_mode=self.sleeps,
+                enforce_eager=not self.sleeps, async_scheduling=False, disable_log_stats=True,
+                logits_processors=[_processor(self.draw)], **memory,
+            )  # fmt: skip
         [self.model] = self.llm.apply_model(lambda model: model)
-        self.parts = dict(_parts(self.model))
+        self.parts, self.group = dict(_parts(self.model)), get_tp_group()
 
     def sleep(self) -> None:
         """Frees the weights and the key-value cache. On a CPU, where vLLM keeps them, nothing may be generated."""
@@ -221,7 +226,8 @@ class VLLMEngine:
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
         """Returns each response's tokens, of which there are at most `limit`, and their log-probabilities, float32.
 
-        stopped: asked before each step. If it is True, responses may be incomplete.
+        stopped: asked every few steps. If it is True on one of the ranks that share the model, all of them return, and
+        responses may be incomplete.
         """
         if self.asleep:
             raise RuntimeError("vLLM cannot generate while it sleeps")
@@ -237,19 +243,45 @@ class VLLMEngine:
                 extra_args={"row": row}, output_kind=RequestOutputKind.FINAL_ONLY,
             )  # fmt: skip
             engine.add_request(name, {"prompt_token_ids": prompts[row]}, params)
-        responses = dict.fromkeys(names, stops[:1])
-        while engine.has_unfinished_requests():
-            if stopped():
-                engine.abort_request(names)
-                break
+        responses, steps, is_stopped = dict.fromkeys(names, stops[:1]), itertools.count(), False
+        while engine.has_unfinished_requests() and not is_stopped:
             responses |= {output.request_id: output.outputs[0].token_ids for output in engine.step()}
+            is_stopped = next(steps) % STOP_INTERVAL == 0 and self._any_rank(stopped())
+        if is_stopped:
+            engine.abort_request(names)
         lengths = [len(responses[name]) for name in names]
         tokens, logprobs = (
             [row[:length] for row, length in zip(x, lengths, strict=True)] for x in (draws.tokens, draws.logprobs)
         )
-        if not stopped() and torch.cat(tokens).tolist() != [i for name in names for i in responses[name]]:
+        if not is_stopped and torch.cat(tokens).tolist() != [i for name in names for i in responses[name]]:
             raise RuntimeError("vLLM returned other tokens than were drawn")
         return tokens, logprobs
+
+    def _any_rank(self, flag: bool) -> bool:
+        """Returns True on all ranks that share the model if `flag` is True on any."""
+        if self.group.world_size == 1:
+            return flag
+        answer = torch.tensor(int(flag))
+        torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX, self.group.cpu_group)
+        return bool(answer)
+
+
+@contextlib.contextmanager
+def _restored() -> Iterator[None]:
+    """Context after which is restored what vLLM's start changes in the process and the rest of a run relies on."""
+    streams, set_threads, precision = random_state(), torch.set_num_threads, torch.get_float32_matmul_precision()
+    variables = {name: os.environ.get(name) for name in SHARED}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        set_random_state(streams)
+        torch.set_num_threads = set_threads  # on a CPU vLLM replaces it
+        torch.set_float32_matmul_precision(precision)
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            os.environ |= {} if value is None else {name: value}
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, Part]]:
