@@ -62,15 +62,15 @@ def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
         state.load_state_dict(begin.state)
         if state.critic_center is not None:
             models.critic.module.score_center = state.critic_center
+    if vllm:
+        sampler = VLLMSampler(models.policy, tokenizer, config, vllm)
+    else:
+        sampler = PolicySampler(models.policy, tokenizer, config, measure=config.reuse_sampler_logprobs)
     logger = open_log(config, begin, config.total_steps)
     logger.say(f"best/ = highest eval_score_mean with eval_kl_ref up to {config.best_max_kl:g} nats (--best_max_kl)")
     sampling = Sampling(config.temperature, config.topp, config.repetition_penalty)
     if not sampling.from_model:
         logger.say("warning: with --topp or --repetition_penalty, ratio and KL are those of the model without them")
-    if vllm:
-        sampler = VLLMSampler(models.policy, tokenizer, config, vllm)
-    else:
-        sampler = PolicySampler(models.policy, tokenizer, config, measure=config.reuse_sampler_logprobs)
     return Run(
         config, tokenizer, train, valid[: config.num_eval_prompts], models, sampler, sampling, reward_fn, logger, state,
         lifecycle,
