@@ -160,13 +160,17 @@ class RolloutEngineFlags:
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sampler_correction_cap is None:
-            self.sampler_correction_cap = 1.1 if self.sampler_correction == "mask_sequence" else 2.0
-        check_range(self, vllm_tensor_parallel_size=(1, None), sampler_correction_cap=(1.000001, None))
+        check_range(self, vllm_tensor_parallel_size=(1, None))
         if self.vllm_gpu_memory_utilization != "auto":
             check_range(self, vllm_gpu_memory_utilization=(0.01, 1))
-        if self.sampler_kl_limit is not None:
-            check_range(self, sampler_kl_limit=(0, None))
+        for name, least in {"sampler_kl_limit": 0, "sampler_correction_cap": 1.000001}.items():
+            if getattr(self, name) is not None:
+                check_range(self, **{name: (least, None)})
+
+    @property
+    def correction_cap(self) -> float:
+        """--sampler_correction_cap, or its default."""
+        return self.sampler_correction_cap or (1.1 if self.sampler_correction == "mask_sequence" else 2.0)
 
 
 @dataclass

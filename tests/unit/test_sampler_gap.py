@@ -104,7 +104,9 @@ def test_metrics_of_the_gap_and_of_the_weights():
     rollout, scores = buffer()
     assert rollout_metrics(rollout, scores)["sampler_gap_max"] == pytest.approx(math.log(4))
     assert "sampler_kl" not in rollout_metrics(rollout_of(MASK.long().tolist()), scores)
-    expected = {"none": None, "truncate": (1 + 2 + 0.25 + 1.5 + 1, 1), "mask_token": (1 + 1.5 + 1, 2)}
+    expected = {
+        "none": None, "truncate": (1 + 2 + 0.25 + 1.5 + 1, 1), "mask_token": (1 + 1.5 + 1, 2), "mask_sequence": (0, 5)
+    }  # fmt: skip
     for kind, sums in expected.items():
         config = ppo_config(rollout_engine="vllm", sampler_correction=kind)
         metrics = experience_metrics(make_experience(rollout, scores, RunningMoments(), config), config)
