@@ -150,7 +150,7 @@ class RolloutEngineFlags:
     or newer"""
     sampler_kl_limit: float | None = None
     """Largest KL of vLLM's distribution to that of the scoring forward, k3 in nats per token. Above it the run stops.
-    Default: 2e-5 for fp32, 0.02 for bf16; divided by a temperature below 1"""
+    Default: 5e-5 for fp32, 0.02 for bf16; divided by a temperature below 1"""
     sampler_correction: Literal["none", "truncate", "mask_token", "mask_sequence"] = "none"
     """Weights in the policy loss from the ratio of the policy's probability of a token to vLLM's. truncate: the ratio,
     at most --sampler_correction_cap (TIS); mask_token: the ratio, 0 outside [1 / cap, cap] (IcePop); mask_sequence: 0

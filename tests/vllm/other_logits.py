@@ -1,4 +1,4 @@
-"""train_ppo.main with a vLLM that multiplies logits by a factor that the policy does not have; the weights are equal."""
+"""train_ppo.main with a vLLM that multiplies logits by a factor that the policy lacks; the weights are equal."""
 
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
