@@ -46,7 +46,10 @@ SHARED = ("LD_PRELOAD", "LOCAL_WORLD_SIZE")
 STOP_INTERVAL = 8  # steps between questions whether to stop: ranks that share a model have to agree
 CPU_CACHE = 1 << 30  # bytes of the key-value cache on a CPU
 # Classes whose weights sleep discards; others are copied to host memory. A test loads each of these completely.
-DISCARDED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+DISCARDED = (
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM",
+    "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GraniteForCausalLM",
+)  # fmt: skip
 
 
 @dataclass

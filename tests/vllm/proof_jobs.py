@@ -3,6 +3,7 @@
 import torch
 
 from ppo.decoding.sampling import Sampling
+from ppo.decoding.vllm_engine import DISCARDED
 from ppo.rollout import PolicySampler
 from ppo.vllm_sampler import VLLMSampler
 from tests.vllm import models
