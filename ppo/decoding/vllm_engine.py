@@ -16,6 +16,7 @@ from torch import nn
 
 from ppo.decoding.sampling import Sampling, sample, uniforms
 from utils.device import device, on_gpu
+from utils.distributed import any_of_group
 from utils.models.chunked_logprobs import logprobs_and_entropy
 from utils.run.random_state import random_state, set_random_state
 from utils.tensors import to_device
@@ -44,7 +45,6 @@ CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
 # Variables that vLLM sets for processes that it might start. They would reach those of a --reward_fn, and this toolkit.
 SHARED = ("LD_PRELOAD", "LOCAL_WORLD_SIZE")
 STOP_INTERVAL = 8  # steps between questions whether to stop: ranks that share a model have to agree
-CPU_CACHE = 1 << 30  # bytes of the key-value cache on a CPU
 # Classes whose weights sleep discards; others are copied to host memory. A test loads each of these completely.
 DISCARDED = (
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM",
@@ -155,25 +155,25 @@ class VLLMEngine:
 
     def __init__(
         self, folder: str, dtype: torch.dtype, vocabulary: int, max_tokens: int, max_slots: int, prefill_tokens: int,
-        tensor_parallel: int = 1, memory_share: float = 0.9, timeout: int | None = None,
+        tensor_parallel: int = 1, memory_share: float = 0.9, cache: int | None = None, timeout: int | None = None,
     ):  # fmt: skip
         """folder: of the model; only its config.json is read. vocabulary: rows of the embedding. Collective.
 
         max_tokens: longest prompt and response together; max_slots: sequences at once; prefill_tokens: tokens of a
-        forward over prompts; memory_share: of the GPU's memory; timeout: seconds, of its process groups. Raises
-        what vLLM raises.
+        forward over prompts; memory_share: of the GPU's memory; cache: bytes of the key-value cache, None: what is
+        left of this share; timeout: seconds, of its process groups. Raises what vLLM raises.
         """
         self.draw, self.sleeps, self.awake = Draw(), on_gpu(), {"weights", "kv_cache"}
-        memory = {"gpu_memory_utilization": memory_share} if self.sleeps else {"kv_cache_memory_bytes": CPU_CACHE}
         with _restored():
             self.llm = vllm.LLM(
                 folder, skip_tokenizer_init=True, load_format="dummy", dtype=dtype, generation_config="vllm",
                 hf_overrides={"vocab_size": vocabulary}, max_model_len=max_tokens, max_num_seqs=max_slots,
-                max_num_batched_tokens=max(prefill_tokens, max_tokens), tensor_parallel_size=tensor_parallel,
+                max_num_batched_tokens=max(prefill_tokens, max_tokens, max_slots), gpu_memory_utilization=memory_share,
+                kv_cache_memory_bytes=cache, tensor_parallel_size=tensor_parallel,
                 distributed_executor_backend="external_launcher", distributed_timeout_seconds=timeout,
                 cpu_distributed_timeout_seconds=timeout, enable_sleep_mode=self.sleeps,
                 enforce_eager=not self.sleeps, async_scheduling=False, disable_log_stats=True,
-                logits_processors=[_processor(self.draw)], **memory,
+                logits_processors=[_processor(self.draw)],
             )  # fmt: skip
         [self.model] = self.llm.apply_model(lambda model: model)
         self.parts, self.group = dict(_parts(self.model)), get_tp_group()
@@ -275,11 +275,7 @@ class VLLMEngine:
 
     def _any_rank(self, flag: bool) -> bool:
         """Returns True on all ranks that share the model if `flag` is True on any."""
-        if self.group.world_size == 1:
-            return flag
-        answer = torch.tensor(int(flag))
-        torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX, self.group.cpu_group)
-        return bool(answer)
+        return flag if self.group.world_size == 1 else any_of_group(flag, self.group.cpu_group)
 
 
 @contextlib.contextmanager
