@@ -101,6 +101,8 @@ def inject(folder: str, dtype: str, lr: float, stage: int) -> dict[str, list[str
         engine.load(iter(old.items()))
         with replaced(engine, "load", lambda load, weights, change=change: load(change(weights))):
             found[name] = [outcome(sampler), expected(dict(change(iter(new.items()))))]
+    with replaced(policy, "weights", lambda weights: without(f"lm.{DOWN}")(weights())):
+        found["neither sent nor compared"] = [outcome(sampler), DOWN]
     garbage = [(name, torch.full_like(x, 1e-3)) for name, x in new.items()]
 
     def lose(load: Callable, weights: Weights) -> None:
