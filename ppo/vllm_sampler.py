@@ -135,17 +135,23 @@ def _reason(error: Exception) -> str:
 class VLLMSampler:
     """A `Sampler` that samples with vLLM, which sleeps between calls. Collective.
 
-    Each call copies the policy's weights to vLLM if they have changed or vLLM has lost them in its sleep, and compares
-    every tensor. Raises UserError, and samples nothing, if one differs.
+    Each call copies the policy's weights to vLLM and compares every tensor. Raises UserError, and samples nothing, if
+    one differs.
     """
 
     def __init__(self, policy: TrainEngine | InferenceEngine, tokenizer, config: PPOConfig, engine):
         self.policy, self.tokenizer, self.config, self.engine = policy, tokenizer, config, engine
         self.version: int | None = None  # of the policy's weights that vLLM holds, once they are compared
-        if engine.asleep:  # another policy has a sampler with it
+        if not engine.awake:  # another policy has a sampler with it
             engine.wake("weights", "kv_cache")
-        self.sync()
-        self.engine.sleep()
+        try:
+            self.sync()
+        except UserError:
+            raise
+        except Exception as error:
+            what = f"vLLM cannot load a {policy.module.lm.config.model_type} model's weights: {_reason(error)}"
+            raise UserError(f"--rollout_engine vllm: {what}; {REMEDY}") from error
+        self._sleep()
 
     def __call__(self, prompts: PromptBatch, sampling: Sampling, seed: int) -> SampledRollout:
         """Random numbers depend on (seed, place of the prompt, position of the token) only."""
@@ -153,14 +159,14 @@ class VLLMSampler:
         self.sync()
         self.engine.wake("kv_cache")
         if self.version != self.policy.version:
-            held = f"vLLM holds version {self.version} of the weights, the policy is at {self.policy.version}"
+            held = f"version {self.version} of the weights was compared, and the policy is at {self.policy.version}"
             raise UserError(f"--rollout_engine vllm: {held}; {REMEDY}")
         first, ids, places = self._of_group(prompts)
         stops = stop_ids(self.tokenizer)
         responses, logprobs = self.engine.generate(
             ids, places, self.config.maxlen_res, sampling, seed, stops, self._stopped
         )
-        self.engine.sleep()
+        self._sleep()
         own = slice(first, first + len(prompts.ids))
         rollout = assemble(prompts.ids, responses[own], stops, self.tokenizer.pad_token_id)
         return SampledRollout(
@@ -176,7 +182,12 @@ class VLLMSampler:
         self.version = version
 
     def explain(self) -> str | None:
-        """Returns a sentence about the first tensor in which vLLM and the policy differ, None if there is none."""
+        """Returns a sentence about the first tensor in which vLLM and the policy differ, None if there is none.
+
+        On a GPU None while vLLM sleeps: its weights are gone. They were equal before tokens were drawn.
+        """
+        if not self.engine.is_readable:
+            return None
         weights = self.weights()
         found = self.engine.first_difference(weights)
         collections.deque(weights, maxlen=0)  # ranks gather the rest of split weights together, whatever they found
@@ -188,7 +199,7 @@ class VLLMSampler:
         return f"{name} in vLLM{whose} is not the policy's (largest difference {gap:.3g})"
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the policy's (name, whole tensor). A head that shares the embedding's weights is one of them."""
+        """Yields the policy's (name, whole tensor), and the embedding again under the name of a head that shares it."""
         lm = self.policy.module.lm
         names = {x: name for name, x in lm.named_modules()}
         embedding, head = (f"{names[x]}.weight" for x in (lm.get_input_embeddings(), lm.get_output_embeddings()))
@@ -196,7 +207,7 @@ class VLLMSampler:
         for name, tensor in self.policy.weights():
             name = name.removeprefix("lm.")
             yield name, tensor
-            if tied and name == embedding:
+            if tied and name == embedding and head in self.engine.parts:
                 yield head, tensor
 
     def close(self) -> None:
@@ -212,6 +223,10 @@ class VLLMSampler:
         group = gather_objects((prompts.ids, prompts.places))[start : start + size]
         ids, places = (list(itertools.chain(*column)) for column in zip(*group, strict=True))
         return sum(len(x) for x, _ in group[: rank() - start]), ids, places
+
+    def _sleep(self) -> None:
+        self.engine.sleep()
+        self.version = None
 
     def _stopped(self) -> bool:
         report_progress("tokens")

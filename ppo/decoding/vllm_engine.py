@@ -5,6 +5,7 @@ No other module imports vllm. Weights start as random numbers, so that one which
 
 import contextlib
 import itertools
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
@@ -158,7 +159,7 @@ class VLLMEngine:
         forward over prompts; memory_share: of the GPU's memory; cache: bytes of the key-value cache, None: what is
         left of this share; timeout: seconds, of its process groups. Raises what vLLM raises.
         """
-        self.draw, self.sleeps, self.asleep = Draw(), on_gpu(), False
+        self.draw, self.sleeps, self.awake = Draw(), on_gpu(), {"weights", "kv_cache"}
         with _restored():
             self.llm = vllm.LLM(
                 folder, skip_tokenizer_init=True, load_format="dummy", dtype=dtype, generation_config="vllm",
@@ -172,18 +173,25 @@ class VLLMEngine:
             )  # fmt: skip
         [self.model] = self.llm.apply_model(lambda model: model)
         self.parts, self.group = dict(_parts(self.model)), get_tp_group()
+        # Computed from the config, such as rotary frequencies. Sleep discards them too, and vLLM restores them.
+        self.buffers = {name: x.to("cpu", copy=True) for name, x in self.model.named_buffers()}
 
     def sleep(self) -> None:
         """Frees the weights and the key-value cache. On a CPU, where vLLM keeps them, nothing may be generated."""
-        self.asleep = True
+        self.awake = set()
         if self.sleeps:
             self.llm.sleep(level=2 if type(self.model).__name__ in DISCARDED else 1)
 
     def wake(self, *parts: str) -> None:
         """Allocates "weights", whose content is then undefined, or "kv_cache"."""
-        self.asleep = False
+        self.awake |= set(parts)
         if self.sleeps:
             self.llm.wake_up(list(parts))
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether `first_difference` can read the weights."""
+        return "weights" in self.awake or not self.sleeps
 
     def close(self) -> None:
         """Ends vLLM, and with it the process group."""
@@ -191,7 +199,7 @@ class VLLMEngine:
 
     def load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Replaces the weights. Their loss in sleep would not be noticed, so that loading then is an error."""
-        if self.asleep:
+        if "weights" not in self.awake:
             raise RuntimeError("weights cannot be loaded into vLLM while it sleeps")
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if not self.llm.reset_prefix_cache():
@@ -201,7 +209,8 @@ class VLLMEngine:
     def first_difference(self, weights: Iterator[tuple[str, torch.Tensor]]) -> tuple[str, float] | None:
         """Returns the name and the largest difference of the first tensor that differs from vLLM's, None if none does.
 
-        weights: all of the model. Infinite: not finite in one of them, or in one of the two models only.
+        weights: all of the model. Infinite: not finite in one of them, of another shape, or in one of the two models
+        only. vLLM's buffers are compared with what they were at the start.
         """
         missing, module, held = dict.fromkeys(self.parts), None, {}
         for name, tensor in weights:
@@ -212,12 +221,16 @@ class VLLMEngine:
             if part.module is not module:
                 module, held = part.module, {}
             if part.name not in held:
-                held[part.name] = _held(part.module, part.name)
-            ours, theirs = part.cut(held[part.name], tensor)
-            if not torch.equal(ours, theirs):
-                gap = (ours.float() - theirs.float()).abs().max()
-                return name, float(gap) if torch.isfinite(gap) else float("inf")
-        return (next(iter(missing)), float("inf")) if missing else None
+                held[part.name] = list(_held(part.module, part.name))
+            gaps = [_difference(*part.cut(x, tensor)) for x in held[part.name]]
+            if any(gaps):
+                return name, max(gaps)
+        for name in missing:
+            return name, float("inf")
+        for name, x in self.model.named_buffers():
+            if gap := _difference(x.cpu(), self.buffers[name]):
+                return name, gap
+        return None
 
     def generate(
         self, prompts: list[list[int]], places: list[int], limit: int, sampling: Sampling, seed: int,
@@ -228,7 +241,7 @@ class VLLMEngine:
         stopped: asked every few steps. If it is True on one of the ranks that share the model, all of them return, and
         responses may be incomplete.
         """
-        if self.asleep:
+        if len(self.awake) < 2:
             raise RuntimeError("vLLM cannot generate while it sleeps")
         shape, place, engine = (len(prompts), limit), device(), self.llm.llm_engine
         self.draw.draws = draws = Draws(
@@ -301,27 +314,40 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, Part]]:
             sizes = [size // module.tp_size for size in module.output_sizes]
             shares = [(sum(sizes[:i]), size, module.tp_rank) for i, size in enumerate(sizes)]
             names = packed.get(last, names)
+        elif isinstance(module, VocabParallelEmbedding) and module.tp_size == 1:
+            shares = [(0, module.org_vocab_size, 0)]  # padding behind it
         if len(names) != len(shares):  # the policy has one tensor for all
             names, shares = [last], [(0, None, 0)]
         is_split = isinstance(module, LinearBase | VocabParallelEmbedding) and module.tp_size > 1
         for name, _ in module.named_parameters(recurse=False):
-            dim = 0 if is_split or isinstance(module, VocabParallelEmbedding) else None
+            dim = 0 if is_split else None
             if isinstance(module, RowParallelLinear) and is_split:
                 dim = 1 if name == "weight" else None
             for own, (start, size, index) in zip(names, shares, strict=True):
                 yield ".".join(filter(None, (parent, own, name))), Part(module, name, start, size, dim, index)
 
 
-def _held(module: nn.Module, name: str) -> torch.Tensor:
-    """Returns the weight or bias that a module of vLLM's computes with.
+def _held(module: nn.Module, name: str) -> Iterator[torch.Tensor]:
+    """Yields the weight or bias that a module of vLLM's computes with, in each form in which it has one.
 
-    On a CPU vLLM packs matrices. A product with the identity matrix gives them back exactly, as all but one of the
-    terms of each sum are 0.
+    On a CPU vLLM packs matrices; an embedding without a separate head has both forms. A product with the identity
+    matrix gives what is packed exactly, as all but one of the terms of each sum are 0.
     """
-    if name != "weight" or not hasattr(module, "cpu_linear") or type(module) is VocabParallelEmbedding:
-        return getattr(module, name)
-    if isinstance(module, ParallelLMHead):
-        size = module.embedding_dim
-    else:
+    is_packed, held = name == "weight" and hasattr(module, "cpu_linear"), getattr(module, name)
+    if held.numel():
+        yield held
+    if is_packed:
         size = getattr(module, "input_size_per_partition", module.input_size)
-    return module.quant_method.apply(module, torch.eye(size, dtype=module.weight.dtype)).T
+        yield module.quant_method.apply(module, torch.eye(size, dtype=held.dtype)).T
+
+
+def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Returns the largest difference of two tensors; infinite if they have other shapes, or are not finite."""
+    if x.shape != y.shape:
+        return float("inf")
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    x, y = x.to(dtype), y.to(dtype)
+    if torch.equal(x, y):
+        return 0.0
+    gap = float((x.double() - y.double()).abs().max())
+    return gap if math.isfinite(gap) else float("inf")
