@@ -173,9 +173,11 @@ class RolloutTrainingFlags:
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sampler_correction_cap is None:
+        if self.sampler_correction_cap is None and self.sampler_correction != "none":
             self.sampler_correction_cap = 1.1 if self.sampler_correction == "mask_sequence" else 2.0
-        check_range(self, vllm_tensor_parallel_size=(1, None), sampler_correction_cap=(1.000001, None))
+        check_range(self, vllm_tensor_parallel_size=(1, None))
+        if self.sampler_correction_cap is not None:
+            check_range(self, sampler_correction_cap=(1.000001, None))
 
 
 @dataclass

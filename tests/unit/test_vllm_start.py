@@ -55,6 +55,7 @@ def test_vllm_of_another_version(refused, monkeypatch, tmp_path):
         ("1 validation error for X\n  Value error, no group_size [type=value_error, input=1]\n  See", "no group_size"),
         ("Free memory (1/2 GiB) is less than desired. Decrease it.", "Free memory (1/2 GiB) is less than desired"),
         ("1.8 GiB is needed (of 1.0). Based on it, the length is 9. Try x.", "1.8 GiB is needed (of 1.0)"),
+        ("['X'] are not supported. Supported: Y, Z", "['X'] are not supported"),
         ("", "ValueError"),
     ],
 )  # fmt: skip
