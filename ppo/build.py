@@ -7,7 +7,7 @@ from data.prompts import load_prompts
 from ppo.config import PPOConfig
 from ppo.decoding.sampling import Sampling
 from ppo.models import load_models
-from ppo.planning.plan import fit_to_memory
+from ppo.planning.plan import fit_to_memory, vllm_room
 from ppo.pretrain import load_pretrain
 from ppo.rollout import PolicySampler
 from ppo.run import Run
@@ -53,7 +53,8 @@ def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
     vllm = None
     if config.rollout_engine == "vllm":  # on GPUs that are still empty, whose memory it measures
         prompts = -(-max(config.num_rollouts, config.num_eval_prompts) // world_size())
-        vllm = start_vllm(config, config.policy_model_path, "--policy_model_path", tokenizer, 0.5, prompts)
+        share, offload = vllm_room(config, world_size())
+        vllm = start_vllm(config, config.policy_model_path, "--policy_model_path", tokenizer, share, prompts)
     models = load_models(config, tokenizer, say)
     fit_to_memory(config, models, say)
     state = RunState(pretrain=pretrain)
@@ -64,7 +65,8 @@ def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
         if state.critic_center is not None:
             models.critic.module.score_center = state.critic_center
     if vllm:
-        sampler = VLLMSampler(models.policy, tokenizer, config, vllm)
+        offloaded = tuple(models.engines().values()) if offload else ()
+        sampler = VLLMSampler(models.policy, tokenizer, config, vllm, offloaded)
     else:
         sampler = PolicySampler(models.policy, tokenizer, config, measure=config.reuse_sampler_logprobs)
     logger = open_log(config, begin, config.total_steps)

@@ -1,6 +1,7 @@
 """Samples with vLLM, from weights that were compared with the policy's, tensor by tensor, before any token is drawn."""
 
 import collections
+import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -79,10 +80,10 @@ def _check_ranks(config) -> None:
 
 
 def start_vllm(config: PPOConfig, path: str, flag: str, tokenizer, share: float, prompts: int):
-    """Returns a `VLLMEngine` for the model in `path`, without its weights, that has generated a token. Collective.
+    """Returns a `VLLMEngine` for the model in `path`, asleep, without its weights, that has generated a token.
 
     flag: that names the model. share: of each GPU's memory. prompts: most per rank in a call. Raises UserError if vLLM
-    does not start or, as on a CPU with some sizes of heads, does not run.
+    does not start or, as on a CPU with some sizes of heads, does not run. Collective.
     """
     folder = model_folder(path, flag)
     if config.vllm_batch_invariant:
@@ -103,6 +104,7 @@ def start_vllm(config: PPOConfig, path: str, flag: str, tokenizer, share: float,
             int(group_timeout(config.hang_timeout).total_seconds()),
         )  # fmt: skip
         engine.generate([[0]], [0], 1, Sampling(), 0, ())
+        engine.sleep()
         return engine
     except Exception as error:
         reason = _reason(error)
@@ -139,39 +141,52 @@ class VLLMSampler:
     one differs.
     """
 
-    def __init__(self, policy: TrainEngine | InferenceEngine, tokenizer, config: PPOConfig, engine):
+    def __init__(
+        self, policy: TrainEngine | InferenceEngine, tokenizer, config: PPOConfig, engine,
+        offloaded: tuple[TrainEngine, ...] = (),
+    ):  # fmt: skip
+        """engine: of `start_vllm`. offloaded: engines whose optimizer states are in host memory while vLLM is awake."""
         self.policy, self.tokenizer, self.config, self.engine = policy, tokenizer, config, engine
+        self.offloaded = offloaded
         self.version: int | None = None  # of the policy's weights that vLLM holds, once they are compared
-        if not engine.awake:  # another policy has a sampler with it
-            engine.wake("weights", "kv_cache")
         try:
-            self.sync()
+            with self._awake():
+                self.sync()
         except UserError:
             raise
         except Exception as error:
             what = f"vLLM cannot load a {policy.module.lm.config.model_type} model's weights: {_reason(error)}"
             raise UserError(f"--rollout_engine vllm: {what}; {REMEDY}") from error
-        self._sleep()
 
     def __call__(self, prompts: PromptBatch, sampling: Sampling, seed: int) -> SampledRollout:
         """Random numbers depend on (seed, place of the prompt, position of the token) only."""
-        self.engine.wake("weights")
-        self.sync()
-        self.engine.wake("kv_cache")
-        if self.version != self.policy.version:
-            held = f"version {self.version} of the weights was compared, and the policy is at {self.policy.version}"
-            raise UserError(f"--rollout_engine vllm: {held}; {REMEDY}")
         first, ids, places = self._of_group(prompts)
         stops = stop_ids(self.tokenizer)
-        responses, logprobs = self.engine.generate(
-            ids, places, self.config.maxlen_res, sampling, seed, stops, self._stopped
-        )
-        self._sleep()
+        with self._awake():
+            self.sync()
+            self.engine.wake("kv_cache")
+            if self.version != self.policy.version:
+                held = f"version {self.version} of the weights was compared, and the policy is at {self.policy.version}"
+                raise UserError(f"--rollout_engine vllm: {held}; {REMEDY}")
+            responses, logprobs = self.engine.generate(
+                ids, places, self.config.maxlen_res, sampling, seed, stops, self._stopped
+            )
         own = slice(first, first + len(prompts.ids))
         rollout = assemble(prompts.ids, responses[own], stops, self.tokenizer.pad_token_id)
         return SampledRollout(
             **vars(rollout), sampler_logprobs=at_tokens(torch.cat(logprobs[own]), rollout.response_mask)
         )
+
+    @contextlib.contextmanager
+    def _awake(self) -> Iterator[None]:
+        """Context in which vLLM has memory for weights, which it loses at the end."""
+        with contextlib.ExitStack() as stack:
+            for engine in self.offloaded:
+                stack.enter_context(engine.states_offloaded())
+            self.engine.wake("weights")
+            yield
+            self.engine.sleep()
+            self.version = None
 
     def sync(self) -> None:
         """Copies the weights to vLLM and compares them. Raises UserError if a tensor differs."""
@@ -223,10 +238,6 @@ class VLLMSampler:
         group = gather_objects((prompts.ids, prompts.places))[start : start + size]
         ids, places = (list(itertools.chain(*column)) for column in zip(*group, strict=True))
         return sum(len(x) for x, _ in group[: rank() - start]), ids, places
-
-    def _sleep(self) -> None:
-        self.engine.sleep()
-        self.version = None
 
     def _stopped(self) -> bool:
         report_progress("tokens")

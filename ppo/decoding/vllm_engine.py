@@ -16,6 +16,7 @@ from torch import nn
 
 from ppo.decoding.sampling import Sampling, sample, uniforms
 from utils.device import device, on_gpu
+from utils.distributed import any_of_group
 from utils.models.chunked_logprobs import logprobs_and_entropy
 from utils.run.random_state import random_state, set_random_state
 from utils.tensors import to_device
@@ -271,11 +272,7 @@ class VLLMEngine:
 
     def _any_rank(self, flag: bool) -> bool:
         """Returns True on all ranks that share the model if `flag` is True on any."""
-        if self.group.world_size == 1:
-            return flag
-        answer = torch.tensor(int(flag))
-        torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX, self.group.cpu_group)
-        return bool(answer)
+        return flag if self.group.world_size == 1 else any_of_group(flag, self.group.cpu_group)
 
 
 @contextlib.contextmanager

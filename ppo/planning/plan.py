@@ -16,6 +16,7 @@ from ppo.models import CHUNK_ELEMENTS, Models
 from ppo.planning.shapes import Shapes, cache_bytes, models_of, slot_bytes, tokens_of
 from ppo.planning.step_time import CARDS
 from ppo.planning.vllm_memory import GIB, PHASES, Rows, VLLMSizes, share_of, sizes_beside
+from utils.device import on_gpu
 from utils.distributed import world_size
 from utils.engine.engine import DTYPES
 from utils.engine.memory import ROOM, device_memory, device_room
@@ -74,10 +75,16 @@ def vllm_sizes(config: PPOConfig, gpus: int, memory: float) -> VLLMSizes:
     return sizes_beside(fixed_rows(config, gpus)[0], config, models_of(config)[0]["policy"], gpus, memory)
 
 
-def vllm_share(config: PPOConfig, gpus: int) -> float:
-    """Returns vLLM's gpu_memory_utilization on this GPU. Raises UserError if training leaves too little for auto."""
+def vllm_room(config: PPOConfig, gpus: int) -> tuple[float, bool]:
+    """Returns (vLLM's gpu_memory_utilization on this GPU, whether optimizer states leave it during rollouts).
+
+    On a CPU they stay, and the share has no effect. Raises UserError if training leaves too little for auto.
+    """
+    if not on_gpu():
+        return 1.0, False
     memory = device_memory()
-    return share_of(vllm_sizes(config, gpus, memory), config, memory)
+    sizes = vllm_sizes(config, gpus, memory)
+    return share_of(sizes, config, memory), sizes.offload_states
 
 
 def with_gathering(config: PPOConfig, gpus: int, memory: float) -> PPOConfig:

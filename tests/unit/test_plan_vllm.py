@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ppo.planning.plan import apply_sizes, fixed_rows, measured_sizes, plan, vllm_share, vllm_sizes
+from ppo.planning.plan import apply_sizes, fixed_rows, measured_sizes, plan, vllm_sizes
 from ppo.planning.shapes import models_of
 from ppo.planning.step_time import phases
 from ppo.planning.vllm_memory import share_of
@@ -89,7 +89,8 @@ def test_too_little_memory_names_what_helps(paths_7b, tmp_path):  # noqa: F811
     tiny = ppo_config(
         **paths_7b | SIZES | {"zero_stage": 3, "vllm_tensor_parallel_size": 8, "maxlen_prompt": 64, "maxlen_res": 8}
     )
-    assert vllm_share(tiny, 10**4) == vllm_sizes(tiny, 10**4, memory).budget / memory
+    sizes = vllm_sizes(tiny, 10**4, memory)
+    assert share_of(sizes, tiny, memory) == sizes.budget / memory
 
 
 def test_seconds_of_rollouts_by_vllm_are_those_worked_out_by_hand(paths_7b):  # noqa: F811
