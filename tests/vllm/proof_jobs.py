@@ -3,6 +3,7 @@
 import torch
 
 from ppo.decoding.sampling import Sampling
+from ppo.decoding.vllm_engine import DISCARDED
 from ppo.rollout import PolicySampler
 from ppo.vllm_sampler import VLLMSampler
 from tests.vllm import models
@@ -21,8 +22,9 @@ def follow(folder: str, stage: int, dtype: str = "fp32", steps: int = 10, lr: fl
     for number in range(steps):
         models.train(sampler.policy, lr, number)
     moved = [float((x - first[name]).abs().max()) for name, x in sampler.weights()]
+    kind = type(sampler.engine.model).__name__
     result = {
-        "class": type(sampler.engine.model).__name__, "moved": min(moved), "version": sampler.policy.version,
+        "class": kind, "discards": kind in DISCARDED, "moved": min(moved), "version": sampler.policy.version,
         "before": before, "after": compared(sampler), "elsewhere": sorted(elsewhere(sampler.engine.model)),
     }  # fmt: skip
     sampler.close()
