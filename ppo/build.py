@@ -7,7 +7,7 @@ from data.prompts import load_prompts
 from ppo.config import PPOConfig
 from ppo.decoding.sampling import Sampling
 from ppo.models import load_models
-from ppo.planning.plan import fit_to_memory
+from ppo.planning.plan import fit_to_memory, vllm_room
 from ppo.pretrain import load_pretrain
 from ppo.rollout import PolicySampler
 from ppo.run import Run
@@ -52,7 +52,9 @@ def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
     pretrain = load_pretrain(config, tokenizer, template, say) if config.use_ppo_pretrain_loss else None
     vllm = None
     if config.rollout_engine == "vllm":  # on GPUs that are still empty, whose memory it measures
-        vllm = start_vllm(config, config.policy_model_path, "--policy_model_path", tokenizer, 0.5)
+        prompts = -(-max(config.num_rollouts, config.num_eval_prompts) // world_size())
+        share, offload = vllm_room(config, world_size())
+        vllm = start_vllm(config, config.policy_model_path, "--policy_model_path", tokenizer, share, prompts)
     models = load_models(config, tokenizer, say)
     fit_to_memory(config, models, say)
     state = RunState(pretrain=pretrain)
@@ -62,15 +64,16 @@ def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
         state.load_state_dict(begin.state)
         if state.critic_center is not None:
             models.critic.module.score_center = state.critic_center
+    if vllm:
+        offloaded = tuple(models.engines().values()) if offload else ()
+        sampler = VLLMSampler(models.policy, tokenizer, config, vllm, offloaded)
+    else:
+        sampler = PolicySampler(models.policy, tokenizer, config, measure=config.reuse_sampler_logprobs)
     logger = open_log(config, begin, config.total_steps)
     logger.say(f"best/ = highest eval_score_mean with eval_kl_ref up to {config.best_max_kl:g} nats (--best_max_kl)")
     sampling = Sampling(config.temperature, config.topp, config.repetition_penalty)
     if not sampling.from_model:
         logger.say("warning: with --topp or --repetition_penalty, ratio and KL are those of the model without them")
-    if vllm:
-        sampler = VLLMSampler(models.policy, tokenizer, config, vllm)
-    else:
-        sampler = PolicySampler(models.policy, tokenizer, config, measure=config.reuse_sampler_logprobs)
     return Run(
         config, tokenizer, train, valid[: config.num_eval_prompts], models, sampler, sampling, reward_fn, logger, state,
         lifecycle,

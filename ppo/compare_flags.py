@@ -1,8 +1,9 @@
 """Flags of `python -m ppo.compare`. No torch."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from ppo.flags import DecodingFlags, LengthFlags
+from ppo.flags import DecodingFlags, LengthFlags, RolloutEngineFlags
 from reward.scoring.flags import RewardFlags
 from utils.errors import UserError
 from utils.flags.checks import SEEDS, check_range
@@ -10,10 +11,11 @@ from utils.flags.fields import Common
 
 
 @dataclass
-class CompareConfig(LengthFlags, DecodingFlags, RewardFlags):
+class CompareConfig(LengthFlags, DecodingFlags, RolloutEngineFlags, RewardFlags):
     """Compare two policies on held-out prompts: scores, lengths, KL, with 95 % intervals."""
 
     required = ("policies", "data_path")
+    vllm_tensor_parallel_size, hang_timeout = 1, 0.0  # no flags: there is one process
 
     policies: Common[list[str]] = field(default_factory=list)
     """Two policies, before and after training: folders or hub ids"""
@@ -31,6 +33,9 @@ class CompareConfig(LengthFlags, DecodingFlags, RewardFlags):
     """Seed of the answers and of the intervals"""
     rollout_batch_size: int = 64
     """Sequences decoded at once"""
+    rollout_engine: Common[Literal["own", "vllm"]] = "own"
+    """Engine that samples answers. vllm: vLLM in the same process, with a policy's weights copied to it and compared
+    before it samples; both policies must have the same settings in config.json"""
     tokenizer_name_or_path: str | None = None
     """Tokenizer of both policies. Default: the first policy's"""
 

@@ -1,20 +1,28 @@
 """Samples answers of two policies to held-out prompts and scores them."""
 
+import re
+
 from data.choose_template import first_prompt, prepare_tokenizer
 from data.prompts import load_prompts
 from ppo.compare_flags import CompareConfig
 from ppo.decoding.sampling import EVALUATION, Sampling
 from ppo.decoding_check import choose_decoding
 from ppo.models import Models, PolicyModel
-from ppo.rollout import PolicySampler, response_texts
+from ppo.rollout import PolicySampler, Sampler, response_texts
+from ppo.sampler_gap import sampler_problem
 from ppo.score import score
 from ppo.types import PromptBatch
 from ppo.user_reward import call_reward_fn, load_reward_fn
+from ppo.vllm_sampler import VLLMSampler, choose_rollout_engine, start_vllm
 from reward.scoring.ensemble import Frozen
 from reward.scoring.load import load_ensemble, reward_readers
-from utils.engine.engine import DTYPES, InferenceEngine, device
+from utils.engine.engine import DTYPES, InferenceEngine, device, init_distributed
+from utils.engine.memory import device_memory, device_room
+from utils.errors import UserError
 from utils.models.load import check_window, load_causal_lm, window_at
 from utils.run.start import choose_dtype
+
+UNUSED = re.compile("_.*|.*_token_id|architectures|dtype|transformers_version|use_cache")  # settings
 
 
 def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
@@ -25,6 +33,7 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     policy and under BEFORE. Memory: two policies and the reward models.
     """
     choose_dtype(config)
+    choose_rollout_engine(config)
     named = [("--policies", path) for path in config.policies]
     tokenizer, template = prepare_tokenizer(config, config.tokenizer_name_or_path or config.policies[0], named, print)
     for flag, path in named:
@@ -45,19 +54,20 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     def load_policy(path: str) -> PolicyModel:
         lm = load_causal_lm(path, dtype, place, config.attn_implementation, tokenizer, flag="--policies")
         check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
-        policy = PolicyModel(lm).requires_grad_(False)
-        choose_decoding(policy, config, f"--policies {path}", print)
-        return policy
+        return PolicyModel(lm).requires_grad_(False)
 
-    first, second = (load_policy(path) for path in config.policies)
-    rows = first.lm.get_input_embeddings().weight.shape[0]
+    policies = [load_policy(path) for path in config.policies]
+    rows = policies[0].lm.get_input_embeddings().weight.shape[0]
     reward = load_ensemble(config, readers, tokenizer, rows, lambda model: Frozen(model, config.offload_frozen), print)
+    before, after = _samplers(config, tokenizer, policies)
 
-    def judge(policy: PolicyModel, sampling: Sampling) -> dict:
+    def judge(sampler: Sampler, sampling: Sampling) -> dict:
         """Samples one answer per prompt and returns its texts and scores, as above."""
-        models = Models(InferenceEngine(policy), None, Frozen(first, False), reward)
-        rollout = PolicySampler(models.policy, tokenizer, config)(batch, sampling, config.seed)
+        models = Models(sampler.policy, None, Frozen(policies[0], False), reward)
+        rollout = sampler(batch, sampling, config.seed)
         scores = score(rollout, batch, models, None, tokenizer, 1.0, config)
+        if sampling == Sampling() and (problem := sampler_problem(rollout, scores, sampler, config, 1.0)):
+            raise UserError(problem)
         answers, columns = response_texts(rollout, tokenizer), {}
         if reward_fn:
             columns["reward_fn score"] = call_reward_fn(reward_fn, batch.turns, answers, finite=True)
@@ -73,6 +83,36 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
         rows = [{"prompt": p.turns[-1]["content"], "answer": a} for p, a in zip(prompts, answers, strict=True)]
         return {"rows": rows, "columns": columns}
 
-    plain = judge(second, Sampling())["columns"]
+    plain = judge(after, Sampling())["columns"]
     kl = [b - a for a, b in zip(plain["nll"], plain["nll under before"], strict=True)]
-    return judge(first, EVALUATION), judge(second, EVALUATION), kl
+    judged = judge(before, EVALUATION), judge(after, EVALUATION), kl
+    after.close()
+    return judged
+
+
+def _samplers(config: CompareConfig, tokenizer, policies: list[PolicyModel]) -> list[Sampler]:
+    """Returns a sampler for each of the two policies. With vLLM they share it, and copy their weights at each call."""
+    engines = [InferenceEngine(policy) for policy in policies]
+    if config.rollout_engine == "own":
+        for policy, path in zip(policies, config.policies, strict=True):
+            choose_decoding(policy, config, f"--policies {path}", print)
+        return [PolicySampler(engine, tokenizer, config) for engine in engines]
+    before, after = map(_numerics, policies)
+    if different := sorted(name for name, _ in before.items() ^ after.items()):
+        name, (a, b) = different[0], config.policies
+        raise UserError(
+            f"--rollout_engine vllm: {a} has {name} {before.get(name)} and {b} has {after.get(name)}, but the two "
+            "--policies share one model in vLLM; pass --rollout_engine own"
+        )
+    init_distributed()
+    share = config.vllm_gpu_memory_utilization
+    if share == "auto":  # what the models leave; on a CPU it has no effect
+        share = (device_room() or device_memory()) / device_memory()
+    vllm = start_vllm(config, config.policies[0], "--policies", tokenizer, share, config.num_prompts)
+    return [VLLMSampler(engine, tokenizer, config, vllm) for engine in engines]
+
+
+def _numerics(policy: PolicyModel) -> dict[str, str]:
+    """Returns the settings of a model that change what it computes, as text."""
+    settings = policy.lm.config.get_text_config().to_dict()
+    return {name: str(value) for name, value in settings.items() if not UNUSED.fullmatch(name)}

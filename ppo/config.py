@@ -37,8 +37,8 @@ def _nearest(number: int, step: int) -> int:
 @dataclass
 class PPOConfig(
     flags.DataFlags, flags.TrainingFlags, flags.TrickFlags, flags.LossFlags, flags.LengthFlags, flags.SamplingFlags,
-    flags.AlarmFlags, flags.DecodingFlags, flags.RolloutEngineFlags, flags.GatherFlags, RewardFlags, RouterFlags,
-    RunFlags, flags.PlanFlags,
+    flags.AlarmFlags, flags.DecodingFlags, flags.RolloutEngineFlags, flags.RolloutTrainingFlags, flags.GatherFlags,
+    RewardFlags, RouterFlags, RunFlags, flags.PlanFlags,
 ):  # fmt: skip
     """Align a language model with PPO-max.
 

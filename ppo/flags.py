@@ -120,7 +120,7 @@ class DecodingFlags:
 
     rollout_batch_size: Common[Literal["auto"] | int] = "auto"
     """Sequences decoded at once on each GPU. Changes speed and memory only. auto: as many as fit into the memory left
-    after loading the models, at most one per prompt; on a CPU, 32"""
+    after loading the models, at most one per prompt; on a CPU, 32. With vLLM the largest number, by default 256"""
     rollout_cache_tokens: int = 0
     """Largest key-value cache on each GPU, in tokens; fewer sequences are decoded at once to keep it. 0: no limit"""
     micro_batch_tokens: Common[int] = 8192
@@ -139,18 +139,31 @@ class RolloutEngineFlags:
 
     rollout_engine: Common[Literal["auto", "own", "vllm"]] = "auto"
     """Engine that samples responses. own: the policy's own engine; vllm: vLLM in the same process, with the policy's
-    weights copied to it and compared before every rollout. auto: vllm on a GPU where it is installed, else own"""
+    weights copied to it and compared before each use. auto: vllm on a GPU where it is installed, else own"""
     vllm_gpu_memory_utilization: Literal["auto"] | float = "auto"
-    """Share of each GPU's memory that vLLM may use during a rollout, weights and key-value cache together. auto: what
-    training leaves, by the numbers of --plan"""
-    vllm_tensor_parallel_size: int = 1
-    """GPUs of one node that share a copy of the policy in vLLM; a divisor of the number of processes per node"""
+    """Share of each GPU's memory that vLLM may use while it samples, weights and key-value cache together. auto: what
+    everything else leaves, in training by the numbers of --plan"""
     vllm_batch_invariant: bool = False
     """Use vLLM's kernels whose results do not depend on the batch; slower, and only on GPUs of compute capability 9.0
     or newer"""
     sampler_kl_limit: float | None = None
     """Largest KL of vLLM's distribution to that of the scoring forward, k3 in nats per token. Above it the run stops.
     Default: 2e-5 for fp32, 0.02 for bf16; divided by a temperature below 1"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vllm_gpu_memory_utilization != "auto":
+            check_range(self, vllm_gpu_memory_utilization=(0.01, 1))
+        if self.sampler_kl_limit is not None:
+            check_range(self, sampler_kl_limit=(0, None))
+
+
+@dataclass
+class RolloutTrainingFlags:
+    """Rollout engine: vLLM while the policy trains."""
+
+    vllm_tensor_parallel_size: int = 1
+    """GPUs of one node that share a copy of the policy in vLLM; a divisor of the number of processes per node"""
     sampler_correction: Literal["none", "truncate", "mask_token", "mask_sequence"] = "none"
     """Weights in the policy loss from the ratio of the policy's probability of a token to vLLM's. truncate: the ratio,
     at most --sampler_correction_cap (TIS); mask_token: the ratio, 0 outside [1 / cap, cap] (IcePop); mask_sequence: 0
@@ -163,10 +176,6 @@ class RolloutEngineFlags:
         if self.sampler_correction_cap is None:
             self.sampler_correction_cap = 1.1 if self.sampler_correction == "mask_sequence" else 2.0
         check_range(self, vllm_tensor_parallel_size=(1, None), sampler_correction_cap=(1.000001, None))
-        if self.vllm_gpu_memory_utilization != "auto":
-            check_range(self, vllm_gpu_memory_utilization=(0.01, 1))
-        if self.sampler_kl_limit is not None:
-            check_range(self, sampler_kl_limit=(0, None))
 
 
 @dataclass
@@ -174,7 +183,8 @@ class GatherFlags:
     """Memory and speed: the policy's weights while it decodes."""
 
     gather_for_generation: Literal["auto", "always", "never"] = "auto"
-    """Gather the policy's weights once per rollout under --zero_stage 3. auto: if they fit into memory"""
+    """Gather the policy's weights once per rollout under --zero_stage 3 and --rollout_engine own. auto: if they fit
+    into memory"""
 
 
 @dataclass

@@ -130,8 +130,9 @@ def load_models(config: PPOConfig, tokenizer, say: Say = print) -> Models:
     model = PolicyModel(lm, even_tokens if split else 0, coef)
     wanted = config.gather_for_generation
     layered = bool(split) and (wanted == "never" or (wanted == "auto" and not fits_whole(lm)))
-    with gathered(lm, by_layer=layered):
-        choose_decoding(model, config, flag, say, layered)
+    if config.rollout_engine != "vllm":
+        with gathered(lm, by_layer=layered):
+            choose_decoding(model, config, flag, say, layered)
     freeze = partial(_freeze, config=config, split=bool(split_frozen))
     reference = freeze(PolicyModel(model_copy(lm, split_frozen), even_tokens if split_frozen else 0))
     if config.gradient_checkpoint is True:

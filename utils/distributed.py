@@ -43,6 +43,13 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(max_ranks(int(flag), device))
 
 
+def any_of_group(flag: bool, group: dist.ProcessGroup) -> bool:
+    """Returns True on all ranks of a group for messages between CPUs if `flag` is True on any of them."""
+    largest = torch.tensor(int(flag))
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+    return bool(largest)
+
+
 def max_ranks(number: int, device: torch.device) -> int:
     """Returns the largest number of all ranks, on all ranks."""
     if world_size() == 1:

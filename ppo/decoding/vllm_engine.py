@@ -3,6 +3,9 @@
 No other module imports vllm. Weights start as random numbers, so that one which is never loaded cannot go unnoticed.
 """
 
+import contextlib
+import itertools
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +16,7 @@ from torch import nn
 
 from ppo.decoding.sampling import Sampling, sample, uniforms
 from utils.device import device, on_gpu
+from utils.distributed import any_of_group
 from utils.models.chunked_logprobs import logprobs_and_entropy
 from utils.run.random_state import random_state, set_random_state
 from utils.tensors import to_device
@@ -24,17 +28,23 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else it binds threads to cores that other ranks use
 
 import vllm
+from vllm.distributed import get_tp_group
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.model_executor.layers.linear import (
     LinearBase,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-CPU_CACHE = 1 << 30  # bytes of the key-value cache on a CPU
+# Not through shared memory: on a host all runs use the same name for it, and a run that is killed leaves it behind.
+CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+# Variables that vLLM sets for processes that it might start. They would reach those of a --reward_fn, and this toolkit.
+SHARED = ("LD_PRELOAD", "LOCAL_WORLD_SIZE")
+STOP_INTERVAL = 8  # steps between questions whether to stop: ranks that share a model have to agree
 # Classes whose weights sleep discards; others are copied to host memory. A test loads each of these completely.
 DISCARDED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -142,44 +152,47 @@ class VLLMEngine:
 
     def __init__(
         self, folder: str, dtype: torch.dtype, vocabulary: int, max_tokens: int, max_slots: int, prefill_tokens: int,
-        tensor_parallel: int = 1, memory_share: float = 0.9,
+        tensor_parallel: int = 1, memory_share: float = 0.9, cache: int | None = None, timeout: int | None = None,
     ):  # fmt: skip
         """folder: of the model; only its config.json is read. vocabulary: rows of the embedding. Collective.
 
         max_tokens: longest prompt and response together; max_slots: sequences at once; prefill_tokens: tokens of a
-        forward over prompts; memory_share: of the GPU's memory. Raises what vLLM raises.
+        forward over prompts; memory_share: of the GPU's memory; cache: bytes of the key-value cache, None: what is
+        left of this share; timeout: seconds, of its process groups. Raises what vLLM raises.
         """
-        self.draw, self.sleeps, self.asleep = Draw(), on_gpu(), False
-        memory = {"gpu_memory_utilization": memory_share} if self.sleeps else {"kv_cache_memory_bytes": CPU_CACHE}
-        streams, set_threads = random_state(), torch.set_num_threads
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                self.llm = vllm.LLM(
-                    folder, skip_tokenizer_init=True, load_format="dummy", dtype=dtype, generation_config="vllm",
-                    hf_overrides={"vocab_size": vocabulary}, max_model_len=max_tokens, max_num_seqs=max_slots,
-                    max_num_batched_tokens=max(prefill_tokens, max_tokens), tensor_parallel_size=tensor_parallel,
-                    distributed_executor_backend="external_launcher", enable_sleep_mode=self.sleeps,
-                    enforce_eager=not self.sleeps, async_scheduling=False, disable_log_stats=True,
-                    logits_processors=[_processor(self.draw)], **memory,
-                )  # fmt: skip
-        finally:  # vLLM seeds the global streams, and on a CPU replaces this function
-            set_random_state(streams)
-            torch.set_num_threads = set_threads
+        self.draw, self.sleeps, self.awake = Draw(), on_gpu(), {"weights", "kv_cache"}
+        with _restored():
+            self.llm = vllm.LLM(
+                folder, skip_tokenizer_init=True, load_format="dummy", dtype=dtype, generation_config="vllm",
+                hf_overrides={"vocab_size": vocabulary}, max_model_len=max_tokens, max_num_seqs=max_slots,
+                max_num_batched_tokens=max(prefill_tokens, max_tokens, max_slots), gpu_memory_utilization=memory_share,
+                kv_cache_memory_bytes=cache, tensor_parallel_size=tensor_parallel,
+                distributed_executor_backend="external_launcher", distributed_timeout_seconds=timeout,
+                cpu_distributed_timeout_seconds=timeout, enable_sleep_mode=self.sleeps,
+                enforce_eager=not self.sleeps, async_scheduling=False, disable_log_stats=True,
+                logits_processors=[_processor(self.draw)],
+            )  # fmt: skip
         [self.model] = self.llm.apply_model(lambda model: model)
-        self.parts = dict(_parts(self.model))
+        self.parts, self.group = dict(_parts(self.model)), get_tp_group()
+        # Computed from the config, such as rotary frequencies. Sleep discards them too, and vLLM restores them.
+        self.buffers = {name: x.to("cpu", copy=True) for name, x in self.model.named_buffers()}
 
     def sleep(self) -> None:
         """Frees the weights and the key-value cache. On a CPU, where vLLM keeps them, nothing may be generated."""
-        self.asleep = True
+        self.awake = set()
         if self.sleeps:
             self.llm.sleep(level=2 if type(self.model).__name__ in DISCARDED else 1)
 
     def wake(self, *parts: str) -> None:
         """Allocates "weights", whose content is then undefined, or "kv_cache"."""
-        self.asleep = False
+        self.awake |= set(parts)
         if self.sleeps:
             self.llm.wake_up(list(parts))
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether `first_difference` can read the weights."""
+        return "weights" in self.awake or not self.sleeps
 
     def close(self) -> None:
         """Ends vLLM, and with it the process group."""
@@ -187,7 +200,7 @@ class VLLMEngine:
 
     def load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Replaces the weights. Their loss in sleep would not be noticed, so that loading then is an error."""
-        if self.asleep:
+        if "weights" not in self.awake:
             raise RuntimeError("weights cannot be loaded into vLLM while it sleeps")
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if not self.llm.reset_prefix_cache():
@@ -197,7 +210,8 @@ class VLLMEngine:
     def first_difference(self, weights: Iterator[tuple[str, torch.Tensor]]) -> tuple[str, float] | None:
         """Returns the name and the largest difference of the first tensor that differs from vLLM's, None if none does.
 
-        weights: all of the model. Infinite: not finite in one of them, or in one of the two models only.
+        weights: all of the model. Infinite: not finite in one of them, of another shape, or in one of the two models
+        only. vLLM's buffers are compared with what they were at the start.
         """
         missing, module, held = dict.fromkeys(self.parts), None, {}
         for name, tensor in weights:
@@ -208,12 +222,16 @@ class VLLMEngine:
             if part.module is not module:
                 module, held = part.module, {}
             if part.name not in held:
-                held[part.name] = _held(part.module, part.name)
-            ours, theirs = part.cut(held[part.name], tensor)
-            if not torch.equal(ours, theirs):
-                gap = (ours.float() - theirs.float()).abs().max()
-                return name, float(gap) if torch.isfinite(gap) else float("inf")
-        return (next(iter(missing)), float("inf")) if missing else None
+                held[part.name] = list(_held(part.module, part.name))
+            gaps = [_difference(*part.cut(x, tensor)) for x in held[part.name]]
+            if any(gaps):
+                return name, max(gaps)
+        for name in missing:
+            return name, float("inf")
+        for name, x in self.model.named_buffers():
+            if gap := _difference(x.cpu(), self.buffers[name]):
+                return name, gap
+        return None
 
     def generate(
         self, prompts: list[list[int]], places: list[int], limit: int, sampling: Sampling, seed: int,
@@ -221,9 +239,10 @@ class VLLMEngine:
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
         """Returns each response's tokens, of which there are at most `limit`, and their log-probabilities, float32.
 
-        stopped: asked before each step. If it is True, responses may be incomplete.
+        stopped: asked every few steps. If it is True on one of the ranks that share the model, all of them return, and
+        responses may be incomplete.
         """
-        if self.asleep:
+        if len(self.awake) < 2:
             raise RuntimeError("vLLM cannot generate while it sleeps")
         shape, place, engine = (len(prompts), limit), device(), self.llm.llm_engine
         self.draw.draws = draws = Draws(
@@ -237,19 +256,41 @@ class VLLMEngine:
                 extra_args={"row": row}, output_kind=RequestOutputKind.FINAL_ONLY,
             )  # fmt: skip
             engine.add_request(name, {"prompt_token_ids": prompts[row]}, params)
-        responses = dict.fromkeys(names, stops[:1])
-        while engine.has_unfinished_requests():
-            if stopped():
-                engine.abort_request(names)
-                break
+        responses, steps, is_stopped = dict.fromkeys(names, stops[:1]), itertools.count(), False
+        while engine.has_unfinished_requests() and not is_stopped:
             responses |= {output.request_id: output.outputs[0].token_ids for output in engine.step()}
+            is_stopped = next(steps) % STOP_INTERVAL == 0 and self._any_rank(stopped())
+        if is_stopped:
+            engine.abort_request(names)
         lengths = [len(responses[name]) for name in names]
         tokens, logprobs = (
             [row[:length] for row, length in zip(x, lengths, strict=True)] for x in (draws.tokens, draws.logprobs)
         )
-        if not stopped() and torch.cat(tokens).tolist() != [i for name in names for i in responses[name]]:
+        if not is_stopped and torch.cat(tokens).tolist() != [i for name in names for i in responses[name]]:
             raise RuntimeError("vLLM returned other tokens than were drawn")
         return tokens, logprobs
+
+    def _any_rank(self, flag: bool) -> bool:
+        """Returns True on all ranks that share the model if `flag` is True on any."""
+        return flag if self.group.world_size == 1 else any_of_group(flag, self.group.cpu_group)
+
+
+@contextlib.contextmanager
+def _restored() -> Iterator[None]:
+    """Context after which is restored what vLLM's start changes in the process and the rest of a run relies on."""
+    streams, set_threads, precision = random_state(), torch.set_num_threads, torch.get_float32_matmul_precision()
+    variables = {name: os.environ.get(name) for name in SHARED}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        set_random_state(streams)
+        torch.set_num_threads = set_threads  # on a CPU vLLM replaces it
+        torch.set_float32_matmul_precision(precision)
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            os.environ |= {} if value is None else {name: value}
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, Part]]:
@@ -270,27 +311,40 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, Part]]:
             sizes = [size // module.tp_size for size in module.output_sizes]
             shares = [(sum(sizes[:i]), size, module.tp_rank) for i, size in enumerate(sizes)]
             names = packed.get(last, names)
+        elif isinstance(module, VocabParallelEmbedding) and module.tp_size == 1:
+            shares = [(0, module.org_vocab_size, 0)]  # padding behind it
         if len(names) != len(shares):  # the policy has one tensor for all
             names, shares = [last], [(0, None, 0)]
         is_split = isinstance(module, LinearBase | VocabParallelEmbedding) and module.tp_size > 1
         for name, _ in module.named_parameters(recurse=False):
-            dim = 0 if is_split or isinstance(module, VocabParallelEmbedding) else None
+            dim = 0 if is_split else None
             if isinstance(module, RowParallelLinear) and is_split:
                 dim = 1 if name == "weight" else None
             for own, (start, size, index) in zip(names, shares, strict=True):
                 yield ".".join(filter(None, (parent, own, name))), Part(module, name, start, size, dim, index)
 
 
-def _held(module: nn.Module, name: str) -> torch.Tensor:
-    """Returns the weight or bias that a module of vLLM's computes with.
+def _held(module: nn.Module, name: str) -> Iterator[torch.Tensor]:
+    """Yields the weight or bias that a module of vLLM's computes with, in each form in which it has one.
 
-    On a CPU vLLM packs matrices. A product with the identity matrix gives them back exactly, as all but one of the
-    terms of each sum are 0.
+    On a CPU vLLM packs matrices; an embedding without a separate head has both forms. A product with the identity
+    matrix gives what is packed exactly, as all but one of the terms of each sum are 0.
     """
-    if name != "weight" or not hasattr(module, "cpu_linear") or type(module) is VocabParallelEmbedding:
-        return getattr(module, name)
-    if isinstance(module, ParallelLMHead):
-        size = module.embedding_dim
-    else:
+    is_packed, held = name == "weight" and hasattr(module, "cpu_linear"), getattr(module, name)
+    if held.numel():
+        yield held
+    if is_packed:
         size = getattr(module, "input_size_per_partition", module.input_size)
-    return module.quant_method.apply(module, torch.eye(size, dtype=module.weight.dtype)).T
+        yield module.quant_method.apply(module, torch.eye(size, dtype=held.dtype)).T
+
+
+def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Returns the largest difference of two tensors; infinite if they have other shapes, or are not finite."""
+    if x.shape != y.shape:
+        return float("inf")
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    x, y = x.to(dtype), y.to(dtype)
+    if torch.equal(x, y):
+        return 0.0
+    gap = float((x.double() - y.double()).abs().max())
+    return gap if math.isfinite(gap) else float("inf")

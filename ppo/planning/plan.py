@@ -13,8 +13,10 @@ from torch import nn
 from ppo.config import PPOConfig
 from ppo.decoding.kv_cache import AUTO_SLOTS, columns_for, slots_for, slots_in
 from ppo.models import CHUNK_ELEMENTS, Models
-from ppo.planning.shapes import Shapes, cache_bytes, models_of, slot_bytes
+from ppo.planning.shapes import Shapes, cache_bytes, models_of, slot_bytes, tokens_of
 from ppo.planning.step_time import CARDS
+from ppo.planning.vllm_memory import GIB, PHASES, Rows, VLLMSizes, share_of, sizes_beside
+from utils.device import on_gpu
 from utils.distributed import world_size
 from utils.engine.engine import DTYPES
 from utils.engine.memory import ROOM, device_memory, device_room
@@ -25,11 +27,7 @@ from utils.memory.recompute import layers_kept, num_layers, predicted, recompute
 from utils.memory.zero_bytes import backward_bytes, gathered_bytes, moment_bytes, optimizer_bytes, weight_bytes
 from utils.models.chunked_logprobs import logits_bytes
 
-PHASES = ("rollout", "score", "backward", "step")
-GIB = 2**30
 TOKEN = 8 + 2 + 7 * 4  # bytes per token of the buffer: id, two masks, seven float32 columns
-
-Rows = dict[str, list[int]]  # name -> bytes in each of PHASES
 
 
 @dataclass(frozen=True)
@@ -42,11 +40,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on each GPU in each of PHASES, bytes of host memory per process, and the sizes they are for."""
+    """Bytes on each GPU in each of PHASES, bytes of host memory per process, and the sizes they are for.
+
+    vllm: of --rollout_engine vllm; None: the policy's own engine samples. `auto` counts as that.
+    """
 
     rows: Rows
     host: dict[str, int]
     sizes: Sizes
+    vllm: VLLMSizes | None
 
     @property
     def totals(self) -> list[int]:
@@ -57,11 +59,32 @@ class Plan:
 def plan(config: PPOConfig, gpus: int) -> Plan:
     """Returns the plan of a run on `gpus` GPUs of --plan_gpu."""
     config.check_world(gpus, models_of(config)[0]["policy"].decoder.config.vocab_size)
-    config = with_gathering(config, gpus, gpu_bytes(config))
+    config, memory = with_gathering(config, gpus, gpu_bytes(config)), gpu_bytes(config)
     rows, host = fixed_rows(config, gpus)
-    free = int(ROOM * gpu_bytes(config)) - sum(map(min, rows.values()))
-    sizes = choose_sizes(config, gpus, rows, free)
-    return Plan(rows | pass_rows(config, sizes), host, sizes)
+    vllm = vllm_sizes(config, gpus, memory) if config.rollout_engine == "vllm" else None
+    if vllm:
+        rows, moved = vllm.beside(rows)
+        host |= moved
+    free = int(ROOM * memory) - sum(map(min, rows.values()))
+    sizes = choose_sizes(config, gpus, rows, free, vllm)
+    return Plan(rows | pass_rows(config, sizes), host, sizes, vllm)
+
+
+def vllm_sizes(config: PPOConfig, gpus: int, memory: float) -> VLLMSizes:
+    """Returns what vLLM gets on each GPU of `memory` bytes beside the training of `gpus` GPUs."""
+    return sizes_beside(fixed_rows(config, gpus)[0], config, models_of(config)[0]["policy"], gpus, memory)
+
+
+def vllm_room(config: PPOConfig, gpus: int) -> tuple[float, bool]:
+    """Returns (vLLM's gpu_memory_utilization on this GPU, whether optimizer states leave it during rollouts).
+
+    On a CPU they stay, and the share has no effect. Raises UserError if training leaves too little for auto.
+    """
+    if not on_gpu():
+        return 1.0, False
+    memory = device_memory()
+    sizes = vllm_sizes(config, gpus, memory)
+    return share_of(sizes, config, memory), sizes.offload_states
 
 
 def with_gathering(config: PPOConfig, gpus: int, memory: float) -> PPOConfig:
@@ -69,7 +92,7 @@ def with_gathering(config: PPOConfig, gpus: int, memory: float) -> PPOConfig:
 
     memory: bytes of each GPU.
     """
-    if config.zero_stage < 3 or config.gather_for_generation != "auto":
+    if config.zero_stage < 3 or config.gather_for_generation != "auto" or config.rollout_engine == "vllm":
         return config
     decided, policy = copy(config), models_of(config)[0]["policy"]
     decided.gather_for_generation = "never"
@@ -119,6 +142,8 @@ def fixed_rows(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
         add("communication buckets", held[1], held[1], buckets, buckets)
     if split:
         gathered = live if config.gather_for_generation == "never" else element * policy.numel
+        if config.rollout_engine == "vllm":  # which gets copies of one layer at a time
+            gathered = 2 * element * max(policy.work.body // policy.work.layers, policy.work.head)
         scored = gathered_bytes(policy.numel, element)
         add("weights gathered from all GPUs", gathered * (stage == 3), scored, live)
     add("logits", 0, *logits_bytes(CHUNK_ELEMENTS, element))
@@ -127,30 +152,34 @@ def fixed_rows(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
     return rows, host_bytes(config, states, sum(frozen_weights), element * policy.numel)
 
 
-def choose_sizes(config: PPOConfig, gpus: int, rows: Rows, free: int) -> Sizes:
+def choose_sizes(config: PPOConfig, gpus: int, rows: Rows, free: int, vllm: VLLMSizes | None = None) -> Sizes:
     """Returns the sizes that the flags give or, if they are auto, the largest that fit in memory.
 
-    free: bytes of GPU memory that `rows`, of `fixed_rows`, leave in every phase.
+    free: bytes of GPU memory that `rows`, of `fixed_rows`, leave in every phase. vllm: what samples; None: the policy.
     """
     models, _ = models_of(config)
 
     def free_in(phase: str) -> int:
         return free - sum(row[PHASES.index(phase)] - min(row) for row in rows.values())
 
-    prompts, columns = -(-config.num_rollouts // gpus), columns_for(config.maxlen_prompt)
-    wanted = config.rollout_batch_size
-    if wanted == "auto":
-        prompts = max(prompts, -(-config.num_eval_prompts // gpus))
-        left = free_in("rollout") - prefill_peak(config, models["policy"], prompts)
-        wanted = slots_in(left, slot_bytes(config, models["policy"].decoder.config), prompts)
-    slots = slots_for(min(wanted, prompts), columns, config.rollout_cache_tokens)
-
     def kept(decoder: nn.Module) -> int:
         if config.gradient_checkpoint == "auto":
             return layers_kept(decoder, tokens_of(config), free_in("backward"))
         return 0 if config.gradient_checkpoint else num_layers(decoder)
 
+    slots = vllm.slots if vllm else own_slots(config, gpus, models["policy"], free_in("rollout"))
     return Sizes(slots, {name: kept(model.decoder) for name, model in models.items()})
+
+
+def own_slots(config: PPOConfig, gpus: int, policy: Shapes, free: int) -> int:
+    """Returns the slots of the policy's own engine that fit in `free` bytes, or those of --rollout_batch_size."""
+    prompts, columns = -(-config.num_rollouts // gpus), columns_for(config.maxlen_prompt)
+    wanted = config.rollout_batch_size
+    if wanted == "auto":
+        prompts = max(prompts, -(-config.num_eval_prompts // gpus))
+        left = free - prefill_peak(config, policy, prompts)
+        wanted = slots_in(left, slot_bytes(config, policy.decoder.config), prompts)
+    return slots_for(min(wanted, prompts), columns, config.rollout_cache_tokens)
 
 
 def fit_to_memory(config: PPOConfig, models: Models, say: Say) -> None:
@@ -167,12 +196,13 @@ def measured_sizes(config: PPOConfig, models: Models, free: int) -> Sizes:
     gpus, trained = world_size(), [model.numels for model in models_of(config)[0].values()]
     config = with_gathering(config, gpus, device_memory())
     rows, _ = fixed_rows(config, gpus)
-    return choose_sizes(config, gpus, rows, free - moment_bytes(trained, config, gpus))
+    vllm = vllm_sizes(config, gpus, device_memory()) if config.rollout_engine == "vllm" else None
+    return choose_sizes(config, gpus, rows, free - moment_bytes(trained, config, gpus), vllm)
 
 
 def apply_sizes(config: PPOConfig, models: Models, sizes: Sizes, say: Say) -> None:
     """Sets automatic sizes on the models and prints them."""
-    if config.rollout_batch_size == "auto":
+    if config.rollout_batch_size == "auto" and config.rollout_engine != "vllm":
         models.policy.module.slots = sizes.slots
         say(f"--rollout_batch_size auto: {sizes.slots} sequences are decoded at once on each GPU")
     if config.gradient_checkpoint == "auto":
@@ -189,13 +219,10 @@ def pass_rows(config: PPOConfig, sizes: Sizes) -> Rows:
     tokens = tokens_of(config)
     scored = max(peak_bytes(model.decoder, 1, tokens, backward=False) for model in [*models.values(), *rewards])
     trained = max(training_peak(model.decoder, tokens, sizes.kept[name]) for name, model in models.items())
+    if config.rollout_engine == "vllm":
+        return {"activations": [0, scored, trained, 0]}
     activations = [prefill_peak(config, policy, sizes.slots), scored, trained, 0]
     return {"key-value cache": [sizes.slots * cache, 0, 0, 0], "activations": activations}
-
-
-def tokens_of(config: PPOConfig) -> int:
-    """Returns the tokens of the largest forward."""
-    return max(config.micro_batch_tokens, config.maxlen_prompt)
 
 
 def prefill_peak(config: PPOConfig, policy: Shapes, slots: int) -> int:

@@ -4,9 +4,10 @@ import os
 from dataclasses import replace
 
 from ppo.config import PPOConfig
-from ppo.planning.plan import GIB, PHASES, gpu_bytes, plan, with_gathering
+from ppo.planning.plan import gpu_bytes, plan, with_gathering
 from ppo.planning.shapes import models_of
 from ppo.planning.step_time import NODE, Phase, checkpoint, phases
+from ppo.planning.vllm_memory import GIB, MOVED, PHASES
 from utils.engine.memory import ROOM
 from utils.flags.checks import choose
 from utils.memory.recompute import num_layers
@@ -35,11 +36,14 @@ def print_plan(config: PPOConfig) -> None:
     for name, size in found.host.items():
         node = size * (1 if "first process only" in name else min(gpus, NODE))
         print(f"{name:46}{size / GIB:10.2f}{node / GIB:10.2f}")
+    if found.vllm:
+        print(f"\n--vllm_gpu_memory_utilization {found.vllm.budget / gpu_bytes(config):.3f}")
     print("\n" + verdict(config, gpus, found.totals))
     trained, frozen = {name: model.work for name, model in models.items()}, [model.work for model in rewards]
     share = sum(recomputed.values()) / sum(layers.values())
     config = with_gathering(config, gpus, gpu_bytes(config))
-    seconds = phases(config, gpus, trained, frozen, found.sizes.slots, share)
+    moved = found.host.get(MOVED, 0)
+    seconds = phases(config, gpus, trained, frozen, found.sizes.slots, share, moved)
     print("\n" + table(config, gpus, seconds, checkpoint(config, gpus, trained)))
     if attention_cap(models["policy"].decoder.config):
         print("Not counted: attention scores of eager attention, which this policy needs for its cap of them")
@@ -52,6 +56,8 @@ def verdict(config: PPOConfig, gpus: int, totals: list[int]) -> str:
     if peak <= ROOM * available:
         return f"FITS: {where}"
     changes = [{"gradient_checkpoint": True}, {"zero_stage": 3}, {"offload_optimizer": True}, {"offload_frozen": True}]
+    if config.rollout_engine == "vllm":
+        changes += [{"rollout_engine": "own"}, {"vllm_tensor_parallel_size": 2 * config.vllm_tensor_parallel_size}]
     changes += [{"gather_for_generation": "never"}]
     helps = []
     for change in changes:

@@ -32,9 +32,14 @@ class Shapes:
         return sum(self.numels)
 
     @property
+    def text(self) -> PretrainedConfig:
+        """The config of its decoder."""
+        return self.decoder.config.get_text_config()
+
+    @property
     def work(self) -> Work:
         """The sizes that its time depends on."""
-        text = self.decoder.config.get_text_config()
+        text = self.text
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         inside = sum(p.numel() for p in self.decoder.parameters()) - self.decoder.get_input_embeddings().weight.numel()
         return Work(
@@ -88,3 +93,8 @@ def slot_bytes(config: PPOConfig, model: PretrainedConfig) -> int:
     layers = text.num_hidden_layers
     cache = cache_bytes(model, element) * columns_for(config.maxlen_prompt) * (layers + 1) // layers
     return cache + LOGIT * text.vocab_size + 8 * config.maxlen_res
+
+
+def tokens_of(config: PPOConfig) -> int:
+    """Returns the tokens of the largest forward."""
+    return max(config.micro_batch_tokens, config.maxlen_prompt)

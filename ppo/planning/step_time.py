@@ -12,6 +12,10 @@ LAUNCHES = 23  # kernels per decoder layer in a forward
 CPU_ADAM = 1e9  # parameters per second in a step of CPU Adam, per process; not measured yet
 DISK = 2e9  # bytes per second written by a node; not measured yet
 NODE = 8  # GPUs per node
+# vLLM, seconds of the host, on loaded CPUs: per step, and per sequence of it; per tensor that is loaded, compared; and
+# estimates: one all-reduce of few tokens between GPUs of a node; mapping memory in wake-up and sleep.
+VLLM_STEP, VLLM_SEQUENCE, LOADED, COMPARED, ALL_REDUCE, WAKING = 2e-3, 2e-5, 5e-4, 1e-4, 15e-6, 0.2
+TENSORS = 9  # weights of a decoder layer
 STEP_BYTES = 30  # per parameter in an optimizer step: weight and two moments read and written, gradient, bf16 weight
 
 
@@ -77,13 +81,18 @@ class Phase:
 
 
 def phases(
-    config: PPOConfig, gpus: int, trained: dict[str, Work], rewards: list[Work], slots: int, recomputed: float
-) -> list[Phase]:
-    """Returns the phases of one buffer on config.plan_gpu. recomputed: share of layers that the update runs twice."""
+    config: PPOConfig, gpus: int, trained: dict[str, Work], rewards: list[Work], slots: int, recomputed: float,
+    moved: int = 0,
+) -> list[Phase]:  # fmt: skip
+    """Returns the phases of one buffer on config.plan_gpu. recomputed: share of layers that the update runs twice.
+
+    moved: bytes of optimizer states that go to host memory while vLLM samples.
+    """
     card, element = CARDS[config.plan_gpu], 2 if config.dtype == "bf16" else 4
     run = _Run(config, card, gpus, element)
     update = run.update(list(trained.values()), recomputed)
-    return [*run.rollout(trained["policy"], slots), run.score(trained, rewards), update]
+    copies = run.sync(trained["policy"], moved) if config.rollout_engine == "vllm" else []
+    return [*copies, *run.rollout(trained["policy"], slots), run.score(trained, rewards), update]
 
 
 def checkpoint(config: PPOConfig, gpus: int, trained: dict[str, Work]) -> Phase:
@@ -141,29 +150,58 @@ class _Run:
         """Seconds of the host to launch the kernels of forwards."""
         return forwards * model.layers * LAUNCHES * self.card.launch
 
+    def sync(self, policy: Work, moved: int) -> list[Phase]:
+        """Predicts copying the weights to vLLM, and comparing them there. Under ZeRO-3, each gathers them by layer."""
+        card, tensors, whole = self.card, TENSORS * policy.layers, self.element * policy.numel
+        split = self.config.zero_stage == 3
+        sent = self.gather(whole) if split else 0.0
+        touched = 2 * whole * (split + 1 / self.config.vllm_tensor_parallel_size)  # a copy when gathered, one in vLLM
+        parts = [(touched / (card.bandwidth * card.bandwidth_share), "memory"), self.exchange(sent)]
+        load = in_turn(
+            *parts, (tensors * LOADED, "host"), (WAKING, "waking vLLM"),
+            (2 * moved / (card.host * card.host_share), "optimizer states to host memory"),
+        )  # fmt: skip
+        compare, floor = in_turn(*parts, (tensors * COMPARED, "host")), touched / card.bandwidth
+        return [
+            Phase("weights", load[0], floor, load[1], sent),
+            Phase("comparison", compare[0], floor, compare[1], sent),
+        ]
+
     def rollout(self, policy: Work, slots: int) -> list[Phase]:
         """Predicts prompts and new tokens: one step per token of a response, one response after another per slot.
 
-        Under ZeRO-3 the weights are gathered once, before the prompts, or in every forward.
+        Under ZeRO-3 the weights are gathered once, before the prompts, or in every forward. vLLM holds all, or a share
+        per GPU of those that decode together; its host works before each step, while the GPU waits.
         """
-        config, card, rows, response = self.config, self.card, self.rows, self.config.maxlen_res
+        config, card, response, vllm = (
+            self.config,
+            self.card,
+            self.config.maxlen_res,
+            self.config.rollout_engine == "vllm",
+        )
+        size = config.vllm_tensor_parallel_size if vllm else 1
+        rows = size * self.rows
         prompt, forwards = config.maxlen_prompt - response, self.forwards(rows)
-        steps, weights = -int(-rows // slots) * response, self.element * (policy.body + policy.head)
-        split, once = config.zero_stage == 3, config.gather_for_generation != "never"
+        steps, weights = -int(-rows // slots) * response, self.element * (policy.body + policy.head) / size
+        split, once = config.zero_stage == 3 and not vllm, config.gather_for_generation != "never"
         each = self.gather(self.element * policy.numel) if split else 0.0
         before, in_prefill, in_steps = (each, 0.0, 0.0) if once else (0.0, forwards * each, steps * each)
-        flops = policy.flops(rows, prompt, 1)
+        flops = policy.flops(rows, prompt, 1) / size
         prefill = self.slowest(
             in_prefill, matrix_products=flops / card.rate(config.dtype), launches=self.launches(policy, forwards)
         )
-        cache = rows * response * (prompt + response / 2) * policy.token
-        captured = policy.captured and (once or not split)
+        cache = rows * response * (prompt + response / 2) * policy.token / size
+        captured = vllm or (policy.captured and (once or not split))
         decoding = self.slowest(
             in_steps,
             memory=(steps * weights + cache) / (card.bandwidth * card.bandwidth_share),
             launches=card.launch * steps if captured else self.launches(policy, steps),
-            matrix_products=policy.flops(rows * response, 1, 1) / card.rate(config.dtype),
+            matrix_products=policy.flops(rows * response, 1, 1) / size / card.rate(config.dtype),
         )
+        if vllm:
+            host = steps * VLLM_STEP + rows * response * VLLM_SEQUENCE
+            reduced = 2 * policy.layers * steps * ALL_REDUCE if size > 1 else 0.0
+            decoding = in_turn(decoding, (host, "vLLM's host"), (reduced, "exchange between GPUs"))
         floor = (response * weights + cache) / card.bandwidth
         prompts = in_turn(self.exchange(before), prefill)
         return [

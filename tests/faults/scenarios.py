@@ -140,7 +140,8 @@ def main() -> None:
     """All cases of the file."""
     torch.set_num_threads(1)  # before the first tensor: a process that has threads must not be forked
     codes, cases = [], json.loads(Path(sys.argv[1]).read_text())
-    if importlib.util.find_spec("vllm") and any("vllm" in [*case["argv"], *case["module"].split(".")] for case in cases):
+    with_vllm = any("vllm" in case["argv"] or case["module"].startswith("tests.vllm.") for case in cases)
+    if with_vllm and importlib.util.find_spec("vllm"):
         importlib.import_module("ppo.decoding.vllm_engine")  # takes seconds, which every process would pay
     for case in cases:
         fault = case["fault"] or nothing

@@ -41,7 +41,7 @@ torch.set_float32_matmul_precision("highest")  # float32 products are float32, n
 def init_distributed(hang_timeout: float = 0.0) -> None:
     """Joins the process group (nccl on GPUs, gloo on CPUs); without a launcher, a group of this process only.
 
-    hang_timeout: seconds, as --hang_timeout. The group times out after twice that, so that the watchdog reports first.
+    hang_timeout: seconds, as --hang_timeout.
     """
     deepspeed.logger.setLevel("WARNING")
     if "RANK" not in os.environ:
@@ -60,11 +60,15 @@ def init_distributed(hang_timeout: float = 0.0) -> None:
             # Without this DeepSpeed probes all its ops and builds its shared-memory all-reduce, which only inference
             # uses: a minute at first use, and 69 MB per rank that stay in /dev/shm.
             deepspeed.ops.__compatible_ops__ = {}
-        timeout = datetime.timedelta(seconds=2 * hang_timeout) if hang_timeout else datetime.timedelta(days=30)
         backend = "nccl" if device().type == "cuda" else "gloo"
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=group_timeout(hang_timeout))
         if backend == "nccl" and world_size() > 1:
             _check_gpus()
+
+
+def group_timeout(hang_timeout: float) -> datetime.timedelta:
+    """Returns after what time process groups give up: twice --hang_timeout, so that the watchdog reports first."""
+    return datetime.timedelta(seconds=2 * hang_timeout) if hang_timeout else datetime.timedelta(days=30)
 
 
 def _check_gpus() -> None:

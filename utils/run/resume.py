@@ -19,7 +19,10 @@ from utils.run.restore import Checkpoint, SavedFlags, TrainerState, named, newes
 
 # May change on resume, with a message: the run stays the same except for rounding and for the random streams of each
 # rank, which dropout and --reward_fn use.
-SPLIT = ("world_size", "zero_stage", "offload_optimizer", "deterministic")
+SPLIT = (
+    "world_size", "zero_stage", "offload_optimizer", "deterministic", "rollout_engine", "vllm_tensor_parallel_size",
+    "vllm_batch_invariant",
+)  # fmt: skip
 
 
 def identity(config: RunFlags) -> dict:
