@@ -135,6 +135,11 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "torch.where(rollout.ended, 0.0, config.missing_eos_penalty)", "unit/test_experience.py"),
     ("a NaN score passes", "wrong = (~(scores.abs() <= limit)).nonzero()", "wrong = (scores.abs() > limit).nonzero()",
      "unit/test_experience.py"),
+    ("a gap that is not finite passes", "if kl <= limit:", "if not kl > limit:", "unit/test_sampler_gap.py"),
+    ("importance weights upside down", "log_ratio = (old_logprobs - sampler_logprobs)",
+     "log_ratio = (sampler_logprobs - old_logprobs)", "unit/test_sampler_gap.py"),
+    ("importance weights reach no loss", "else part.weights * part.advantages", "else part.advantages",
+     "unit/test_sampler_gap.py"),
     # Update
     ("value clip around zero", "return old_values + (values - old_values).clamp(-clip, clip)",
      "return values.clamp(-clip, clip)", "unit/test_numerics.py"),

@@ -25,6 +25,7 @@ FIGURES = {  # what each check must have found out, at the least
     "against_trl": {"aim_ratio"},  # the rest where this Python has TRL
     "synchronisations": {"waits_per_token", "waits_per_look", "waits_per_phase"},
     "two_ranks": {"zero_2", "zero_3"},
+    "vllm": set(),  # the rest where this Python has vLLM
     "demo": {"steps", "samples_per_second", "score_first", "score_last"},
 }
 FAKES = {

@@ -20,6 +20,7 @@ import ppo.rollout
 import ppo.run
 import ppo.score
 import ppo.update
+import ppo.vllm_sampler
 import utils.models.export
 import utils.run.checkpoint
 import utils.run.lock
@@ -89,6 +90,12 @@ def in_step_2(phase: str, calls: int, number: int, start: tuple = (ppo.run.Run, 
     """On the victim, that call of this phase after the second call of `start` begins with this signal to itself."""
     install = partial(before_calls, *PHASES[phase][:2], {calls: partial(send, number)})
     return lambda rank: before_calls(*start, {2: install}) if rank == VICTIM else None
+
+
+def in_vllm(number: int) -> Fault:
+    """On the victim, the first question of vLLM's in step 2 whether to stop begins with this signal to itself."""
+    install = partial(before_calls, ppo.vllm_sampler.VLLMSampler, "_stopped", {1: partial(send, number)})
+    return lambda rank: before_calls(ppo.run.Run, "next_prompts", {2: install}) if rank == VICTIM else None
 
 
 def stall(owner, name: str, victim: int = VICTIM) -> Fault:
@@ -312,6 +319,7 @@ FAULTS |= {
     "SIGUSR1 in rollout": in_step_2("rollout", 2, signal.SIGUSR1),
     "SIGTERM in evaluation": in_step_2("rollout", 2, signal.SIGTERM, (ppo.run, "evaluate")),
 }
+FAULTS |= {f"{number.name} in vLLM": in_vllm(number) for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP)}
 FAULTS |= {
     "stall in loading": stall(ppo.models, "load_scalar"),
     "stall in encoding": stall(data.prompts, "encode_prompt", victim=0),  # which reads for both
