@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import logging
+import math
 import os
 from collections.abc import Iterator
 
@@ -211,7 +212,8 @@ class VLLMSampler:
             return None
         where, (name, gap) = differences[0]
         whose = f" of rank {where}" if world_size() > 1 else ""
-        return f"{name} in vLLM{whose} is not the policy's (largest difference {gap:.3g})"
+        how = f"largest difference {gap:.3g}" if gap < math.inf else "another name or shape, or not finite"
+        return f"{name} in vLLM{whose} is not the policy's ({how})"
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the policy's (name, whole tensor), and the embedding again under the name of a head that shares it."""

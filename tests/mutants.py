@@ -290,6 +290,17 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "faults/test_signals.py::test_a_signal_interrupts_reward_functions_on_all_ranks_and_random_streams_go_back"),
     ("decoding does not hear a signal", "state = 2 if requested() else int(self.busy)", "state = int(self.busy)",
      "unit/test_decoding.py::test_decoding_ends_soon_after_a_signal"),
+    # Weights in vLLM; these tests need it
+    ("vLLM: a packed head is not compared", "    if is_packed:", "    if is_packed and not held.numel():",
+     "vllm/test_faults.py"),
+    ("vLLM: weights are compared to a tolerance", "    if torch.equal(x, y):",
+     "    if torch.allclose(x, y, atol=1e-5):", "vllm/test_faults.py"),
+    ("vLLM: buffers are not compared", "        for name, x in self.buffers.items():", "        for name, x in ():",
+     "vllm/test_faults.py"),
+    ("vLLM: a tensor that only vLLM has is not noticed", "        for name in missing:", "        for name in ():",
+     "vllm/test_faults.py"),
+    ("vLLM: weights count as compared after sleep", "            self.engine.sleep()\n            self.version = None",
+     "            self.engine.sleep()", "vllm/test_faults.py"),
 )]
 # fmt: on
 

@@ -179,12 +179,13 @@ class VLLMEngine:
         [self.model] = self.llm.apply_model(lambda model: model)
         self.parts, self.group = dict(_parts(self.model)), get_tp_group()
         self.group.mq_broadcaster = None  # no other process asks for it, and its shared memory would outlive a kill
-        # Computed from the config, such as rotary frequencies. Sleep discards them too, and vLLM restores them.
-        self.buffers = {name: x.to("cpu", copy=True) for name, x in self.model.named_buffers()}
+        # Computed from the config, such as rotary frequencies: as they are before the first sleep, which discards them.
+        self.buffers: dict[str, torch.Tensor] = {}
 
     def sleep(self) -> None:
         """Frees the weights and the key-value cache. On a CPU, where vLLM keeps them, nothing may be generated."""
         self.awake = set()
+        self.buffers = self.buffers or {name: x.to("cpu", copy=True) for name, x in self.model.named_buffers()}
         if self.sleeps:
             self.llm.sleep(level=2 if type(self.model).__name__ in DISCARDED else 1)
 
@@ -216,7 +217,7 @@ class VLLMEngine:
         """Returns the name and the largest difference of the first tensor that differs from vLLM's, None if none does.
 
         weights: all of the model. Infinite: not finite in one of them, of another shape, or in one of the two models
-        only. vLLM's buffers are compared with what they were at the start.
+        only. vLLM's buffers are compared with what they were before it slept.
         """
         missing, module, held = dict.fromkeys(self.parts), None, {}
         for name, tensor in weights:
@@ -233,8 +234,9 @@ class VLLMEngine:
                 return name, max(gaps)
         for name in missing:
             return name, float("inf")
-        for name, x in self.model.named_buffers():
-            if gap := _difference(x.cpu(), self.buffers[name]):
+        buffers = dict(self.model.named_buffers())
+        for name, x in self.buffers.items():  # vLLM restores them
+            if gap := _difference(buffers[name].cpu(), x):
                 return name, gap
         return None
 
@@ -351,5 +353,5 @@ def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
     x, y = x.to(dtype), y.to(dtype)
     if torch.equal(x, y):
         return 0.0
-    gap = float((x.double() - y.double()).abs().max())
-    return gap if math.isfinite(gap) else float("inf")
+    gap = float((x - y).abs().max())
+    return max(gap, math.ulp(0.0)) if math.isfinite(gap) else float("inf")

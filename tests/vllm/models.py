@@ -30,7 +30,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     "Llama, tied": ("llama", {"tie_word_embeddings": True}),
     "Llama, four KV heads": ("llama", {"num_attention_heads": 4, "num_key_value_heads": 4}),
     "Llama, heads of 64": ("llama", {"head_dim": 64}),
-    "Llama, three heads": ("llama", {"num_attention_heads": 3, "num_key_value_heads": 3}),
+    "Llama, three heads": ("llama", {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3}),
     "Llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "Llama 3": ("llama", {"rope_parameters": LLAMA_3 | {"original_max_position_embeddings": 16}}),
     "Llama, linear rope": ("llama", {"rope_parameters": LINEAR}),
