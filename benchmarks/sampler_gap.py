@@ -1,9 +1,11 @@
 """Measure the gap between vLLM and the policy with equal weights:   python benchmarks/sampler_gap.py --model FOLDER
 
-Prints k3 in nats per token, the largest difference of a log-probability, and the largest geometric mean ratio of a
-response, from 1, of each buffer: vLLM against the scoring forward (what --sampler_kl_limit bounds), and each of these
-against a float32 forward of the same weights, which shows how much the dtype explains. Buffers: --count responses of at
-most --lengths tokens at each of --temperatures, and as evaluations sample. Prompts: --data, or random tokens.
+Prints k3 in nats per token, the largest difference of a log-probability, and the geometric mean ratio of the response
+that is farthest from 1, for each buffer: vLLM against the scoring forward (what --sampler_kl_limit bounds), and each of
+these against a float32 forward of the same weights, which shows how much the dtype explains. --tf32: also the scoring
+forward against one whose attention multiplies in TF32, as vLLM's does for float32 on GPUs; it is imitated. Buffers:
+--count responses of at most --lengths tokens at each of --temperatures, and as evaluations sample. Prompts: --data, or
+random tokens.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from transformers import AttentionInterface
 
 from benchmarks.environment import add_dtype
 from benchmarks.random_inputs import random_ids
@@ -29,6 +32,7 @@ from ppo.types import PromptBatch, SampledRollout
 from ppo.vllm_sampler import VLLMSampler, start_vllm
 from utils.engine.engine import DTYPES, InferenceEngine, device, init_distributed
 from utils.models.load import load_causal_lm
+from utils.tensors import token_logprobs
 
 NO_TOKENIZER = SimpleNamespace(eos_token_id=2, pad_token_id=0, get_vocab=dict)
 
@@ -43,6 +47,21 @@ def logprobs_of(policy: PolicyModel, rollout: SampledRollout, temperature: float
     """Returns the log-probabilities of a rollout, float32 [batch, length], four rows at a time."""
     parts = [rollout.rows(slice(i, i + 4)) for i in range(0, len(rollout), 4)]
     return torch.cat([policy(x.sequences, x.response_mask, temperature)[0].float() for x in parts])
+
+
+def cut(x: torch.Tensor) -> torch.Tensor:
+    """Returns float32 numbers without the 13 lowest bits of their mantissas, as tensor cores read them for TF32."""
+    return (x.contiguous().view(torch.int32) & -(1 << 13)).view(torch.float32)
+
+
+def tf32_attention(module, query, key, value, attention_mask, scaling, **others) -> tuple[torch.Tensor, None]:
+    """Causal attention for transformers, whose products are of `cut` numbers with exact sums. No left padding."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    scores = cut(query) @ cut(key).transpose(2, 3) * scaling
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    weights = (scores.masked_fill(future, -torch.inf) - scores.amax(-1, keepdim=True)).exp()
+    return (cut(weights) @ cut(value) / weights.sum(-1, keepdim=True)).transpose(1, 2).contiguous(), None
 
 
 def line(sampler: torch.Tensor, policy: torch.Tensor, mask: torch.Tensor) -> str:
@@ -62,9 +81,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=32)
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 200])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--tf32", action="store_true", help="with --dtype fp32")
     parser.add_argument("--prompt_tokens", type=int, default=512, help="longest prompt; random ones have this length")
     options = parser.parse_args()
     init_distributed()
+    AttentionInterface.register("tf32", tf32_attention)
     paths = {"policy_model_path": options.model, "critic_model_path": options.model, "data_path": options.data or "-"}
     lengths = {"maxlen_res": max(options.lengths), "maxlen_prompt": options.prompt_tokens + max(options.lengths)}
     config = PPOConfig(**paths, **lengths, dtype=options.dtype, rollout_batch_size=options.count)
@@ -91,6 +112,15 @@ def main() -> None:
             print(f"  vLLM, scoring    {line(drawn, scored, mask)}")
             print(f"  vLLM, float32    {line(drawn, whole, mask)}")
             print(f"  scoring, float32 {line(scored, whole, mask)}", flush=True)
+            if options.tf32:
+                exact.lm.set_attn_implementation("tf32")
+                logits = (exact.lm(row[None]).logits / sampling.temperature for row in rollout.sequences)
+                rows = (token_logprobs(x, row[None]) for x, row in zip(logits, rollout.sequences, strict=True))
+                print(
+                    f"  TF32, scoring    {line(torch.cat(list(rows)).masked_fill(~mask, 0.0), scored, mask)}",
+                    flush=True,
+                )
+                exact.lm.set_attn_implementation("sdpa")
             start += options.count
     engine.close()
 

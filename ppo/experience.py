@@ -28,8 +28,8 @@ def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, c
     columns = (rollout.sequences, rollout.attention_mask, mask, scores.old_logprobs, scores.ref_logprobs)
     weights = None
     if isinstance(rollout, SampledRollout) and config.sampler_correction != "none":
-        kind, cap = config.sampler_correction, config.sampler_correction_cap
-        weights = importance_weights(rollout.sampler_logprobs, scores.old_logprobs, mask, kind, cap)
+        pair = (rollout.sampler_logprobs, scores.old_logprobs)
+        weights = importance_weights(*pair, mask, config.sampler_correction, config.correction_cap)
     return with_values(Experience(*columns, None, rewards, rewards, None, weights), scores.old_values, config)
 
 
@@ -125,5 +125,5 @@ def experience_metrics(experience: Experience, config: PPOConfig) -> dict[str, f
         unexplained = (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
         metrics |= {"return_mean": returns.mean(), "value_mean": values.mean(), "explained_variance": 1.0 - unexplained}
     if experience.weights is not None:
-        metrics |= weight_metrics(experience.weights, mask, config.sampler_correction_cap)
+        metrics |= weight_metrics(experience.weights, mask, config.correction_cap)
     return as_floats(metrics)

@@ -148,7 +148,7 @@ class RolloutEngineFlags:
     or newer"""
     sampler_kl_limit: float | None = None
     """Largest KL of vLLM's distribution to that of the scoring forward, k3 in nats per token. Above it the run stops.
-    Default: 2e-5 for fp32, 0.02 for bf16; divided by a temperature below 1"""
+    Default: 5e-5 for fp32, 0.02 for bf16; divided by a temperature below 1"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,9 +173,14 @@ class RolloutTrainingFlags:
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sampler_correction_cap is None:
-            self.sampler_correction_cap = 1.1 if self.sampler_correction == "mask_sequence" else 2.0
-        check_range(self, vllm_tensor_parallel_size=(1, None), sampler_correction_cap=(1.000001, None))
+        check_range(self, vllm_tensor_parallel_size=(1, None))
+        if self.sampler_correction_cap is not None:
+            check_range(self, sampler_correction_cap=(1.000001, None))
+
+    @property
+    def correction_cap(self) -> float:
+        """--sampler_correction_cap, or its default."""
+        return self.sampler_correction_cap or (1.1 if self.sampler_correction == "mask_sequence" else 2.0)
 
 
 @dataclass

@@ -7,7 +7,6 @@ import importlib.util
 import itertools
 import logging
 import os
-import re
 from collections.abc import Iterator
 
 import torch
@@ -108,8 +107,10 @@ def start_vllm(config: PPOConfig, path: str, flag: str, tokenizer, share: float,
         engine.sleep()
         return engine
     except Exception as error:
+        reason = _reason(error)
+        more = "lower --maxlen_prompt, on a GPU change --vllm_gpu_memory_utilization, or " * ("memory" in reason)
         raise UserError(
-            f"--rollout_engine vllm: vLLM does not start with {flag} {path}: {_reason(error)}; {REMEDY}"
+            f"--rollout_engine vllm: vLLM does not start with {flag} {path}: {reason}; {more}{REMEDY}"
         ) from error
 
 
@@ -127,11 +128,10 @@ def _cache(config: PPOConfig, settings, slots: int) -> int | None:
 
 
 def _reason(error: Exception) -> str:
-    """Returns what an error of vLLM's says is wrong, in one line, without advice on vLLM's own options."""
+    """Returns the first sentence of an error of vLLM's: advice on its own options, or lists of them, may follow."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     text = lines[1] if "validation error" in lines[0] and lines[1:] else lines[0]  # of pydantic
-    text = text.removeprefix("Value error, ").partition(" [type=")[0]
-    return re.split(r"\. (?=Based on|Try |See |To resolve|Please |Decrease |Increase )", text)[0].rstrip(".")
+    return text.removeprefix("Value error, ").partition(" [type=")[0].partition(". ")[0].rstrip(".")
 
 
 class VLLMSampler:

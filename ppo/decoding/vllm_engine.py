@@ -47,7 +47,10 @@ CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
 SHARED = ("LD_PRELOAD", "LOCAL_WORLD_SIZE")
 STOP_INTERVAL = 8  # steps between questions whether to stop: ranks that share a model have to agree
 # Classes whose weights sleep discards; others are copied to host memory. A test loads each of these completely.
-DISCARDED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+DISCARDED = (
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM",
+    "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GraniteForCausalLM",
+)  # fmt: skip
 
 
 @dataclass

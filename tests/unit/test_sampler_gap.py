@@ -104,7 +104,9 @@ def test_metrics_of_the_gap_and_of_the_weights():
     rollout, scores = buffer()
     assert rollout_metrics(rollout, scores)["sampler_gap_max"] == pytest.approx(math.log(4))
     assert "sampler_kl" not in rollout_metrics(rollout_of(MASK.long().tolist()), scores)
-    expected = {"none": None, "truncate": (1 + 2 + 0.25 + 1.5 + 1, 1), "mask_token": (1 + 1.5 + 1, 2)}
+    expected = {
+        "none": None, "truncate": (1 + 2 + 0.25 + 1.5 + 1, 1), "mask_token": (1 + 1.5 + 1, 2), "mask_sequence": (0, 5)
+    }  # fmt: skip
     for kind, sums in expected.items():
         config = ppo_config(rollout_engine="vllm", sampler_correction=kind)
         metrics = experience_metrics(make_experience(rollout, scores, RunningMoments(), config), config)
@@ -199,7 +201,7 @@ def test_trap_20_a_sampler_with_other_weights_than_the_policy_is_stopped(stale):
     assert bool(problem) is bool(stale) and other.asked == bool(stale)
     if stale:
         assert f"the first tensor that differs is {stale}. " in problem
-        assert "--sampler_kl_limit 2e-05" in problem and "--rollout_engine own" in problem
+        assert "--sampler_kl_limit 5e-05" in problem and "--rollout_engine own" in problem
         assert sampler_problem(rollout, scores, other, ppo_config(sampler_kl_limit=10.0), 1.0) is None
 
 
@@ -213,14 +215,14 @@ def test_a_logprob_that_is_not_finite_is_no_weight(bad, side):
     (rollout.sampler_logprobs if side == "sampler" else scores.old_logprobs)[1, 2] = bad
     problem = sampler_problem(rollout, scores, sampler, ppo_config(sampler_kl_limit=1e30), 1.0)
     assert "sampler_kl is nan nats" in problem or "sampler_kl is inf nats" in problem
-    assert "all weights are equal" in problem
+    assert "all weights were equal" in problem
 
 
 @pytest.mark.parametrize(
     ("flags", "temperature", "limit"),
     [
-        ({}, 1.0, 2e-5),
-        ({}, 2.0, 2e-5),
+        ({}, 1.0, 5e-5),
+        ({}, 2.0, 5e-5),
         ({"dtype": "bf16", "zero_stage": 1}, 0.5, 0.04),
         ({"sampler_kl_limit": 0.5}, 0.5, 0.5),
     ],

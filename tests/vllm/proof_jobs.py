@@ -3,7 +3,9 @@
 import torch
 
 from ppo.decoding.sampling import Sampling
+from ppo.decoding.vllm_engine import DISCARDED
 from ppo.rollout import PolicySampler
+from ppo.sampler_gap import gap_metrics
 from ppo.vllm_sampler import VLLMSampler
 from tests.vllm import models
 from utils.engine.engine import init_distributed
@@ -21,8 +23,9 @@ def follow(folder: str, stage: int, dtype: str = "fp32", steps: int = 10, lr: fl
     for number in range(steps):
         models.train(sampler.policy, lr, number)
     moved = [float((x - first[name]).abs().max()) for name, x in sampler.weights()]
+    kind = type(sampler.engine.model).__name__
     result = {
-        "class": type(sampler.engine.model).__name__, "moved": min(moved), "version": sampler.policy.version,
+        "class": kind, "discards": kind in DISCARDED, "moved": min(moved), "version": sampler.policy.version,
         "before": before, "after": compared(sampler), "elsewhere": sorted(elsewhere(sampler.engine.model)),
     }  # fmt: skip
     sampler.close()
@@ -37,9 +40,12 @@ def compared(sampler: VLLMSampler) -> dict:
     for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
         rollout, other = sampler(prompts, sampling, 3), own(prompts, sampling, 3)
         logprobs, _ = sampler.policy(rollout.sequences, rollout.response_mask, 1.0)
-        gap = (logprobs - rollout.sampler_logprobs)[rollout.response_mask].abs()
+        gap = gap_metrics(rollout.sampler_logprobs, logprobs, rollout.response_mask)
         same = rollout.sequences.shape == other.sequences.shape and torch.equal(rollout.sequences, other.sequences)
-        result[name] = {"same": same, "gap": float(gap.max()), "tokens": len(gap)}
+        result[name] = {
+            "same": same, "gap": float(gap["sampler_gap_max"]), "kl": float(gap["sampler_kl"]),
+            "tokens": int(rollout.response_mask.sum()),
+        }  # fmt: skip
     return result
 
 
