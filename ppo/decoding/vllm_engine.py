@@ -288,14 +288,14 @@ class VLLMEngine:
 @contextlib.contextmanager
 def _restored() -> Iterator[None]:
     """Context after which is restored what vLLM's start changes in the process and the rest of a run relies on."""
-    streams, set_threads, precision = random_state(), torch.set_num_threads, torch.get_float32_matmul_precision()
+    random, set_threads, precision = random_state(), torch.set_num_threads, torch.get_float32_matmul_precision()
     variables = {name: os.environ.get(name) for name in SHARED}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        set_random_state(streams)
+        set_random_state(random)
         torch.set_num_threads = set_threads  # on a CPU vLLM replaces it
         torch.set_float32_matmul_precision(precision)
         for name, value in variables.items():
