@@ -293,7 +293,7 @@ MUTANTS = [Mutant(*mutant) for mutant in (
     # Ranks that share a model in vLLM; these tests need it
     ("vLLM: a copied head of keys is not compared", "copied = module.tp_rank // module.num_kv_head_replicas",
      "copied = module.tp_rank", "vllm/test_ranks.py"),
-    ("vLLM: a rank that finds a fault leaves the others alone in gathers", "        collections.deque(weights, maxlen=0)",
+    ("vLLM: a rank that finds a fault leaves the others in a gather", "        collections.deque(weights, maxlen=0)",
      "        ()", "vllm/test_ranks.py"),
 )]
 # fmt: on
