@@ -94,6 +94,5 @@ def test_refusals(results, name, text):
 def test_an_error_in_training_ends_vllm_too(results):
     result = results["bad score"]
     assert result.codes == [2, 2]
-    *before, last = result.log.splitlines()
-    assert last.startswith("error [rank 0]: --reward_fn failed"), result.log[-3000:]
-    assert "Traceback" not in result.log and "Warning: " not in "".join(before[-10:])
+    assert result.log.splitlines()[-1].startswith("error [rank 0]: --reward_fn failed"), result.log[-3000:]
+    assert not any(word in result.log for word in ("Traceback", "UserWarning", "FutureWarning", "leaked"))
