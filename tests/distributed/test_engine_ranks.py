@@ -35,7 +35,10 @@ def whole(checkpoint: Path) -> dict[tuple[str, str], torch.Tensor]:
     return {key: torch.cat([x for _, x in sorted(found, key=lambda part: part[0])]) for key, found in parts.items()}
 
 
-@pytest.mark.parametrize("dtypes", CHAINS, ids="-".join)
+SLOW = [pytest.param(dtypes, marks=pytest.mark.slow) if dtypes == ("bf16", "bf16") else dtypes for dtypes in CHAINS]
+
+
+@pytest.mark.parametrize("dtypes", SLOW, ids="-".join)
 def test_the_state_survives_every_change_of_ranks_and_stage(dtypes, tmp_path):
     chain, rows = CHAINS[dtypes], {}
     for i, text in enumerate(chain):

@@ -77,6 +77,7 @@ def test_an_error_of_one_rank_in_training_ends_both(inputs, tmp_path):
     assert "error [rank 0]: rank 1: " in result.log and result.log.count("no score today") == 2, result.log
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_machine(inputs, tmp_path):
     """As the recipes start them: neither takes the other's port, exit codes arrive."""
     flags = {"all steps": {"train_steps": 1}, "out of time": {"max_hours": 1e-9, "checkpoint_per_step": 5}}

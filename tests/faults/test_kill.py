@@ -62,6 +62,7 @@ def test_a_disk_that_runs_full(inputs, disk, tmp_path):
 MODELS = {"save_per_step": 1, "num_eval_prompts": 2, "checkpoint_per_step": 9, "zero_stage": 2, "train_steps": 3}
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_when_a_model_is_written(inputs, disk, tmp_path):
     """best/ stays as it was, and the run goes on; without room for final/ it ends, on both ranks."""
     cases = {"whole": MODELS, "best": MODELS | {"fault": "disk fills in export 2"}}

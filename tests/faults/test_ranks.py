@@ -13,6 +13,19 @@ from tests.helpers.tiny import SAMPLES, tiny_llama_folder
 from tests.helpers.tiny_run import SIZES, assert_same_run, final_weights, fit_flags, read_metrics
 
 TIMEOUT = 8  # seconds; many times what a step of this size takes
+SHORT = ("rollout", "update", "loading", "reward function")  # where faults are tested without --all, too
+
+
+def places(names) -> list:
+    """Parameters: those that are not in SHORT are slow, as most of them wait for the watchdog."""
+    return [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def chosen(config: pytest.Config, cases: dict[str, dict]) -> dict[str, dict]:
+    """The cases of the parameters that are not skipped."""
+    return {name: case for name, case in cases.items() if config.getoption("--all") or name.endswith(SHORT)}
+
+
 DEATHS = {
     f"{number} in {phase}": {"fault": f"{number} in {phase}", "hang_timeout": TIMEOUT, "patience": patience}
     # The victim that stands still is killed a second after the other has ended, as a launcher would.
@@ -22,11 +35,11 @@ DEATHS = {
 
 
 @pytest.fixture(scope="module")
-def deaths(inputs, tmp_path_factory) -> dict[str, Result]:
-    return run_cases(tmp_path_factory.mktemp("deaths"), inputs, DEATHS)
+def deaths(inputs, tmp_path_factory, pytestconfig) -> dict[str, Result]:
+    return run_cases(tmp_path_factory.mktemp("deaths"), inputs, chosen(pytestconfig, DEATHS))
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", places(PHASES))
 def test_a_rank_that_dies_or_stands_still_ends_the_other_with_its_stacks(deaths, phase):
     """It ends at the next collective that fails, or by the watchdog where none does."""
     dead, still = deaths[f"SIGKILL in {phase}"], deaths[f"SIGSTOP in {phase}"]
@@ -49,15 +62,15 @@ STALLS = ("loading", "encoding", "saving", "reward function")
 
 
 @pytest.fixture(scope="module")
-def stalls(inputs, tmp_path_factory) -> dict[str, Result]:
+def stalls(inputs, tmp_path_factory, pytestconfig) -> dict[str, Result]:
     folder = tmp_path_factory.mktemp("stalls")
     (folder / "score.py").write_text(HOLDS_THE_LOCK)
     cases = {name: {"fault": f"stall in {name}", "hang_timeout": TIMEOUT} for name in STALLS[:3]}
     cases[STALLS[3]] = {"reward_fn": f"{folder}/score.py:score", "hang_timeout": TIMEOUT}
-    return run_cases(folder, inputs, cases)
+    return run_cases(folder, inputs, chosen(pytestconfig, cases))
 
 
-@pytest.mark.parametrize("where", STALLS)
+@pytest.mark.parametrize("where", places(STALLS))
 def test_a_rank_that_stalls_ends_both_also_before_the_loop_and_with_the_global_lock(stalls, where):
     """The rank that stalls ends by itself. The other counts, too, or fails when the connection closes."""
     result, victim = stalls[where], 0 if where == "encoding" else 1

@@ -20,6 +20,7 @@ from utils.tokenizer import load_tokenizer
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 LLAMA_3 = ROPE | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LINEAR = ROPE | {"rope_type": "linear", "factor": 2.0}
+COUNT = 6  # prompts per rank
 WINDOW = 12  # tokens; the sequences of the tests are longer
 GEMMA = {"sliding_window": WINDOW, "tie_word_embeddings": True}
 
@@ -27,14 +28,14 @@ GEMMA = {"sliding_window": WINDOW, "tie_word_embeddings": True}
 MODELS: dict[str, tuple[str, dict]] = {
     "Llama": ("llama", {}),
     "Llama, tied": ("llama", {"tie_word_embeddings": True}),
-    "Llama, one KV head per head": ("llama", {"num_key_value_heads": 4, "num_attention_heads": 4}),
+    "Llama, four KV heads": ("llama", {"num_attention_heads": 4, "num_key_value_heads": 4}),
     "Llama, heads of 64": ("llama", {"head_dim": 64}),
     "Llama, three heads": ("llama", {"num_attention_heads": 3, "num_key_value_heads": 3}),
     "Llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "Llama 3": ("llama", {"rope_parameters": LLAMA_3 | {"original_max_position_embeddings": 16}}),
     "Llama, linear rope": ("llama", {"rope_parameters": LINEAR}),
     "moss_zh": ("llama", {"vocab_size": 397}),
-    "Qwen2": ("qwen2", {"num_key_value_heads": 2, "num_attention_heads": 4}),
+    "Qwen2": ("qwen2", {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}),
     "Qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
     "Qwen3": ("qwen3", {}),
     "Qwen3, tied": ("qwen3", {"tie_word_embeddings": True}),
@@ -47,12 +48,12 @@ MODELS: dict[str, tuple[str, dict]] = {
 REFUSED: dict[str, tuple[str, dict]] = {
     "GPT-2": ("gpt2", {}),
     "Mixtral": ("mixtral", {"num_local_experts": 4}),
-    "Qwen3 MoE": ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 96}),
+    "Qwen3 MoE": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}),
 }
 
 
 def tiny_config(name: str) -> PretrainedConfig:
-    """The config of a name in MODELS or REFUSED: two layers, two heads of 32 that share keys, 401 tokens."""
+    """The config of a name in MODELS or REFUSED: two layers, two heads of 32 with one KV head, 401 tokens."""
     family, changes = (MODELS | REFUSED)[name]
     sizes = {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -78,16 +79,16 @@ def start(config: PPOConfig, vllm_folder: str | None = None) -> VLLMSampler:
     """A policy in a training engine, and vLLM; `vllm_folder`: whose config vLLM reads instead of the policy's."""
     path, template = config.policy_model_path, "moss_zh" if "moss_zh" in config.policy_model_path else None
     tokenizer = load_tokenizer(path, template)
-    engine = start_vllm(config, vllm_folder or path, "--policy_model_path", tokenizer, 0.5)
+    engine = start_vllm(config, vllm_folder or path, "--policy_model_path", tokenizer, 0.01, COUNT)
     lm = load_causal_lm(path, DTYPES[config.dtype], device(), tokenizer=tokenizer, say=lambda _: None)
     return VLLMSampler(TrainEngine(PolicyModel(lm), config, "policy"), tokenizer, config, engine)
 
 
-def prompts(count: int = 6) -> PromptBatch:
-    """This rank's prompts: random tokens, 3 to 40 of them."""
+def prompts() -> PromptBatch:
+    """This rank's prompts: random tokens, 3 to 38 of them."""
     draw = torch.Generator().manual_seed(rank())
-    ids = [torch.randint(3, 390, (3 + 37 * i // count,), generator=draw).tolist() for i in range(count)]
-    return prompts_of(*ids, first_place=count * rank())
+    ids = [torch.randint(3, 390, (3 + 7 * i,), generator=draw).tolist() for i in range(COUNT)]
+    return prompts_of(*ids, first_place=COUNT * rank())
 
 
 def train(policy: TrainEngine, lr: float, number: int = 0) -> None:

@@ -5,6 +5,7 @@ import torch
 from ppo.decoding.sampling import Sampling
 from ppo.decoding.vllm_engine import DISCARDED
 from ppo.rollout import PolicySampler
+from ppo.sampler_gap import gap_metrics
 from ppo.vllm_sampler import VLLMSampler
 from tests.vllm import models
 from utils.engine.engine import init_distributed
@@ -39,9 +40,12 @@ def compared(sampler: VLLMSampler) -> dict:
     for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
         rollout, other = sampler(prompts, sampling, 3), own(prompts, sampling, 3)
         logprobs, _ = sampler.policy(rollout.sequences, rollout.response_mask, 1.0)
-        gap = (logprobs - rollout.sampler_logprobs)[rollout.response_mask].abs()
+        gap = gap_metrics(rollout.sampler_logprobs, logprobs, rollout.response_mask)
         same = rollout.sequences.shape == other.sequences.shape and torch.equal(rollout.sequences, other.sequences)
-        result[name] = {"same": same, "gap": float(gap.max()), "tokens": len(gap)}
+        result[name] = {
+            "same": same, "gap": float(gap["sampler_gap_max"]), "kl": float(gap["sampler_kl"]),
+            "tokens": int(rollout.response_mask.sum()),
+        }  # fmt: skip
     return result
 
 

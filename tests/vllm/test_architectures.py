@@ -4,11 +4,17 @@ import ast
 import re
 
 import pytest
+import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from data.demo import english
+from data.demo.files import package_file
+from ppo.sampler_gap import KL_LIMITS
 from tests.helpers.tiny_run import REPOSITORY, run_flags, run_module
 from tests.vllm.jobs import run_jobs
 from tests.vllm.models import MODELS, REFUSED, tiny_folder
+from utils.errors import UserError
+from utils.fast_dtype import fast_dtype
 
 JOBS = "tests.vllm.proof_jobs"
 ALSO = {"Llama": [(2, 1), (3, 1), (3, 2)], "Qwen2": [(3, 1)], "Phi-3": [(2, 1)], "Gemma 3": [(3, 1)]}
@@ -33,6 +39,25 @@ def test_sleep_discards_no_other_classes():
     source = (REPOSITORY / "ppo" / "decoding" / "vllm_engine.py").read_text()  # vLLM must not be imported here
     listed = re.search(r"^DISCARDED = (\(.*?\))", source, re.MULTILINE | re.DOTALL)[1]
     assert set(ast.literal_eval(listed)) == {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family] for family, _ in MODELS.values()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_demo_model(dtype, tmp_path):
+    """SmolLM2 with 135 million parameters. In bf16 roundings differ, and one may decide which token is drawn."""
+    try:
+        package_file(english.MODEL_PACKAGE, english.MODEL_FILE)
+    except UserError as error:
+        pytest.skip(str(error))
+    if fast_dtype(torch.device("cpu")) != dtype == "bf16":
+        pytest.skip("this CPU multiplies bf16 in software")
+    english.build_model(tmp_path / "model")
+    [found] = run_jobs(tmp_path, follow=(f"{JOBS}:follow", 1, tmp_path / "model", 1, dtype, 3, 1e-5))["follow"]
+    for when in ("before", "after"):
+        for how in ("greedy", "sampled"):
+            assert found[when][how]["kl"] < KL_LIMITS[dtype], (when, how, found)
+        if dtype == "fp32":
+            assert found[when]["greedy"]["same"] and found[when]["greedy"]["gap"] < 1e-3, found
 
 
 @pytest.mark.slow
