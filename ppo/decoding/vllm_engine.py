@@ -173,7 +173,7 @@ class VLLMEngine:
                 kv_cache_memory_bytes=cache, tensor_parallel_size=tensor_parallel,
                 distributed_executor_backend="external_launcher", distributed_timeout_seconds=timeout,
                 cpu_distributed_timeout_seconds=timeout, enable_sleep_mode=self.sleeps,
-                enforce_eager=not self.sleeps, async_scheduling=False, disable_log_stats=True,
+                enforce_eager=not self.sleeps, async_scheduling=False, disable_log_stats=True, use_tqdm_on_load=False,
                 logits_processors=[_processor(self.draw)],
             )  # fmt: skip
         [self.model] = self.llm.apply_model(lambda model: model)
