@@ -179,7 +179,7 @@ class VLLMEngine:
                 distributed_executor_backend="external_launcher", distributed_timeout_seconds=timeout,
                 cpu_distributed_timeout_seconds=timeout, disable_custom_all_reduce=True, enable_sleep_mode=self.sleeps,
                 enforce_eager=not self.sleeps, async_scheduling=False, disable_log_stats=True,
-                logits_processors=[_processor(self.draw)],
+                use_tqdm_on_load=False, logits_processors=[_processor(self.draw)],
             )  # fmt: skip
         [self.model] = self.llm.apply_model(lambda model: model)
         self.parts, self.group = dict(_parts(self.model)), get_tp_group()
