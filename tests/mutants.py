@@ -273,6 +273,12 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "unit/test_args.py"),
     ("a preset wins over a flag", "config.__init__(**values | given)", "config.__init__(**given | values)",
      "unit/test_args.py"),
+    ("what was in host memory does not come back", "            tensor.copy_(copy)\n", "            pass\n",
+     "unit/test_offload.py"),
+    ("states leave while a checkpoint reads them", "self.before_change()\n        with emptied(", "with emptied(",
+     "unit/test_offload.py"),
+    ("vLLM's cache takes what training holds", "- sum(row[0] for row in rows.values()) - sum(fixed.values())",
+     "- sum(fixed.values())", "unit/test_plan_vllm.py"),
     # Two ranks
     ("gradients averaged over ranks", "self.engine.backward(loss * world_size())", "self.engine.backward(loss)",
      "distributed/test_engine_ranks.py::test_two_ranks_add_gradients_up_in_float32"),

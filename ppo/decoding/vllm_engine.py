@@ -40,6 +40,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # of vLLM's collectives
 # Not through shared memory: on a host all runs use the same name for it, and a run that is killed leaves it behind.
 CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
 # Variables that vLLM sets for processes that it might start. They would reach those of a --reward_fn, and this toolkit.
@@ -177,6 +178,7 @@ class VLLMEngine:
             )  # fmt: skip
         [self.model] = self.llm.apply_model(lambda model: model)
         self.parts, self.group = dict(_parts(self.model)), get_tp_group()
+        self.group.mq_broadcaster = None  # no other process asks for it, and its shared memory would outlive a kill
         # Computed from the config, such as rotary frequencies. Sleep discards them too, and vLLM restores them.
         self.buffers = {name: x.to("cpu", copy=True) for name, x in self.model.named_buffers()}
 

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import torch
 
+import train_ppo
+from ppo.decoding.vllm_engine import VLLMEngine
 from ppo.sampler_gap import sampler_problem
 from ppo.types import SampledRollout, Scores
 from ppo.vllm_sampler import VLLMSampler
 from tests.helpers.parts import scores_of
 from tests.vllm import models
 from tests.vllm.proof_jobs import SAMPLED
+from utils.distributed import rank
 from utils.engine.engine import init_distributed
 from utils.errors import UserError
 
@@ -144,6 +148,17 @@ def inject(folder: str, dtype: str, lr: float, stage: int) -> dict[str, list[str
         found["changed before the sync"] = [outcome(sampler), ""]
     sampler.close()
     return found
+
+
+def stale_run(argv: list[str]) -> None:
+    """A run whose third sync leaves out a layer on rank 1."""
+    load, calls = VLLMEngine.load, itertools.count(1)
+
+    def stale(engine: VLLMEngine, weights: Weights) -> None:
+        load(engine, without(LAYER)(weights) if next(calls) > 2 and rank() == 1 else weights)
+
+    VLLMEngine.load = stale
+    train_ppo.main(argv)
 
 
 def failure(call: Callable) -> str:

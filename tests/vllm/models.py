@@ -48,7 +48,7 @@ MODELS: dict[str, tuple[str, dict]] = {
 REFUSED: dict[str, tuple[str, dict]] = {
     "GPT-2": ("gpt2", {}),
     "Mixtral": ("mixtral", {"num_local_experts": 4}),
-    "Qwen3 MoE": ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 96}),
+    "Qwen3 MoE": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}),
 }
 
 
@@ -79,7 +79,7 @@ def start(config: PPOConfig, vllm_folder: str | None = None) -> VLLMSampler:
     """A policy in a training engine, and vLLM; `vllm_folder`: whose config vLLM reads instead of the policy's."""
     path, template = config.policy_model_path, "moss_zh" if "moss_zh" in config.policy_model_path else None
     tokenizer = load_tokenizer(path, template)
-    engine = start_vllm(config, vllm_folder or path, "--policy_model_path", tokenizer, 0.5, COUNT)
+    engine = start_vllm(config, vllm_folder or path, "--policy_model_path", tokenizer, 0.01, COUNT)
     lm = load_causal_lm(path, DTYPES[config.dtype], device(), tokenizer=tokenizer, say=lambda _: None)
     return VLLMSampler(TrainEngine(PolicyModel(lm), config, "policy"), tokenizer, config, engine)
 

@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.faults.scenarios import run_forked
+from tests.helpers.tiny_run import read_metrics, run_flags
 from tests.vllm.jobs import run_jobs
 from tests.vllm.models import ROPE, tiny_folder
 
@@ -38,6 +40,17 @@ def test_each_fault_is_stopped_and_named(case, tmp_path):
         assert tensor, name
         assert error.startswith(f"UserError: --rollout_engine vllm: {tensor} in vLLM is not the policy's"), error
         assert "nothing was sampled" in error
+
+
+@pytest.mark.slow
+def test_a_run_of_two_ranks_ends_when_the_weights_of_one_are_stale(inputs, tmp_path):
+    """Under ZeRO-3, where both have to gather all weights although one has found the difference."""
+    flags = run_flags(inputs, tmp_path / "run", rollout_engine="vllm", zero_stage=3, num_eval_prompts=0)
+    row = {"module": JOBS, "function": "stale_run", "argv": [flags]}
+    result = run_forked(tmp_path, {"run": row})["run"]
+    assert result.codes == [2, 2]
+    assert "model.layers.1.self_attn.q_proj.weight in vLLM of rank 1 is not the policy's" in result.log
+    assert len(read_metrics(tmp_path / "run")) == 1
 
 
 @pytest.mark.slow
