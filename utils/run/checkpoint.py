@@ -219,8 +219,9 @@ def all_checkpoints(folder: str) -> list[tuple[int, str]]:
 
 
 def save_batches(path: str, batches: tuple) -> str | None:
-    """Writes the tensors of dataclasses to one file, for inspection. Returns the reason if that fails, else None."""
-    tensors = {f.name: getattr(batch, f.name).clone().contiguous() for batch in batches for f in fields(batch)}
+    """Writes the tensors of dataclasses, None left out, to a file, for inspection. Returns why it failed, else None."""
+    columns = {f.name: getattr(batch, f.name) for batch in batches for f in fields(batch)}
+    tensors = {name: x.clone().contiguous() for name, x in columns.items() if x is not None}
 
     def write() -> None:
         record(os.path.dirname(os.path.dirname(path)), "bad_batches", os.path.basename(path))
