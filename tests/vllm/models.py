@@ -34,7 +34,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     "Llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "Llama 3": ("llama", {"rope_parameters": LLAMA_3 | {"original_max_position_embeddings": 16}}),
     "Llama, linear rope": ("llama", {"rope_parameters": LINEAR}),
-    "moss_zh": ("llama", {"vocab_size": 397}),
+    "moss_zh": ("llama", {"vocab_size": 400}),  # as the tokenizer: the embedding grows by two tags
     "Qwen2": ("qwen2", {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}),
     "Qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
     "Qwen3": ("qwen3", {}),
