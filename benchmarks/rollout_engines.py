@@ -1,7 +1,7 @@
 """Compare rollouts of vLLM with this toolkit's own decoding:   python benchmarks/rollout_engines.py [--dtype bf16 fp32]
 
 Both sample from the same policy, the demo's model of 135M parameters, for the same chat prompts with the same seeds, at
-temperature 1, in one process per dtype, in turn. Prints
+temperature 0.8 as in the demo, in one process per dtype, in turn. Prints
 
 1. tokens per second in buffers of 8, 64 and 256 responses of at most 64 tokens: medians over pairs of calls, and their
    ratio (smallest - largest), also with vLLM's copy and comparison of the weights; and the share of the toolkit's draw
@@ -25,7 +25,18 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch
+
 from benchmarks.rollout_learning import DEMO, as_argv
+from benchmarks.timing import timed
+from ppo.build import build
+from ppo.config import PPOConfig
+from ppo.decoding.sampling import Sampling
+from ppo.rollout import PolicySampler
+from ppo.run import Run
+from ppo.types import PromptBatch, SampledRollout
+from reward.model import load_scalar_model, save_scalar_model
+from train_ppo import loop
 from utils.flags.parser import entry_point, parse_args
 
 SIZES = {"num_rollouts": 32, "batch_size": 16, "rollout_batch_size": 256, "maxlen_prompt": 116, "maxlen_res": 64}
@@ -36,25 +47,19 @@ PARTS = ("load", "first_difference", "generate", "__call__")  # copy, comparison
 class Pairs:
     """A `Sampler` that samples with both engines, in alternating order, and returns vLLM's rollout.
 
-    seconds: by engine, per call; parts: of vLLM's calls; tokens: of the responses by engine, per call.
+    clock: seconds by PARTS so far; calls: seconds and "... tokens" of the responses by engine, and seconds by PARTS.
     """
 
     samplers: dict[str, Callable]
     clock: Counter
-    seconds: dict[str, list[float]] = field(default_factory=lambda: {"own": [], "vllm": []})
-    tokens: dict[str, list[int]] = field(default_factory=lambda: {"own": [], "vllm": []})
-    parts: list[dict[str, float]] = field(default_factory=list)
+    calls: list[dict[str, float]] = field(default_factory=list)
 
-    def __call__(self, prompts, sampling, seed: int):
-        """Does a pair of calls."""
-        from benchmarks.timing import timed
-
-        before, rollouts = Counter(self.clock), {}
-        for name in sorted(self.samplers, reverse=len(self.parts) % 2 == 1):
-            rollouts[name], seconds = timed(self.samplers[name], prompts, sampling, seed)
-            self.seconds[name].append(seconds)
-            self.tokens[name].append(int(rollouts[name].response_mask.sum()))
-        self.parts.append({name: self.clock[name] - before[name] for name in PARTS})
+    def __call__(self, prompts: PromptBatch, sampling: Sampling, seed: int) -> SampledRollout:
+        before, call, rollouts = Counter(self.clock), {}, {}
+        for name in sorted(self.samplers, reverse=len(self.calls) % 2 == 1):
+            rollouts[name], call[name] = timed(self.samplers[name], prompts, sampling, seed)
+            call[f"{name} tokens"] = int(rollouts[name].response_mask.sum())
+        self.calls.append(call | {name: self.clock[name] - before[name] for name in PARTS})
         return rollouts["vllm"]
 
     def explain(self) -> str | None:
@@ -62,100 +67,78 @@ class Pairs:
         return self.samplers["vllm"].explain()
 
 
-def measure_calls(owner, clock: Counter, *names: str) -> None:
-    """Replaces functions of a class or an object by ones that add their seconds to `clock`."""
+def measured(owner, name: str, clock: Counter) -> None:
+    """Replaces a function of a class or an object by one that adds its seconds to `clock`."""
+    function = getattr(owner, name)
 
-    def measured(name: str, function: Callable) -> Callable:
-        def call(*args, **kwargs):
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                clock[name] += time.perf_counter() - start
+    def call(*args, **kwargs):
+        result, seconds = timed(function, *args, **kwargs)
+        clock[name] += seconds
+        return result
 
-        return call
-
-    for name in names:
-        setattr(owner, name, measured(name, getattr(owner, name)))
+    setattr(owner, name, call)
 
 
-def build(options: argparse.Namespace, dtype: str, out: Path):
-    """Returns (run of train_ppo.py with vLLM, seconds by function of vLLM's part)."""
-    import torch
-
-    from ppo import build as builder
-    from ppo.config import PPOConfig
-    from ppo.decoding import vllm_engine
-    from reward.model import load_scalar_model, save_scalar_model
-
-    reward = out / "reward"  # with a random head, which costs as much as a trained one
-    base = str(options.demo / "reward_base")
+def start(options: argparse.Namespace, dtype: str, out: Path) -> tuple[Run, Counter]:
+    """Returns a run of train_ppo.py with vLLM, and the seconds by function of what vLLM does in it."""
+    reward, base = out / "reward", str(options.demo / "reward_base")
+    # A random head costs as much as a trained one.
     save_scalar_model(load_scalar_model(base, torch.bfloat16, torch.device("cpu"), say=str), str(reward))
     paths = {"policy_model_path": options.demo / "model", "critic_model_path": reward, "reward_model_path": reward}
-    flags = DEMO | paths | SIZES | {"data_path": options.demo / "prompts", "model_save_path": out / "run"}
-    flags |= {"temperature": 1.0, "num_eval_prompts": 0, "critic_pretrain_steps": 0, "warmup_steps": 0}
-    flags |= {"train_steps": options.steps + 1, "dtype": dtype, "rollout_engine": "vllm"}
+    flags = DEMO | SIZES | paths | {"data_path": options.demo / "prompts", "model_save_path": out / "run"}
+    flags |= {"num_eval_prompts": 0, "critic_pretrain_steps": 0, "warmup_steps": 0, "train_steps": options.steps + 1}
+    flags |= {"dtype": dtype, "rollout_engine": "vllm"}
     del flags["reward_fn"]
-    run = builder.build(parse_args(PPOConfig, as_argv(flags)))
-    clock = Counter()
-    measure_calls(run.sampler.engine, clock, *PARTS[:-1])
-    measure_calls(vllm_engine.Draw, clock, PARTS[-1])
+    run, clock = build(parse_args(PPOConfig, as_argv(flags))), Counter()
+    from ppo.decoding.vllm_engine import Draw  # imports vllm, of whose absence `build` has complained
+
+    for name in PARTS:
+        measured(Draw if name == "__call__" else run.sampler.engine, name, clock)
     return run, clock
 
 
-def rates(run, clock: Counter, batch: int, seconds: float) -> None:
+def pairs_of(run: Run, clock: Counter, batch: int) -> Pairs:
+    """Returns the two samplers of the run's policy. batch: sequences that the own one decodes at once."""
+    config = replace(run.config, rollout_batch_size=batch)
+    return Pairs({"own": PolicySampler(run.models.policy, run.tokenizer, config), "vllm": run.sampler}, clock)
+
+
+def rates(run: Run, clock: Counter, batch: int, seconds: float) -> None:
     """Prints the first table's line of a batch size: pairs of calls for at least `seconds`, after a warm-up."""
-    from ppo.decoding.sampling import Sampling
-    from ppo.rollout import PolicySampler
-    from ppo.types import PromptBatch
 
     def prompts(first: int, count: int) -> PromptBatch:
-        return PromptBatch(
-            [x.ids for x in run.prompts[first : first + count]], [[]] * count, list(range(first, first + count))
-        )
+        places = list(range(first, first + count))
+        return PromptBatch([run.prompts[place].ids for place in places], [[]] * count, places)
 
-    own = PolicySampler(run.models.policy, run.tokenizer, replace(run.config, rollout_batch_size=batch))
-    pairs = Pairs({"own": own, "vllm": run.sampler}, clock)
-    Pairs(pairs.samplers, clock)(prompts(0, min(batch, 8)), Sampling(), 0)
-    start = time.perf_counter()
-    while len(pairs.parts) < 2 or time.perf_counter() - start < seconds:
-        first = len(pairs.parts) * batch % (len(run.prompts) - batch)
-        pairs(prompts(first, batch), Sampling(), 0)
-    own = [n / s for n, s in zip(pairs.tokens["own"], pairs.seconds["own"], strict=True)]
-    alone = [n / part["generate"] for n, part in zip(pairs.tokens["vllm"], pairs.parts, strict=True)]
-    whole = [n / s for n, s in zip(pairs.tokens["vllm"], pairs.seconds["vllm"], strict=True)]
-    draw = median(part["__call__"] / part["generate"] for part in pairs.parts)
+    pairs_of(run, clock, batch)(prompts(0, min(batch, 8)), run.sampling, 0)
+    pairs, begin = pairs_of(run, clock, batch), time.perf_counter()
+    while len(pairs.calls) < 2 or time.perf_counter() - begin < seconds:
+        pairs(prompts(len(pairs.calls) * batch % (len(run.prompts) - batch), batch), run.sampling, 0)
+    own, whole = ([call[f"{name} tokens"] / call[name] for call in pairs.calls] for name in ("own", "vllm"))
+    alone = [call["vllm tokens"] / call["generate"] for call in pairs.calls]
+    draw = median(call["__call__"] / call["generate"] for call in pairs.calls)
     print(
         f"batch {batch:3}: own {median(own):4.0f} tokens/s, vLLM {median(alone):4.0f}: {spread(alone, own)} x; with "
         f"copy and comparison {spread(whole, own)} x; draw {draw:.1%} of vLLM's time; {len(own)} pairs, "
-        f"{median(pairs.tokens['own']):.0f} and {median(pairs.tokens['vllm']):.0f} tokens", flush=True,
+        f"{sum(call['vllm tokens'] for call in pairs.calls)} tokens", flush=True,
     )  # fmt: skip
 
 
-def steps(run, clock: Counter) -> None:
-    """Prints the second table: the steps of the run but the first."""
-    from ppo.rollout import PolicySampler
-    from train_ppo import loop
-
-    own = PolicySampler(
-        run.models.policy, run.tokenizer, replace(run.config, rollout_batch_size=run.config.num_rollouts)
-    )
-    vllm, run.sampler = run.sampler, Pairs({"own": own, "vllm": run.sampler}, clock)
+def steps(run: Run, clock: Counter) -> None:
+    """Prints the second table, without the first step."""
+    pairs = pairs_of(run, clock, run.config.num_rollouts)
     with contextlib.closing(run.logger), run.lifecycle:
-        loop(run)
-    pairs, run.sampler = run.sampler, vllm
+        loop(replace(run, sampler=pairs))
     lines = (Path(run.config.model_save_path) / "metrics.jsonl").read_text("utf-8").splitlines()
     rest = [row["seconds_score"] + row["seconds_update"] for row in map(json.loads, lines)][1:]
-    whole = {name: [a + b for a, b in zip(pairs.seconds[name][1:], rest, strict=True)] for name in ("own", "vllm")}
-    parts = {
-        name: [part[name] / all_of for part, all_of in zip(pairs.parts[1:], whole["vllm"], strict=True)]
-        for name in PARTS
-    }
+    calls = pairs.calls[1:]
+    own, vllm = ([call[name] + s for call, s in zip(calls, rest, strict=True)] for name in ("own", "vllm"))
+    copy, comparison = (median(call[x] / s for call, s in zip(calls, vllm, strict=True)) for x in PARTS[:2])
     print(
-        f"step of {run.config.num_rollouts} responses: rollout own {median(pairs.seconds['own'][1:]):.2f} s, vLLM "
-        f"{median(pairs.seconds['vllm'][1:]):.2f} s; score and update {median(rest):.2f} s; copy "
-        f"{median(parts['load']):.1%}, comparison {median(parts['first_difference']):.1%} of the step with vLLM; "
-        f"steps with vLLM {spread(whole['own'], whole['vllm'])} x as fast; {len(rest)} steps", flush=True,
+        f"step of {run.config.num_rollouts} responses: rollout own {median(x['own'] for x in calls):.2f} s, vLLM "
+        f"{median(x['vllm'] for x in calls):.2f} s; score and update {median(rest):.2f} s; copy {copy:.1%}, comparison "
+        f"{comparison:.1%} of the step with vLLM; this step is {spread(own, vllm)} x as fast; {len(rest)} steps",
+        flush=True,
     )  # fmt: skip
 
 
@@ -167,10 +150,8 @@ def spread(above: list[float], below: list[float]) -> str:
 
 def measure(options: argparse.Namespace, dtype: str) -> None:
     """Prints both tables of a dtype."""
-    import torch
-
     with tempfile.TemporaryDirectory() as folder:
-        run, clock = build(options, dtype, Path(folder))
+        run, clock = start(options, dtype, Path(folder))
         print(f"{dtype}, {torch.get_num_threads()} threads", flush=True)
         for batch in options.batch:
             rates(run, clock, batch, options.seconds)
@@ -185,8 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--demo", type=Path, default=Path(".demo/en"), help="made by python -m data.demo.english")
     parser.add_argument("--dtype", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 64, 256])
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each batch size, at least two pairs")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each batch size, at least two pairs")
+    parser.add_argument("--steps", type=int, default=2, help="after the first, which is not counted")
     options = parser.parse_args(argv)
     for dtype in options.dtype:
         process = get_context("spawn").Process(target=measure, args=(options, dtype))

@@ -74,7 +74,9 @@ def scores_of(argv: list[str], out: Path) -> dict[str, float]:
     kl = {"sampler_kl": max(row["sampler_kl"] for row in rows)} if "sampler_kl" in rows[0] else {}
     shutil.rmtree(out)
     last = fmean(row["score_mean"] for row in rows[-LAST:])
-    return {"first": rows[0]["score_mean"], "last": last, "held out": rows[-1]["eval_score_mean"]} | kl
+    found = {"first": rows[0]["score_mean"], "last": last, "held out": rows[-1]["eval_score_mean"]} | kl
+    print(out.name, *(f"{name} {value:.6g}" for name, value in found.items()), sep=", ", flush=True)
+    return found
 
 
 def interval(values: list[float]) -> str:

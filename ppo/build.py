@@ -32,6 +32,7 @@ def build(config: PPOConfig) -> Run:
 @together()
 def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
     choose_rollout_engine(config)
+    config.check_sampler()
     model_folder(config.policy_model_path, "--policy_model_path")
     model_folder(config.critic_model_path, "--critic_model_path")
     for path in config.reward_model_path:

@@ -75,7 +75,8 @@ def sampler_problem(rollout: Rollout, scores: Scores, sampler, config, temperatu
     if kl <= limit:  # False for NaN
         return None
     cause = sampler.explain() or (
-        "all weights are equal, so that its kernels compute something else; if that is expected, raise the limit"
+        "all weights were equal before it sampled, so that its kernels compute something else; if that is expected, "
+        "raise the limit"
     )
     return (
         f"vLLM samples from another distribution than the policy's: sampler_kl is {kl:.3g} nats per token "

@@ -68,7 +68,8 @@ class SampledRollout(Rollout):
     """A rollout of another engine than the policy's, with that engine's log-probabilities of the response tokens.
 
     sampler_logprobs [batch, length] float32: under the engine's own distribution at the sampling temperature, before
-    top-p and repetition penalty, so that they compare with `Scores.old_logprobs`.
+    top-p and repetition penalty, so that they compare with `Scores.old_logprobs`. Its sampler has the method `explain`
+    that `sampler_problem` calls.
     """
 
     sampler_logprobs: torch.Tensor

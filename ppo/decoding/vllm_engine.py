@@ -25,6 +25,9 @@ from utils.tensors import to_device
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1"}
 os.environ.setdefault("FLASHINFER_CUBINS_REPOSITORY", "none")  # else kernels are downloaded without being asked for
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+# As `disable_custom_all_reduce` below, so that NCCL alone sums over ranks: the other ways end the process with
+# expandable segments (vLLM issue 42609), or fail if each task of srun sees one GPU only.
+os.environ.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else it binds threads to cores that other ranks use
 
 import vllm
@@ -40,6 +43,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # of vLLM's collectives
 # Not through shared memory: on a host all runs use the same name for it, and a run that is killed leaves it behind.
 CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
 # Variables that vLLM sets for processes that it might start. They would reach those of a --reward_fn, and this toolkit.
@@ -145,9 +149,11 @@ class Part:
             held = held.narrow(0, self.start, self.size)
         if self.dim is None:
             return held, tensor
-        length = held.shape[self.dim]  # the last rank's share of a vocabulary has padding
+        length = held.shape[self.dim]
         tensor = tensor[(slice(None),) * self.dim + (slice(self.index * length, (self.index + 1) * length),)]
-        return held.narrow(self.dim, 0, tensor.shape[self.dim]), tensor
+        if isinstance(self.module, VocabParallelEmbedding):  # the last share of a vocabulary has padding
+            held = held.narrow(self.dim, 0, tensor.shape[self.dim])
+        return held, tensor
 
 
 class VLLMEngine:
@@ -171,12 +177,13 @@ class VLLMEngine:
                 max_num_batched_tokens=max(prefill_tokens, max_tokens, max_slots), gpu_memory_utilization=memory_share,
                 kv_cache_memory_bytes=cache, tensor_parallel_size=tensor_parallel,
                 distributed_executor_backend="external_launcher", distributed_timeout_seconds=timeout,
-                cpu_distributed_timeout_seconds=timeout, enable_sleep_mode=self.sleeps,
+                cpu_distributed_timeout_seconds=timeout, disable_custom_all_reduce=True, enable_sleep_mode=self.sleeps,
                 enforce_eager=not self.sleeps, async_scheduling=False, disable_log_stats=True,
-                logits_processors=[_processor(self.draw)],
+                use_tqdm_on_load=False, logits_processors=[_processor(self.draw)],
             )  # fmt: skip
         [self.model] = self.llm.apply_model(lambda model: model)
         self.parts, self.group = dict(_parts(self.model)), get_tp_group()
+        self.group.mq_broadcaster = None  # no other process asks for it, and its shared memory would outlive a kill
         # Computed from the config, such as rotary frequencies: as they are before the first sleep, which discards them.
         self.buffers: dict[str, torch.Tensor] = {}
 
@@ -283,14 +290,14 @@ class VLLMEngine:
 @contextlib.contextmanager
 def _restored() -> Iterator[None]:
     """Context after which is restored what vLLM's start changes in the process and the rest of a run relies on."""
-    streams, set_threads, precision = random_state(), torch.set_num_threads, torch.get_float32_matmul_precision()
+    random, set_threads, precision = random_state(), torch.set_num_threads, torch.get_float32_matmul_precision()
     variables = {name: os.environ.get(name) for name in SHARED}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        set_random_state(streams)
+        set_random_state(random)
         torch.set_num_threads = set_threads  # on a CPU vLLM replaces it
         torch.set_float32_matmul_precision(precision)
         for name, value in variables.items():

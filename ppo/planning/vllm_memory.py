@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from ppo.config import PPOConfig
 from ppo.decoding.kv_cache import slots_for
 from ppo.planning.shapes import LOGIT, Shapes, cache_bytes, tokens_of
+from ppo.vllm_sampler import AUTO_SLOTS, BLOCK
 from utils.engine.engine import DTYPES
 from utils.engine.memory import ROOM
 from utils.errors import UserError
 from utils.memory.activation_peak import peak_bytes
 
 GRAPH_BYTES = 1 << 30  # an estimate
-BLOCK = 16  # tokens that vLLM's cache allocates at once
 
 
 PHASES = ("rollout", "score", "backward", "step")
@@ -61,29 +61,29 @@ def sizes_beside(rows: Rows, config: PPOConfig, policy: Shapes, gpus: int, memor
     """
     size, text, element = config.vllm_tensor_parallel_size, policy.text, DTYPES[config.dtype].itemsize
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    columns = -(-config.maxlen_prompt // BLOCK) * BLOCK
-    sequence = columns * cache_bytes(text, element) * -(-heads // size) // heads
-    drawn = LOGIT * text.vocab_size
+    columns, drawn = -(-config.maxlen_prompt // BLOCK) * BLOCK, LOGIT * text.vocab_size
+    token = cache_bytes(text, element) * -(-heads // size) // heads
     fixed = {
         "vLLM: weights": -(-element * policy.numel // size),
         "vLLM: activations": peak_bytes(policy.decoder, 1, tokens_of(config), backward=False),
         GRAPHS: GRAPH_BYTES,
     }
     prompts = size * -(-max(config.num_rollouts, config.num_eval_prompts) // gpus)
-    wanted = prompts if config.rollout_batch_size == "auto" else min(prompts, config.rollout_batch_size)
+    wanted = min(prompts, AUTO_SLOTS if config.rollout_batch_size == "auto" else config.rollout_batch_size)
     wanted, states = slots_for(wanted, columns, config.rollout_cache_tokens), sum(_states(rows).values())
     free = int(ROOM * memory) - sum(row[0] for row in rows.values()) - sum(fixed.values())
 
     def fitting(more: int) -> int:
-        return min(wanted, max(0, free + more) // (sequence + drawn))
+        return min(wanted, max(0, free + more - BLOCK * token) // (columns * token + drawn))
 
     if config.vllm_gpu_memory_utilization == "auto":
         offload = states > 0 and 2 * fitting(0) < wanted  # moving them takes less time than decoding in more turns
         slots = max(1, fitting(states if offload else 0))
-        cache = slots * sequence
+        cache = (slots * columns + BLOCK) * token
     else:
-        cache = max(sequence, int(config.vllm_gpu_memory_utilization * memory) - sum(fixed.values()))
-        slots = min(wanted, cache // sequence)
+        least = (columns + BLOCK) * token
+        cache = max(least, int(config.vllm_gpu_memory_utilization * memory) - sum(fixed.values()))
+        slots = min(wanted, (cache // token - BLOCK) // columns)
         offload = states > 0 and free < cache + slots * drawn
     awake = fixed | {"vLLM: key-value cache": cache, DRAWING: slots * drawn}
     missing = cache + slots * drawn - free - (states if offload else 0)

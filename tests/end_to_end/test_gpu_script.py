@@ -21,7 +21,14 @@ FIGURES = {  # what each check must have found out, at the least
     "attention": {"mha_2_equal_ragged_share", "gqa_2_ragged_masked_share"},
     "frozen": {"old_s", "new_s", "new_once_s"},
     "passes": {"padded_score_share", "joined_update_share", "joined_update_gib_of_planned", "logprobs_apart"},
-    "optimizer": {"plain_s", "chunked_s", "largest_difference_in_lr", "background_waited_s", "foreground_gb_per_s"},
+    "optimizer": {
+        "plain_s",
+        "chunked_s",
+        "largest_difference_in_lr",
+        "states_back_s",
+        "background_waited_s",
+        "foreground_gb_per_s",
+    },
     "against_trl": {"aim_ratio"},  # the rest where this Python has TRL
     "synchronisations": {"waits_per_token", "waits_per_look", "waits_per_phase"},
     "two_ranks": {"zero_2", "zero_3"},

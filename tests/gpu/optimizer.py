@@ -3,6 +3,7 @@
 842M are an eighth of 7B: what each of eight ranks holds.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -63,6 +64,7 @@ def check(toy: bool, report) -> None:
     report(elements=len(master["plain"]), largest_difference_in_lr=apart)
     report.expect(apart <= TOLERANCE, f"weights after {STEPS} steps are {apart:.2g} lr apart, expected {TOLERANCE}")
     master.clear()
+    offload(engine, report)
     with tempfile.TemporaryDirectory() as folder:
         folder = os.path.join(folder, "checkpoints")
         writer = CheckpointWriter(folder, {"model": engine}, keep=1)
@@ -84,6 +86,23 @@ def step(engine: TrainEngine) -> tuple[float, float]:
     engine.backward(engine())
     (_, seconds), peak = peak_of(timed, lambda: (engine.measure(), engine.apply(LR)))
     return seconds, peak
+
+
+def offload(engine: TrainEngine, report) -> None:
+    """Moves the optimizer's state to host memory and back, twice: the first time makes the page-locked memory."""
+    state = {name: x.to("cpu", copy=True) for name, x in engine.state_tensors().items()}
+    held = allocated_gib()
+    for _ in range(2):
+        with contextlib.ExitStack() as stack:
+            _, out = timed(stack.enter_context, engine.states_offloaded())
+            freed = held - allocated_gib()
+            _, back = timed(stack.close)
+        report(states_out_s=out, states_back_s=back, states_freed_gib=freed)
+    size = sum(x.nbytes for x in state.values()) / GIB
+    report.expect(freed >= 0.99 * size or not held, f"{freed:.2f} GiB were freed, expected {size:.2f}")
+    found = engine.state_tensors()
+    wrong = [name for name, x in state.items() if not torch.equal(found[name].cpu(), x)]
+    report.expect(not wrong, f"{len(wrong)} of {len(state)} tensors have changed in host memory")
 
 
 def write(writer: CheckpointWriter, engine: TrainEngine, folder: Path, way: str, report) -> None:

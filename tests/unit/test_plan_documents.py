@@ -10,7 +10,7 @@ from tests.unit.test_documents import text_of
 from train_ppo import main
 
 CLUSTER, PERFORMANCE = "docs/cluster.md", "docs/performance.md"
-pytestmark = pytest.mark.slow  # 19 plans
+pytestmark = pytest.mark.slow  # 24 plans
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +74,34 @@ def test_64_gpus_on_paper(folders, capsys):
         assert cells["buffer, s"] == f"{numbers['buffer'][0]:.2f}"
         assert cells["GB that a GPU sends per buffer"] == f"{numbers['buffer'][2]:.1f}"
         assert cells["of these over the network"] == f"{numbers['buffer'][3]:.1f}"
+
+
+def test_rollouts_by_vllm_on_paper(folders, capsys):
+    text = section(PERFORMANCE, "Rollouts by vLLM, on paper")
+    header, *rows = table_of(text)
+    names = {"weights": "copying the weights to vLLM, s", "comparison": "comparing them, s"}
+    names |= {name: f"{name}, s" for name in ("prompts", "new tokens")}
+
+    def predicted(model: str, flags: str) -> tuple[dict[str, str], dict[str, float], str]:
+        numbers, rest, output = printed(text, folders[model], flags, capsys)
+        times = {label: f"{numbers[name][0]:.2f}: {rest[name]}" for name, label in names.items() if name in numbers}
+        seconds = {name: numbers.get(name, [0.0])[0] for name in [*names, "buffer"]}
+        return times, seconds | {"GiB": max(numbers["total"])}, output
+
+    for column, cell in enumerate(header[1:], 1):
+        times, seconds, output = predicted(*cell.split(", "))
+        cells = {row[0]: row[column] for row in rows}
+        assert "\nFITS: " in output and cells["GiB per GPU"] == f"{seconds['GiB']:.1f}"
+        assert {label: cells[label] for label in names.values() if cells[label]} == times
+        assert cells["buffer, s"] == f"{seconds['buffer']:.2f}"
+        rollout = sum(seconds[name] for name in names)
+        assert cells["tokens per second in the rollout"] == f"{512 * 512 / rollout:,.0f}"
+        extra = 100 * (seconds["weights"] + seconds["comparison"]) / seconds["buffer"]
+        assert cells["copy and comparison, share of the buffer"] == (f"{extra:.1f} %" if extra else "")
+        host = re.search(r"GiB of host memory.*?\n\n", output, re.DOTALL)[0]
+        per_node = sum(float(number) for number in re.findall(r"([\d.]+)$", host, re.MULTILINE))
+        assert cells["GiB of host memory per node"] == f"{per_node:.1f}"
+    for engine, expected in (("own", "14,678 against"), ("vllm", "against 11,635")):
+        _, seconds, _ = predicted("7B", f"--plan_gpu a100 --rollout_engine {engine}")
+        assert expected.replace("against", "").strip() == f"{512 * 512 / sum(seconds[name] for name in names):,.0f}"
+        assert expected in text

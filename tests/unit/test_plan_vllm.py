@@ -18,6 +18,7 @@ from utils.errors import UserError
 
 GIB = 2**30
 SEQUENCE = 2048 * 32 * 2 * 4096 * 2  # bytes of the cache of 2,048 tokens: 1 GiB
+BLOCK = SEQUENCE // 16  # bytes of 128 tokens, which vLLM may keep back
 DRAWN = 48 * 32000
 SIZES = {"num_rollouts": 128, "batch_size": 32, "maxlen_prompt": 2048, "maxlen_res": 512}
 SIZES |= {"rollout_engine": "vllm", "rollout_batch_size": "auto", "plan_gpu": "h100", "gradient_checkpoint": True}
@@ -38,13 +39,13 @@ def test_the_cache_takes_what_training_leaves_and_no_more_than_all_sequences_nee
         "vLLM: weights": [2 * POLICY_7B, 0, 0, 0],
         "vLLM: activations": [forward, 0, 0, 0],
         "vLLM: CUDA graphs": [GIB] * 4,
-        "vLLM: key-value cache": [16 * SEQUENCE, 0, 0, 0],
+        "vLLM: key-value cache": [16 * SEQUENCE + BLOCK, 0, 0, 0],
         "vLLM: drawing of tokens": [16 * DRAWN, 0, 0, 0],
     }
     assert "key-value cache" not in found.rows and found.rows["activations"][:2] == [0, forward]
     assert found.rows["optimizer of policy and critic"] == [0, STATES, STATES, STATES]
     assert found.host["optimizer during rollouts"] == STATES and found.sizes.slots == 16
-    needed = 2 * POLICY_7B + forward + GIB
+    needed = 2 * POLICY_7B + forward + GIB + BLOCK
     for memory, slots, offload in ((90, 16, False), (80, 11, False), (77, 8, False), (76, 16, True), (64, 15, True)):
         sizes = vllm_sizes(config, 8, memory * GIB)
         room = int(0.9 * memory * GIB) - TRAINING - needed
@@ -59,7 +60,7 @@ def test_what_is_split_over_gpus(paths_7b):  # noqa: F811
     config = ppo_config(**paths_7b | SIZES | {"vllm_tensor_parallel_size": 2, "zero_stage": 3, "num_eval_prompts": 136})
     found, memory = vllm_sizes(config, 8, 80 * GIB), 80 * GIB
     assert found.awake["vLLM: weights"] == POLICY_7B and found.slots == 2 * 17
-    assert found.awake["vLLM: key-value cache"] == 17 * SEQUENCE
+    assert found.awake["vLLM: key-value cache"] == 17 * SEQUENCE + BLOCK // 2
     gathered = fixed_rows(config, 8)[0]["weights gathered from all GPUs"][0]
     assert 0 < gathered - 4 * (4 * 4096**2 + 3 * 4096 * 11008) < 4 * 3 * 4096
     assert vllm_sizes(replace(config, rollout_cache_tokens=7000), 8, memory).slots == 3

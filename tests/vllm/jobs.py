@@ -1,7 +1,7 @@
 """Functions that run in processes of their own, which have imported vLLM, and give back what they return.
 
-In a process vLLM replaces torch.set_num_threads, binds memory to NUMA nodes, takes the process group, and sets
-variables such as LD_PRELOAD and LOCAL_WORLD_SIZE, which would reach the tests that come after.
+In a process vLLM binds memory to NUMA nodes, makes process groups, changes functions of torch and sets variables,
+which would reach the tests that come after.
 """
 
 import importlib

@@ -9,8 +9,8 @@ from ppo import vllm_sampler
 def main(argv: list[str]) -> None:
     start = vllm_sampler.VLLMSampler.__init__
 
-    def start_with_a_factor(self, policy, tokenizer, config, engine):
-        start(self, policy, tokenizer, config, engine)
+    def start_with_a_factor(self, policy, tokenizer, config, engine, *others):
+        start(self, policy, tokenizer, config, engine, *others)
         (processor,) = (module for module in engine.model.modules() if isinstance(module, LogitsProcessor))
         processor.scale = 1.3
 

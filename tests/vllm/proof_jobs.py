@@ -18,6 +18,7 @@ def follow(folder: str, stage: int, dtype: str = "fp32", steps: int = 10, lr: fl
     """Samples before and after optimizer steps; compares with the policy's own decoder and forward."""
     init_distributed()
     sampler = models.start(models.flags(folder, zero_stage=stage, dtype=dtype))
+    sampler.offloaded = (sampler.policy,)  # as where GPUs have too little memory
     before = compared(sampler)
     first = {name: x.clone() for name, x in sampler.weights()}
     for number in range(steps):

@@ -18,10 +18,11 @@ def damage_shards(folder: str, stage: int) -> dict[str, list]:
     init_distributed(60)
     config = ppo_config(zero_stage=stage, policy_model_path=folder, vllm_tensor_parallel_size=2)
     tokenizer = load_tokenizer(folder, "moss_en")
-    vllm = start_vllm(config, folder, "--policy_model_path", tokenizer, 0.5)
+    vllm = start_vllm(config, folder, "--policy_model_path", tokenizer, 0.5, prompts=4)
     policy = TrainEngine(PolicyModel(AutoModelForCausalLM.from_pretrained(folder), even_tokens=64), config, "policy")
     sampler = VLLMSampler(policy, tokenizer, config, vllm)
     vllm.wake("weights")
+    sampler.sync()
     said = {"": [sampler.explain()]}
     for name in [name for name, _ in sampler.weights()]:
         said[name] = []

@@ -37,9 +37,9 @@ def folder(inputs, tmp_path_factory):
         "maxlen_res": 12, "rollout_batch_size": 256, "micro_batch_tokens": 80,
     }  # fmt: skip
 
-    def compare(engine: str, name: str, after=inputs.other_policy) -> list[str]:
-        output = folder / f"{name}.json"
-        return as_argv(flags | {"policies": [inputs.policy, after], "rollout_engine": engine, "output": output})
+    def compare(engine: str, name: str, after=inputs.other_policy, **changes) -> list[str]:
+        changes |= {"policies": [inputs.policy, after], "rollout_engine": engine, "output": folder / f"{name}.json"}
+        return as_argv(flags | changes)
 
     def train(engine: str, name: str, **changes) -> list[str]:
         changes = {"temperature": 0.9, "topp": 0.8, "repetition_penalty": 1.2} | changes
@@ -48,6 +48,7 @@ def folder(inputs, tmp_path_factory):
     words = {
         "compare_own": ("compare", compare("own", "own")),
         "compare_vllm": ("compare", compare("vllm", "vllm")),
+        "compare_limit": ("compare", compare("vllm", "limit", sampler_kl_limit=0)),
         "compare_turned": ("compare", compare("vllm", "turned", turned)),
         "ppo_own": ("ppo", train("own", "ppo_own")),
         "ppo_vllm": ("ppo", train("vllm", "ppo_vllm", rollout_cache_tokens=130)),
@@ -82,6 +83,12 @@ def test_policies_with_other_settings(folder, returned):
     code, shown = returned["compare_turned"]
     assert code == 2 and not (folder / "turned.json").exists()
     assert "rope_parameters" in shown and "5000" in shown and "pass --rollout_engine own" in shown
+
+
+def test_a_gap_above_the_limit(folder, returned):
+    """Of 0, which every rounding exceeds."""
+    code, shown = returned["compare_limit"]
+    assert code == 2 and "sampler_kl is " in shown and not (folder / "limit.json").exists()
 
 
 def test_samples_and_evaluations_as_with_own(folder, returned):

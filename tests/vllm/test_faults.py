@@ -60,4 +60,4 @@ def test_another_config_is_found_by_the_log_probabilities(tmp_path):
     jobs = {x: (f"{JOBS}:other_config", 1, folder, tmp_path / x / "copy", changes[x]) for x in changes}
     for name, [[error]] in run_jobs(tmp_path, **jobs).items():
         assert error.startswith("vLLM samples from another distribution than the policy's: sampler_kl is"), name
-        assert "all weights are equal" in error
+        assert "all weights were equal" in error

@@ -17,9 +17,9 @@ BOTH = {"rollout_engine": "vllm", "zero_stage": 3, "num_eval_prompts": 3, "save_
 CASES = {
     "own": ALONE | {"rollout_engine": "own"},
     "undisturbed": VLLM,
-    "killed": VLLM | {"fault": [0, "update", 3]},
+    "killed": VLLM | {"fault": [0, "update", 11]},
     "after killed": VLLM | {"out": "killed"},
-    "own killed": ALONE | {"rollout_engine": "own", "fault": [0, "update", 3]},
+    "own killed": ALONE | {"rollout_engine": "own", "fault": [0, "update", 11]},
     "after own killed": VLLM | {"out": "own killed"},
     "two ranks": BOTH,
     "stopped": BOTH | {"fault": "SIGTERM in vLLM"},

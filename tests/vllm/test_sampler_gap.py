@@ -45,5 +45,5 @@ def test_a_gap_above_the_limit_stops_all_ranks_before_the_first_update(results, 
     (line,) = (line for line in result.log.splitlines() if line.startswith("error"))
     assert ": step 1: vLLM samples from another distribution than the policy's: sampler_kl is " in line
     assert float(line.split("sampler_kl is ")[1].split()[0]) > least
-    assert "all weights are equal" in line and "--rollout_engine own" in line
+    assert "all weights were equal" in line and "--rollout_engine own" in line
     assert not (result.out / "metrics.jsonl").exists() or not read_metrics(result.out)
