@@ -20,7 +20,7 @@ from utils.tokenizer import load_tokenizer
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 LLAMA_3 = ROPE | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LINEAR = ROPE | {"rope_type": "linear", "factor": 2.0}
-COUNT = 6  # prompts per rank
+LENGTHS = (3, 10, 17, 24, 31, 150)  # of the prompts of a rank
 WINDOW = 12  # tokens; the sequences of the tests are longer
 GEMMA = {"sliding_window": WINDOW, "tie_word_embeddings": True}
 
@@ -34,7 +34,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     "Llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "Llama 3": ("llama", {"rope_parameters": LLAMA_3 | {"original_max_position_embeddings": 16}}),
     "Llama, linear rope": ("llama", {"rope_parameters": LINEAR}),
-    "moss_zh": ("llama", {"vocab_size": 397}),
+    "moss_zh": ("llama", {"vocab_size": 400}),  # as the tokenizer: the embedding grows by two tags
     "Qwen2": ("qwen2", {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}),
     "Qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
     "Qwen3": ("qwen3", {}),
@@ -71,7 +71,7 @@ def tiny_folder(folder: Path, name: str) -> Path:
 
 def flags(folder: str, **changes) -> PPOConfig:
     """Flags of a run with vLLM and the policy in `folder`."""
-    sizes = {"maxlen_prompt": 64, "maxlen_res": 24, "rollout_batch_size": 3, "micro_batch_tokens": 256}
+    sizes = {"maxlen_prompt": 200, "maxlen_res": 24, "rollout_batch_size": 3, "micro_batch_tokens": 256}
     return ppo_config(policy_model_path=folder, rollout_engine="vllm", **sizes | changes)
 
 
@@ -79,16 +79,16 @@ def start(config: PPOConfig, vllm_folder: str | None = None) -> VLLMSampler:
     """A policy in a training engine, and vLLM; `vllm_folder`: whose config vLLM reads instead of the policy's."""
     path, template = config.policy_model_path, "moss_zh" if "moss_zh" in config.policy_model_path else None
     tokenizer = load_tokenizer(path, template)
-    engine = start_vllm(config, vllm_folder or path, "--policy_model_path", tokenizer, 0.01, COUNT)
+    engine = start_vllm(config, vllm_folder or path, "--policy_model_path", tokenizer, 0.01, len(LENGTHS))
     lm = load_causal_lm(path, DTYPES[config.dtype], device(), tokenizer=tokenizer, say=lambda _: None)
     return VLLMSampler(TrainEngine(PolicyModel(lm), config, "policy"), tokenizer, config, engine)
 
 
 def prompts() -> PromptBatch:
-    """This rank's prompts: random tokens, 3 to 38 of them."""
+    """This rank's prompts: random tokens. The longest fills a block of vLLM's prefix cache, which is 128 on a CPU."""
     draw = torch.Generator().manual_seed(rank())
-    ids = [torch.randint(3, 390, (3 + 7 * i,), generator=draw).tolist() for i in range(COUNT)]
-    return prompts_of(*ids, first_place=COUNT * rank())
+    ids = [torch.randint(3, 390, (length,), generator=draw).tolist() for length in LENGTHS]
+    return prompts_of(*ids, first_place=len(LENGTHS) * rank())
 
 
 def train(policy: TrainEngine, lr: float, number: int = 0) -> None:
