@@ -13,6 +13,7 @@ temperature 0.8 as in the demo, in one process per dtype, in turn. Prints
 import argparse
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
+from benchmarks.environment import MALLOC
 from benchmarks.rollout_learning import DEMO, as_argv
 from benchmarks.timing import timed
 from ppo.build import build
@@ -169,6 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of each batch size, at least two pairs")
     parser.add_argument("--steps", type=int, default=2, help="after the first, which is not counted")
     options = parser.parse_args(argv)
+    os.environ.update(MALLOC)  # for the processes below
     for dtype in options.dtype:
         process = get_context("spawn").Process(target=measure, args=(options, dtype))
         process.start()
