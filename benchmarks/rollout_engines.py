@@ -92,7 +92,7 @@ def start(options: argparse.Namespace, dtype: str, out: Path) -> tuple[Run, Coun
     flags |= {"dtype": dtype, "rollout_engine": "vllm"}
     del flags["reward_fn"]
     run, clock = build(parse_args(PPOConfig, as_argv(flags))), Counter()
-    from ppo.decoding.vllm_engine import Draw  # imports vllm, of whose absence `build` has complained
+    from ppo.decoding.vllm_draws import Draw
 
     for name in PARTS:
         measured(Draw if name == "__call__" else run.sampler.engine, name, clock)

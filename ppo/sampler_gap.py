@@ -74,10 +74,7 @@ def sampler_problem(rollout: Rollout, scores: Scores, sampler, config, temperatu
         limit = KL_LIMITS[config.dtype] / min(1.0, temperature)
     if kl <= limit:  # False for NaN
         return None
-    cause = sampler.explain() or (
-        "all weights were equal before it sampled, so that its kernels compute something else; if that is expected, "
-        "raise the limit"
-    )
+    cause = sampler.explain() or "all weights were equal before it sampled"
     return (
         f"vLLM samples from another distribution than the policy's: sampler_kl is {kl:.3g} nats per token "
         f"(--sampler_kl_limit {limit:g}), sampler_gap_max {float(gap['sampler_gap_max']):.3g} nats; {cause}. "

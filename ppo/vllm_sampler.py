@@ -76,6 +76,8 @@ def _check_ranks(config) -> None:
             f"--vllm_tensor_parallel_size {size}: {world_size()} processes do not divide into groups of {size} "
             "neighbours on one node; pass a divisor of the number of processes per node"
         )
+    if config.vllm_batch_invariant and size > 1:
+        raise UserError("--vllm_batch_invariant does not work with --vllm_tensor_parallel_size: leave one of them out")
     if config.vllm_batch_invariant and not (on_gpu() and torch.cuda.get_device_capability() >= (9, 0)):
         raise UserError("--vllm_batch_invariant needs GPUs of compute capability 9.0 or newer; leave the flag out")
 
@@ -96,6 +98,7 @@ def start_vllm(config: PPOConfig, path: str, flag: str, tokenizer, share: float,
         slots = AUTO_SLOTS if on_gpu() else kv_cache.AUTO_SLOTS
     slots = min(slots, prompts * config.vllm_tensor_parallel_size)
     logging.getLogger("vllm").setLevel(logging.ERROR)  # until it reads VLLM_LOGGING_LEVEL, when it has been imported
+    report_progress("start of vLLM")
     try:
         from ppo.decoding.vllm_engine import VLLMEngine
 
@@ -106,6 +109,7 @@ def start_vllm(config: PPOConfig, path: str, flag: str, tokenizer, share: float,
         )  # fmt: skip
         engine.generate([[0]], [0], 1, Sampling(), 0, ())
         engine.sleep()
+        report_progress("first token of vLLM")
         return engine
     except Exception as error:
         reason = _reason(error)
@@ -185,9 +189,11 @@ class VLLMSampler:
             for engine in self.offloaded:
                 stack.enter_context(engine.states_offloaded())
             self.engine.wake("weights")
-            yield
-            self.engine.sleep()
-            self.version = None
+            try:
+                yield
+            finally:  # before the optimizer states come back, for which there is no room beside vLLM
+                self.version = None
+                self.engine.sleep()
 
     def sync(self) -> None:
         """Copies the weights to vLLM and compares them. Raises UserError if a tensor differs."""

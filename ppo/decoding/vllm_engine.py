@@ -1,25 +1,22 @@
-"""vLLM in this process: starts it, draws tokens with `sample`, loads weights into it and reads them back.
+"""vLLM in this process: starts it, generates with it, loads weights into it and compares them.
 
-No other module imports vllm. Weights start as random numbers, so that one which is never loaded cannot go unnoticed.
+Only this module and vllm_weights.py import vllm. Weights start as random numbers, so that one which is never loaded
+cannot go unnoticed.
 """
 
 import contextlib
 import itertools
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
-from ppo.decoding.sampling import Sampling, sample, uniforms
+from ppo.decoding.sampling import Sampling
+from ppo.decoding.vllm_draws import Draw, Draws
 from utils.device import device, on_gpu
 from utils.distributed import any_of_group
-from utils.models.chunked_logprobs import logprobs_and_entropy
 from utils.run.random_state import random_state, set_random_state
-from utils.tensors import to_device
 
 # The scheduler runs in this process, and calls logits processors of its first model runner.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1"}
@@ -33,83 +30,23 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else it binds th
 import vllm
 from vllm.distributed import get_tp_group
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
-from vllm.model_executor.layers.linear import (
-    LinearBase,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    RowParallelLinear,
-)
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+
+from ppo.decoding.vllm_weights import difference, forms_of, parts_of
 
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # of vLLM's collectives
 # Not through shared memory: on a host all runs use the same name for it, and a run that is killed leaves it behind.
 CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
-# Variables that vLLM sets for processes that it might start. They would reach those of a --reward_fn, and this toolkit.
-SHARED = ("LD_PRELOAD", "LOCAL_WORLD_SIZE")
+# Variables, by their beginnings, that vLLM sets and others read: processes of a --reward_fn, this toolkit, NCCL.
+SHARED = ("LD_PRELOAD", "LOCAL_WORLD_SIZE", "NCCL_")
 STOP_INTERVAL = 8  # steps between questions whether to stop: ranks that share a model have to agree
 # Classes whose weights sleep discards; others are copied to host memory. A test loads each of these completely.
 DISCARDED = (
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM",
     "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GraniteForCausalLM",
 )  # fmt: skip
-
-
-@dataclass
-class Draws:
-    """What the tokens of one call are drawn with, and what is recorded: one row per prompt, one column per token."""
-
-    places: torch.Tensor
-    sampling: Sampling
-    seed: int
-    tokens: torch.Tensor
-    logprobs: torch.Tensor
-    seen: torch.Tensor | None = None
-
-
-@dataclass
-class Draw:
-    """Draws a token per row of logits, and leaves only this token, which vLLM then picks as the most likely one.
-
-    Random numbers, top-p and penalty are therefore those of `sample`, and log-probabilities those of the model.
-    """
-
-    draws: Draws | None = None
-    rows: dict[int, tuple[int, list[int]]] = field(default_factory=dict)  # by place in vLLM's batch: row, tokens so far
-
-    def update(self, update: BatchUpdate) -> None:
-        """Follows vLLM's changes of its batch, in the order that vLLM's interface prescribes."""
-        for place in update.removed:
-            self.rows.pop(place, None)
-        for place, params, _, tokens in update.added:
-            self.rows[place] = (params.extra_args["row"], tokens)
-        for source, target, way in update.moved:
-            moved, replaced = self.rows.pop(source, None), self.rows.pop(target, None)
-            if moved is not None:
-                self.rows[target] = moved
-            if replaced is not None and way == MoveDirectionality.SWAP:
-                self.rows[source] = replaced
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """logits [batch, vocabulary] -> the same shape, -inf but for one token."""
-        draws, batch = self.draws, [self.rows[place] for place in range(len(logits))]
-        numbers = [[row for row, _ in batch], [len(tokens) for _, tokens in batch]]
-        row, count = to_device(torch.tensor(numbers), logits.device)
-        if draws.sampling.repetition_penalty != 1.0:
-            self._mark_seen(row, count, [tokens[-1] if tokens else 0 for _, tokens in batch], logits.shape[-1])
-        seen = None if draws.seen is None else draws.seen[row]
-        token = sample(logits, uniforms(draws.seed, draws.places[row], count), draws.sampling, seen)
-        logprobs, _ = logprobs_and_entropy(logits, token, draws.sampling.temperature, with_entropy=False)
-        # Of a prompt that vLLM processes in parts, each part draws the same place; the last one counts.
-        draws.tokens[row, count], draws.logprobs[row, count] = token, logprobs
-        return torch.full_like(logits, -float("inf")).scatter_(1, token[:, None], 0.0)
-
-    def _mark_seen(self, row: torch.Tensor, count: torch.Tensor, last: list[int], vocabulary: int) -> None:
-        draws = self.draws
-        if draws.seen is None:
-            draws.seen = torch.zeros(len(draws.places), vocabulary, dtype=torch.bool, device=row.device)
-        draws.seen[row, to_device(torch.tensor(last), row.device)] |= count > 0
 
 
 def _processor(draw: Draw) -> type[LogitsProcessor]:
@@ -132,30 +69,6 @@ def _processor(draw: Draw) -> type[LogitsProcessor]:
     return Processor
 
 
-@dataclass(frozen=True)
-class Part:
-    """Where vLLM holds a tensor of the policy: `size` rows from `start` of a module's weight or bias; None: all."""
-
-    module: nn.Module
-    name: str  # weight, bias
-    start: int = 0
-    size: int | None = None
-    dim: int | None = None  # along which the tensor is split over tensor-parallel ranks; None: not split
-    index: int = 0  # of this rank's share
-
-    def cut(self, held: torch.Tensor, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns what corresponds in a module's whole weight or bias and in the policy's whole tensor."""
-        if self.size is not None:
-            held = held.narrow(0, self.start, self.size)
-        if self.dim is None:
-            return held, tensor
-        length = held.shape[self.dim]
-        tensor = tensor[(slice(None),) * self.dim + (slice(self.index * length, (self.index + 1) * length),)]
-        if isinstance(self.module, VocabParallelEmbedding):  # the last share of a vocabulary has padding
-            held = held.narrow(self.dim, 0, tensor.shape[self.dim])
-        return held, tensor
-
-
 class VLLMEngine:
     """vLLM with the weights of a model on this rank, or split over `tensor_parallel` neighbouring ranks."""
 
@@ -169,6 +82,8 @@ class VLLMEngine:
         forward over prompts; memory_share: of the GPU's memory; cache: bytes of the key-value cache, None: what is
         left of this share; timeout: seconds, of its process groups. Raises what vLLM raises.
         """
+        if current_platform.is_cpu() == on_gpu():
+            raise ValueError(f"it is built for {current_platform.device_name}, which this run does not use")
         self.draw, self.sleeps, self.awake = Draw(), on_gpu(), {"weights", "kv_cache"}
         with _restored():
             self.llm = vllm.LLM(
@@ -182,7 +97,7 @@ class VLLMEngine:
                 use_tqdm_on_load=False, logits_processors=[_processor(self.draw)],
             )  # fmt: skip
         [self.model] = self.llm.apply_model(lambda model: model)
-        self.parts, self.group = dict(_parts(self.model)), get_tp_group()
+        self.parts, self.group = dict(parts_of(self.model)), get_tp_group()
         self.group.mq_broadcaster = None  # no other process asks for it, and its shared memory would outlive a kill
         # Computed from the config, such as rotary frequencies: as they are before the first sleep, which discards them.
         self.buffers: dict[str, torch.Tensor] = {}
@@ -233,15 +148,15 @@ class VLLMEngine:
             if part.module is not module:
                 module, held = part.module, {}
             if part.name not in held:
-                held[part.name] = list(_held(part.module, part.name))
-            gaps = [_difference(*part.cut(x, tensor)) for x in held[part.name]]
+                held[part.name] = list(forms_of(part.module, part.name))
+            gaps = [difference(*part.cut(x, tensor)) for x in held[part.name]]
             if any(gaps):
                 return name, max(gaps)
         for name in missing:
             return name, float("inf")
         buffers = dict(self.model.named_buffers())
         for name, x in self.buffers.items():  # vLLM restores them
-            if gap := _difference(buffers[name].cpu(), x):
+            if gap := difference(buffers[name].cpu(), x):
                 return name, gap
         return None
 
@@ -290,73 +205,22 @@ class VLLMEngine:
 @contextlib.contextmanager
 def _restored() -> Iterator[None]:
     """Context after which is restored what vLLM's start changes in the process and the rest of a run relies on."""
-    random, set_threads, precision = random_state(), torch.set_num_threads, torch.get_float32_matmul_precision()
-    variables = {name: os.environ.get(name) for name in SHARED}
+    random, precision = random_state(), torch.get_float32_matmul_precision()
+    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+    stream = torch.cuda.current_stream() if on_gpu() else None
+    variables = {name: value for name, value in os.environ.items() if name.startswith(SHARED)}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
         set_random_state(random)
-        torch.set_num_threads = set_threads  # on a CPU vLLM replaces it
+        torch.set_num_threads = set_threads  # on a CPU vLLM replaces it, on a GPU it may set one thread
+        torch.set_num_threads(threads)
+        if stream is not None:  # with ranks that share the model, vLLM makes another one current
+            stream.wait_stream(torch.cuda.current_stream())
+            torch.cuda.set_stream(stream)
         torch.set_float32_matmul_precision(precision)
-        for name, value in variables.items():
-            os.environ.pop(name, None)
-            os.environ |= {} if value is None else {name: value}
-
-
-def _parts(model: nn.Module) -> Iterator[tuple[str, Part]]:
-    """Yields the name that each weight and bias of vLLM's model has in the policy, and where vLLM holds it."""
-    packed = getattr(model, "packed_modules_mapping", {})
-    for path, module in model.named_modules():
-        parent, _, last = path.rpartition(".")
-        names, shares = [last], [(0, None, getattr(module, "tp_rank", 0))]  # start, size, index
-        if isinstance(module, QKVParallelLinear):
-            query, key, value = (
-                module.num_heads * module.head_size, module.num_kv_heads * module.head_size,
-                module.num_kv_heads * module.v_head_size,
-            )  # fmt: skip
-            copied = module.tp_rank // module.num_kv_head_replicas
-            shares = [(0, query, module.tp_rank), (query, key, copied), (query + key, value, copied)]
-            names = packed.get(last, names)
-        elif isinstance(module, MergedColumnParallelLinear):
-            sizes = [size // module.tp_size for size in module.output_sizes]
-            shares = [(sum(sizes[:i]), size, module.tp_rank) for i, size in enumerate(sizes)]
-            names = packed.get(last, names)
-        elif isinstance(module, VocabParallelEmbedding) and module.tp_size == 1:
-            shares = [(0, module.org_vocab_size, 0)]  # padding behind it
-        if len(names) != len(shares):  # the policy has one tensor for all
-            names, shares = [last], [(0, None, 0)]
-        is_split = isinstance(module, LinearBase | VocabParallelEmbedding) and module.tp_size > 1
-        for name, _ in module.named_parameters(recurse=False):
-            dim = 0 if is_split else None
-            if isinstance(module, RowParallelLinear) and is_split:
-                dim = 1 if name == "weight" else None
-            for own, (start, size, index) in zip(names, shares, strict=True):
-                yield ".".join(filter(None, (parent, own, name))), Part(module, name, start, size, dim, index)
-
-
-def _held(module: nn.Module, name: str) -> Iterator[torch.Tensor]:
-    """Yields the weight or bias that a module of vLLM's computes with, in each form in which it has one.
-
-    On a CPU vLLM packs matrices; an embedding without a separate head has both forms. A product with the identity
-    matrix gives what is packed exactly, as all but one of the terms of each sum are 0.
-    """
-    is_packed, held = name == "weight" and hasattr(module, "cpu_linear"), getattr(module, name)
-    if held.numel():
-        yield held
-    if is_packed:
-        size = getattr(module, "input_size_per_partition", module.input_size)
-        yield module.quant_method.apply(module, torch.eye(size, dtype=held.dtype)).T
-
-
-def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Returns the largest difference of two tensors; infinite if they have other shapes, or are not finite."""
-    if x.shape != y.shape:
-        return float("inf")
-    dtype = torch.promote_types(x.dtype, y.dtype)
-    x, y = x.to(dtype), y.to(dtype)
-    if torch.equal(x, y):
-        return 0.0
-    gap = float((x - y).abs().max())
-    return max(gap, math.ulp(0.0)) if math.isfinite(gap) else float("inf")
+        for name in [name for name in os.environ if name.startswith(SHARED)]:
+            del os.environ[name]
+        os.environ |= variables

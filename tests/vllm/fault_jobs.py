@@ -73,6 +73,7 @@ def outcome(sampler: VLLMSampler) -> str:
     try:
         return problem(sampler, sampler(models.prompts(), SAMPLED, 5)) or ""
     except (UserError, RuntimeError) as error:
+        assert not sampler.engine.awake, "optimizer states came back beside vLLM"
         return f"{type(error).__name__}: {error}"
 
 

@@ -76,12 +76,16 @@ def flags(folder: str, **changes) -> PPOConfig:
 
 
 def start(config: PPOConfig, vllm_folder: str | None = None) -> VLLMSampler:
-    """A policy in a training engine, and vLLM; `vllm_folder`: whose config vLLM reads instead of the policy's."""
+    """A policy in a training engine, whose states leave its device while vLLM is awake.
+
+    vllm_folder: whose config vLLM reads instead of the policy's.
+    """
     path, template = config.policy_model_path, "moss_zh" if "moss_zh" in config.policy_model_path else None
     tokenizer = load_tokenizer(path, template)
     engine = start_vllm(config, vllm_folder or path, "--policy_model_path", tokenizer, 0.01, len(LENGTHS))
     lm = load_causal_lm(path, DTYPES[config.dtype], device(), tokenizer=tokenizer, say=lambda _: None)
-    return VLLMSampler(TrainEngine(PolicyModel(lm), config, "policy"), tokenizer, config, engine)
+    policy = TrainEngine(PolicyModel(lm), config, "policy")
+    return VLLMSampler(policy, tokenizer, config, engine, offloaded=(policy,))
 
 
 def prompts() -> PromptBatch:
