@@ -125,6 +125,8 @@ def inject(folder: str, dtype: str, lr: float, stage: int) -> dict[str, list[str
     with replaced(sampler, "sync", lambda sync: None):
         found["sync left out"] = [outcome(sampler), ""]
 
+    sampler.offloaded = ()  # for steps while vLLM is awake
+
     def step(wake: Callable, part: str) -> None:
         wake(part)
         if part == "kv_cache":
