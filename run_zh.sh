@@ -140,7 +140,7 @@ ARGS=(
   --maxlen_prompt 2048        # tokens of prompt and response together; longer prompts lose their oldest turns
   --maxlen_res 512            # longest response, in tokens
   --rollout_batch_size auto   # sequences decoded at once on a GPU: as many as fit (7B: 0.5 MB per token each); or a number
-  --rollout_engine auto       # vllm on a GPU where it is installed (source utils/setup.sh vllm), else own
+  --rollout_engine own        # or vllm, after source utils/setup.sh vllm
   --micro_batch_tokens 8192   # tokens per forward pass on a GPU; changes speed and memory only
 
   # Optimizer

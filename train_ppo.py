@@ -40,7 +40,6 @@ def train(config: PPOConfig) -> None:
         loop(run)
         if run.finished:
             run.export("final")
-    run.sampler.close()
     shutdown_distributed()
     if run.lifecycle.exit_code:
         sys.exit(run.lifecycle.exit_code)

@@ -34,6 +34,7 @@ from benchmarks.timing import timed
 from ppo.build import build
 from ppo.config import PPOConfig
 from ppo.decoding.sampling import Sampling
+from ppo.decoding.vllm_draw import Draw
 from ppo.rollout import PolicySampler
 from ppo.run import Run
 from ppo.types import PromptBatch, SampledRollout
@@ -42,7 +43,7 @@ from train_ppo import loop
 from utils.flags.parser import entry_point, parse_args
 
 SIZES = {"num_rollouts": 32, "batch_size": 16, "rollout_batch_size": 256, "maxlen_prompt": 116, "maxlen_res": 64}
-PARTS = ("load", "first_difference", "generate", "__call__")  # copy, comparison, sampling, draw
+PARTS = ("load", "first_difference", "generate", "apply")  # copy, comparison, sampling, draw
 
 
 @dataclass
@@ -92,10 +93,8 @@ def start(options: argparse.Namespace, dtype: str, out: Path) -> tuple[Run, Coun
     flags |= {"dtype": dtype, "rollout_engine": "vllm"}
     del flags["reward_fn"]
     run, clock = build(parse_args(PPOConfig, as_argv(flags))), Counter()
-    from ppo.decoding.vllm_draws import Draw
-
     for name in PARTS:
-        measured(Draw if name == "__call__" else run.sampler.engine, name, clock)
+        measured(Draw if name == "apply" else run.sampler.engine, name, clock)
     return run, clock
 
 
@@ -118,7 +117,7 @@ def rates(run: Run, clock: Counter, batch: int, seconds: float) -> None:
         pairs(prompts(len(pairs.calls) * batch % (len(run.prompts) - batch), batch), run.sampling, 0)
     own, whole = ([call[f"{name} tokens"] / call[name] for call in pairs.calls] for name in ("own", "vllm"))
     alone = [call["vllm tokens"] / call["generate"] for call in pairs.calls]
-    draw = median(call["__call__"] / call["generate"] for call in pairs.calls)
+    draw = median(call["apply"] / call["generate"] for call in pairs.calls)
     print(
         f"batch {batch:3}: own {median(own):4.0f} tokens/s, vLLM {median(alone):4.0f}: {spread(alone, own)} x; with "
         f"copy and comparison {spread(whole, own)} x; draw {draw:.1%} of vLLM's time; {len(own)} pairs, "
@@ -158,7 +157,6 @@ def measure(options: argparse.Namespace, dtype: str) -> None:
         for batch in options.batch:
             rates(run, clock, batch, options.seconds)
         steps(run, clock)
-        run.sampler.close()
 
 
 @entry_point

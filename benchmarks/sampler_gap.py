@@ -98,7 +98,7 @@ def main() -> None:
     else:
         tokenizer, rows = NO_TOKENIZER, policy.lm.config.vocab_size
         ids = random_ids([options.prompt_tokens] * 512, torch.Generator().manual_seed(0), rows)
-    engine = start_vllm(config, options.model, "--model", tokenizer, 0.5)
+    engine = start_vllm(config, options.model, "--model", tokenizer, 0.5, options.count)
     start, kinds = 0, [*map(Sampling, options.temperatures), EVALUATION]
     for length in options.lengths:
         sampler = VLLMSampler(InferenceEngine(policy), tokenizer, replace(config, maxlen_res=length), engine)
@@ -122,7 +122,6 @@ def main() -> None:
                 )
                 exact.lm.set_attn_implementation("sdpa")
             start += options.count
-    engine.close()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from ppo.rollout import PolicySampler
 from ppo.run import Run
 from ppo.state import PPOState, RunState
 from ppo.user_reward import load_reward_fn
-from ppo.vllm_sampler import VLLMSampler, choose_rollout_engine, start_vllm
+from ppo.vllm_sampler import VLLMSampler, check_rollout_engine, start_vllm
 from utils.distributed import world_size
 from utils.errors import Say
 from utils.flags.checks import is_default
@@ -31,8 +31,7 @@ def build(config: PPOConfig) -> Run:
 
 @together()
 def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
-    choose_rollout_engine(config)
-    config.check_sampler()
+    check_rollout_engine(config)
     model_folder(config.policy_model_path, "--policy_model_path")
     model_folder(config.critic_model_path, "--critic_model_path")
     for path in config.reward_model_path:

@@ -13,7 +13,7 @@ from ppo.sampler_gap import sampler_problem
 from ppo.score import score
 from ppo.types import PromptBatch
 from ppo.user_reward import call_reward_fn, load_reward_fn
-from ppo.vllm_sampler import VLLMSampler, choose_rollout_engine, start_vllm
+from ppo.vllm_sampler import VLLMSampler, check_rollout_engine, start_vllm
 from reward.scoring.ensemble import Frozen
 from reward.scoring.load import load_ensemble, reward_readers
 from utils.engine.engine import DTYPES, InferenceEngine, device, init_distributed
@@ -33,7 +33,7 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     policy and under BEFORE. Memory: two policies and the reward models.
     """
     choose_dtype(config)
-    choose_rollout_engine(config)
+    check_rollout_engine(config)
     named = [("--policies", path) for path in config.policies]
     tokenizer, template = prepare_tokenizer(config, config.tokenizer_name_or_path or config.policies[0], named, print)
     for flag, path in named:
@@ -85,9 +85,7 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
 
     plain = judge(after, Sampling())["columns"]
     kl = [b - a for a, b in zip(plain["nll"], plain["nll under before"], strict=True)]
-    judged = judge(before, EVALUATION), judge(after, EVALUATION), kl
-    after.close()
-    return judged
+    return judge(before, EVALUATION), judge(after, EVALUATION), kl
 
 
 def _samplers(config: CompareConfig, tokenizer, policies: list[PolicyModel]) -> list[Sampler]:

@@ -37,7 +37,7 @@ def _nearest(number: int, step: int) -> int:
 @dataclass
 class PPOConfig(
     flags.DataFlags, flags.TrainingFlags, flags.TrickFlags, flags.LossFlags, flags.LengthFlags, flags.SamplingFlags,
-    flags.AlarmFlags, flags.DecodingFlags, flags.RolloutEngineFlags, flags.RolloutTrainingFlags, flags.GatherFlags,
+    flags.RolloutEngineFlags, flags.RolloutTrainingFlags, flags.AlarmFlags, flags.DecodingFlags, flags.GatherFlags,
     RewardFlags, RouterFlags, RunFlags, flags.PlanFlags,
 ):  # fmt: skip
     """Align a language model with PPO-max.
@@ -59,7 +59,7 @@ class PPOConfig(
         if self.alarm_kl is None:  # experiments/RESULTS.md: the quality of short answers falls long before 100 nats
             self.alarm_kl = min(100.0, float(self.maxlen_res))
         self._check_numbers()
-        self.check_sampler()
+        self._check_rollout_engine()
         fit_warmup(self)
         self._fit_batches()
 
@@ -156,8 +156,7 @@ class PPOConfig(
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise UserError("--kl_in loss needs --kl_estimator k2 or k3: the gradient of k1 is 0 on average")
 
-    def check_sampler(self) -> None:
-        """Raises UserError for flags that do not suit --rollout_engine, again when auto has been decided."""
+    def _check_rollout_engine(self) -> None:
         engine, kind = f"--rollout_engine {self.rollout_engine}", f"--sampler_correction {self.sampler_correction}"
         if self.reuse_sampler_logprobs and self.rollout_engine == "vllm":
             problem = f"--reuse_sampler_logprobs with {engine}: vLLM's log-probabilities are compared with those of the"

@@ -137,18 +137,18 @@ class DecodingFlags:
 class RolloutEngineFlags:
     """Rollout engine: this toolkit's own decoding, or vLLM."""
 
-    rollout_engine: Common[Literal["auto", "own", "vllm"]] = "auto"
-    """Engine that samples responses. own: the policy's own engine; vllm: vLLM in the same process, with the policy's
-    weights copied to it and compared before each use. auto: vllm on a GPU where it is installed, else own"""
+    rollout_engine: Common[Literal["own", "vllm"]] = "own"
+    """Engine that samples responses. own: this toolkit's decoding, with the policy's weights in place; vllm: vLLM in
+    the same process, with a copy of the weights that is compared with the policy's before each use"""
     vllm_gpu_memory_utilization: Literal["auto"] | float = "auto"
     """Share of each GPU's memory that vLLM may use while it samples, weights and key-value cache together. auto: what
-    everything else leaves, in training by the numbers of --plan"""
+    the rest of the run leaves, as --plan predicts it"""
     vllm_batch_invariant: bool = False
     """Use vLLM's kernels whose results do not depend on the batch; slower, and only on GPUs of compute capability 9.0
     or newer"""
     sampler_kl_limit: float | None = None
-    """Largest KL of vLLM's distribution to that of the scoring forward, k3 in nats per token. Above it the run stops.
-    Default: 5e-5 for fp32, 0.02 for bf16; divided by a temperature below 1"""
+    """Largest KL(vLLM, policy) of a buffer, in nats per token (estimator k3). Above it the run stops. Default: 5e-5 for
+    fp32, 0.02 for bf16; divided by a temperature below 1"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,9 +165,9 @@ class RolloutTrainingFlags:
     vllm_tensor_parallel_size: int = 1
     """GPUs of one node that share a copy of the policy in vLLM; a divisor of the number of processes per node"""
     sampler_correction: Literal["none", "truncate", "mask_token", "mask_sequence"] = "none"
-    """Weights in the policy loss from the ratio of the policy's probability of a token to vLLM's. truncate: the ratio,
-    at most --sampler_correction_cap (TIS); mask_token: the ratio, 0 outside [1 / cap, cap] (IcePop); mask_sequence: 0
-    for responses whose geometric mean ratio is outside, else 1 (Geo-RS)"""
+    """Importance weight of each token in the policy loss, from r = p(policy) / p(vLLM). truncate: min(r, cap) (TIS);
+    mask_token: r, 0 outside [1 / cap, cap] (IcePop); mask_sequence: 1, 0 for responses whose geometric mean of r is
+    outside (Geo-RS). cap: --sampler_correction_cap"""
     sampler_correction_cap: float | None = None
     """Largest ratio under --sampler_correction; above 1. Default: 2, and 1.1 for mask_sequence"""
 

@@ -40,10 +40,6 @@ class Sampler(Protocol):
         """Random numbers depend on (seed, place of the prompt, position of the token) only."""
         ...
 
-    def close(self) -> None:
-        """Ends what the sampler has started. The last thing that a run does."""
-        ...
-
 
 @dataclass(frozen=True)
 class PolicySampler:
@@ -79,9 +75,6 @@ class PolicySampler:
             responses = decoder.run(lockstep)
         rollout = assemble(prompts.ids, responses, stop_ids(self.tokenizer), self.tokenizer.pad_token_id)
         return with_measured(rollout, *decoder.measurements()) if measure else rollout
-
-    def close(self) -> None:
-        """Does nothing: the engine is the policy's."""
 
 
 def decoding_options(config: PPOConfig, model: nn.Module, split: bool = False) -> DecodingOptions:

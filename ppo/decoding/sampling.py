@@ -78,7 +78,8 @@ def pick(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     Finds a block of tokens, then the token inside it: a float64 sum over the whole vocabulary costs as much as a small
     model.
     """
-    blocks = F.pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    missing = -probs.shape[-1] % BLOCK
+    blocks = (F.pad(probs, (0, missing)) if missing else probs).unflatten(-1, (-1, BLOCK))  # F.pad copies in any case
     ends = blocks.sum(-1).double().cumsum(-1)
     target = uniform[:, None] * ends[:, -1:]
     block = _first_above(ends, target)

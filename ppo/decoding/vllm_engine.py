@@ -1,7 +1,6 @@
 """vLLM in this process: starts it, generates with it, loads weights into it and compares them.
 
-Only this module and vllm_weights.py import vllm. Weights start as random numbers, so that one which is never loaded
-cannot go unnoticed.
+No other module imports vllm. Weights start as random numbers, so that one which is never loaded cannot go unnoticed.
 """
 
 import contextlib
@@ -11,9 +10,11 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import nn
 
 from ppo.decoding.sampling import Sampling
-from ppo.decoding.vllm_draws import Draw, Draws
+from ppo.decoding.vllm_draw import Draw, Draws
+from ppo.decoding.vllm_weights import Part, difference, first_difference
 from utils.device import device, on_gpu
 from utils.distributed import any_of_group
 from utils.run.random_state import random_state, set_random_state
@@ -30,11 +31,16 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else it binds th
 import vllm
 from vllm.distributed import get_tp_group
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
-
-from ppo.decoding.vllm_weights import difference, forms_of, parts_of
+from vllm.v1.sample.logits_processor import LogitsProcessor
 
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # of vLLM's collectives
 # Not through shared memory: on a host all runs use the same name for it, and a run that is killed leaves it behind.
@@ -47,26 +53,6 @@ DISCARDED = (
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM",
     "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GraniteForCausalLM",
 )  # fmt: skip
-
-
-def _processor(draw: Draw) -> type[LogitsProcessor]:
-    """Returns a class for vLLM, which makes the instance itself, whose instance calls `draw`."""
-
-    class Processor(LogitsProcessor):
-        def __init__(self, *_):
-            pass
-
-        def is_argmax_invariant(self) -> bool:
-            return False
-
-        def update_state(self, batch_update: BatchUpdate | None) -> None:
-            if batch_update is not None:
-                draw.update(batch_update)
-
-        def apply(self, logits: torch.Tensor) -> torch.Tensor:
-            return draw(logits)
-
-    return Processor
 
 
 class VLLMEngine:
@@ -84,7 +70,8 @@ class VLLMEngine:
         """
         if current_platform.is_cpu() == on_gpu():
             raise ValueError(f"it is built for {current_platform.device_name}, which this run does not use")
-        self.draw, self.sleeps, self.awake = Draw(), on_gpu(), {"weights", "kv_cache"}
+        self.sleeps, self.awake = on_gpu(), {"weights", "kv_cache"}
+        processor = type("Processor", (Draw, LogitsProcessor), {"made": []})  # vLLM makes the instance
         with _restored():
             self.llm = vllm.LLM(
                 folder, skip_tokenizer_init=True, load_format="dummy", dtype=dtype, generation_config="vllm",
@@ -94,10 +81,12 @@ class VLLMEngine:
                 distributed_executor_backend="external_launcher", distributed_timeout_seconds=timeout,
                 cpu_distributed_timeout_seconds=timeout, disable_custom_all_reduce=True, enable_sleep_mode=self.sleeps,
                 enforce_eager=not self.sleeps, async_scheduling=False, disable_log_stats=True,
-                use_tqdm_on_load=False, logits_processors=[_processor(self.draw)],
+                use_tqdm_on_load=False, logits_processors=[processor],
             )  # fmt: skip
+        [self.draw] = processor.made
+        self.llm.llm_engine.engine_core._finalizer.detach()  # else it ends, at exit, groups that have ended
         [self.model] = self.llm.apply_model(lambda model: model)
-        self.parts, self.group = dict(parts_of(self.model)), get_tp_group()
+        self.parts, self.group = dict(_parts(self.model)), get_tp_group()
         self.group.mq_broadcaster = None  # no other process asks for it, and its shared memory would outlive a kill
         # Computed from the config, such as rotary frequencies: as they are before the first sleep, which discards them.
         self.buffers: dict[str, torch.Tensor] = {}
@@ -120,10 +109,6 @@ class VLLMEngine:
         """Whether `first_difference` can read the weights."""
         return "weights" in self.awake or not self.sleeps
 
-    def close(self) -> None:
-        """Ends vLLM, and with it the process group."""
-        self.llm.llm_engine.engine_core.shutdown()
-
     def load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Replaces the weights. Their loss in sleep would not be noticed, so that loading then is an error."""
         if "weights" not in self.awake:
@@ -132,28 +117,10 @@ class VLLMEngine:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept keys and values of old weights")
 
-    @torch.no_grad()
     def first_difference(self, weights: Iterator[tuple[str, torch.Tensor]]) -> tuple[str, float] | None:
-        """Returns the name and the largest difference of the first tensor that differs from vLLM's, None if none does.
-
-        weights: all of the model. Infinite: not finite in one of them, of another shape, or in one of the two models
-        only. vLLM's buffers are compared with what they were before it slept.
-        """
-        missing, module, held = dict.fromkeys(self.parts), None, {}
-        for name, tensor in weights:
-            part = self.parts.get(name)
-            if part is None:
-                return name, float("inf")
-            del missing[name]
-            if part.module is not module:
-                module, held = part.module, {}
-            if part.name not in held:
-                held[part.name] = list(forms_of(part.module, part.name))
-            gaps = [difference(*part.cut(x, tensor)) for x in held[part.name]]
-            if any(gaps):
-                return name, max(gaps)
-        for name in missing:
-            return name, float("inf")
+        """`first_difference` for vLLM's weights, then for its buffers, with what they were before it slept."""
+        if found := first_difference(self.parts, weights):
+            return found
         buffers = dict(self.model.named_buffers())
         for name, x in self.buffers.items():  # vLLM restores them
             if gap := difference(buffers[name].cpu(), x):
@@ -186,7 +153,7 @@ class VLLMEngine:
         responses, steps, is_stopped = dict.fromkeys(names, stops[:1]), itertools.count(), False
         while engine.has_unfinished_requests() and not is_stopped:
             responses |= {output.request_id: output.outputs[0].token_ids for output in engine.step()}
-            is_stopped = next(steps) % STOP_INTERVAL == 0 and self._any_rank(stopped())
+            is_stopped = next(steps) % STOP_INTERVAL == 0 and any_of_group(stopped(), self.group.cpu_group)
         if is_stopped:
             engine.abort_request(names)
         lengths = [len(responses[name]) for name in names]
@@ -197,14 +164,10 @@ class VLLMEngine:
             raise RuntimeError("vLLM returned other tokens than were drawn")
         return tokens, logprobs
 
-    def _any_rank(self, flag: bool) -> bool:
-        """Returns True on all ranks that share the model if `flag` is True on any."""
-        return flag if self.group.world_size == 1 else any_of_group(flag, self.group.cpu_group)
-
 
 @contextlib.contextmanager
 def _restored() -> Iterator[None]:
-    """Context after which is restored what vLLM's start changes in the process and the rest of a run relies on."""
+    """Context that restores what vLLM's start changes in the process: random streams, threads, stream, variables."""
     random, precision = random_state(), torch.get_float32_matmul_precision()
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     stream = torch.cuda.current_stream() if on_gpu() else None
@@ -224,3 +187,36 @@ def _restored() -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith(SHARED)]:
             del os.environ[name]
         os.environ |= variables
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, Part]]:
+    """Yields the name that each weight and bias of vLLM's model has in the policy, and where vLLM holds it."""
+    packed = getattr(model, "packed_modules_mapping", {})
+    for path, module in model.named_modules():
+        parent, _, last = path.rpartition(".")
+        names, shares = [last], [(0, None, getattr(module, "tp_rank", 0))]  # start, size, index
+        if isinstance(module, QKVParallelLinear):
+            query, key, value = (
+                module.num_heads * module.head_size, module.num_kv_heads * module.head_size,
+                module.num_kv_heads * module.v_head_size,
+            )  # fmt: skip
+            copied = module.tp_rank // module.num_kv_head_replicas
+            shares = [(0, query, module.tp_rank), (query, key, copied), (query + key, value, copied)]
+            names = packed.get(last, names)
+        elif isinstance(module, MergedColumnParallelLinear):
+            sizes = [size // module.tp_size for size in module.output_sizes]
+            shares = [(sum(sizes[:i]), size, module.tp_rank) for i, size in enumerate(sizes)]
+            names = packed.get(last, names)
+        elif isinstance(module, VocabParallelEmbedding) and module.tp_size == 1:
+            shares = [(0, module.org_vocab_size, 0)]  # padding behind it
+        if len(names) != len(shares):  # the policy has one tensor for all
+            names, shares = [last], [(0, None, 0)]
+        is_split = isinstance(module, LinearBase | VocabParallelEmbedding) and module.tp_size > 1
+        for name, _ in module.named_parameters(recurse=False):
+            dim = 0 if is_split else None
+            if isinstance(module, RowParallelLinear) and is_split:
+                dim = 1 if name == "weight" else None
+            for own, (start, size, index) in zip(names, shares, strict=True):
+                yield ".".join(filter(None, (parent, own, name))), Part(
+                    module, name, start, size, dim, index, isinstance(module, VocabParallelEmbedding)
+                )  # fmt: skip

@@ -1,7 +1,4 @@
-"""Where vLLM holds each tensor of the policy, and what it computes with: for an exact comparison with the policy's.
-
-Imported by vllm_engine.py only, which prepares the process for vllm.
-"""
+"""Reads back the weights that vLLM computes with, and compares them with the policy's."""
 
 import math
 from collections.abc import Iterator
@@ -9,13 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.linear import (
-    LinearBase,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    RowParallelLinear,
-)
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 
 @dataclass(frozen=True)
@@ -28,6 +18,7 @@ class Part:
     size: int | None = None
     dim: int | None = None  # along which the tensor is split over tensor-parallel ranks; None: not split
     index: int = 0  # of this rank's share
+    is_vocabulary: bool = False
 
     def cut(self, held: torch.Tensor, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns what corresponds in a module's whole weight or bias and in the policy's whole tensor."""
@@ -37,43 +28,37 @@ class Part:
             return held, tensor
         length = held.shape[self.dim]
         tensor = tensor[(slice(None),) * self.dim + (slice(self.index * length, (self.index + 1) * length),)]
-        if isinstance(self.module, VocabParallelEmbedding):  # the last share of a vocabulary has padding
+        if self.is_vocabulary:  # the last share of a vocabulary has padding
             held = held.narrow(self.dim, 0, tensor.shape[self.dim])
         return held, tensor
 
 
-def parts_of(model: nn.Module) -> Iterator[tuple[str, Part]]:
-    """Yields the name that each weight and bias of vLLM's model has in the policy, and where vLLM holds it."""
-    packed = getattr(model, "packed_modules_mapping", {})
-    for path, module in model.named_modules():
-        parent, _, last = path.rpartition(".")
-        names, shares = [last], [(0, None, getattr(module, "tp_rank", 0))]  # start, size, index
-        if isinstance(module, QKVParallelLinear):
-            query, key, value = (
-                module.num_heads * module.head_size, module.num_kv_heads * module.head_size,
-                module.num_kv_heads * module.v_head_size,
-            )  # fmt: skip
-            copied = module.tp_rank // module.num_kv_head_replicas
-            shares = [(0, query, module.tp_rank), (query, key, copied), (query + key, value, copied)]
-            names = packed.get(last, names)
-        elif isinstance(module, MergedColumnParallelLinear):
-            sizes = [size // module.tp_size for size in module.output_sizes]
-            shares = [(sum(sizes[:i]), size, module.tp_rank) for i, size in enumerate(sizes)]
-            names = packed.get(last, names)
-        elif isinstance(module, VocabParallelEmbedding) and module.tp_size == 1:
-            shares = [(0, module.org_vocab_size, 0)]  # padding behind it
-        if len(names) != len(shares):  # the policy has one tensor for all
-            names, shares = [last], [(0, None, 0)]
-        is_split = isinstance(module, LinearBase | VocabParallelEmbedding) and module.tp_size > 1
-        for name, _ in module.named_parameters(recurse=False):
-            dim = 0 if is_split else None
-            if isinstance(module, RowParallelLinear) and is_split:
-                dim = 1 if name == "weight" else None
-            for own, (start, size, index) in zip(names, shares, strict=True):
-                yield ".".join(filter(None, (parent, own, name))), Part(module, name, start, size, dim, index)
+@torch.no_grad()
+def first_difference(parts: dict[str, Part], weights: Iterator[tuple[str, torch.Tensor]]) -> tuple[str, float] | None:
+    """Returns the name and the largest difference of the first tensor that differs from vLLM's, None if none does.
+
+    parts: by name. weights: all of the model. Infinite: not finite in one of them, of another shape, or in one of the
+    two models only.
+    """
+    missing, module, held = dict.fromkeys(parts), None, {}
+    for name, tensor in weights:
+        part = parts.get(name)
+        if part is None:
+            return name, float("inf")
+        del missing[name]
+        if part.module is not module:
+            module, held = part.module, {}
+        if part.name not in held:
+            held[part.name] = list(_held(part.module, part.name))
+        gaps = [difference(*part.cut(x, tensor)) for x in held[part.name]]
+        if any(gaps):
+            return name, max(gaps)
+    for name in missing:
+        return name, float("inf")
+    return None
 
 
-def forms_of(module: nn.Module, name: str) -> Iterator[torch.Tensor]:
+def _held(module: nn.Module, name: str) -> Iterator[torch.Tensor]:
     """Yields the weight or bias that a module of vLLM's computes with, in each form in which it has one.
 
     On a CPU vLLM packs matrices; an embedding without a separate head has both forms. A product with the identity

@@ -42,7 +42,7 @@ class Sizes:
 class Plan:
     """Bytes on each GPU in each of PHASES, bytes of host memory per process, and the sizes they are for.
 
-    vllm: of --rollout_engine vllm; None: the policy's own engine samples. `auto` counts as that.
+    vllm: of --rollout_engine vllm; None: the policy's own engine samples.
     """
 
     rows: Rows

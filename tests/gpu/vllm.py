@@ -12,7 +12,7 @@ from ppo.config import PPOConfig
 from ppo.decoding.sampling import Sampling
 from ppo.models import PolicyModel
 from ppo.rollout import PolicySampler
-from ppo.sampler_gap import gap_metrics
+from ppo.sampler_gap import KL_LIMITS, gap_metrics
 from ppo.types import PromptBatch, SampledRollout
 from ppo.vllm_sampler import VLLMSampler
 from utils.engine.engine import InferenceEngine, device, init_distributed
@@ -20,7 +20,6 @@ from utils.engine.engine import InferenceEngine, device, init_distributed
 BATCHES, PROMPT, RESPONSE = (8, 64, 256), 128, 128  # sequences; tokens
 SHARE = 0.62  # of an H100: 12.6 GiB of weights and 32 GiB of cache for 256 sequences
 TINY = MODELS["tiny"] | {"num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 32, the least on a CPU
-LIMIT = {torch.bfloat16: 0.02, torch.float32: 1e-6}  # k3 in nats per token, as --sampler_kl_limit
 TOKENS = SimpleNamespace(eos_token_id=2, pad_token_id=0)  # a random model nearly never ends a response
 
 
@@ -58,7 +57,6 @@ def check(toy: bool, report) -> None:
             report(**{f"{batch}_{name}_tokens_per_s": int(rollout.response_mask.sum()) / seconds})
             torch.cuda.empty_cache()
         compare(policy, rollout, dtype, batch, report)
-    engine.close()
 
 
 def synchronise(engine, sampler: VLLMSampler, report) -> None:
@@ -80,7 +78,7 @@ def compare(policy: PolicyModel, rollout: SampledRollout, dtype: torch.dtype, ba
     own, _ = policy(rows.sequences, rows.response_mask, 1.0)
     gap = {name: float(x) for name, x in gap_metrics(rows.sampler_logprobs, own.float(), rows.response_mask).items()}
     report(**{f"{batch}_kl": gap["sampler_kl"], f"{batch}_gap_max": gap["sampler_gap_max"]})
-    limit = LIMIT[dtype]
+    limit = KL_LIMITS["fp32" if dtype == torch.float32 else "bf16"]
     report.expect(gap["sampler_kl"] <= limit, f"{batch}: k3 is {gap['sampler_kl']:.2g} nats per token, above {limit}")
 
 

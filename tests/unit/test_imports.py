@@ -113,7 +113,7 @@ def test_pure_files_import_torch_the_standard_library_and_pure_files(module):
     ("library", "homes"),
     [
         ("deepspeed", {"utils.engine.engine", "utils.engine.split"}),
-        ("vllm", {"ppo.decoding.vllm_engine", "ppo.decoding.vllm_weights"}),
+        ("vllm", {"ppo.decoding.vllm_engine"}),
         ("torch.distributed", {"utils.engine.engine", "utils.distributed"}),
         ("torch.cuda.is_available", {"utils.device"}),
     ],

@@ -149,7 +149,6 @@ def inject(folder: str, dtype: str, lr: float, stage: int) -> dict[str, list[str
         with replaced(engine, "wake", edit):
             found["policy changed behind the sync"] = [outcome(sampler), DOWN]
         found["changed before the sync"] = [outcome(sampler), ""]
-    sampler.close()
     return found
 
 
@@ -180,6 +179,4 @@ def other_config(folder: str, copy: str, changes: dict) -> list[str]:
     config = Path(copy, "config.json")
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     sampler = models.start(models.flags(folder), copy)
-    found = [outcome(sampler)]
-    sampler.close()
-    return found
+    return [outcome(sampler)]

@@ -25,12 +25,10 @@ def follow(folder: str, stage: int, dtype: str = "fp32", steps: int = 10, lr: fl
         models.train(sampler.policy, lr, number)
     moved = [float((x - first[name]).abs().max()) for name, x in sampler.weights()]
     kind = type(sampler.engine.model).__name__
-    result = {
+    return {
         "class": kind, "discards": kind in DISCARDED, "moved": min(moved), "version": sampler.policy.version,
         "before": before, "after": compared(sampler), "elsewhere": sorted(elsewhere(sampler.engine.model)),
     }  # fmt: skip
-    sampler.close()
-    return result
 
 
 @torch.no_grad()

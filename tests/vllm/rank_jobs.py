@@ -29,7 +29,6 @@ def damage_shards(folder: str, stage: int) -> dict[str, list]:
         for place in (0, -1):
             vllm.load(changed(sampler, name, place if rank() == 1 else None))
             said[name].append(sampler.explain())
-    sampler.close()
     shutdown_distributed()
     return said
 

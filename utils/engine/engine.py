@@ -221,14 +221,9 @@ class TrainEngine:
         return self.zero_stage < 3 or fits_whole(self.module)
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """Returns name -> whole tensor in host memory on rank 0, {} elsewhere. Collective, gathers one by one."""
-        state = {}
-        for name, tensor in saved_tensors(self.module).items():
-            split = hasattr(tensor, "ds_id")  # by ZeRO-3; buffers never are
-            with deepspeed.zero.GatheredParameters([tensor]) if split else contextlib.nullcontext():
-                if is_main():
-                    state[name] = tensor.detach().to("cpu", copy=True)
-        return state
+        """Returns name -> whole tensor in host memory on rank 0, {} elsewhere. Collective."""
+        held = {name: x.to("cpu", copy=True) for name, x in self.weights() if is_main()}
+        return {name: held[name] for name in saved_tensors(self.module) if name in held}
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields (name, whole tensor on this rank's device) of what `full_state_dict` returns. Collective.

@@ -1,6 +1,6 @@
-"""Draws tokens from vLLM's logits with this toolkit's sampler, and records their log-probabilities."""
+"""Draws the tokens of vLLM's responses with `sample`: a logits processor, whose interface is vLLM's LogitsProcessor."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -21,18 +21,24 @@ class Draws:
     seen: torch.Tensor | None = None
 
 
-@dataclass
 class Draw:
     """Draws a token per row of logits, and leaves only this token, which vLLM then picks as the most likely one.
 
     Random numbers, top-p and penalty are therefore those of `sample`, and log-probabilities those of the model.
     """
 
-    draws: Draws | None = None
-    rows: dict[int, tuple[int, list[int]]] = field(default_factory=dict)  # by place in vLLM's batch: row, tokens so far
+    def __init__(self, *_):
+        self.draws: Draws | None = None
+        self.rows: dict[int, tuple[int, list[int]]] = {}  # by place in vLLM's batch: row, tokens so far
+        self.made.append(self)
 
-    def update(self, update) -> None:
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, update) -> None:
         """Follows vLLM's changes of its batch, in the order that vLLM's interface prescribes."""
+        if update is None:
+            return
         for place in update.removed:
             self.rows.pop(place, None)
         for place, params, _, tokens in update.added:
@@ -44,7 +50,7 @@ class Draw:
             if replaced is not None and way.name == "SWAP":
                 self.rows[source] = replaced
 
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """logits [batch, vocabulary] -> the same shape, -inf but for one token."""
         draws, batch = self.draws, [self.rows[place] for place in range(len(logits))]
         numbers = [[row for row, _ in batch], [len(tokens) for _, tokens in batch]]
