@@ -300,7 +300,7 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "    if torch.allclose(x, y, atol=1e-5):", "vllm/test_faults.py"),
     ("vLLM: buffers are not compared", "        for name, x in self.buffers.items():", "        for name, x in ():",
      "vllm/test_faults.py"),
-    ("vLLM: a tensor that only vLLM has is not noticed", "        for name in missing:", "        for name in ():",
+    ("vLLM: a tensor that only vLLM has is not noticed", "    for name in missing:", "    for name in ():",
      "vllm/test_faults.py"),
     ("vLLM: weights count as compared after sleep", "                self.version = None\n", "",
      "vllm/test_faults.py"),

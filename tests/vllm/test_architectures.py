@@ -21,11 +21,19 @@ ALSO = {"Llama": [(2, 1), (3, 1), (3, 2)], "Qwen2": [(3, 1)], "Phi-3": [(2, 1)],
 CASES = [(name, *case) for name in MODELS for case in [(1, 1), *ALSO.get(name, [])]]  # model, ZeRO stage, ranks
 
 
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory) -> dict[str, list]:
+    """Case -> what `follow` found on each rank; all in processes of one that has imported vLLM."""
+    folder = tmp_path_factory.mktemp("architectures")
+    models = {name: tiny_folder(folder / name.replace(" ", "_"), name) for name in MODELS}
+    jobs = {str(case): (f"{JOBS}:follow", case[2], models[case[0]], case[1]) for case in CASES}
+    return run_jobs(folder, **jobs)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "stage", "ranks"), CASES)
-def test_vllm_samples_what_the_own_decoder_samples(name, stage, ranks, tmp_path):
-    folder = tiny_folder(tmp_path / name.replace(" ", "_"), name)
-    for found in run_jobs(tmp_path, follow=(f"{JOBS}:follow", ranks, folder, stage))["follow"]:
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_vllm_samples_what_the_own_decoder_samples(case, followed):
+    for found in followed[str(case)]:
         assert found["version"] == 10 and found["moved"] > 1e-3  # ten steps of 1e-3 in every tensor
         for when in ("before", "after"):
             for how in ("greedy", "sampled"):
