@@ -99,6 +99,7 @@ def start(run: Callable[[], None], ranks: int, log: Path, fault: Fault = nothing
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             tqdm.set_lock(threading.RLock())  # its own is shared by forked processes: who is killed would keep it
+            torch.set_num_threads(1)  # makes the pool that a fork loses; two threads that do so at once fail
             fault(rank)
             run()
             code = 0
