@@ -22,7 +22,7 @@ from utils.errors import UserError
 from utils.models.load import check_window, load_causal_lm, window_at
 from utils.run.start import choose_dtype
 
-UNUSED = re.compile("_.*|.*_token_id|architectures|dtype|transformers_version|use_cache")  # settings
+UNUSED = re.compile("_.*|.*_token_id|architectures|dtype|transformers_version|use_cache")  # change no number
 
 
 def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:

@@ -115,9 +115,8 @@ def _cache(config: PPOConfig, settings, slots: int) -> int | None:
     """Returns the bytes of vLLM's key-value cache per rank; None: what is left of its share of the GPU's memory."""
     if on_gpu() and not config.rollout_cache_tokens:
         return None
-    row, ranks = -(-config.maxlen_prompt // BLOCK) * BLOCK, config.vllm_tensor_parallel_size
-    token = cache_bytes(settings, DTYPES[config.dtype].itemsize)
-    token //= min(ranks, getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads)
+    row = -(-config.maxlen_prompt // BLOCK) * BLOCK
+    token = cache_bytes(settings, DTYPES[config.dtype].itemsize, config.vllm_tensor_parallel_size)
     slots = kv_cache.slots_for(slots, row, config.rollout_cache_tokens)
     if not on_gpu():
         slots = kv_cache.slots_in(int(HOST_SHARE * free_host_memory()), row * token, slots)

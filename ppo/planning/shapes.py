@@ -79,10 +79,10 @@ def models_of(config: PPOConfig) -> tuple[dict[str, Shapes], list[Shapes]]:
     return {"policy": policy, "critic": critic}, rewards
 
 
-def cache_bytes(config: PretrainedConfig, element: int) -> int:
-    """Returns the bytes of one token's keys and values in all layers."""
+def cache_bytes(config: PretrainedConfig, element: int, gpus: int = 1) -> int:
+    """Returns the bytes of one token's keys and values in all layers, on each of `gpus` that share the heads."""
     text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads = -(-(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) // gpus)
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * text.num_hidden_layers * heads * size * element
 

@@ -173,12 +173,8 @@ class _Run:
         Under ZeRO-3 the weights are gathered once, before the prompts, or in every forward. vLLM holds all, or a share
         per GPU of those that decode together; its host works before each step, while the GPU waits.
         """
-        config, card, response, vllm = (
-            self.config,
-            self.card,
-            self.config.maxlen_res,
-            self.config.rollout_engine == "vllm",
-        )
+        config, card, response = self.config, self.card, self.config.maxlen_res
+        vllm = config.rollout_engine == "vllm"
         size = config.vllm_tensor_parallel_size if vllm else 1
         rows = size * self.rows
         prompt, forwards = config.maxlen_prompt - response, self.forwards(rows)

@@ -18,8 +18,6 @@ from utils.errors import UserError
 from utils.memory.activation_peak import peak_bytes
 
 GRAPH_BYTES = 1 << 30  # an estimate
-
-
 PHASES = ("rollout", "score", "backward", "step")
 GIB = 2**30
 Rows = dict[str, list[int]]  # name -> bytes in each of PHASES
@@ -60,9 +58,8 @@ def sizes_beside(rows: Rows, config: PPOConfig, policy: Shapes, gpus: int, memor
     If that is less than half of them, optimizer states go to host memory. rows: of training.
     """
     size, text, element = config.vllm_tensor_parallel_size, policy.text, DTYPES[config.dtype].itemsize
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     columns, drawn = -(-config.maxlen_prompt // BLOCK) * BLOCK, LOGIT * text.vocab_size
-    token = cache_bytes(text, element) * -(-heads // size) // heads
+    token = cache_bytes(text, element, size)
     fixed = {
         "vLLM: weights": -(-element * policy.numel // size),
         "vLLM: activations": peak_bytes(policy.decoder, 1, tokens_of(config), backward=False),
