@@ -87,18 +87,19 @@ activate_repository_venv() { # the .venv that utils/setup.sh made, unless an env
 }
 
 pass_on() { # $1: a signal's name. Sends it to the run that `launch` has started, or keeps it until there is one
+  local before=$told
   heard=yes
   [[ $1 != HUP || ${hangup,,} =~ ^(stop|no|false|f|n|0)$ ]] || return 0 # --ignore_hangup, which only ranks know
   pending=$1
   if [[ -n $process ]]; then
-    case ${launcher[0]}-$1-$told in
+    pending='' told=yes # before the signal is sent: the next one may interrupt this function
+    case ${launcher[0]}-$1-$before in
       deepspeed-INT-*) ;;
       deepspeed-*) set -- TERM ;;  # the others would end DeepSpeed's launcher at once
       srun-INT-yes) set -- TERM ;; # upon which srun kills the ranks, at once
       srun-*) set -- USR1 ;;       # the only one that it passes on to them
     esac
     kill -s "$1" "$process" 2>/dev/null || true
-    pending='' told=yes
   fi
 }
 
