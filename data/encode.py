@@ -1,8 +1,13 @@
 """Encode batches of prompts, dialogues and answers within a token limit: the oldest exchanges go until they fit.
 
 The functions of data/template.py encode a dialogue; here, what they need of a batch is encoded beforehand, in one call.
+A Texts instead of the tokenizer knows the texts of earlier batches, such as those of dialogues that are cut off at an
+earlier answer.
 """
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
@@ -15,11 +20,24 @@ from data.texts import Texts, Turns
 Answer = tuple[list[int], list[int], int]  # as of `encode_answered`
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Switches the garbage collector off: a batch makes many lists, and collections take a fifth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_uncollected()
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, dialogues: list[Turns], template: str, max_tokens: int
+    tokenizer: PreTrainedTokenizerBase | Texts, dialogues: list[Turns], template: str, max_tokens: int
 ) -> list[tuple[Turns, list[int] | None]]:
     """Returns per dialogue, which ends in a question, (turns left, ids; None if the last question is too long)."""
-    texts = Texts(tokenizer)
+    texts = Texts.of(tokenizer)
     prepare(texts, [recent_turns(turns, max_tokens) for turns in dialogues], template)
 
     def fit(turns: Turns) -> list[int] | None:
@@ -29,13 +47,14 @@ def encode_prompts(
     return [newest_turns(turns, fit, max_tokens) for turns in dialogues]
 
 
+@_uncollected()
 def encode_dialogues(
-    tokenizer: PreTrainedTokenizerBase, dialogues: list[Turns], template: str, max_tokens: int
+    tokenizer: PreTrainedTokenizerBase | Texts, dialogues: list[Turns], template: str, max_tokens: int
 ) -> list[tuple[Turns, list[int] | None, list[bool], list[int]]]:
     """Returns per dialogue, which ends in an answer, (turns left, ids; None if the last exchange is too long, mask of
     the answers, indices of turns whose answers the template rewrites). The ids end with the last end token.
     """
-    texts = Texts(tokenizer)
+    texts = Texts.of(tokenizer)
     prepare(texts, [recent_turns(turns, max_tokens) for turns in dialogues], template)
 
     def fit(turns: Turns) -> tuple[list[int], list[int]] | None:
@@ -55,13 +74,14 @@ def encode_dialogues(
     return found
 
 
+@_uncollected()
 def encode_answers(
-    tokenizer: PreTrainedTokenizerBase, items: list[tuple[Turns, list[str]]], template: str, max_tokens: int
+    tokenizer: PreTrainedTokenizerBase | Texts, items: list[tuple[Turns, list[str]]], template: str, max_tokens: int
 ) -> list[tuple[Turns, list[Answer] | None]]:
     """Returns per (history, answers) the history left, the same for all its answers, and the encoding of each answer as
     of `encode_answered`; None if the last question with the longest answer is too long.
     """
-    texts = Texts(tokenizer)
+    texts = Texts.of(tokenizer)
     recent = [(recent_turns(history, max_tokens), answers) for history, answers in items]
     prepare(texts, [turns for history, answers in recent for turns in _answered(history, answers)], template)
 

@@ -88,7 +88,7 @@ class Texts:
 
 
 def _key(turns: Turns, open_answer: bool) -> tuple:
-    return (open_answer, *(tuple(turn.items()) for turn in turns))
+    return (open_answer, *chain.from_iterable(chain.from_iterable(map(dict.items, turns))))
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern | None:
