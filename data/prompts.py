@@ -1,7 +1,8 @@
 """Load prompts for PPO: encoded dialogues that end in a question, within a token limit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,11 +15,12 @@ from utils.errors import Say
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: its token ids up to the start of the answer, its turns, and the place of its record."""
+    """A prompt: its token ids up to the start of the answer, its turns, the place and other columns of its record."""
 
     ids: list[int]
     turns: Turns
     source: str
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 def load_prompts(

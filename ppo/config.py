@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from ppo import flags
+from ppo.reward_fn_flags import RewardFunctionFlags
 from reward.scoring.flags import RewardFlags
 from utils.errors import UserError
 from utils.flags.checks import SIZES, check_range, fit_warmup, is_default, replace_default
@@ -38,7 +39,7 @@ def _nearest(number: int, step: int) -> int:
 class PPOConfig(
     flags.DataFlags, flags.TrainingFlags, flags.TrickFlags, flags.LossFlags, flags.LengthFlags, flags.SamplingFlags,
     flags.RolloutEngineFlags, flags.RolloutTrainingFlags, flags.AlarmFlags, flags.DecodingFlags, flags.GatherFlags,
-    RewardFlags, RouterFlags, RunFlags, flags.PlanFlags,
+    RewardFlags, RewardFunctionFlags, RouterFlags, RunFlags, flags.PlanFlags,
 ):  # fmt: skip
     """Align a language model with PPO-max.
 

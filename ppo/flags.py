@@ -19,9 +19,6 @@ class DataFlags:
     """SFT model to align: a Hugging Face folder or hub id. It is also the reference of the KL penalty"""
     critic_model_path: Common[str] = ""
     """Reward model that the critic starts from. It also scores, unless --reward_model_path or --reward_fn is given"""
-    reward_fn: Common[str | None] = None
-    """Python function file.py:name that scores responses: (prompts, answers) -> a number per answer. THE FILE IS RUN.
-    Without --reward_model_path it replaces the reward model; with it, both scores are added"""
     tokenizer_name_or_path: str | None = None
     """Tokenizer: a folder, a tokenizer.model or a hub id. Default: --policy_model_path"""
     data_path: Common[str] = ""
