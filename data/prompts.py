@@ -12,6 +12,8 @@ from data.formats.truncate import newest_turns
 from data.template import Turns, encode_prompt
 from utils.errors import Say
 
+PROMPT_KEYS = ("messages", "conversations", "prompt", "system", "instruction", "input")  # other columns stay with it
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -54,4 +56,5 @@ def _prompt_of(
         raise BadRecord(f"longer than --maxlen_prompt - --maxlen_res = {max_tokens} tokens")
     if len(turns) < full:
         tally.add("truncated (oldest turns dropped)", record.source)
-    return Prompt(ids, turns, record.source)
+    columns = record.value if isinstance(record.value, dict) else {}
+    return Prompt(ids, turns, record.source, {key: columns[key] for key in columns if key not in PROMPT_KEYS})
