@@ -79,8 +79,9 @@ def learn(folder: Path, seed: int, steps: int, window: int) -> list[float]:
     """Trains with a seed; returns the share of right answers per window, and held out at the start and the end."""
     sft, out = folder / "sft" / "final", folder / f"ppo-{seed}"
     paths = {"policy_model_path": sft, "critic_model_path": sft, "data_path": folder / "prompts"}
-    total = steps + PPO["critic_pretrain_steps"]
-    run("train_ppo.py", **PPO | paths, train_steps=steps, save_per_step=PPO["critic_pretrain_steps"], seed=seed, model_save_path=out)
+    alone = PPO["critic_pretrain_steps"]  # after which the first evaluation is that of the policy before it trains
+    total = steps + alone
+    run("train_ppo.py", **PPO | paths, train_steps=steps, save_per_step=alone, seed=seed, model_save_path=out)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     scores = [row["reward_exact"] for row in rows]
     windows = [fmean(scores[i : i + window]) for i in range(0, total - total % window, window)]

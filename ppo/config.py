@@ -37,9 +37,9 @@ def _nearest(number: int, step: int) -> int:
 
 @dataclass
 class PPOConfig(
-    flags.DataFlags, flags.TrainingFlags, flags.TrickFlags, flags.LossFlags, flags.LengthFlags, flags.SamplingFlags,
-    flags.RolloutEngineFlags, flags.RolloutTrainingFlags, flags.AlarmFlags, flags.DecodingFlags, flags.GatherFlags,
-    RewardFlags, RewardFunctionFlags, RouterFlags, RunFlags, flags.PlanFlags,
+    flags.DataFlags, RewardFunctionFlags, flags.TrainingFlags, flags.TrickFlags, flags.LossFlags, flags.LengthFlags,
+    flags.SamplingFlags, flags.RolloutEngineFlags, flags.RolloutTrainingFlags, flags.AlarmFlags, flags.DecodingFlags,
+    flags.GatherFlags, RewardFlags, RouterFlags, RunFlags, flags.PlanFlags,
 ):  # fmt: skip
     """Align a language model with PPO-max.
 
