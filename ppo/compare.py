@@ -42,11 +42,17 @@ def compare(before: dict, after: dict, kl: list[float], seed: int) -> dict[str, 
     drawn = numpy.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
 
     def interval(function) -> list[float]:
-        low, high = numpy.percentile(function(drawn), [2.5, 97.5])
+        low, high = numpy.nanpercentile(function(drawn), [2.5, 97.5])
         return [float(function(numpy.arange(count)[None])[0]), float(low), float(high)]
 
     def mean_of(values, columns: dict):
-        return lambda rows: numpy.nanmean(values[rows], 1)
+        known, values = ~numpy.isnan(values), numpy.nan_to_num(values)
+
+        def mean(rows):
+            with numpy.errstate(invalid="ignore"):  # of a resample in which none is known: no part of the interval
+                return values[rows].sum(1) / known[rows].sum(1)
+
+        return mean
 
     def perplexity_of(nll, columns: dict):
         length = numpy.asarray(columns["length"], dtype=float)

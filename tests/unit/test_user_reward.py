@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from data.prompts import Prompt
+from ppo.ranks import own_share
 from ppo.reward_call import call_within
 from ppo.user_reward import RewardFunction, UserReward, load_reward_functions
 from utils.errors import UserError
@@ -92,6 +94,17 @@ def length(values) -> list[float]:
 )
 def test_a_function_gets_the_columns_that_its_parameters_name(function, scores):
     assert said_by(function).scores == scores
+
+
+def test_ranks_keep_the_columns_beside_their_prompts(monkeypatch):
+    prompts = [Prompt([1] * (1 + i % 3), [str(i)], "", {"id": i}) for i in range(8)]
+    monkeypatch.setattr("ppo.ranks.world_size", lambda: 2)
+    found = []
+    for rank in (0, 1):
+        monkeypatch.setattr("ppo.ranks.rank", lambda rank=rank: rank)
+        share = own_share(prompts, list(range(100, 108)))
+        found += [*zip(share.turns, share.columns, share.places)]
+    assert sorted(found, key=str) == [([str(i)], {"id": i}, 100 + i) for i in range(8)]
 
 
 def test_columns_with_the_names_of_prompts_and_answers_do_not_reach_it():
