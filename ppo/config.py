@@ -8,6 +8,7 @@ from ppo.reward_fn_flags import RewardFunctionFlags
 from reward.scoring.flags import RewardFlags
 from utils.errors import UserError
 from utils.flags.checks import SIZES, check_range, fit_warmup, is_default, replace_default
+from utils.flags.data import RecordFlags
 from utils.flags.engine import RouterFlags
 from utils.flags.fields import Common
 from utils.flags.run import RunFlags
@@ -39,7 +40,7 @@ def _nearest(number: int, step: int) -> int:
 class PPOConfig(
     flags.DataFlags, RewardFunctionFlags, flags.TrainingFlags, flags.TrickFlags, flags.LossFlags, flags.LengthFlags,
     flags.SamplingFlags, flags.RolloutEngineFlags, flags.RolloutTrainingFlags, flags.AlarmFlags, flags.DecodingFlags,
-    flags.GatherFlags, RewardFlags, RouterFlags, RunFlags, flags.PlanFlags,
+    flags.GatherFlags, RewardFlags, RouterFlags, RecordFlags, RunFlags, flags.PlanFlags,
 ):  # fmt: skip
     """Align a language model with PPO-max.
 
