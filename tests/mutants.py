@@ -186,7 +186,7 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "weights += [1.0] * len(item.pairs)", "unit/test_reward_encode.py"),
     ("flipped pairs keep their sides", "return Pair(pair.worse, pair.better, -pair.strength, margin)",
      "return Pair(pair.better, pair.worse, -pair.strength, margin)", "unit/test_preferences.py"),
-    ("a preference for the first answer is one for the second", "return _two(value, read, first, second, number > 0, abs",
+    ("a preference for the first is one for the second", "return _two(value, read, first, second, number > 0, abs",
      "return _two(value, read, first, second, number < 0, abs", "unit/test_preference_forms.py"),
     ("the worst rank is the best", "quality = scores or [-rank for rank in ranks or range(len(answers))]",
      "quality = scores or [rank for rank in ranks or range(len(answers))]", "unit/test_preference_forms.py"),
