@@ -18,13 +18,14 @@ class _Late(BaseException):
     """Raised by the alarm in the user's code, which must not take it for an error of its own. args: file and line."""
 
 
-def call_within(timeout: float, label: str, function: Callable[[], Any]) -> Any:
+def call_within(timeout: float, label: str, function: Callable[[], Any], margin: float = 0.0) -> Any:
     """Returns function(). Raises UserError if it fails or takes more than `timeout` seconds; 0: no limit.
 
-    Only in the main thread. Code that does not return to Python is not interrupted; --hang_timeout ends it.
+    margin: seconds more, for a function that has the limit itself. Only in the main thread. Code that does not return
+    to Python is not interrupted; --hang_timeout ends it.
     """
     try:
-        with _alarm(timeout):
+        with _alarm(timeout and timeout + margin):
             return function()
     except _Late as late:
         raise UserError(_too_long(label, timeout, *late.args)) from None
@@ -51,7 +52,7 @@ def call_together(timeout: float, functions: list[tuple[str, Callable[[], Awaita
         return await asyncio.gather(*(one(*pair) for pair in functions))
 
     labels = " or ".join(label for label, _ in functions)
-    return call_within(timeout and timeout + MARGIN, labels, lambda: asyncio.run(every()))
+    return call_within(timeout, labels, lambda: asyncio.run(every()), MARGIN)
 
 
 def failure_of(error: BaseException) -> str:
