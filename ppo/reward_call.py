@@ -40,6 +40,9 @@ def call_together(timeout: float, functions: list[tuple[str, Callable[[], Awaita
 
     async def one(label: str, function: Callable[[], Awaitable]) -> Any:
         task = asyncio.ensure_future(function())
+        task.add_done_callback(
+            lambda task: task.cancelled() or task.exception()
+        )  # asyncio reports one that nobody reads
         if not (await asyncio.wait([task], timeout=timeout or None))[0]:
             frame = task.get_stack()[-1]
             raise UserError(_too_long(label, timeout, frame.f_code.co_filename, frame.f_lineno))

@@ -5,7 +5,16 @@ import json
 import pytest
 
 from ppo.compare import main as compare
-from tests.helpers.tiny_run import PROMPTS, as_argv, read_lines, read_metrics, refusal, run_flags, write_json
+from tests.helpers.tiny_run import (
+    PROMPTS,
+    as_argv,
+    assert_same_run,
+    read_lines,
+    read_metrics,
+    refusal,
+    run_flags,
+    write_json,
+)
 from train_ppo import main
 
 # The number of a record is in its prompt as well, so that a function sees whether it got the right record's column.
@@ -26,6 +35,14 @@ def never(prompts, answers):
 def waits(prompts, answers):
     import time
     time.sleep(60)
+
+async def stopped_once(prompts, answers, number):
+    import asyncio, os, signal
+    if number[0] >= 20 and not os.path.exists(__file__ + ".stopped"):  # in the evaluation
+        open(__file__ + ".stopped", "w").close()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(60)
+    return {"number": [None if x % 5 == 3 else x for x in number]}
 """
 
 
@@ -76,6 +93,20 @@ def test_columns_parts_and_failures_in_a_comparison(inputs, tmp_path, flags):
         assert table["reward_fn score"][when][0] == pytest.approx(mean)
         assert table["reward_own_half"][when][0] == pytest.approx(sum((20, 21, 22, 23)) / 8)
         assert table["reward_short"][when][0] == pytest.approx(-sum(len(row[key]) for row in answers) / 4)
+
+
+def test_a_run_that_is_stopped_in_the_functions_of_an_evaluation_resumes(inputs, tmp_path, flags, caplog):
+    """Its checkpoint holds the samples of the step, of which some have no score."""
+    flags |= {"reward_fn": f"{tmp_path}/f.py:stopped_once", "reward_fn_weights": None, "num_samples": 8}
+    flags |= {"train_steps": 1, "num_eval_prompts": 4}
+    with pytest.raises(SystemExit, match="143"):
+        main(run_flags(inputs, tmp_path / "stopped", **flags))
+    assert "never retrieved" not in caplog.text and not (tmp_path / "stopped" / "metrics.jsonl").exists()
+    main(run_flags(inputs, tmp_path / "stopped", **flags))
+    main(run_flags(inputs, tmp_path / "whole", **flags))
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    rows = read_lines(tmp_path / "stopped" / "samples.jsonl")
+    assert len(rows) == 12 and 0 < sum(row["score"] is None for row in rows) < 12
 
 
 def test_a_buffer_without_scores_and_a_call_without_end_stop_the_run(inputs, tmp_path, flags, capfd):
