@@ -40,9 +40,7 @@ def call_together(timeout: float, functions: list[tuple[str, Callable[[], Awaita
 
     async def one(label: str, function: Callable[[], Awaitable]) -> Any:
         task = asyncio.ensure_future(function())
-        task.add_done_callback(
-            lambda task: task.cancelled() or task.exception()
-        )  # asyncio reports one that nobody reads
+        task.add_done_callback(_read)
         if not (await asyncio.wait([task], timeout=timeout or None))[0]:
             frame = task.get_stack()[-1]
             raise UserError(_too_long(label, timeout, frame.f_code.co_filename, frame.f_lineno))
@@ -63,6 +61,12 @@ def failure_of(error: BaseException) -> str:
     last = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
     reason = " ".join(traceback.format_exception_only(error)[-1].split())
     return f"{last.filename}:{last.lineno}: {reason}; fix it"
+
+
+def _read(task: asyncio.Task) -> None:
+    """Takes the exception of a task that a signal ended; asyncio prints those that nobody takes."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _too_long(label: str, timeout: float, file: str, line: int) -> str:
