@@ -8,9 +8,10 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import HungError, UserError
 
 LIBRARY = os.path.dirname(os.__file__)
+AGAIN = 1.0  # seconds between interruptions of a function that is late
 MARGIN = 1.0  # seconds after the limit at which an async function that does not await is interrupted
 
 
@@ -28,7 +29,9 @@ def call_within(timeout: float, label: str, function: Callable[[], Any], margin:
         with _alarm(timeout and timeout + margin):
             return function()
     except _Late as late:
-        raise UserError(_too_long(label, timeout, *late.args)) from None
+        while isinstance(late.__context__, (_Late, HungError)):  # the first, if more came in code that cleans up
+            late = late.__context__
+        raise late if isinstance(late, HungError) else _too_long(label, timeout, *late.args) from None
     except UserError:
         raise
     except (Exception, SystemExit) as error:
@@ -43,7 +46,7 @@ def call_together(timeout: float, functions: list[tuple[str, Callable[[], Awaita
         task.add_done_callback(_read)
         if not (await asyncio.wait([task], timeout=timeout or None))[0]:
             frame = task.get_stack()[-1]
-            raise UserError(_too_long(label, timeout, frame.f_code.co_filename, frame.f_lineno))
+            raise _too_long(label, timeout, frame.f_code.co_filename, frame.f_lineno)
         try:
             return task.result()
         except (Exception, SystemExit) as error:
@@ -69,13 +72,14 @@ def _read(task: asyncio.Task) -> None:
         task.exception()
 
 
-def _too_long(label: str, timeout: float, file: str, line: int) -> str:
-    return f"{label} took more than {timeout:g} s (--reward_fn_timeout), in {file}:{line}; raise it, or limit the wait"
+def _too_long(label: str, timeout: float, file: str, line: int) -> HungError:
+    text = f"{label} took more than {timeout:g} s (--reward_fn_timeout), in {file}:{line}; raise it, or limit the wait"
+    return HungError(text)
 
 
 @contextlib.contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
-    """Context in which _Late is raised after so many seconds; 0: never."""
+    """Context in which _Late is raised after so many seconds, and again while code that cleans up waits; 0: never."""
 
     def late(number: int, frame) -> None:
         while frame.f_code.co_filename.startswith(LIBRARY):  # to the user's line, which waits in a call of the library
@@ -86,7 +90,7 @@ def _alarm(seconds: float) -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
         yield
     finally:
