@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from data.formats.columns import FormOptions
+from data.formats.columns import PLAIN, FormOptions
 from data.formats.compared import Reader
 from data.formats.preference_forms import form_of
 from data.formats.records import FLAG, BadRecord, Record, Tally, load_items
@@ -14,7 +14,6 @@ from data.template import Turns
 from utils.errors import Say, UserError
 from utils.terminal import has_lone_surrogate
 
-PLAIN = FormOptions()
 MARGIN_COLUMNS = (STRENGTH, "margin")  # columns with a pair's margin, unless a flag names another
 
 

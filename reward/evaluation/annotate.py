@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from data.formats.columns import FormOptions
+from data.formats.columns import PLAIN, FormOptions
 from data.formats.preference_forms import form_of
 from data.formats.records import BadRecord, Record, Tally
 from data.formats.score_columns import CHOSEN_SCORES, DEVIATION, REJECTED_SCORES, STRENGTH
-from data.preferences import PLAIN, Preference, parse_preferences
+from data.preferences import Preference, parse_preferences
 from reward.metrics import ScoredItems
 from utils.errors import UserError
 
