@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from data.formats.columns import FormOptions
+from data.formats.columns import PLAIN, FormOptions, map_columns
 from data.formats.compared import Reader
 from data.formats.preference_forms import form_of
 from data.formats.records import FLAG, BadRecord, Record, Tally, load_items
@@ -14,7 +14,6 @@ from data.template import Turns
 from utils.errors import Say, UserError
 from utils.terminal import has_lone_surrogate
 
-PLAIN = FormOptions()
 MARGIN_COLUMNS = (STRENGTH, "margin")  # columns with a pair's margin, unless a flag names another
 
 
@@ -65,13 +64,13 @@ def parse_preferences(
 
     Counts in `tally` what is changed or left out. Raises BadRecord with the reason for a record that cannot be used.
     """
-    value, subset = record.value, _subset_of(record)
+    value, subset = map_columns(record.value, options), _subset_of(record)
     form = form_of(value)
     if form is None:
         raise BadRecord("not an object with the keys chosen and rejected, or prompt and responses")
     notes: dict[str, None] = {}
     try:
-        compared = form.parse(value, Reader(options, notes.setdefault))
+        compared = form.parse(value, Reader(replace(options, columns=(), prompt_template=""), notes.setdefault))
     finally:
         for reason in notes:
             tally.add(reason, record.source)

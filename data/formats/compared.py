@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.formats.columns import FormOptions
-from data.formats.dialogue_forms import check_turns, parse_turns
+from data.formats.dialogue_forms import parse_turns
 from data.formats.records import BadRecord
+from data.formats.turns import check_turns
 from data.template import Turns
 
 QUESTIONS = (

@@ -3,10 +3,10 @@
 from typing import Any
 
 from data.formats.compared import Compared, Reader, answered, pair_of
-from data.formats.dialogue_forms import check_turns, is_hh
 from data.formats.ranked_answers import answers_in
 from data.formats.records import BadRecord
 from data.formats.score_columns import read_number
+from data.formats.turns import check_turns, is_hh
 from data.template import Turns
 
 
