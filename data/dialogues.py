@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from data.formats.dialogue_forms import parse_turns
-from data.formats.records import FLAG, BadRecord, Record, Tally, load_items
+from data.formats.dialogue_forms import parse_dialogue
+from data.formats.records import FLAG, Record, Tally, load_items
 from data.formats.truncate import encode_fitting, newest_turns
 from data.order import mixture, order
 from data.template import Turns, encode_answered, encode_dialogue_parts, last_answer
@@ -43,13 +43,7 @@ def load_dialogues(
 
 
 def _dialogue_of(record: Record, tally: Tally) -> Dialogue:
-    turns = parse_turns(record.value)
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise BadRecord("no answer of the assistant")
-    if turns[-1]["role"] == "user":
-        turns = turns[:-1]
-        tally.add("ended in a question without an answer, which was cut off", record.source)
-    return Dialogue(turns, record.source)
+    return Dialogue(parse_dialogue(record.value, note=tally.once(record.source)), record.source)
 
 
 def encode(

@@ -5,7 +5,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from data.formats.dialogue_forms import parse_turns
+from data.formats.prompt_forms import parse_prompt
 from data.formats.records import BadRecord, Record, Tally, load_items
 from data.formats.truncate import newest_turns
 from data.template import Turns, encode_prompt
@@ -37,10 +37,7 @@ def load_prompts(
 def _prompt_of(
     record: Record, tally: Tally, tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int
 ) -> Prompt:
-    turns = parse_turns(record.value)
-    if turns[-1]["role"] == "assistant":
-        turns = turns[:-1]
-        tally.add("ended in the assistant's answer, which was cut off", record.source)
+    turns, _ = parse_prompt(record.value, note=tally.once(record.source))
     full = len(turns)
 
     def encode(turns: Turns) -> list[int] | None:

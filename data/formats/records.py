@@ -23,6 +23,9 @@ from utils.watchdog import downloading, with_progress
 FLAG = "--data_path"
 MAX_PATH = 200  # characters of a path in a message
 MAX_PLACES = 5  # places named per reason
+SEEN = ": it has the columns "  # begins the part of a reason that differs between records; the first one is shown
+UNREAD = "not read: "  # begins the reason for a column that no form reads
+MAX_UNREAD = 20  # columns named as not read
 _TABLES = {".parquet": "parquet", ".csv": "csv"}
 Item = TypeVar("Item")
 
@@ -46,17 +49,40 @@ class Tally:
         self.what = what
         self._counts: Counter[str] = Counter()
         self._places: dict[str, list[str]] = defaultdict(list)
+        self._details: dict[str, str] = {}
+        self._unread: dict[str, None] = {}
 
     def add(self, reason: str, source: str) -> None:
-        """Counts one record at `source` under `reason`."""
+        """Counts one record at `source` under `reason`, or keeps the column that it names as not read."""
+        if reason.startswith(UNREAD):
+            if len(self._unread) <= MAX_UNREAD:
+                self._unread[reason.removeprefix(UNREAD)] = None
+            return
+        reason, *detail = reason.partition(SEEN)
+        self._details.setdefault(reason, "".join(detail))
         places = self._places[reason]
         self._counts[reason] += 1
         if len(places) <= MAX_PLACES and source not in places:  # ranked answers can count one record several times
             places.append(source)
 
+    def once(self, source: str) -> Callable[[str], None]:
+        """Returns a function that counts the record at `source` under a reason, and under the same reason only once."""
+        seen = set()
+
+        def note(reason: str) -> None:
+            if reason not in seen:
+                seen.add(reason)
+                self.add(reason, source)
+
+        return note
+
     def lines(self) -> list[str]:
         """Returns one line per reason: "prompts: 9 dropped: an empty turn; first at x.jsonl:7, then :8, :12, …"."""
-        return [f"{self.what}: {n} {reason}; first at {self._where(reason)}" for reason, n in self._counts.items()]
+        unread = [*self._unread][:MAX_UNREAD] + ["…"] * (len(self._unread) > MAX_UNREAD)
+        return [
+            f"{self.what}: {n} {reason}{self._details[reason]}; first at {self._where(reason)}"
+            for reason, n in self._counts.items()
+        ] + [f"{self.what}: {UNREAD}{', '.join(unread)}"] * bool(unread)
 
     def report(self, say: Say) -> None:
         """Prints `lines` with `say`."""

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from data.formats.dialogue_forms import check_turns, is_hh, parse_turns
+from data.formats.dialogue_forms import parse_turns
 from data.formats.json_lines import parse_line
 from data.formats.records import BadRecord, Record, read_file
+from data.formats.turns import check_turns, is_hh
 from data.template import Turns
 from utils.errors import UserError
 from utils.files import MAX_JSON, open_regular
