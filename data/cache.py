@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from data.formats.records import Tally
+from data.formats.records import Counts, Tally
 from data.sources import Part, Raw, parse_raw
 from utils.errors import Say, UserError
 from utils.files import atomic_folder, check_writable, disk_errors, read_json, sha256, write_json
@@ -80,7 +80,7 @@ def _about(folder: str) -> dict | None:
     try:
         about = read_json(os.path.join(folder, ABOUT))
         whole = about["bytes"] == os.path.getsize(os.path.join(folder, ROWS))
-        return about if whole and isinstance(about["usable"], int) and isinstance(about["counts"], list) else None
+        return about if whole and isinstance(about["usable"], int) and isinstance(about["counts"], dict) else None
     except (OSError, ValueError, KeyError):
         return None
 
@@ -148,7 +148,7 @@ class _Chunk:
     rows: bytes  # as a stream of Arrow
     usable: int
     records: int
-    counts: list
+    counts: Counts
 
 
 def _chunks(parts: list[Part]) -> Iterator[list[Raw]]:

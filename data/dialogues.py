@@ -1,7 +1,6 @@
 """Encoded dialogues for SFT and for the pre-training (ptx) loss, which train on the assistant's answers."""
 
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import ClassVar
 
@@ -9,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from data.encode import encode_dialogues
 from data.formats.columns import FormOptions
-from data.formats.dialogue_forms import parse_turns
-from data.formats.records import BadRecord, Record, Tally, note
+from data.formats.dialogue_forms import parse_dialogue
+from data.formats.records import BadRecord, Record, Tally
 from data.template import Turns, last_answer
 
 
@@ -44,7 +43,7 @@ class DialogueEncoder:
         parsed: list[Turns | None] = []
         for record in records:
             try:
-                parsed.append(parse_dialogue(record, tally, self.options))
+                parsed.append(parse_dialogue(record.value, self.options, tally.once(record.source)))
             except BadRecord as error:
                 tally.add(f"dropped: {error}", record.source)
                 parsed.append(None)
@@ -84,14 +83,3 @@ class DialogueEncoder:
 def _borders(mask: list[bool]) -> list[int]:
     """Returns the places at which the mask changes; before the first it is False."""
     return [i for i, (before, now) in enumerate(pairwise([False, *mask])) if before != now]
-
-
-def parse_dialogue(record: Record, tally: Tally, options: FormOptions) -> Turns:
-    """Returns turns that end in an answer. Raises BadRecord with the reason."""
-    turns = parse_turns(record.value, options=options, note=partial(note, tally, record.source))
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise BadRecord("no answer of the assistant")
-    if turns[-1]["role"] == "user":
-        turns = turns[:-1]
-        tally.add("ended in a question without an answer, which was cut off", record.source)
-    return turns

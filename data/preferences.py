@@ -1,13 +1,15 @@
 """Load preferences for reward models: a history, answers to it, and pairs of a better and a worse answer."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from data.formats.columns import FormOptions
+from data.formats.columns import PLAIN, FormOptions, map_columns, named_columns
 from data.formats.compared import Reader
-from data.formats.preference_forms import form_of
-from data.formats.records import FLAG, BadRecord, Record, Tally
+from data.formats.nearest import shown_name
+from data.formats.preference_forms import form_of, unknown, unread
+from data.formats.records import FLAG, UNREAD, BadRecord, Record, Tally
 from data.formats.score_columns import STRENGTH, read_number, read_score_gap, read_strength
 from data.sources import Part, all_records, parse_sources, parts_of
 from data.template import Turns
@@ -16,7 +18,6 @@ from utils.flags.data import RecordFlags
 from utils.terminal import has_lone_surrogate
 from utils.watchdog import with_progress
 
-PLAIN = FormOptions()
 MARGIN_COLUMNS = (STRENGTH, "margin")  # columns with a pair's margin, unless a flag names another
 
 
@@ -84,16 +85,13 @@ def parse_preferences(
 
     Counts in `tally` what is changed or left out. Raises BadRecord with the reason for a record that cannot be used.
     """
-    value, subset = record.value, _subset_of(record)
-    form = form_of(value)
+    value, note = map_columns(record.value, options), tally.once(record.source)
+    subset, form = _subset_of(value, record), form_of(value)
     if form is None:
-        raise BadRecord("not an object with the keys chosen and rejected, or prompt and responses")
-    notes: dict[str, None] = {}
-    try:
-        compared = form.parse(value, Reader(options, notes.setdefault))
-    finally:
-        for reason in notes:
-            tally.add(reason, record.source)
+        raise BadRecord(unknown(value))
+    compared = form.parse(value, Reader(replace(options, columns=(), prompt_template=""), note))
+    for key in unread(value, form, named_columns(options).union(margin_columns)):
+        note(UNREAD + shown_name(key))
     strength = read_strength(value) if form.pair else None
     margin = _margin_of(value, strength, margin_columns) if form.pair else None
     return [
@@ -113,12 +111,17 @@ def _margin_of(value: dict, strength: float | None, columns: tuple[str, ...]) ->
     return margin
 
 
-def _subset_of(record: Record) -> str:
-    """Returns the record's `subset`, or its file's name without train or valid ("helpful_valid.jsonl": helpful)."""
-    named = record.value.get("subset") if isinstance(record.value, dict) else None
+def file_stem(record: Record) -> str:
+    """Returns the name of a record's file without its folder and endings ("a/x.jsonl.gz": "x")."""
+    return Path(re.sub(r"\.(gz|zst|bz2|xz)$", "", record.source.rpartition(":")[0])).stem
+
+
+def _subset_of(value: Any, record: Record) -> str:
+    """Returns the record's `subset`, or its file's name without train or valid ("helpful_valid.jsonl.gz": helpful)."""
+    named = value.get("subset") if isinstance(value, dict) else None
     if named is not None:
         if not isinstance(named, str) or not named.strip() or has_lone_surrogate(named):
             raise BadRecord("subset is not a name")
         return named.strip()
-    stem = Path(record.source.rpartition(":")[0]).stem
-    return re.sub(r"[-_.[]?(train|valid|validation)]?$", "", stem) or "all"
+    name = re.sub(r"-\d{5}-of-\d{5}$", "", file_stem(record))  # files of hub data sets: train-00000-of-00002.parquet
+    return re.sub(r"(\[(train|valid|test).*\]|[-_.]?(train|valid|validation))$", "", name) or "all"

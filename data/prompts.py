@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from data.encode import encode_prompts
 from data.formats.columns import FormOptions
 from data.formats.prompt_forms import parse_prompt
-from data.formats.records import BadRecord, Record, Tally, note
+from data.formats.records import BadRecord, Record, Tally
 from data.template import Turns
 
 
@@ -44,7 +43,7 @@ class PromptEncoder:
         parsed: list[tuple[Turns, dict] | None] = []
         for record in records:
             try:
-                parsed.append(parse_prompt(record.value, self.options, partial(note, tally, record.source)))
+                parsed.append(parse_prompt(record.value, self.options, tally.once(record.source)))
             except BadRecord as error:
                 tally.add(f"dropped: {error}", record.source)
                 parsed.append(None)

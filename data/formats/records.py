@@ -1,15 +1,16 @@
 """Records of data with their places, and counts of those that cannot be used."""
 
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, TypeVar
-
-from utils.errors import Say
+from typing import Any
 
 FLAG = "--data_path"
 MAX_PLACES = 5  # places named per reason
-Item = TypeVar("Item")
+SEEN = ": it has the columns "  # begins the part of a reason that differs between records; the first one is shown
+UNREAD = "not read: "  # begins the reason for a column that no form reads
+MAX_UNREAD = 20  # columns named as not read
+Counts = dict[str, list]  # of a tally, as JSON
 
 
 class BadRecord(ValueError):
@@ -31,42 +32,22 @@ class Tally:
         self.what = what
         self._counts: Counter[str] = Counter()
         self._places: dict[str, list[str]] = defaultdict(list)
+        self._details: dict[str, str] = {}
+        self._unread: dict[str, None] = {}
 
     def add(self, reason: str, source: str) -> None:
-        """Counts one record at `source` under `reason`."""
+        """Counts one record at `source` under `reason`, or keeps the column that it names as not read."""
+        if reason.startswith(UNREAD):
+            if len(self._unread) <= MAX_UNREAD:
+                self._unread[reason.removeprefix(UNREAD)] = None
+            return
+        reason, *detail = reason.partition(SEEN)
+        self._details.setdefault(reason, "".join(detail))
         places = self._places[reason]
         self._counts[reason] += 1
         if len(places) <= MAX_PLACES and source not in places:  # ranked answers can count one record several times
             places.append(source)
 
-    def counts(self) -> list[tuple[str, int, list[str]]]:
-        """Returns (reason, number, first places) per reason, for `add_counts`."""
-        return [(reason, number, self._places[reason]) for reason, number in self._counts.items()]
-
-    def add_counts(self, counts: list[tuple[str, int, list[str]]]) -> None:
-        """Adds the counts of records that come after those that were counted so far."""
-        for reason, number, places in counts:
-            known = self._places[reason]
-            known += [place for place in places if place not in known][: MAX_PLACES + 1 - len(known)]
-            self._counts[reason] += number
-
-    def lines(self) -> list[str]:
-        """Returns one line per reason: "prompts: 9 dropped: an empty turn; first at x.jsonl:7, then :8, :12, …"."""
-        return [f"{self.what}: {n} {reason}; first at {self._where(reason)}" for reason, n in self._counts.items()]
-
-    def report(self, say: Say) -> None:
-        """Prints `lines` with `say`."""
-        for line in self.lines():
-            say(line)
-
-    def _where(self, reason: str) -> str:
-        split = [place.rpartition(":") for place in self._places[reason]]
-        then = [f":{line}" if file == before else f"{file}:{line}" for (before, *_), (file, _, line) in pairwise(split)]
-        if len(then) == MAX_PLACES:
-            then[-1] = "…"
-        return self._places[reason][0] + (", then " + ", ".join(then) if then else "")
-
-
-def note(tally: Tally, source: str, reason: str) -> None:
-    """Counts one record in `tally`; with its first two arguments bound, a function that takes a reason."""
-    tally.add(reason, source)
+    def once(self, source: str) -> Callable[[str], None]:
+        """Returns a function that counts the record at `source` under a reason, and under the same reason only once."""
+        seen = set()
