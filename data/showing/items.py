@@ -1,0 +1,121 @@
+"""Records as prompts, dialogues or preferences, their tokens, and what of them was read."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from data.encode import encode_answers, encode_dialogues, encode_prompts
+from data.formats.columns import FormOptions
+from data.formats.dialogue_forms import parse_prompt, parse_turns
+from data.formats.records import BadRecord, Record, Tally
+from data.preferences import MARGIN_COLUMNS, Pair, parse_preference
+from data.template import Turns
+
+KINDS = ("prompts", "dialogues", "preferences")
+NO_LIMIT = 2**40  # tokens
+Side = tuple[list[int], list[bool]]  # token ids, mask of those that are learnt
+
+
+@dataclass(frozen=True)
+class Item:
+    """A usable record. turns: a prompt, a dialogue, or the history of a preference, which alone has `answers`."""
+
+    kind: str
+    turns: Turns
+    answers: list[str] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> Turns:
+        """The turns before the (last) answer."""
+        return self.turns[:-1] if self.kind == "dialogues" else self.turns
+
+    def characters(self) -> list[int]:
+        """Returns the number of characters of the turns, with each answer if there are `answers`."""
+        size = sum(len(turn["content"]) for turn in self.turns)
+        return [size + len(answer) for answer in self.answers or [""]]
+
+    def learnt_characters(self) -> int:
+        """Returns the number of characters of the answers."""
+        answers = (turn["content"] for turn in self.turns if self.kind == "dialogues" and turn["role"] == "assistant")
+        return sum(map(len, (*answers, *self.answers)))
+
+
+def parse(record: Record, tally: Tally, kind: str, options: FormOptions) -> Item:
+    """Returns the record as an item of the kind, as the training commands read it. Raises BadRecord."""
+    note = partial(_note, tally, record.source)
+    if kind == "preferences":
+        read = parse_preference(record, tally, MARGIN_COLUMNS, options)
+        return Item(kind, read.history, read.answers, read.pairs)
+    if kind == "prompts":
+        turns, columns = parse_prompt(record.value, options, note)
+        return Item(kind, turns, columns=columns)
+    turns = parse_turns(record.value, options=options, note=note)
+    if all(turn["role"] != "assistant" for turn in turns):
+        raise BadRecord("no answer of the assistant")
+    if turns[-1]["role"] == "user":
+        note("ended in a question without an answer, which was cut off")
+        turns = turns[:-1]
+    return Item(kind, turns)
+
+
+def _note(tally: Tally, source: str, reason: str) -> None:
+    tally.add(reason, source)
+
+
+def kind_of(record: Record, options: FormOptions) -> str:
+    """Returns the kind of data that a record is: preferences, else by its last turn; "" if it is none."""
+    for kind in ("preferences", "dialogues", "prompts"):
+        try:
+            parse(record, Tally(""), kind, options)
+            return kind
+        except BadRecord:
+            continue
+    return ""
+
+
+def shape(value: Any, depth: int = 3) -> str:
+    """Returns keys and types of a record: "{messages: [{role: text, content: text}]}"."""
+    if isinstance(value, dict) and depth:
+        return "{" + ", ".join(f"{key}: {shape(item, depth - 1)}" for key, item in value.items()) + "}"
+    if isinstance(value, list) and depth:
+        return f"[{', '.join(Counter(shape(item, depth - 1) for item in value))}]"
+    names = {str: "text", bool: "true/false", type(None): "null", dict: "{…}", list: "[…]"}
+    return names.get(type(value), "number")
+
+
+def unread(record: Record, read: Callable[[Record], Item]) -> set[str]:
+    """Returns the keys of a usable record without which it is read as the same item."""
+    if not isinstance(record.value, dict):
+        return set()
+    item, keys = read(record), set()
+    for key in record.value:
+        rest = {name: value for name, value in record.value.items() if name != key}
+        try:
+            if read(Record(rest, record.source)) == item:
+                keys.add(key)
+        except BadRecord:
+            continue
+    return keys
+
+
+def encode(items: list[Item], tokenizer, template: str, limit: int) -> list[tuple[int, list[Side]] | None]:
+    """Returns (number of turns removed, ids and mask per answer) per item of one kind; None: it does not fit."""
+    if not items:
+        return []
+    kind, turns = items[0].kind, [item.turns for item in items]
+    if kind == "prompts":
+        rows = [(left, ids and [(ids, [False] * len(ids))]) for left, ids in encode_prompts(tokenizer, turns, template, limit)]
+    elif kind == "dialogues":
+        rows = [(left, ids and [(ids, mask)]) for left, ids, mask, _ in encode_dialogues(tokenizer, turns, template, limit)]
+    else:
+        found = encode_answers(tokenizer, [(item.turns, item.answers) for item in items], template, limit)
+        rows = [(left, sides and [_side(*side) for side in sides]) for left, sides in found]
+    return [sides and (len(before) - len(left), sides) for before, (left, sides) in zip(turns, rows, strict=True)]
+
+
+def _side(prompt: list[int], answer: list[int], trained: int) -> Side:
+    return prompt + answer, [False] * len(prompt) + [True] * trained + [False] * (len(answer) - trained)
