@@ -5,7 +5,8 @@ import html
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:"><style>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<style>
 :root {{ color-scheme: light dark; }}
 body {{ font-family: sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; overflow-wrap: anywhere; }}
 img {{ max-width: 100%; }} table {{ border-collapse: collapse; }} pre {{ white-space: pre-wrap; }}

@@ -33,10 +33,10 @@ class Counts:
         self.records.append(_hash((item.turns, item.answers, item.columns)))
         self.lengths[max(lengths)] += 1
         self.named["system"] += item.turns[0]["role"] == "system"
-        for better, worse in item.pairs:
-            gap = lengths[better] - lengths[worse]
+        for pair in item.pairs:
+            gap = lengths[pair.better] - lengths[pair.worse]
             self.differences = [a + b for a, b in zip(self.differences, (1, gap, gap > 0, gap < 0), strict=True)]
-            first, second = (item.answers[k].split() for k in (better, worse))
+            first, second = (item.answers[k].split() for k in (pair.better, pair.worse))
             self.named["blank"] += "".join(first) == "".join(second)
 
 

@@ -108,9 +108,11 @@ def encode(items: list[Item], tokenizer, template: str, limit: int) -> list[tupl
         return []
     kind, turns = items[0].kind, [item.turns for item in items]
     if kind == "prompts":
-        rows = [(left, ids and [(ids, [False] * len(ids))]) for left, ids in encode_prompts(tokenizer, turns, template, limit)]
+        found = encode_prompts(tokenizer, turns, template, limit)
+        rows = [(left, ids and [(ids, [False] * len(ids))]) for left, ids in found]
     elif kind == "dialogues":
-        rows = [(left, ids and [(ids, mask)]) for left, ids, mask, _ in encode_dialogues(tokenizer, turns, template, limit)]
+        found = encode_dialogues(tokenizer, turns, template, limit)
+        rows = [(left, ids and [(ids, mask)]) for left, ids, mask, _ in found]
     else:
         found = encode_answers(tokenizer, [(item.turns, item.answers) for item in items], template, limit)
         rows = [(left, sides and [_side(*side) for side in sides]) for left, sides in found]

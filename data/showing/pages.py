@@ -6,17 +6,15 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from data.showing.pieces import LEARNT, MASKED, SPECIAL, Piece, common_start, stretches
+from data.showing.pieces import Piece, common_start
 from utils.html import html_page, html_table
 from utils.terminal import printable
 
-# Two shades per mark, in turn, so that a token ends where the shade changes.
-_SHADES = {LEARNT: (28, 34), MASKED: (241, 247), SPECIAL: (127, 170)}
-_BRACKETS = {LEARNT: "⟦{}⟧", MASKED: "{}", SPECIAL: "‹{}›"}
-_LEGEND = {LEARNT: "learnt", MASKED: "masked", SPECIAL: "special"}
+LEGEND = "learnt: green or in ⟦ ⟧; masked: grey; special tokens: reversed or in ‹ ›"
+_SHADES = {True: (28, 34), False: (241, 247)}  # learnt or not; a token ends where the shade changes
 _BAR = 40  # characters of the longest one
 _STYLE = """.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20em, 100%), 1fr)); gap: 1em; }
-.learnt { background: #2a82; } .masked { color: #888; } .special { background: #a2a3; font-weight: bold; }
+.learnt { background: #2a83; } .special { background: #a2a3; font-weight: bold; }
 .token { border-right: 1px solid #8886; } .bar { background: #48c; height: 1em; }
 pre { border: 1px solid #8888; padding: 0.5em; margin: 0.3em 0; max-height: 40em; overflow: auto; }
 """
@@ -105,28 +103,27 @@ def _sides(sides: list[tuple[str, list[Piece]]], width: int, colour: bool) -> It
 
 
 def _coloured(pieces: list[Piece], colour: bool, width: int) -> list[str]:
-    """Returns lines of at most `width` columns; colours are set anew in each line."""
-    lines, column = [""], 0
-    for mark, group in stretches(pieces):
-        texts = [printable(piece.text) for piece in group]
-        if not colour:
-            body = "".join(texts)
-            end = len(body.rstrip("\n"))
-            texts = [_BRACKETS[mark].format(body[:end]) + body[end:]] if mark == LEARNT else [
-                _BRACKETS[mark].format(text) for text in texts
-            ]
-        for k, text in enumerate(texts):
-            start, stop = (f"\x1b[38;5;{_SHADES[mark][k % 2]}m", "\x1b[0m") if colour else ("", "")
-            run = ""
-            for char in text:
-                size = _width(char)
-                if char == "\n" or column + size > width:
-                    lines[-1] += f"{start}{run}{stop}" if run else ""
-                    lines.append("")
-                    run, column = "", 0
-                if char != "\n":
-                    run, column = run + char, column + size
-            lines[-1] += f"{start}{run}{stop}" if run else ""
+    """Returns lines of at most `width` columns. Each line sets its colours anew."""
+    lines, column, before = [""], 0, False
+    for k, piece in enumerate(pieces):
+        start, text, stop = "", printable(piece.text), ""
+        if colour:
+            start, stop = f"\x1b[{'7;' * piece.is_special}38;5;{_SHADES[piece.is_learnt][k % 2]}m", "\x1b[0m"
+        else:
+            after = k + 1 < len(pieces) and pieces[k + 1].is_learnt
+            text = f"‹{text}›" if piece.is_special else text
+            text = "⟦" * (piece.is_learnt > before) + text + "⟧" * (piece.is_learnt > after)
+            before = piece.is_learnt
+        run = ""
+        for char in text:
+            size = _width(char)
+            if char == "\n" or column + size > width:
+                lines[-1] += f"{start}{run}{stop}" * bool(run)
+                lines.append("")
+                run, column = "", 0
+            if char != "\n":
+                run, column = run + char, column + size
+        lines[-1] += f"{start}{run}{stop}" * bool(run)
     return lines
 
 
@@ -169,5 +166,8 @@ def _html(block: Block) -> str:
 
 def _spans(pieces: list[Piece]) -> str:
     """Returns the pieces as HTML; a token's id is its title."""
-    token = '<span class="{} token" title="{}">{}</span>'
-    return "".join(token.format(p.mark, ", ".join(map(str, p.ids)), html.escape(p.text)) for p in pieces)
+    span = '<span class="token{}{}" title="{}">{}</span>'
+    return "".join(
+        span.format(" learnt" * p.is_learnt, " special" * p.is_special, ", ".join(map(str, p.ids)), html.escape(p.text))
+        for p in pieces
+    )

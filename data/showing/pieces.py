@@ -1,23 +1,22 @@
-"""Pieces of text as the model sees them: a token or a turn each, marked as special, learnt or masked."""
+"""Texts as the model sees them, in pieces: a token or a turn each, learnt or not, special or not."""
 
 from dataclasses import dataclass
-from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
 from data.showing.items import Item, Side
 
-SPECIAL, LEARNT, MASKED = "special", "learnt", "masked"
 MAX_TOKENS, MAX_TEXT = 1500, 8000  # of one side that are shown
 _VISIBLE = str.maketrans({" ": "·", "\n": "↵\n", "\t": "→"})
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A text, its mark (SPECIAL, LEARNT, MASKED), and its token ids; () for text that is no token."""
+    """A text. is_learnt: an answer; is_special: a special token, or a speaker; ids: () if it is no token."""
 
     text: str
-    mark: str
+    is_learnt: bool = False
+    is_special: bool = False
     ids: tuple[int, ...] = ()
 
 
@@ -30,9 +29,9 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, side: Side) -> list[Piece]:
         if MAX_TOKENS // 2 <= k < len(ids) - MAX_TOKENS // 2:
             continue
         if k and k == len(ids) - MAX_TOKENS // 2:
-            pieces.append(Piece(f" … {len(ids) - MAX_TOKENS} tokens … ", MASKED))
+            pieces.append(Piece(f" … {len(ids) - MAX_TOKENS} tokens … "))
         if i in known:
-            pieces.append(Piece(tokenizer.convert_ids_to_tokens(i), SPECIAL, (i,)))
+            pieces.append(Piece(tokenizer.convert_ids_to_tokens(i), mask[k], True, (i,)))
             before, held = [], []
             continue
         held.append(i)
@@ -40,7 +39,7 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, side: Side) -> list[Piece]:
         if whole.endswith("\ufffd") and len(held) < 4 and k + 1 < len(ids) and ids[k + 1] not in known:
             continue
         text = whole.removeprefix(start) if before else _own_text(tokenizer, held)
-        pieces.append(Piece(text.translate(_VISIBLE), LEARNT if mask[k] else MASKED, tuple(held)))
+        pieces.append(Piece(text.translate(_VISIBLE), mask[k], False, tuple(held)))
         before, held = held, []
     return pieces
 
@@ -60,8 +59,9 @@ def turn_pieces(item: Item, answer: int | None = None) -> list[Piece]:
         text = turn["content"]
         if len(text) > MAX_TEXT:
             text = f"{text[: MAX_TEXT // 2]} … {len(text) - MAX_TEXT} characters … {text[-MAX_TEXT // 2 :]}"
-        learnt = turn["role"] == "assistant" and item.kind == "dialogues" or turn is turns[-1] and answer is not None
-        pieces += [Piece(f"{turn['role']}:", SPECIAL), Piece(f" {text}\n", LEARNT if learnt else MASKED)]
+        is_learnt = turn["role"] == "assistant" and (item.kind == "dialogues" or turn is turns[-1])
+        pieces += [Piece("\n")] * bool(pieces)
+        pieces += [Piece(f"{turn['role']}:", is_special=True), Piece(f" {text}", is_learnt)]
     return pieces
 
 
@@ -69,12 +69,7 @@ def common_start(sides: list[list[Piece]]) -> int:
     """Returns the number of pieces with which all sides begin; those of the answers are not among them."""
     count = 0
     for pieces in zip(*sides, strict=False):
-        if len(set(pieces)) > 1 or pieces[0].mark == LEARNT:
+        if len(set(pieces)) > 1 or pieces[0].is_learnt:
             return count
         count += 1
     return count
-
-
-def stretches(pieces: list[Piece]) -> list[tuple[str, list[Piece]]]:
-    """Returns the pieces grouped by runs of the same mark."""
-    return [(mark, list(group)) for mark, group in groupby(pieces, key=lambda piece: piece.mark)]

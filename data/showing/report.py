@@ -6,14 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain, islice
 
 from data.formats.records import FLAG, BadRecord, Record, Tally
 from data.showing.counts import Counts, Duplicates, bins, joined, overlap, quantile, repeated
 from data.showing.items import NO_LIMIT, Item, encode, kind_of, parse, shape, unread
-from data.showing.pages import Bars, Block, Heading, Lines, Table, View
-from data.showing.pieces import LEARNT, MASKED, Piece, token_pieces, turn_pieces
+from data.showing.pages import LEGEND, Bars, Block, Heading, Lines, Table, View
+from data.showing.pieces import Piece, token_pieces, turn_pieces
 from data.sources import Part, Source, parse_sources, parts_of
 
 CHUNK = 256  # records that are encoded together
@@ -128,7 +127,7 @@ class Look:
         else:
             sides = [turn_pieces(item, k if item.pairs else None) for k in chosen]
         if item.kind == "prompts":
-            sides[0].append(Piece("(the answer begins here)", LEARNT))
+            sides[0].append(Piece("(the answer begins here)", is_learnt=True))
         return View(record.source, lines, list(zip(labels, sides, strict=True)))
 
 
@@ -149,7 +148,8 @@ def report(config) -> tuple[list[Block], str]:
     for split in splits:
         look.take(split)
     usable = sum(split.counts.named["usable"] for split in splits)
-    problem = f"{FLAG} {' '.join(config.data_path)}: no record can be used as one of {kind}; fix them, or pass --columns"
+    paths = " ".join(config.data_path)
+    problem = f"{FLAG} {paths}: no usable {kind}, for the reasons above; fix the records, or pass --kind or --columns"
     return blocks_of(look, splits, found), "" if usable else problem
 
 
@@ -176,7 +176,7 @@ def progress(records: Iterable[Record]) -> Iterator[Record]:
 def blocks_of(look: Look, splits: list[Split], found: str) -> list[Block]:
     """Returns the whole report."""
     unit = "tokens" if look.tokenizer else "characters"
-    kinds = [f"used as {look.kind} ({found})", "learnt: green or ⟦ ⟧, special: violet or ‹ ›, masked: grey or plain"]
+    kinds = [f"used as {look.kind} ({found})", LEGEND]
     blocks: list[Block] = [Heading("Records"), Lines(kinds), *chain.from_iterable(split.views for split in splits)]
     header = ["source", "split", "weight", "records", "usable", "truncated", unit, f"learnt {unit}", "steps per epoch"]
     rows = []
@@ -184,7 +184,7 @@ def blocks_of(look: Look, splits: list[Split], found: str) -> list[Block]:
         named, weight = split.counts.named, split.source.weight
         steps = named["usable"] // look.config.batch_size if split.name == "train" else ""
         numbers = [len(split.counts.records), *(named[name] for name in ("usable", "truncated", "tokens", "learnt"))]
-        rows.append([split.source, split.name, "" if weight is None else f"{weight:g}", *numbers, steps])
+        rows.append([split.source.path, split.name, "" if weight is None else f"{weight:g}", *numbers, steps])
     blocks += [Heading("Counts"), Table(header, rows)]
     blocks += [Heading("Keys of the records"), Lines(keys_of(look))]
     if lines := look.tally.lines():
@@ -192,7 +192,7 @@ def blocks_of(look: Look, splits: list[Split], found: str) -> list[Block]:
     for reason, record in look.dropped.items():
         text = json.dumps(record.value, ensure_ascii=False, default=str)
         text = text if len(text) <= MAX_RAW else f"{text[:MAX_RAW]}…"
-        blocks.append(View(record.source, [reason], [("", [Piece(text, MASKED)])]))
+        blocks.append(View(record.source, [reason], [("", [Piece(text)])]))
     lengths = sum((split.counts.lengths for split in splits), Counter())
     if lengths:
         blocks += [Heading(f"Lengths in {unit}"), Lines(length_lines(look, lengths)), Bars(bins(lengths))]
