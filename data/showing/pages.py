@@ -10,11 +10,12 @@ from data.showing.pieces import Piece, common_start
 from utils.html import html_page, html_table
 from utils.terminal import printable
 
-LEGEND = "learnt: green or in ⟦ ⟧; masked: grey; special tokens: reversed or in ‹ ›"
+LEGEND = "learnt: green or in ⟦ ⟧; special tokens: reversed, bold or in ‹ ›; the rest is masked"
 _SHADES = {True: (28, 34), False: (241, 247)}  # learnt or not; a token ends where the shade changes
 _BAR = 40  # characters of the longest one
 _STYLE = """.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20em, 100%), 1fr)); gap: 1em; }
-.learnt { background: #2a83; } .special { background: #a2a3; font-weight: bold; }
+.learnt { background: #2a83; } .special { color: light-dark(#828, #e9e); font-weight: bold; }
+th { overflow-wrap: normal; }
 .token { border-right: 1px solid #8886; } .bar { background: #48c; height: 1em; }
 pre { border: 1px solid #8888; padding: 0.5em; margin: 0.3em 0; max-height: 40em; overflow: auto; }
 """
