@@ -4,16 +4,17 @@ import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from data.formats.dialogue_forms import check_turns, from_hh, is_hh, parse_history, parse_turns, with_system
-from data.formats.ranked_answers import is_ranked, ranked_pairs
+from data.formats.columns import FormOptions
+from data.formats.compared import Reader
+from data.formats.preference_forms import form_of
 from data.formats.records import FLAG, BadRecord, Record, Tally, load_items
-from data.formats.score_columns import STRENGTH, read_number, read_strength
+from data.formats.score_columns import STRENGTH, read_number, read_score_gap, read_strength
 from data.template import Turns
 from utils.errors import Say, UserError
 from utils.terminal import has_lone_surrogate
 
+PLAIN = FormOptions()
 MARGIN_COLUMNS = (STRENGTH, "margin")  # columns with a pair's margin, unless a flag names another
 
 
@@ -44,38 +45,53 @@ class Preference:
 
 def load_preferences(
     path: str, num_valid: int, seed: int, say: Say = print, margin_columns: tuple[str, ...] = (),
-    lower: bool = False,
+    lower: bool = False, options: FormOptions = PLAIN,
 ) -> tuple[list[Preference], list[Preference]]:  # fmt: skip
     """Returns (train, valid) preferences; drops malformed records and reports their counts with `say`.
 
-    Formats: {"chosen", "rejected"} as dialogues with the same history, in lists or Anthropic's text format; {"prompt"
-    or "conversations", "chosen", "rejected"}; {"prompt", "responses"} (ranked_answers.py). Optional columns: "system",
-    "subset", "mean preference difference", score lists. margin_columns: columns with a margin, the first that a record
-    has; (): no margins. The margin of ranked answers is their score difference. Raises UserError if the data is
-    unreadable or nothing is left.
+    Optional columns of a record: "subset", "system", "mean preference difference", score lists. margin_columns: columns
+    with a margin, the first that a record has; (): no margins. The margin of ranked answers is their score difference.
+    options: what the flags say about forms. Raises UserError if the data is unreadable or nothing is left.
     """
-    parse = partial(parse_preference, margin_columns=margin_columns)
-    return load_items(path, "preferences", parse, num_valid, seed, say, lower=lower)
+    parse = partial(parse_preferences, margin_columns=margin_columns, options=options)
+    train, valid = load_items(path, "preferences", parse, num_valid, seed, say, lower=lower)
+    return [one for record in train for one in record], [one for record in valid for one in record]
 
 
-def parse_preference(record: Record, tally: Tally, margin_columns: tuple[str, ...] = ()) -> Preference:
-    """Returns the preference of one record in any format of `load_preferences`. Raises BadRecord with the reason."""
+def parse_preferences(
+    record: Record, tally: Tally, margin_columns: tuple[str, ...] = (), options: FormOptions = PLAIN
+) -> list[Preference]:
+    """Returns the preferences of a record in any form of preference_forms.py; several of a tree, else one.
+
+    Counts in `tally` what is changed or left out. Raises BadRecord with the reason for a record that cannot be used.
+    """
     value, subset = record.value, _subset_of(record)
-    if is_ranked(value):
-        history = parse_history(value["prompt"]) if value.get("prompt") is not None else []
-        answers, ranking = ranked_pairs(value, record.source, tally)
-        for answer in answers:
-            check_turns([*history, {"role": "assistant", "content": answer}])
-        pairs = [Pair(i, j, margin=gap if margin_columns else None) for i, j, gap in ranking]
-        return Preference(check_turns(history), [answer.strip() for answer in answers], pairs, subset, record.source)
-    chosen, rejected = _sides_of(value)
-    strength = read_strength(value)
-    margins = (read_number(value, name) for name in margin_columns)
-    margin = next((margin for margin in margins if margin is not None), None)
-    if margin is None and STRENGTH in margin_columns:
-        margin = strength  # from the score lists
-    answers = [chosen[-1]["content"], rejected[-1]["content"]]
-    return Preference(chosen[:-1], answers, [Pair(0, 1, strength, margin)], subset, record.source)
+    form = form_of(value)
+    if form is None:
+        raise BadRecord("not an object with the keys chosen and rejected, or prompt and responses")
+    notes: dict[str, None] = {}
+    try:
+        compared = form.parse(value, Reader(options, notes.setdefault))
+    finally:
+        for reason in notes:
+            tally.add(reason, record.source)
+    strength = read_strength(value) if form.pair else None
+    margin = _margin_of(value, strength, margin_columns) if form.pair else None
+    return [
+        Preference(one.history, one.answers, [
+            Pair(i, j, strength, gap if margin is None and margin_columns else margin) for i, j, gap in one.pairs
+        ], subset, record.source)
+        for one in compared
+    ]  # fmt: skip
+
+
+def _margin_of(value: dict, strength: float | None, columns: tuple[str, ...]) -> float | None:
+    """Returns the margin of a pair: the first of `columns` that it has; the default columns include its scores."""
+    numbers = (read_number(value, name) for name in columns)
+    margin = next((number for number in numbers if number is not None), None)
+    if margin is None and STRENGTH in columns:
+        return strength if strength is not None else read_score_gap(value)
+    return margin
 
 
 def flip_negative(preferences: list[Preference], say: Say = print) -> list[Preference]:
@@ -117,39 +133,6 @@ def _flipped(pair: Pair) -> Pair:
     # A margin from the strength column has the sign of the strength; margins by annotators are not negative.
     margin = None if pair.margin is None else abs(pair.margin)
     return Pair(pair.worse, pair.better, -pair.strength, margin)
-
-
-def _sides_of(value: Any) -> tuple[Turns, Turns]:
-    """Returns the dialogues of chosen and rejected, which differ only in the last answer."""
-    if not isinstance(value, dict) or "chosen" not in value or "rejected" not in value:
-        raise BadRecord("not an object with the keys chosen and rejected, or prompt and responses")
-    history = next((value[key] for key in ("prompt", "conversations") if value.get(key) is not None), [])
-    prompt = with_system(parse_history(history), value) if history != [] else []
-    chosen, rejected = (_dialogue(value[key], key, prompt) for key in ("chosen", "rejected"))
-    if chosen[:-1] != rejected[:-1]:
-        raise BadRecord("the histories of chosen and rejected differ")
-    if chosen[-1] == rejected[-1]:
-        raise BadRecord("chosen and rejected are the same answer")
-    return chosen, rejected
-
-
-def _dialogue(value: Any, key: str, prompt: Turns) -> Turns:
-    """Returns the dialogue of one side of a pair, with `prompt` in front unless the side includes the history."""
-    if isinstance(value, str) and is_hh(value):
-        turns = check_turns(from_hh(value))
-    elif isinstance(value, str) and prompt:
-        turns = check_turns([*prompt, {"role": "assistant", "content": value}])
-    elif isinstance(value, dict) and prompt:
-        turns = check_turns([*prompt, *parse_history([value])])
-    elif isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | dict) and prompt:
-        turns = _dialogue(value[0], key, prompt)
-    elif isinstance(value, list):
-        turns = parse_turns(value)
-    else:
-        raise BadRecord(f"{key} is neither a dialogue nor an answer to a prompt")
-    if turns[-1]["role"] != "assistant":
-        raise BadRecord(f"{key} does not end in an answer of the assistant")
-    return turns
 
 
 def _subset_of(record: Record) -> str:

@@ -14,7 +14,7 @@ _ROLES = {
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
-def parse_turns(value: Any, empty_answer: bool = False) -> Turns:
+def parse_turns(value: Any, empty_answer: bool = False, options=None, note=None) -> Turns:
     """Returns the turns of a dialogue record, checked by `check_turns`. Raises BadRecord with the reason.
 
     Formats: a list of strings (human first) or of messages; {"messages"}; {"conversations"} (ShareGPT); {"instruction",
