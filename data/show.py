@@ -63,14 +63,14 @@ def main(argv: list[str] | None = None) -> None:
 
     if config.output:
         check_output_file(config.output, "--output")
-    blocks, problem = report(config)
+    sections, problem = report(config)
     if config.output:
         with atomic_file(config.output, "--output") as file:
-            file.write(to_html(f"Data: {' '.join(config.data_path)}", blocks))
+            file.write(to_html(f"Data: {' '.join(config.data_path)}", sections))
         print(f"written: {config.output} (open it in a browser)")
     else:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        text = to_text(blocks, shutil.get_terminal_size((100, 24)).columns, colour)
+        text = to_text(sections, shutil.get_terminal_size((100, 24)).columns, colour)
         print(text, end="", file=sys.stdout.raw if colour else sys.stdout)  # a SafeStream would remove the colours
     if problem:
         raise UserError(problem)

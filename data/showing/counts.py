@@ -22,15 +22,13 @@ class Counts:
     named: Counter[str] = field(default_factory=Counter)
     differences: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # pairs, sum, chosen longer, chosen shorter
 
-    def drop(self) -> None:
-        """Counts a record that cannot be used."""
-        self.prompts.append(0)
-        self.records.append(0)
+    def add_record(self, items: list[Item]) -> None:
+        """Counts a record; without items, it cannot be used."""
+        self.prompts.append(_hash(items[0].prompt) if items else 0)
+        self.records.append(_hash(items) if items else 0)
 
     def add(self, item: Item, lengths: list[int]) -> None:
-        """Counts a record. lengths: of the prompt or dialogue with each answer."""
-        self.prompts.append(_hash(item.prompt))
-        self.records.append(_hash((item.turns, item.answers, item.columns)))
+        """Counts an item. lengths: of the prompt or dialogue with each answer."""
         self.lengths[max(lengths)] += 1
         self.named["system"] += item.turns[0]["role"] == "system"
         for pair in item.pairs:

@@ -9,8 +9,9 @@ from typing import Any
 from data.encode import encode_answers, encode_dialogues, encode_prompts
 from data.formats.columns import FormOptions
 from data.formats.dialogue_forms import parse_prompt, parse_turns
+from data.formats.preference_forms import form_of
 from data.formats.records import BadRecord, Record, Tally
-from data.preferences import MARGIN_COLUMNS, Pair, parse_preference
+from data.preferences import MARGIN_COLUMNS, Pair, parse_preferences
 from data.template import Turns
 
 KINDS = ("prompts", "dialogues", "preferences")
@@ -20,7 +21,7 @@ Side = tuple[list[int], list[bool]]  # token ids, mask of those that are learnt
 
 @dataclass(frozen=True)
 class Item:
-    """A usable record. turns: a prompt, a dialogue, or the history of a preference, which alone has `answers`."""
+    """A sample to train on. turns: a prompt, a dialogue, or the history of a preference, which alone has `answers`."""
 
     kind: str
     turns: Turns
@@ -44,22 +45,22 @@ class Item:
         return sum(map(len, (*answers, *self.answers)))
 
 
-def parse(record: Record, tally: Tally, kind: str, options: FormOptions) -> Item:
-    """Returns the record as an item of the kind, as the training commands read it. Raises BadRecord."""
+def parse(record: Record, tally: Tally, kind: str, options: FormOptions) -> list[Item]:
+    """Returns the items of a kind that the training commands read from a record. Raises BadRecord."""
     note = partial(_note, tally, record.source)
     if kind == "preferences":
-        read = parse_preference(record, tally, MARGIN_COLUMNS, options)
-        return Item(kind, read.history, read.answers, read.pairs)
+        read = parse_preferences(record, tally, MARGIN_COLUMNS, options)
+        return [Item(kind, one.history, one.answers, one.pairs) for one in read]
     if kind == "prompts":
         turns, columns = parse_prompt(record.value, options, note)
-        return Item(kind, turns, columns=columns)
+        return [Item(kind, turns, columns=columns)]
     turns = parse_turns(record.value, options=options, note=note)
     if all(turn["role"] != "assistant" for turn in turns):
         raise BadRecord("no answer of the assistant")
     if turns[-1]["role"] == "user":
         note("ended in a question without an answer, which was cut off")
         turns = turns[:-1]
-    return Item(kind, turns)
+    return [Item(kind, turns)]
 
 
 def _note(tally: Tally, source: str, reason: str) -> None:
@@ -67,7 +68,7 @@ def _note(tally: Tally, source: str, reason: str) -> None:
 
 
 def kind_of(record: Record, options: FormOptions) -> str:
-    """Returns the kind of data that a record is: preferences, else by its last turn; "" if it is none."""
+    """Returns what a record can be used as: preferences, else by its last turn; "" for nothing."""
     for kind in ("preferences", "dialogues", "prompts"):
         try:
             parse(record, Tally(""), kind, options)
@@ -75,6 +76,13 @@ def kind_of(record: Record, options: FormOptions) -> str:
         except BadRecord:
             continue
     return ""
+
+
+def form_name(value: Any, kind: str) -> str:
+    """Returns the name of a record's form and its keys, or its shape."""
+    form = form_of(value) if kind == "preferences" else None
+    keys = f"keys {', '.join(sorted(value))}" if isinstance(value, dict) else shape(value)
+    return f"{form.name}, {keys}" if form else keys
 
 
 def shape(value: Any, depth: int = 3) -> str:
@@ -87,15 +95,15 @@ def shape(value: Any, depth: int = 3) -> str:
     return names.get(type(value), "number")
 
 
-def unread(record: Record, read: Callable[[Record], Item]) -> set[str]:
-    """Returns the keys of a usable record without which it is read as the same item."""
+def unread(record: Record, read: Callable[[Record], list[Item]]) -> set[str]:
+    """Returns the keys of a usable record without which its items are the same."""
     if not isinstance(record.value, dict):
         return set()
-    item, keys = read(record), set()
+    items, keys = read(record), set()
     for key in record.value:
         rest = {name: value for name, value in record.value.items() if name != key}
         try:
-            if read(Record(rest, record.source)) == item:
+            if read(Record(rest, record.source)) == items:
                 keys.add(key)
         except BadRecord:
             continue

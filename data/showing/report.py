@@ -10,8 +10,8 @@ from itertools import chain, islice
 
 from data.formats.records import FLAG, BadRecord, Record, Tally
 from data.showing.counts import Counts, Duplicates, bins, joined, overlap, quantile, repeated
-from data.showing.items import NO_LIMIT, Item, encode, kind_of, parse, shape, unread
-from data.showing.pages import LEGEND, Bars, Block, Heading, Lines, Table, View
+from data.showing.items import NO_LIMIT, Item, encode, form_name, kind_of, parse, shape, unread
+from data.showing.pages import LEGEND, Section
 from data.showing.pieces import Piece, token_pieces, turn_pieces
 from data.sources import Part, Source, parse_sources, parts_of
 
@@ -19,6 +19,7 @@ CHUNK = 256  # records that are encoded together
 SAMPLE = 20  # records that decide the kind
 MAX_RAW = 400  # characters of a dropped record that are shown
 EXAMPLES = 3  # reasons with an example
+BAR = 40  # characters of the longest bar
 PERIOD = 10.0  # seconds between lines of progress
 
 
@@ -31,7 +32,7 @@ class Split:
     parts: list[Part]
     limit: int | None
     counts: Counts = field(default_factory=Counts)
-    views: list[View] = field(default_factory=list)
+    views: list[Section] = field(default_factory=list)
 
     def records(self) -> Iterator[Record]:
         """Yields the records."""
@@ -50,26 +51,24 @@ class Look:
         self.tally, self.shapes, self.first = Tally(kind), Counter(), {}
         self.dropped: dict[str, Record] = {}
 
-    def parsed(self, record: Record, tally: Tally) -> Item:
-        """Returns the record as an item. Raises BadRecord."""
+    def parsed(self, record: Record, tally: Tally) -> list[Item]:
+        """Returns the items of a record. Raises BadRecord."""
         return parse(record, tally, self.kind, self.config.forms)
 
     def take(self, split: Split) -> None:
         """Reads, encodes and counts the records of a split; the first usable ones become views."""
         records = progress(split.records())
         while chunk := list(islice(records, CHUNK)):
-            read = [self.read(record) for record in chunk]
-            items = [item for item in read if item]
-            sides = iter(self.encoded(items))
-            for record, item in zip(chunk, read, strict=True):
-                if item is None:
-                    split.counts.drop()
-                    continue
-                self.count(split, record, item, *next(sides))
+            read = [(record, self.read(record)) for record in chunk]
+            sides = iter(self.encoded([item for _, items in read for item in items]))
+            for record, items in read:
+                split.counts.add_record(items)
+                for item in items:
+                    self.count(split, record, item, *next(sides))
 
-    def read(self, record: Record) -> Item | None:
-        """Returns the record as an item, or None, counted with its reason; the form is counted, too."""
-        keys = ", ".join(sorted(record.value)) if isinstance(record.value, dict) else shape(record.value)
+    def read(self, record: Record) -> list[Item]:
+        """Returns the items of the record; none, with the reason counted, if it cannot be used. Counts its keys."""
+        keys = form_name(record.value, self.kind)
         if keys in self.first or len(self.first) < CHUNK:
             self.shapes[keys] += 1
             self.first.setdefault(keys, record.source)
@@ -79,7 +78,7 @@ class Look:
             self.tally.add(f"dropped: {error}", record.source)
             if len(self.dropped) < EXAMPLES:
                 self.dropped.setdefault(str(error), record)
-            return None
+            return []
 
     def encoded(self, items: list[Item]) -> list[tuple]:
         """Returns per item (encoding without a limit, encoding within --context_truncate); None without a tokenizer."""
@@ -108,7 +107,7 @@ class Look:
         if len(split.views) < self.config.num_records:
             split.views.append(self.view(record, item, kept))
 
-    def view(self, record: Record, item: Item, kept) -> View:
+    def view(self, record: Record, item: Item, kept) -> Section:
         """Returns what is shown of a record: its form, its keys, and its tokens or texts."""
         lines = [f"form: {shape(record.value)}"]
         if item.columns:
@@ -128,11 +127,11 @@ class Look:
             sides = [turn_pieces(item, k if item.pairs else None) for k in chosen]
         if item.kind == "prompts":
             sides[0].append(Piece("(the answer begins here)", is_learnt=True))
-        return View(record.source, lines, list(zip(labels, sides, strict=True)))
+        return Section(record.source, lines, sides=list(zip(labels, sides, strict=True)), level=3)
 
 
-def report(config) -> tuple[list[Block], str]:
-    """Returns the blocks of the report, and the problem if no record can be used. Raises UserError."""
+def report(config) -> tuple[list[Section], str]:
+    """Returns the sections of the report, and the problem if no record can be used. Raises UserError."""
     splits = []
     for source in parse_sources(config.data_path, FLAG):
         for name, parts in zip(("train", "held out"), parts_of(source, FLAG, config.split, config.valid_split)):
@@ -150,7 +149,7 @@ def report(config) -> tuple[list[Block], str]:
     usable = sum(split.counts.named["usable"] for split in splits)
     paths = " ".join(config.data_path)
     problem = f"{FLAG} {paths}: no usable {kind}, for the reasons above; fix the records, or pass --kind or --columns"
-    return blocks_of(look, splits, found), "" if usable else problem
+    return sections_of(look, splits, found), "" if usable else problem
 
 
 def choose_kind(config, split: Split) -> tuple[str, str]:
@@ -173,47 +172,42 @@ def progress(records: Iterable[Record]) -> Iterator[Record]:
             last = now
 
 
-def blocks_of(look: Look, splits: list[Split], found: str) -> list[Block]:
+def sections_of(look: Look, splits: list[Split], found: str) -> list[Section]:
     """Returns the whole report."""
-    unit = "tokens" if look.tokenizer else "characters"
-    kinds = [f"used as {look.kind} ({found})", LEGEND]
-    blocks: list[Block] = [Heading("Records"), Lines(kinds), *chain.from_iterable(split.views for split in splits)]
-    header = ["source", "split", "weight", "records", "usable", "truncated", unit, f"learnt {unit}", "steps per epoch"]
-    rows = []
+    unit, batch = "tokens" if look.tokenizer else "characters", look.config.batch_size
+    table: list[list] = [["source", "split", "weight", "records", look.kind, "truncated", unit, "learnt", "steps"]]
     for split in splits:
         named, weight = split.counts.named, split.source.weight
-        steps = named["usable"] // look.config.batch_size if split.name == "train" else ""
         numbers = [len(split.counts.records), *(named[name] for name in ("usable", "truncated", "tokens", "learnt"))]
-        rows.append([split.source.path, split.name, "" if weight is None else f"{weight:g}", *numbers, steps])
-    blocks += [Heading("Counts"), Table(header, rows)]
-    blocks += [Heading("Keys of the records"), Lines(keys_of(look))]
-    if lines := look.tally.lines():
-        blocks += [Heading("Dropped and changed"), Lines(lines)]
+        steps = named["usable"] // batch if split.name == "train" else ""
+        table.append([split.source.path, split.name, "" if weight is None else f"{weight:g}", *numbers, steps])
+    forms = [f"{number} records: {name}; first at {look.first[name]}" for name, number in look.shapes.most_common(5)]
+    sections = [Section("Records", [f"used as {look.kind} ({found})", LEGEND])]
+    sections += [*chain.from_iterable(split.views for split in splits), Section("Forms", forms)]
+    sections += [Section("Counts", [f"steps: of one epoch at --batch_size {batch}"], table)]
+    sections += [Section("Dropped and changed", look.tally.lines() or ["nothing"])]
     for reason, record in look.dropped.items():
         text = json.dumps(record.value, ensure_ascii=False, default=str)
-        text = text if len(text) <= MAX_RAW else f"{text[:MAX_RAW]}…"
-        blocks.append(View(record.source, [reason], [("", [Piece(text)])]))
-    lengths = sum((split.counts.lengths for split in splits), Counter())
-    if lengths:
-        blocks += [Heading(f"Lengths in {unit}"), Lines(length_lines(look, lengths)), Bars(bins(lengths))]
-        blocks += [Heading("Checks"), Lines([*duplicate_lines(splits), *other_lines(look, splits, unit)])]
-    return blocks
+        sides = [("", [Piece(text if len(text) <= MAX_RAW else f"{text[:MAX_RAW]}…")])]
+        sections.append(Section(record.source, [reason], sides=sides, level=3))
+    if lengths := sum((split.counts.lengths for split in splits), Counter()):
+        sections.append(length_section(look, lengths, unit))
+        sections.append(Section("Checks", [*duplicate_lines(splits), *other_lines(splits, unit)]))
+    return sections
 
 
-def keys_of(look: Look) -> list[str]:
-    """Returns a line per form of records: how many, which keys, where the first is."""
-    return [f"{number} records: {keys}; first at {look.first[keys]}" for keys, number in look.shapes.most_common(5)]
-
-
-def length_lines(look: Look, lengths: Counter[int]) -> list[str]:
-    """Returns quantiles of the lengths, and the share beyond --context_truncate."""
+def length_section(look: Look, lengths: Counter[int], unit: str) -> Section:
+    """Returns quantiles and a histogram of the lengths, and the share beyond --context_truncate."""
     marks = [f"half of them up to {quantile(lengths, 0.5)}", f"95 % up to {quantile(lengths, 0.95)}"]
     lines = [f"{', '.join(marks)}, the longest {max(lengths)}"]
     if look.tokenizer:
         limit = look.config.context_truncate
         beyond = sum(number for length, number in lengths.items() if length > limit)
         lines.append(f"longer than --context_truncate {limit}: {beyond} ({beyond / lengths.total():.1%})")
-    return lines
+    sizes = bins(lengths)
+    most = max(number for _, number in sizes)
+    rows = [[name, "█" * round(BAR * n / most), n, f"{n / lengths.total():.1%}"] for name, n in sizes]
+    return Section(f"Lengths in {unit}", lines, [[unit, "", look.kind, "share"], *rows])
 
 
 def duplicate_lines(splits: list[Split]) -> list[str]:
@@ -242,7 +236,7 @@ def places(splits: list[Split], indices: list[int]) -> dict[int, str]:
     return {k: place for k, place in wanted if k in set(indices)}
 
 
-def other_lines(look: Look, splits: list[Split], unit: str) -> list[str]:
+def other_lines(splits: list[Split], unit: str) -> list[str]:
     """Returns lines about system turns and, for preferences, about the lengths of the two answers."""
     named = sum((split.counts.named for split in splits), Counter())
     lines = [f"records with a system turn: {named['system']}"]

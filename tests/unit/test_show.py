@@ -10,7 +10,7 @@ import pytest
 from data.show import main
 from data.showing.counts import bins, overlap, quantile, repeated
 from data.showing.items import shape
-from data.showing.pages import View, to_text
+from data.showing.pages import Section, to_text
 from data.showing.pieces import Piece, token_pieces, turn_pieces
 from data.template import encode_dialogue, encode_prompt
 from utils.tokenizer import load_tokenizer
@@ -77,7 +77,9 @@ def test_pairs_are_counted(pairs, show):
     assert "pairs whose answers differ in white space only: 2" in said
     assert "keys that are not read: id" in said
     assert said.count(f"{pairs}/train.jsonl:1 form: {{prompt: text, chosen: text, rejected: text, id: number}}") == 1
-    assert "4–7 " not in said and "8–15" in said and "16–31" in said
+    # the longest side of each: 18, 7, 18, 13 and 7, 15, 10 characters
+    assert " 4–7 " in said and re.search(r"8–15 █+ 3 42.9% 16–31 █+ 2 28.6% Checks", said)
+    assert f"6 records: chosen and rejected, keys chosen, prompt, rejected; first at {pairs}/train.jsonl:2" in said
 
 
 def test_max_records_ends_the_reading(pairs, show):
@@ -150,7 +152,7 @@ def test_nothing_usable_is_an_error_after_the_reasons(tmp_path, capsys):
 def test_colours_and_columns():
     sides = [("chosen", [Piece("Q ", ids=(1,)), Piece("你好" * 30, True, ids=(2,)), Piece("</s>", True, True, (3,))])]
     sides.append(("rejected", [Piece("Q ", ids=(1,)), Piece("no", True, ids=(4,))]))
-    lines = to_text([View("x:1", [], sides)], 83, colour=True).split("\n")
+    lines = to_text([Section("x:1", [], sides=sides, level=3)], 83, colour=True).split("\n")
     assert lines[2] == "\x1b[38;5;241mQ \x1b[0m"
     plain = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines]
     assert plain[3] == f"{'chosen':40} │ rejected"
