@@ -11,3 +11,6 @@ class FormOptions:
     prompt_template: str = ""
     preferred_by: str = "better"
     reasoning: str = "keep"
+
+
+PLAIN = FormOptions()

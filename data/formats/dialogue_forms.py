@@ -1,8 +1,10 @@
 """Parse the common dialogue formats into one: [{"role": "user" | "assistant" | "system", "content": str}, …]."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
+from data.formats.columns import PLAIN, FormOptions
 from data.formats.records import BadRecord
 from data.template import Turns
 from utils.terminal import has_lone_surrogate
@@ -14,7 +16,13 @@ _ROLES = {
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
-def parse_turns(value: Any, empty_answer: bool = False, options=None, note=None) -> Turns:
+def ignore(reason: str) -> None:
+    """Does not count `reason`."""
+
+
+def parse_turns(
+    value: Any, empty_answer: bool = False, options: FormOptions = PLAIN, note: Callable[[str], Any] = ignore
+) -> Turns:
     """Returns the turns of a dialogue record, checked by `check_turns`. Raises BadRecord with the reason.
 
     Formats: a list of strings (human first) or of messages; {"messages"}; {"conversations"} (ShareGPT); {"instruction",
