@@ -8,8 +8,9 @@ from typing import Any
 
 from data.encode import encode_answers, encode_dialogues, encode_prompts
 from data.formats.columns import FormOptions
-from data.formats.dialogue_forms import parse_prompt, parse_turns
+from data.formats.dialogue_forms import parse_turns
 from data.formats.preference_forms import form_of
+from data.formats.prompt_forms import parse_prompt
 from data.formats.records import BadRecord, Record, Tally
 from data.preferences import MARGIN_COLUMNS, Pair, parse_preferences
 from data.template import Turns

@@ -26,7 +26,7 @@ from utils.errors import UserError
 from utils.tokenizer import MOSS_ZH_TAGS, load_tokenizer
 
 WINDOW = 40
-TAGS = set(["head", "body", "h1", "h2", "h3", "p", "br", "div", "b", "pre", "span", "table", "tr", "th", "td"])
+TAGS = {"head", "body", "h1", "h2", "h3", "p", "br", "div", "b", "pre", "span", "table", "tr", "th", "td"}
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

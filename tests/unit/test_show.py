@@ -109,6 +109,32 @@ def test_tokens_are_marked(tmp_path, tiny_model, show):
     assert f"{file} train 2 1 0 {len(ids)} {sum(mask)}" in said
 
 
+def test_tokens_of_pairs(tmp_path, tiny_model, show):
+    rows = [
+        {"prompt": "Why?", "chosen": "So.", "rejected": "No"},
+        {"prompt": "Why?", "chosen": "x" * 90, "rejected": "n"},
+    ]
+    file, tokenizer = written(tmp_path, "x.jsonl", rows), load_tokenizer(str(tiny_model), "moss_en")
+    said = show("--data_path", file, "--tokenizer_name_or_path", tiny_model, "--context_truncate", 40)
+    question = {"role": "user", "content": "Why?"}
+    prompt = len(encode_prompt(tokenizer, [question], "moss_en"))
+    whole = [
+        len(encode_dialogue(tokenizer, [question, {"role": "assistant", "content": text}], "moss_en")[0])
+        for text in ("So.", "No")
+    ]
+    assert f"tokens: {whole[0]}, {whole[1]} ‹<s>›·Human:Why?‹</s>›·Assistant: chosen │ rejected ⟦So.‹</s>›⟧" in said
+    assert f"{file} train 2 1 0 {sum(whole)} {sum(whole) - 2 * prompt} 0" in said
+    assert f"1 dropped: the last exchange alone exceeds --context_truncate; first at {file}:2" in said
+
+
+def test_old_turns_that_are_cut_off_are_counted(tmp_path, tiny_model, show):
+    file = written(tmp_path, "x.jsonl", [["long " * 40, "a", "Why?", "So."]])
+    said = show("--data_path", file, "--tokenizer_name_or_path", tiny_model, "--context_truncate", 60)
+    assert f"truncated (oldest turns dropped) to --context_truncate; first at {file}:1" in said
+    assert re.search(rf"{file} train 1 1 1 \d\d \d 0", said) and "‹<s>›·Human:Why?‹</s>›·Assistant:⟦So" in said
+    assert "longer than --context_truncate 60: 1 (100.0%)" in said
+
+
 def test_where_the_answer_of_a_prompt_begins(tmp_path, chat_folder, show):
     file = written(tmp_path, "x.jsonl", [["Is 👍🏽 a word?"], ["Why?", "So.", "Then?"]])
     said = show("--data_path", file, "--tokenizer_name_or_path", chat_folder, "--template", "chat")
