@@ -75,9 +75,10 @@ class Look:
         try:
             return self.parsed(record, self.tally)
         except BadRecord as error:
-            self.tally.add(f"dropped: {error}", record.source)
+            reason = str(error)
+            self.tally.add(f"dropped: {reason}", record.source)
             if len(self.dropped) < EXAMPLES:
-                self.dropped.setdefault(str(error), record)
+                self.dropped.setdefault(reason, record)
             return []
 
     def encoded(self, items: list[Item]) -> list[tuple]:
