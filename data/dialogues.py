@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from data.encode import encode_dialogues as encode_turns
 from data.formats.dialogue_forms import parse_turns
 from data.formats.records import FLAG, BadRecord, Record, Tally, load_items
-from data.formats.truncate import encode_fitting, newest_turns
+from data.formats.truncate import encode_fitting
 from data.order import mixture, order
-from data.template import Turns, encode_answered, encode_dialogue_parts, last_answer
+from data.template import Turns, last_answer
 from utils.errors import Say
 
 
@@ -58,21 +59,14 @@ def encode(
     """Returns (encoding, number of turns removed, for each earlier answer that the template rewrites the dialogue up
     to it). The oldest turns go until the dialogue fits; the encoding is None if the last ones do not fit.
     """
-
-    def fit(turns: Turns) -> int | None:
-        prompt, _, trained = encode_answered(tokenizer, turns, template)
-        length = len(prompt) + trained  # the ids after the last end token are not trained on
-        return length if length <= max_tokens else None
-
-    turns, length = newest_turns(dialogue.turns, fit, max_tokens)
-    if length is None:
+    ((turns, ids, mask, rewritten),) = encode_turns(tokenizer, [dialogue.turns], template, max_tokens)
+    if ids is None:
         return None, 0, []
-    ids, mask, rewritten = encode_dialogue_parts(tokenizer, turns, template)
     if dialogue.last_answer_only:
         start = last_answer(mask).start
         mask, rewritten = [False] * start + mask[start:], []
     parts = [replace(dialogue, turns=turns[: k + 1], last_answer_only=True) for k in rewritten]
-    return EncodedDialogue(ids[:length], mask[:length], dialogue.source), len(dialogue.turns) - len(turns), parts
+    return EncodedDialogue(ids, mask, dialogue.source), len(dialogue.turns) - len(turns), parts
 
 
 def encode_dialogues(

@@ -1,61 +1,100 @@
-"""Encode batches of prompts, dialogues and answers within a token limit: the oldest exchanges go until they fit."""
+"""Encode batches of prompts, dialogues and answers within a token limit: the oldest exchanges go until they fit.
+
+The functions of data/template.py encode a dialogue; here, what they need of a batch is encoded beforehand, in one call.
+A Texts instead of the tokenizer knows the texts of earlier batches, such as those of dialogues that are cut off at an
+earlier answer.
+"""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from data.formats.truncate import newest_turns
-from data.template import Turns, encode_answered, encode_dialogue_parts, encode_prompt
+from data.chat import MANY_TURNS
+from data.formats.truncate import newest_turns, recent_turns
+from data.template import encode_answered, encode_prompt, mask_prompt, prepare
+from data.texts import Texts, Turns
 
 Answer = tuple[list[int], list[int], int]  # as of `encode_answered`
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Switches the garbage collector off: a batch makes many lists, and collections take a fifth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_uncollected()
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, dialogues: list[Turns], template: str, max_tokens: int
+    tokenizer: PreTrainedTokenizerBase | Texts, dialogues: list[Turns], template: str, max_tokens: int
 ) -> list[tuple[Turns, list[int] | None]]:
     """Returns per dialogue, which ends in a question, (turns left, ids; None if the last question is too long)."""
+    texts = Texts.of(tokenizer)
+    prepare(texts, [recent_turns(turns, max_tokens) for turns in dialogues], template)
 
     def fit(turns: Turns) -> list[int] | None:
-        ids = encode_prompt(tokenizer, turns, template)
+        ids = encode_prompt(texts, turns, template)
         return ids if len(ids) <= max_tokens else None
 
     return [newest_turns(turns, fit, max_tokens) for turns in dialogues]
 
 
+@_uncollected()
 def encode_dialogues(
-    tokenizer: PreTrainedTokenizerBase, dialogues: list[Turns], template: str, max_tokens: int
+    tokenizer: PreTrainedTokenizerBase | Texts, dialogues: list[Turns], template: str, max_tokens: int
 ) -> list[tuple[Turns, list[int] | None, list[bool], list[int]]]:
     """Returns per dialogue, which ends in an answer, (turns left, ids; None if the last exchange is too long, mask of
     the answers, indices of turns whose answers the template rewrites). The ids end with the last end token.
     """
+    texts = Texts.of(tokenizer)
+    prepare(texts, [recent_turns(turns, max_tokens) for turns in dialogues], template)
 
-    def fit(turns: Turns) -> int | None:
-        prompt, _, trained = encode_answered(tokenizer, turns, template)
-        length = len(prompt) + trained  # the ids after the last end token are not trained on
-        return length if length <= max_tokens else None
+    def fit(turns: Turns) -> tuple[list[int], list[int]] | None:
+        prompt, answer, trained = encode_answered(texts, turns, template)
+        # The ids after the last end token are not trained on.
+        return (prompt, answer[:trained]) if len(prompt) + trained <= max_tokens else None
 
+    kept = [newest_turns(turns, fit, max_tokens) for turns in dialogues]
+    if template == "chat":  # `mask_prompt` compares the prompt with the dialogue up to each answer
+        short = [turns for turns, ids in kept if ids and len(turns) <= MANY_TURNS]
+        prepare(texts, [turns[: k + 1] for turns in short for k in _answers(turns)], template)
     found = []
-    for dialogue in dialogues:
-        turns, length = newest_turns(dialogue, fit, max_tokens)
-        if length is None:
-            found.append((turns, None, [], []))
-            continue
-        ids, mask, rewritten = encode_dialogue_parts(tokenizer, turns, template)
-        found.append((turns, ids[:length], mask[:length], rewritten))
+    for turns, ids in kept:
+        mask, rewritten = mask_prompt(texts, turns[:-1], template, ids[0]) if ids else ([], [])
+        whole = (ids[0] + ids[1], mask + [True] * len(ids[1])) if ids else (None, [])
+        found.append((turns, *whole, rewritten))
     return found
 
 
+@_uncollected()
 def encode_answers(
-    tokenizer: PreTrainedTokenizerBase, items: list[tuple[Turns, list[str]]], template: str, max_tokens: int
+    tokenizer: PreTrainedTokenizerBase | Texts, items: list[tuple[Turns, list[str]]], template: str, max_tokens: int
 ) -> list[tuple[Turns, list[Answer] | None]]:
     """Returns per (history, answers) the history left, the same for all its answers, and the encoding of each answer as
     of `encode_answered`; None if the last question with the longest answer is too long.
     """
+    texts = Texts.of(tokenizer)
+    recent = [(recent_turns(history, max_tokens), answers) for history, answers in items]
+    prepare(texts, [turns for history, answers in recent for turns in _answered(history, answers)], template)
 
-    def fit(history: Turns, answers: list[str]) -> list[Answer] | None:
-        whole = ([*history, {"role": "assistant", "content": answer}] for answer in answers)
-        sides = [encode_answered(tokenizer, turns, template) for turns in whole]
+    def fit(answers: list[str], history: Turns) -> list[Answer] | None:
+        sides = [encode_answered(texts, turns, template) for turns in _answered(history, answers)]
         return sides if max(len(prompt) + len(answer) for prompt, answer, _ in sides) <= max_tokens else None
 
-    return [
-        newest_turns(history, lambda turns, answers=answers: fit(turns, answers), max_tokens)
-        for history, answers in items
-    ]
+    return [newest_turns(history, partial(fit, answers), max_tokens) for history, answers in items]
+
+
+def _answered(history: Turns, answers: list[str]) -> list[Turns]:
+    return [[*history, {"role": "assistant", "content": answer}] for answer in answers]
+
+
+def _answers(turns: Turns) -> list[int]:
+    return [k for k, turn in enumerate(turns) if turn["role"] == "assistant"]

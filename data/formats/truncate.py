@@ -4,8 +4,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from data.chat import Turns
 from data.formats.records import Tally
+from data.texts import Turns
 from utils.errors import Say
 from utils.watchdog import with_progress
 
@@ -35,6 +35,13 @@ def encode_fitting(
     return kept
 
 
+def recent_turns(turns: Turns, max_turns: int) -> Turns:
+    """Drops the fewest oldest exchanges that leave at most `max_turns` beside a system turn, but not the last one."""
+    system = [turn for turn in turns[:1] if turn["role"] == "system"]
+    spoken = turns[len(system) :]
+    return system + spoken[2 * min(_last(spoken), max(0, len(spoken) - max_turns + 1) // 2) :]
+
+
 def newest_turns(
     turns: Turns, encode: Callable[[Turns], Encoded | None], max_turns: int
 ) -> tuple[Turns, Encoded | None]:  # fmt: skip
@@ -43,15 +50,19 @@ def newest_turns(
     encode: returns None for turns that do not fit; if no turns fit, these are the last exchange and None. Assumes that
     fewer turns are shorter, and that each takes at least one token, so that at most `max_turns` fit.
     """
+    turns = recent_turns(turns, max_turns)
     system = [turn for turn in turns[:1] if turn["role"] == "system"]
     spoken, found = turns[len(system) :], {}
-    last = max(0, len(spoken) - 1) // 2  # the most exchanges that can go
+    last = _last(spoken)
 
     def fits(dropped: int) -> bool:
         found[dropped] = encode(system + spoken[2 * dropped :])
         return found[dropped] is not None
 
-    low = min(last, max(0, len(spoken) - max_turns + 1) // 2)
-    if not fits(low):
-        low += 1 + bisect_left(range(low + 1, last + 1), True, key=fits)
-    return system + spoken[2 * min(low, last) :], found.get(low)
+    dropped = bisect_left(range(1, last + 1), True, key=fits) + 1 if not fits(0) else 0
+    return system + spoken[2 * min(dropped, last) :], found.get(dropped)
+
+
+def _last(spoken: Turns) -> int:
+    """Returns the most exchanges that can go."""
+    return max(0, len(spoken) - 1) // 2
