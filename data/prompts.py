@@ -1,7 +1,8 @@
 """Load prompts for PPO: encoded dialogues that end in a question, within a token limit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,14 +12,17 @@ from data.formats.truncate import newest_turns
 from data.template import Turns, encode_prompt
 from utils.errors import Say
 
+PROMPT_KEYS = ("messages", "conversations", "prompt", "system", "instruction", "input")  # other columns stay with it
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: its token ids up to the start of the answer, its turns, and the place of its record."""
+    """A prompt: its token ids up to the start of the answer, its turns, the place and other columns of its record."""
 
     ids: list[int]
     turns: Turns
     source: str
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 def load_prompts(
@@ -52,4 +56,5 @@ def _prompt_of(
         raise BadRecord(f"longer than --maxlen_prompt - --maxlen_res = {max_tokens} tokens")
     if len(turns) < full:
         tally.add("truncated (oldest turns dropped)", record.source)
-    return Prompt(ids, turns, record.source)
+    columns = record.value if isinstance(record.value, dict) else {}
+    return Prompt(ids, turns, record.source, {key: columns[key] for key in columns if key not in PROMPT_KEYS})

@@ -12,7 +12,7 @@ from ppo.pretrain import load_pretrain
 from ppo.rollout import PolicySampler
 from ppo.run import Run
 from ppo.state import PPOState, RunState
-from ppo.user_reward import load_reward_fn
+from ppo.user_reward import NUM_CHECKED, load_reward_functions
 from ppo.vllm_sampler import VLLMSampler, check_rollout_engine, start_vllm
 from utils.distributed import world_size
 from utils.errors import Say
@@ -36,7 +36,7 @@ def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
     model_folder(config.critic_model_path, "--critic_model_path")
     for path in config.reward_model_path:
         model_folder(path, "--reward_model_path")
-    reward_fn = load_reward_fn(config.reward_fn) if config.reward_fn else None
+    reward_fn = load_reward_functions(config)
     policy, critic = ((f"--{name}", getattr(config, name)) for name in ("policy_model_path", "critic_model_path"))
     tokenizer, template = prepare_tokenizer(config, config.tokenizer_name_or_path or policy[1], [policy], say, [critic])
     config.check_world(world_size(), len(tokenizer))
@@ -49,6 +49,8 @@ def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
     train, valid = once_per_node(read)
     config.fit_prompts(len(train), world_size())
     say(first_prompt(tokenizer, train[0].ids))
+    if reward_fn:
+        reward_fn.check_columns([prompt.columns for prompt in train[:NUM_CHECKED]], say)
     pretrain = load_pretrain(config, tokenizer, template, say) if config.use_ppo_pretrain_loss else None
     vllm = None
     if config.rollout_engine == "vllm":  # on GPUs that are still empty, whose memory it measures

@@ -8,11 +8,11 @@ from ppo.compare_flags import CompareConfig
 from ppo.decoding.sampling import EVALUATION, Sampling
 from ppo.decoding_check import choose_decoding
 from ppo.models import Models, PolicyModel
+from ppo.ranks import batch_of
 from ppo.rollout import PolicySampler, Sampler, response_texts
 from ppo.sampler_gap import sampler_problem
 from ppo.score import score
-from ppo.types import PromptBatch
-from ppo.user_reward import call_reward_fn, load_reward_fn
+from ppo.user_reward import NUM_CHECKED, load_reward_functions
 from ppo.vllm_sampler import VLLMSampler, check_rollout_engine, start_vllm
 from reward.scoring.ensemble import Frozen
 from reward.scoring.load import load_ensemble, reward_readers
@@ -46,8 +46,9 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
         print("compared on all prompts, since there is no *valid* file: make sure that none was trained on")
     prompts = (valid or train)[: config.num_prompts]
     print(first_prompt(tokenizer, prompts[0].ids))
-    batch = PromptBatch([p.ids for p in prompts], [p.turns for p in prompts], list(range(len(prompts))))
-    reward_fn = load_reward_fn(config.reward_fn) if config.reward_fn else None
+    batch = batch_of(prompts, list(range(len(prompts))))
+    if reward_fn := load_reward_functions(config):
+        reward_fn.check_columns(batch.columns[:NUM_CHECKED], print)
     readers = reward_readers(config, tokenizer, print)
     dtype, place = DTYPES[config.dtype], device()
 
@@ -70,7 +71,9 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
             raise UserError(problem)
         answers, columns = response_texts(rollout, tokenizer), {}
         if reward_fn:
-            columns["reward_fn score"] = call_reward_fn(reward_fn, batch.turns, answers, finite=True)
+            said = reward_fn(batch.turns, answers, batch.columns, finite=True)
+            columns["reward_fn score"] = [None if f else x for x, f in zip(said.scores, said.failed, strict=True)]
+            columns |= said.parts if len(said.parts) > 1 else {}
         if reward:
             columns["reward model score"] = scores.scores.tolist()
             if len(reward.members) > 1:

@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass, field
 
 from ppo import flags
+from ppo.reward_fn_flags import RewardFunctionFlags
 from reward.scoring.flags import RewardFlags
 from utils.errors import UserError
 from utils.flags.checks import SIZES, check_range, fit_warmup, is_default, replace_default
+from utils.flags.data import RecordFlags
 from utils.flags.engine import RouterFlags
 from utils.flags.fields import Common
 from utils.flags.run import RunFlags
@@ -36,9 +38,9 @@ def _nearest(number: int, step: int) -> int:
 
 @dataclass
 class PPOConfig(
-    flags.DataFlags, flags.TrainingFlags, flags.TrickFlags, flags.LossFlags, flags.LengthFlags, flags.SamplingFlags,
-    flags.RolloutEngineFlags, flags.RolloutTrainingFlags, flags.AlarmFlags, flags.DecodingFlags, flags.GatherFlags,
-    RewardFlags, RouterFlags, RunFlags, flags.PlanFlags,
+    flags.DataFlags, RewardFunctionFlags, flags.TrainingFlags, flags.TrickFlags, flags.LossFlags, flags.LengthFlags,
+    flags.SamplingFlags, flags.RolloutEngineFlags, flags.RolloutTrainingFlags, flags.AlarmFlags, flags.DecodingFlags,
+    flags.GatherFlags, RewardFlags, RouterFlags, RecordFlags, RunFlags, flags.PlanFlags,
 ):  # fmt: skip
     """Align a language model with PPO-max.
 

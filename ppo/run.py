@@ -17,7 +17,7 @@ from ppo.rollout import Sampler, response_texts
 from ppo.sampler_gap import sampler_problem
 from ppo.state import RunState
 from ppo.types import Batch, Experience, PromptBatch, Rollout, Scores
-from ppo.user_reward import RewardFunction
+from ppo.user_reward import UserReward
 from utils.distributed import barrier, is_main
 from utils.errors import UserError
 from utils.models.export import save_causal_lm
@@ -40,7 +40,7 @@ class Run:
     models: Models
     sampler: Sampler
     sampling: Sampling
-    reward_fn: RewardFunction | None
+    reward_fn: UserReward | None
     logger: RunLogger
     state: RunState
     lifecycle: RunLifecycle
@@ -103,7 +103,7 @@ class Run:
 
     def refuses(self, rollout: Rollout, scores: Scores, own: torch.Tensor) -> bool:
         """Whether the buffer is left out for a bad score; the step then takes new prompts. own: this rank's scores."""
-        problem = score_problem(scores.scores, self.config.explosion_limit, own)
+        problem = score_problem(scores, self.config.explosion_limit, own)
         if problem:
             self.leave_out(problem, rollout, scores)
         return problem is not None
@@ -218,6 +218,6 @@ class Run:
         first = slice(self.config.num_samples)
         answers = response_texts(rollout.rows(first), self.tokenizer)
         return [
-            {"prompt": prompt.turns[-1]["content"], "answer": answer, "score": score}
-            for prompt, answer, score in zip(prompts[first], answers, scores.scores[first].tolist(), strict=True)
+            {"prompt": prompt.turns[-1]["content"], "answer": answer} | said
+            for prompt, answer, said in zip(prompts[first], answers, scores.rows(first).rows_of_scores(), strict=True)
         ]

@@ -8,6 +8,7 @@ from ppo.decoding.scheduler import Decoder, DecodingOptions
 from ppo.rollout import PolicySampler, assemble, with_measured
 from ppo.score import score
 from ppo.types import MeasuredRollout, Rollout
+from ppo.user_reward import RewardFunction, UserReward
 from tests.helpers.parts import (
     EOS,
     PAD,
@@ -52,9 +53,7 @@ def test_value_of_a_token_is_read_before_it_and_the_score_after_the_last():
 
 
 def test_reward_function_is_added_to_the_reward_model_or_stands_alone():
-    def lengths(prompts, answers):
-        return [len(answer) for answer in answers]
-
+    lengths = UserReward([RewardFunction(lambda prompts, answers: [len(answer) for answer in answers])])
     models, prompts, config = tiny_models(), prompts_of(*PROMPTS), ppo_config()
     by_model = score(ROLLOUT, prompts, models, None, token_ids(), 1.0, config).scores
     both = score(ROLLOUT, prompts, models, lengths, Letters(), 1.0, config).scores
