@@ -7,13 +7,13 @@ Without a tokenizer it prints texts, and lengths are in characters. Records are 
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from utils.errors import UserError
 from utils.files import atomic_file, check_output_file
 from utils.flags.checks import check_range
-from utils.flags.data import DataFlags
+from utils.flags.data import RecordFlags
 from utils.flags.fields import Common
 from utils.flags.parser import entry_point, parse_args
 from utils.flags.text import TextFlags
@@ -23,6 +23,8 @@ from utils.flags.text import TextFlags
 class ShowFlags:
     """Show: which records, and as what."""
 
+    data_path: Common[list[str]] = field(default_factory=list)
+    """Data: folders, files or hub ids, each with a number behind it, its weight, or all without"""
     tokenizer_name_or_path: Common[str | None] = None
     """Tokenizer: a folder, a tokenizer.model or a hub id. Default: none; texts are shown, and lengths in characters"""
     kind: Common[Literal["auto", "prompts", "dialogues", "preferences"]] = "auto"
@@ -40,7 +42,7 @@ class ShowFlags:
 
 
 @dataclass
-class ShowConfig(ShowFlags, DataFlags, TextFlags):
+class ShowConfig(ShowFlags, RecordFlags, TextFlags):
     """Show data as the models will see it."""
 
     required = ("data_path",)

@@ -64,6 +64,12 @@ def parse(record: Record, tally: Tally, kind: str, options: FormOptions) -> list
     return [Item(kind, turns)]
 
 
+def form_options(config) -> FormOptions:
+    """Returns what the flags say about the form of records."""
+    columns = tuple(tuple(pair.split("=", 1)) for pair in config.columns)
+    return FormOptions(columns, config.prompt_template, config.preferred_by, config.reasoning)
+
+
 def _note(tally: Tally, source: str, reason: str) -> None:
     tally.add(reason, source)
 

@@ -10,10 +10,11 @@ from itertools import chain, islice
 
 from data.formats.records import FLAG, BadRecord, Record, Tally
 from data.showing.counts import Counts, Duplicates, bins, joined, overlap, quantile, repeated
-from data.showing.items import NO_LIMIT, Item, encode, form_name, kind_of, parse, shape, unread
+from data.showing.items import NO_LIMIT, Item, encode, form_name, form_options, kind_of, parse, shape, unread
 from data.showing.pages import LEGEND, Section
 from data.showing.pieces import Piece, token_pieces, turn_pieces
 from data.sources import Part, Source, parse_sources, parts_of
+from utils.errors import UserError
 
 CHUNK = 256  # records that are encoded together
 SAMPLE = 20  # records that decide the kind
@@ -36,11 +37,20 @@ class Split:
 
     def records(self) -> Iterator[Record]:
         """Yields the records."""
-        return islice(chain.from_iterable(part.records() for part in self.parts), self.limit)
+        return islice(chain.from_iterable(map(_some_records, self.parts)), self.limit)
 
     def places(self) -> Iterator[str]:
         """Yields the place of each record, without parsing it."""
-        return (place for place, _ in islice(chain.from_iterable(p.raw() for p in self.parts), self.limit))
+        return (raw.source for raw in islice(chain.from_iterable(part.raw() for part in self.parts), self.limit))
+
+
+def _some_records(part: Part) -> Iterator[Record]:
+    """Yields the records of a part. Raises UserError if it has none."""
+    records = part.records()
+    first = next(records, None)
+    if first is None:
+        raise UserError(f"{part.flag}: {part.name} has no records; use a file with at least one")
+    yield from chain([first], records)
 
 
 class Look:
@@ -48,12 +58,13 @@ class Look:
 
     def __init__(self, config, kind: str, tokenizer, template: str):
         self.config, self.kind, self.tokenizer, self.template = config, kind, tokenizer, template
+        self.forms = form_options(config)
         self.tally, self.shapes, self.first = Tally(kind), Counter(), {}
         self.dropped: dict[str, Record] = {}
 
     def parsed(self, record: Record, tally: Tally) -> list[Item]:
         """Returns the items of a record. Raises BadRecord."""
-        return parse(record, tally, self.kind, self.config.forms)
+        return parse(record, tally, self.kind, self.forms)
 
     def take(self, split: Split) -> None:
         """Reads, encodes and counts the records of a split; the first usable ones become views."""
@@ -157,7 +168,7 @@ def choose_kind(config, split: Split) -> tuple[str, str]:
     """Returns (kind, how it was found), from --kind or the first records."""
     if config.kind != "auto":
         return config.kind, "by --kind"
-    kinds = Counter(kind_of(record, config.forms) for record in islice(split.records(), SAMPLE))
+    kinds = Counter(kind_of(record, form_options(config)) for record in islice(split.records(), SAMPLE))
     found = [kind for kind, _ in kinds.most_common() if kind]
     words = ", ".join(f"{number} {kind or 'of no known form'}" for kind, number in kinds.most_common())
     return (found or ["dialogues"])[0], f"the first {kinds.total()} records are: {words}; --kind sets it"

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from data.chat import turn_end
 from data.dialogues import encode, load_dialogues
 from data.formats.dialogue_forms import parse_turns
-from data.formats.json_lines import parse_json_lines, parse_json_list
 from data.formats.records import BadRecord
 from data.preferences import load_preferences
 from data.prompts import load_prompts
 from data.show import ShowConfig
 from data.showing.pages import Section, to_html, to_text
 from data.showing.report import report
+from data.sources import Part
 from data.template import decode_answer, encode_dialogue, encode_prompt, last_answer
 from reward.encode import encode_preference
 from reward.scoring.ensemble import Encoding
@@ -196,14 +196,14 @@ def damaged(draw) -> bytes:
 
 
 @fuzz
-@given(damaged() | st.binary(max_size=60), st.sampled_from([parse_json_list, parse_json_lines]))
-def test_fuzz_damaged_json(folder, content, parse):
+@given(damaged() | st.binary(max_size=60), st.sampled_from(["json", "jsonl"]))
+def test_fuzz_damaged_json(folder, content, ending):
     """Damaged files are refused with their line, unless Python's parser accepts them, too."""
-    file = folder / "damaged.json"
+    file = folder / f"damaged.{ending}"
     file.write_bytes(content)
     with ends():
         try:
-            found = parse(file, "--data_path")
+            found = list(Part(str(file)).records())
         except UserError as error:
             text = one_line(error)
             if "not a JSON list" not in text:
@@ -211,12 +211,12 @@ def test_fuzz_damaged_json(folder, content, parse):
                 assert 1 <= line <= content.count(b"\n") + 1
             return
     text = content.decode("utf-8-sig")
-    if parse is parse_json_list:
+    if ending == "json":
         expected = json.loads(text) if text.strip() else []
-        assert [place for _, place in found] == [f"record {k + 1}" for k in range(len(expected))]
+        assert [record.source for record in found] == [f"{file}:record {k + 1}" for k in range(len(expected))]
     else:
         expected = [json.loads(line) for line in text.split("\n") if line.strip()]
-    assert repr([value for value, _ in found]) == repr(expected)  # NaN is not equal to itself
+    assert repr([record.value for record in found]) == repr(expected)  # NaN is not equal to itself
 
 
 KINDS = ["llama moss_en", "llama moss_zh", "chat moss_en", "chat chat"]

@@ -38,7 +38,7 @@ def records_of(file) -> list[tuple]:
     """(place, value) of all records."""
     parts, _ = parts_of(parse_sources([str(file)], FLAG)[0], FLAG)
     found = [(record.source, record.value) for part in parts for record in part.records()]
-    assert [place for part in parts for place, _ in part.raw()] == [place for place, _ in found]
+    assert [raw.source for part in parts for raw in part.raw()] == [place for place, _ in found]
     return found
 
 
@@ -120,7 +120,9 @@ def test_fuzz_csv(folder, items, kind, ending):
     with ends():
         found = records_of(file)
     assert [place for place, _ in found] == [str(folder / place) for place in places]
-    assert [str(value["prompt"] or "") for _, value in found] == [item["prompt"] for item in items]
+    for (_, value), item in zip(found, items, strict=True):
+        assert value["n"] == str(item["n"])
+        assert isinstance(value["prompt"], list | dict) or (value["prompt"] or "") == item["prompt"]
 
 
 @fuzz
