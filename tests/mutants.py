@@ -233,6 +233,11 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "except (OSError, ValueError) as error:", "unit/test_weight_bad_input.py"),
     ("the same order in every epoch", "_permutation(seed, k // num_items, num_items)",
      "_permutation(seed, 0, num_items)", "unit/test_batching.py"),
+    ("data.show: held-out records that cannot be used overlap", "np.isin(valid, train) & (valid != 0)",
+     "np.isin(valid, train)", "unit/test_show.py"),
+    ("data.show: tags in the data are tags of the page", "html.escape(p.text)", "p.text", "unit/test_show.py"),
+    ("data.show: prompts of pairs are learnt", "[False] * len(prompt) + [True] * trained",
+     "[True] * (len(prompt) + trained)", "unit/test_show.py"),
     # Runs: resume, checkpoints, signals
     ("resume forgets the place in the prompts", '"step": self.step, "next_place": self.next_place,',
      '"step": self.step, "next_place": 0,', "unit/test_run.py"),
