@@ -134,12 +134,17 @@ def _flipped(pair: Pair) -> Pair:
     return Pair(pair.worse, pair.better, -pair.strength, margin)
 
 
+def file_stem(record: Record) -> str:
+    """Returns the name of a record's file without its folder and endings ("a/x.jsonl.gz": "x")."""
+    return Path(re.sub(r"\.(gz|zst|bz2|xz)$", "", record.source.rpartition(":")[0])).stem
+
+
 def _subset_of(record: Record) -> str:
-    """Returns the record's `subset`, or its file's name without train or valid ("helpful_valid.jsonl": helpful)."""
+    """Returns the record's `subset`, or its file's name without train or valid ("helpful_valid.jsonl.gz": helpful)."""
     named = record.value.get("subset") if isinstance(record.value, dict) else None
     if named is not None:
         if not isinstance(named, str) or not named.strip() or has_lone_surrogate(named):
             raise BadRecord("subset is not a name")
         return named.strip()
-    stem = Path(record.source.rpartition(":")[0]).stem
-    return re.sub(r"[-_.[]?(train|valid|validation)]?$", "", stem) or "all"
+    name = re.sub(r"-\d{5}-of-\d{5}$", "", file_stem(record))  # files of hub data sets: train-00000-of-00002.parquet
+    return re.sub(r"(\[(train|valid|test).*\]|[-_.]?(train|valid|validation))$", "", name) or "all"

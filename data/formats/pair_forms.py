@@ -16,18 +16,18 @@ def sides(value: dict, read: Reader, better: str = "chosen", worse: str = "rejec
         prompt, problem = read.history(value), None
     except BadRecord as error:  # whole dialogues do not need it
         prompt, problem = [], error
-    return pair_of(*(_side(value, key, value[key], prompt, problem, read) for key in (better, worse)))
+    compared = pair_of(*(_side(value, key, value[key], prompt, problem, read) for key in (better, worse)))
+    if any(turn not in compared[0].history for turn in prompt):
+        read.note("with a prompt that is not part of its whole dialogues (this prompt is not read)")
+    return compared
 
 
 def _side(value: dict, key: str, side: Any, prompt: Turns, problem: BadRecord | None, read: Reader) -> Turns:
     """Returns the dialogue of one side of a pair, with `prompt` in front unless the side includes the history."""
     if isinstance(side, list) and len(side) == 1 and isinstance(side[0], str | dict) and (prompt or problem):
         return _side(value, key, side[0], prompt, problem, read)
-    whole = isinstance(side, list) or (isinstance(side, str) and is_hh(side))
-    if whole:
+    if isinstance(side, list) or (isinstance(side, str) and is_hh(side)):
         turns = _with_its_system(read.turns(side if isinstance(side, list) else {"prompt": side}), prompt, value)
-        if any(turn not in turns for turn in prompt):
-            read.note("with a prompt that is not part of its whole dialogues (this prompt is not read)")
     elif isinstance(side, str) and prompt:
         turns = answered(prompt, side)
     elif isinstance(side, dict) and prompt:

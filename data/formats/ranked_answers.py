@@ -15,7 +15,7 @@ def ranked(
 
     Without such keys, the columns "scores" or "ranks" hold the numbers; without these, the first answer is the best.
     """
-    items = answers_in(value, column)
+    history, items = read.history(value), answers_in(value, column)
     answers = [read.text(item) for item in items]
     if scores or ranks:
         numbers = [_numbers_in(items, scores), _numbers_in(items, ranks)]
@@ -25,7 +25,7 @@ def ranked(
         numbers = [read_numbers(value, "scores"), read_numbers(value, "ranks")]
     if any(isinstance(item, dict) and item.get("custom_system_prompt") for item in items):
         read.note("with a custom_system_prompt per answer (not read, as answers to one prompt are compared)")
-    return [_ranking(read.history(value), answers, *numbers, read)]
+    return [_ranking(history, answers, *numbers, read)]
 
 
 def generations(value: dict, read: Reader) -> list[Compared]:

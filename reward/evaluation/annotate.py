@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from data.formats.columns import FormOptions
+from data.formats.columns import PLAIN, FormOptions
 from data.formats.preference_forms import form_of
 from data.formats.records import BadRecord, Record, Tally
 from data.formats.score_columns import CHOSEN_SCORES, DEVIATION, REJECTED_SCORES, STRENGTH
-from data.preferences import PLAIN, Preference, parse_preferences
+from data.preferences import Preference, file_stem, parse_preferences
 from reward.metrics import ScoredItems
 from utils.errors import UserError
 
@@ -58,8 +58,7 @@ def annotated(value: dict, columns: dict) -> dict:
 
 def file_name(record: Record, split: str) -> str:
     """Returns the output file of a record: its input file's name as .jsonl, or for hub data sets the split's name."""
-    source = Path(record.source.rpartition(":")[0])
-    return f"{source.stem if source.exists() else split}.jsonl"
+    return f"{file_stem(record) if Path(record.source.rpartition(':')[0]).exists() else split}.jsonl"
 
 
 def summary(means: list[float], deviations: list[float]) -> str:

@@ -12,6 +12,7 @@ from data.formats.columns import FormOptions
 from data.formats.preference_forms import FORMS, form_of
 from data.formats.records import BadRecord, Record, Tally
 from data.preferences import MARGIN_COLUMNS, Pair, load_preferences, parse_preferences
+from reward.evaluation.annotate import pairs_of
 from tests.helpers.fuzzing import ends, fuzz, values
 
 FOLDER = Path(__file__).parents[1] / "data_forms" / "preferences"
@@ -221,6 +222,17 @@ def test_margins_are_score_gaps_only_if_no_column_is_named():
     with pytest.raises(BadRecord, match="score_chosen is not a finite number"):
         parse(binarized | {"score_chosen": "high"}, MARGIN_COLUMNS)
     assert parse(binarized | {"score_chosen": "high"})[0]
+
+
+def test_strength_is_measured_for_forms_with_one_pair_that_no_flag_chooses(capsys):
+    names = ["help_steer_3", "safe_rlhf", "oasst_trees", "medical_gpt"]
+    pairs = pairs_of([Record(records_of(name)[0], f"{name}:1") for name in names])
+    assert {place: pair.answers for place, pair in pairs.items()} == {k: EXPECTED[names[k]][2] for k in (0, 3)}
+    said = capsys.readouterr().out
+    assert "1 not changed: PKU-SafeRLHF pairs have no strength columns; first at safe_rlhf:1" in said
+    assert "1 not changed: OASST trees have no strength columns; first at oasst_trees:1" in said
+    scored = records_of("help_steer_3")[0] | {"chosen score list": [1, 2], "rejected score list": [2, 4]}
+    assert parse(scored)[0][0].pairs == [Pair(0, 1, -1.5)]
 
 
 everything = [value for name in [*EXPECTED, "unpaired"] for value in records_of(name)]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data.preferences import MARGIN_COLUMNS, Pair, Preference, flip_negative, load_preferences
+from data.formats.records import Record, Tally
+from data.preferences import MARGIN_COLUMNS, Pair, Preference, flip_negative, load_preferences, parse_preferences
 
 HI = [{"role": "user", "content": "Hi"}]
 HI_HELLO = [*HI, {"role": "assistant", "content": "Hello"}]
@@ -98,6 +99,17 @@ def test_a_subset_is_the_records_own_or_its_files_name(tmp_path):
     train, valid = load_preferences(str(tmp_path), 0, 0, str)
     assert [preference.subset for preference in train] == ["helpful", "red team", "all"]
     assert [preference.subset for preference in valid] == ["helpful"]
+
+
+@pytest.mark.parametrize(
+    ("place", "subset"),
+    [
+        ("a/helpful-train.jsonl.gz:3", "helpful"), ("a/train-00001-of-00002.parquet:row 7", "all"),
+        ("owner/name[train]:1", "name"), ("owner/name[train_prefs[:10%]]:2", "name"), ("x.json:record 4", "x"),
+    ],
+)  # fmt: skip
+def test_the_subset_of_a_place(place, subset):
+    assert parse_preferences(Record(GOOD, place), Tally("preferences"))[0].subset == subset
 
 
 def test_answers_as_turns_of_sharegpt(tmp_path):
