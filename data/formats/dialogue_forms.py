@@ -38,8 +38,12 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list)
 
 
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
 def _is_question(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
+    return isinstance(value, str) or _is_messages(value)
 
 
 def _is_tree(value: Any) -> bool:
@@ -68,7 +72,7 @@ class Form:
 FORMS = (
     Form("messages", ("messages",), (), _is_any),
     Form("ShareGPT", ("conversations",), (), _is_any),
-    Form("conversation", ("conversation", "dialog", "dialogue", "chat", "turns", "data", "items"), (), _is_list),
+    Form("conversation", ("conversation", "dialog", "dialogue"), (), _is_list),
     Form("OASST tree", ("prompt",), (), _is_tree),
     Form("Alpaca", ("instruction",), ("output", "response"), _is_any),
     Form("prompt and response", ("prompt",), ("response", "completion"), _is_any),
@@ -77,6 +81,8 @@ FORMS = (
     Form("problem and solution", ("problem",), ("solution", "answer")),
     Form("input and output", ("input", "inputs"), ("output", "target", "targets")),
     Form("user and assistant", ("user", "human"), ("assistant", "bot", "gpt")),
+    Form("UltraChat", ("data",), (), _is_list),
+    Form("turns", ("turns", "chat", "items"), (), _is_messages),  # a list of texts is one of questions in MT-Bench
     Form("text", ("text",)),
 )
 COLUMN = Form("single column", ())  # of any other name

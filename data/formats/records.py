@@ -51,3 +51,45 @@ class Tally:
     def once(self, source: str) -> Callable[[str], None]:
         """Returns a function that counts the record at `source` under a reason, and under the same reason only once."""
         seen = set()
+
+        def note(reason: str) -> None:
+            if reason not in seen:
+                seen.add(reason)
+                self.add(reason, source)
+
+        return note
+
+    def counts(self) -> Counts:
+        """Returns what was counted, for `add_counts`."""
+        reasons = [[reason, n, self._places[reason], self._details[reason]] for reason, n in self._counts.items()]
+        return {"reasons": reasons, "unread": list(self._unread)}
+
+    def add_counts(self, counts: Counts) -> None:
+        """Adds the counts of records that come after those that were counted so far."""
+        for reason, number, places, detail in counts["reasons"]:
+            self._details.setdefault(reason, detail)
+            known = self._places[reason]
+            known += [place for place in places if place not in known][: MAX_PLACES + 1 - len(known)]
+            self._counts[reason] += number
+        for column in counts["unread"]:
+            self.add(UNREAD + column, "")
+
+    def lines(self) -> list[str]:
+        """Returns one line per reason: "prompts: 9 dropped: an empty turn; first at x.jsonl:7, then :8, :12, …"."""
+        unread = [*self._unread][:MAX_UNREAD] + ["…"] * (len(self._unread) > MAX_UNREAD)
+        return [
+            f"{self.what}: {n} {reason}{self._details[reason]}; first at {self._where(reason)}"
+            for reason, n in self._counts.items()
+        ] + [f"{self.what}: {UNREAD}{', '.join(unread)}"] * bool(unread)
+
+    def report(self, say: Say) -> None:
+        """Prints `lines` with `say`."""
+        for line in self.lines():
+            say(line)
+
+    def _where(self, reason: str) -> str:
+        split = [place.rpartition(":") for place in self._places[reason]]
+        then = [f":{line}" if file == before else f"{file}:{line}" for (before, *_), (file, _, line) in pairwise(split)]
+        if len(then) == MAX_PLACES:
+            then[-1] = "…"
+        return self._places[reason][0] + (", then " + ", ".join(then) if then else "")
