@@ -3,7 +3,10 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
+
+from utils.errors import Say
 
 FLAG = "--data_path"
 MAX_PLACES = 5  # places named per reason
