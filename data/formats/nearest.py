@@ -45,13 +45,13 @@ def shown_name(name: str) -> str:
 def _match(form: tuple[str, tuple[str, ...]], columns: list[str], inner: list[str]) -> tuple[float, str, dict]:
     """Returns (how well the columns fit the form, its name, the column for each that the form needs or None)."""
     name, needed = form
-    free, found, total = [*columns, *inner], {}, 0.0
+    exact = {one for column in needed for one in column.split("|")}
+    free, found, total = [one for one in [*columns, *inner] if one not in exact], {}, 0.0
     for column in needed:
         names = column.split("|")
         have = next((one for one in names if one in columns), None)
         if have:
             found[have], total = have, total + 1
-            free.remove(have)
             continue
         score, best = max(((_likeness(names, one), one) for one in free), default=(0, None), key=lambda one: one[0])
         found[names[0]] = best if score >= 0.6 else None
