@@ -3,16 +3,12 @@
 import json
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
-from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
+from data.texts import Texts, Turns, render, template_arguments
 from utils.errors import UserError
-from utils.limits import limited
 
-Turns = list[dict[str, str]]
-_MAX_BYTES, _MAX_TEXT = 2**30, 200_000  # of rendering a dialogue: memory, and characters beside those of its texts
 MANY_TURNS = 32  # from here on, the prefixes of a dialogue are not rendered whole
 # The texts of the probe dialogue: they are in no template, and templates that change case keep them.
 _QUESTION, _ANSWER = "2648", "7391"
@@ -65,57 +61,29 @@ def _probed_end(tokenizer: PreTrainedTokenizerBase, _template: str, _given: str)
 
 def _ids_after_answer(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> list[int]:
     before, found, after = render(tokenizer, turns, open_answer=False).partition(_ANSWER)
-    start, whole = (_encode(tokenizer, text) for text in (before + found, before + found + after))
+    start, whole = map(Texts(tokenizer).marked, (before + found, before + found + after))
     return whole[len(start) :] if found and whole[: len(start)] == start else []
 
 
-def render(tokenizer: PreTrainedTokenizerBase, turns: Turns, open_answer: bool) -> str:
-    """Returns the dialogue rendered by the template. Raises UserError if the template refuses it, or takes too much."""
-    arguments = template_arguments(tokenizer)
-    try:
-        _check_template(str(tokenizer.chat_template))
-        with limited(2 + len(turns) / 1000, _MAX_BYTES):
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_answer, **arguments)
-        if len(text) > _MAX_TEXT + 100 * sum(1 + len(turn["content"]) for turn in turns):
-            raise ValueError(f"it writes {len(text)} characters")
-        text.encode()  # raises an error for half a character
-        return text
-    except Exception as error:  # some templates refuse system turns; all others are programs that can fail anyhow
-        given = " or --chat_template_kwargs" if arguments else ""
-        reason = " ".join(str(error).split()) or type(error).__name__
-        refuses = f"the tokenizer's chat template refuses a dialogue ({reason})"
-        raise UserError(f"--template chat: {refuses}; fix the data{given}, or use another --template") from error
-
-
-@lru_cache(maxsize=8)
-def _check_template(template: str) -> None:
-    """Raises ValueError for a template with powers: 7 ** 99999999 is one instruction, which no time limit stops."""
-    tokens = [(kind, value) for _, kind, value in Environment().lex(template) if kind != "whitespace"]
-    for before, token in pairwise(tokens):
-        if token == ("operator", "**") and before not in (("operator", "("), ("operator", ",")):
-            raise ValueError("it computes powers (**), which chat templates do not need")
-
-
-def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Turns, open_answer: bool = True) -> list[int]:
+def encode_chat(texts: Texts, turns: Turns, open_answer: bool = True) -> list[int]:
     """Returns the ids of the rendered dialogue. open_answer: include the beginning of the assistant's next answer."""
-    return _encode(tokenizer, render(tokenizer, turns, open_answer))
+    return texts.marked(texts.render(turns, open_answer))
 
 
-def encode_last_answer(tokenizer: PreTrainedTokenizerBase, turns: Turns, prompt: list[int]) -> list[int]:
+def encode_last_answer(texts: Texts, turns: Turns, prompt: list[int]) -> list[int]:
     """Returns the ids of the last answer as the template writes it after `prompt`, and of the end of its turn.
 
     Text that the template puts before the answer, such as an empty block of reasoning, belongs to it. If the template
     or the tokenizer changes the answer or the prompt when they are joined, the answer is encoded separately.
     """
-    end, text = turn_end(tokenizer, "chat"), turns[-1]["content"]
-    whole = encode_chat(tokenizer, turns, open_answer=False)
+    tokenizer, text = texts.tokenizer, turns[-1]["content"]
+    end, whole = turn_end(tokenizer, "chat"), encode_chat(texts, turns, open_answer=False)
     ids = whole[len(prompt) :]
     if end.stop in ids:
         ids = ids[: len(ids) - ids[::-1].index(end.stop) - end.num_generated]
     same_prompt, same_text = whole[: len(prompt)] == prompt, tokenizer.decode(ids).strip().endswith(text.strip())
     if not same_prompt or not same_text or end.stop in ids:  # the text can contain the end token written out
-        text = _without_opened_tag(tokenizer, text, prompt)
-        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids = texts.plain(_without_opened_tag(tokenizer, text, prompt))
     return [*ids, *end.ids]
 
 
@@ -127,25 +95,23 @@ def _without_opened_tag(tokenizer: PreTrainedTokenizerBase, text: str, prompt: l
     return text.removeprefix(opened).lstrip() if opened else text
 
 
-def mask_earlier_answers(
-    tokenizer: PreTrainedTokenizerBase, turns: Turns, ids: list[int]
-) -> tuple[list[bool], list[int]]:
+def mask_earlier_answers(texts: Texts, turns: Turns, ids: list[int]) -> tuple[list[bool], list[int]]:
     """Returns (mask of the answers in the prompt `ids` of `turns`, indices of turns whose answers were rewritten).
 
     An answer is in place if the prompt begins with the dialogue up to it. In a long dialogue, where this would take
     quadratic time, each answer is rendered with only the exchange before it, and searched for in the prompt.
     """
-    end, mask, rewritten = turn_end(tokenizer, "chat"), [False] * len(ids), []
+    end, mask, rewritten = turn_end(texts.tokenizer, "chat"), [False] * len(ids), []
     system, text, place = turns[: turns[0]["role"] == "system"], _searchable(ids), 0
     for k, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
         since = k - 3 if len(turns) > MANY_TURNS else 0
         before = system + turns[since:k] if since > len(system) else turns[:k]
-        start = encode_chat(tokenizer, before)
-        own = start + encode_last_answer(tokenizer, [*before, turn], start)
+        start = encode_chat(texts, before)
+        own = start + encode_last_answer(texts, [*before, turn], start)
         if len(before) < k:
-            head = len(encode_chat(tokenizer, [*system, turns[since]]))
+            head = len(encode_chat(texts, [*system, turns[since]]))
             found = text.find(_searchable(own[head:]), place)
         else:
             head, found = 0, 0 if ids[: len(own)] == own else -1
@@ -166,13 +132,3 @@ def _searchable(ids: list[int]) -> str:
 def _num_common(first: list[int], second: list[int]) -> int:
     """Returns the number of ids with which both lists begin."""
     return next((k for k, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Returns the ids of rendered text, in which special tokens are tokens; the template writes the BOS."""
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def template_arguments(tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Returns the --chat_template_kwargs that `load_tokenizer` stored."""
-    return getattr(tokenizer, "chat_template_kwargs", {})

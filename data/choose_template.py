@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
-from data.chat import render, template_arguments, turn_end
+from data.chat import turn_end
+from data.texts import render, template_arguments
 from utils.errors import Say, UserError
 from utils.files import read_json
 from utils.flags.text import StopFlags, TextFlags

@@ -9,17 +9,19 @@ Special tokens written out in a text stay text; in the history of a chat templat
 have no system role: a system turn is put before the first question, with an empty line in between.
 """
 
+from collections.abc import Iterable
+
 from transformers import PreTrainedTokenizerBase
 
-from data.chat import Turns, encode_chat, encode_last_answer, mask_earlier_answers, turn_end
+from data.chat import encode_chat, encode_last_answer, mask_earlier_answers, turn_end
+from data.texts import Texts, Turns
 from utils.tokenizer import MOSS_ZH_TAGS, stop_ids
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: Turns, template: str) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase | Texts, turns: Turns, template: str) -> list[int]:
     """Returns the ids of everything before the answer. turns: [{"role", "content"}, …], the last one is the human's."""
-    if template == "chat":
-        return encode_chat(tokenizer, turns)
-    return _encode_moss(tokenizer, turns, template)[0]
+    texts = Texts.of(tokenizer)
+    return encode_chat(texts, turns) if template == "chat" else _encode_moss(texts, turns, template)[0]
 
 
 def encode_dialogue(tokenizer: PreTrainedTokenizerBase, turns: Turns, template: str) -> tuple[list[int], list[bool]]:
@@ -28,34 +30,47 @@ def encode_dialogue(tokenizer: PreTrainedTokenizerBase, turns: Turns, template: 
     The ids begin with exactly `encode_prompt(turns[:-1])`; what the template writes after the end token is not in the
     mask.
     """
-    ids, mask, _ = encode_dialogue_parts(tokenizer, turns, template)
-    return ids, mask
+    texts = Texts(tokenizer)
+    prompt, answer, trained = encode_answered(texts, turns, template)
+    mask, _ = mask_prompt(texts, turns[:-1], template, prompt)
+    return prompt + answer, mask + [True] * trained + [False] * (len(answer) - trained)
 
 
-def encode_dialogue_parts(
-    tokenizer: PreTrainedTokenizerBase, turns: Turns, template: str
-) -> tuple[list[int], list[bool], list[int]]:
-    """`encode_dialogue`, and the indices of turns whose answers the template rewrites, so that the mask lacks them."""
-    prompt, answer, trained = encode_answered(tokenizer, turns, template)
+def mask_prompt(texts: Texts, turns: Turns, template: str, ids: list[int]) -> tuple[list[bool], list[int]]:
+    """Returns (mask of the earlier answers in the prompt `ids` of `turns`, indices of turns whose answers the template
+    rewrites, so that the mask lacks them).
+    """
     if template == "chat":
-        mask, rewritten = mask_earlier_answers(tokenizer, turns[:-1], prompt)
-    else:
-        mask, rewritten = _encode_moss(tokenizer, turns[:-1], template)[1], []
-    return prompt + answer, mask + [True] * trained + [False] * (len(answer) - trained), rewritten
+        return mask_earlier_answers(texts, turns, ids)
+    return _encode_moss(texts, turns, template)[1], []
 
 
 def encode_answered(
-    tokenizer: PreTrainedTokenizerBase, turns: Turns, template: str
-) -> tuple[list[int], list[int], int]:  # fmt: skip
+    tokenizer: PreTrainedTokenizerBase | Texts, turns: Turns, template: str
+) -> tuple[list[int], list[int], int]:
     """Returns (ids before the last answer, ids of it and of what the template writes behind it, number of the latter
     ids up to the end token).
     """
-    prompt, end = encode_prompt(tokenizer, turns[:-1], template), turn_end(tokenizer, template)
+    texts = Texts.of(tokenizer)
+    prompt, end = encode_prompt(texts, turns[:-1], template), turn_end(texts.tokenizer, template)
     if template == "chat":
-        answer = encode_last_answer(tokenizer, turns, prompt)
+        answer = encode_last_answer(texts, turns, prompt)
     else:
-        answer = [*_continue(tokenizer, turns[-1]["content"], template), *end.ids]
+        answer = [*_continue(texts, turns[-1]["content"], template), *end.ids]
     return prompt, answer, len(answer) - len(end.ids) + end.num_generated
+
+
+def prepare(texts: Texts, dialogues: Iterable[Turns], template: str) -> None:
+    """Encodes what `encode_prompt` of dialogues that end in a question and `encode_answered` of the others will need.
+
+    It is a matter of speed: many texts in one call.
+    """
+    if template == "chat":
+        ends = [(turns, turns[-1]["role"] != "assistant") for turns in dialogues]
+        prompts = [(turns[:-1], True) for turns, is_prompt in ends if not is_prompt]
+        texts.encode_rendered(ends + prompts)
+    else:
+        texts.encode_plain(_stretch(turn, template) for turns in dialogues for turn in _fold_system(turns))
 
 
 def last_answer(mask: list[bool]) -> slice:
@@ -67,7 +82,7 @@ def last_answer(mask: list[bool]) -> slice:
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Returns the ids of a text that is not a dialogue: BOS, if the tokenizer has one, the text and EOS."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return [*bos, *_encode(tokenizer, text), tokenizer.eos_token_id]
+    return [*bos, *Texts(tokenizer).plain(text), tokenizer.eos_token_id]
 
 
 def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
@@ -77,22 +92,18 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(known, skip_special_tokens=True).strip()
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Returns the ids of a stretch of plain text; special tokens written out in it stay text."""
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-
-def _encode_moss(tokenizer: PreTrainedTokenizerBase, turns: Turns, template: str) -> tuple[list[int], list[bool]]:
+def _encode_moss(texts: Texts, turns: Turns, template: str) -> tuple[list[int], list[bool]]:
     """Returns (ids, mask) of the turns and the opening of the assistant's next answer."""
+    tokenizer = texts.tokenizer
     eos = [tokenizer.eos_token_id]
     ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     mask = [False] * len(ids)
-    opening = _opening(tokenizer, template)
+    human, opening = _human(texts, template), _opening(texts, template)
     for turn in _fold_system(turns):
         if turn["role"] == "user":
-            piece, answer = _human(tokenizer, turn["content"], template) + eos, []
+            piece, answer = human + texts.plain(_stretch(turn, template)) + eos, []
         else:
-            piece, answer = opening, _continue(tokenizer, turn["content"], template) + eos
+            piece, answer = opening, _continue(texts, turn["content"], template) + eos
         ids += piece + answer
         mask += [False] * len(piece) + [True] * len(answer)
     return ids + opening, mask + [False] * len(opening)
@@ -105,19 +116,24 @@ def _fold_system(turns: Turns) -> Turns:
     return [first, *turns[2:]]
 
 
-def _human(tokenizer: PreTrainedTokenizerBase, text: str, template: str) -> list[int]:
+def _stretch(turn: dict[str, str], template: str) -> str:
+    """Returns the text of a turn that is encoded in one."""
     if template == "moss_en":
-        return _encode(tokenizer, f"Human:{text}")
-    return [tokenizer.convert_tokens_to_ids(MOSS_ZH_TAGS[0]), *_encode(tokenizer, text)]
+        return ("Human:" if turn["role"] == "user" else "Assistant:") + turn["content"]
+    return turn["content"]
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+def _human(texts: Texts, template: str) -> list[int]:
+    return [] if template == "moss_en" else [texts.tokenizer.convert_tokens_to_ids(MOSS_ZH_TAGS[0])]
+
+
+def _opening(texts: Texts, template: str) -> list[int]:
     if template == "moss_en":
-        return _encode(tokenizer, "Assistant:")
-    return [tokenizer.convert_tokens_to_ids(MOSS_ZH_TAGS[1])]
+        return texts.plain("Assistant:")
+    return [texts.tokenizer.convert_tokens_to_ids(MOSS_ZH_TAGS[1])]
 
 
-def _continue(tokenizer: PreTrainedTokenizerBase, text: str, template: str) -> list[int]:
+def _continue(texts: Texts, text: str, template: str) -> list[int]:
     """Returns the ids of an answer, which starts a stretch after `<|MOSS|>` and continues one after `Assistant:`.
 
     A token can contain the colon and the start of the answer (":)"), but generation starts after the colon, so the
@@ -125,7 +141,7 @@ def _continue(tokenizer: PreTrainedTokenizerBase, text: str, template: str) -> l
     """
     if template == "moss_en":
         for before in ("Assistant:", "\n", "Assistant"):
-            start, whole = _encode(tokenizer, before), _encode(tokenizer, before + text)
+            start, whole = texts.plain(before), texts.plain(before + text)
             if whole[: len(start)] == start:
                 return whole[len(start) :]
-    return _encode(tokenizer, text)
+    return texts.plain(text)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 from tokenizers import AddedToken
@@ -110,6 +111,27 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: 
             f"{others[0][0]} (and {len(others) - 1} more that do not fit); use the tokenizer of this model"
         )
     return max([vocab_size, *(i + 1 for i in beyond.values())])
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
+    """Returns the ids of each text, as of `tokenizer.encode` without special tokens around it, in one call.
+
+    split_special_tokens: special tokens written out in the texts stay text.
+    """
+    if tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = split_special_tokens
+        return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    if split_special_tokens and isinstance(tokenizer, SentencePieceTokenizer):
+        found = tokenizer.sp_model.encode(texts, num_threads=1)
+        unknown = tokenizer.sp_model.unk_id()  # transformers looks for it among the added tokens
+        texts = [text if unknown in ids else "" for text, ids in zip(texts, found)]
+    else:
+        found = [[] for _ in texts]
+    encode = partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=split_special_tokens)
+    return [encode(text) if text else ids for text, ids in zip(texts, found)]
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

@@ -38,8 +38,12 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list)
 
 
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
 def _is_question(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
+    return isinstance(value, str) or _is_messages(value)
 
 
 def _is_tree(value: Any) -> bool:
@@ -68,7 +72,7 @@ class Form:
 FORMS = (
     Form("messages", ("messages",), (), _is_any),
     Form("ShareGPT", ("conversations",), (), _is_any),
-    Form("conversation", ("conversation", "dialog", "dialogue", "chat", "turns", "data", "items"), (), _is_list),
+    Form("conversation", ("conversation", "dialog", "dialogue"), (), _is_list),
     Form("OASST tree", ("prompt",), (), _is_tree),
     Form("Alpaca", ("instruction",), ("output", "response"), _is_any),
     Form("prompt and response", ("prompt",), ("response", "completion"), _is_any),
@@ -77,6 +81,8 @@ FORMS = (
     Form("problem and solution", ("problem",), ("solution", "answer")),
     Form("input and output", ("input", "inputs"), ("output", "target", "targets")),
     Form("user and assistant", ("user", "human"), ("assistant", "bot", "gpt")),
+    Form("UltraChat", ("data",), (), _is_list),
+    Form("turns", ("turns", "chat", "items"), (), _is_messages),  # a list of texts is one of questions in MT-Bench
     Form("text", ("text",)),
 )
 COLUMN = Form("single column", ())  # of any other name
@@ -101,19 +107,23 @@ def parse_turns(
     if form is not None:
         answer, key = _answer_of(value, form, options, note)
         asked, used = asked + answer, used | {key} | named_columns(options) | set(_BESIDE if form.asks else ())
-        for key, item in value.items():
-            if key not in used and item not in (None, "", [], {}):
-                note(UNREAD + shown_name(key))
-    return check_turns(asked, empty_answer)
+    turns = check_turns(asked, empty_answer)
+    for key in value if form is not None else ():
+        if key not in used and value[key] not in (None, "", [], {}):
+            note(UNREAD + shown_name(key))
+    return turns
 
 
 def parse_dialogue(value: Any, options: FormOptions = PLAIN, note: Note = ignore) -> Turns:
     """Returns turns that end in an answer; a last question without one is cut off and noted. Raises BadRecord."""
-    turns = parse_turns(value, options=options, note=note)
+    notes: list[str] = []
+    turns = parse_turns(value, options=options, note=notes.append)
     if not any(turn["role"] == "assistant" for turn in turns):
         value = map_columns(value, options)
         asks = isinstance(value, dict) and form_of(value, options)[0].asks
         raise BadRecord("no answer of the assistant" + (nearest(value, _NEEDS) if asks else ""))
+    for reason in notes:
+        note(reason)
     if turns[-1]["role"] == "user":
         turns = turns[:-1]
         note("ended in a question without an answer, which was cut off")

@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from data.chat import turn_end
 from data.dialogues import encode, load_dialogues
 from data.formats.dialogue_forms import parse_turns
-from data.formats.json_lines import parse_json_lines, parse_json_list
 from data.formats.records import BadRecord
 from data.preferences import load_preferences
 from data.prompts import load_prompts
+from data.show import ShowConfig
+from data.showing.pages import Section, to_html, to_text
+from data.showing.report import report
+from data.sources import Part
 from data.template import decode_answer, encode_dialogue, encode_prompt, last_answer
 from reward.encode import encode_preference
 from reward.scoring.ensemble import Encoding
@@ -23,6 +26,8 @@ from utils.errors import UserError
 from utils.tokenizer import MOSS_ZH_TAGS, load_tokenizer
 
 WINDOW = 40
+TAGS = {"head", "body", "h1", "h2", "h3", "p", "br", "div", "b", "pre", "span", "table", "tr", "th", "td"}
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,11 @@ def check_loader(load, what: str, records: list, ascii_only: bool, num_valid: in
     places = [item.source for item in train + valid]
     assert len(set(places)) == len(places)
     return train + valid
+
+
+def texts_of(sections: list[Section]) -> list[str]:
+    """What is said of dropped records."""
+    return next(section.lines for section in sections if section.title == "Dropped and changed")
 
 
 lists = st.lists(dialogue_records, max_size=6)
@@ -128,6 +138,34 @@ def test_fuzz_preferences(folder, tokenizer, records, ascii_only, num_valid):
 
 
 @fuzz
+@given(
+    st.lists(dialogue_records | preference_records, max_size=6), st.booleans(),
+    st.sampled_from(["auto", "prompts", "dialogues", "preferences"]), st.sampled_from(["", "moss_en"]),
+)  # fmt: skip
+def test_fuzz_show(folder, tiny_model, records, ascii_only, kind, template):
+    """Any records can be looked at: each is used or counted, and neither output has control characters or tags."""
+    file = folder / "show.jsonl"
+    file.write_bytes(lines_of(records, ascii_only))
+    flags = {"template": template, "tokenizer_name_or_path": str(tiny_model)} if template else {}
+    config = ShowConfig(data_path=[str(file)], kind=kind, context_truncate=WINDOW, **flags)
+    with ends():
+        try:
+            sections, problem = report(config)
+        except UserError as error:
+            one_line(error)
+            return
+        text, page = to_text(sections, 90, colour=False), to_html("x", sections)
+    counts = next(section for section in sections if section.title == "Counts")
+    header, row = counts.table
+    usable = row[header.index("truncated") - 1]
+    assert row[header.index("records")] == len(records) and bool(problem) == (not usable)
+    dropped = sum(int(match[1]) for match in re.finditer(r"\w+: (\d+) dropped: ", "\n".join(texts_of(sections))))
+    assert usable + dropped == len(records)
+    assert not CONTROLS.search(text) and not CONTROLS.search(page)
+    assert set(re.findall(r"<(\w+)", page.partition("</style>")[2])) <= TAGS
+
+
+@fuzz
 @given(dialogue_records, st.booleans())
 def test_fuzz_turns(value, empty_answer):
     """What comes out can be encoded, and goes in again as it is."""
@@ -158,14 +196,14 @@ def damaged(draw) -> bytes:
 
 
 @fuzz
-@given(damaged() | st.binary(max_size=60), st.sampled_from([parse_json_list, parse_json_lines]))
-def test_fuzz_damaged_json(folder, content, parse):
+@given(damaged() | st.binary(max_size=60), st.sampled_from(["json", "jsonl"]))
+def test_fuzz_damaged_json(folder, content, ending):
     """Damaged files are refused with their line, unless Python's parser accepts them, too."""
-    file = folder / "damaged.json"
+    file = folder / f"damaged.{ending}"
     file.write_bytes(content)
     with ends():
         try:
-            found = parse(file, "--data_path")
+            found = list(Part(str(file)).records())
         except UserError as error:
             text = one_line(error)
             if "not a JSON list" not in text:
@@ -173,12 +211,12 @@ def test_fuzz_damaged_json(folder, content, parse):
                 assert 1 <= line <= content.count(b"\n") + 1
             return
     text = content.decode("utf-8-sig")
-    if parse is parse_json_list:
+    if ending == "json":
         expected = json.loads(text) if text.strip() else []
-        assert [place for _, place in found] == [f"record {k + 1}" for k in range(len(expected))]
+        assert [record.source for record in found] == [f"{file}:record {k + 1}" for k in range(len(expected))]
     else:
         expected = [json.loads(line) for line in text.split("\n") if line.strip()]
-    assert repr([value for value, _ in found]) == repr(expected)  # NaN is not equal to itself
+    assert repr([record.value for record in found]) == repr(expected)  # NaN is not equal to itself
 
 
 KINDS = ["llama moss_en", "llama moss_zh", "chat moss_en", "chat chat"]

@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from data.chat import encode_chat, turn_end
+from data.chat import turn_end
+from data.template import encode_prompt
 from tests.helpers.tiny import tiny_llama_folder
 from tests.helpers.tiny_run import write_json
 from utils.errors import UserError
@@ -184,15 +185,15 @@ def test_of_several_templates_of_a_fast_tokenizer_the_default_one_is_taken(chat_
         (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ 1 / 0 }}")
     tokenizer = load_tokenizer(str(folder), "chat")
     assert template_of(tokenizer) == "chat" and tokenizer.chat_template == expected.chat_template
-    assert encode_chat(tokenizer, QUESTION) == encode_chat(expected, QUESTION)
+    assert encode_prompt(tokenizer, QUESTION, "chat") == encode_prompt(expected, QUESTION, "chat")
 
 
 def test_special_tokens_of_a_template_are_not_split(chat_folder, tmp_path):
     folder = shutil.copytree(chat_folder, tmp_path / "tokenizer")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     write_json(folder / "tokenizer_config.json", config | {"split_special_tokens": True})
-    expected = encode_chat(load_tokenizer(str(chat_folder)), QUESTION)
-    assert encode_chat(load_tokenizer(str(folder)), QUESTION) == expected
+    expected = encode_prompt(load_tokenizer(str(chat_folder)), QUESTION, "chat")
+    assert encode_prompt(load_tokenizer(str(folder)), QUESTION, "chat") == expected
 
 
 def test_limits_are_taken_back():

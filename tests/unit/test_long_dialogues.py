@@ -9,7 +9,8 @@ from data.chat import MANY_TURNS, encode_chat, encode_last_answer, mask_earlier_
 from data.dialogues import Dialogue, encode
 from data.formats.truncate import newest_turns
 from data.prompts import load_prompts
-from data.template import encode_dialogue_parts, encode_prompt
+from data.template import encode_dialogue, encode_prompt
+from data.texts import Texts
 from reward.scoring.ensemble import Encoding
 from tests.helpers.families import FAMILIES, family_tokenizer
 from tests.helpers.tiny_run import write_json
@@ -35,10 +36,10 @@ def dialogue(rng: random.Random, size: int, system: bool, texts=TEXTS) -> list[d
 
 def mask_by_prefixes(tokenizer, turns, ids):
     """The mask and the rewritten answers, by rendering the dialogue up to each answer whole."""
-    end, mask, rewritten = turn_end(tokenizer, "chat"), [False] * len(ids), []
+    end, mask, rewritten, texts = turn_end(tokenizer, "chat"), [False] * len(ids), [], Texts(tokenizer)
     for k in (k for k, turn in enumerate(turns) if turn["role"] == "assistant"):
-        start = encode_chat(tokenizer, turns[:k])
-        own = start + encode_last_answer(tokenizer, turns[: k + 1], start)
+        start = encode_chat(texts, turns[:k])
+        own = start + encode_last_answer(texts, turns[: k + 1], start)
         if ids[: len(own)] != own:
             rewritten.append(k)
             continue
@@ -56,7 +57,7 @@ def test_masks_of_long_dialogues_are_those_of_all_prefixes(name, texts):
     for system in (False, True)[: 2 - (family.system is None)]:
         turns = dialogue(rng, MANY_TURNS + 11, system, texts)
         ids = encode_prompt(tokenizer, turns, "chat")
-        mask, rewritten = mask_earlier_answers(tokenizer, turns, ids)
+        mask, rewritten = mask_earlier_answers(Texts(tokenizer), turns, ids)
         assert (mask, rewritten) == mask_by_prefixes(tokenizer, turns, ids)
         assert True in mask or rewritten
 
@@ -89,7 +90,7 @@ def test_an_encoded_dialogue_is_that_of_the_turns_that_fit(chat_folder):
     turns = dialogue(random.Random(3), 60, True)
     for limit in (60, 200, 10_000):
         kept = turns
-        while len((parts := encode_dialogue_parts(tokenizer, kept, "chat"))[0]) - 1 > limit:  # ends in a newline
+        while len((parts := encode_dialogue(tokenizer, kept, "chat"))[0]) - 1 > limit:  # ends in a newline
             kept = drop_oldest(kept)
         found, removed, _ = encode(tokenizer, Dialogue(turns, ""), "chat", limit)
         assert (found.ids, found.answer_mask) == (parts[0][:-1], parts[1][:-1]) and removed == len(turns) - len(kept)
