@@ -1,6 +1,5 @@
 """Encodes large data in worker processes into a file, once per node, and finds the file of an earlier run."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,14 +14,12 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from data.formats.records import Tally
+from data.formats.records import Counts, Tally
 from data.sources import Part, Raw, parse_raw
-from utils.data_files import suffix_of
 from utils.errors import Say, UserError
 from utils.files import atomic_folder, check_writable, disk_errors, read_json, sha256, write_json
 from utils.flags.data import RecordFlags
@@ -83,7 +80,7 @@ def _about(folder: str) -> dict | None:
     try:
         about = read_json(os.path.join(folder, ABOUT))
         whole = about["bytes"] == os.path.getsize(os.path.join(folder, ROWS))
-        return about if whole and isinstance(about["usable"], int) and isinstance(about["counts"], list) else None
+        return about if whole and isinstance(about["usable"], int) and isinstance(about["counts"], dict) else None
     except (OSError, ValueError, KeyError):
         return None
 
@@ -99,7 +96,14 @@ def _key(parts: list[Part], encoder) -> str:
     code = {name: digest for name, digest in code_files().items() if name.startswith(CODE)}
     versions = [pyarrow.__version__, tokenizers.__version__, transformers.__version__]
     data = [(part.name, _content(part)) for part in parts]
-    facts = [type(encoder).__name__, encoder.columns, json.dumps(given, default=dataclasses.asdict), code, versions, data]
+    facts = [
+        type(encoder).__name__,
+        encoder.columns,
+        json.dumps(given, default=dataclasses.asdict),
+        code,
+        versions,
+        data,
+    ]
     return digest_of(facts)[:32]
 
 
@@ -119,6 +123,7 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def _write(parts: list[Part], encoder, config: RecordFlags, say: Say, file: str) -> dict:
     """Writes the rows to a file; returns what `_about` reads."""
     import pyarrow
+    import pyarrow.compute
 
     schema = pyarrow.schema([(name, _type(kind)) for name, kind in {**encoder.columns, "record": "int64"}.items()])
     tally, usable, records, begin, told = Tally(encoder.what), 0, 0, time.monotonic(), time.monotonic()
@@ -143,7 +148,7 @@ class _Chunk:
     rows: bytes  # as a stream of Arrow
     usable: int
     records: int
-    counts: list
+    counts: Counts
 
 
 def _chunks(parts: list[Part]) -> Iterator[list[Raw]]:
@@ -158,7 +163,7 @@ def _chunks(parts: list[Part]) -> Iterator[list[Raw]]:
 
 
 def _in_workers(chunks: Iterator[list[Raw]], encoder, schema, workers: int) -> Iterator[_Chunk]:
-    """Yields the encoded chunks in order; a few are on their way at any time. New processes, since this one has threads."""
+    """Yields the encoded chunks in order, a few at a time. The processes are no forks, since this one has threads."""
     context, given = multiprocessing.get_context("spawn"), (encoder, schema)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=given)
     try:

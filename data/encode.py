@@ -8,12 +8,11 @@ earlier answer.
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from data.chat import MANY_TURNS
-from data.formats.truncate import newest_turns, recent_turns
+from data.formats.truncate import newest_of_batch
 from data.template import encode_answered, encode_prompt, mask_prompt, prepare
 from data.texts import Texts, Turns
 
@@ -38,13 +37,12 @@ def encode_prompts(
 ) -> list[tuple[Turns, list[int] | None]]:
     """Returns per dialogue, which ends in a question, (turns left, ids; None if the last question is too long)."""
     texts = Texts.of(tokenizer)
-    prepare(texts, [recent_turns(turns, max_tokens) for turns in dialogues], template)
 
-    def fit(turns: Turns) -> list[int] | None:
+    def fit(_: int, turns: Turns) -> list[int] | None:
         ids = encode_prompt(texts, turns, template)
         return ids if len(ids) <= max_tokens else None
 
-    return [newest_turns(turns, fit, max_tokens) for turns in dialogues]
+    return newest_of_batch(dialogues, fit, max_tokens, lambda wanted: prepare(texts, wanted.values(), template))
 
 
 @_uncollected()
@@ -55,17 +53,17 @@ def encode_dialogues(
     the answers, indices of turns whose answers the template rewrites). The ids end with the last end token.
     """
     texts = Texts.of(tokenizer)
-    prepare(texts, [recent_turns(turns, max_tokens) for turns in dialogues], template)
 
-    def fit(turns: Turns) -> tuple[list[int], list[int]] | None:
+    def fit(_: int, turns: Turns) -> tuple[list[int], list[int]] | None:
         prompt, answer, trained = encode_answered(texts, turns, template)
         # The ids after the last end token are not trained on.
         return (prompt, answer[:trained]) if len(prompt) + trained <= max_tokens else None
 
-    kept = [newest_turns(turns, fit, max_tokens) for turns in dialogues]
+    kept = newest_of_batch(dialogues, fit, max_tokens, lambda wanted: prepare(texts, wanted.values(), template))
     if template == "chat":  # `mask_prompt` compares the prompt with the dialogue up to each answer
         short = [turns for turns, ids in kept if ids and len(turns) <= MANY_TURNS]
-        prepare(texts, [turns[: k + 1] for turns in short for k in _answers(turns)], template)
+        ends = [turns[:k] for turns in short for k in range(1, len(turns)) if turns[k - 1]["role"] == "assistant"]
+        prepare(texts, ends, template)
     found = []
     for turns, ids in kept:
         mask, rewritten = mask_prompt(texts, turns[:-1], template, ids[0]) if ids else ([], [])
@@ -81,20 +79,16 @@ def encode_answers(
     """Returns per (history, answers) the history left, the same for all its answers, and the encoding of each answer as
     of `encode_answered`; None if the last question with the longest answer is too long.
     """
-    texts = Texts.of(tokenizer)
-    recent = [(recent_turns(history, max_tokens), answers) for history, answers in items]
-    prepare(texts, [turns for history, answers in recent for turns in _answered(history, answers)], template)
+    texts, histories = Texts.of(tokenizer), [history for history, _ in items]
 
-    def fit(answers: list[str], history: Turns) -> list[Answer] | None:
-        sides = [encode_answered(texts, turns, template) for turns in _answered(history, answers)]
+    def answered(k: int, history: Turns) -> list[Turns]:
+        return [[*history, {"role": "assistant", "content": answer}] for answer in items[k][1]]
+
+    def fit(k: int, history: Turns) -> list[Answer] | None:
+        sides = [encode_answered(texts, turns, template) for turns in answered(k, history)]
         return sides if max(len(prompt) + len(answer) for prompt, answer, _ in sides) <= max_tokens else None
 
-    return [newest_turns(history, partial(fit, answers), max_tokens) for history, answers in items]
+    def prepare_answers(wanted: dict[int, Turns]) -> None:
+        prepare(texts, [turns for k, history in wanted.items() for turns in answered(k, history)], template)
 
-
-def _answered(history: Turns, answers: list[str]) -> list[Turns]:
-    return [[*history, {"role": "assistant", "content": answer}] for answer in answers]
-
-
-def _answers(turns: Turns) -> list[int]:
-    return [k for k, turn in enumerate(turns) if turn["role"] == "assistant"]
+    return newest_of_batch(histories, fit, max_tokens, prepare_answers)

@@ -3,14 +3,15 @@
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 from data.cache import EncodedFile, encode_to_file, open_rows
+from data.formats.columns import FormOptions
 from data.formats.records import FLAG, Record, Tally
 from data.order import mixture, order
-from data.sources import Part, Source, parse_sources, parts_of
+from data.sources import Part, Source, all_records, parse_sources, parts_of
 from utils.data_files import COMPRESSED
 from utils.errors import Say, UserError
 from utils.flags.data import RecordFlags
@@ -46,11 +47,11 @@ class EncodedSet(Sequence[Item]):
 
     def __init__(self, rows: Sequence[Row], encoder: Encoder[Item], without: Sequence[int] = ()):
         self.rows, self.encoder = rows, encoder
-        self._without = sorted(without)
-        self._shift = [row - k for k, row in enumerate(self._without)]
+        self.without = sorted(without)
+        self._shift = [row - k for k, row in enumerate(self.without)]
 
     def __len__(self) -> int:
-        return len(self.rows) - len(self._without)
+        return len(self.rows) - len(self.without)
 
     @overload
     def __getitem__(self, index: int) -> Item: ...
@@ -64,44 +65,30 @@ class EncodedSet(Sequence[Item]):
         index %= len(self)
         return self.encoder.item(self.rows[index + bisect_right(self._shift, index)])
 
-    def column(self, name: str) -> "Numbers":
-        """Returns the numbers of a column without those of the rows that are left out."""
-        return Numbers(self.rows, name, self._without)
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """Sum and maximum of a column of numbers, which may be in a mapped file."""
-
-    rows: Sequence[Row]
-    name: str
-    without: Sequence[int]
-
-    def total(self) -> float:
-        """Returns the sum."""
-        left_out = sum(self.rows[i][self.name] for i in self.without)
+    def each(self, *columns: str) -> Iterator[Row]:
+        """Yields these columns of each row, without making items."""
         if isinstance(self.rows, list):
-            return sum(row[self.name] for row in self.rows) - left_out
-        from pyarrow import compute
-
-        return (compute.sum(self.rows.data.column(self.name)).as_py() or 0) - left_out
-
-    def largest(self) -> float:
-        """Returns an upper bound of the maximum: that of all rows."""
-        if isinstance(self.rows, list):
-            return max((row[self.name] for row in self.rows), default=0)
-        from pyarrow import compute
-
-        return compute.max(self.rows.data.column(self.name)).as_py() or 0
+            rows = iter(self.rows)
+        else:
+            batches = self.rows.select_columns(list(columns)).iter(10 * BATCH)
+            rows = (
+                dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True)
+            )
+        left_out = set(self.without)
+        return (row for i, row in enumerate(rows) if i not in left_out)
 
 
 @dataclass(frozen=True)
 class Mixture(Generic[Item]):
-    """Sets with the share of each in the order of a run. weights: None: each item of all sets once per epoch."""
+    """Sets with the share of each in the order of a run. weights: None: each item of all sets once per epoch.
 
-    sets: list[Sequence[Item]]
+    num_held_out: number of records that were held out of the sets, also of those that are too long.
+    """
+
+    sets: list[EncodedSet[Item]]
     weights: list[float] | None
     seed: int
+    num_held_out: int = 0
 
     def __len__(self) -> int:
         return sum(map(len, self.sets))
@@ -118,6 +105,18 @@ class Mixture(Generic[Item]):
             items.append(self.sets[k][index - (ends[k - 1] if k else 0)])
         return items
 
+    def first(self, count: int) -> list[Item]:
+        """Returns the first items of the sets, at most `count`."""
+        return [item for items in self.sets for item in items[:count]][:count]
+
+    def each(self, *columns: str) -> Iterator[Row]:
+        """Yields these columns of each row of all sets."""
+        return (row for rows in self.sets for row in rows.each(*columns))
+
+    def made_by(self, encoder: Encoder[Item]) -> "Mixture[Item]":
+        """Returns the mixture with items that another encoder makes of the rows."""
+        return replace(self, sets=[EncodedSet(rows.rows, encoder, rows.without) for rows in self.sets])
+
     def batches(self, size: int) -> Iterator[list[Item]]:
         """Yields batches without end."""
         start = 0
@@ -126,30 +125,36 @@ class Mixture(Generic[Item]):
             start += size
 
 
+def form_options(config: RecordFlags) -> FormOptions:
+    """Returns what the flags say about the form of records."""
+    columns = tuple(tuple(pair.split("=", 1)) for pair in config.columns)
+    return FormOptions(columns, config.prompt_template, config.preferred_by, config.reasoning)
+
+
 def load_encoded(
     values: list[str], encoder: Encoder[Item], config: RecordFlags, num_valid: int, seed: int, say: Say,
     flag: str = FLAG, lower: bool = False,
 ) -> tuple[Mixture[Item], list[Item]]:  # fmt: skip
     """Returns (training items, held-out items) of the values of a data flag. Collective.
 
-    Held out: the records of *valid* files or a validation split; without them, `num_valid` records of each source, which
+    Held out: the records of *valid* files or a validation split; without them, `num_valid` records of each source that
     the seed chooses among those that can be used (lower: a tenth if that is more than half). Reports what was dropped
     or changed. Raises UserError if a source cannot be read or has nothing that can be used.
     """
     sources = parse_sources(values, flag)
-    sets, held_out = [], []
+    sets, held_out, total = [], [], 0
     for source in sources:
-        train, valid = _load(source, encoder, config, num_valid, seed, say, flag, lower)
+        train, valid, number = _load(source, encoder, config, num_valid, seed, say, flag, lower)
         sets.append(train)
-        held_out += valid
+        held_out, total = held_out + valid, total + number
     weights = [source.weight for source in sources]
-    return Mixture(sets, weights if sources[0].weight is not None else None, seed), held_out
+    return Mixture(sets, weights if sources[0].weight is not None else None, seed, total), held_out
 
 
 def _load(
     source: Source, encoder: Encoder[Item], config: RecordFlags, num_valid: int, seed: int, say: Say, flag: str,
     lower: bool,
-) -> tuple[EncodedSet[Item], list[Item]]:  # fmt: skip
+) -> tuple[EncodedSet[Item], list[Item], int]:  # fmt: skip
     what, path = encoder.what, source.path
     found = once_per_node(lambda: _encode(source, encoder, config, say, flag))
     for line in found.lines:
@@ -161,7 +166,7 @@ def _load(
     rows = open_rows(found.train)
     chosen, valid = set(), []
     if found.valid is not None:
-        valid = list(EncodedSet(open_rows(found.valid), encoder))
+        valid, num_valid = list(EncodedSet(open_rows(found.valid), encoder)), found.valid.usable
     elif num_valid:
         usable = found.train.usable
         if lower and num_valid > usable // 2:
@@ -175,7 +180,7 @@ def _load(
         say(f"{what}: no validation file in {path}: {num_valid} held out by seed {seed}")
     train = EncodedSet(rows, encoder, chosen)
     say(f"{what}: {len(train)} to train on, {len(valid)} to validate on, from {path}")
-    return train, valid
+    return train, valid, num_valid
 
 
 def _rows_of(rows: Sequence[Row], records: list[int]) -> list[int]:
@@ -225,14 +230,9 @@ def _encode_here(parts: list[Part], encoder: Encoder, tally: Tally) -> EncodedFi
                 usable += 1
         batch.clear()
 
-    for part in parts:
-        count = 0
-        for record in with_progress(part.records(), f"reading of {tally.what}"):
-            batch.append(record)
-            count += 1
-            if len(batch) == BATCH:
-                encode()
-        if not count:
-            raise UserError(f"{part.flag}: {part.name} has no records; use a file with at least one")
+    for record in with_progress(all_records(parts), f"reading of {tally.what}"):
+        batch.append(record)
+        if len(batch) == BATCH:
+            encode()
     encode()
     return EncodedFile(usable, rows)

@@ -2,17 +2,21 @@
 
 import re
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-from data.formats.columns import PLAIN, FormOptions
+from data.formats.columns import PLAIN, FormOptions, map_columns, named_columns
 from data.formats.compared import Reader
-from data.formats.preference_forms import form_of
-from data.formats.records import FLAG, BadRecord, Record, Tally, load_items
+from data.formats.nearest import shown_name
+from data.formats.preference_forms import form_of, unknown, unread
+from data.formats.records import FLAG, UNREAD, BadRecord, Record, Tally
 from data.formats.score_columns import STRENGTH, read_number, read_score_gap, read_strength
+from data.sources import Part, all_records, parse_sources, parts_of
 from data.template import Turns
 from utils.errors import Say, UserError
+from utils.flags.data import RecordFlags
 from utils.terminal import has_lone_surrogate
+from utils.watchdog import with_progress
 
 MARGIN_COLUMNS = (STRENGTH, "margin")  # columns with a pair's margin, unless a flag names another
 
@@ -43,18 +47,35 @@ class Preference:
 
 
 def load_preferences(
-    path: str, num_valid: int, seed: int, say: Say = print, margin_columns: tuple[str, ...] = (),
-    lower: bool = False, options: FormOptions = PLAIN,
-) -> tuple[list[Preference], list[Preference]]:  # fmt: skip
-    """Returns (train, valid) preferences; drops malformed records and reports their counts with `say`.
+    values: list[str], config: RecordFlags, say: Say = print, options: FormOptions = PLAIN
+) -> tuple[list[Preference], list[Preference]]:
+    """Returns all (train, valid) preferences of --data_path, in memory; reports what was dropped with `say`.
 
-    Optional columns of a record: "subset", "system", "mean preference difference", score lists. margin_columns: columns
-    with a margin, the first that a record has; (): no margins. The margin of ranked answers is their score difference.
-    options: what the flags say about forms. Raises UserError if the data is unreadable or nothing is left.
+    Raises UserError if the data is unreadable or nothing is left.
     """
-    parse = partial(parse_preferences, margin_columns=margin_columns, options=options)
-    train, valid = load_items(path, "preferences", parse, num_valid, seed, say, lower=lower)
-    return [one for record in train for one in record], [one for record in valid for one in record]
+    found: tuple[list[Preference], list[Preference]] = ([], [])
+    for source in parse_sources(values):
+        tally, parts = Tally("preferences"), parts_of(source, FLAG, config.split, config.valid_split)
+        read = [[] if part is None else _parse_all(part, tally, options) for part in parts]
+        tally.report(say)
+        for part, items, purpose in zip(parts, read, ("", " for validation"), strict=True):
+            if part is not None and not items:
+                reasons = "; ".join(tally.lines())
+                problem = f"no usable preferences left{purpose} ({reasons})"
+                raise UserError(f"{FLAG} {source.path}: {problem}; fix them, or use other data")
+        for items, more in zip(found, read, strict=True):
+            items += more
+    return found
+
+
+def _parse_all(parts: list[Part], tally: Tally, options: FormOptions) -> list[Preference]:
+    items = []
+    for record in with_progress(all_records(parts), "reading of preferences"):
+        try:
+            items += parse_preferences(record, tally, options=options)
+        except BadRecord as error:
+            tally.add(f"dropped: {error}", record.source)
+    return items
 
 
 def parse_preferences(
@@ -64,16 +85,13 @@ def parse_preferences(
 
     Counts in `tally` what is changed or left out. Raises BadRecord with the reason for a record that cannot be used.
     """
-    value, subset = record.value, _subset_of(record)
-    form = form_of(value)
+    value, note = map_columns(record.value, options), tally.once(record.source)
+    subset, form = _subset_of(value, record), form_of(value)
     if form is None:
-        raise BadRecord("not an object with the keys chosen and rejected, or prompt and responses")
-    notes: dict[str, None] = {}
-    try:
-        compared = form.parse(value, Reader(options, notes.setdefault))
-    finally:
-        for reason in notes:
-            tally.add(reason, record.source)
+        raise BadRecord(unknown(value))
+    compared = form.parse(value, Reader(replace(options, columns=(), prompt_template=""), note))
+    for key in unread(value, form, named_columns(options).union(margin_columns)):
+        note(UNREAD + shown_name(key))
     strength = read_strength(value) if form.pair else None
     margin = _margin_of(value, strength, margin_columns) if form.pair else None
     return [
@@ -93,55 +111,14 @@ def _margin_of(value: dict, strength: float | None, columns: tuple[str, ...]) ->
     return margin
 
 
-def flip_negative(preferences: list[Preference], say: Say = print) -> list[Preference]:
-    """Returns the preferences with the answers of all pairs of negative strength swapped; reports how many.
-
-    Part II §2: a negative mean over an ensemble mostly marks a wrong label. Raises UserError if no pair has a strength.
-    """
-    pairs = [pair for preference in preferences for pair in preference.pairs]
-    known = sum(pair.strength is not None for pair in pairs)
-    if not known:
-        raise UserError(f"--flip_negative: no pair has a {STRENGTH!r}; use python -m reward.strength to add it")
-    tally = Tally("preferences")
-    for preference in preferences:
-        for pair in preference.pairs:
-            if pair.strength is None:
-                tally.add(f"without a {STRENGTH!r}, not changed", preference.source)
-            elif pair.strength < 0:
-                tally.add(f"of {known} flipped, because their {STRENGTH!r} is negative", preference.source)
-    tally.report(say)
-    return [replace(p, pairs=[_flipped(pair) for pair in p.pairs]) for p in preferences]
-
-
-def check_margins(preferences: list[Preference], columns: tuple[str, ...], say: Say) -> None:
-    """Reports the number of pairs without a margin, which get margin 0. Raises UserError if no pair has one."""
-    tally = Tally("preferences")
-    for preference in preferences:
-        for pair in preference.pairs:
-            if pair.margin is None:
-                tally.add("without a margin, trained with margin 0", preference.source)
-    if all(pair.margin is None for preference in preferences for pair in preference.pairs):
-        names = " or ".join(map(repr, columns))
-        raise UserError(f"--use_margin: no pair of {FLAG} has a number in the column {names}; pass --margin_column")
-    tally.report(say)
-
-
-def _flipped(pair: Pair) -> Pair:
-    if pair.strength is None or pair.strength >= 0:
-        return pair
-    # A margin from the strength column has the sign of the strength; margins by annotators are not negative.
-    margin = None if pair.margin is None else abs(pair.margin)
-    return Pair(pair.worse, pair.better, -pair.strength, margin)
-
-
 def file_stem(record: Record) -> str:
     """Returns the name of a record's file without its folder and endings ("a/x.jsonl.gz": "x")."""
     return Path(re.sub(r"\.(gz|zst|bz2|xz)$", "", record.source.rpartition(":")[0])).stem
 
 
-def _subset_of(record: Record) -> str:
+def _subset_of(value: Any, record: Record) -> str:
     """Returns the record's `subset`, or its file's name without train or valid ("helpful_valid.jsonl.gz": helpful)."""
-    named = record.value.get("subset") if isinstance(record.value, dict) else None
+    named = value.get("subset") if isinstance(value, dict) else None
     if named is not None:
         if not isinstance(named, str) or not named.strip() or has_lone_surrogate(named):
             raise BadRecord("subset is not a name")

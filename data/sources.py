@@ -25,6 +25,7 @@ from utils.data_files import (
 )
 from utils.errors import UserError
 from utils.files import first_names
+from utils.flags.data import RecordFlags
 from utils.hub import is_hub_id
 from utils.watchdog import downloading
 
@@ -148,23 +149,23 @@ def check_ending(path: str, flag: str) -> None:
         raise UserError(f"{flag}: {path} has the unknown ending {Path(path).suffix!r}; {known}")
 
 
-def read_records(
-    path: str, flag: str = FLAG, split: str = "train", valid_split: str = ""
-) -> tuple[list[Record], list[Record] | None]:
-    """Returns all (training, held-out) records of a value of a data flag; None without held-out ones. UserError."""
-    (source,) = parse_sources([path], flag)
-    train, valid = parts_of(source, flag, split, valid_split)
-    return _all_records(train), None if valid is None else _all_records(valid)
-
-
-def _all_records(parts: list[Part]) -> list[Record]:
-    found = []
-    for part in parts:
-        records = list(part.records())
-        if not records:
-            raise UserError(f"{part.flag}: {part.name} has no records; use a file with at least one")
-        found += records
+def read_records(values: list[str], config: RecordFlags, flag: str = FLAG) -> tuple[list[Record], list[Record]]:
+    """Returns all (training, held-out) records of the values of a data flag. Raises UserError."""
+    found: tuple[list[Record], list[Record]] = ([], [])
+    for source in parse_sources(values, flag):
+        for records, parts in zip(found, parts_of(source, flag, config.split, config.valid_split), strict=True):
+            records += all_records(parts or [])
     return found
+
+
+def all_records(parts: list[Part]) -> Iterator[Record]:
+    """Yields the records of all parts. Raises UserError for one without records."""
+    for part in parts:
+        records = part.records()
+        if (first := next(records, None)) is None:
+            raise UserError(f"{part.flag}: {part.name} has no records; use a file with at least one")
+        yield first
+        yield from records
 
 
 def _folder(folder: Path, flag: str, split: str, valid_split: str) -> tuple[list[Part], list[Part] | None]:

@@ -9,6 +9,8 @@ Special tokens written out in a text stay text; in the history of a chat templat
 have no system role: a system turn is put before the first question, with an empty line in between.
 """
 
+from collections.abc import Iterable
+
 from transformers import PreTrainedTokenizerBase
 
 from data.chat import encode_chat, encode_last_answer, mask_earlier_answers, turn_end
@@ -58,7 +60,7 @@ def encode_answered(
     return prompt, answer, len(answer) - len(end.ids) + end.num_generated
 
 
-def prepare(texts: Texts, dialogues: list[Turns], template: str) -> None:
+def prepare(texts: Texts, dialogues: Iterable[Turns], template: str) -> None:
     """Encodes what `encode_prompt` of dialogues that end in a question and `encode_answered` of the others will need.
 
     It is a matter of speed: many texts in one call.

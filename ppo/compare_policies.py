@@ -3,7 +3,8 @@
 import re
 
 from data.choose_template import first_prompt, prepare_tokenizer
-from data.prompts import load_prompts
+from data.encoded import form_options, load_encoded
+from data.prompts import PromptEncoder
 from ppo.compare_flags import CompareConfig
 from ppo.decoding.sampling import EVALUATION, Sampling
 from ppo.decoding_check import choose_decoding
@@ -39,12 +40,13 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     for flag, path in named:
         config.fit_window(window_at(path, flag))
     room = config.maxlen_prompt - config.maxlen_res
-    train, valid = load_prompts(config.data_path, tokenizer, template, room, 0, config.seed)
+    encoder = PromptEncoder(tokenizer, template, room, form_options(config))
+    train, valid = load_encoded(config.data_path, encoder, config, 0, config.seed, print)
     if valid:
         print("compared on the held-out data")
     else:
         print("compared on all prompts, since there is no *valid* file: make sure that none was trained on")
-    prompts = (valid or train)[: config.num_prompts]
+    prompts = valid[: config.num_prompts] or train.first(config.num_prompts)
     print(first_prompt(tokenizer, prompts[0].ids))
     batch = batch_of(prompts, list(range(len(prompts))))
     if reward_fn := load_reward_functions(config):

@@ -105,7 +105,9 @@ class PPOConfig(
             replace_default(self, "num_rollouts", num_prompts // least * least, reason)
         if self.num_rollouts > num_prompts:
             problem = f"--num_rollouts {self.num_rollouts} needs more prompts than the {num_prompts} of --data_path"
-            raise UserError(f"{problem} {self.data_path}: lower it (to a multiple of --batch_size), or add prompts")
+            raise UserError(
+                f"{problem} {' '.join(self.data_path)}: lower it (to a multiple of --batch_size), or add prompts"
+            )
 
     @property
     def preset_values(self) -> dict:

@@ -20,9 +20,7 @@ def evaluate(
     prompts: list[Prompt], sampler: Sampler, models: Models, reward_fn: UserReward | None, tokenizer,
     config: PPOConfig,
 ) -> tuple[dict[str, float], list[dict]]:  # fmt: skip
-    """Returns (metrics, one row per prompt: prompt, answer, score, kl, length, nll and those of --reward_fn).
-
-    The same on every rank. A score is None where --reward_fn gave none.
+    """Returns (metrics, one row per prompt: prompt, answer, `rows_of_scores`, kl, length, nll), the same on every rank.
 
     Answers are sampled as in the paper (`EVALUATION`), each prompt with the same random stream in all evaluations.
     Prompts that do not divide by the ranks are padded with repeated ones, which are not counted.

@@ -8,9 +8,10 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import HungError, UserError
 
 LIBRARY = os.path.dirname(os.__file__)
+AGAIN = 1.0  # seconds between interruptions of a function that is late
 MARGIN = 1.0  # seconds after the limit at which an async function that does not await is interrupted
 
 
@@ -18,16 +19,19 @@ class _Late(BaseException):
     """Raised by the alarm in the user's code, which must not take it for an error of its own. args: file and line."""
 
 
-def call_within(timeout: float, label: str, function: Callable[[], Any]) -> Any:
+def call_within(timeout: float, label: str, function: Callable[[], Any], margin: float = 0.0) -> Any:
     """Returns function(). Raises UserError if it fails or takes more than `timeout` seconds; 0: no limit.
 
-    Only in the main thread. Code that does not return to Python is not interrupted; --hang_timeout ends it.
+    margin: seconds more, for a function that has the limit itself. Only in the main thread. Code that does not return
+    to Python is not interrupted; --hang_timeout ends it.
     """
     try:
-        with _alarm(timeout):
+        with _alarm(timeout and timeout + margin):
             return function()
     except _Late as late:
-        raise UserError(_too_long(label, timeout, *late.args)) from None
+        while isinstance(late.__context__, (_Late, HungError)):  # the first, if more came in code that cleans up
+            late = late.__context__
+        raise late if isinstance(late, HungError) else _too_long(label, timeout, *late.args) from None
     except UserError:
         raise
     except (Exception, SystemExit) as error:
@@ -39,9 +43,10 @@ def call_together(timeout: float, functions: list[tuple[str, Callable[[], Awaita
 
     async def one(label: str, function: Callable[[], Awaitable]) -> Any:
         task = asyncio.ensure_future(function())
+        task.add_done_callback(_read)
         if not (await asyncio.wait([task], timeout=timeout or None))[0]:
             frame = task.get_stack()[-1]
-            raise UserError(_too_long(label, timeout, frame.f_code.co_filename, frame.f_lineno))
+            raise _too_long(label, timeout, frame.f_code.co_filename, frame.f_lineno)
         try:
             return task.result()
         except (Exception, SystemExit) as error:
@@ -51,7 +56,7 @@ def call_together(timeout: float, functions: list[tuple[str, Callable[[], Awaita
         return await asyncio.gather(*(one(*pair) for pair in functions))
 
     labels = " or ".join(label for label, _ in functions)
-    return call_within(timeout and timeout + MARGIN, labels, lambda: asyncio.run(every()))
+    return call_within(timeout, labels, lambda: asyncio.run(every()), MARGIN)
 
 
 def failure_of(error: BaseException) -> str:
@@ -61,13 +66,20 @@ def failure_of(error: BaseException) -> str:
     return f"{last.filename}:{last.lineno}: {reason}; fix it"
 
 
-def _too_long(label: str, timeout: float, file: str, line: int) -> str:
-    return f"{label} took more than {timeout:g} s (--reward_fn_timeout), in {file}:{line}; raise it, or limit the wait"
+def _read(task: asyncio.Task) -> None:
+    """Takes the exception of a task that a signal ended; asyncio prints those that nobody takes."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _too_long(label: str, timeout: float, file: str, line: int) -> HungError:
+    text = f"{label} took more than {timeout:g} s (--reward_fn_timeout), in {file}:{line}; raise it, or limit the wait"
+    return HungError(text)
 
 
 @contextlib.contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
-    """Context in which _Late is raised after so many seconds; 0: never."""
+    """Context in which _Late is raised after so many seconds, and again while code that cleans up waits; 0: never."""
 
     def late(number: int, frame) -> None:
         while frame.f_code.co_filename.startswith(LIBRARY):  # to the user's line, which waits in a call of the library
@@ -78,7 +90,7 @@ def _alarm(seconds: float) -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data.order import order
+from data.encoded import Mixture
 from data.prompts import Prompt
 from ppo.alarms import MAX_ROLLBACKS, alarms
 from ppo.config import PPOConfig
@@ -35,7 +35,7 @@ class Run:
 
     config: PPOConfig
     tokenizer: object
-    prompts: list[Prompt]
+    prompts: Mixture[Prompt]
     eval_prompts: list[Prompt]
     models: Models
     sampler: Sampler
@@ -52,8 +52,7 @@ class Run:
 
     def _prompts(self, start: int) -> list[Prompt]:
         """Returns the prompts of the buffer that starts at place `start`."""
-        config = self.config
-        return [self.prompts[i] for i in order(start, config.num_rollouts, len(self.prompts), config.seed)]
+        return self.prompts.take(start, self.config.num_rollouts)
 
     def next_prompts(self) -> PromptBatch:
         """Returns this rank's share of the next num_rollouts prompts, each with its place in the run."""

@@ -169,7 +169,7 @@ def _numbers(values, label: str, count: int) -> Column:
     """Returns a number or None per answer. Raises UserError for anything else."""
     try:
         numbers = [None if value is None else float(value) for value in values]
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         raise UserError(f"{label} must return a list of numbers, one per answer") from None
     if len(numbers) != count:
         raise UserError(f"{label} returned {len(numbers)} numbers for {count} answers; return one per answer")

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
 
     check_writable(config.output, "--output")
     check_plots()
-    splits = dict(zip(("train", "valid"), read_records(config.data_path), strict=True))
+    splits = dict(zip(("train", "valid"), read_records(config.data_path, config), strict=True))
     records = [(split, record) for split, part in splits.items() for record in part or []]
     pairs = pairs_of([record for _, record in records])
     columns = strength_columns(score_preferences(list(pairs.values()), config, print))

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.formats.columns import FormOptions
-from data.formats.dialogue_forms import check_turns, parse_turns
+from data.formats.dialogue_forms import INPUTS, SYSTEM, parse_turns
 from data.formats.records import BadRecord
+from data.formats.turns import check_turns
 from data.template import Turns
 
 QUESTIONS = (
-    "prompt", "conversations", "messages", "context", "trajectory", "instruction", "question", "query", "input",
+    "prompt", "conversations", "messages", "instruction", "question", "query", "context", "trajectory", "input",
 )  # fmt: skip
-ASSISTANTS = ("assistant", "gpt", "bot", "chatbot", "model")
+ASSISTANTS = ("assistant", "gpt", "bot", "chatbot", "chatgpt", "model")
+BESIDE = ("history", *SYSTEM, *INPUTS, "passage", "choices", "options")  # columns that belong to the question
 TEXTS = ("content", "value", "text", "answer", "response")  # keys of the text in an answer that is an object
 
 
@@ -55,11 +57,10 @@ class Reader:
         key = next((key for key in QUESTIONS if value.get(key) not in (None, [])), None)
         if key is None:
             return []
-        question, earlier = value[key], value.get("history")
-        if isinstance(question, str) and (key == "instruction" or (isinstance(earlier, list) and earlier)):
-            beside = ("input", "history", "system") if key == "instruction" else ("history", "system")
-            return self.turns({"instruction": question} | {name: value[name] for name in beside if name in value})
-        return self.turns({"prompt": question, "system": value.get("system")})
+        beside = {name: value[name] for name in BESIDE if name in value and name != key}
+        if not isinstance(beside.get("history"), list) or not isinstance(value[key], str):
+            beside.pop("history", None)
+        return self.turns({"instruction" if key == "instruction" else "prompt": value[key]} | beside)
 
 
 def answered(history: Turns, answer: str) -> Turns:

@@ -3,10 +3,11 @@
 from typing import Any
 
 from data.formats.compared import Compared, Reader, answered, pair_of
-from data.formats.dialogue_forms import check_turns, is_hh
+from data.formats.dialogue_forms import SYSTEM
 from data.formats.ranked_answers import answers_in
 from data.formats.records import BadRecord
 from data.formats.score_columns import read_number
+from data.formats.turns import check_turns, is_hh
 from data.template import Turns
 
 
@@ -27,7 +28,7 @@ def _side(value: dict, key: str, side: Any, prompt: Turns, problem: BadRecord | 
     if isinstance(side, list) and len(side) == 1 and isinstance(side[0], str | dict) and (prompt or problem):
         return _side(value, key, side[0], prompt, problem, read)
     if isinstance(side, list) or (isinstance(side, str) and is_hh(side)):
-        turns = _with_its_system(read.turns(side if isinstance(side, list) else {"prompt": side}), prompt, value)
+        turns = _whole(side, prompt, value, read)
     elif isinstance(side, str) and prompt:
         turns = answered(prompt, side)
     elif isinstance(side, dict) and prompt:
@@ -39,18 +40,17 @@ def _side(value: dict, key: str, side: Any, prompt: Turns, problem: BadRecord | 
     return turns
 
 
-def _with_its_system(turns: Turns, prompt: Turns, value: dict) -> Turns:
-    """Returns a whole dialogue with the system turn of its prompt or of the column "system", unless it has its own."""
-    text = value.get("system")
-    system = [turn for turn in prompt[:1] if turn["role"] == "system"]
-    if not system and isinstance(text, str) and text.strip():
-        system = [{"role": "system", "content": text}]
-    return turns if not system or turns[0]["role"] == "system" else check_turns([*system, *turns])
+def _whole(dialogue: Any, prompt: Turns, value: dict, read: Reader) -> Turns:
+    """Returns a whole dialogue with the system turn of the record's columns or of the prompt, unless it has its own."""
+    system = {name: value[name] for name in SYSTEM if name in value}
+    turns = read.turns({"prompt" if isinstance(dialogue, str) else "messages": dialogue} | system)
+    missing = bool(prompt) and prompt[0]["role"] == "system" and turns[0]["role"] != "system"
+    return check_turns([prompt[0], *turns]) if missing else turns
 
 
 def swift(value: dict, read: Reader) -> list[Compared]:
     """Parses a dialogue in "messages", and another last answer to it or another whole dialogue."""
-    chosen = _with_its_system(read.turns(value["messages"]), [], value)
+    chosen = _whole(value["messages"], [], value, read)
     key = "rejected_response" if value.get("rejected_response") is not None else "rejected_messages"
     if chosen[-1]["role"] != "assistant":
         raise BadRecord("messages does not end in an answer of the assistant")

@@ -6,9 +6,13 @@ from functools import partial
 from typing import Any
 
 from data.formats import pair_forms as pairs
-from data.formats.compared import Compared, Reader
+from data.formats.compared import BESIDE, QUESTIONS, Compared, Reader
+from data.formats.nearest import nearest
 from data.formats.ranked_answers import generations, oasst, ranked
 from data.formats.records import BadRecord
+from data.formats.score_columns import SCORE_COLUMNS
+
+_READ = {*QUESTIONS, *BESIDE, *SCORE_COLUMNS, "subset", "margin", "scores", "ranks"}  # columns of any form
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,21 @@ def _find(value: dict, column: str) -> list:
     return found
 
 
+def unread(value: dict, form: Form, others: set[str]) -> list[str]:
+    """Returns the columns of a record that hold something and are not read. others: columns that flags name."""
+    own = {name.removesuffix("[]").split(".")[0] for column in form.columns for name in column.split("|")}
+    read = {name.replace("_", " ") for name in _READ | own | others}
+    return [key for key, item in value.items() if item not in (None, "", [], {}) and key.replace("_", " ") not in read]
+
+
+def unknown(value: Any) -> str:
+    """Returns why a record of no form cannot be used, with the nearest form."""
+    forms = [(form.name, form.columns) for form in FORMS if form.parse is not unpaired]
+    plain = [form for form in forms if not any("." in column or "[" in column for column in form[1])]
+    seen = nearest(value, plain) if isinstance(value, dict) else ""
+    return f"not an object with the keys chosen and rejected, or prompt and responses{seen}"
+
+
 def unpaired(value: dict, read: Reader) -> list[Compared]:
     """Refuses answers that are judged one by one."""
     raise BadRecord("an answer with a label or score of its own (as for KTO), without a second answer to compare it to")
@@ -82,7 +101,8 @@ FORMS = (
     Form("SHP pairs", ("history", "human_ref_A", "human_ref_B", "labels"), pairs.shp),
     Form("summarize_from_feedback comparisons", ("info", "summaries", "choice"), pairs.summaries),
     Form("Chatbot Arena conversations", ("conversation_a", "conversation_b", "winner"), pairs.arena_conversations),
-    Form("Chatbot Arena answers", ("response_a", "response_b", "winner|winner_model_a"), pairs.arena_answers),
+    Form("Chatbot Arena answers", ("response_a", "response_b", "winner|winner_model_a|winner_model_b|winner_tie"),
+         pairs.arena_answers),
     Form("OASST trees", ("prompt.replies",), oasst, pair=False),
     Form("UltraFeedback completions", ("completions[]",),
          partial(ranked, column="completions", scores=("overall_score", "fine-grained_score", "score")), pair=False),

@@ -11,6 +11,7 @@ SCORES_OF_SIDES = [
     ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"),
     ("chosen_avg_rating", "rejected_avg_rating"),
 ]  # fmt: skip
+SCORE_COLUMNS = {STRENGTH, DEVIATION, CHOSEN_SCORES, REJECTED_SCORES}.union(*SCORES_OF_SIDES)
 
 
 def read_number(value: dict, name: str) -> float | None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from data.formats.compressed import reading
-from data.formats.dialogue_forms import check_turns, is_hh, parse_turns
+from data.formats.dialogue_forms import parse_turns
 from data.formats.json_lines import lines_of
 from data.formats.records import BadRecord, Record
+from data.formats.turns import check_turns, is_hh
 from data.sources import Part, Raw, check_ending, parse_raw
 from data.template import Turns
 from utils.errors import UserError

@@ -1,15 +1,32 @@
 """train_ppo.py and ppo.compare with reward functions that read columns of the data, in parts, with failures."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 
 from ppo.compare import main as compare
-from tests.helpers.tiny_run import PROMPTS, as_argv, read_lines, read_metrics, refusal, run_flags, write_json
+from tests.helpers.tiny_run import (
+    PROMPTS,
+    REPOSITORY,
+    as_argv,
+    assert_same_run,
+    clean_environment,
+    read_lines,
+    read_metrics,
+    refusal,
+    run_flags,
+    write_json,
+)
 from train_ppo import main
 
 # The number of a record is in its prompt as well, so that a function sees whether it got the right record's column.
 FUNCTIONS = """
+import asyncio, os, signal, time
+from concurrent.futures import ThreadPoolExecutor
+
 def own(prompts, answers, number, note=None):
     assert note is not None and len(number) == len(prompts)
     assert [turns[-1]["content"].split()[1] for turns in prompts] == [str(x) for x in number]
@@ -23,9 +40,19 @@ async def short(prompts, answers, **columns):
 def never(prompts, answers):
     return [None for _ in answers]
 
-def waits(prompts, answers):
-    import time
-    time.sleep(60)
+def pool(prompts, answers):
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(lambda answer: time.sleep(99), answers))
+
+async def threads(prompts, answers):
+    return await asyncio.to_thread(time.sleep, 99)
+
+async def stopped_once(prompts, answers, number):
+    if number[0] >= 20 and not os.path.exists(__file__ + ".stopped"):  # in the evaluation
+        open(__file__ + ".stopped", "w").close()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(60)
+    return {"number": [None if x % 5 == 3 else x for x in number]}
 """
 
 
@@ -78,10 +105,35 @@ def test_columns_parts_and_failures_in_a_comparison(inputs, tmp_path, flags):
         assert table["reward_short"][when][0] == pytest.approx(-sum(len(row[key]) for row in answers) / 4)
 
 
-def test_a_buffer_without_scores_and_a_call_without_end_stop_the_run(inputs, tmp_path, flags, capfd):
-    for name, more, named in (
-        ("never", {}, "--reward_fn scored none of 8 answers (reward_never for 8)"),
-        ("waits", {"reward_fn_timeout": 0.2}, f"took more than 0.2 s (--reward_fn_timeout), in {tmp_path}/f.py:17;"),
-    ):
-        flags |= {"reward_fn": f"{tmp_path}/f.py:{name}", "reward_fn_weights": None, "num_eval_prompts": 0} | more
-        assert named in refusal(main, run_flags(inputs, tmp_path / name, **flags), capfd)
+def test_a_run_that_is_stopped_in_the_functions_of_an_evaluation_resumes(inputs, tmp_path, flags, caplog):
+    """Its checkpoint holds the samples of the step, of which some have no score."""
+    flags |= {"reward_fn": f"{tmp_path}/f.py:stopped_once", "reward_fn_weights": None, "num_samples": 8}
+    flags |= {"train_steps": 1, "num_eval_prompts": 4}
+    with pytest.raises(SystemExit, match="143"):
+        main(run_flags(inputs, tmp_path / "stopped", **flags))
+    assert "never retrieved" not in caplog.text and not (tmp_path / "stopped" / "metrics.jsonl").exists()
+    main(run_flags(inputs, tmp_path / "stopped", **flags))
+    main(run_flags(inputs, tmp_path / "whole", **flags))
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    rows = read_lines(tmp_path / "stopped" / "samples.jsonl")
+    assert len(rows) == 12 and 0 < sum(row["score"] is None for row in rows) < 12
+
+
+def test_a_buffer_without_scores_stops_the_run(inputs, tmp_path, flags, capfd):
+    flags |= {"reward_fn": f"{tmp_path}/f.py:never", "reward_fn_weights": None, "num_eval_prompts": 0}
+    error = refusal(main, run_flags(inputs, tmp_path / "run", **flags), capfd)
+    assert "--reward_fn scored none of 8 answers (reward_never for 8)" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "line"), [("pool", 20), ("threads", 23)])
+def test_a_function_whose_threads_hang_ends_the_run(inputs, tmp_path, flags, name, line):
+    """Also the process, which would otherwise wait for them."""
+    flags |= {"reward_fn": f"{tmp_path}/f.py:{name}", "reward_fn_weights": None, "reward_fn_timeout": 1}
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "train_ppo.py", *run_flags(inputs, tmp_path / "run", **flags)],
+        cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and time.monotonic() - started < 40
+    assert f"took more than 1 s (--reward_fn_timeout), in {tmp_path}/f.py:{line};" in done.stderr

@@ -79,7 +79,7 @@ def test_dialogue_formats(record, expected):
     assert parse_turns(record) == expected
 
 
-BAD_RECORDS = [["a", 3], {"text": "a"}, {"messages": [{"role": ["user"], "content": "a"}]}, ["half \ud83d"]]
+BAD_RECORDS = [["a", 3], {"id": "a", "kind": "b"}, {"messages": [{"role": ["user"], "content": "a"}]}, ["half \ud83d"]]
 
 
 def test_bad_records_are_counted_and_the_others_used(tmp_path, tokenizer):

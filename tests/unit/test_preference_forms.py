@@ -161,7 +161,10 @@ def test_a_tree_makes_a_preference_per_question_with_ranked_replies():
     assert [(p.better, p.worse) for p in second.pairs] == [(0, 1), (0, 2), (2, 1)]
     (one,), said = parse(other)
     assert (one.answers, one.pairs) == (["A bat.", "A robin."], [Pair(1, 0)])
-    assert said == ["preferences: 1 with replies that have no rank or are deleted (not compared); first at x.jsonl:1"]
+    assert said == [
+        "preferences: 1 with replies that have no rank or are deleted (not compared); first at x.jsonl:1",
+        "preferences: not read: message_tree_id, tree_state",
+    ]
 
 
 def test_a_bad_question_of_a_tree_leaves_the_others():
@@ -208,7 +211,8 @@ def test_what_is_left_out_is_counted_once_per_record():
     ]
     said = parse(records_of("stack_exchange")[0])[1]
     assert said == [
-        "preferences: 1 with two responses of the same rank (these two are not compared); first at x.jsonl:1"
+        "preferences: 1 with two responses of the same rank (these two are not compared); first at x.jsonl:1",
+        "preferences: not read: qid, date, metadata",
     ]
     assert "with a custom_system_prompt per answer (not read" in parse(records_of("ultrafeedback")[0])[1][0]
 
@@ -233,6 +237,25 @@ def test_strength_is_measured_for_forms_with_one_pair_that_no_flag_chooses(capsy
     assert "1 not changed: OASST trees have no strength columns; first at oasst_trees:1" in said
     scored = records_of("help_steer_3")[0] | {"chosen score list": [1, 2], "rejected score list": [2, 4]}
     assert parse(scored)[0][0].pairs == [Pair(0, 1, -1.5)]
+
+
+def test_columns_are_mapped_before_a_form_is_recognised():
+    value = {"ask": "Hi", "win": "Hello", "lose": {"text": "What?"}, "area": "greetings"}
+    columns = (("prompt", "ask"), ("chosen", "win"), ("rejected", "lose.text"), ("subset", "area"))
+    (one,), said = parse(value, columns=columns)
+    assert (one.history, one.answers, one.subset) == (turns(["H:Hi"]), ["Hello", "What?"], "greetings")
+    assert said == []
+    (one,), _ = parse(value, columns=columns[1:], prompt_template="Say: {ask}")
+    assert one.history == turns(["H:Say: Hi"])
+
+
+def test_a_record_of_no_form_names_its_columns_and_the_nearest_form():
+    reason = "not an object with the keys chosen and rejected, or prompt and responses"
+    seen = "it has the columns prompt, chosen, loser; nearest: chosen and rejected lacks rejected (have: loser)"
+    with pytest.raises(BadRecord, match=re.escape(f"{reason}: {seen}; pass --columns rejected=loser")):
+        parse({"prompt": "Hi", "chosen": "Hello", "loser": "What?"})
+    with pytest.raises(BadRecord, match=re.escape(reason) + "$"):
+        parse(["Hi", "Hello"])
 
 
 everything = [value for name in [*EXPECTED, "unpaired"] for value in records_of(name)]

@@ -62,6 +62,20 @@ def test_reward_function_is_added_to_the_reward_model_or_stands_alone():
     assert score(ROLLOUT, prompts, models, lengths, Letters(), 1.0, config).scores.tolist() == [2.0, 0.0, 0.0, 8.0]
 
 
+def test_parts_that_only_another_rank_has_are_unknown_here(monkeypatch):
+    """So that all ranks gather the same columns."""
+
+    def gather(own) -> list:
+        return [["reward_b", *own], own] if isinstance(own, list) else [own]
+
+    monkeypatch.setattr("ppo.score.gather_objects", gather)
+    reward = UserReward([RewardFunction(lambda prompts, answers: [None, 1, 2, 3], metric="reward_a")])
+    found = score(ROLLOUT, prompts_of(*PROMPTS), tiny_models(), reward, Letters(), 1.0, ppo_config())
+    assert found.part_names == ("reward_b", "reward_a") and found.failed.tolist() == [True, False, False, False]
+    assert found.parts.isnan().tolist() == [[True, True], [True, False], [True, False], [True, False]]
+    assert found.rows(slice(1, 2)).rows_of_scores()[0] | {"score": 0} == {"score": 0, "reward_b": None, "reward_a": 1.0}
+
+
 def test_reference_is_asked_as_soon_as_the_policy_has_moved():
     models, prompts, config = tiny_models(), prompts_of(*PROMPTS), ppo_config()
     models.reference.model.load_state_dict(models.policy.module.state_dict())
