@@ -16,7 +16,6 @@ from utils.flags.checks import check_range
 from utils.flags.data import RecordFlags
 from utils.flags.fields import Common
 from utils.flags.parser import entry_point, parse_args
-from utils.flags.text import TextFlags
 
 
 @dataclass
@@ -42,7 +41,7 @@ class ShowFlags:
 
 
 @dataclass
-class ShowConfig(ShowFlags, RecordFlags, TextFlags):
+class ShowConfig(ShowFlags, RecordFlags):
     """Show data as the models will see it."""
 
     required = ("data_path",)

@@ -107,19 +107,23 @@ def parse_turns(
     if form is not None:
         answer, key = _answer_of(value, form, options, note)
         asked, used = asked + answer, used | {key} | named_columns(options) | set(_BESIDE if form.asks else ())
-        for key, item in value.items():
-            if key not in used and item not in (None, "", [], {}):
-                note(UNREAD + shown_name(key))
-    return check_turns(asked, empty_answer)
+    turns = check_turns(asked, empty_answer)
+    for key in value if form is not None else ():
+        if key not in used and value[key] not in (None, "", [], {}):
+            note(UNREAD + shown_name(key))
+    return turns
 
 
 def parse_dialogue(value: Any, options: FormOptions = PLAIN, note: Note = ignore) -> Turns:
     """Returns turns that end in an answer; a last question without one is cut off and noted. Raises BadRecord."""
-    turns = parse_turns(value, options=options, note=note)
+    notes: list[str] = []
+    turns = parse_turns(value, options=options, note=notes.append)
     if not any(turn["role"] == "assistant" for turn in turns):
         value = map_columns(value, options)
         asks = isinstance(value, dict) and form_of(value, options)[0].asks
         raise BadRecord("no answer of the assistant" + (nearest(value, _NEEDS) if asks else ""))
+    for reason in notes:
+        note(reason)
     if turns[-1]["role"] == "user":
         turns = turns[:-1]
         note("ended in a question without an answer, which was cut off")

@@ -26,9 +26,9 @@ def parse_prompt(value: Any, options: FormOptions = PLAIN, note: Note = ignore) 
         turns, form, used = read_question(value, options, note)
         answer = value.get(first_key(value, (*form.answers, *ANSWERS))) if form and form.answers else None
         answered = isinstance(answer, str) and bool(answer.strip())
-    if turns and turns[-1]["role"] == "assistant":
-        turns, answered = turns[:-1], True
     turns = check_turns(turns)
+    if turns[-1]["role"] == "assistant":
+        turns, answered = turns[:-1], True
     if answered:
         note("ended in the assistant's answer, which was cut off")
     columns = value.items() if isinstance(value, dict) else ()

@@ -5,12 +5,13 @@ from typing import Literal
 
 from utils.errors import UserError
 from utils.flags.checks import check_range
+from utils.flags.text import TextFlags
 
 DATA_PATHS = ("data_path", "ppo_pretrain_data_path", "center_data_path")
 
 
 @dataclass
-class RecordFlags:
+class RecordFlags(TextFlags):
     """Data: which records are read, and how."""
 
     split: str = "train"
@@ -40,6 +41,8 @@ class RecordFlags:
             if not ours or not equals or not theirs:
                 raise UserError(f"--columns {pair}: write our name, =, and the name in the records: prompt=question")
         for name in DATA_PATHS:
-            value = getattr(self, name, None)
-            if isinstance(value, list) and not all(value):
+            value = getattr(self, name, None) or []
+            if isinstance(value, str):  # from Python
+                setattr(self, name, value := [value])
+            if not all(value):
                 raise UserError(f"--{name} contains an empty name: pass folders, files or hub ids")
