@@ -90,9 +90,7 @@ def measure(name: str, tokenizer, template: str, items: list, limit: int) -> Non
         assert rows[:few] == expected
         new, old = tokens / (middle - start), num_tokens(kind, expected) / (end - middle)
         mean = num_tokens(kind, rows) / len(rows)
-        print(
-            f"{name:40} {kind:9} {mean:4.0f} tokens per row: {new:9,.0f} per s, one by one {old:9,.0f}", flush=True
-        )
+        print(f"{name:40} {kind:9} {mean:4.0f} tokens per row: {new:9,.0f} per s, one by one {old:9,.0f}", flush=True)
 
 
 def main() -> None:
