@@ -23,7 +23,8 @@ from transformers import AttentionInterface
 from benchmarks.environment import add_dtype
 from benchmarks.random_inputs import random_ids
 from data.choose_template import prepare_tokenizer
-from data.prompts import load_prompts
+from data.encoded import form_options, load_encoded
+from data.prompts import PromptEncoder
 from ppo.config import PPOConfig
 from ppo.decoding.sampling import EVALUATION, Sampling
 from ppo.models import PolicyModel
@@ -93,8 +94,9 @@ def main() -> None:
     exact.load_state_dict({name: x.float() for name, x in policy.state_dict().items()})
     if options.data:
         tokenizer, template = prepare_tokenizer(config, options.model, [("--model", options.model)], print)
-        prompts, _ = load_prompts(options.data, tokenizer, template, options.prompt_tokens, 0, 0)
-        ids = [prompt.ids for prompt in prompts]
+        encoder = PromptEncoder(tokenizer, template, options.prompt_tokens, form_options(config))
+        prompts, _ = load_encoded([options.data], encoder, config, 0, 0, print)
+        ids = [prompt.ids for prompt in prompts.first(len(prompts))]
     else:
         tokenizer, rows = NO_TOKENIZER, policy.lm.config.vocab_size
         ids = random_ids([options.prompt_tokens] * 512, torch.Generator().manual_seed(0), rows)

@@ -4,13 +4,41 @@ import itertools
 import math
 import random
 from functools import lru_cache
+from hashlib import blake2b
 
+MAX_SHUFFLED = 1 << 20  # items up to which an epoch's order is kept as a list
 BLOCK = 1000  # number of items within which the shares of a mixture are exact
 
 
 def order(start: int, count: int, num_items: int, seed: int) -> list[int]:
     """Returns the indices of the items at `count` positions from `start` on; each epoch is a new seeded permutation."""
+    if num_items > MAX_SHUFFLED:
+        return [_permuted(k % num_items, num_items, f"{seed}, {k // num_items}") for k in range(start, start + count)]
     return [_permutation(seed, k // num_items, num_items)[k % num_items] for k in range(start, start + count)]
+
+
+def _permuted(index: int, num_items: int, key: str) -> int:
+    """Returns the place of an index in a permutation of range(num_items) that takes no memory.
+
+    A Feistel network permutes the next power of 4; indices that it puts beyond the range go through it again (cycle
+    walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    """
+    bits = ((num_items - 1).bit_length() + 1) // 2
+    while True:
+        left, right = divmod(index, 1 << bits)
+        for round_key in _round_keys(key):
+            mixed = int.from_bytes(
+                blake2b(right.to_bytes(8, "little"), key=round_key, digest_size=8).digest(), "little"
+            )
+            left, right = right, left ^ mixed % (1 << bits)
+        index = left << bits | right
+        if index < num_items:
+            return index
+
+
+@lru_cache(maxsize=32)
+def _round_keys(key: str) -> tuple[bytes, ...]:
+    return tuple(blake2b(f"{key}, {k}".encode()).digest() for k in range(4))
 
 
 @lru_cache(maxsize=32)  # one epoch per set of a mixture

@@ -2,17 +2,21 @@
 
 import re
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.formats.dialogue_forms import check_turns, from_hh, is_hh, parse_history, parse_turns, with_system
-from data.formats.ranked_answers import is_ranked, ranked_pairs
-from data.formats.records import FLAG, BadRecord, Record, Tally, load_items
-from data.formats.score_columns import STRENGTH, read_number, read_strength
+from data.formats.columns import PLAIN, FormOptions, map_columns
+from data.formats.compared import Reader
+from data.formats.nearest import shown_name
+from data.formats.preference_forms import form_of, read_by, unknown
+from data.formats.records import FLAG, UNREAD, BadRecord, Record, Tally
+from data.formats.score_columns import STRENGTH, read_number, read_score_gap, read_strength
+from data.sources import Part, all_records, parse_sources, parts_of
 from data.template import Turns
 from utils.errors import Say, UserError
+from utils.flags.data import RecordFlags
 from utils.terminal import has_lone_surrogate
+from utils.watchdog import with_progress
 
 MARGIN_COLUMNS = (STRENGTH, "margin")  # columns with a pair's margin, unless a flag names another
 
@@ -43,121 +47,84 @@ class Preference:
 
 
 def load_preferences(
-    path: str, num_valid: int, seed: int, say: Say = print, margin_columns: tuple[str, ...] = (),
-    lower: bool = False,
-) -> tuple[list[Preference], list[Preference]]:  # fmt: skip
-    """Returns (train, valid) preferences; drops malformed records and reports their counts with `say`.
+    values: list[str], config: RecordFlags, say: Say = print, options: FormOptions = PLAIN
+) -> tuple[list[Preference], list[Preference]]:
+    """Returns all (train, valid) preferences of --data_path, in memory; reports what was dropped with `say`.
 
-    Formats: {"chosen", "rejected"} as dialogues with the same history, in lists or Anthropic's text format; {"prompt"
-    or "conversations", "chosen", "rejected"}; {"prompt", "responses"} (ranked_answers.py). Optional columns: "system",
-    "subset", "mean preference difference", score lists. margin_columns: columns with a margin, the first that a record
-    has; (): no margins. The margin of ranked answers is their score difference. Raises UserError if the data is
-    unreadable or nothing is left.
+    Raises UserError if the data is unreadable or nothing is left.
     """
-    parse = partial(parse_preference, margin_columns=margin_columns)
-    return load_items(path, "preferences", parse, num_valid, seed, say, lower=lower)
+    found: tuple[list[Preference], list[Preference]] = ([], [])
+    for source in parse_sources(values):
+        tally, parts = Tally("preferences"), parts_of(source, FLAG, config.split, config.valid_split)
+        read = [[] if part is None else _parse_all(part, tally, options) for part in parts]
+        tally.report(say)
+        for part, items, purpose in zip(parts, read, ("", " for validation"), strict=True):
+            if part is not None and not items:
+                reasons = "; ".join(tally.lines())
+                problem = f"no usable preferences left{purpose} ({reasons})"
+                raise UserError(f"{FLAG} {source.path}: {problem}; fix them, or use other data")
+        for items, more in zip(found, read, strict=True):
+            items += more
+    return found
 
 
-def parse_preference(record: Record, tally: Tally, margin_columns: tuple[str, ...] = ()) -> Preference:
-    """Returns the preference of one record in any format of `load_preferences`. Raises BadRecord with the reason."""
-    value, subset = record.value, _subset_of(record)
-    if is_ranked(value):
-        history = parse_history(value["prompt"]) if value.get("prompt") is not None else []
-        answers, ranking = ranked_pairs(value, record.source, tally)
-        for answer in answers:
-            check_turns([*history, {"role": "assistant", "content": answer}])
-        pairs = [Pair(i, j, margin=gap if margin_columns else None) for i, j, gap in ranking]
-        return Preference(check_turns(history), [answer.strip() for answer in answers], pairs, subset, record.source)
-    chosen, rejected = _sides_of(value)
-    strength = read_strength(value)
-    margins = (read_number(value, name) for name in margin_columns)
-    margin = next((margin for margin in margins if margin is not None), None)
-    if margin is None and STRENGTH in margin_columns:
-        margin = strength  # from the score lists
-    answers = [chosen[-1]["content"], rejected[-1]["content"]]
-    return Preference(chosen[:-1], answers, [Pair(0, 1, strength, margin)], subset, record.source)
+def _parse_all(parts: list[Part], tally: Tally, options: FormOptions) -> list[Preference]:
+    items = []
+    for record in with_progress(all_records(parts), "reading of preferences"):
+        try:
+            items += parse_preferences(record, tally, options=options)
+        except BadRecord as error:
+            tally.add(f"dropped: {error}", record.source)
+    return items
 
 
-def flip_negative(preferences: list[Preference], say: Say = print) -> list[Preference]:
-    """Returns the preferences with the answers of all pairs of negative strength swapped; reports how many.
+def parse_preferences(
+    record: Record, tally: Tally, margin_columns: tuple[str, ...] = (), options: FormOptions = PLAIN
+) -> list[Preference]:
+    """Returns the preferences of a record in any form of preference_forms.py; several of a tree, else one.
 
-    Part II §2: a negative mean over an ensemble mostly marks a wrong label. Raises UserError if no pair has a strength.
+    Counts in `tally` what is changed or left out. Raises BadRecord with the reason for a record that cannot be used.
     """
-    pairs = [pair for preference in preferences for pair in preference.pairs]
-    known = sum(pair.strength is not None for pair in pairs)
-    if not known:
-        raise UserError(f"--flip_negative: no pair has a {STRENGTH!r}; use python -m reward.strength to add it")
-    tally = Tally("preferences")
-    for preference in preferences:
-        for pair in preference.pairs:
-            if pair.strength is None:
-                tally.add(f"without a {STRENGTH!r}, not changed", preference.source)
-            elif pair.strength < 0:
-                tally.add(f"of {known} flipped, because their {STRENGTH!r} is negative", preference.source)
-    tally.report(say)
-    return [replace(p, pairs=[_flipped(pair) for pair in p.pairs]) for p in preferences]
+    value, note = map_columns(record.value, options), tally.once(record.source)
+    subset, form = _subset_of(value, record), form_of(value)
+    if form is None:
+        raise BadRecord(unknown(value))
+    inner = replace(options, columns=(), prompt_template="") if options.columns or options.prompt_template else options
+    compared = form.parse(value, Reader(inner, note))
+    read = read_by(form, options, margin_columns)
+    for key, item in value.items():
+        if key not in read and item not in (None, "", [], {}):
+            note(UNREAD + shown_name(key))
+    strength = read_strength(value) if form.pair else None
+    margin = _margin_of(value, strength, margin_columns) if form.pair else None
+    return [
+        Preference(one.history, one.answers, [
+            Pair(i, j, strength, gap if margin is None and margin_columns else margin) for i, j, gap in one.pairs
+        ], subset, record.source)
+        for one in compared
+    ]  # fmt: skip
 
 
-def check_margins(preferences: list[Preference], columns: tuple[str, ...], say: Say) -> None:
-    """Reports the number of pairs without a margin, which get margin 0. Raises UserError if no pair has one."""
-    tally = Tally("preferences")
-    for preference in preferences:
-        for pair in preference.pairs:
-            if pair.margin is None:
-                tally.add("without a margin, trained with margin 0", preference.source)
-    if all(pair.margin is None for preference in preferences for pair in preference.pairs):
-        names = " or ".join(map(repr, columns))
-        raise UserError(f"--use_margin: no pair of {FLAG} has a number in the column {names}; pass --margin_column")
-    tally.report(say)
+def _margin_of(value: dict, strength: float | None, columns: tuple[str, ...]) -> float | None:
+    """Returns the margin of a pair: the first of `columns` that it has; the default columns include its scores."""
+    numbers = (read_number(value, name) for name in columns)
+    margin = next((number for number in numbers if number is not None), None)
+    if margin is None and STRENGTH in columns:
+        return strength if strength is not None else read_score_gap(value)
+    return margin
 
 
-def _flipped(pair: Pair) -> Pair:
-    if pair.strength is None or pair.strength >= 0:
-        return pair
-    # A margin from the strength column has the sign of the strength; margins by annotators are not negative.
-    margin = None if pair.margin is None else abs(pair.margin)
-    return Pair(pair.worse, pair.better, -pair.strength, margin)
+def file_stem(record: Record) -> str:
+    """Returns the name of a record's file without its folder and endings ("a/x.jsonl.gz": "x")."""
+    return Path(re.sub(r"\.(gz|zst|bz2|xz)$", "", record.source.rpartition(":")[0])).stem
 
 
-def _sides_of(value: Any) -> tuple[Turns, Turns]:
-    """Returns the dialogues of chosen and rejected, which differ only in the last answer."""
-    if not isinstance(value, dict) or "chosen" not in value or "rejected" not in value:
-        raise BadRecord("not an object with the keys chosen and rejected, or prompt and responses")
-    history = next((value[key] for key in ("prompt", "conversations") if value.get(key) is not None), [])
-    prompt = with_system(parse_history(history), value) if history != [] else []
-    chosen, rejected = (_dialogue(value[key], key, prompt) for key in ("chosen", "rejected"))
-    if chosen[:-1] != rejected[:-1]:
-        raise BadRecord("the histories of chosen and rejected differ")
-    if chosen[-1] == rejected[-1]:
-        raise BadRecord("chosen and rejected are the same answer")
-    return chosen, rejected
-
-
-def _dialogue(value: Any, key: str, prompt: Turns) -> Turns:
-    """Returns the dialogue of one side of a pair, with `prompt` in front unless the side includes the history."""
-    if isinstance(value, str) and is_hh(value):
-        turns = check_turns(from_hh(value))
-    elif isinstance(value, str) and prompt:
-        turns = check_turns([*prompt, {"role": "assistant", "content": value}])
-    elif isinstance(value, dict) and prompt:
-        turns = check_turns([*prompt, *parse_history([value])])
-    elif isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | dict) and prompt:
-        turns = _dialogue(value[0], key, prompt)
-    elif isinstance(value, list):
-        turns = parse_turns(value)
-    else:
-        raise BadRecord(f"{key} is neither a dialogue nor an answer to a prompt")
-    if turns[-1]["role"] != "assistant":
-        raise BadRecord(f"{key} does not end in an answer of the assistant")
-    return turns
-
-
-def _subset_of(record: Record) -> str:
-    """Returns the record's `subset`, or its file's name without train or valid ("helpful_valid.jsonl": helpful)."""
-    named = record.value.get("subset") if isinstance(record.value, dict) else None
+def _subset_of(value: Any, record: Record) -> str:
+    """Returns the record's `subset`, or its file's name without train or valid ("helpful_valid.jsonl.gz": helpful)."""
+    named = value.get("subset") if isinstance(value, dict) else None
     if named is not None:
         if not isinstance(named, str) or not named.strip() or has_lone_surrogate(named):
             raise BadRecord("subset is not a name")
         return named.strip()
-    stem = Path(record.source.rpartition(":")[0]).stem
-    return re.sub(r"[-_.[]?(train|valid|validation)]?$", "", stem) or "all"
+    name = re.sub(r"-\d{5}-of-\d{5}$", "", file_stem(record))  # files of hub data sets: train-00000-of-00002.parquet
+    return re.sub(r"(\[(train|valid|test).*\]|[-_.]?(train|valid|validation))$", "", name) or "all"

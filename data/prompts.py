@@ -1,55 +1,71 @@
-"""Load prompts for PPO: encoded dialogues that end in a question, within a token limit."""
+"""Prompts for PPO: encoded dialogues that end in a question, within a token limit."""
 
-from dataclasses import dataclass
-from functools import partial
+import json
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
-from data.formats.dialogue_forms import parse_turns
-from data.formats.records import BadRecord, Record, Tally, load_items
-from data.formats.truncate import newest_turns
-from data.template import Turns, encode_prompt
-from utils.errors import Say
+from data.encode import encode_prompts
+from data.formats.columns import FormOptions
+from data.formats.prompt_forms import parse_prompt
+from data.formats.records import BadRecord, Record, Tally
+from data.template import Turns
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: its token ids up to the start of the answer, its turns, and the place of its record."""
+    """A prompt: its token ids up to the start of the answer, its turns, the place and other columns of its record."""
 
     ids: list[int]
     turns: Turns
     source: str
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
-def load_prompts(
-    path: str, tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int, num_valid: int, seed: int,
-    say: Say = print, lower: bool = False,
-) -> tuple[list[Prompt], list[Prompt]]:  # fmt: skip
-    """Returns (train, valid) prompts of at most `max_tokens` tokens from data in any format of dialogue_forms.py.
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Makes prompts of at most `max_tokens` tokens of records in any form of dialogue_forms.py; see data/encoded.py.
 
-    The answer at the end of a dialogue is removed. Too long prompts lose their oldest exchanges, or are dropped. Raises
-    UserError if the data cannot be read or no prompt is left.
+    The answer at the end of a dialogue is removed. Too long prompts lose their oldest exchanges, or are dropped.
     """
-    parse = partial(_prompt_of, tokenizer=tokenizer, template=template, max_tokens=max_tokens)
-    return load_items(path, "prompts", parse, num_valid, seed, say, lower=lower)
 
+    what: ClassVar[str] = "prompts"
+    columns: ClassVar[dict[str, str]] = {
+        "ids": "list<int32>", "turns": "string", "source": "string", "record_columns": "string"
+    }  # fmt: skip
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    max_tokens: int
+    options: FormOptions
 
-def _prompt_of(
-    record: Record, tally: Tally, tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int
-) -> Prompt:
-    turns = parse_turns(record.value)
-    if turns[-1]["role"] == "assistant":
-        turns = turns[:-1]
-        tally.add("ended in the assistant's answer, which was cut off", record.source)
-    full = len(turns)
+    def __call__(self, records: list[Record], tally: Tally) -> list[list[dict] | None]:
+        parsed: list[tuple[Turns, dict] | None] = []
+        for record in records:
+            try:
+                parsed.append(parse_prompt(record.value, self.options, tally.once(record.source)))
+            except BadRecord as error:
+                tally.add(f"dropped: {error}", record.source)
+                parsed.append(None)
+        kept = [turns for turns, _ in filter(None, parsed)]
+        encoded = iter(encode_prompts(self.tokenizer, kept, self.template, self.max_tokens))
+        return [
+            found and self._rows(record, *found, *next(encoded), tally)
+            for record, found in zip(records, parsed, strict=True)
+        ]
 
-    def encode(turns: Turns) -> list[int] | None:
-        ids = encode_prompt(tokenizer, turns, template)
-        return ids if len(ids) <= max_tokens else None
+    def _rows(
+        self, record: Record, whole: Turns, columns: dict, turns: Turns, ids: list[int] | None, tally: Tally
+    ) -> list[dict] | None:
+        if ids is None:
+            limit = f"--maxlen_prompt - --maxlen_res = {self.max_tokens} tokens"
+            tally.add(f"dropped: longer than {limit}", record.source)
+            return None
+        if len(turns) < len(whole):
+            tally.add("truncated (oldest turns dropped)", record.source)
+        turns, columns = (json.dumps(value, ensure_ascii=False, default=str) for value in (turns, columns))
+        return [{"ids": ids, "turns": turns, "source": record.source, "record_columns": columns}]
 
-    turns, ids = newest_turns(turns, encode, max_tokens)
-    if ids is None:
-        raise BadRecord(f"longer than --maxlen_prompt - --maxlen_res = {max_tokens} tokens")
-    if len(turns) < full:
-        tally.add("truncated (oldest turns dropped)", record.source)
-    return Prompt(ids, turns, record.source)
+    def item(self, row: dict) -> Prompt:
+        """Returns the prompt of a row."""
+        return Prompt(row["ids"], json.loads(row["turns"]), row["source"], json.loads(row["record_columns"]))

@@ -22,13 +22,12 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from data.dialogues import encode_dialogues, load_dialogues
 from experiments import report
 from experiments.claims import FIGURES
 from experiments.curves import Run, load_runs, read_run, save_run
 from experiments.settings import ENVIRONMENT, REPOSITORY, command, load_flags, run_hash
-from experiments.stages import answer_nll, answer_tokens
-from experiments.world import COMMON, WORLD, build_world
+from experiments.stages import answer_nll, answer_tokens, read_dialogues
+from experiments.world import WORLD, build_world
 from utils.errors import UserError
 from utils.flags.parser import entry_point
 from utils.tokenizer import load_tokenizer
@@ -126,8 +125,7 @@ def keep(run: Run) -> None:
 def reply_nll(model: Path, world: Path) -> float:
     """Returns the NLL per token of human replies to held-out messages."""
     tokenizer = load_tokenizer(str(model))
-    _, valid = load_dialogues(str(world / "dialogues"), 0, 0, say=lambda _: None)
-    dialogues = encode_dialogues(tokenizer, valid, "moss_en", COMMON["context_truncate"], lambda _: None)
+    _, dialogues = read_dialogues(tokenizer, world / "dialogues", "moss_en")
     return float(answer_nll(model, dialogues, torch.float32).sum()) / sum(len(answer_tokens(x)) for x in dialogues)
 
 

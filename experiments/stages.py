@@ -28,8 +28,10 @@ from transformers.utils import logging
 
 from data.demo import chinese, english
 from data.demo.files import build_once, counts, write_jsonl
-from data.dialogues import EncodedDialogue, encode_dialogues, load_dialogues
+from data.dialogues import DialogueEncoder, EncodedDialogue
+from data.encoded import form_options, load_encoded
 from experiments.intervals import over_seeds, perplexity
+from utils.flags.data import RecordFlags
 
 REPOSITORY = Path(__file__).parents[1]
 NUM_DIALOGUES = {"valid": 200, "train": 1200}
@@ -131,14 +133,20 @@ def unigram_nll(train: list[EncodedDialogue], valid: list[EncodedDialogue], voca
     return torch.stack([nll[answer_tokens(dialogue)].sum() for dialogue in valid])
 
 
+def read_dialogues(tokenizer, folder: Path, template: str) -> tuple[list[EncodedDialogue], list[EncodedDialogue]]:
+    """Returns (training dialogues, held-out ones) of a folder."""
+    flags = RecordFlags()
+    encoder = DialogueEncoder(tokenizer, template, COMMON["context_truncate"], form_options(flags))
+    train, valid = load_encoded([str(folder)], encoder, flags, 0, 0, lambda line: None)
+    return train.first(len(train)), valid
+
+
 def show(lang: str, seeds: list[int], cache: Path, output: Path) -> None:
     """Trains missing models and prints the table of a language."""
     build_data(lang, cache)
     base = cache / BASES[lang]
     tokenizer = AutoTokenizer.from_pretrained(base)
-    splits = load_dialogues(str(cache / "dialogues"), 0, 0)
-    limit = COMMON["context_truncate"]
-    known, valid = (encode_dialogues(tokenizer, split, TEMPLATES[lang], limit, print) for split in splits)
+    known, valid = read_dialogues(tokenizer, cache / "dialogues", TEMPLATES[lang])
     tokens = torch.tensor([len(answer_tokens(dialogue)) for dialogue in valid])
     results = [train(lang, seed, cache, output) for seed in seeds]
 

@@ -1,9 +1,8 @@
 """Builds a `Run` from the flags; every check is done before anything is written."""
 
-from functools import partial
-
 from data.choose_template import first_prompt, prepare_tokenizer
-from data.prompts import load_prompts
+from data.encoded import form_options, load_encoded
+from data.prompts import PromptEncoder
 from ppo.config import PPOConfig
 from ppo.decoding.sampling import Sampling
 from ppo.models import load_models
@@ -12,7 +11,7 @@ from ppo.pretrain import load_pretrain
 from ppo.rollout import PolicySampler
 from ppo.run import Run
 from ppo.state import PPOState, RunState
-from ppo.user_reward import load_reward_fn
+from ppo.user_reward import NUM_CHECKED, load_reward_functions
 from ppo.vllm_sampler import VLLMSampler, check_rollout_engine, start_vllm
 from utils.distributed import world_size
 from utils.errors import Say
@@ -21,7 +20,7 @@ from utils.models.load import model_folder, window_at
 from utils.run.lifecycle import RunLifecycle
 from utils.run.restore import Checkpoint
 from utils.run.start import open_log, start_run
-from utils.run.together import once_per_node, together
+from utils.run.together import together
 
 
 def build(config: PPOConfig) -> Run:
@@ -36,19 +35,21 @@ def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
     model_folder(config.critic_model_path, "--critic_model_path")
     for path in config.reward_model_path:
         model_folder(path, "--reward_model_path")
-    reward_fn = load_reward_fn(config.reward_fn) if config.reward_fn else None
+    reward_fn = load_reward_functions(config)
     policy, critic = ((f"--{name}", getattr(config, name)) for name in ("policy_model_path", "critic_model_path"))
     tokenizer, template = prepare_tokenizer(config, config.tokenizer_name_or_path or policy[1], [policy], say, [critic])
     config.check_world(world_size(), len(tokenizer))
     for flag, path in (policy, critic):
         config.fit_window(window_at(path, flag))
     room, lower = config.maxlen_prompt - config.maxlen_res, is_default(config, "num_eval_prompts")
-    read = partial(
-        load_prompts, config.data_path, tokenizer, template, room, config.num_eval_prompts, config.seed, say, lower
-    )
-    train, valid = once_per_node(read)
+    encoder = PromptEncoder(tokenizer, template, room, form_options(config))
+    train, valid = load_encoded(
+        config.data_path, encoder, config, config.num_eval_prompts, config.seed, say, lower=lower
+    )  # fmt: skip
     config.fit_prompts(len(train), world_size())
-    say(first_prompt(tokenizer, train[0].ids))
+    say(first_prompt(tokenizer, train.first(1)[0].ids))
+    if reward_fn:
+        reward_fn.check_columns([prompt.columns for prompt in train.first(NUM_CHECKED)], say)
     pretrain = load_pretrain(config, tokenizer, template, say) if config.use_ppo_pretrain_loss else None
     vllm = None
     if config.rollout_engine == "vllm":  # on GPUs that are still empty, whose memory it measures

@@ -34,7 +34,7 @@ def compare(before: dict, after: dict, kl: list[float], seed: int) -> dict[str, 
     """Metric -> {"before", "after", "difference"} -> [estimate, low, high]: bootstrap over prompts, the same for both.
 
     before, after: {"columns": {name: one number per prompt}}; names that begin with nll, per response, become
-    perplexities. kl: one number per prompt, of AFTER.
+    perplexities. kl: one number per prompt, of AFTER. A prompt without a number for one of them counts for neither.
     """
     import numpy
 
@@ -42,27 +42,36 @@ def compare(before: dict, after: dict, kl: list[float], seed: int) -> dict[str, 
     drawn = numpy.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
 
     def interval(function) -> list[float]:
-        low, high = numpy.percentile(function(drawn), [2.5, 97.5])
+        low, high = numpy.nanpercentile(function(drawn), [2.5, 97.5])
         return [float(function(numpy.arange(count)[None])[0]), float(low), float(high)]
 
-    def mean_of(columns: dict, name: str):
-        values = numpy.asarray(columns[name], dtype=float)
-        return lambda rows: values[rows].mean(1)
+    def mean_of(values, columns: dict):
+        known, values = ~numpy.isnan(values), numpy.nan_to_num(values)
 
-    def perplexity_of(columns: dict, name: str):
-        nll, length = (numpy.asarray(columns[key], dtype=float) for key in (name, "length"))
+        def mean(rows):
+            with numpy.errstate(invalid="ignore"):  # of a resample in which none is known: no part of the interval
+                return values[rows].sum(1) / known[rows].sum(1)
+
+        return mean
+
+    def perplexity_of(nll, columns: dict):
+        length = numpy.asarray(columns["length"], dtype=float)
         return lambda rows: numpy.exp(nll[rows].sum(1) / length[rows].sum(1))
 
-    table = {}
+    table, columns = {}, [before["columns"], after["columns"]]
     for name in before["columns"]:
+        pair = numpy.array([found.get(name, [None] * count) for found in columns], dtype=float)
+        pair[:, numpy.isnan(pair).any(0)] = numpy.nan  # --reward_fn may give no number
+        if numpy.isnan(pair).all():
+            continue
         make = perplexity_of if name.startswith("nll") else mean_of
-        first, second = make(before["columns"], name), make(after["columns"], name)
+        first, second = map(make, pair, columns)
         table[name.replace("nll", "perplexity")] = {
             "before": interval(first),
             "after": interval(second),
             "difference": interval(lambda rows, f=first, s=second: s(rows) - f(rows)),
         }
-    table["kl"] = {"after": interval(mean_of({"kl": kl}, "kl"))}
+    table["kl"] = {"after": interval(mean_of(numpy.asarray(kl), {}))}
     return table
 
 

@@ -4,14 +4,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ppo.flags import DecodingFlags, LengthFlags, RolloutEngineFlags
+from ppo.reward_fn_flags import RewardFunctionFlags
 from reward.scoring.flags import RewardFlags
 from utils.errors import UserError
 from utils.flags.checks import SEEDS, check_range
+from utils.flags.data import RecordFlags
 from utils.flags.fields import Common
 
 
 @dataclass
-class CompareConfig(LengthFlags, DecodingFlags, RolloutEngineFlags, RewardFlags):
+class CompareConfig(LengthFlags, DecodingFlags, RolloutEngineFlags, RewardFunctionFlags, RewardFlags, RecordFlags):
     """Compare two policies on held-out prompts: scores, lengths, KL, with 95 % intervals."""
 
     required = ("policies", "data_path")
@@ -19,10 +21,8 @@ class CompareConfig(LengthFlags, DecodingFlags, RolloutEngineFlags, RewardFlags)
 
     policies: Common[list[str]] = field(default_factory=list)
     """Two policies, before and after training: folders or hub ids"""
-    data_path: Common[str] = ""
-    """Prompts: the *valid* files of a folder, or all of them if it has none; a file or a hub id"""
-    reward_fn: Common[str | None] = None
-    """Python function file.py:name that scores answers as well. THE FILE IS RUN"""
+    data_path: Common[list[str]] = field(default_factory=list)
+    """Prompts: the *valid* files of a folder, or all of them if it has none; a file or a hub id; or several"""
     output: Common[str | None] = None
     """JSON file for the table and all answers"""
     num_prompts: Common[int] = 256

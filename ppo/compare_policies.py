@@ -3,16 +3,17 @@
 import re
 
 from data.choose_template import first_prompt, prepare_tokenizer
-from data.prompts import load_prompts
+from data.encoded import form_options, load_encoded
+from data.prompts import PromptEncoder
 from ppo.compare_flags import CompareConfig
 from ppo.decoding.sampling import EVALUATION, Sampling
 from ppo.decoding_check import choose_decoding
 from ppo.models import Models, PolicyModel
+from ppo.ranks import batch_of
 from ppo.rollout import PolicySampler, Sampler, response_texts
 from ppo.sampler_gap import sampler_problem
 from ppo.score import score
-from ppo.types import PromptBatch
-from ppo.user_reward import call_reward_fn, load_reward_fn
+from ppo.user_reward import NUM_CHECKED, load_reward_functions
 from ppo.vllm_sampler import VLLMSampler, check_rollout_engine, start_vllm
 from reward.scoring.ensemble import Frozen
 from reward.scoring.load import load_ensemble, reward_readers
@@ -39,15 +40,17 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     for flag, path in named:
         config.fit_window(window_at(path, flag))
     room = config.maxlen_prompt - config.maxlen_res
-    train, valid = load_prompts(config.data_path, tokenizer, template, room, 0, config.seed)
+    encoder = PromptEncoder(tokenizer, template, room, form_options(config))
+    train, valid = load_encoded(config.data_path, encoder, config, 0, config.seed, print)
     if valid:
         print("compared on the held-out data")
     else:
         print("compared on all prompts, since there is no *valid* file: make sure that none was trained on")
-    prompts = (valid or train)[: config.num_prompts]
+    prompts = valid[: config.num_prompts] or train.first(config.num_prompts)
     print(first_prompt(tokenizer, prompts[0].ids))
-    batch = PromptBatch([p.ids for p in prompts], [p.turns for p in prompts], list(range(len(prompts))))
-    reward_fn = load_reward_fn(config.reward_fn) if config.reward_fn else None
+    batch = batch_of(prompts, list(range(len(prompts))))
+    if reward_fn := load_reward_functions(config):
+        reward_fn.check_columns(batch.columns[:NUM_CHECKED], print)
     readers = reward_readers(config, tokenizer, print)
     dtype, place = DTYPES[config.dtype], device()
 
@@ -70,7 +73,9 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
             raise UserError(problem)
         answers, columns = response_texts(rollout, tokenizer), {}
         if reward_fn:
-            columns["reward_fn score"] = call_reward_fn(reward_fn, batch.turns, answers, finite=True)
+            said = reward_fn(batch.turns, answers, batch.columns, finite=True)
+            columns["reward_fn score"] = [None if f else x for x, f in zip(said.scores, said.failed, strict=True)]
+            columns |= said.parts if len(said.parts) > 1 else {}
         if reward:
             columns["reward model score"] = scores.scores.tolist()
             if len(reward.members) > 1:

@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass, field
 
 from ppo import flags
+from ppo.reward_fn_flags import RewardFunctionFlags
 from reward.scoring.flags import RewardFlags
 from utils.errors import UserError
 from utils.flags.checks import SIZES, check_range, fit_warmup, is_default, replace_default
+from utils.flags.data import RecordFlags
 from utils.flags.engine import RouterFlags
 from utils.flags.fields import Common
 from utils.flags.run import RunFlags
@@ -36,9 +38,9 @@ def _nearest(number: int, step: int) -> int:
 
 @dataclass
 class PPOConfig(
-    flags.DataFlags, flags.TrainingFlags, flags.TrickFlags, flags.LossFlags, flags.LengthFlags, flags.SamplingFlags,
-    flags.RolloutEngineFlags, flags.RolloutTrainingFlags, flags.AlarmFlags, flags.DecodingFlags, flags.GatherFlags,
-    RewardFlags, RouterFlags, RunFlags, flags.PlanFlags,
+    flags.DataFlags, RewardFunctionFlags, flags.TrainingFlags, flags.TrickFlags, flags.LossFlags, flags.LengthFlags,
+    flags.SamplingFlags, flags.RolloutEngineFlags, flags.RolloutTrainingFlags, flags.AlarmFlags, flags.DecodingFlags,
+    flags.GatherFlags, RewardFlags, RouterFlags, RecordFlags, RunFlags, flags.PlanFlags,
 ):  # fmt: skip
     """Align a language model with PPO-max.
 
@@ -103,7 +105,9 @@ class PPOConfig(
             replace_default(self, "num_rollouts", num_prompts // least * least, reason)
         if self.num_rollouts > num_prompts:
             problem = f"--num_rollouts {self.num_rollouts} needs more prompts than the {num_prompts} of --data_path"
-            raise UserError(f"{problem} {self.data_path}: lower it (to a multiple of --batch_size), or add prompts")
+            raise UserError(
+                f"{problem} {' '.join(self.data_path)}: lower it (to a multiple of --batch_size), or add prompts"
+            )
 
     @property
     def preset_values(self) -> dict:

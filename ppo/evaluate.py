@@ -9,7 +9,7 @@ from ppo.ranks import gather_batches, own_share
 from ppo.rollout import Sampler, response_texts
 from ppo.sampler_gap import sampler_problem
 from ppo.score import score
-from ppo.user_reward import RewardFunction
+from ppo.user_reward import UserReward
 from utils.distributed import world_size
 from utils.errors import UserError
 
@@ -17,10 +17,10 @@ EVALUATION_SEED = 1 << 40  # added to the seed, so that evaluations have other r
 
 
 def evaluate(
-    prompts: list[Prompt], sampler: Sampler, models: Models, reward_fn: RewardFunction | None, tokenizer,
+    prompts: list[Prompt], sampler: Sampler, models: Models, reward_fn: UserReward | None, tokenizer,
     config: PPOConfig,
 ) -> tuple[dict[str, float], list[dict]]:  # fmt: skip
-    """Returns (metrics, one row per prompt: prompt, answer, score, kl, length, nll), the same on every rank.
+    """Returns (metrics, one row per prompt: prompt, answer, `rows_of_scores`, kl, length, nll), the same on every rank.
 
     Answers are sampled as in the paper (`EVALUATION`), each prompt with the same random stream in all evaluations.
     Prompts that do not divide by the ranks are padded with repeated ones, which are not counted.
@@ -34,19 +34,20 @@ def evaluate(
     rollout, scores = (batch.rows(count) for batch in gather_batches(share, rollout, scores))
     if problem := sampler_problem(rollout, scores, sampler, config, EVALUATION.temperature):
         raise UserError(f"evaluation: {problem}")
-    if problem := score_problem(scores.scores, config.explosion_limit, own):
+    if problem := score_problem(scores, config.explosion_limit, own):
         raise UserError(problem)
     lengths = rollout.response_mask.sum(1)
     columns = {
-        "score": scores.scores,
         "kl": (scores.old_logprobs - scores.ref_logprobs).sum(1),
         "length": lengths,
         "nll": -scores.old_logprobs.sum(1) / lengths.clamp(min=1),
     }
     numbers = zip(*(column.tolist() for column in columns.values()), strict=True)
     rows = [
-        {"prompt": prompt.turns[-1]["content"], "answer": answer, **dict(zip(columns, row, strict=True))}
-        for prompt, answer, row in zip(prompts, response_texts(rollout, tokenizer), numbers, strict=True)
+        {"prompt": prompt.turns[-1]["content"], "answer": answer} | said | dict(zip(columns, row, strict=True))
+        for prompt, answer, said, row in zip(
+            prompts, response_texts(rollout, tokenizer), scores.rows_of_scores(), numbers, strict=True
+        )
     ]
     return rollout_metrics(rollout, scores), rows
 

@@ -11,12 +11,14 @@ from ppo.rewards import shape_scores, token_rewards
 from ppo.sampler_gap import gap_metrics, importance_weights, weight_metrics
 from ppo.types import Experience, Rollout, SampledRollout, Scores
 from utils.distributed import ranks_where
+from utils.errors import UserError
 from utils.moments import RunningMoments
 from utils.tensors import masked_mean, whiten
 
 
 def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, config: PPOConfig) -> Experience:
-    """Returns the experience of all ranks' samples, the same on every rank. First adds their scores to `moments`."""
+    """Returns the experience of all ranks' `scored` samples, the same on every rank. First adds them to `moments`."""
+    rollout, scores = scored(rollout, scores)
     moments.update(scores.scores)
     missing_eos = torch.where(rollout.ended, 0.0, -config.missing_eos_penalty)
     clip = config.reward_clip if config.use_reward_clip else 0.0
@@ -31,6 +33,20 @@ def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, c
         pair = (rollout.sampler_logprobs, scores.old_logprobs)
         weights = importance_weights(*pair, mask, config.sampler_correction, config.correction_cap)
     return with_values(Experience(*columns, None, rewards, rewards, None, weights), scores.old_values, config)
+
+
+def scored(rollout: Rollout, scores: Scores) -> tuple[Rollout, Scores]:
+    """Returns the samples without those to which --reward_fn gave no score. Raises UserError if there are no others."""
+    if scores.failed is None or not scores.failed.any():
+        return rollout, scores
+    if scores.failed.all():
+        counts = zip(scores.part_names, scores.parts.isnan().sum(0).tolist(), strict=True)
+        named = ", ".join(f"{name} for {count}" for name, count in counts if count)
+        raise UserError(
+            f"--reward_fn scored none of {len(rollout)} answers ({named}): None means that one failed; see why "
+            "in the function, or return a number"
+        )
+    return rollout.rows(~scores.failed), scores.rows(~scores.failed)
 
 
 def with_values(experience: Experience, old_values: torch.Tensor | None, config: PPOConfig) -> Experience:
@@ -57,11 +73,12 @@ def value_scale(experience: Experience, config: PPOConfig) -> tuple[float, float
     return scale, float(returns.mean()) - scale * float(values.mean())
 
 
-def score_problem(scores: torch.Tensor, limit: float, own: torch.Tensor | None = None) -> str | None:
-    """Describes the first score that is not finite or beyond ± limit; None if all are fine. scores [batch]: all ranks.
+def score_problem(batch: Scores, limit: float, own: torch.Tensor | None = None) -> str | None:
+    """Describes the first score that is not finite or beyond ± limit; None if all are fine. batch: of all ranks.
 
-    own: this rank's part of them, for a text that names the ranks with bad scores; collective if there are any.
+    own: this rank's scores, for a text that names the ranks with bad ones; collective if there are any.
     """
+    scores = batch.scores
     wrong = (~(scores.abs() <= limit)).nonzero()
     if not len(wrong):
         return None
@@ -69,11 +86,18 @@ def score_problem(scores: torch.Tensor, limit: float, own: torch.Tensor | None =
     what = "not finite" if not torch.isfinite(scores[place]) else f"{float(scores[place]):g}, beyond --explosion_limit"
     if own is not None:
         what += f" (rank {ranks_where(not bool((own.abs() <= limit).all()))})"
-    return f"the score of response {place} of this step is {what}; check the reward model or --reward_fn"
+    bad = ()
+    if batch.parts is not None:  # here NaN is the function's own, since the answer has a score
+        values = zip(batch.part_names, batch.parts[place].tolist(), strict=True)
+        bad = [name for name, value in values if not abs(value) <= limit]
+    named = f" ({', '.join(bad)})" if bad else ""
+    return f"the score of response {place} of this step is {what}; check the reward model or --reward_fn{named}"
 
 
 def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:
-    """Metrics over all samples. Units: KL nats per response, length tokens, entropy nats per token."""
+    """Metrics over all `scored` samples. Units: KL nats per response, length tokens, entropy nats per token."""
+    failed = scores.failed
+    rollout, scores = scored(rollout, scores)
     mask = rollout.response_mask
     deviation = scores.scores.std(correction=0)
     values = {
@@ -88,7 +112,9 @@ def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:
     }
     if isinstance(rollout, SampledRollout):
         values |= gap_metrics(rollout.sampler_logprobs, scores.old_logprobs, mask)
-    return as_floats(values | member_metrics(scores))
+    if failed is not None:
+        values["reward_failed_fraction"] = failed.float().mean()
+    return as_floats(values | member_metrics(scores) | part_metrics(scores))
 
 
 def as_floats(values: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -105,6 +131,12 @@ def member_metrics(scores: Scores) -> dict[str, torch.Tensor]:
     if scores.truncated.shape[1]:
         values["reward_truncated_fraction"] = scores.truncated.float().mean()
     return values
+
+
+def part_metrics(scores: Scores) -> dict[str, torch.Tensor]:
+    """Returns the mean of each function of --reward_fn, and of each of its parts, over the samples that have it."""
+    found = zip(scores.part_names, () if scores.parts is None else scores.parts.T, strict=True)
+    return {name: column.nanmean() for name, column in found if not column.isnan().all()}
 
 
 def negative_kl_warning(scores: Scores) -> str | None:

@@ -3,7 +3,7 @@
 "Part I" is arXiv 2307.04964, "Secrets of RLHF in Large Language Models Part I: PPO".
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from utils.errors import UserError
@@ -19,13 +19,11 @@ class DataFlags:
     """SFT model to align: a Hugging Face folder or hub id. It is also the reference of the KL penalty"""
     critic_model_path: Common[str] = ""
     """Reward model that the critic starts from. It also scores, unless --reward_model_path or --reward_fn is given"""
-    reward_fn: Common[str | None] = None
-    """Python function file.py:name that scores responses: (prompts, answers) -> a number per answer. THE FILE IS RUN.
-    Without --reward_model_path it replaces the reward model; with it, both scores are added"""
     tokenizer_name_or_path: str | None = None
     """Tokenizer: a folder, a tokenizer.model or a hub id. Default: --policy_model_path"""
-    data_path: Common[str] = ""
-    """Prompts: a folder of *train.json(l) and *valid.json(l) files, a file or a hub id"""
+    data_path: Common[list[str]] = field(default_factory=list)
+    """Prompts: folders of *train* and *valid* files, files or hub ids (owner/name:config@split). A number after each
+    sets its share: a 0.7 b 0.3"""
     num_eval_prompts: int = 128
     """Held-out prompts per evaluation, taken from the training prompts if there is no *valid* file; 0: no evaluation.
     The default is lowered to a tenth of small data"""
@@ -254,7 +252,7 @@ class LossFlags:
     use_ppo_pretrain_loss: Common[bool] = False
     """Add the next-token loss of a pre-training batch to every policy step (Part I, eq. 17). It keeps more of the
     model's language ability (Part I, Figure 12)"""
-    ppo_pretrain_data_path: Common[str | None] = None
+    ppo_pretrain_data_path: Common[list[str]] = field(default_factory=list)
     """Dialogues for --use_ppo_pretrain_loss: a folder, a file or a hub id"""
     ppo_pretrain_loss_weight: float = 0.0
     """Weight of the loss of --use_ppo_pretrain_loss"""

@@ -6,14 +6,13 @@ import torch
 
 from data.batching.collate import pad
 from data.batching.micro_batch_plan import rank_plan
-from data.dialogues import EncodedDialogue, encode_dialogues, load_dialogues
-from data.order import order
+from data.dialogues import DialogueEncoder, EncodedDialogue
+from data.encoded import Mixture, form_options, load_encoded
 from ppo.config import PPOConfig
 from ppo.loss import masked_sum
 from utils.distributed import rank, world_size
 from utils.engine.engine import TrainEngine, device
 from utils.errors import Say, UserError
-from utils.run.together import once_per_node
 from utils.sums import Sums, add
 from utils.tensors import to_device
 
@@ -24,8 +23,8 @@ FLAG = "--ppo_pretrain_data_path"
 class PretrainStream:
     """An endless stream of batches in seeded order. place: batches taken so far; a resumed run sets it."""
 
-    def __init__(self, dialogues: list[EncodedDialogue], size: int, seed: int):
-        self._dialogues, self._size, self._seed = dialogues, size, seed
+    def __init__(self, dialogues: Mixture[EncodedDialogue], size: int):
+        self._dialogues, self._size = dialogues, size
         self.place = 0
 
     def __iter__(self) -> Self:
@@ -34,20 +33,17 @@ class PretrainStream:
     def __next__(self) -> PretrainBatch:
         start = self.place * self._size
         self.place += 1
-        return [self._dialogues[i] for i in order(start, self._size, len(self._dialogues), self._seed)]
+        return self._dialogues.take(start, self._size)
 
 
 def load_pretrain(config: PPOConfig, tokenizer, template: str, say: Say) -> PretrainStream:
-    """Returns an endless, seeded stream of batches, epoch by epoch; reports what --maxlen_prompt cuts or drops."""
-
-    def read() -> list[EncodedDialogue]:
-        dialogues, _ = load_dialogues(config.ppo_pretrain_data_path, 0, config.seed, say, FLAG)
-        return encode_dialogues(tokenizer, dialogues, template, config.maxlen_prompt, say, "--maxlen_prompt")
-
-    if not (encoded := once_per_node(read)):
-        limit = f"--maxlen_prompt {config.maxlen_prompt}"
-        raise UserError(f"{FLAG} {config.ppo_pretrain_data_path}: no dialogue fits {limit}; raise it")
-    return PretrainStream(encoded, config.ppo_pretrain_batch_size, config.seed)
+    """Returns an endless, seeded stream of batches; reports what --maxlen_prompt cuts or drops. Collective."""
+    encoder = DialogueEncoder(tokenizer, template, config.maxlen_prompt, form_options(config), "--maxlen_prompt")
+    dialogues, _ = load_encoded(config.ppo_pretrain_data_path, encoder, config, 0, config.seed, say, FLAG)
+    if not len(dialogues):
+        path, limit = " ".join(config.ppo_pretrain_data_path), f"--maxlen_prompt {config.maxlen_prompt}"
+        raise UserError(f"{FLAG} {path}: no dialogue fits {limit}; raise it")
+    return PretrainStream(dialogues, config.ppo_pretrain_batch_size)
 
 
 def pretrain_loss(

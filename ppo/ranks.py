@@ -13,7 +13,12 @@ def own_share(prompts: list[Prompt], places: list[int]) -> PromptBatch:
     """Returns this rank's share of the prompts: equally many on each rank, with about the same number of tokens."""
     own = balance([len(prompt.ids) for prompt in prompts], world_size(), len(prompts) // world_size())[rank()]
     chosen = [prompts[i] for i in own]
-    return PromptBatch([p.ids for p in chosen], [p.turns for p in chosen], [places[i] for i in own])
+    return batch_of(chosen, [places[i] for i in own])
+
+
+def batch_of(prompts: list[Prompt], places: list[int]) -> PromptBatch:
+    """Returns the prompts as a batch."""
+    return PromptBatch([p.ids for p in prompts], [p.turns for p in prompts], places, [p.columns for p in prompts])
 
 
 def gather_batches(prompts: PromptBatch, *batches):

@@ -17,6 +17,7 @@ from pydantic import Field
 from utils.errors import UserError
 from utils.files import atomic_file, check_output_file, parse_row, read_bytes, read_json
 from utils.flags.parser import FlagParser, entry_point
+from utils.html import html_page, html_table
 from utils.schema import Count, Schema
 from utils.terminal import printable
 
@@ -27,16 +28,8 @@ PANELS = {
     "response_length": "response length, tokens",
     "value_loss": "value loss",
 }
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font-family: sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }}
-img {{ max-width: 100%; }} table {{ border-collapse: collapse; }}
-th, td {{ border: 1px solid #ccc; padding: 0.3em 0.6em; text-align: left; vertical-align: top; }}
-</style></head><body>
-<h1>{title}</h1>
-<img alt="Curves of score, KL, response length and value loss by step" src="data:image/png;base64,{picture}">
-{sections}</body></html>
-"""
+BODY = """<img alt="Curves of score, KL, response length and value loss by step" src="data:image/png;base64,{picture}">
+{sections}"""
 
 
 @entry_point
@@ -54,9 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     check_output_file(str(output), "--output")
     picture = draw(runs)
     sections = "\n".join(section(name, run) for name, run in runs.items())
-    values = {"title": html.escape(", ".join(runs)), "picture": base64.b64encode(picture).decode()}
+    body = BODY.format(sections=sections, picture=base64.b64encode(picture).decode())
     with atomic_file(str(output), "--output") as file:
-        file.write(printable(PAGE.format(sections=sections, **values)))
+        file.write(printable(html_page(", ".join(runs), body)))
         output.with_name("curves.png").write_bytes(picture)
     print(f"written: {output} (open it in a browser), {output.with_name('curves.png')}")
 
@@ -141,13 +134,6 @@ def section(name: str, run: dict) -> str:
 <h3>Samples, not picked</h3>
 {samples}
 <details><summary>Flags and versions</summary><pre>{flags}</pre></details>"""
-
-
-def html_table(header, rows: list[list]) -> str:
-    """Returns an HTML table of escaped texts."""
-    lines = [(header, "th"), *((row, "td") for row in rows)]
-    cells = ("".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) for row, tag in lines)
-    return "<table>\n" + "\n".join(f"<tr>{row}</tr>" for row in cells) + "\n</table>"
 
 
 if __name__ == "__main__":

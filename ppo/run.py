@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data.order import order
+from data.encoded import Mixture
 from data.prompts import Prompt
 from ppo.alarms import MAX_ROLLBACKS, alarms
 from ppo.config import PPOConfig
@@ -17,7 +17,7 @@ from ppo.rollout import Sampler, response_texts
 from ppo.sampler_gap import sampler_problem
 from ppo.state import RunState
 from ppo.types import Batch, Experience, PromptBatch, Rollout, Scores
-from ppo.user_reward import RewardFunction
+from ppo.user_reward import UserReward
 from utils.distributed import barrier, is_main
 from utils.errors import UserError
 from utils.models.export import save_causal_lm
@@ -35,12 +35,12 @@ class Run:
 
     config: PPOConfig
     tokenizer: object
-    prompts: list[Prompt]
+    prompts: Mixture[Prompt]
     eval_prompts: list[Prompt]
     models: Models
     sampler: Sampler
     sampling: Sampling
-    reward_fn: RewardFunction | None
+    reward_fn: UserReward | None
     logger: RunLogger
     state: RunState
     lifecycle: RunLifecycle
@@ -52,8 +52,7 @@ class Run:
 
     def _prompts(self, start: int) -> list[Prompt]:
         """Returns the prompts of the buffer that starts at place `start`."""
-        config = self.config
-        return [self.prompts[i] for i in order(start, config.num_rollouts, len(self.prompts), config.seed)]
+        return self.prompts.take(start, self.config.num_rollouts)
 
     def next_prompts(self) -> PromptBatch:
         """Returns this rank's share of the next num_rollouts prompts, each with its place in the run."""
@@ -103,7 +102,7 @@ class Run:
 
     def refuses(self, rollout: Rollout, scores: Scores, own: torch.Tensor) -> bool:
         """Whether the buffer is left out for a bad score; the step then takes new prompts. own: this rank's scores."""
-        problem = score_problem(scores.scores, self.config.explosion_limit, own)
+        problem = score_problem(scores, self.config.explosion_limit, own)
         if problem:
             self.leave_out(problem, rollout, scores)
         return problem is not None
@@ -218,6 +217,6 @@ class Run:
         first = slice(self.config.num_samples)
         answers = response_texts(rollout.rows(first), self.tokenizer)
         return [
-            {"prompt": prompt.turns[-1]["content"], "answer": answer, "score": score}
-            for prompt, answer, score in zip(prompts[first], answers, scores.scores[first].tolist(), strict=True)
+            {"prompt": prompt.turns[-1]["content"], "answer": answer} | said
+            for prompt, answer, said in zip(prompts[first], answers, scores.rows(first).rows_of_scores(), strict=True)
         ]

@@ -1,5 +1,6 @@
 """Scores finished responses: log-probabilities, values and reward scores. No gradients."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,7 @@ from ppo.config import PPOConfig
 from ppo.models import Models
 from ppo.rollout import response_texts
 from ppo.types import MeasuredRollout, PromptBatch, Rollout, Scores
-from ppo.user_reward import RewardFunction, call_reward_fn
+from ppo.user_reward import UserReward
 from reward.scoring.ensemble import Ensemble, score_ids
 from utils.distributed import any_rank, gather_objects, world_size
 from utils.engine.state import same_weights
@@ -22,7 +23,7 @@ from utils.tokenizer import template_of
 
 @torch.no_grad()
 def score(
-    rollout: Rollout, prompts: PromptBatch, models: Models, reward_fn: RewardFunction | None,
+    rollout: Rollout, prompts: PromptBatch, models: Models, reward_fn: UserReward | None,
     tokenizer, temperature: float, config: PPOConfig, with_values: bool = True,
 ) -> Scores:  # fmt: skip
     """Computes the `Scores` of a rollout, in forwards of at most micro_batch_tokens tokens, equally many on every rank.
@@ -58,14 +59,20 @@ def score(
         )  # fmt: skip
     members, truncated = reward_scores(rollout, prompts, models.reward, tokenizer, config.micro_batch_tokens)
     scores = torch.zeros(len(rollout), device=rollout.sequences.device)
+    failed, parts, names = None, None, ()
     if models.reward is not None:
         scores = models.reward.combine(members)
     if reward_fn is not None:
         answers = response_texts(rollout, tokenizer)
-        numbers = stop_signal.interruptible(lambda: call_reward_fn(reward_fn, prompts.turns, answers))
+        said = stop_signal.interruptible(lambda: reward_fn(prompts.turns, answers, prompts.columns))
         stop_signal.check()
-        scores = scores + torch.tensor(numbers, device=scores.device)
-    return Scores(logprobs, ref_logprobs, entropy, values, scores, members, truncated)
+        scores = scores + torch.tensor(said.scores, device=scores.device)
+        failed = torch.tensor(said.failed, device=scores.device)
+        # Parts of a dict may differ between ranks; all take those of all.
+        names = tuple(dict.fromkeys(name for found in gather_objects([*said.parts]) for name in found))
+        columns = [said.parts.get(name, [None] * len(answers)) for name in names]
+        parts = torch.tensor([[math.nan if x is None else x for x in column] for column in columns]).T.to(scores.device)
+    return Scores(logprobs, ref_logprobs, entropy, values, scores, members, truncated, failed, parts, names)
 
 
 def reward_scores(

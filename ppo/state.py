@@ -28,10 +28,13 @@ class _Metrics(Schema, extra="allow", allow_inf_nan=True):
     __pydantic_extra__: dict[str, float] = Field(init=False)
 
 
-class _Sample(Schema, extra="forbid"):
+class _Sample(Schema, extra="allow"):
+    """A text with its score, and what each function of --reward_fn said."""
+
     prompt: str
     answer: str
-    score: float
+    score: float | None
+    __pydantic_extra__: dict[str, float | None] = Field(init=False)
 
 
 class _Unfinished(Schema):

@@ -3,8 +3,9 @@
 Per-token tensors are [batch, length]; index t refers to token t of `sequences`; values are 0 where the mask is False.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Self
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import torch
 
@@ -13,15 +14,19 @@ from utils.tensors import to_device
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """This rank's prompts of one buffer. places: of each in the run; they set random streams and the order of rows."""
+    """This rank's prompts of one buffer. places: of each in the run; they set random streams and the order of rows.
+
+    columns: the other columns of each prompt's record, for --reward_fn; empty if there are none.
+    """
 
     ids: list[list[int]]
     turns: list[list[dict]]
     places: list[int]
+    columns: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Batch:
-    """Tensors whose first dimension is the sample; an optional one may be None."""
+    """Tensors whose first dimension is the sample; an optional one may be None. Other fields are of the whole batch."""
 
     def rows(self, index) -> Self:
         """The samples at `index`: a slice, a tensor, or a list, which is copied to the device once for all tensors."""
@@ -32,7 +37,7 @@ class Batch:
     def map(self, function) -> Self:
         """Applies a function to every tensor."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: function(x) for name, x in columns.items() if x is not None})
+        return replace(self, **{name: function(x) for name, x in columns.items() if isinstance(x, torch.Tensor)})
 
     def __len__(self) -> int:
         return len(self._first)
@@ -80,7 +85,8 @@ class Scores(Batch):
     """What the models compute for a rollout, float32; [batch, length] unless stated. old_values: None without a critic.
 
     entropy: of the sampling policy before each response token, nats. scores [batch]: what the policy learns from.
-    member_scores [batch, reward models]. truncated bool [batch, reward models that encode answers again].
+    member_scores [batch, reward models]. truncated bool [batch, reward models that encode answers again]. With
+    --reward_fn: failed bool [batch], where it gave no score; parts [batch, part_names], NaN where there is none.
     """
 
     old_logprobs: torch.Tensor
@@ -90,6 +96,18 @@ class Scores(Batch):
     scores: torch.Tensor
     member_scores: torch.Tensor
     truncated: torch.Tensor
+    failed: torch.Tensor | None = None
+    parts: torch.Tensor | None = None
+    part_names: tuple[str, ...] = ()
+
+    def rows_of_scores(self) -> list[dict[str, float | None]]:
+        """Returns the score and the parts of each sample, None where there is none, for samples.jsonl."""
+        if self.failed is None:
+            return [{"score": score} for score in self.scores.tolist()]
+        scores = torch.where(self.failed, math.nan, self.scores)[:, None]
+        rows = torch.cat([scores, self.parts], 1).tolist()
+        names = ("score", *self.part_names)
+        return [{name: None if math.isnan(x) else x for name, x in zip(names, row, strict=True)} for row in rows]
 
 
 @dataclass(frozen=True)

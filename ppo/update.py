@@ -61,8 +61,9 @@ def update(
         training_mode(learner.engine.module)
     sums: Sums = {}
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    num_batches = -(-len(experience) // config.batch_size)  # of one size; fewer rows if --reward_fn failed on some
     for _ in range(config.ppo_epochs):
-        for chosen in torch.randperm(len(experience), generator=generator).split(config.batch_size):
+        for chosen in torch.randperm(len(experience), generator=generator).tensor_split(num_batches):
             minibatch = experience.rows(to_device(chosen, experience.sequences.device))
             found, problem = backward_all(learners, minibatch, config.explosion_limit)
             norms, problem = step_all(learners, problem)

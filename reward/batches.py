@@ -1,11 +1,11 @@
-"""Encoded comparisons of answers, and the dynamic batches of Part II, whose size follows the token count. Pure."""
+"""Encoded comparisons of answers, and the dynamic batches of Part II, whose size follows the token count."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from data.order import order
+from data.encoded import Mixture
 
 MIN_PAIRS, MAX_PAIRS = 4, 128
 
@@ -103,21 +103,22 @@ def pair_index(items: list[Comparison]) -> PairIndex:
 
 
 def dynamic_batches(
-    lengths: list[int], batch_size: int, seed: int, min_size: int = MIN_PAIRS, max_size: int = MAX_PAIRS
-) -> Iterator[list[int]]:
-    """Yields batches of indices without end, each of `min_size` to `max_size` items.
+    train: Mixture[Comparison], batch_size: int, min_size: int = MIN_PAIRS, max_size: int = MAX_PAIRS
+) -> Iterator[list[Comparison]]:
+    """Yields batches without end, each of `min_size` to `max_size` items.
 
     A batch takes items as long as their total length is at most batch_size * mean length: many short items or few long
     ones. The batches depend on lengths and seed only, so that they are the same on all ranks and after resuming.
     """
-    budget = batch_size * sum(lengths) / len(lengths)
+    budget = batch_size * sum(row["tokens"] for row in train.each("tokens")) / len(train)
     position = 0
     while True:
         batch, total = [], 0
-        for index in order(position, max_size, len(lengths), seed):
-            if len(batch) >= min_size and total + lengths[index] > budget:
+        while len(batch) < max_size:
+            (item,) = train.take(position, 1)
+            if len(batch) >= min_size and total + item.tokens > budget:
                 break
-            batch.append(index)
-            total += lengths[index]
-        position += len(batch)
+            batch.append(item)
+            total += item.tokens
+            position += 1
         yield batch

@@ -1,6 +1,6 @@
 """Flags of `python -m reward.train`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from utils.errors import UserError
@@ -39,7 +39,7 @@ class RewardSaveFlags:
 
     center_scores: Common[bool] = False
     """Shift scores so that held-out chosen answers have mean 0; the shift is saved as score_center in config.json"""
-    center_data_path: str | None = None
+    center_data_path: list[str] = field(default_factory=list)
     """Dialogues whose answers get mean score 0 under --center_scores, in place of the held-out chosen answers"""
     validation_metric: Common[Literal[
         "accuracy", "worst_subset_accuracy", "loss", "score_difference", "calibration_error", "length_bias", "rm_loss",
@@ -55,8 +55,9 @@ class RewardSaveFlags:
 class RewardConfig(RewardLossFlags, RewardSaveFlags, FitConfig):
     """Train a reward model on preferences."""
 
-    data_path: Common[str] = ""
-    """Preferences: a folder of *train.json(l) and *valid.json(l) files, a file or a hub id"""
+    data_path: Common[list[str]] = field(default_factory=list)
+    """Preferences: folders of *train* and *valid* files, files or hub ids (owner/name:config@split). A number after
+    each sets its share: a 0.7 b 0.3"""
     model_save_path: Common[str] = "outputs/reward"
     """Folder of the run: config.json, metrics.jsonl, best/, final/"""
     lr: Common[float] = 5e-6

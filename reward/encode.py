@@ -1,51 +1,127 @@
 """Load preferences and encode them as comparisons; all answers to a prompt are truncated in the same way."""
 
-from dataclasses import replace
-from functools import partial
-from itertools import count
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
-from data.dialogues import load_dialogues
-from data.formats.truncate import encode_fitting, newest_turns
-from data.order import order
-from data.preferences import MARGIN_COLUMNS, Preference, check_margins, flip_negative, load_preferences
-from data.template import Turns, encode_answered
+from data.dialogues import parse_dialogue
+from data.encode import encode_answers
+from data.encoded import Mixture, form_options, load_encoded
+from data.formats.columns import FormOptions
+from data.formats.records import FLAG, BadRecord, Record, Tally
+from data.formats.score_columns import STRENGTH
+from data.preferences import MARGIN_COLUMNS, Pair, Preference, parse_preferences
 from reward.batches import MIN_PAIRS, Comparison
 from reward.config import RewardConfig
 from utils.distributed import world_size
 from utils.errors import Say, UserError
 from utils.flags.checks import is_default
-from utils.run.together import once_per_node
 from utils.tokenizer import template_of
 
 CENTER_ANSWERS = 1000  # maximum number of answers of --center_data_path, scored in each evaluation
+Row = dict[str, Any]
 
 
-def encode_preference(
-    preference: Preference, tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int
-) -> tuple[Comparison | None, int]:
-    """Returns (comparison, number of turns removed from the history); the oldest go until all answers fit.
+@dataclass(frozen=True)
+class ComparisonEncoder:
+    """Makes comparisons of at most `max_tokens` tokens per answer; see data/encoded.py.
 
-    All answers lose the same turns, so that their scores are comparable. The comparison is None if the last question
-    with the longest answer is too long.
+    flip: swap the pairs of negative strength (Part II, §2) when an item is made. margin_columns: as of
+    `parse_preferences`.
     """
 
-    def fit(history: Turns) -> list[tuple[list[int], list[int], int]] | None:
-        answers = ([*history, {"role": "assistant", "content": answer}] for answer in preference.answers)
-        sides = [encode_answered(tokenizer, turns, template) for turns in answers]
-        return sides if max(len(prompt) + len(answer) for prompt, answer, _ in sides) <= max_tokens else None
+    what: ClassVar[str] = "preferences"
+    columns: ClassVar[dict[str, str]] = {
+        "prompt": "list<int32>", "answers": "list<list<int32>>", "pairs": "list<int32>", "strengths": "list<double>",
+        "margins": "list<double>", "subset": "string", "source": "string", "suffix_length": "int32", "tokens": "int32",
+        "padded_tokens": "int32",
+    }  # fmt: skip
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    max_tokens: int
+    options: FormOptions
+    margin_columns: tuple[str, ...] = ()
+    flip: bool = False
 
-    history, sides = newest_turns(preference.history, fit, max_tokens)
-    if sides is None:
-        return None, 0
-    prompt, answer, trained = sides[0]
-    comparison = Comparison(
-        [prompt + answer for prompt, answer, _ in sides], len(prompt),
-        [(pair.better, pair.worse) for pair in preference.pairs], [pair.margin or 0.0 for pair in preference.pairs],
-        preference.subset, preference.source, suffix_length=len(answer) - trained,
-    )  # fmt: skip
-    return comparison, len(preference.history) - len(history)
+    def __call__(self, records: list[Record], tally: Tally) -> list[list[Row] | None]:
+        parsed: list[list[Preference] | None] = []
+        for record in records:
+            try:
+                parsed.append(self.parse(record, tally))
+            except BadRecord as error:
+                tally.add(f"dropped: {error}", record.source)
+                parsed.append(None)
+        given = [preference for found in parsed if found for preference in found]
+        rows = iter(comparison_rows(given, self.tokenizer, self.template, self.max_tokens, tally))
+        found = [None if each is None else [next(rows) for _ in each] for each in parsed]
+        return [each and [row for row in each if row] for each in found]
+
+    def parse(self, record: Record, tally: Tally) -> list[Preference]:
+        """Returns the preferences of a record. Raises BadRecord with the reason."""
+        return parse_preferences(record, tally, self.margin_columns, self.options)
+
+    def item(self, row: Row) -> Comparison:
+        """Returns the comparison of a row."""
+        better, worse, margins = row["pairs"][::2], row["pairs"][1::2], row["margins"]
+        pairs = [Pair(*pair) for pair in zip(better, worse, row["strengths"], margins, strict=True)]
+        if self.flip:
+            pairs = list(map(flipped, pairs))
+        return Comparison(
+            [row["prompt"] + answer for answer in row["answers"]], len(row["prompt"]),
+            [(pair.better, pair.worse) for pair in pairs], [pair.margin or 0.0 for pair in pairs],
+            row["subset"], row["source"], suffix_length=row["suffix_length"],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AnswerEncoder(ComparisonEncoder):
+    """Makes comparisons without pairs of the last answers of dialogues."""
+
+    what: ClassVar[str] = "dialogues"
+
+    def parse(self, record: Record, tally: Tally) -> list[Preference]:
+        """Returns the dialogue of a record as a preference with one answer. Raises BadRecord with the reason."""
+        turns = parse_dialogue(record, tally, self.options)
+        return [Preference(turns[:-1], [turns[-1]["content"]], [], "", record.source)]
+
+
+def comparison_rows(
+    preferences: list[Preference], tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int, tally: Tally
+) -> list[Row | None]:
+    """Returns a row per preference; None if the last question with the longest answer is too long.
+
+    All answers lose the same turns, the oldest, until all fit, so that their scores are comparable.
+    """
+    encoded = encode_answers(tokenizer, [(p.history, p.answers) for p in preferences], template, max_tokens)
+    rows: list[Row | None] = []
+    for preference, (history, sides) in zip(preferences, encoded, strict=True):
+        if sides is None:
+            tally.add("dropped: the last exchange alone exceeds --context_truncate", preference.source)
+            rows.append(None)
+            continue
+        if len(history) < len(preference.history):
+            tally.add("truncated (oldest turns dropped) to --context_truncate", preference.source)
+        prompt, answer, trained = sides[0]
+        lengths = [len(prompt) + len(answer) for _, answer, _ in sides]
+        rows.append({
+            "prompt": prompt, "answers": [answer for _, answer, _ in sides],
+            "pairs": [place for pair in preference.pairs for place in (pair.better, pair.worse)],
+            "strengths": [pair.strength for pair in preference.pairs],
+            "margins": [pair.margin for pair in preference.pairs], "subset": preference.subset,
+            "source": preference.source, "suffix_length": len(answer) - trained, "tokens": sum(lengths),
+            "padded_tokens": len(lengths) * max(lengths),
+        })  # fmt: skip
+    return rows
+
+
+def flipped(pair: Pair) -> Pair:
+    """Returns the pair, swapped if its strength is negative."""
+    if pair.strength is None or pair.strength >= 0:
+        return pair
+    # A margin from the strength column has the sign of the strength; margins by annotators are not negative.
+    margin = None if pair.margin is None else abs(pair.margin)
+    return Pair(pair.worse, pair.better, -pair.strength, margin)
 
 
 def encode_all(
@@ -53,14 +129,10 @@ def encode_all(
     say: Say,
 ) -> list[Comparison]:  # fmt: skip
     """Returns the comparisons that fit; reports what was truncated or dropped, and the subsets that are now empty."""
-    places = count()
-
-    def encode(preference: Preference) -> tuple[Comparison | None, int]:
-        place = next(places)
-        item, cut = encode_preference(preference, tokenizer, template, max_tokens)
-        return item and replace(item, place=place), cut
-
-    kept = encode_fitting(preferences, encode, "preferences", say)
+    encoder, tally = ComparisonEncoder(tokenizer, template, max_tokens, FormOptions()), Tally("preferences")
+    rows = comparison_rows(preferences, tokenizer, template, max_tokens, tally)
+    tally.report(say)
+    kept = [replace(encoder.item(row), place=place) for place, row in enumerate(rows) if row]
     for subset in sorted({p.subset for p in preferences} - {item.subset for item in kept}):
         say(f"preferences: no preference of the subset {subset!r} is left")
     return kept
@@ -68,47 +140,65 @@ def encode_all(
 
 def load_comparisons(
     config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Say
-) -> tuple[list[Comparison], list[Comparison]]:
-    """Returns (train, valid) comparisons of --data_path; --flip_negative applies to the training set only."""
-    train, valid, held_out = once_per_node(partial(_read_comparisons, config, tokenizer, say))
+) -> tuple[Mixture[Comparison], list[Comparison]]:
+    """Returns (train, valid) comparisons; --flip_negative applies to the training set only. Collective."""
+    columns = ()
+    if config.use_margin:
+        columns = (config.margin_column,) if config.margin_column else MARGIN_COLUMNS
+    encoder = ComparisonEncoder(
+        tokenizer, template_of(tokenizer), config.context_truncate, form_options(config), columns
+    )  # fmt: skip
+    lower = is_default(config, "num_valid")
+    train, valid = load_encoded(config.data_path, encoder, config, config.num_valid, config.seed, say, lower=lower)
+    if config.flip_negative:
+        report_flips(train, say)
+        train = train.made_by(replace(encoder, flip=True))
+    if config.use_margin:
+        check_margins(train, columns, say)
+    path, limit = " ".join(config.data_path), f"--context_truncate {config.context_truncate}"
     config.fit_batch(len(train), max(MIN_PAIRS, world_size()))
     if len(train) < config.batch_size:
         few = f"{len(train)} pairs to train on are fewer than --batch_size {config.batch_size}"
-        raise UserError(f"--data_path {config.data_path}: {few}; add data, lower it or raise --context_truncate")
-    if held_out and not valid:
-        limit = f"--context_truncate {config.context_truncate}"
-        raise UserError(f"--data_path {config.data_path}: no held-out pair fits {limit}; raise it (or --num_valid 0)")
+        raise UserError(f"--data_path {path}: {few}; add data, lower it or raise --context_truncate")
+    if train.num_held_out and not valid:
+        raise UserError(f"--data_path {path}: no held-out pair fits {limit}; raise it (or --num_valid 0)")
     return train, valid
 
 
-def _read_comparisons(config: RewardConfig, tokenizer, say: Say) -> tuple[list[Comparison], list[Comparison], int]:
-    """Returns training and held-out comparisons, and the number of held-out records."""
-    template, columns = template_of(tokenizer), ()
-    if config.use_margin:
-        columns = (config.margin_column,) if config.margin_column else MARGIN_COLUMNS
-    lower = is_default(config, "num_valid")
-    train, valid = load_preferences(config.data_path, config.num_valid, config.seed, say, columns, lower)
-    if config.flip_negative:
-        train = flip_negative(train, say)
-    if config.use_margin:
-        check_margins(train, columns, say)
-    encoded = [encode_all(split, tokenizer, template, config.context_truncate, say) for split in (train, valid)]
-    return *encoded, len(valid)
+def report_flips(train: Mixture[Comparison], say: Say) -> None:
+    """Reports how many pairs of negative strength there are. Raises UserError if no pair has a strength."""
+    known, tally = sum(x is not None for row in train.each("strengths") for x in row["strengths"]), Tally("preferences")
+    if not known:
+        raise UserError(f"--flip_negative: no pair has a {STRENGTH!r}; use python -m reward.strength to add it")
+    for row in train.each("strengths", "source"):
+        for strength in row["strengths"]:
+            if strength is None:
+                tally.add(f"without a {STRENGTH!r}, not changed", row["source"])
+            elif strength < 0:
+                tally.add(f"of {known} flipped, because their {STRENGTH!r} is negative", row["source"])
+    tally.report(say)
+
+
+def check_margins(train: Mixture[Comparison], columns: tuple[str, ...], say: Say) -> None:
+    """Reports the number of pairs without a margin, which get margin 0. Raises UserError if no pair has one."""
+    tally, known = Tally("preferences"), False
+    for row in train.each("margins", "source"):
+        for margin in row["margins"]:
+            known = known or margin is not None
+            if margin is None:
+                tally.add("without a margin, trained with margin 0", row["source"])
+    if not known:
+        names = " or ".join(map(repr, columns))
+        raise UserError(f"--use_margin: no pair of {FLAG} has a number in the column {names}; pass --margin_column")
+    tally.report(say)
 
 
 def load_center_answers(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Say) -> list[Comparison]:
     """Returns up to CENTER_ANSWERS answers of --center_data_path, chosen by the seed, as comparisons without pairs."""
-    return once_per_node(partial(_read_center_answers, config, tokenizer, say))
-
-
-def _read_center_answers(config: RewardConfig, tokenizer, say: Say) -> list[Comparison]:
     flag = "--center_data_path"
-    dialogues, _ = load_dialogues(config.center_data_path, 0, config.seed, say, flag)
-    indices = order(0, min(CENTER_ANSWERS, len(dialogues)), len(dialogues), config.seed)
-    drawn = (dialogues[i] for i in indices)
-    answers = [Preference(d.turns[:-1], [d.turns[-1]["content"]], [], "", d.source) for d in drawn]
-    template = template_of(tokenizer)
-    encoded = encode_all(answers, tokenizer, template, config.context_truncate, say)
-    if not encoded:
-        raise UserError(f"{flag} {config.center_data_path}: no answer fits --context_truncate; raise it")
-    return encoded
+    encoder = AnswerEncoder(tokenizer, template_of(tokenizer), config.context_truncate, form_options(config))
+    answers, _ = load_encoded(config.center_data_path, encoder, config, 0, config.seed, say, flag)
+    if not len(answers):
+        path = " ".join(config.center_data_path)
+        raise UserError(f"{flag} {path}: no answer fits --context_truncate; raise it")
+    return answers.take(0, min(CENTER_ANSWERS, len(answers)))

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
         check_plots()
     scored = score_preferences(load_evaluation_set(config), config, print)
     models = dict(zip(config.model, scored, strict=True))
-    report = evaluation_report(models, config.data_path)
+    report = evaluation_report(models, " ".join(config.data_path))
     print(render(report))
     if config.output:
         write_json(os.path.join(config.output, "evaluation.json"), report, "--output")

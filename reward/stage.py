@@ -10,6 +10,7 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from data.batching.micro_batch_plan import rank_plan
+from data.encoded import Mixture
 from reward.batches import MIN_PAIRS, Comparison, dynamic_batches, pair_index
 from reward.config import RewardConfig
 from reward.contrastive import cache_gradients, contrastive_loss_sum
@@ -89,11 +90,10 @@ class Evaluation:
 
 
 def build_stage(
-    config: RewardConfig, model: ScalarModel, tokenizer, train: list[Comparison], answers: list[Comparison] | None
+    config: RewardConfig, model: ScalarModel, tokenizer, train: Mixture[Comparison], answers: list[Comparison] | None
 ) -> Stage:
     """Returns the reward model's `Stage`. answers: as in `Evaluation`."""
     min_size = max(MIN_PAIRS, world_size())
-    indices = dynamic_batches([item.tokens for item in train], config.batch_size, config.seed, min_size)
     views = 2 if config.simcse_coef else 1
     joined = model.trains_joined and views == 1
 
@@ -108,7 +108,7 @@ def build_stage(
     prepare = partial(cache_gradients, plan=plan, length=length, temperature=config.simcse_temperature, seeds=random)
     weights = {"lm_loss": config.reward_lm_loss_factor, "simcse_loss": config.simcse_coef}
     return Stage(
-        batches=([train[i] for i in batch] for batch in indices),
+        batches=dynamic_batches(train, config.batch_size, min_size),
         length=length,
         plan=plan,
         sums=partial(comparison_sums, config=config),

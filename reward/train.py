@@ -34,14 +34,16 @@ def train(config: RewardConfig) -> None:
             raise UserError(f"--delimiter {config.delimiter!r}: utterances end in {end!r}; remove the flag")
         config.fit_window(window_at(config.hf_model_name_or_path))
         items, held_out_items = load_comparisons(config, tokenizer, say)
-        say(first_prompt(tokenizer, items[0].answers[0][: items[0].prompt_length]))
+        first = items.sets[0][0]
+        say(first_prompt(tokenizer, first.answers[0][: first.prompt_length]))
         if config.center_scores and not held_out_items:
             raise UserError("--center_scores needs an evaluation; add a *valid* file, or use --num_valid above 0")
         answers = load_center_answers(config, tokenizer, say) if config.center_data_path else None
         model = load(config, tokenizer, say)
         engine = TrainEngine(model, config, "reward model")
         stage = build_stage(config, model, tokenizer, items, answers)
-        tokens = max(config.micro_batch_tokens, *map(stage.length, items))
+        longest = max(row["padded_tokens"] for row in items.each("padded_tokens"))
+        tokens = max(config.micro_batch_tokens, longest * (2 if config.simcse_coef else 1))
         choose_checkpointing(engine, model.backbone, config, tokens, device_room(), say)
     fit(engine, stage, held_out_items, config, start)
 

@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
 from data.batching.micro_batch_plan import rank_plan
-from data.dialogues import EncodedDialogue, batches, encode_dialogues, load_dialogues
+from data.dialogues import DialogueEncoder, EncodedDialogue
+from data.encoded import Mixture, form_options, load_encoded
+from data.sources import parse_sources
 from sft.config import SFTConfig
 from sft.model import packing_failure
 from sft.packed_batches import Layout, PackedRow
@@ -26,32 +28,24 @@ from utils.models.padding_free import decoder_of, has_varlen_kernel
 from utils.models.routers import ROUTER_METRICS
 from utils.models.split import gathered
 from utils.run.supervised_loop import Stage, evaluate
-from utils.run.together import once_per_node
 from utils.tensors import to_device
 from utils.tokenizer import template_of
 
 
-def load_encoded(config: SFTConfig, tokenizer, say: Say) -> tuple[list[list[EncodedDialogue]], list[EncodedDialogue]]:
-    """Returns (one training set per --data_path, all held-out dialogues). Raises UserError for less than a batch."""
-    sets, valid = once_per_node(partial(_read_encoded, config, tokenizer, say))
-    total = sum(map(len, sets))
-    config.fit_batch(total, world_size())
-    if total < config.batch_size:
-        few = f"{total} dialogues to train on are fewer than --batch_size {config.batch_size}"
+def load_dialogues(config: SFTConfig, tokenizer, say: Say) -> tuple[Mixture[EncodedDialogue], list[EncodedDialogue]]:
+    """Returns (dialogues to train on, held-out dialogues). Raises UserError for less than a batch. Collective."""
+    encoder = DialogueEncoder(tokenizer, template_of(tokenizer), config.context_truncate, form_options(config))
+    lower = is_default(config, "num_valid")
+    train, valid = load_encoded(config.data_path, encoder, config, config.num_valid, config.seed, say, lower=lower)
+    for source, dialogues in zip(parse_sources(config.data_path), train.sets, strict=True):
+        if not len(dialogues):
+            limit = f"--context_truncate {config.context_truncate}"
+            raise UserError(f"--data_path {source.path}: no dialogue fits {limit}; raise it")
+    config.fit_batch(len(train), world_size())
+    if len(train) < config.batch_size:
+        few = f"{len(train)} dialogues to train on are fewer than --batch_size {config.batch_size}"
         raise UserError(f"--data_path {' '.join(config.data_path)}: {few}; add data or lower --batch_size")
-    return sets, valid
-
-
-def _read_encoded(config: SFTConfig, tokenizer, say: Say) -> tuple[list[list[EncodedDialogue]], list[EncodedDialogue]]:
-    template, max_tokens, sets, valid = template_of(tokenizer), config.context_truncate, [], []
-    for path in config.data_path:
-        splits = load_dialogues(path, config.num_valid, config.seed, say, lower=is_default(config, "num_valid"))
-        own, held_out = (encode_dialogues(tokenizer, split, template, max_tokens, say) for split in splits)
-        if not own:
-            raise UserError(f"--data_path {path}: no dialogue fits --context_truncate {max_tokens}; raise it")
-        sets.append(own)
-        valid += held_out
-    return sets, valid
+    return train, valid
 
 
 def evenly_spaced(items: list, count: int) -> list:
@@ -89,7 +83,7 @@ def evaluate_answers(engine: TrainEngine, rows: list[PackedRow], stage: Stage) -
 
 
 def build_stage(
-    config: SFTConfig, lm: PreTrainedModel, tokenizer, layout: Layout, sets: list[list[EncodedDialogue]],
+    config: SFTConfig, lm: PreTrainedModel, tokenizer, layout: Layout, train: Mixture[EncodedDialogue],
     shown: list[EncodedDialogue], balance: float = 0.0,
 ) -> Stage:  # fmt: skip
     """Returns SFT's `Stage`. shown: dialogues to answer in evaluations. balance: weight of the load-balancing loss."""
@@ -102,9 +96,8 @@ def build_stage(
     def samples(engine: TrainEngine) -> list[dict[str, str]]:
         return sample_answers(engine, shown, tokenizer, config.context_truncate, config.maxlen_res)
 
-    stream = batches(sets, config.batch_size, config.seed, config.data_weights or None)
     stage = Stage(
-        batches=(layout.rows(dialogues, world_size()) for dialogues in stream),
+        batches=(layout.rows(dialogues, world_size()) for dialogues in train.batches(config.batch_size)),
         length=lambda row: row.tokens,
         plan=lambda lengths: rank_plan(lengths, config.micro_batch_tokens, world_size(), rank(), layout.joined),
         sums=partial(answer_sums, layout=layout, with_routers=bool(balance)),

@@ -13,7 +13,7 @@ def train(config: SFTConfig) -> None:
     from data.choose_template import first_prompt, prepare_tokenizer
     from sft.model import AnswerModel
     from sft.samples import prompt_length
-    from sft.stage import build_stage, evenly_spaced, load, load_encoded
+    from sft.stage import build_stage, evenly_spaced, load, load_dialogues
     from utils.distributed import world_size
     from utils.engine.engine import TrainEngine
     from utils.engine.memory import device_room
@@ -31,14 +31,15 @@ def train(config: SFTConfig) -> None:
             config, config.tokenizer_name_or_path, [(FLAG, config.hf_model_name_or_path)], say
         )
         config.fit_window(window_at(config.hf_model_name_or_path))
-        sets, valid = load_encoded(config, tokenizer, say)
-        say(first_prompt(tokenizer, sets[0][0].ids[: prompt_length(sets[0][0])]))
+        dialogues, valid = load_dialogues(config, tokenizer, say)
+        first = dialogues.sets[0][0]
+        say(first_prompt(tokenizer, first.ids[: prompt_length(first)]))
         lm, layout = load(config, tokenizer, say)
         balance = router_coef(lm, config.router_aux_loss_coef, f"{FLAG} {config.hf_model_name_or_path}", say)
         engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")
         tokens = max(config.micro_batch_tokens, config.context_truncate)
         choose_checkpointing(engine, lm, config, tokens, device_room(), say)
-        stage = build_stage(config, lm, tokenizer, layout, sets, evenly_spaced(valid, config.num_samples), balance)
+        stage = build_stage(config, lm, tokenizer, layout, dialogues, evenly_spaced(valid, config.num_samples), balance)
     fit(engine, stage, layout.rows(valid, world_size()), config, start)
 
 

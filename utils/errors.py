@@ -13,6 +13,10 @@ class UserError(ValueError):
     """
 
 
+class HungError(UserError):
+    """A UserError of user code that hangs: the process exits at once, since threads of that code may never end."""
+
+
 class SharedError(UserError):
     """A UserError that is raised on all ranks. is_silent: whether another rank prints it."""
 

@@ -115,13 +115,6 @@ def first_names(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def split_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Returns the (train, valid) files of a folder of data: JSON whose name before the suffix ends in the word."""
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".jsonl"))
-    train, valid = ([file for file in files if file.stem.endswith(name)] for name in ("train", "valid"))
-    return train, valid
-
-
 def check_writable(path: str, flag: str) -> None:
     """Raises UserError if no folder can be created at the `path` of `flag`. Writes nothing."""
     parent = existing_parent(path)

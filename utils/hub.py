@@ -10,7 +10,24 @@ from utils.watchdog import downloading
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _BESIDE_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "onnx/*", "original/*"]
 downloaded: dict[tuple[str, str], Path | str] = {}  # (hub id, what of it) -> its folder or commit
-_DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".parquet", ".txt", ".model", ".gguf", ".safetensors", ".bin", ".pt"}
+_DATA_SUFFIXES = {
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".arrow",
+    ".txt",
+    ".gz",
+    ".zst",
+    ".bz2",
+    ".xz",
+    ".model",
+    ".gguf",
+    ".safetensors",
+    ".bin",
+    ".pt",
+}
 
 
 def is_hub_id(path: str) -> bool:
@@ -48,15 +65,15 @@ def download_model(name: str, flag: str) -> Path:
     return folder
 
 
-def data_revision(name: str) -> str:
+def data_revision(name: str, config: str | None = None) -> str:
     """Returns the commit of the hub data set that `datasets` loads. Raises OSError or ValueError."""
-    if commit := downloaded.get(key := (name, "data")):
+    if commit := downloaded.get(key := (name, f"data {config}" if config else "data")):
         return commit
     import datasets
 
     try:
         with downloading():
-            downloaded[key] = str(datasets.load_dataset_builder(name).hash)
+            downloaded[key] = str(datasets.load_dataset_builder(name, config).hash)
         return downloaded[key]
     except (RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: it needs code of its own
         raise OSError(str(error)) from error

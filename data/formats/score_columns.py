@@ -7,6 +7,11 @@ from data.formats.records import BadRecord
 
 STRENGTH, DEVIATION = "mean preference difference", "std preference difference"
 CHOSEN_SCORES, REJECTED_SCORES = "chosen score list", "rejected score list"
+SCORES_OF_SIDES = [
+    ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+]  # fmt: skip
+SCORE_COLUMNS = {STRENGTH, DEVIATION, CHOSEN_SCORES, REJECTED_SCORES}.union(*SCORES_OF_SIDES)
 
 
 def read_number(value: dict, name: str) -> float | None:
@@ -34,6 +39,12 @@ def read_strength(value: dict) -> float | None:
     if len(chosen) != len(rejected):
         raise BadRecord(f"{CHOSEN_SCORES} and {REJECTED_SCORES} have different lengths")
     return (sum(chosen) - sum(rejected)) / len(chosen)
+
+
+def read_score_gap(value: dict) -> float | None:
+    """Returns the difference of the scores of the better and the worse answer, from the first two columns with them."""
+    scores = ([read_number(value, name) for name in names] for names in SCORES_OF_SIDES)
+    return next((chosen - rejected for chosen, rejected in scores if chosen is not None and rejected is not None), None)
 
 
 def is_finite(value: Any) -> bool:

@@ -5,29 +5,31 @@ from pathlib import Path
 
 import torch
 
-from data.formats.ranked_answers import is_ranked
+from data.formats.columns import PLAIN, FormOptions, map_columns
+from data.formats.preference_forms import form_of
 from data.formats.records import BadRecord, Record, Tally
 from data.formats.score_columns import CHOSEN_SCORES, DEVIATION, REJECTED_SCORES, STRENGTH
-from data.preferences import Preference, parse_preference
+from data.preferences import Preference, file_stem, parse_preferences
 from reward.metrics import ScoredItems
 from utils.errors import UserError
 
 ROWS, WIDTH = 12, 40  # size of the text histogram
 
 
-def pairs_of(records: list[Record]) -> dict[int, Preference]:
+def pairs_of(records: list[Record], options: FormOptions = PLAIN) -> dict[int, Preference]:
     """Returns record index -> preference; reports the records that cannot be scored and stay unchanged."""
     pairs, tally = {}, Tally("preferences")
     for place, record in enumerate(records):
         try:
-            preference = parse_preference(record, tally)
+            preferences = parse_preferences(record, tally, options=options)
         except BadRecord as error:
             tally.add(f"not changed: {error}", record.source)
             continue
-        if is_ranked(record.value):
-            tally.add("not changed: ranked answers have no strength columns", record.source)
+        form = form_of(map_columns(record.value, options))
+        if form.pair:
+            (pairs[place],) = preferences
         else:
-            pairs[place] = preference
+            tally.add(f"not changed: {form.name} have no strength columns", record.source)
     tally.report(print)
     if not pairs:
         raise UserError(f"--data_path: no pair to score ({'; '.join(tally.lines())}); fix the records")
@@ -56,8 +58,7 @@ def annotated(value: dict, columns: dict) -> dict:
 
 def file_name(record: Record, split: str) -> str:
     """Returns the output file of a record: its input file's name as .jsonl, or for hub data sets the split's name."""
-    source = Path(record.source.rpartition(":")[0])
-    return f"{source.stem if source.exists() else split}.jsonl"
+    return f"{file_stem(record) if Path(record.source.rpartition(':')[0]).exists() else split}.jsonl"
 
 
 def summary(means: list[float], deviations: list[float]) -> str:

@@ -5,20 +5,21 @@ from dataclasses import dataclass, field
 
 from utils.errors import UserError
 from utils.flags.checks import check_range
+from utils.flags.data import RecordFlags
 from utils.flags.engine import ForwardConfig
 from utils.flags.fields import Common
 
 
 @dataclass
-class EvaluationFlags(ForwardConfig):
+class EvaluationFlags(RecordFlags, ForwardConfig):
     """Models and data: reward models and preferences."""
 
     required = ("model", "data_path")
 
     model: Common[list[str]] = field(default_factory=list)
     """Reward model, or several: folders or hub ids"""
-    data_path: Common[str] = ""
-    """Preferences: a folder of *train.json(l) and *valid.json(l) files, a file or a hub id"""
+    data_path: Common[list[str]] = field(default_factory=list)
+    """Preferences: folders of *train* and *valid* files, files or hub ids (owner/name:config@split)"""
     output: Common[str] = ""
     """Folder for the results"""
     tokenizer_name_or_path: str | None = None

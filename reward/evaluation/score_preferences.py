@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from data.batching.micro_batch_plan import rank_plan
 from data.choose_template import first_prompt
+from data.encoded import form_options
 from data.preferences import Preference, load_preferences
 from reward.encode import encode_all
 from reward.evaluation.flags import EvaluateConfig, EvaluationFlags
@@ -24,7 +25,7 @@ FLAG = "--model"
 
 def load_evaluation_set(config: EvaluateConfig) -> list[Preference]:
     """Returns the valid set of --data_path, or all data without one. Raises UserError for an unknown subset."""
-    train, valid = load_preferences(config.data_path, 0, 0)
+    train, valid = load_preferences(config.data_path, config, options=form_options(config))
     preferences = valid or train
     print(f"evaluated on {'the held-out' if valid else 'all'} data: {len(preferences)} preferences")
     existing = sorted({preference.subset for preference in preferences})
@@ -45,7 +46,9 @@ def score_preferences(preferences: list[Preference], config: EvaluationFlags, sa
     models = [_scored(path, preferences, config, say) for path in config.model]
     common = set.intersection(*({item.place for item in scored.items} for scored in models))
     if not common:
-        raise UserError(f"--data_path {config.data_path}: no preference fits all models' windows; use shorter ones")
+        raise UserError(
+            f"--data_path {' '.join(config.data_path)}: no preference fits all models' windows; use shorter ones"
+        )
     return [scored.where(lambda item: item.place in common) for scored in models]
 
 
@@ -56,7 +59,9 @@ def _scored(path: str, preferences: list[Preference], config: EvaluationFlags, s
         check_window(model, window, "--context_truncate")
     items = encode_all(preferences, tokenizer, template, window or sys.maxsize, say)
     if not items:
-        raise UserError(f"--data_path {config.data_path}: no preference fits the {window} tokens of {path}; use others")
+        raise UserError(
+            f"--data_path {' '.join(config.data_path)}: no preference fits the {window} tokens of {path}; use others"
+        )
     say(first_prompt(tokenizer, items[0].answers[0][: items[0].prompt_length]))
 
     def plan(lengths: list[int]) -> Iterable[tuple[list[int], float]]:

@@ -99,7 +99,7 @@ def near(what: str, found: torch.Tensor, true: torch.Tensor, tolerance: float = 
 def ppo(case: Case, scratch: Path) -> str:
     """train_ppo's models: scoring, its gradient, decoding, export."""
     config = ppo_config(
-        policy_model_path=str(case.folder), critic_model_path=str(case.critic), reward_fn="none.py:none",
+        policy_model_path=str(case.folder), critic_model_path=str(case.critic), reward_fn=["none.py:none"],
         rollout_batch_size=3, maxlen_prompt=MOST_TOKENS, maxlen_res=9, micro_batch_tokens=40,
     )  # fmt: skip
     policy = load_models(config, case.tokenizer, lambda _: None).policy

@@ -50,9 +50,12 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def rewards(inputs, tmp_path_factory) -> dict:
-    """Flags of an ensemble of two, of which one has a tokenizer of its own."""
+    """Flags of an ensemble of two, of which one has a tokenizer of its own, and of two functions; one may fail."""
     other = tiny_reward_model(tmp_path_factory.mktemp("reward") / "other", vocab=370)
-    return REWARDS | {"reward_model_path": [inputs.reward, other]}
+    functions = [f"{inputs.reward_file}:{name}" for name in ("in_parts", "short")]
+    return REWARDS | {
+        "reward_model_path": [inputs.reward, other], "reward_fn": functions, "reward_fn_weights": [0.5, 0.01],
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +100,10 @@ def test_shared_memory_does_not_outlive_the_runs(runs):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_several_reward_models_score_as_on_one_process(runs, stage):
-    """Ranks plan different numbers of micro-batches, and other ones for the other tokenizer."""
-    assert read_metrics(runs["rewards alone"])[0]["eval_score_disagreement"] > 0
+    """Ranks plan different numbers of micro-batches, and other ones for the other tokenizer. Some answers fail."""
+    row = read_metrics(runs["rewards alone"])[0]
+    assert row["eval_score_disagreement"] > 0 and 0 < row["reward_failed_fraction"] < 1
+    assert row["reward_in_parts"] == pytest.approx(row["reward_in_parts_vowels"] + 1) and row["reward_short"] < 0
     assert_close(runs[f"rewards {stage}"], runs["rewards alone"])
 
 

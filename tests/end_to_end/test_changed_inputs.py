@@ -94,7 +94,7 @@ CHANGES = {  # what is done to the inputs -> what the refusal has to name
     "no valid file": (lambda x: (x.prompts / "valid.json").unlink(), "--data_path .*: valid.json is missing"),
     "a second file": (lambda x: write_json(x.prompts / "b_train.json", [["Hi"]]), "--data_path .*: b_train.json is"),
     "pre-training data": (lambda x: drop_record(x.dialogues), "--ppo_pretrain_data_path .*: the .json file has other"),
-    "reward function": (lambda x: edit(x.reward_file, "aeiou", "aeio"), "--reward_fn .*: the file has other content"),
+    "reward function": (lambda x: edit(x.reward_file, "aeiou", "aeio"), "--reward_fn .*: 1/the file has other content"),
     "the policy's config": (lambda x: edit(x.policy / "config.json", "1e-06", "1e-05"), "1/config.json has .*--policy"),
     "a template": (
         lambda x: (x.policy / "chat_template.jinja").write_text("{{ 1 }}"),

@@ -88,7 +88,8 @@ def test_a_rollback_is_the_last_checkpoint_with_the_prompts_that_come_next(input
     assert json.loads((out / "checkpoints" / "step_4" / "state.json").read_text())["rollbacks"] == 1
 
     other, expected = tmp_path / "other", tmp_path / "expected"
-    flags = FLAGS | {"reward_fn": f"{functions}:vowels"}
+    (tmp_path / "f.py").write_text(ALIKE.replace("buffers == 3", "False"))
+    flags = FLAGS | {"reward_fn": f"{tmp_path}/f.py:third"}  # of the same name, which is that of a metric
     main(run_flags(inputs, other, **flags))
     assert read_metrics(other)[:2] == read_metrics(out)[:2]
     change_state(other / "checkpoints" / "step_2", next_place=3 * 8)  # passes over the buffer that rang

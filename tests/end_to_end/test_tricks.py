@@ -93,6 +93,7 @@ def test_reward_function_alone_and_with_a_reward_model(inputs, run_with):
     both = run_with(reward_fn=function, reward_model_path=inputs.reward)[0]
     assert 0.0 < alone["score_mean"] < 1.0  # a share of letters
     assert both["score_mean"] == pytest.approx(alone["score_mean"] + model["score_mean"], abs=1e-5)
+    assert both["reward_vowels"] == pytest.approx(alone["score_mean"]) and both["reward_failed_fraction"] == 0.0
 
 
 def test_chinese_tags_resize_the_embedding(inputs, tmp_path, capsys):

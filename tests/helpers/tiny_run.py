@@ -54,6 +54,13 @@ def fails(prompts, answers):
 def words(prompts, answers):
     return ["good" for _ in answers]
 
+def in_parts(prompts, answers):
+    fails = [len(answer) % 3 == 2 for answer in answers]
+    return {"vowels": [None if x else y for x, y in zip(fails, vowels(prompts, answers))], "one": [1.0] * len(answers)}
+
+async def short(prompts, answers):
+    return [-len(answer) for answer in answers]
+
 constant = 3
 """
 

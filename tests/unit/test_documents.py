@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-FOLDERS = ("ppo", "reward", "sft", "data", "utils", "tests", "benchmarks", "experiments", "docs", "slurm")
+FOLDERS = ("ppo", "reward", "sft", "data", "utils", "tests", "benchmarks", "experiments", "docs", "slurm", "examples")
 DOCUMENTS = sorted(
     str(file.relative_to(REPOSITORY))
     for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "experiments/*.md")
@@ -114,7 +114,7 @@ def test_tree_lists_every_folder_and_nothing_else(document):
         if not line.startswith(" "):
             parent = names[0]
     missing = {path for path in listed if not (REPOSITORY / path).exists()}
-    code = {folder for folder in FOLDERS if folder not in ("tests", "benchmarks", "experiments", "docs")}
+    code = {folder for folder in FOLDERS if folder not in ("tests", "benchmarks", "experiments", "docs", "examples")}
     below = (path for folder in code for path in (REPOSITORY / folder).iterdir() if path.is_dir())
     folders = {f"{folder}/" for folder in FOLDERS}
     folders |= {f"{path.relative_to(REPOSITORY)}/" for path in below if path.name != "__pycache__"}

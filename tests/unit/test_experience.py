@@ -95,11 +95,15 @@ def test_negative_kl_warning_needs_a_large_batch():
 def test_scores_beyond_the_limit_are_named_with_their_rank(monkeypatch):
     monkeypatch.setattr("utils.distributed.gather_objects", lambda own: [own, True])
     fine, bad = torch.tensor([0.0, 1.0]), torch.tensor([-6.0, 2.0])
-    assert score_problem(torch.tensor([0.0, 1.0, -2.0, 3.0]), 5.0, fine) is None
-    nan = score_problem(torch.tensor([0.0, 1.0, math.nan, 3.0]), 5.0, fine)
+    rollout = rollout_of([[0, 1]] * 4)
+    assert score_problem(scores_of(rollout, [0.0, 1.0, -2.0, 3.0]), 5.0, fine) is None
+    nan = score_problem(scores_of(rollout, [0.0, 1.0, math.nan, 3.0]), 5.0, fine)
     assert nan.startswith("the score of response 2 of this step is not finite (rank 1); ")
-    large = score_problem(torch.tensor([-6.0, 1.0, 2.0, 3.0]), 5.0, bad)
-    assert "response 0 of this step is -6, beyond --explosion_limit (rank 0, 1)" in large
+    large = scores_of(rollout, [-6.0, 1.0, 2.0, 3.0])
+    assert "response 0 of this step is -6, beyond --explosion_limit (rank 0, 1)" in score_problem(large, 5.0, bad)
+    parts = torch.tensor([[1.0, -7.0], [math.nan, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    said = replace(large, parts=parts, part_names=("reward_a", "reward_b"))
+    assert score_problem(said, 5.0).endswith("check the reward model or --reward_fn (reward_b)")
 
 
 def test_alarms_by_threshold():

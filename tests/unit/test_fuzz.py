@@ -1,5 +1,6 @@
 """Arbitrary data and texts: records are kept or counted, files are refused with their place, masks cover answers."""
 
+import contextlib
 import json
 import re
 from itertools import groupby
@@ -9,20 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.chat import turn_end
-from data.dialogues import encode, load_dialogues
+from data.formats.columns import PLAIN
 from data.formats.dialogue_forms import parse_turns
-from data.formats.json_lines import parse_json_lines, parse_json_list
 from data.formats.records import BadRecord
-from data.preferences import load_preferences
-from data.prompts import load_prompts
+from data.show import ShowConfig
+from data.showing.pages import Section, to_html, to_text
+from data.showing.report import report
+from data.sources import Part
 from data.template import decode_answer, encode_dialogue, encode_prompt, last_answer
-from reward.encode import encode_preference
+from reward.encode import ComparisonEncoder
 from reward.scoring.ensemble import Encoding
+from tests.helpers.data import load, load_dialogues, load_prompts
 from tests.helpers.fuzzing import dialogue_records, ends, fuzz, preference_records, search, texts, values, whole
 from utils.errors import UserError
 from utils.tokenizer import MOSS_ZH_TAGS, load_tokenizer
 
 WINDOW = 40
+TAGS = {"head", "body", "h1", "h2", "h3", "p", "br", "div", "b", "pre", "span", "table", "tr", "th", "td"}
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +81,11 @@ def check_loader(load, what: str, records: list, ascii_only: bool, num_valid: in
     return train + valid
 
 
+def texts_of(sections: list[Section]) -> list[str]:
+    """What is said of dropped records."""
+    return next(section.lines for section in sections if section.title == "Dropped and changed")
+
+
 lists = st.lists(dialogue_records, max_size=6)
 
 
@@ -83,16 +93,14 @@ lists = st.lists(dialogue_records, max_size=6)
 @given(lists, st.booleans(), st.integers(0, 3))
 def test_fuzz_dialogues(folder, tokenizer, records, ascii_only, num_valid):
     def load(path, num_valid, say):
-        return load_dialogues(path, num_valid, 0, say)
+        return load_dialogues(path, tokenizer, "moss_en", 10**6, num_valid, 0, say)
 
     for dialogue in check_loader(load, "dialogues", records, ascii_only, num_valid, folder):
-        assert dialogue.turns[-1]["role"] == "assistant"
-        with ends():
-            encoded, cut, _ = encode(tokenizer, dialogue, "moss_en", WINDOW)
-        if encoded:
-            assert len(encoded.ids) == len(encoded.answer_mask) <= WINDOW
-            assert 0 <= cut < len(dialogue.turns)
-            assert any(encoded.answer_mask) and not encoded.answer_mask[0]
+        assert len(dialogue.ids) == len(dialogue.answer_mask)
+        assert dialogue.answer_mask[-1] and not dialogue.answer_mask[0]
+    with ends(), contextlib.suppress(UserError):
+        short, _ = load_dialogues(str(folder / "x.jsonl"), tokenizer, "moss_en", WINDOW, 0, 0, str)
+        assert all(len(dialogue.ids) <= WINDOW and any(dialogue.answer_mask) for dialogue in short)
 
 
 @fuzz
@@ -109,22 +117,51 @@ def test_fuzz_prompts(folder, tokenizer, records, ascii_only, num_valid):
 @fuzz
 @given(st.lists(preference_records, max_size=6), st.booleans(), st.integers(0, 3))
 def test_fuzz_preferences(folder, tokenizer, records, ascii_only, num_valid):
-    def load(path, num_valid, say):
-        return load_preferences(path, num_valid, 0, say, ("mean preference difference", "margin"))
+    margins = ("mean preference difference", "margin")
 
-    for preference in check_loader(load, "preferences", records, ascii_only, num_valid, folder):
-        places = range(len(preference.answers))
-        assert preference.pairs and preference.history[-1]["role"] == "user"
-        for pair in preference.pairs:
-            assert pair.better in places and pair.worse in places
-            assert preference.answers[pair.better] != preference.answers[pair.worse]
-        preference.subset.encode()  # it becomes the name of a metric
-        with ends():
-            comparison, _ = encode_preference(preference, tokenizer, "moss_en", WINDOW)
-        if comparison:
-            starts = {tuple(ids[: comparison.prompt_length]) for ids in comparison.answers}
-            assert len(starts) == 1 and max(map(len, comparison.answers)) <= WINDOW
-            assert all(len(ids) > comparison.prompt_length for ids in comparison.answers)
+    def load_all(path, num_valid, say, window=10**6):
+        encoder = ComparisonEncoder(tokenizer, "moss_en", window, PLAIN, margins)
+        return load(encoder, path, num_valid, 0, say)
+
+    for item in check_loader(load_all, "preferences", records, ascii_only, num_valid, folder):
+        places = range(len(item.answers))
+        assert item.pairs
+        for better, worse in item.pairs:
+            assert better in places and worse in places and item.answers[better] != item.answers[worse]
+        item.subset.encode()  # it becomes the name of a metric
+        assert len({tuple(ids[: item.prompt_length]) for ids in item.answers}) == 1
+        assert all(len(ids) > item.prompt_length for ids in item.answers)
+    with ends(), contextlib.suppress(UserError):
+        short, _ = load_all(str(folder / "x.jsonl"), 0, str, WINDOW)
+        assert all(max(map(len, item.answers)) <= WINDOW for item in short)
+
+
+@fuzz
+@given(
+    st.lists(dialogue_records | preference_records, max_size=6), st.booleans(),
+    st.sampled_from(["auto", "prompts", "dialogues", "preferences"]), st.sampled_from(["", "moss_en"]),
+)  # fmt: skip
+def test_fuzz_show(folder, tiny_model, records, ascii_only, kind, template):
+    """Any records can be looked at: each is used or counted, and neither output has control characters or tags."""
+    file = folder / "show.jsonl"
+    file.write_bytes(lines_of(records, ascii_only))
+    flags = {"template": template, "tokenizer_name_or_path": str(tiny_model)} if template else {}
+    config = ShowConfig(data_path=[str(file)], kind=kind, context_truncate=WINDOW, **flags)
+    with ends():
+        try:
+            sections, problem = report(config)
+        except UserError as error:
+            one_line(error)
+            return
+        text, page = to_text(sections, 90, colour=False), to_html("x", sections)
+    counts = next(section for section in sections if section.title == "Counts")
+    header, row = counts.table
+    usable = row[header.index("truncated") - 1]
+    assert row[header.index("records")] == len(records) and bool(problem) == (not usable)
+    dropped = sum(int(match[1]) for match in re.finditer(r"\w+: (\d+) dropped: ", "\n".join(texts_of(sections))))
+    assert usable + dropped == len(records)
+    assert not CONTROLS.search(text) and not CONTROLS.search(page)
+    assert set(re.findall(r"<(\w+)", page.partition("</style>")[2])) <= TAGS
 
 
 @fuzz
@@ -158,14 +195,14 @@ def damaged(draw) -> bytes:
 
 
 @fuzz
-@given(damaged() | st.binary(max_size=60), st.sampled_from([parse_json_list, parse_json_lines]))
-def test_fuzz_damaged_json(folder, content, parse):
+@given(damaged() | st.binary(max_size=60), st.sampled_from(["json", "jsonl"]))
+def test_fuzz_damaged_json(folder, content, ending):
     """Damaged files are refused with their line, unless Python's parser accepts them, too."""
-    file = folder / "damaged.json"
+    file = folder / f"damaged.{ending}"
     file.write_bytes(content)
     with ends():
         try:
-            found = parse(file, "--data_path")
+            found = list(Part(str(file)).records())
         except UserError as error:
             text = one_line(error)
             if "not a JSON list" not in text:
@@ -173,12 +210,12 @@ def test_fuzz_damaged_json(folder, content, parse):
                 assert 1 <= line <= content.count(b"\n") + 1
             return
     text = content.decode("utf-8-sig")
-    if parse is parse_json_list:
+    if ending == "json":
         expected = json.loads(text) if text.strip() else []
-        assert [place for _, place in found] == [f"record {k + 1}" for k in range(len(expected))]
+        assert [record.source for record in found] == [f"{file}:record {k + 1}" for k in range(len(expected))]
     else:
         expected = [json.loads(line) for line in text.split("\n") if line.strip()]
-    assert repr([value for value, _ in found]) == repr(expected)  # NaN is not equal to itself
+    assert repr([record.value for record in found]) == repr(expected)  # NaN is not equal to itself
 
 
 KINDS = ["llama moss_en", "llama moss_zh", "chat moss_en", "chat chat"]

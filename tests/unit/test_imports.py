@@ -26,6 +26,7 @@ ROOMS = {
     "utils.run": {"utils", "utils.flags", "utils.models", "utils.engine"},
     "utils.weight_diff": {"utils", "utils.flags", "utils.models"},
     "data.formats": {"data"},
+    "data.showing": {"data", "data.formats"},
     "data.batching": {"data"},
     "ppo.decoding": set(),
 }

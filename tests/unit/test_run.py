@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from ppo.reward_call import call_together
 from ppo.state import RunState
 from utils.run.random_state import random_state, seed_streams, set_random_state
 from utils.run.stop_signal import OUT_OF_TIME, Abandoned, Stop, check, interruptible, requested, set_hangup_action
@@ -106,7 +107,10 @@ def fails() -> None:
         raise ValueError("no answer from the server") from None
 
 
-@pytest.mark.parametrize("function", [lambda: time.sleep(60), swallows, fails, lambda: asyncio.run(asyncio.sleep(60))])
+@pytest.mark.parametrize(
+    "function",
+    [lambda: time.sleep(60), swallows, fails, lambda: call_together(0.0, [("f", lambda: asyncio.sleep(60))])],
+)
 def test_a_signal_ends_a_users_function_whatever_it_makes_of_it(monkeypatch, function):
     with Stop(0.0) as stop:
         monkeypatch.setattr(Stop, "current", stop)

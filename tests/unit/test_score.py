@@ -8,6 +8,7 @@ from ppo.decoding.scheduler import Decoder, DecodingOptions
 from ppo.rollout import PolicySampler, assemble, with_measured
 from ppo.score import score
 from ppo.types import MeasuredRollout, Rollout
+from ppo.user_reward import RewardFunction, UserReward
 from tests.helpers.parts import (
     EOS,
     PAD,
@@ -52,15 +53,27 @@ def test_value_of_a_token_is_read_before_it_and_the_score_after_the_last():
 
 
 def test_reward_function_is_added_to_the_reward_model_or_stands_alone():
-    def lengths(prompts, answers):
-        return [len(answer) for answer in answers]
-
+    lengths = UserReward([RewardFunction(lambda prompts, answers: [len(answer) for answer in answers])])
     models, prompts, config = tiny_models(), prompts_of(*PROMPTS), ppo_config()
     by_model = score(ROLLOUT, prompts, models, None, token_ids(), 1.0, config).scores
     both = score(ROLLOUT, prompts, models, lengths, Letters(), 1.0, config).scores
     torch.testing.assert_close(both - by_model, torch.tensor([2.0, 0.0, 0.0, 8.0]), atol=1e-5, rtol=0)
     models.reward = None
     assert score(ROLLOUT, prompts, models, lengths, Letters(), 1.0, config).scores.tolist() == [2.0, 0.0, 0.0, 8.0]
+
+
+def test_parts_that_only_another_rank_has_are_unknown_here(monkeypatch):
+    """So that all ranks gather the same columns."""
+
+    def gather(own) -> list:
+        return [["reward_b", *own], own] if isinstance(own, list) else [own]
+
+    monkeypatch.setattr("ppo.score.gather_objects", gather)
+    reward = UserReward([RewardFunction(lambda prompts, answers: [None, 1, 2, 3], metric="reward_a")])
+    found = score(ROLLOUT, prompts_of(*PROMPTS), tiny_models(), reward, Letters(), 1.0, ppo_config())
+    assert found.part_names == ("reward_b", "reward_a") and found.failed.tolist() == [True, False, False, False]
+    assert found.parts.isnan().tolist() == [[True, True], [True, False], [True, False], [True, False]]
+    assert found.rows(slice(1, 2)).rows_of_scores()[0] | {"score": 0} == {"score": 0, "reward_b": None, "reward_a": 1.0}
 
 
 def test_reference_is_asked_as_soon_as_the_policy_has_moved():

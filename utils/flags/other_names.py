@@ -8,6 +8,7 @@ policy_model_path hf_model_name_or_path model: model_name_or_path model_name pre
 critic_model_path: critic_pretrain critic_model_name_or_path value_model_path
 reward_model_path: reward_pretrain reward_model_name_or_path reward_model
 reward_fn: reward_func reward_funcs remote_rm_url
+reward_fn_weights: reward_weights
 tokenizer_name_or_path: tokenizer_name tokenizer tokenizer_path
 data_path: dataset_name dataset prompt_data train_file train_files data
 model_save_path output: output_dir save_path save_dir

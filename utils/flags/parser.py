@@ -11,7 +11,7 @@ import time
 import traceback
 from typing import NoReturn, TypeVar
 
-from utils.errors import LINGER, SharedError, UserError, problem_of
+from utils.errors import LINGER, HungError, SharedError, UserError, problem_of
 from utils.flags.config_file import read_config_file
 from utils.flags.fields import add_field, default_of
 from utils.flags.help import show_help
@@ -144,7 +144,7 @@ def entry_point(main):
                 print(f"error{where}: {text}", file=sys.stderr, flush=True)
             if is_shared:
                 time.sleep(LINGER)
-            _exit(2, is_alone=not where)
+            _exit(2, is_alone=not where and not isinstance(error, HungError))
         except KeyboardInterrupt:
             print(f"stopped by Ctrl-C{where}", file=sys.stderr, flush=True)
             _exit(130, is_alone=not where)
@@ -153,7 +153,7 @@ def entry_point(main):
 
 
 def _exit(code: int, is_alone: bool) -> NoReturn:
-    """Exits. One of several ranks does so without destructors, in which gloo aborts if another rank is gone already."""
+    """Exits. Unless alone, without destructors, in which gloo aborts if another rank is gone, or threads may hang."""
     if is_alone:
         sys.exit(code)
     sys.stdout.flush()

@@ -13,9 +13,9 @@ FREE_ON_RESUME = frozenset(
     [
         "model_save_path", "logdir", "report_to", "overwrite", "num_samples", "print_interval", "resume",
         "resume_with_changes", "checkpoint_per_step", "checkpoint_minutes", "keep_checkpoints", "max_hours",
-        "hang_timeout", "ignore_hangup", "rollout_batch_size", "rollout_cache_tokens", "micro_batch_tokens",
-        "gradient_checkpoint", "offload_frozen", "gather_for_generation", "plan", "plan_gpus", "plan_gpu",
-        "plan_gpu_memory", "plan_network", "vllm_gpu_memory_utilization", "sampler_kl_limit",
+        "hang_timeout", "reward_fn_timeout", "ignore_hangup", "rollout_batch_size", "rollout_cache_tokens",
+        "micro_batch_tokens", "gradient_checkpoint", "offload_frozen", "gather_for_generation", "plan", "plan_gpus",
+        "plan_gpu", "plan_gpu_memory", "plan_network", "vllm_gpu_memory_utilization", "sampler_kl_limit",
     ]
 )  # fmt: skip
 

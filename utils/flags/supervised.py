@@ -1,10 +1,11 @@
 """Flags that the supervised stages (SFT, reward model) share. No torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from utils.errors import UserError
 from utils.flags.checks import check_range, fit_warmup, replace_default
+from utils.flags.data import RecordFlags
 from utils.flags.fields import Common
 from utils.flags.run import RunFlags
 
@@ -17,8 +18,9 @@ class FitDataFlags:
     """Model to start from: a Hugging Face folder or hub id"""
     tokenizer_name_or_path: Common[str | None] = None
     """Tokenizer: a folder, a tokenizer.model or a hub id. Default: --hf_model_name_or_path"""
-    data_path: Common[str] = ""
-    """Data: a folder of *train.json(l) and *valid.json(l) files, a file or a hub id"""
+    data_path: Common[list[str]] = field(default_factory=list)
+    """Data: folders of *train* and *valid* files, files or hub ids (owner/name:config@split). A number after each
+    sets its share: a 0.7 b 0.3"""
     context_truncate: Common[int] = 2048
     """Longest dialogue, in tokens; longer ones lose their oldest turns. The default is lowered to the model's window"""
     num_valid: Common[int] = 100
@@ -47,7 +49,7 @@ class FitScheduleFlags:
 
 
 @dataclass
-class FitConfig(FitDataFlags, FitScheduleFlags, RunFlags):
+class FitConfig(FitDataFlags, RecordFlags, FitScheduleFlags, RunFlags):
     """All flags of a supervised run; stages inherit and set their own defaults."""
 
     required = ("hf_model_name_or_path", "data_path", "model_save_path")

@@ -219,9 +219,9 @@ def all_checkpoints(folder: str) -> list[tuple[int, str]]:
 
 
 def save_batches(path: str, batches: tuple) -> str | None:
-    """Writes the tensors of dataclasses, None left out, to a file, for inspection. Returns why it failed, else None."""
+    """Writes the tensors of dataclasses to a file, for inspection. Returns why it failed, else None."""
     columns = {f.name: getattr(batch, f.name) for batch in batches for f in fields(batch)}
-    tensors = {name: x.clone().contiguous() for name, x in columns.items() if x is not None}
+    tensors = {name: x.clone().contiguous() for name, x in columns.items() if isinstance(x, torch.Tensor)}
 
     def write() -> None:
         record(os.path.dirname(os.path.dirname(path)), "bad_batches", os.path.basename(path))

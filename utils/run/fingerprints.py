@@ -15,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from utils.data_files import SUFFIXES, is_saved, is_weight, parts_of_name, saved_files, split_files, suffix_of
 from utils.distributed import gather_objects, rank
 from utils.errors import Say, UserError
-from utils.files import MEMORY, first_names, read_json, remove, sha256, split_files, write_json
+from utils.files import first_names, read_json, remove, sha256, write_json
 from utils.hub import data_revision, download, download_model, downloaded, is_hub_id
 from utils.models.weight_files import shards_of, weight_file
 from utils.run.together import once_per_node, together
@@ -74,12 +75,25 @@ def _tokenizer(path: str, flag: str) -> Files:
     return {"tokenizer.model": place} | {name: place.parent / name for name in beside}
 
 
-def _data(path: str, flag: str) -> Files:
+def _data(value: str, flag: str) -> Files:
+    if is_weight(value):
+        return {"the weight": value}
+    path, config, split = parts_of_name(value)
+    named = {"the configuration": config, "the split": split}
+    files = {name: text for name, text in named.items() if text}
     if os.path.isdir(path):
-        return {file.name: file for files in split_files(Path(path)) for file in files}
+        return files | {os.path.relpath(file, path): Path(file) for file in _data_files(path)}
     if is_hub_id(path):
-        return {"the revision": data_revision(path)}
-    return {f"the {Path(path).suffix} file": Path(path)}
+        return files | {"the revision": data_revision(path, config)}
+    return files | {f"the {Path(path).suffix} file": Path(path)}
+
+
+def _data_files(folder: str) -> list[str | Path]:
+    """Returns the files of all splits, since flags tell which of them are read."""
+    if is_saved(folder):
+        return [file for files in saved_files(folder).values() for file in files]
+    named = [file for files in split_files(Path(folder)) for file in files]
+    return named or [file for file in Path(folder).rglob("*") if suffix_of(file) in SUFFIXES]
 
 
 def _function(spec: str, flag: str) -> Files:
@@ -106,8 +120,8 @@ def _files_of(flag: str, value: str) -> Files:
 
 
 def _can_be_read(file: Path) -> bool:
-    """Whether it is a regular file; JSON, which is read whole, must fit into memory."""
-    return os.path.isfile(file) and (file.suffix not in (".json", ".jsonl") or file.stat().st_size <= MEMORY)
+    """Whether it is a regular file."""
+    return os.path.isfile(file)
 
 
 def fingerprints(config, say: Say) -> dict[str, dict[str, str]]:

@@ -1,0 +1,219 @@
+"""Encodes large data in worker processes into a file, once per node, and finds the file of an earlier run."""
+
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from data.formats.records import Counts, Tally
+from data.sources import Part, Raw, parse_raw
+from utils.errors import Say, UserError
+from utils.files import atomic_folder, check_writable, disk_errors, read_json, sha256, write_json
+from utils.flags.data import RecordFlags
+from utils.run.fingerprints import code_files, digest_of
+from utils.watchdog import report_progress
+
+CODE = ("data/", "reward/encode.py", "utils/tokenizer", "utils/llama_sentencepiece.py")  # that ids depend on
+CHUNK = 512  # records that a worker gets at once
+MAX_WORKERS = 32
+INTERVAL = 10.0  # seconds between lines about the progress
+ROWS, ABOUT = "rows.arrow", "about.json"
+
+
+@dataclass(frozen=True)
+class EncodedFile:
+    """Encoded records. usable: number of records that have rows or are only too long. rows: a list, or a file."""
+
+    usable: int
+    rows: list[dict[str, Any]] | str
+
+
+def open_rows(encoded: EncodedFile) -> Sequence[dict[str, Any]]:
+    """Returns the rows; those of a file are mapped into memory."""
+    if isinstance(encoded.rows, list):
+        return encoded.rows
+    import datasets
+
+    return datasets.Dataset.from_file(encoded.rows)
+
+
+def encode_to_file(parts: list[Part], encoder, tally: Tally, config: RecordFlags, say: Say) -> EncodedFile:
+    """Returns the rows of the parts' records as a file of --data_cache, which is made if it is not there.
+
+    Rows, their order and the counts added to `tally` do not depend on the number of workers. Raises UserError, and
+    leaves nothing half-written.
+    """
+    folder = os.path.join(cache_folder(config), _key(parts, encoder))
+    if (about := _about(folder)) is None:
+        say(f"{encoder.what}: encoded once, into {folder} (--data_cache)")
+        check_writable(folder, "--data_cache")
+        with atomic_folder(folder, "--data_cache") as partial:
+            about = _write(parts, encoder, config, say, os.path.join(partial, ROWS))
+            write_json(os.path.join(partial, ABOUT), about)
+    else:
+        say(f"{encoder.what}: encoded earlier, in {folder} (--data_cache)")
+    tally.add_counts(about["counts"])
+    return EncodedFile(about["usable"], os.path.join(folder, ROWS))
+
+
+def cache_folder(config: RecordFlags) -> str:
+    """Returns the folder of --data_cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.abspath(config.data_cache or os.path.join(home, "ppo-max", "data"))
+
+
+def _about(folder: str) -> dict | None:
+    """Returns what an earlier run wrote about its file; None if it is not there, or not whole."""
+    try:
+        about = read_json(os.path.join(folder, ABOUT))
+        whole = about["bytes"] == os.path.getsize(os.path.join(folder, ROWS))
+        return about if whole and isinstance(about["usable"], int) and isinstance(about["counts"], dict) else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _key(parts: list[Part], encoder) -> str:
+    """Returns a name for the rows: a digest of the data's content, the encoder, its tokenizer and the code."""
+    import pyarrow
+    import tokenizers
+    import transformers
+
+    given = {field.name: getattr(encoder, field.name) for field in dataclasses.fields(encoder)}
+    given["tokenizer"] = _tokenizer_digest(given["tokenizer"])
+    code = {name: digest for name, digest in code_files().items() if name.startswith(CODE)}
+    versions = [pyarrow.__version__, tokenizers.__version__, transformers.__version__]
+    data = [(part.name, _content(part)) for part in parts]
+    facts = [
+        type(encoder).__name__,
+        encoder.columns,
+        json.dumps(given, default=dataclasses.asdict),
+        code,
+        versions,
+        data,
+    ]
+    return digest_of(facts)[:32]
+
+
+def _content(part: Part) -> str:
+    return sha256(part.name) if part.rows is None else part.rows._fingerprint
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    model = getattr(tokenizer, "sp_model", None)
+    content = tokenizer.backend_tokenizer.to_str().encode() if model is None else model.serialized_model_proto()
+    added = sorted((i, str(token.content), token.special) for i, token in tokenizer.added_tokens_decoder.items())
+    named = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token, added]
+    others = [str(tokenizer.chat_template), getattr(tokenizer, "chat_template_kwargs", {})]
+    return digest_of([hashlib.sha256(content).hexdigest(), named, others])
+
+
+def _write(parts: list[Part], encoder, config: RecordFlags, say: Say, file: str) -> dict:
+    """Writes the rows to a file; returns what `_about` reads."""
+    import pyarrow
+    import pyarrow.compute
+
+    schema = pyarrow.schema([(name, _type(kind)) for name, kind in {**encoder.columns, "record": "int64"}.items()])
+    tally, usable, records, begin, told = Tally(encoder.what), 0, 0, time.monotonic(), time.monotonic()
+    workers = config.data_workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+    with disk_errors("--data_cache"), pyarrow.OSFile(file, "wb") as out, pyarrow.ipc.new_stream(out, schema) as writer:
+        for chunk in _in_workers(_chunks(parts), encoder, schema, workers):
+            for batch in pyarrow.ipc.open_stream(chunk.rows):
+                shifted = pyarrow.compute.add(batch.column("record"), usable)
+                writer.write_batch(batch.set_column(batch.num_columns - 1, "record", shifted))
+            usable, records = usable + chunk.usable, records + chunk.records
+            tally.add_counts(chunk.counts)
+            report_progress(f"encoding of {encoder.what}")
+            if (now := time.monotonic()) - told > INTERVAL:
+                told = now
+                rate = records / (now - begin)
+                say(f"{encoder.what}: {records:,} records encoded, {rate:,.0f} per second, {workers} processes")
+    return {"usable": usable, "counts": tally.counts(), "bytes": os.path.getsize(file)}
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    rows: bytes  # as a stream of Arrow
+    usable: int
+    records: int
+    counts: Counts
+
+
+def _chunks(parts: list[Part]) -> Iterator[list[Raw]]:
+    for part in parts:
+        raw = part.raw()
+        chunk = list(islice(raw, CHUNK))
+        if not chunk:
+            raise UserError(f"{part.flag}: {part.name} has no records; use a file with at least one")
+        while chunk:
+            yield chunk
+            chunk = list(islice(raw, CHUNK))
+
+
+def _in_workers(chunks: Iterator[list[Raw]], encoder, schema, workers: int) -> Iterator[_Chunk]:
+    """Yields the encoded chunks in order, a few at a time. The processes are no forks, since this one has threads."""
+    context, given = multiprocessing.get_context("spawn"), (encoder, schema)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=given)
+    try:
+        waiting: deque[Future] = deque(pool.submit(_encode_chunk, chunk) for chunk in islice(chunks, 3 * workers))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(_encode_chunk, chunk) for chunk in islice(chunks, 1))
+            yield result
+    except BrokenProcessPool as error:
+        problem = "a process that encodes the data was killed, probably for lack of memory"
+        raise UserError(f"{problem}; lower --data_workers {workers}") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(encoder, schema) -> None:
+    """Prepares a worker, which ends with the process that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _worker.update(encoder=encoder, schema=schema)
+
+
+def _encode_chunk(chunk: list[Raw]) -> _Chunk:
+    import pyarrow
+
+    encoder, schema = _worker["encoder"], _worker["schema"]
+    tally, rows, usable = Tally(encoder.what), [], 0
+    for made in encoder([parse_raw(raw) for raw in chunk], tally):
+        if made is not None:
+            rows += ({**row, "record": usable} for row in made)
+            usable += 1
+    out = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(out, schema) as writer:
+        writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+    return _Chunk(out.getvalue().to_pybytes(), usable, len(chunk), tally.counts())
+
+
+def _type(kind: str):
+    """Returns Arrow's type of a name such as list<list<int32>>."""
+    import pyarrow
+
+    if kind.startswith("list<"):
+        return pyarrow.list_(_type(kind[5:-1]))
+    return pyarrow.type_for_alias(kind)

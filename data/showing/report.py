@@ -1,0 +1,264 @@
+"""The report of `python -m data.show`: reads all records once, and those that it names a second time."""
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
+
+from data.encoded import form_options
+from data.formats.records import FLAG, SEEN, BadRecord, Record, Tally
+from data.showing.counts import Counts, Duplicates, bins, joined, overlap, quantile, repeated
+from data.showing.items import NO_LIMIT, Item, encode, form_name, kind_of, parse, shape
+from data.showing.pages import LEGEND, Section
+from data.showing.pieces import Piece, token_pieces, turn_pieces
+from data.sources import Part, Source, parse_sources, parts_of
+from utils.errors import UserError
+
+CHUNK = 256  # records that are encoded together
+SAMPLE = 20  # records that decide the kind
+MAX_RAW = 400  # characters of a dropped record that are shown
+EXAMPLES = 3  # reasons with an example
+BAR = 40  # characters of the longest bar
+PERIOD = 10.0  # seconds between lines of progress
+
+
+@dataclass
+class Split:
+    """The training or the held-out data of one source, and what is counted of it."""
+
+    source: Source
+    name: str
+    parts: list[Part]
+    limit: int | None
+    counts: Counts = field(default_factory=Counts)
+    views: list[Section] = field(default_factory=list)
+
+    def records(self) -> Iterator[Record]:
+        """Yields the records."""
+        return islice(chain.from_iterable(map(_some_records, self.parts)), self.limit)
+
+    def places(self) -> Iterator[str]:
+        """Yields the place of each record, without parsing it."""
+        return (raw.source for raw in islice(chain.from_iterable(part.raw() for part in self.parts), self.limit))
+
+
+def _some_records(part: Part) -> Iterator[Record]:
+    """Yields the records of a part. Raises UserError if it has none."""
+    records = part.records()
+    first = next(records, None)
+    if first is None:
+        raise UserError(f"{part.flag}: {part.name} has no records; use a file with at least one")
+    yield from chain([first], records)
+
+
+class Look:
+    """What turns records into counts and views: the flags, the tokenizer, and counts over all splits."""
+
+    def __init__(self, config, kind: str, tokenizer, template: str):
+        self.config, self.kind, self.tokenizer, self.template = config, kind, tokenizer, template
+        self.forms = form_options(config)
+        self.tally, self.shapes, self.first = Tally(kind), Counter(), {}
+        self.dropped: dict[str, Record] = {}
+
+    def parsed(self, record: Record, tally: Tally) -> list[Item]:
+        """Returns the items of a record. Raises BadRecord."""
+        return parse(record, tally, self.kind, self.forms)
+
+    def take(self, split: Split) -> None:
+        """Reads, encodes and counts the records of a split; the first usable ones become views."""
+        records = progress(split.records())
+        while chunk := list(islice(records, CHUNK)):
+            read = [(record, self.read(record)) for record in chunk]
+            sides = iter(self.encoded([item for _, items in read for item in items]))
+            for record, items in read:
+                split.counts.add_record(items)
+                for item in items:
+                    self.count(split, record, item, *next(sides))
+
+    def read(self, record: Record) -> list[Item]:
+        """Returns the items of a record, whose form is counted; none, and the reason is counted, if it is not usable."""
+        try:
+            items = self.parsed(record, self.tally)
+        except BadRecord as error:
+            self.tally.add(f"dropped: {error!s}", record.source)
+            if len(self.dropped) < EXAMPLES:
+                self.dropped.setdefault(str(error).partition(SEEN)[0], record)
+            return []
+        name = form_name(record.value, self.kind, self.forms)
+        if name in self.first or len(self.first) < CHUNK:
+            self.shapes[name] += 1
+            self.first.setdefault(name, record.source)
+        return items
+
+    def encoded(self, items: list[Item]) -> list[tuple]:
+        """Returns per item (encoding without a limit, encoding within --context_truncate); None without a tokenizer."""
+        if not self.tokenizer:
+            return [(None, None)] * len(items)
+        limit = self.config.context_truncate
+        whole = encode(items, self.tokenizer, self.template, NO_LIMIT)
+        is_long = [max(len(ids) for ids, _ in sides) > limit for _, sides in whole]
+        cut = iter(encode([i for i, x in zip(items, is_long) if x], self.tokenizer, self.template, limit))
+        return [(row, next(cut) if x else row) for row, x in zip(whole, is_long, strict=True)]
+
+    def count(self, split: Split, record: Record, item: Item, whole, kept) -> None:
+        """Counts an item with its encodings."""
+        counts = split.counts
+        counts.add(item, [len(ids) for ids, _ in whole[1]] if whole else item.characters())
+        if whole and kept is None:
+            self.tally.add("dropped: the last exchange alone exceeds --context_truncate", record.source)
+            return
+        if kept and kept[0]:
+            self.tally.add("truncated (oldest turns dropped) to --context_truncate", record.source)
+        if kept:
+            tokens, learnt = (sum(map(f, kept[1])) for f in (lambda side: len(side[0]), lambda side: sum(side[1])))
+        else:
+            tokens, learnt = sum(item.characters()), item.learnt_characters()
+        counts.named.update(usable=1, truncated=bool(kept and kept[0]), tokens=tokens, learnt=learnt)
+        if len(split.views) < self.config.num_records:
+            split.views.append(self.view(record, item, kept))
+
+    def view(self, record: Record, item: Item, kept) -> Section:
+        """Returns what is shown of a record: its form, its keys, and its tokens or texts."""
+        lines = [f"form: {shape(record.value)}"]
+        if item.columns:
+            lines.append(f"columns for a reward function: {', '.join(item.columns)}")
+        own = Tally("this record")
+        self.parsed(record, own)
+        lines += own.lines()
+        chosen, labels = [0], [""]
+        if item.pairs:
+            pair = item.pairs[0]
+            chosen, labels = [pair.better, pair.worse], ["chosen", "rejected"]
+            margin = "" if pair.margin is None else f", margin {pair.margin:g}"
+            lines.append(f"pair 1 of {len(item.pairs)}, of {len(item.answers)} answers{margin}")
+        if kept:
+            sides = [token_pieces(self.tokenizer, kept[1][k]) for k in chosen]
+            lines.append(f"tokens: {', '.join(str(len(kept[1][k][0])) for k in chosen)}")
+        else:
+            sides = [turn_pieces(item, k if item.pairs else None) for k in chosen]
+        if item.kind == "prompts":
+            sides[0].append(Piece("(the answer begins here)", is_learnt=True))
+        return Section(record.source, lines, sides=list(zip(labels, sides, strict=True)), level=3)
+
+
+def report(config) -> tuple[list[Section], str]:
+    """Returns the sections of the report, and the problem if no record can be used. Raises UserError."""
+    splits = []
+    for source in parse_sources(config.data_path, FLAG):
+        for name, parts in zip(("train", "held out"), parts_of(source, FLAG, config.split, config.valid_split)):
+            if parts is not None:
+                splits.append(Split(source, name, parts, config.max_records or None))
+    tokenizer, template = None, ""
+    if config.tokenizer_name_or_path:
+        from data.choose_template import prepare_tokenizer
+
+        tokenizer, template = prepare_tokenizer(config, config.tokenizer_name_or_path, [], print)
+    kind, found = choose_kind(config, splits[0])
+    look = Look(config, kind, tokenizer, template)
+    for split in splits:
+        look.take(split)
+    usable = sum(split.counts.named["usable"] for split in splits)
+    paths = " ".join(config.data_path)
+    problem = f"{FLAG} {paths}: no usable {kind}, for the reasons above; fix the records, or pass --kind or --columns"
+    return sections_of(look, splits, found), "" if usable else problem
+
+
+def choose_kind(config, split: Split) -> tuple[str, str]:
+    """Returns (kind, how it was found), from --kind or the first records."""
+    if config.kind != "auto":
+        return config.kind, "by --kind"
+    kinds = Counter(kind_of(record, form_options(config)) for record in islice(split.records(), SAMPLE))
+    found = [kind for kind, _ in kinds.most_common() if kind]
+    words = ", ".join(f"{number} {kind or 'of no known form'}" for kind, number in kinds.most_common())
+    return (found or ["dialogues"])[0], f"the first {kinds.total()} records are: {words}; --kind sets it"
+
+
+def progress(records: Iterable[Record]) -> Iterator[Record]:
+    """Yields the records; every 10 s a line on standard error says how many there were."""
+    start = last = time.monotonic()
+    for number, record in enumerate(records, start=1):
+        yield record
+        if number % CHUNK == 0 and (now := time.monotonic()) - last > PERIOD:
+            print(f"{number} records, {number / (now - start):.0f} per second", file=sys.stderr, flush=True)
+            last = now
+
+
+def sections_of(look: Look, splits: list[Split], found: str) -> list[Section]:
+    """Returns the whole report."""
+    unit, batch = "tokens" if look.tokenizer else "characters", look.config.batch_size
+    table: list[list] = [["source", "split", "weight", "records", look.kind, "truncated", unit, "learnt", "steps"]]
+    for split in splits:
+        named, weight = split.counts.named, split.source.weight
+        numbers = [len(split.counts.records), *(named[name] for name in ("usable", "truncated", "tokens", "learnt"))]
+        steps = named["usable"] // batch if split.name == "train" else ""
+        table.append([split.source.path, split.name, "" if weight is None else f"{weight:g}", *numbers, steps])
+    forms = [f"{number} records: {name}; first at {look.first[name]}" for name, number in look.shapes.most_common(5)]
+    sections = [Section("Records", [f"used as {look.kind} ({found})", LEGEND])]
+    sections += [*chain.from_iterable(split.views for split in splits), Section("Forms", forms)]
+    sections += [Section("Counts", [f"steps: of one epoch at --batch_size {batch}"], table)]
+    sections += [Section("Dropped and changed", look.tally.lines() or ["nothing"])]
+    for reason, record in look.dropped.items():
+        text = json.dumps(record.value, ensure_ascii=False, default=str)
+        sides = [("", [Piece(text if len(text) <= MAX_RAW else f"{text[:MAX_RAW]}…")])]
+        sections.append(Section(record.source, [reason], sides=sides, level=3))
+    if lengths := sum((split.counts.lengths for split in splits), Counter()):
+        sections.append(length_section(look, lengths, unit))
+        sections.append(Section("Checks", [*duplicate_lines(splits), *other_lines(splits, unit)]))
+    return sections
+
+
+def length_section(look: Look, lengths: Counter[int], unit: str) -> Section:
+    """Returns quantiles and a histogram of the lengths, and the share beyond --context_truncate."""
+    marks = [f"half of them up to {quantile(lengths, 0.5)}", f"95 % up to {quantile(lengths, 0.95)}"]
+    lines = [f"{', '.join(marks)}, the longest {max(lengths)}"]
+    if look.tokenizer:
+        limit = look.config.context_truncate
+        beyond = sum(number for length, number in lengths.items() if length > limit)
+        lines.append(f"longer than --context_truncate {limit}: {beyond} ({beyond / lengths.total():.1%})")
+    sizes = bins(lengths)
+    most = max(number for _, number in sizes)
+    rows = [[name, "█" * round(BAR * n / most), n, f"{n / lengths.total():.1%}"] for name, n in sizes]
+    return Section(f"Lengths in {unit}", lines, [[unit, "", look.kind, "share"], *rows])
+
+
+def duplicate_lines(splits: list[Split]) -> list[str]:
+    """Returns lines about records that repeat, within the training data and between it and the held-out data."""
+    train, valid = ([split for split in splits if split.name == name] for name in ("train", "held out"))
+    lines = []
+    for name, what in (("prompts", "the prompt"), ("records", "prompt and answer")):
+        first, second = (joined([getattr(split.counts, name) for split in part]) for part in (train, valid))
+        lines.append(_named(f"records that repeat {what} of an earlier one", repeated(first), train, train))
+        if valid:
+            lines.append(_named(f"held-out records with {what} of training data", overlap(first, second), train, valid))
+    return lines
+
+
+def _named(what: str, found: Duplicates, first: list[Split], second: list[Split]) -> str:
+    number, pairs = found
+    ours, theirs = (places(splits, [pair[k] for pair in pairs]) for k, splits in enumerate((first, second)))
+    examples = "; ".join(f"{theirs[later]} as {ours[earlier]}" for earlier, later in pairs)
+    return f"{what}: {number}" + f" ({examples}{'; …' * (number > len(pairs))})" * bool(pairs)
+
+
+def places(splits: list[Split], indices: list[int]) -> dict[int, str]:
+    """Returns the places of records by their number in the splits together."""
+    rows = enumerate(chain.from_iterable(split.places() for split in splits))
+    wanted = islice(rows, max(indices) + 1) if indices else ()
+    return {k: place for k, place in wanted if k in set(indices)}
+
+
+def other_lines(splits: list[Split], unit: str) -> list[str]:
+    """Returns lines about system turns and, for preferences, about the lengths of the two answers."""
+    named = sum((split.counts.named for split in splits), Counter())
+    lines = [f"records with a system turn: {named['system']}"]
+    pairs, total, longer, shorter = map(sum, zip(*(split.counts.differences for split in splits), strict=True))
+    if pairs:
+        lines.append(
+            f"chosen minus rejected: {total / pairs:+.1f} {unit} on average; chosen is longer in {longer / pairs:.1%} "
+            f"of {pairs} pairs, shorter in {shorter / pairs:.1%}"
+        )
+        lines.append(f"pairs whose answers differ in white space only: {named['blank']}")
+    return lines
