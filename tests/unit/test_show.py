@@ -75,7 +75,7 @@ def test_pairs_are_counted(pairs, show):
     # +12, -1, +12, -1 and in the held-out data -1, +9, -1
     assert "chosen minus rejected: +4.1 characters on average; chosen is longer in 42.9% of 7 pairs" in said
     assert "pairs whose answers differ in white space only: 2" in said
-    assert "keys that are not read: id" in said
+    assert "this record: not read: id" in said
     assert said.count(f"{pairs}/train.jsonl:1 form: {{prompt: text, chosen: text, rejected: text, id: number}}") == 1
     # the longest side of each: 18, 7, 18, 13 and 7, 15, 10 characters
     assert " 4–7 " in said and re.search(r"8–15 █+ 3 42.9% 16–31 █+ 2 28.6% Checks", said)
@@ -167,12 +167,12 @@ def test_printed_text_has_no_control_characters(tmp_path, show):
 
 
 def test_nothing_usable_is_an_error_after_the_reasons(tmp_path, capsys):
-    file = written(tmp_path, "x.jsonl", [{"wrong": "form"}, 3])
+    file = written(tmp_path, "x.jsonl", [{"wrong": 3}, 3])
     with pytest.raises(SystemExit) as stopped:
         main(["--data_path", str(file)])
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and re.match(rf"error: --data_path {file}: no usable \w+.*--columns", err)
-    assert '{"wrong": "form"}' in out and f"first at {file}:1" in out
+    assert '{"wrong": 3}' in out and f"first at {file}:1" in out
 
 
 def test_colours_and_columns():
