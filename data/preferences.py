@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.formats.columns import PLAIN, FormOptions, map_columns, named_columns
+from data.formats.columns import PLAIN, FormOptions, map_columns
 from data.formats.compared import Reader
 from data.formats.nearest import shown_name
-from data.formats.preference_forms import form_of, unknown, unread
+from data.formats.preference_forms import form_of, read_by, unknown
 from data.formats.records import FLAG, UNREAD, BadRecord, Record, Tally
 from data.formats.score_columns import STRENGTH, read_number, read_score_gap, read_strength
 from data.sources import Part, all_records, parse_sources, parts_of
@@ -89,9 +89,12 @@ def parse_preferences(
     subset, form = _subset_of(value, record), form_of(value)
     if form is None:
         raise BadRecord(unknown(value))
-    compared = form.parse(value, Reader(replace(options, columns=(), prompt_template=""), note))
-    for key in unread(value, form, named_columns(options).union(margin_columns)):
-        note(UNREAD + shown_name(key))
+    inner = replace(options, columns=(), prompt_template="") if options.columns or options.prompt_template else options
+    compared = form.parse(value, Reader(inner, note))
+    read = read_by(form, options, margin_columns)
+    for key, item in value.items():
+        if key not in read and item not in (None, "", [], {}):
+            note(UNREAD + shown_name(key))
     strength = read_strength(value) if form.pair else None
     margin = _margin_of(value, strength, margin_columns) if form.pair else None
     return [

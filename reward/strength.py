@@ -16,6 +16,7 @@ from utils.flags.parser import entry_point, parse_args
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m reward.strength`; runs in one process."""
     config = parse_args(StrengthConfig, argv)
+    from data.encoded import form_options
     from data.formats.json_lines import json_line
     from data.formats.score_columns import DEVIATION, STRENGTH
     from data.sources import read_records
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     check_plots()
     splits = dict(zip(("train", "valid"), read_records(config.data_path, config), strict=True))
     records = [(split, record) for split, part in splits.items() for record in part or []]
-    pairs = pairs_of([record for _, record in records])
+    pairs = pairs_of([record for _, record in records], form_options(config))
     columns = strength_columns(score_preferences(list(pairs.values()), config, print))
     new = {place: columns[k] for k, place in enumerate(pairs) if k in columns}
     lines = defaultdict(list)

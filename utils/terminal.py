@@ -12,6 +12,7 @@ from typing import TextIO
 # C0 but for tab and line feed; DEL and C1; line separators and bidirectional overrides; lone surrogates
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _BAR = re.compile(r"(\x1b\[A)+\Z|\r?")  # what tqdm writes before a bar: cursor up, or a return to the line's start
+_SURROGATES = re.compile(r"[\ud800-\udfff]")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of libraries' messages
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # the reader of the pipe, or the terminal
 
@@ -23,7 +24,7 @@ def printable(text: str) -> str:
 
 def has_lone_surrogate(text: str) -> bool:
     """Returns whether the text contains half of a surrogate pair. JSON allows that; files and tokenizers do not."""
-    return any("\ud800" <= char <= "\udfff" for char in text)
+    return not text.isascii() and _SURROGATES.search(text) is not None  # millions of texts are asked
 
 
 class SafeStream:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from data.formats import pair_forms as pairs
+from data.formats.columns import FormOptions, named_columns
 from data.formats.compared import BESIDE, QUESTIONS, Compared, Reader
 from data.formats.nearest import nearest
 from data.formats.ranked_answers import generations, oasst, ranked
@@ -56,11 +57,12 @@ def _find(value: dict, column: str) -> list:
     return found
 
 
-def unread(value: dict, form: Form, others: set[str]) -> list[str]:
-    """Returns the columns of a record that hold something and are not read. others: columns that flags name."""
+@cache
+def read_by(form: Form, options: FormOptions, margin_columns: tuple[str, ...]) -> set[str]:
+    """Returns the names of all columns that a record of this form may have, with underscores and with spaces."""
     own = {name.removesuffix("[]").split(".")[0] for column in form.columns for name in column.split("|")}
-    read = {name.replace("_", " ") for name in _READ | own | others}
-    return [key for key, item in value.items() if item not in (None, "", [], {}) and key.replace("_", " ") not in read]
+    names = own | _READ | named_columns(options) | {*margin_columns}
+    return names | {name.replace("_", " ") for name in names} | {name.replace(" ", "_") for name in names}
 
 
 def unknown(value: Any) -> str:

@@ -112,7 +112,7 @@ class Look:
 
     def view(self, record: Record, item: Item, kept) -> Section:
         """Returns what is shown of a record: its form, its keys, and its tokens or texts."""
-        lines = [f"form: {shape(record.value)}"]
+        lines = [f"record: {shape(record.value)}"]
         if item.columns:
             lines.append(f"columns for a reward function: {', '.join(item.columns)}")
         own = Tally("this record")
@@ -185,7 +185,7 @@ def sections_of(look: Look, splits: list[Split], found: str) -> list[Section]:
         numbers = [len(split.counts.records), *(named[name] for name in ("usable", "truncated", "tokens", "learnt"))]
         steps = named["usable"] // batch if split.name == "train" else ""
         table.append([split.source.path, split.name, "" if weight is None else f"{weight:g}", *numbers, steps])
-    forms = [f"{number} records: {name}; first at {look.first[name]}" for name, number in look.shapes.most_common(5)]
+    forms = [f"{name}: {number}, first at {look.first[name]}" for name, number in look.shapes.most_common(5)]
     sections = [Section("Records", [f"used as {look.kind} ({found})", LEGEND])]
     sections += [*chain.from_iterable(split.views for split in splits), Section("Forms", forms)]
     sections += [Section("Counts", [f"steps: of one epoch at --batch_size {batch}"], table)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from data.formats.columns import PLAIN, FormOptions
+from data.formats.columns import PLAIN, FormOptions, map_columns
 from data.formats.preference_forms import form_of
 from data.formats.records import BadRecord, Record, Tally
 from data.formats.score_columns import CHOSEN_SCORES, DEVIATION, REJECTED_SCORES, STRENGTH
@@ -25,7 +25,7 @@ def pairs_of(records: list[Record], options: FormOptions = PLAIN) -> dict[int, P
         except BadRecord as error:
             tally.add(f"not changed: {error}", record.source)
             continue
-        form = form_of(record.value)
+        form = form_of(map_columns(record.value, options))
         if form.pair:
             (pairs[place],) = preferences
         else:

@@ -23,16 +23,15 @@ def llama_model() -> Path:
 
 def train_sentencepiece(folder: Path, **options) -> Path:
     """A byte-pair `tokenizer.model` of 1,500 pieces over the sample texts, with LLaMA's settings unless told."""
-    settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False} | options
+    settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
     sentencepiece.SentencePieceTrainer.train(
         input=",".join(str(file) for file in sorted(SAMPLES.glob("*/*/train.json*"))),
         model_prefix=str(folder / "tokenizer"),
         model_type="bpe",
         vocab_size=1500,
-        byte_fallback=True,
         character_coverage=0.99,
         minloglevel=2,
-        **settings,
+        **settings | options,
     )
     return folder / "tokenizer.model"
 

@@ -14,6 +14,7 @@ from data.formats.records import BadRecord, Record, Tally
 from data.preferences import MARGIN_COLUMNS, Pair, load_preferences, parse_preferences
 from reward.evaluation.annotate import pairs_of
 from tests.helpers.fuzzing import ends, fuzz, values
+from utils.flags.data import RecordFlags
 
 FOLDER = Path(__file__).parents[1] / "data_forms" / "preferences"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"
@@ -114,14 +115,15 @@ def parse(value, margin_columns: tuple[str, ...] = (), **options) -> tuple[list,
 @pytest.mark.parametrize("name", EXPECTED)
 def test_each_published_form(name):
     form, history, answers, pairs, reason = EXPECTED[name]
-    file, said = str(FOLDER / f"{name}.jsonl"), []
     assert {form_of(value).name for value in records_of(name)} == {form}
-    train, _ = load_preferences(file, 0, 0, said.append, MARGIN_COLUMNS)
-    assert (train[0].history, train[0].answers) == (turns(history), answers)
-    assert [(pair.better, pair.worse) for pair in train[0].pairs] == [pair[:2] for pair in pairs]
-    assert [pair.margin for pair in train[0].pairs] == [pair[2] and pytest.approx(pair[2]) for pair in pairs]
-    assert sorted({one.source for one in train}) == [f"{file}:1", f"{file}:2"]
+    file, said = str(FOLDER / f"{name}.jsonl"), []
+    kept, _ = load_preferences([file], RecordFlags(), said.append)
+    assert sorted({one.source for one in kept}) == [f"{file}:1", f"{file}:2"]
     assert f"preferences: 1 dropped: {reason}; first at {file}:3" in said
+    first = parse(records_of(name)[0], MARGIN_COLUMNS)[0][0]
+    assert (first.history, first.answers) == (kept[0].history, kept[0].answers) == (turns(history), answers)
+    assert [(pair.better, pair.worse) for pair in first.pairs] == [pair[:2] for pair in pairs]
+    assert [pair.margin for pair in first.pairs] == [pair[2] and pytest.approx(pair[2]) for pair in pairs]
 
 
 def test_each_form_has_a_file_and_a_row_in_the_document():
@@ -237,6 +239,8 @@ def test_strength_is_measured_for_forms_with_one_pair_that_no_flag_chooses(capsy
     assert "1 not changed: OASST trees have no strength columns; first at oasst_trees:1" in said
     scored = records_of("help_steer_3")[0] | {"chosen score list": [1, 2], "rejected score list": [2, 4]}
     assert parse(scored)[0][0].pairs == [Pair(0, 1, -1.5)]
+    renamed = Record({"prompt": "Hi", "win": "Hello", "lose": "What?"}, "x:1")
+    assert pairs_of([renamed], FormOptions((("chosen", "win"), ("rejected", "lose"))))[0].answers == ["Hello", "What?"]
 
 
 def test_columns_are_mapped_before_a_form_is_recognised():
