@@ -9,7 +9,8 @@ from typing import Any
 
 from data.formats.records import BadRecord
 
-_FIELD = re.compile(r"\{\{|\}\}|\{([^{}\s][^{}]*)\}")
+_FIELD = re.compile(r"\\\\n|\\n|\{\{|\}\}|\{([^{}\s][^{}]*)\}")
+_ESCAPES = {r"\\n": r"\n", r"\n": "\n", "{{": "{", "}}": "}"}
 _NO_VALUE = object()
 
 
@@ -78,11 +79,11 @@ def first_key(value: dict, keys: Iterable[str]) -> str | None:
 
 
 def _fill(template: str, value: dict) -> str:
-    """Returns the template with each {column} replaced; {{ and }} stand for braces, as in Python."""
+    """Returns the template with each {column} replaced. {{ and }} stand for braces, \\n for a line break."""
 
     def text_of(field: re.Match) -> str:
         if field[1] is None:
-            return field[0][0]
+            return _ESCAPES[field[0]]
         found = find_column(value, field[1])
         if found is _NO_VALUE or found is None:
             raise BadRecord(f"no column {field[1]}, which --prompt_template names")

@@ -1,15 +1,14 @@
 """Records as prompts, dialogues or preferences, their tokens, and what of them was read."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from data.encode import encode_answers, encode_dialogues, encode_prompts
-from data.formats.columns import FormOptions
-from data.formats.dialogue_forms import parse_turns
-from data.formats.preference_forms import form_of
+from data.formats.columns import FormOptions, map_columns
+from data.formats.dialogue_forms import COLUMN, parse_dialogue
+from data.formats.dialogue_forms import form_of as dialogue_form_of
+from data.formats.preference_forms import form_of as preference_form_of
 from data.formats.prompt_forms import parse_prompt
 from data.formats.records import BadRecord, Record, Tally
 from data.preferences import MARGIN_COLUMNS, Pair, parse_preferences
@@ -48,30 +47,13 @@ class Item:
 
 def parse(record: Record, tally: Tally, kind: str, options: FormOptions) -> list[Item]:
     """Returns the items of a kind that the training commands read from a record. Raises BadRecord."""
-    note = partial(_note, tally, record.source)
     if kind == "preferences":
         read = parse_preferences(record, tally, MARGIN_COLUMNS, options)
         return [Item(kind, one.history, one.answers, one.pairs) for one in read]
     if kind == "prompts":
-        turns, columns = parse_prompt(record.value, options, note)
+        turns, columns = parse_prompt(record.value, options, tally.once(record.source))
         return [Item(kind, turns, columns=columns)]
-    turns = parse_turns(record.value, options=options, note=note)
-    if all(turn["role"] != "assistant" for turn in turns):
-        raise BadRecord("no answer of the assistant")
-    if turns[-1]["role"] == "user":
-        note("ended in a question without an answer, which was cut off")
-        turns = turns[:-1]
-    return [Item(kind, turns)]
-
-
-def form_options(config) -> FormOptions:
-    """Returns what the flags say about the form of records."""
-    columns = tuple(tuple(pair.split("=", 1)) for pair in config.columns)
-    return FormOptions(columns, config.prompt_template, config.preferred_by, config.reasoning)
-
-
-def _note(tally: Tally, source: str, reason: str) -> None:
-    tally.add(reason, source)
+    return [Item(kind, parse_dialogue(record.value, options, tally.once(record.source)))]
 
 
 def kind_of(record: Record, options: FormOptions) -> str:
@@ -85,11 +67,14 @@ def kind_of(record: Record, options: FormOptions) -> str:
     return ""
 
 
-def form_name(value: Any, kind: str) -> str:
-    """Returns the name of a record's form and its keys, or its shape."""
-    form = form_of(value) if kind == "preferences" else None
-    keys = f"keys {', '.join(sorted(value))}" if isinstance(value, dict) else shape(value)
-    return f"{form.name}, {keys}" if form else keys
+def form_name(value: Any, kind: str, options: FormOptions) -> str:
+    """Returns the name of a usable record's form and its keys; its shape if it is no object."""
+    if not isinstance(value, dict):
+        return shape(value)
+    mapped = map_columns(value, options)
+    form = kind == "preferences" and preference_form_of(mapped)
+    form = form or (dialogue_form_of(mapped, options) or (preference_form_of(mapped) or COLUMN,))[0]
+    return f"{form.name} (keys {', '.join(sorted(value))})"
 
 
 def shape(value: Any, depth: int = 3) -> str:
@@ -100,21 +85,6 @@ def shape(value: Any, depth: int = 3) -> str:
         return f"[{', '.join(Counter(shape(item, depth - 1) for item in value))}]"
     names = {str: "text", bool: "true/false", type(None): "null", dict: "{…}", list: "[…]"}
     return names.get(type(value), "number")
-
-
-def unread(record: Record, read: Callable[[Record], list[Item]]) -> set[str]:
-    """Returns the keys of a usable record without which its items are the same."""
-    if not isinstance(record.value, dict):
-        return set()
-    items, keys = read(record), set()
-    for key in record.value:
-        rest = {name: value for name, value in record.value.items() if name != key}
-        try:
-            if read(Record(rest, record.source)) == items:
-                keys.add(key)
-        except BadRecord:
-            continue
-    return keys
 
 
 def encode(items: list[Item], tokenizer, template: str, limit: int) -> list[tuple[int, list[Side]] | None]:

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
-from data.formats.records import FLAG, BadRecord, Record, Tally
+from data.encoded import form_options
+from data.formats.records import FLAG, SEEN, BadRecord, Record, Tally
 from data.showing.counts import Counts, Duplicates, bins, joined, overlap, quantile, repeated
-from data.showing.items import NO_LIMIT, Item, encode, form_name, form_options, kind_of, parse, shape, unread
+from data.showing.items import NO_LIMIT, Item, encode, form_name, kind_of, parse, shape
 from data.showing.pages import LEGEND, Section
 from data.showing.pieces import Piece, token_pieces, turn_pieces
 from data.sources import Part, Source, parse_sources, parts_of
@@ -78,19 +79,19 @@ class Look:
                     self.count(split, record, item, *next(sides))
 
     def read(self, record: Record) -> list[Item]:
-        """Returns the items of the record; none, with the reason counted, if it cannot be used. Counts its keys."""
-        keys = form_name(record.value, self.kind)
-        if keys in self.first or len(self.first) < CHUNK:
-            self.shapes[keys] += 1
-            self.first.setdefault(keys, record.source)
+        """Returns the items of a record, whose form is counted; none, and the reason is counted, if it is not usable."""
         try:
-            return self.parsed(record, self.tally)
+            items = self.parsed(record, self.tally)
         except BadRecord as error:
-            reason = str(error)
-            self.tally.add(f"dropped: {reason}", record.source)
+            self.tally.add(f"dropped: {error!s}", record.source)
             if len(self.dropped) < EXAMPLES:
-                self.dropped.setdefault(reason, record)
+                self.dropped.setdefault(str(error).partition(SEEN)[0], record)
             return []
+        name = form_name(record.value, self.kind, self.forms)
+        if name in self.first or len(self.first) < CHUNK:
+            self.shapes[name] += 1
+            self.first.setdefault(name, record.source)
+        return items
 
     def encoded(self, items: list[Item]) -> list[tuple]:
         """Returns per item (encoding without a limit, encoding within --context_truncate); None without a tokenizer."""
@@ -124,8 +125,9 @@ class Look:
         lines = [f"form: {shape(record.value)}"]
         if item.columns:
             lines.append(f"columns for a reward function: {', '.join(item.columns)}")
-        if ignored := unread(record, lambda record: self.parsed(record, Tally(""))):
-            lines.append(f"keys that are not read: {', '.join(sorted(ignored))}")
+        own = Tally("this record")
+        self.parsed(record, own)
+        lines += own.lines()
         chosen, labels = [0], [""]
         if item.pairs:
             pair = item.pairs[0]

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.dialogues import load_dialogues
 from data.formats.dialogue_forms import parse_turns
 from data.order import mixture
 from data.template import decode_answer, encode_dialogue, encode_prompt
 from sft.train import main
+from tests.helpers.data import parsed_dialogues
 from tests.helpers.tiny import SAMPLES, tiny_llama, tiny_llama_folder
 from tests.helpers.tiny_run import fit_flags, read_lines, write_json
 from utils.tokenizer import load_tokenizer
@@ -51,8 +51,8 @@ def held_out_of(folder: Path) -> tuple[int, float, int]:
     """(hits, negative log-likelihood, answer tokens) of a saved model: transformers' logits at every answer token."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(str(folder))
     hits, nll, count = 0, 0.0, 0
-    for dialogue in load_dialogues(str(DATA), 0, 0, say=str)[1]:
-        ids, mask = encode_dialogue(tokenizer, dialogue.turns, "moss_en")
+    for turns in parsed_dialogues(DATA)[1]:
+        ids, mask = encode_dialogue(tokenizer, turns, "moss_en")
         answers = torch.tensor(mask)[1:]
         logprobs = model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)[answers]
         targets = torch.tensor(ids)[1:][answers]
@@ -74,12 +74,12 @@ def test_each_evaluation_answers_held_out_prompts(run):
     rows = read_lines(run / "samples.jsonl")
     assert [row["step"] for row in rows] == [4, 4, 8, 8, 12, 12]  # there are two held-out dialogues
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run / "final"), load_tokenizer(str(run / "final"))
-    for row, dialogue in zip(rows[4:], load_dialogues(str(DATA), 0, 0, say=str)[1], strict=True):
-        prompt = encode_prompt(tokenizer, dialogue.turns[:-1], "moss_en")
+    for row, turns in zip(rows[4:], parsed_dialogues(DATA)[1], strict=True):
+        prompt = encode_prompt(tokenizer, turns[:-1], "moss_en")
         answer = model.generate(torch.tensor([prompt]), max_new_tokens=128, do_sample=False)[0, len(prompt) :]
         assert row["answer"] == decode_answer(tokenizer, answer.tolist())
         assert row["prompt"] == tokenizer.decode(prompt)
-        assert row["reference"] == dialogue.turns[-1]["content"]
+        assert row["reference"] == turns[-1]["content"]
 
 
 def test_transformers_loads_the_result_with_its_template_and_end(run):
@@ -89,7 +89,7 @@ def test_transformers_loads_the_result_with_its_template_and_end(run):
         tokenizer = AutoTokenizer.from_pretrained(run / folder)
         assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
         assert model.generation_config.pad_token_id == tokenizer.pad_token_id
-        turns = load_dialogues(str(DATA), 0, 0, say=str)[1][0].turns[:-1]
+        turns = parsed_dialogues(DATA)[1][0][:-1]
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         assert ids == encode_prompt(load_tokenizer(str(run / folder)), turns, "moss_en")
         assert not torch.allclose(model.lm_head.weight, tiny_llama().lm_head.weight)
@@ -128,7 +128,7 @@ def test_weights_decide_how_often_each_set_is_seen(base, tmp_path):
     texts = {"a": ["Hi", "Hello there."], "b": ["Name a tree.", "Oak."]}
     paths = [write_json(tmp_path / f"{name}.json", [dialogue] * 30) for name, dialogue in texts.items()]
     sizes = {"num_valid": 5, "train_steps": 1, "batch_size": 50}
-    main(flags(base, tmp_path / "out", data_path=paths, data_weights=[4, 1], **sizes))
+    main(flags(base, tmp_path / "out", data_path=[paths[0], 4, paths[1], 1], **sizes))
     drawn = [k for k, _ in mixture(0, 50, [25, 25], [4, 1], 42)].count(0)
     assert 34 <= drawn <= 46
     sums = [nll_and_tokens(base, parse_turns(dialogue)) for dialogue in texts.values()]

@@ -5,9 +5,9 @@ from data.encode import encode_dialogues
 from data.encoded import form_options, load_encoded
 from data.formats.columns import PLAIN
 from data.formats.dialogue_forms import parse_dialogue
-from data.formats.records import Record, Tally
+from data.formats.records import BadRecord, Record, Tally
 from data.prompts import Prompt, PromptEncoder
-from data.sources import read_records
+from data.sources import Part, read_records
 from data.template import Turns
 from reward.batches import Comparison
 from reward.encode import ComparisonEncoder
@@ -34,6 +34,18 @@ def parsed_dialogues(path) -> tuple[list[Turns], list[Turns]]:
     """(training dialogues, held-out ones), as turns."""
     train, valid = read_records([str(path)], RecordFlags())
     return [parse_dialogue(record.value) for record in train], [parse_dialogue(record.value) for record in valid]
+
+
+def read_dialogues(file: str, say) -> dict[str, Turns]:
+    """Place -> turns of the dialogues in a file; says what is dropped or changed."""
+    tally, found = Tally("dialogues"), {}
+    for record in Part(file).records():
+        try:
+            found[record.source] = parse_dialogue(record.value, note=tally.once(record.source))
+        except BadRecord as error:
+            tally.add(f"dropped: {error}", record.source)
+    tally.report(say)
+    return found
 
 
 def encode_turns(tokenizer, dialogues: list[Turns], template, max_tokens, say=print) -> list[EncodedDialogue]:

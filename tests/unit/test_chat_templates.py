@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.batching.collate import pad
 from data.chat import turn_end
 from data.choose_template import prepare_tokenizer
-from data.dialogues import Dialogue, encode_dialogues
 from data.formats.dialogue_forms import parse_turns
 from data.preferences import Pair, Preference
 from data.template import encode_dialogue, encode_prompt
@@ -19,12 +18,12 @@ from ppo.decoding.sampling import Sampling
 from ppo.models import PolicyModel
 from ppo.rollout import PolicySampler, assemble, response_ids
 from ppo.score import closed_ids
-from reward.encode import encode_preference
 from reward.forward import best_answer_mask
 from reward.scoring.ensemble import Encoding
 from sft.model import AnswerModel
 from sft.packed_batches import Layout
 from sft.samples import sample_answers
+from tests.helpers.data import encode_preference, encode_turns
 from tests.helpers.families import FAMILIES, FOLDER, TURNS, Family, family_config, family_tokenizer
 from tests.helpers.parts import ppo_config, prompts_of
 from tests.helpers.tiny import tiny_tokenizer_folder
@@ -89,11 +88,11 @@ def test_what_is_trained_on(family, tokenizer):
 
 def test_rewritten_answers_are_samples_of_their_own(family, tokenizer):
     said = []
-    found = encode_dialogues(tokenizer, [Dialogue(TURNS, "x.json:7")], "chat", 256, said.append)
+    found = encode_turns(tokenizer, [TURNS], "chat", 256, said.append)
     trained_on = [stretches(tokenizer, item.ids, item.answer_mask) for item in found]
     assert trained_on == [[*family.history, family.answer], *([text] for text in family.split)]
     assert all(item.answer_mask[-1] for item in found)  # samples end with their last end token
-    counted = [line for line in said if "1 earlier answers that the template rewrites" in line and "x.json:7" in line]
+    counted = [line for line in said if "1 earlier answers that the template rewrites" in line and "x:1" in line]
     assert len(counted) == len(said) == len(family.split)
 
 
@@ -103,7 +102,7 @@ def test_each_answer_is_trained_on_once():
     kept = "(message.content if loop.last else message.content.split('</think>')[-1])"
     tokenizer.chat_template = tokenizer.chat_template.replace("message.content", kept)
     texts = ["One?", "A.", "Two?", "<think>x</think>B.", "Three?", "C."]
-    found = encode_dialogues(tokenizer, [Dialogue(parse_turns(texts), "")], "chat", 256, str)
+    found = encode_turns(tokenizer, [parse_turns(texts)], "chat", 256, str)
     trained_on = [stretches(tokenizer, item.ids, item.answer_mask) for item in found]
     assert trained_on == [["A.<|im_end|>", "C.<|im_end|>"], ["<think>x</think>B.<|im_end|>"]]
 
@@ -138,7 +137,7 @@ def trained(family: Family, tokenizer, steps: int = 60) -> PolicyModel:
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(family_config(family, len(tokenizer)), attn_implementation="eager").float()
     turns = [TURNS, *([{"role": "user", "content": text}, TURNS[3]] for text in ("Bye", "Off", "Bye now", "I go"))]
-    data = encode_dialogues(tokenizer, [Dialogue(x, "") for x in turns], "chat", 256, str)
+    data = encode_turns(tokenizer, turns, "chat", 256, str)
     layout, model = Layout(False, False, 4096), AnswerModel(lm)
     optimizer = torch.optim.Adam(lm.parameters(), lr=5e-3)
     sequences, mask, _ = layout.collate(layout.rows(data, 1))
@@ -179,7 +178,7 @@ class WholeEngine(InferenceEngine):
 def test_samples_of_sft_stop_there_too(tmp_path, monkeypatch):
     tokenizer, lengths = settled(FAMILIES["Gemma 2"], tmp_path), []
     lm = trained(FAMILIES["Gemma 2"], tokenizer).lm
-    shown = encode_dialogues(tokenizer, [Dialogue(TURNS, "")], "chat", 256, str)
+    shown = encode_turns(tokenizer, [TURNS], "chat", 256, str)
     make = type(lm).generate
     monkeypatch.setattr(type(lm), "generate", lambda *a, **k: lengths.append((rows := make(*a, **k)).shape[1]) or rows)
     (row,) = sample_answers(WholeEngine(AnswerModel(lm)), shown, tokenizer, 256, 40)

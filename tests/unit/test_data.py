@@ -11,16 +11,19 @@ from types import SimpleNamespace
 import pytest
 from conftest import SAMPLES
 
-from data.dialogues import Dialogue, EncodedDialogue, batches, encode, encode_dialogues, load_dialogues
+from data.dialogues import EncodedDialogue
+from data.encoded import Mixture
 from data.formats.dialogue_forms import parse_turns
 from data.formats.json_lines import json_line
-from data.formats.records import Record, Tally, read_records
+from data.formats.records import Record, Tally
 from data.formats.stream import dialogue_or_text, stream_records
 from data.order import order
 from data.preferences import load_preferences
-from data.prompts import load_prompts
+from data.sources import read_records as read_values
 from data.template import encode_dialogue, encode_prompt
+from tests.helpers.data import encode_one, encode_turns, load_dialogues, load_prompts
 from utils.errors import UserError
+from utils.flags.data import RecordFlags
 from utils.tokenizer import load_tokenizer
 
 
@@ -31,6 +34,10 @@ def tokenizer(tiny_model):
 
 def turns(*texts: str) -> list[dict]:
     return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
+
+
+def read_records(path: str) -> tuple[list[Record], list[Record]]:
+    return read_values([path], RecordFlags())
 
 
 HI, HI_HELLO = turns("Hi"), turns("Hi", "Hello")
@@ -55,10 +62,10 @@ def test_samples_load_completely(tiny_model):
         tokenizer, said = load_tokenizer(str(tiny_model), f"moss_{lang}"), []
         folder = SAMPLES / lang
         prompts = load_prompts(str(folder / "prompts"), tokenizer, f"moss_{lang}", 400, 0, 0, said.append)
-        preferences = load_preferences(str(folder / "preferences"), 0, 0, said.append)
-        dialogues = load_dialogues(str(folder / "dialogues"), 0, 0, said.append)
+        preferences = load_preferences([str(folder / "preferences")], RecordFlags(), lambda line: None)
+        dialogues = load_dialogues(str(folder / "dialogues"), tokenizer, f"moss_{lang}", 400, 0, 0, said.append)
         assert [len(split) for split in (*prompts, *preferences, *dialogues)] == [24, 8, 14, 4, 14, 2]
-        assert len(said) == 3  # one summary each; nothing dropped or truncated
+        assert len(said) == 2  # one summary each; nothing dropped or truncated
 
 
 @pytest.mark.parametrize(
@@ -85,7 +92,7 @@ BAD_RECORDS = [["a", 3], {"id": "a", "kind": "b"}, {"messages": [{"role": ["user
 def test_bad_records_are_counted_and_the_others_used(tmp_path, tokenizer):
     file = write(tmp_path / "x.json", [["fine", "good"], *BAD_RECORDS])
     for load in (lambda say: load_prompts(file, tokenizer, "moss_en", 99, 0, 0, say),
-                 lambda say: load_dialogues(file, 0, 0, say)):  # fmt: skip
+                 lambda say: load_dialogues(file, tokenizer, "moss_en", 99, 0, 0, say)):  # fmt: skip
         said = []
         assert len(load(said.append)[0]) == 1
         assert sum(int(line.split()[1]) for line in said if " dropped: " in line) == len(BAD_RECORDS)
@@ -98,8 +105,8 @@ def test_answers_that_prompts_lose_and_questions_that_dialogues_lose(tmp_path, t
     assert [len(prompt.turns) for prompt in train] == [3, 1, 1]
     assert train[1].ids == encode_prompt(tokenizer, turns("b"), "moss_en")
     assert lost[0] == f"prompts: 2 ended in the assistant's answer, which was cut off; first at {file}:2, then :3"
-    train, _ = load_dialogues(file, 0, 0, said.append)
-    assert train[0] == Dialogue(turns("a", "b"), f"{file}:1")
+    train, _ = load_dialogues(file, tokenizer, "moss_en", 99, 0, 0, said.append)
+    assert train[0] == EncodedDialogue(*encode_dialogue(tokenizer, turns("a", "b"), "moss_en"), f"{file}:1")
     assert said[0].startswith("dialogues: 1 ended in a question") and said[0].endswith("x.jsonl:1")
 
 
@@ -118,14 +125,13 @@ def test_prompts_lose_their_oldest_exchanges(tmp_path, tokenizer):
 def test_dialogues_lose_their_oldest_exchanges(tokenizer):
     said, short = [], turns("Third?", "Fourth.")
     long = turns("word " * 30 + ".", "word " * 30 + ".")
-    dialogues = [Dialogue(long + short, "x:1"), Dialogue(long, "x:2"), Dialogue(short, "x:3")]
-    fitting = encode_dialogues(tokenizer, dialogues, "moss_en", 30, said.append, "--maxlen_prompt")
+    fitting = encode_turns(tokenizer, [long + short, long, short], "moss_en", 30, said.append)
     expected = encode_dialogue(tokenizer, short, "moss_en")
     assert [(item.ids, item.answer_mask, item.source) for item in fitting] == [(*expected, "x:1"), (*expected, "x:3")]
-    assert said[0].endswith("to --maxlen_prompt; first at x:1")
-    assert said[1].endswith("exceeds --maxlen_prompt; first at x:2")
-    assert encode(tokenizer, dialogues[2], "moss_en", len(expected[0]))[0].ids == expected[0]
-    assert encode(tokenizer, dialogues[2], "moss_en", len(expected[0]) - 1) == (None, 0, [])
+    assert said[0].endswith("to --context_truncate; first at x:1")
+    assert said[1].endswith("exceeds --context_truncate; first at x:2")
+    assert encode_one(tokenizer, short, "moss_en", len(expected[0]))[0].ids == expected[0]
+    assert encode_one(tokenizer, short, "moss_en", len(expected[0]) - 1) == (None, 0)
 
 
 def test_the_first_places_per_reason_are_named():
@@ -177,11 +183,11 @@ def test_pipes_are_refused_and_not_waited_for(tmp_path):
 
 
 def test_files_beyond_memory_are_refused(tmp_path):
-    """Files of holes: a terabyte that no machine could hold, and a line of 64 MB, which could go on for ever."""
+    """Files of holes: a terabyte that is no list, and a line of 64 MB, which could go on for ever."""
     for name, size in {"a.json": 1 << 40, "b.jsonl": (1 << 26) + 1}.items():
         with open(tmp_path / name, "wb") as file:
             file.truncate(size)
-    with pytest.raises(UserError, match=r"--data_path: cannot read .*a.json: it has more than \d+ MB; use a file that"):
+    with pytest.raises(UserError, match=r"a.json: the file is not a JSON list of records"):
         read_records(str(tmp_path / "a.json"))
     with pytest.raises(UserError, match=r"b.jsonl:1: the line has more than 64 MB; write one record per line"):
         list(stream_records(str(tmp_path / "b.jsonl"), "--input"))
@@ -203,17 +209,17 @@ def test_hub_data_sets(monkeypatch):
         read_records("owner/set")
 
 
-def test_tables_are_read_by_datasets(tmp_path, monkeypatch):
+def test_rows_of_tables(tmp_path, tokenizer):
     import datasets
 
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     rows = {"prompt": ["Hi", "Bye"], "response": ["Hello", "Ciao"]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "x.parquet")
     (tmp_path / "x.csv").write_text("prompt,response\nHi,Hello\nBye,Ciao\n")
     for name in ("x.parquet", "x.csv"):
-        train, _ = load_dialogues(str(tmp_path / name), 0, 0, lambda _: None)
-        assert [dialogue.turns[1]["content"] for dialogue in train] == ["Hello", "Ciao"]
-        assert train[1].source == f"{tmp_path}/{name}[train]:2"
+        train, _ = load_dialogues(str(tmp_path / name), tokenizer, "moss_en", 99, say=lambda _: None)
+        expected = [encode_dialogue(tokenizer, turns(*texts), "moss_en") for texts in zip(*rows.values(), strict=True)]
+        assert [(dialogue.ids, dialogue.answer_mask) for dialogue in train] == expected
+        assert train[1].source == f"{tmp_path}/{name}:{'row 2' if name == 'x.parquet' else 3}"
 
 
 def test_data_without_a_usable_record(tmp_path, tokenizer):
@@ -241,11 +247,11 @@ def items(name: str, count: int) -> list[EncodedDialogue]:
 
 
 def test_batches_of_one_set_and_of_weighted_sets():
-    stream = batches([items("a", 3), items("b", 4)], 5, seed=2)
+    stream = Mixture([items("a", 3), items("b", 4)], None, seed=2).batches(5)
     names = ["a0", "a1", "a2", "b0", "b1", "b2", "b3"]
     seen = [item.source for batch in islice(stream, 4) for item in batch]
     assert seen == [names[i] for i in order(0, 20, 7, seed=2)]
-    stream = batches([items("a", 3), items("b", 400)], 100, seed=2, weights=[3, 1])
+    stream = Mixture([items("a", 3), items("b", 400)], [3, 1], seed=2).batches(100)
     seen = [item.source[0] for batch in islice(stream, 10) for item in batch]
     assert seen.count("a") == 750 and 60 <= seen[:100].count("a") <= 90
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.dialogues import load_dialogues
 from data.formats.columns import FormOptions
 from data.formats.dialogue_forms import FORMS, form_of, parse_dialogue, parse_turns
 from data.formats.prompt_forms import parse_prompt
 from data.formats.records import BadRecord, Tally
+from data.sources import all_records, parse_sources, parts_of
 from tests.helpers.fuzzing import ends, fuzz, texts, values
 
 FOLDER = Path(__file__).parents[1] / "data_forms"
@@ -93,6 +93,17 @@ def records_of(name: str) -> list:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+def dialogues_of(file) -> tuple[list[tuple], list[str]]:
+    """The dialogues of a file with their places, and what is said about the others."""
+    (source,), kept, tally = parse_sources([str(file)]), [], Tally("dialogues")
+    for record in all_records(parts_of(source, "--data_path")[0]):
+        try:
+            kept.append((parse_dialogue(record.value, note=tally.once(record.source)), record.source))
+        except BadRecord as error:
+            tally.add(f"dropped: {error}", record.source)
+    return kept, tally.lines()
+
+
 def said_by(parse, value, **options) -> tuple:
     """What `parse` returns, and the reasons that it notes."""
     notes = []
@@ -108,12 +119,12 @@ def reason_of(value, parse=parse_turns, **options) -> str:
 @pytest.mark.parametrize("name", EXPECTED)
 def test_each_form_of_a_dialogue(name):
     form, dialogue, columns, reason = EXPECTED[name]
-    file, said = str(FOLDER / "dialogues" / f"{name}.jsonl"), []
+    file = FOLDER / "dialogues" / f"{name}.jsonl"
     first, second, _ = records_of(name)
     assert [form] * 2 == [form_of(one)[0].name if isinstance(one, dict) else None for one in (first, second)]
-    train, _ = load_dialogues(file, 0, 0, said.append)
-    assert [item.source for item in train] == [f"{file}:1", f"{file}:2"]
-    assert train[0].turns == turns(dialogue)
+    kept, said = dialogues_of(file)
+    assert [place for _, place in kept] == [f"{file}:1", f"{file}:2"]
+    assert kept[0][0] == turns(dialogue)
     assert [line for line in said if f" 1 dropped: {reason}" in line and line.endswith(f"; first at {file}:3")]
     assert parse_prompt(first) == (turns(dialogue)[:-1], columns)
 
@@ -216,9 +227,9 @@ def test_columns_are_renamed():
 
 def test_a_template_makes_the_prompt_and_leaves_its_columns():
     value = {"question": "Which?", "choices": ["a", "b"], "n": 2, "answer": "a"}
-    template = "{question} {choices.1} {choices} {n} {{n}} \\boxed{}"
+    template = "{question}\\n{choices.1} {choices} {n} {{n}} \\boxed{} \\\\nabla"
     assert parse_prompt(value, FormOptions(prompt_template=template)) == (
-        turns(['H:Which? b ["a", "b"] 2 {n} \\boxed{}']), value,
+        turns(['H:Which?\nb ["a", "b"] 2 {n} \\boxed{} \\nabla']), value,
     )  # fmt: skip
     assert said_by(parse_turns, value, prompt_template="{question}{choices}{n}") == (
         turns(['H:Which?["a", "b"]2', "A:a"]), [],
@@ -251,12 +262,11 @@ def test_the_nearest_form_and_what_to_pass(value, hint):
 
 
 def test_unknown_records_and_columns_that_are_not_read_make_one_line_each(tmp_path):
-    file, said = tmp_path / "x.jsonl", []
+    file = tmp_path / "x.jsonl"
     records = [{"reply": k, f"ask{k}": "a"} for k in range(3)]
     records += [{"prompt": "a", "response": "b", "id": 1}, {"prompt": "a", "response": "b", "id": 2, "kind": "c"}]
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    load_dialogues(str(file), 0, 0, said.append)
-    dropped, unread, _ = said
+    dropped, unread = dialogues_of(file)[1]
     assert dropped.startswith("dialogues: 3 dropped: none of the known forms: it has the columns reply, ask0; nearest:")
     assert dropped.endswith(f"; first at {file}:1, then :2, :3")
     assert unread == "dialogues: not read: id, kind"

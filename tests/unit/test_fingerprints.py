@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from data.formats.records import _from_datasets
+from data.sources import Source, parts_of
 from ppo.config import PPOConfig
 from reward.config import RewardConfig
 from sft.config import SFTConfig
@@ -133,7 +133,7 @@ def test_a_data_set_that_needs_code_of_its_own():
     with pytest.raises(OSError, match="scripts are no longer supported"):
         data_revision("some/script.py")
     with pytest.raises(UserError, match=r"^--data_path: cannot load some/script.py .Dataset scripts are no longer"):
-        _from_datasets("some/script.py", "some/script.py", "--data_path")
+        parts_of(Source("some/script.py"))
 
 
 def test_changes_are_named():

@@ -1,5 +1,6 @@
 """Arbitrary data and texts: records are kept or counted, files are refused with their place, masks cover answers."""
 
+import contextlib
 import json
 import re
 from itertools import groupby
@@ -9,18 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.chat import turn_end
-from data.dialogues import encode, load_dialogues
+from data.formats.columns import PLAIN
 from data.formats.dialogue_forms import parse_turns
 from data.formats.records import BadRecord
-from data.preferences import load_preferences
-from data.prompts import load_prompts
 from data.show import ShowConfig
 from data.showing.pages import Section, to_html, to_text
 from data.showing.report import report
 from data.sources import Part
 from data.template import decode_answer, encode_dialogue, encode_prompt, last_answer
-from reward.encode import encode_preference
+from reward.encode import ComparisonEncoder
 from reward.scoring.ensemble import Encoding
+from tests.helpers.data import load, load_dialogues, load_prompts
 from tests.helpers.fuzzing import dialogue_records, ends, fuzz, preference_records, search, texts, values, whole
 from utils.errors import UserError
 from utils.tokenizer import MOSS_ZH_TAGS, load_tokenizer
@@ -93,16 +93,14 @@ lists = st.lists(dialogue_records, max_size=6)
 @given(lists, st.booleans(), st.integers(0, 3))
 def test_fuzz_dialogues(folder, tokenizer, records, ascii_only, num_valid):
     def load(path, num_valid, say):
-        return load_dialogues(path, num_valid, 0, say)
+        return load_dialogues(path, tokenizer, "moss_en", 10**6, num_valid, 0, say)
 
     for dialogue in check_loader(load, "dialogues", records, ascii_only, num_valid, folder):
-        assert dialogue.turns[-1]["role"] == "assistant"
-        with ends():
-            encoded, cut, _ = encode(tokenizer, dialogue, "moss_en", WINDOW)
-        if encoded:
-            assert len(encoded.ids) == len(encoded.answer_mask) <= WINDOW
-            assert 0 <= cut < len(dialogue.turns)
-            assert any(encoded.answer_mask) and not encoded.answer_mask[0]
+        assert len(dialogue.ids) == len(dialogue.answer_mask)
+        assert dialogue.answer_mask[-1] and not dialogue.answer_mask[0]
+    with ends(), contextlib.suppress(UserError):
+        short, _ = load_dialogues(str(folder / "x.jsonl"), tokenizer, "moss_en", WINDOW, 0, 0, str)
+        assert all(len(dialogue.ids) <= WINDOW and any(dialogue.answer_mask) for dialogue in short)
 
 
 @fuzz
@@ -119,22 +117,23 @@ def test_fuzz_prompts(folder, tokenizer, records, ascii_only, num_valid):
 @fuzz
 @given(st.lists(preference_records, max_size=6), st.booleans(), st.integers(0, 3))
 def test_fuzz_preferences(folder, tokenizer, records, ascii_only, num_valid):
-    def load(path, num_valid, say):
-        return load_preferences(path, num_valid, 0, say, ("mean preference difference", "margin"))
+    margins = ("mean preference difference", "margin")
 
-    for preference in check_loader(load, "preferences", records, ascii_only, num_valid, folder):
-        places = range(len(preference.answers))
-        assert preference.pairs and preference.history[-1]["role"] == "user"
-        for pair in preference.pairs:
-            assert pair.better in places and pair.worse in places
-            assert preference.answers[pair.better] != preference.answers[pair.worse]
-        preference.subset.encode()  # it becomes the name of a metric
-        with ends():
-            comparison, _ = encode_preference(preference, tokenizer, "moss_en", WINDOW)
-        if comparison:
-            starts = {tuple(ids[: comparison.prompt_length]) for ids in comparison.answers}
-            assert len(starts) == 1 and max(map(len, comparison.answers)) <= WINDOW
-            assert all(len(ids) > comparison.prompt_length for ids in comparison.answers)
+    def load_all(path, num_valid, say, window=10**6):
+        encoder = ComparisonEncoder(tokenizer, "moss_en", window, PLAIN, margins)
+        return load(encoder, path, num_valid, 0, say)
+
+    for item in check_loader(load_all, "preferences", records, ascii_only, num_valid, folder):
+        places = range(len(item.answers))
+        assert item.pairs
+        for better, worse in item.pairs:
+            assert better in places and worse in places and item.answers[better] != item.answers[worse]
+        item.subset.encode()  # it becomes the name of a metric
+        assert len({tuple(ids[: item.prompt_length]) for ids in item.answers}) == 1
+        assert all(len(ids) > item.prompt_length for ids in item.answers)
+    with ends(), contextlib.suppress(UserError):
+        short, _ = load_all(str(folder / "x.jsonl"), 0, str, WINDOW)
+        assert all(max(map(len, item.answers)) <= WINDOW for item in short)
 
 
 @fuzz

@@ -11,12 +11,12 @@ import re
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.formats.records import FLAG
 from data.sources import parse_sources, parts_of
-from tests.helpers.fuzzing import ends, search, texts, values, whole
+from tests.helpers.fuzzing import ASKED, ends, search, texts, values, whole
 from utils.errors import UserError
 
 PACK = {
@@ -24,7 +24,7 @@ PACK = {
     ".zst": lambda content: pyarrow.compress(content, "zstd", asbytes=True),
 }  # fmt: skip
 PACKED = sorted(PACK.keys() - {""})
-fuzz = search(parts=4)
+fuzz = search(parts=4) if ASKED else settings(search(), max_examples=25)
 cells = st.text(whole, max_size=12).map(lambda text: text.replace("\r", " "))
 rows = st.lists(st.fixed_dictionaries({"prompt": cells, "n": st.integers(-9, 9)}), min_size=1, max_size=5)
 
@@ -60,12 +60,9 @@ def test_fuzz_json_lines(folder, items, ending, has_break):
     """None draws a blank line. Each value has the number of its line."""
     text = "\n".join("" if item is None else json.dumps(item) for item in items) + "\n" * has_break
     file = written(folder, f"x.jsonl{ending}", text.encode())
-    expected = [(f"{file}:{k}", item) for k, item in enumerate(items, start=1) if item is not None]
+    read = enumerate(json.loads(json.dumps(items)), start=1)  # two halves of a surrogate pair become one
+    expected = [(f"{file}:{k}", item) for k, item in read if item is not None]
     with ends():
-        if not expected:
-            with pytest.raises(UserError, match="no records"):
-                records_of(file)
-            return
         assert repr(records_of(file)) == repr(expected)  # NaN is not equal to itself
 
 
@@ -86,7 +83,7 @@ def test_fuzz_broken_lines(folder, items, place, ending, broken):
 def test_fuzz_json_lists(folder, items, ending, indent):
     file = written(folder, f"x.json{ending}", json.dumps(items, indent=indent).encode())
     with ends():
-        expected = [(f"{file}:record {k}", item) for k, item in enumerate(items, start=1)]
+        expected = [(f"{file}:record {k}", item) for k, item in enumerate(json.loads(json.dumps(items)), start=1)]
         assert repr(records_of(file)) == repr(expected)
 
 
@@ -96,11 +93,7 @@ def test_fuzz_text_lines(folder, lines, ending):
     lines = [line.encode("utf-8", "replace").decode().replace("\r", " ").lstrip("\ufeff") for line in lines]
     file = written(folder, f"x.txt{ending}", "\n".join(lines).encode())
     with ends():
-        if not any(line.strip() for line in lines):
-            with pytest.raises(UserError, match="no records"):
-                records_of(file)
-            return
-        places = [f"{file}:{k}" for k, line in enumerate(lines, start=1) if line.strip()]
+        places = [f"{file}:{k}" for k, line in enumerate(lines, start=1) if line.encode().strip()]
         assert [place for place, _ in records_of(file)] == places
 
 
@@ -156,7 +149,8 @@ def test_fuzz_damaged_compression(folder, items, ending, data):
         except UserError as error:
             assert str(file) in str(error) and "\n" not in str(error)
             return
-    assert ending == ".zst" or repr([value for _, value in found]) == repr(items)
+    expected = json.loads(json.dumps(items)) if content else []  # an empty file has no records
+    assert ending == ".zst" or repr([value for _, value in found]) == repr(expected)
 
 
 @fuzz

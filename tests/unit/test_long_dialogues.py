@@ -6,12 +6,11 @@ import time
 import pytest
 
 from data.chat import MANY_TURNS, encode_chat, encode_last_answer, mask_earlier_answers, turn_end
-from data.dialogues import Dialogue, encode
 from data.formats.truncate import newest_turns
-from data.prompts import load_prompts
 from data.template import encode_dialogue, encode_prompt
 from data.texts import Texts
 from reward.scoring.ensemble import Encoding
+from tests.helpers.data import encode_one, load_prompts
 from tests.helpers.families import FAMILIES, family_tokenizer
 from tests.helpers.tiny_run import write_json
 from utils.tokenizer import load_tokenizer
@@ -92,7 +91,7 @@ def test_an_encoded_dialogue_is_that_of_the_turns_that_fit(chat_folder):
         kept = turns
         while len((parts := encode_dialogue(tokenizer, kept, "chat"))[0]) - 1 > limit:  # ends in a newline
             kept = drop_oldest(kept)
-        found, removed, _ = encode(tokenizer, Dialogue(turns, ""), "chat", limit)
+        found, removed = encode_one(tokenizer, turns, "chat", limit)
         assert (found.ids, found.answer_mask) == (parts[0][:-1], parts[1][:-1]) and removed == len(turns) - len(kept)
         assert Encoding(tokenizer, "chat", limit + 1)(turns) == (parts[0], removed > 0)
 
@@ -104,7 +103,7 @@ def test_the_time_of_long_dialogues(chat_folder, tmp_path, template, size, limit
     tokenizer, turns = load_tokenizer(str(chat_folder), template), dialogue(random.Random(4), size, False)
     write_json(tmp_path / "data.json", [[turn["content"] for turn in turns]] * 2)
     started = time.process_time()
-    found, removed, _ = encode(tokenizer, Dialogue(turns[:-1], ""), template, limit)
+    found, removed = encode_one(tokenizer, turns[:-1], template, limit)
     assert len(found.ids) <= limit and (removed > 0) == (size > 1001)
     assert time.process_time() - started < seconds
     (prompt,), _ = load_prompts(str(tmp_path / "data.json"), tokenizer, template, limit, 1, 0, str)

