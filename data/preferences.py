@@ -11,6 +11,7 @@ from data.formats.nearest import shown_name
 from data.formats.preference_forms import form_of, read_by, unknown
 from data.formats.records import FLAG, UNREAD, BadRecord, Record, Tally
 from data.formats.score_columns import STRENGTH, read_number, read_score_gap, read_strength
+from data.formats.turns import refuse_media, refuse_tools
 from data.sources import Part, all_records, parse_sources, parts_of
 from data.template import Turns
 from utils.errors import Say, UserError
@@ -54,7 +55,7 @@ def load_preferences(
     Raises UserError if the data is unreadable or nothing is left.
     """
     found: tuple[list[Preference], list[Preference]] = ([], [])
-    for source in parse_sources(values):
+    for source in parse_sources(values, FLAG):
         tally, parts = Tally("preferences"), parts_of(source, FLAG, config.split, config.valid_split)
         read = [[] if part is None else _parse_all(part, tally, options) for part in parts]
         tally.report(say)
@@ -89,6 +90,8 @@ def parse_preferences(
     subset, form = _subset_of(value, record), form_of(value)
     if form is None:
         raise BadRecord(unknown(value))
+    refuse_media(value)
+    refuse_tools(value)
     inner = replace(options, columns=(), prompt_template="") if options.columns or options.prompt_template else options
     compared = form.parse(value, Reader(inner, note))
     read = read_by(form, options, margin_columns)
