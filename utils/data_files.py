@@ -28,7 +28,7 @@ class Source:
     weight: float | None = None
 
 
-def parse_sources(values: list[str], flag: str) -> list[Source]:
+def parse_sources(values: list[str], flag: str = "--data_path") -> list[Source]:
     """Returns the sources in values such as ["a", "0.7", "b", "0.3"]. Raises UserError for wrong or missing weights."""
     sources: list[Source] = []
     for value in values:

@@ -14,7 +14,8 @@ from data.showing.counts import Counts, Duplicates, bins, joined, overlap, quant
 from data.showing.items import NO_LIMIT, Item, encode, form_name, kind_of, parse, shape
 from data.showing.pages import LEGEND, Section
 from data.showing.pieces import Piece, token_pieces, turn_pieces
-from data.sources import Part, Source, all_records, parse_sources, parts_of
+from data.sources import Part, all_records, parts_of
+from utils.data_files import Source, parse_sources
 
 CHUNK = 256  # records that are encoded together
 SAMPLE = 20  # records that decide the kind
