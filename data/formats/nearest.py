@@ -8,8 +8,8 @@ from data.formats.turns import kind_of
 _SHOWN = 12  # columns in a message
 _ALIKE = (
     ("prompt", "question", "query", "instruction", "problem", "input", "task", "request", "ask", "user", "text",
-     "问题"),
-    ("response", "answer", "output", "completion", "solution", "target", "reply", "assistant", "result", "回答",
+     "q", "问题"),
+    ("response", "answer", "output", "completion", "solution", "target", "reply", "assistant", "result", "a", "回答",
      "答案", "chosen"),
     ("messages", "conversations", "conversation", "dialogue", "thread", "log"),
     ("chosen", "better", "preferred", "winner", "accepted", "positive", "good", "best"),
