@@ -14,8 +14,7 @@ from data.showing.counts import Counts, Duplicates, bins, joined, overlap, quant
 from data.showing.items import NO_LIMIT, Item, encode, form_name, kind_of, parse, shape
 from data.showing.pages import LEGEND, Section
 from data.showing.pieces import Piece, token_pieces, turn_pieces
-from data.sources import Part, Source, parse_sources, parts_of
-from utils.errors import UserError
+from data.sources import Part, Source, all_records, parse_sources, parts_of
 
 CHUNK = 256  # records that are encoded together
 SAMPLE = 20  # records that decide the kind
@@ -38,20 +37,11 @@ class Split:
 
     def records(self) -> Iterator[Record]:
         """Yields the records."""
-        return islice(chain.from_iterable(map(_some_records, self.parts)), self.limit)
+        return islice(all_records(self.parts), self.limit)
 
     def places(self) -> Iterator[str]:
         """Yields the place of each record, without parsing it."""
         return (raw.source for raw in islice(chain.from_iterable(part.raw() for part in self.parts), self.limit))
-
-
-def _some_records(part: Part) -> Iterator[Record]:
-    """Yields the records of a part. Raises UserError if it has none."""
-    records = part.records()
-    first = next(records, None)
-    if first is None:
-        raise UserError(f"{part.flag}: {part.name} has no records; use a file with at least one")
-    yield from chain([first], records)
 
 
 class Look:
@@ -79,7 +69,7 @@ class Look:
                     self.count(split, record, item, *next(sides))
 
     def read(self, record: Record) -> list[Item]:
-        """Returns the items of a record, whose form is counted; none, and the reason is counted, if it is not usable."""
+        """Returns the items of a record, and counts its form; none, and counts the reason, if it cannot be used."""
         try:
             items = self.parsed(record, self.tally)
         except BadRecord as error:
@@ -122,7 +112,7 @@ class Look:
 
     def view(self, record: Record, item: Item, kept) -> Section:
         """Returns what is shown of a record: its form, its keys, and its tokens or texts."""
-        lines = [f"form: {shape(record.value)}"]
+        lines = [f"record: {shape(record.value)}"]
         if item.columns:
             lines.append(f"columns for a reward function: {', '.join(item.columns)}")
         own = Tally("this record")
@@ -195,7 +185,7 @@ def sections_of(look: Look, splits: list[Split], found: str) -> list[Section]:
         numbers = [len(split.counts.records), *(named[name] for name in ("usable", "truncated", "tokens", "learnt"))]
         steps = named["usable"] // batch if split.name == "train" else ""
         table.append([split.source.path, split.name, "" if weight is None else f"{weight:g}", *numbers, steps])
-    forms = [f"{number} records: {name}; first at {look.first[name]}" for name, number in look.shapes.most_common(5)]
+    forms = [f"{name}: {number}, first at {look.first[name]}" for name, number in look.shapes.most_common(5)]
     sections = [Section("Records", [f"used as {look.kind} ({found})", LEGEND])]
     sections += [*chain.from_iterable(split.views for split in splits), Section("Forms", forms)]
     sections += [Section("Counts", [f"steps: of one epoch at --batch_size {batch}"], table)]
