@@ -11,8 +11,9 @@ from data.formats.nearest import shown_name
 from data.formats.preference_forms import form_of, read_by, unknown
 from data.formats.records import FLAG, UNREAD, BadRecord, Record, Tally
 from data.formats.score_columns import STRENGTH, read_number, read_score_gap, read_strength
-from data.sources import Part, all_records, parse_sources, parts_of
+from data.sources import Part, all_records, parts_of
 from data.template import Turns
+from utils.data_files import parse_sources
 from utils.errors import Say, UserError
 from utils.flags.data import RecordFlags
 from utils.terminal import has_lone_surrogate

@@ -5,10 +5,10 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
-from data.dialogues import parse_dialogue
 from data.encode import encode_answers
 from data.encoded import Mixture, form_options, load_encoded
 from data.formats.columns import FormOptions
+from data.formats.dialogue_forms import parse_dialogue
 from data.formats.records import FLAG, BadRecord, Record, Tally
 from data.formats.score_columns import STRENGTH
 from data.preferences import MARGIN_COLUMNS, Pair, Preference, parse_preferences
@@ -82,7 +82,7 @@ class AnswerEncoder(ComparisonEncoder):
 
     def parse(self, record: Record, tally: Tally) -> list[Preference]:
         """Returns the dialogue of a record as a preference with one answer. Raises BadRecord with the reason."""
-        turns = parse_dialogue(record, tally, self.options)
+        turns = parse_dialogue(record.value, self.options, tally.once(record.source))
         return [Preference(turns[:-1], [turns[-1]["content"]], [], "", record.source)]
 
 

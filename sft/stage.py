@@ -11,11 +11,11 @@ from transformers.utils.generic import is_flash_attention_requested
 from data.batching.micro_batch_plan import rank_plan
 from data.dialogues import DialogueEncoder, EncodedDialogue
 from data.encoded import Mixture, form_options, load_encoded
-from data.sources import parse_sources
 from sft.config import SFTConfig
 from sft.model import packing_failure
 from sft.packed_batches import Layout, PackedRow
 from sft.samples import sample_answers
+from utils.data_files import parse_sources
 from utils.distributed import rank, world_size
 from utils.engine.engine import DTYPES, TrainEngine, device
 from utils.engine.split import splitter

@@ -6,8 +6,8 @@ from functools import partial
 
 from torch import nn
 
-from data.chat import template_arguments
 from data.template import encode_dialogue
+from data.texts import template_arguments
 from reward.model import ScalarModel, load_scalar_model
 from reward.scoring.ensemble import Encoding, Ensemble, Frozen, Member, check_labels
 from reward.scoring.flags import RewardFlags

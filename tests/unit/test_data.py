@@ -200,11 +200,14 @@ def test_missing_paths_stay_local(monkeypatch):
 
 
 def test_hub_data_sets(monkeypatch):
-    splits = {"train": [{"prompt": "a"}], "validation": [{"prompt": "b"}]}
-    monkeypatch.setattr("datasets.load_dataset", lambda _: splits)
+    import datasets
+
+    parts = {name: datasets.Dataset.from_list([{"prompt": text}], split=name) for name, text in
+             (("train", "a"), ("validation", "b"))}  # fmt: skip
+    monkeypatch.setattr("datasets.load_dataset", lambda name, config: datasets.DatasetDict(parts))
     train, valid = read_records("owner/set")
     assert (train, valid[0].value) == ([Record({"prompt": "a"}, "owner/set[train]:1")], {"prompt": "b"})
-    monkeypatch.setattr("datasets.load_dataset", lambda _: {"test": []})
+    monkeypatch.setattr("datasets.load_dataset", lambda name, config: {"test": []})
     with pytest.raises(UserError, match="no train split, only test"):
         read_records("owner/set")
 
