@@ -11,7 +11,7 @@ import re
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.formats.records import FLAG
@@ -99,6 +99,7 @@ def test_fuzz_text_lines(folder, lines, ending):
 
 @fuzz
 @given(rows, st.sampled_from([("csv", ","), ("tsv", "\t")]), st.sampled_from(sorted(PACK)))
+@example([{"prompt": "a\n\nb", "n": 1}, {"prompt": "c", "n": 2}], ("csv", ","), ".gz")
 def test_fuzz_csv(folder, items, kind, ending):
     """Cells may contain line breaks: the place of a record is the line on which it begins."""
     name, delimiter = kind

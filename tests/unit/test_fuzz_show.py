@@ -4,13 +4,13 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.show import ShowConfig
 from data.showing.pages import to_html, to_text
 from data.showing.report import report
-from tests.helpers.fuzzing import dialogue_records, ends, fuzz, preference_records
+from tests.helpers.fuzzing import ASKED, dialogue_records, ends, preference_records, search
 from utils.errors import UserError
 
 WINDOW = 40
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
 
 
-@fuzz
+@(search() if ASKED else settings(search(), max_examples=50))
 @given(
     st.lists(dialogue_records | preference_records, max_size=6), st.booleans(),
     st.sampled_from(["auto", "prompts", "dialogues", "preferences"]), st.sampled_from(["", "moss_en"]),
