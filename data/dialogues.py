@@ -10,7 +10,8 @@ from data.encode import encode_dialogues
 from data.formats.columns import FormOptions
 from data.formats.dialogue_forms import parse_dialogue
 from data.formats.records import BadRecord, Record, Tally
-from data.template import Turns, last_answer
+from data.template import last_answer
+from data.texts import Texts, Turns
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,9 @@ class DialogueEncoder:
                 parsed.append(None)
         rows: list[list[dict] | None] = [None if turns is None else [] for turns in parsed]
         waiting = [(i, turns, False) for i, turns in enumerate(parsed) if turns is not None]
+        texts = Texts(self.tokenizer)  # the dialogues up to rewritten answers have been rendered already
         while waiting:
-            encoded = encode_dialogues(
-                self.tokenizer, [turns for _, turns, _ in waiting], self.template, self.max_tokens
-            )
+            encoded = encode_dialogues(texts, [turns for _, turns, _ in waiting], self.template, self.max_tokens)
             again = []
             for (i, whole, last_only), (turns, ids, mask, rewritten) in zip(waiting, encoded, strict=True):
                 source = records[i].source

@@ -18,6 +18,7 @@ from data.formats.turns import (
     from_prompt,
     ignore,
     kind_of,
+    refuse_media,
     refuse_tools,
     with_reasoning,
 )  # fmt: skip
@@ -27,7 +28,6 @@ ANSWERS = ("response", "completion", "output", "answer", "solution", "target", "
 SYSTEM = ("system", "system_prompt")
 INPUTS = ("input", "context")  # of an instruction
 _BESIDE = ("input", "context", "passage", "choices", "options")  # of any other question: not read
-_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
 
 def _is_any(value: Any) -> bool:
@@ -173,9 +173,7 @@ def _question_in(
     value: dict, form: Form, column: str, options: FormOptions, note: Note
 ) -> tuple[Turns, tuple[str, ...]]:  # fmt: skip
     """Returns the turns of a record's column, and the other columns that were read."""
-    media = next((key for key in _MEDIA if isinstance(value.get(key), list | dict) and value[key]), None)
-    if media:
-        raise BadRecord(f"{media}: only text is supported")
+    refuse_media(value)
     if form.name == "Alpaca":
         return _from_alpaca(value), (*INPUTS, "history")
     if form.accepts is _is_tree:

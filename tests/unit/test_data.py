@@ -172,7 +172,7 @@ def test_lines_and_numbers_of_records(tmp_path):
 def test_pipes_are_refused_and_not_waited_for(tmp_path):
     """Each rank reads a file, and a run that goes on reads it again; the pipe of `<(zcat x)` is read once."""
     (tmp_path / "data").mkdir()
-    for name in ("pipe.json", "data/train.json", "data/train.jsonl"):
+    for name in ("pipe.json", "data/train.json", "data/a_train.jsonl"):
         os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match=r"--data_path: .*pipe.json is a pipe or a device; write its content to a file"):
         read_records(str(tmp_path / "pipe.json"))

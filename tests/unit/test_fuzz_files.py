@@ -119,6 +119,17 @@ def test_fuzz_csv(folder, items, kind, ending):
 
 
 @fuzz
+@given(rows, st.integers(0, 4), st.sampled_from(sorted(PACK)))
+def test_fuzz_csv_that_is_not_utf8(folder, items, place, ending):
+    lines = ["prompt,n", *(f"{item['n']},{item['n']}" for item in items)]
+    place = min(place, len(lines) - 1)
+    content = [line.encode() + b"\xff" * (k == place) for k, line in enumerate(lines)]
+    file = written(folder, f"x.csv{ending}", b"\n".join(content))
+    with ends(), pytest.raises(UserError, match=rf"^{re.escape(str(file))}:{place + 1}: not UTF-8"):
+        records_of(file)
+
+
+@fuzz
 @given(rows)
 def test_fuzz_tables(folder, items):
     table = pyarrow.Table.from_pylist(items)

@@ -15,6 +15,7 @@ from data.showing.pages import Section, to_text
 from data.showing.pieces import Piece, token_pieces, turn_pieces
 from data.showing.report import report
 from data.template import encode_dialogue, encode_prompt
+from tests.helpers.families import FAMILIES, family_tokenizer
 from utils.tokenizer import load_tokenizer
 
 HOSTILE = "<script>alert(1)</script>\x1b[31m\u202e"
@@ -188,6 +189,21 @@ def test_nothing_usable_is_an_error_after_the_reasons(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and re.match(rf"error: --data_path {file}: no usable \w+.*--columns", err)
     assert '{"wrong": 3}' in out and f"first at {file}:1" in out
+
+
+def test_unknown_records_that_look_like_pairs(tmp_path, capsys):
+    file = written(tmp_path, "x.jsonl", [{"quest": "Why?", "better_one": 3}])
+    with pytest.raises(SystemExit):
+        main(["--data_path", str(file)])
+    assert "no usable preferences" in capsys.readouterr().err
+
+
+def test_rewritten_answers_are_counted(tmp_path, show):
+    family_tokenizer(FAMILIES["Qwen 3"]).save_pretrained(tmp_path / "qwen")
+    thought = "<think>\nHm.\n</think>\n\n"
+    file = written(tmp_path, "x.jsonl", [["Why?", f"{thought}So.", "Then?", f"{thought}No."]])
+    said = show("--data_path", file, "--tokenizer_name_or_path", tmp_path / "qwen")
+    assert "dialogues: 1 with earlier answers that the template rewrites" in said
 
 
 def test_colours_and_columns():
