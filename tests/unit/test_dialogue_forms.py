@@ -79,8 +79,8 @@ PROMPTS = {
              "an empty turn"),
     "choices": ("question and answer", ["H:Which is a metal?"],
                 {"choices": ["Iron", "Wood"], "answer": 0, "subject": "chemistry"},
-                "none of the known forms: it has the columns choices, answer, subject; nearest: prompt and response "
-                "lacks prompt; pass --columns prompt=COLUMN"),
+                "none of the known forms: it has the columns question (null), choices, answer, subject; nearest: "
+                "prompt and response lacks prompt (have: subject); pass --columns prompt=subject"),
 }  # fmt: skip
 
 
@@ -266,6 +266,10 @@ def test_a_prompt_needs_no_answer():
     assert reason.endswith(
         "; nearest: question and answer lacks question (have: Question); pass --columns question=Question"
     )
+
+    reason = reason_of({"id": 1, "Frage": "a", "Bild": None}, parse_prompt)
+    assert reason.endswith("prompt and response lacks prompt (have: Frage); pass --columns prompt=Frage")
+    assert "it has the columns id, Frage, Bild (null); nearest:" in reason
 
 
 def test_unknown_records_and_columns_that_are_not_read_make_one_line_each(tmp_path):
