@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data.texts import Texts, Turns, render, template_arguments
 from utils.errors import UserError
+from utils.tokenizer import encode_texts
 
 MANY_TURNS = 32  # from here on, the prefixes of a dialogue are not rendered whole
 # The texts of the probe dialogue: they are in no template, and templates that change case keep them.
@@ -61,13 +62,8 @@ def _probed_end(tokenizer: PreTrainedTokenizerBase, _template: str, _given: str)
 
 def _ids_after_answer(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> list[int]:
     before, found, after = render(tokenizer, turns, open_answer=False).partition(_ANSWER)
-    start, whole = map(Texts(tokenizer).marked, (before + found, before + found + after))
+    start, whole = encode_texts(tokenizer, [before + found, before + found + after], False)
     return whole[len(start) :] if found and whole[: len(start)] == start else []
-
-
-def encode_chat(texts: Texts, turns: Turns, open_answer: bool = True) -> list[int]:
-    """Returns the ids of the rendered dialogue. open_answer: include the beginning of the assistant's next answer."""
-    return texts.marked(texts.render(turns, open_answer))
 
 
 def encode_last_answer(texts: Texts, turns: Turns, prompt: list[int]) -> list[int]:
@@ -77,7 +73,7 @@ def encode_last_answer(texts: Texts, turns: Turns, prompt: list[int]) -> list[in
     or the tokenizer changes the answer or the prompt when they are joined, the answer is encoded separately.
     """
     tokenizer, text = texts.tokenizer, turns[-1]["content"]
-    end, whole = turn_end(tokenizer, "chat"), encode_chat(texts, turns, open_answer=False)
+    end, whole = turn_end(tokenizer, "chat"), texts.chat(turns, open_answer=False)
     ids = whole[len(prompt) :]
     if end.stop in ids:
         ids = ids[: len(ids) - ids[::-1].index(end.stop) - end.num_generated]
@@ -108,10 +104,10 @@ def mask_earlier_answers(texts: Texts, turns: Turns, ids: list[int]) -> tuple[li
             continue
         since = k - 3 if len(turns) > MANY_TURNS else 0
         before = system + turns[since:k] if since > len(system) else turns[:k]
-        start = encode_chat(texts, before)
+        start = texts.chat(before, open_answer=True)
         own = start + encode_last_answer(texts, [*before, turn], start)
         if len(before) < k:
-            head = len(encode_chat(texts, [*system, turns[since]]))
+            head = len(texts.chat([*system, turns[since]], open_answer=True))
             found = text.find(_searchable(own[head:]), place)
         else:
             head, found = 0, 0 if ids[: len(own)] == own else -1

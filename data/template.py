@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
-from data.chat import encode_chat, encode_last_answer, mask_earlier_answers, turn_end
+from data.chat import encode_last_answer, mask_earlier_answers, turn_end
 from data.texts import Texts, Turns
 from utils.tokenizer import MOSS_ZH_TAGS, stop_ids
 
@@ -21,7 +21,7 @@ from utils.tokenizer import MOSS_ZH_TAGS, stop_ids
 def encode_prompt(tokenizer: PreTrainedTokenizerBase | Texts, turns: Turns, template: str) -> list[int]:
     """Returns the ids of everything before the answer. turns: [{"role", "content"}, …], the last one is the human's."""
     texts = Texts.of(tokenizer)
-    return encode_chat(texts, turns) if template == "chat" else _encode_moss(texts, turns, template)[0]
+    return texts.chat(turns, open_answer=True) if template == "chat" else _encode_moss(texts, turns, template)[0]
 
 
 def encode_dialogue(tokenizer: PreTrainedTokenizerBase, turns: Turns, template: str) -> tuple[list[int], list[bool]]:
@@ -68,7 +68,7 @@ def prepare(texts: Texts, dialogues: Iterable[Turns], template: str) -> None:
     if template == "chat":
         ends = [(turns, turns[-1]["role"] != "assistant") for turns in dialogues]
         prompts = [(turns[:-1], True) for turns, is_prompt in ends if not is_prompt]
-        texts.encode_rendered(ends + prompts)
+        texts.encode_chats(ends + prompts)
     else:
         texts.encode_plain(_stretch(turn, template) for turns in dialogues for turn in _fold_system(turns))
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
 from itertools import chain, pairwise
 
@@ -17,18 +18,18 @@ _MAX_BYTES, _MAX_TEXT = 2**30, 200_000  # of rendering a dialogue: memory, and c
 
 
 class Texts:
-    """Renders and encodes the texts of dialogues, and remembers them.
+    """Encodes the texts of dialogues, and remembers the ids.
 
-    A rendered text is cut before its special tokens, and each stretch is encoded once. What a tokenizer makes of a
+    A rendered dialogue is cut before its special tokens, and each stretch is encoded once. What a tokenizer makes of a
     stretch does not depend on the text before it, because it encodes the text between special tokens separately.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self._rendered: dict[tuple, str] = {}
         self._plain: dict[str, list[int]] = {}
         self._marked: dict[str, list[int]] = {}
-        self._special: re.Pattern | None = None  # where rendered texts are cut; known from the first batch on
+        self._chats: dict[tuple, list[list[int]]] = {}  # the ids of a dialogue's stretches
+        self._special: re.Pattern | None = None  # before what rendered texts are cut; known from the first batch on
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerBase | Texts") -> "Texts":
@@ -41,49 +42,38 @@ class Texts:
             self.encode_plain([text])
         return self._plain[text]
 
-    def marked(self, text: str) -> list[int]:
-        """Returns the ids of rendered text, in which special tokens are tokens; the template writes the BOS."""
-        stretches = self._cut(text)
-        if not all(stretch in self._marked for stretch in stretches):
-            self._encode_marked(stretches)
-        return list(chain.from_iterable(map(self._marked.__getitem__, stretches)))
-
-    def render(self, turns: Turns, open_answer: bool) -> str:
-        """Returns the dialogue as `render` does."""
-        key = _key(turns, open_answer)
-        if key not in self._rendered:
-            self._rendered[key] = render(self.tokenizer, turns, open_answer)
-        return self._rendered[key]
-
     def encode_plain(self, texts: Iterable[str]) -> None:
         """Encodes the stretches of plain text that are not known, in one call."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._plain]
-        self._plain.update(zip(new, encode_texts(self.tokenizer, new, True)))
+        self._encode(self._plain, texts, True)
 
-    def encode_rendered(self, dialogues: list[tuple[Turns, bool]]) -> None:
-        """Renders and encodes the (turns, open_answer) that are not known; if one fails, leaves them to `render`."""
+    def chat(self, turns: Turns, open_answer: bool) -> list[int]:
+        """Returns the ids of a dialogue as of `render`, in which special tokens are tokens. The template writes BOS."""
+        key = _key(turns, open_answer)
+        if key not in self._chats:
+            self._render({key: turns}, open_answer)
+        return list(chain.from_iterable(self._chats[key]))
+
+    def encode_chats(self, dialogues: list[tuple[Turns, bool]]) -> None:
+        """Renders and encodes the (turns, open_answer) that are not known; if one fails, `chat` will tell which."""
         self._special = self._special or _special_tokens(self.tokenizer)
         for open_answer in (True, False):
             keys = {_key(turns, end): turns for turns, end in dialogues if end == open_answer}
-            new = {key: turns for key, turns in keys.items() if key not in self._rendered}
-            if not new:
-                continue
-            try:
-                found = _render_all(self.tokenizer, list(new.values()), open_answer)
-            except UserError:
-                return
-            self._rendered.update(zip(new, found))
-            self._encode_marked(chain.from_iterable(map(self._cut, found)))
+            with suppress(UserError):
+                self._render({key: turns for key, turns in keys.items() if key not in self._chats}, open_answer)
 
-    def _encode_marked(self, stretches: Iterable[str]) -> None:
-        new = [stretch for stretch in dict.fromkeys(stretches) if stretch not in self._marked]
-        self._marked.update(zip(new, encode_texts(self.tokenizer, new, False)))
+    def _render(self, dialogues: dict[tuple, Turns], open_answer: bool) -> None:
+        cut = [self._cut(text) for text in _render_all(self.tokenizer, list(dialogues.values()), open_answer)]
+        self._encode(self._marked, chain.from_iterable(cut), False)
+        for key, stretches in zip(dialogues, cut):
+            self._chats[key] = [self._marked[stretch] for stretch in stretches]
+
+    def _encode(self, known: dict[str, list[int]], texts: Iterable[str], split_special_tokens: bool) -> None:
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        known.update(zip(new, encode_texts(self.tokenizer, new, split_special_tokens)))
 
     def _cut(self, text: str) -> list[str]:
         """Returns the text in stretches, each of which but the first begins with a special token."""
-        if self._special is None:
-            return [text]
-        cuts = [found.start() for found in self._special.finditer(text)]
+        cuts = [found.start() for found in self._special.finditer(text)] if self._special else []
         return [text[start:stop] for start, stop in pairwise([0, *cuts, len(text)]) if start < stop]
 
 
@@ -108,6 +98,8 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Turns, open_answer: bool) 
 
 def _render_all(tokenizer: PreTrainedTokenizerBase, dialogues: list[Turns], open_answer: bool) -> list[str]:
     arguments = template_arguments(tokenizer)
+    if not dialogues:
+        return []
     try:
         _check_template(str(tokenizer.chat_template))
         with limited(2 + sum(map(len, dialogues)) / 1000, _MAX_BYTES):

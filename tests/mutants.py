@@ -215,8 +215,8 @@ MUTANTS = [Mutant(*mutant) for mutant in (
     # Text and data
     ("no end token behind a question", "human + texts.plain(_stretch(turn, template)) + eos, []",
      "human + texts.plain(_stretch(turn, template)), []", "unit/test_template.py"),
-    ("special tokens in a text become tokens", "self._plain.update(zip(new, encode_texts(self.tokenizer, new, True)))",
-     "self._plain.update(zip(new, encode_texts(self.tokenizer, new, False)))", "unit/test_template.py"),
+    ("special tokens in a text become tokens", "self._encode(self._plain, texts, True)",
+     "self._encode(self._plain, texts, False)", "unit/test_template.py"),
     ("rendered texts are cut behind special tokens", "cuts = [found.start() for found in",
      "cuts = [found.end() for found in", "unit/test_encode.py"),
     ("texts are cut before tags that take in spaces", "any(token.lstrip or token.single_word for token in tokens)",

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from data.chat import MANY_TURNS, encode_chat, encode_last_answer, mask_earlier_answers, turn_end
+from data.chat import MANY_TURNS, encode_last_answer, mask_earlier_answers, turn_end
 from data.formats.truncate import newest_turns
 from data.template import encode_dialogue, encode_prompt
 from data.texts import Texts
@@ -37,7 +37,7 @@ def mask_by_prefixes(tokenizer, turns, ids):
     """The mask and the rewritten answers, by rendering the dialogue up to each answer whole."""
     end, mask, rewritten, texts = turn_end(tokenizer, "chat"), [False] * len(ids), [], Texts(tokenizer)
     for k in (k for k, turn in enumerate(turns) if turn["role"] == "assistant"):
-        start = encode_chat(texts, turns[:k])
+        start = texts.chat(turns[:k], True)
         own = start + encode_last_answer(texts, turns[: k + 1], start)
         if ids[: len(own)] != own:
             rewritten.append(k)
