@@ -14,7 +14,7 @@ POLICY_MODEL=${POLICY_MODEL:-models/moss-rlhf-sft-model-7B-zh/recover}
 REWARD_MODEL=${REWARD_MODEL:-$(has_flag --reward_fn "$@" || echo models/moss-rlhf-reward-model-7B-zh/recover)}
 CRITIC_MODEL=$(flag_value --critic_model_path "${CRITIC_MODEL:-$REWARD_MODEL}" "$@") # where the critic starts from
 TOKENIZER=${TOKENIZER:-$POLICY_MODEL}
-DATA=${DATA:-data/ppo_data} # a folder with *train.json(l) and *valid.json(l), a file, or a hub id
+DATA=${DATA:-data/ppo_data} # a folder with *train* and *valid* files, a file, or a hub id
 OUTPUT=${OUTPUT:-outputs/ppo_zh}
 
 # All three stages, from random weights: SFT of a small LLaMA on customers' reviews, a reward model that prefers reviews

@@ -11,8 +11,8 @@ from data.cache import EncodedFile, encode_to_file, open_rows
 from data.formats.columns import FormOptions
 from data.formats.records import FLAG, Record, Tally
 from data.order import mixture, order
-from data.sources import Part, Source, all_records, parse_sources, parts_of
-from utils.data_files import COMPRESSED
+from data.sources import Part, Source, all_records, parts_of
+from utils.data_files import COMPRESSED, parse_sources
 from utils.errors import Say, UserError
 from utils.flags.data import RecordFlags
 from utils.run.together import once_per_node

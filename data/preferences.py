@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from data.formats.columns import PLAIN, FormOptions, map_columns
@@ -11,8 +10,10 @@ from data.formats.nearest import shown_name
 from data.formats.preference_forms import form_of, read_by, unknown
 from data.formats.records import FLAG, UNREAD, BadRecord, Record, Tally
 from data.formats.score_columns import STRENGTH, read_number, read_score_gap, read_strength
-from data.sources import Part, all_records, parse_sources, parts_of
+from data.formats.turns import refuse_media, refuse_tools
+from data.sources import Part, all_records, parts_of
 from data.template import Turns
+from utils.data_files import parse_sources, stem_of
 from utils.errors import Say, UserError
 from utils.flags.data import RecordFlags
 from utils.terminal import has_lone_surrogate
@@ -54,7 +55,7 @@ def load_preferences(
     Raises UserError if the data is unreadable or nothing is left.
     """
     found: tuple[list[Preference], list[Preference]] = ([], [])
-    for source in parse_sources(values):
+    for source in parse_sources(values, FLAG):
         tally, parts = Tally("preferences"), parts_of(source, FLAG, config.split, config.valid_split)
         read = [[] if part is None else _parse_all(part, tally, options) for part in parts]
         tally.report(say)
@@ -89,6 +90,8 @@ def parse_preferences(
     subset, form = _subset_of(value, record), form_of(value)
     if form is None:
         raise BadRecord(unknown(value))
+    refuse_media(value)
+    refuse_tools(value)
     inner = replace(options, columns=(), prompt_template="") if options.columns or options.prompt_template else options
     compared = form.parse(value, Reader(inner, note))
     read = read_by(form, options, margin_columns)
@@ -114,11 +117,6 @@ def _margin_of(value: dict, strength: float | None, columns: tuple[str, ...]) ->
     return margin
 
 
-def file_stem(record: Record) -> str:
-    """Returns the name of a record's file without its folder and endings ("a/x.jsonl.gz": "x")."""
-    return Path(re.sub(r"\.(gz|zst|bz2|xz)$", "", record.source.rpartition(":")[0])).stem
-
-
 def _subset_of(value: Any, record: Record) -> str:
     """Returns the record's `subset`, or its file's name without train or valid ("helpful_valid.jsonl.gz": helpful)."""
     named = value.get("subset") if isinstance(value, dict) else None
@@ -126,5 +124,6 @@ def _subset_of(value: Any, record: Record) -> str:
         if not isinstance(named, str) or not named.strip() or has_lone_surrogate(named):
             raise BadRecord("subset is not a name")
         return named.strip()
-    name = re.sub(r"-\d{5}-of-\d{5}$", "", file_stem(record))  # files of hub data sets: train-00000-of-00002.parquet
+    stem = stem_of(record.source.rpartition(":")[0])
+    name = re.sub(r"-\d{5}-of-\d{5}$", "", stem)  # files of hub data sets: train-00000-of-00002.parquet
     return re.sub(r"(\[(train|valid|test).*\]|[-_.]?(train|valid|validation))$", "", name) or "all"

@@ -23,7 +23,8 @@ class ShowFlags:
     """Show: which records, and as what."""
 
     data_path: Common[list[str]] = field(default_factory=list)
-    """Data: folders, files or hub ids, each with a number behind it, its weight, or all without"""
+    """Data: folders of *train* and *valid* files, files or hub ids (owner/name:config@split). A number after each
+    sets its share: a 0.7 b 0.3"""
     tokenizer_name_or_path: Common[str | None] = None
     """Tokenizer: a folder, a tokenizer.model or a hub id. Default: none; texts are shown, and lengths in characters"""
     kind: Common[Literal["auto", "prompts", "dialogues", "preferences"]] = "auto"

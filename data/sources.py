@@ -1,9 +1,9 @@
 """Where records come from: values of a data flag, and the files and splits behind them, which stream their records."""
 
 import logging
-import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,14 +13,14 @@ from data.formats.compressed import reading
 from data.formats.json_lines import decode_line, items_of, lines_of, parse_line
 from data.formats.records import FLAG, Record
 from data.formats.tables import rows_of_arrow, rows_of_text
-from data.order import BLOCK
 from utils.data_files import (
     SUFFIXES,
+    Source,
     is_saved,
-    is_weight,
-    parts_of_name,
+    parse_sources,
     saved_files,
     split_files,
+    stem_of,
     suffix_of,
 )
 from utils.errors import UserError
@@ -31,16 +31,6 @@ from utils.watchdog import downloading
 
 MAX_PATH = 200  # characters of a path in a message
 _SLICE = re.compile(r"\[[^\]]*\]$")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One value of a data flag: a folder, a file or a hub id with configuration and split, and the number after it."""
-
-    path: str
-    config: str | None = None
-    split: str | None = None
-    weight: float | None = None
 
 
 class Raw(NamedTuple):
@@ -94,29 +84,6 @@ def parse_raw(raw: Raw) -> Record:
     name, _, line = raw.source.rpartition(":")
     text = decode_line(raw.content, name, int(line))
     return Record(text.strip() if raw.is_text else parse_line(text, name, int(line)), raw.source)
-
-
-def parse_sources(values: list[str], flag: str = FLAG) -> list[Source]:
-    """Returns the sources in values such as ["a", "0.7", "b", "0.3"]. Raises UserError for wrong or missing weights."""
-    sources: list[Source] = []
-    for value in values:
-        if not is_weight(value):
-            sources.append(Source(*parts_of_name(value)))
-        elif not sources or sources[-1].weight is not None:
-            raise UserError(f"{flag} {value}: a weight follows the path that it is of; write ./{value} for a file")
-        else:
-            sources[-1] = Source(sources[-1].path, sources[-1].config, sources[-1].split, float(value))
-    weights = [source.weight for source in sources]
-    if all(weight is None for weight in weights):
-        return sources
-    if None in weights:
-        raise UserError(
-            f"{flag}: {sources[weights.index(None)].path} has no weight, unlike others; give each one or none"
-        )
-    for weight in weights:
-        if not BLOCK * weight >= sum(weights) > 0 or not math.isfinite(weight):
-            raise UserError(f"{flag}: weight {weight:g}: pass positive numbers, none below 1/1000 of their sum")
-    return sources
 
 
 def parts_of(
@@ -179,6 +146,10 @@ def _folder(folder: Path, flag: str, split: str, valid_split: str) -> tuple[list
         raise UserError(
             f"{flag}: no *{split}.json or *{split}.jsonl in {folder} ({found}); rename a file or pass its path"
         )
+    stems = Counter(stem_of(file) for file in [*train, *valid])
+    if twice := next((stem for stem, number in stems.items() if number > 1), None):
+        same = " and ".join(file.name for file in [*train, *valid] if stem_of(file) == twice)
+        raise UserError(f"{flag}: {folder} has {same}, which may be copies; rename or remove one, or pass a path")
     if valid_split and not valid:
         raise UserError(f"{flag}: no *{valid_split}* file in {folder}; rename a file, or pass another --valid_split")
     train, valid = ([Part(str(file), flag) for file in files] for files in (train, valid))

@@ -1,13 +1,15 @@
 """Builds a `Run` from the flags; every check is done before anything is written."""
 
+from transformers import PreTrainedTokenizerBase
+
 from data.choose_template import first_prompt, prepare_tokenizer
-from data.encoded import form_options, load_encoded
-from data.prompts import PromptEncoder
+from data.encoded import Mixture, form_options, load_encoded
+from data.prompts import Prompt, PromptEncoder
 from ppo.config import PPOConfig
 from ppo.decoding.sampling import Sampling
 from ppo.models import load_models
 from ppo.planning.plan import fit_to_memory, vllm_room
-from ppo.pretrain import load_pretrain
+from ppo.pretrain import PretrainStream, load_pretrain
 from ppo.rollout import PolicySampler
 from ppo.run import Run
 from ppo.state import PPOState, RunState
@@ -23,6 +25,23 @@ from utils.run.start import open_log, start_run
 from utils.run.together import together
 
 
+def load_data(
+    config: PPOConfig, say: Say
+) -> tuple[PreTrainedTokenizerBase, Mixture[Prompt], list[Prompt], PretrainStream | None]:
+    """Returns (tokenizer, training prompts, held-out prompts, batches of --ppo_pretrain_data_path). Collective."""
+    policy, critic = ((f"--{name}", getattr(config, name)) for name in ("policy_model_path", "critic_model_path"))
+    tokenizer, template = prepare_tokenizer(config, config.tokenizer_name_or_path or policy[1], [policy], say, [critic])
+    config.check_world(world_size(), len(tokenizer))
+    for flag, path in (policy, critic):
+        config.fit_window(window_at(path, flag))
+    encoder = PromptEncoder(tokenizer, template, config.maxlen_prompt - config.maxlen_res, form_options(config))
+    count, lower = config.num_eval_prompts, is_default(config, "num_eval_prompts")
+    train, valid = load_encoded(config.data_path, encoder, config, count, config.seed, say, lower=lower)
+    config.fit_prompts(len(train), world_size())
+    pretrain = load_pretrain(config, tokenizer, template, say) if config.use_ppo_pretrain_loss else None
+    return tokenizer, train, valid, pretrain
+
+
 def build(config: PPOConfig) -> Run:
     """Does the quick checks first, loads data and models, then creates the run's folder. Collective."""
     return _build(config, *start_run(config, PPOState))
@@ -36,21 +55,10 @@ def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
     for path in config.reward_model_path:
         model_folder(path, "--reward_model_path")
     reward_fn = load_reward_functions(config)
-    policy, critic = ((f"--{name}", getattr(config, name)) for name in ("policy_model_path", "critic_model_path"))
-    tokenizer, template = prepare_tokenizer(config, config.tokenizer_name_or_path or policy[1], [policy], say, [critic])
-    config.check_world(world_size(), len(tokenizer))
-    for flag, path in (policy, critic):
-        config.fit_window(window_at(path, flag))
-    room, lower = config.maxlen_prompt - config.maxlen_res, is_default(config, "num_eval_prompts")
-    encoder = PromptEncoder(tokenizer, template, room, form_options(config))
-    train, valid = load_encoded(
-        config.data_path, encoder, config, config.num_eval_prompts, config.seed, say, lower=lower
-    )  # fmt: skip
-    config.fit_prompts(len(train), world_size())
+    tokenizer, train, valid, pretrain = load_data(config, say)
     say(first_prompt(tokenizer, train.first(1)[0].ids))
     if reward_fn:
         reward_fn.check_columns([prompt.columns for prompt in train.first(NUM_CHECKED)], say)
-    pretrain = load_pretrain(config, tokenizer, template, say) if config.use_ppo_pretrain_loss else None
     vllm = None
     if config.rollout_engine == "vllm":  # on GPUs that are still empty, whose memory it measures
         prompts = -(-max(config.num_rollouts, config.num_eval_prompts) // world_size())

@@ -1,11 +1,9 @@
-"""Encoded comparisons of answers, and the dynamic batches of Part II, whose size follows the token count."""
+"""Encoded comparisons of answers, and the dynamic batches of Part II, whose size follows the token count. Pure."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-
-from data.encoded import Mixture
 
 MIN_PAIRS, MAX_PAIRS = 4, 128
 
@@ -103,19 +101,19 @@ def pair_index(items: list[Comparison]) -> PairIndex:
 
 
 def dynamic_batches(
-    train: Mixture[Comparison], batch_size: int, min_size: int = MIN_PAIRS, max_size: int = MAX_PAIRS
+    take: Callable[[int, int], list[Comparison]], budget: float, min_size: int = MIN_PAIRS, max_size: int = MAX_PAIRS
 ) -> Iterator[list[Comparison]]:
     """Yields batches without end, each of `min_size` to `max_size` items.
 
-    A batch takes items as long as their total length is at most batch_size * mean length: many short items or few long
-    ones. The batches depend on lengths and seed only, so that they are the same on all ranks and after resuming.
+    A batch takes items as long as their total length is at most `budget`, the batch size times the mean length: many
+    short items or few long ones. take: (start, count) -> items at these places of the run. The batches depend on these
+    items only, so that they are the same on all ranks and after resuming.
     """
-    budget = batch_size * sum(row["tokens"] for row in train.each("tokens")) / len(train)
     position = 0
     while True:
         batch, total = [], 0
         while len(batch) < max_size:
-            (item,) = train.take(position, 1)
+            (item,) = take(position, 1)
             if len(batch) >= min_size and total + item.tokens > budget:
                 break
             batch.append(item)

@@ -5,10 +5,11 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
-from data.dialogues import parse_dialogue
+from data.choose_template import prepare_tokenizer
 from data.encode import encode_answers
 from data.encoded import Mixture, form_options, load_encoded
 from data.formats.columns import FormOptions
+from data.formats.dialogue_forms import parse_dialogue
 from data.formats.records import FLAG, BadRecord, Record, Tally
 from data.formats.score_columns import STRENGTH
 from data.preferences import MARGIN_COLUMNS, Pair, Preference, parse_preferences
@@ -17,6 +18,8 @@ from reward.config import RewardConfig
 from utils.distributed import world_size
 from utils.errors import Say, UserError
 from utils.flags.checks import is_default
+from utils.models.load import FLAG as MODEL
+from utils.models.load import window_at
 from utils.tokenizer import template_of
 
 CENTER_ANSWERS = 1000  # maximum number of answers of --center_data_path, scored in each evaluation
@@ -82,7 +85,7 @@ class AnswerEncoder(ComparisonEncoder):
 
     def parse(self, record: Record, tally: Tally) -> list[Preference]:
         """Returns the dialogue of a record as a preference with one answer. Raises BadRecord with the reason."""
-        turns = parse_dialogue(record, tally, self.options)
+        turns = parse_dialogue(record.value, self.options, tally.once(record.source))
         return [Preference(turns[:-1], [turns[-1]["content"]], [], "", record.source)]
 
 
@@ -136,6 +139,22 @@ def encode_all(
     for subset in sorted({p.subset for p in preferences} - {item.subset for item in kept}):
         say(f"preferences: no preference of the subset {subset!r} is left")
     return kept
+
+
+def load_data(
+    config: RewardConfig, say: Say
+) -> tuple[PreTrainedTokenizerBase, Mixture[Comparison], list[Comparison], list[Comparison] | None]:
+    """Returns (tokenizer, training comparisons, held-out ones, answers of --center_data_path). Collective."""
+    models = [(MODEL, config.hf_model_name_or_path)]
+    tokenizer, _ = prepare_tokenizer(config, config.tokenizer_name_or_path, models, say)
+    if config.delimiter not in (None, tokenizer.eos_token):
+        end = tokenizer.eos_token
+        raise UserError(f"--delimiter {config.delimiter!r}: utterances end in {end!r}; remove the flag")
+    config.fit_window(window_at(config.hf_model_name_or_path))
+    train, valid = load_comparisons(config, tokenizer, say)
+    if config.center_scores and not valid:
+        raise UserError("--center_scores needs an evaluation; add a *valid* file, or use --num_valid above 0")
+    return tokenizer, train, valid, load_center_answers(config, tokenizer, say) if config.center_data_path else None
 
 
 def load_comparisons(

@@ -11,7 +11,7 @@ LAUNCHER=${LAUNCHER:-auto}          # own, deepspeed, torchrun, srun or none; au
 
 MODEL=${MODEL:-outputs/sft/final} # where it starts from: the SFT model, or a reward model with --reward_lm_loss_factor 0
 TOKENIZER=${TOKENIZER:-$MODEL}
-DATA=${DATA:-data/preference_data} # a folder with *train.json(l) and *valid.json(l), a file, or a hub id
+DATA=${DATA:-data/preference_data} # a folder with *train* and *valid* files, a file, or a hub id
 OUTPUT=${OUTPUT:-outputs/reward}
 
 answer_help '-m reward.train' "$@"

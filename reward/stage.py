@@ -94,6 +94,7 @@ def build_stage(
 ) -> Stage:
     """Returns the reward model's `Stage`. answers: as in `Evaluation`."""
     min_size = max(MIN_PAIRS, world_size())
+    budget = config.batch_size * sum(row["tokens"] for row in train.each("tokens")) / len(train)
     views = 2 if config.simcse_coef else 1
     joined = model.trains_joined and views == 1
 
@@ -108,7 +109,7 @@ def build_stage(
     prepare = partial(cache_gradients, plan=plan, length=length, temperature=config.simcse_temperature, seeds=random)
     weights = {"lm_loss": config.reward_lm_loss_factor, "simcse_loss": config.simcse_coef}
     return Stage(
-        batches=dynamic_batches(train, config.batch_size, min_size),
+        batches=dynamic_batches(train.take, budget, min_size),
         length=length,
         plan=plan,
         sums=partial(comparison_sums, config=config),

@@ -5,21 +5,19 @@ with the options of Part II as flags: margin, label smoothing, flipped labels, c
 """
 
 from reward.config import RewardConfig
-from utils.errors import UserError
 from utils.flags.parser import entry_point, parse_args
 from utils.watchdog import Watchdog
 
 
 def train(config: RewardConfig) -> None:
     """Runs the training. Nothing is written before model and data are loaded and checked."""
-    from data.choose_template import first_prompt, prepare_tokenizer
-    from reward.encode import load_center_answers, load_comparisons
+    from data.choose_template import first_prompt
+    from reward.encode import load_data
     from reward.stage import RewardState, build_stage, load
     from utils.distributed import world_size
     from utils.engine.engine import TrainEngine
     from utils.engine.memory import device_room
     from utils.memory.recompute import choose_checkpointing
-    from utils.models.load import FLAG, window_at
     from utils.run.start import start_run
     from utils.run.supervised_loop import fit
     from utils.run.together import together
@@ -27,18 +25,9 @@ def train(config: RewardConfig) -> None:
     say, start = start_run(config, RewardState)
     with together():
         config.check_ranks(world_size())
-        models = [(FLAG, config.hf_model_name_or_path)]
-        tokenizer, _ = prepare_tokenizer(config, config.tokenizer_name_or_path, models, say)
-        if config.delimiter not in (None, tokenizer.eos_token):
-            end = tokenizer.eos_token
-            raise UserError(f"--delimiter {config.delimiter!r}: utterances end in {end!r}; remove the flag")
-        config.fit_window(window_at(config.hf_model_name_or_path))
-        items, held_out_items = load_comparisons(config, tokenizer, say)
-        first = items.sets[0][0]
+        tokenizer, items, held_out_items, answers = load_data(config, say)
+        (first,) = items.first(1)
         say(first_prompt(tokenizer, first.answers[0][: first.prompt_length]))
-        if config.center_scores and not held_out_items:
-            raise UserError("--center_scores needs an evaluation; add a *valid* file, or use --num_valid above 0")
-        answers = load_center_answers(config, tokenizer, say) if config.center_data_path else None
         model = load(config, tokenizer, say)
         engine = TrainEngine(model, config, "reward model")
         stage = build_stage(config, model, tokenizer, items, answers)

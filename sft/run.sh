@@ -11,8 +11,7 @@ LAUNCHER=${LAUNCHER:-auto}          # own, deepspeed, torchrun, srun or none; au
 
 MODEL=${MODEL:-models/llama-7b} # where it starts from: a Hugging Face folder or a hub id
 TOKENIZER=${TOKENIZER:-$MODEL}
-read -rd '' -a DATA <<<"${DATA:-data/sft_data}" || true # folders of *train.json(l) and *valid.json(l), files or hub ids
-read -rd '' -a WEIGHTS <<<"${DATA_WEIGHTS:-}" || true # a share of the samples for each; none: every dialogue once per epoch
+read -rd '' -a DATA <<<"${DATA:-data/sft_data}" || true # folders of *train* and *valid* files, files or hub ids; a number after each is its share: a 2 b 1
 OUTPUT=$(flag_value --model_save_path "${OUTPUT:-outputs/sft}" "$@")
 
 answer_help '-m sft.train' "$@"
@@ -27,7 +26,6 @@ ARGS=(
   --hf_model_name_or_path "$MODEL"
   --tokenizer_name_or_path "$TOKENIZER"
   --data_path "${DATA[@]/#-/./-}"
-  ${WEIGHTS[@]+--data_weights "${WEIGHTS[@]}"}
   --model_save_path "$OUTPUT"
   --seed 42
 

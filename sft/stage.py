@@ -5,17 +5,18 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.generic import is_flash_attention_requested
 
 from data.batching.micro_batch_plan import rank_plan
+from data.choose_template import prepare_tokenizer
 from data.dialogues import DialogueEncoder, EncodedDialogue
 from data.encoded import Mixture, form_options, load_encoded
-from data.sources import parse_sources
 from sft.config import SFTConfig
 from sft.model import packing_failure
 from sft.packed_batches import Layout, PackedRow
 from sft.samples import sample_answers
+from utils.data_files import parse_sources
 from utils.distributed import rank, world_size
 from utils.engine.engine import DTYPES, TrainEngine, device
 from utils.engine.split import splitter
@@ -23,7 +24,7 @@ from utils.errors import Say, UserError
 from utils.flags.checks import is_default
 from utils.models.compile import compile_layers
 from utils.models.export import check_names, save_causal_lm, saved_tensors
-from utils.models.load import FLAG, check_window, enable_checkpointing, load_causal_lm
+from utils.models.load import FLAG, check_window, enable_checkpointing, load_causal_lm, window_at
 from utils.models.padding_free import decoder_of, has_varlen_kernel
 from utils.models.routers import ROUTER_METRICS
 from utils.models.split import gathered
@@ -31,9 +32,14 @@ from utils.run.supervised_loop import Stage, evaluate
 from utils.tensors import to_device
 from utils.tokenizer import template_of
 
+Dialogues = tuple[PreTrainedTokenizerBase, Mixture[EncodedDialogue], list[EncodedDialogue]]
 
-def load_dialogues(config: SFTConfig, tokenizer, say: Say) -> tuple[Mixture[EncodedDialogue], list[EncodedDialogue]]:
-    """Returns (dialogues to train on, held-out dialogues). Raises UserError for less than a batch. Collective."""
+
+def load_data(config: SFTConfig, say: Say) -> Dialogues:
+    """Returns (tokenizer, training dialogues, held-out ones). Raises UserError for less than a batch. Collective."""
+    models = [(FLAG, config.hf_model_name_or_path)]
+    tokenizer, _ = prepare_tokenizer(config, config.tokenizer_name_or_path, models, say)
+    config.fit_window(window_at(config.hf_model_name_or_path))
     encoder = DialogueEncoder(tokenizer, template_of(tokenizer), config.context_truncate, form_options(config))
     lower = is_default(config, "num_valid")
     train, valid = load_encoded(config.data_path, encoder, config, config.num_valid, config.seed, say, lower=lower)
@@ -45,7 +51,7 @@ def load_dialogues(config: SFTConfig, tokenizer, say: Say) -> tuple[Mixture[Enco
     if len(train) < config.batch_size:
         few = f"{len(train)} dialogues to train on are fewer than --batch_size {config.batch_size}"
         raise UserError(f"--data_path {' '.join(config.data_path)}: {few}; add data or lower --batch_size")
-    return train, valid
+    return tokenizer, train, valid
 
 
 def evenly_spaced(items: list, count: int) -> list:

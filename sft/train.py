@@ -10,15 +10,15 @@ from utils.watchdog import Watchdog
 
 def train(config: SFTConfig) -> None:
     """Runs the training. Nothing is written before model and data are loaded and checked."""
-    from data.choose_template import first_prompt, prepare_tokenizer
+    from data.choose_template import first_prompt
     from sft.model import AnswerModel
     from sft.samples import prompt_length
-    from sft.stage import build_stage, evenly_spaced, load, load_dialogues
+    from sft.stage import build_stage, evenly_spaced, load, load_data
     from utils.distributed import world_size
     from utils.engine.engine import TrainEngine
     from utils.engine.memory import device_room
     from utils.memory.recompute import choose_checkpointing
-    from utils.models.load import FLAG, window_at
+    from utils.models.load import FLAG
     from utils.models.routers import router_coef
     from utils.run.start import start_run
     from utils.run.supervised_loop import FitState, fit
@@ -27,12 +27,8 @@ def train(config: SFTConfig) -> None:
     say, start = start_run(config, FitState)
     with together():
         config.check_ranks(world_size())
-        tokenizer, _ = prepare_tokenizer(
-            config, config.tokenizer_name_or_path, [(FLAG, config.hf_model_name_or_path)], say
-        )
-        config.fit_window(window_at(config.hf_model_name_or_path))
-        dialogues, valid = load_dialogues(config, tokenizer, say)
-        first = dialogues.sets[0][0]
+        tokenizer, dialogues, valid = load_data(config, say)
+        (first,) = dialogues.first(1)
         say(first_prompt(tokenizer, first.ids[: prompt_length(first)]))
         lm, layout = load(config, tokenizer, say)
         balance = router_coef(lm, config.router_aux_loss_coef, f"{FLAG} {config.hf_model_name_or_path}", say)

@@ -1,17 +1,54 @@
 """Data sets by name and on the disk: hub ids, endings, *train* and *valid* files, folders that `datasets` saved."""
 
+import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
+from utils.errors import UserError
 from utils.files import read_json
 from utils.hub import is_hub_id
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _NAME = re.compile(r"([^:@]+)(?::([\w.-]+))?(?:@(.+))?")  # owner/name:config@split
-_WEIGHT = re.compile(r"\d+(\.\d*)?([eE][-+]?\d+)?|\.\d+")
+_WEIGHT = re.compile(r"-?\d+(\.\d*)?([eE][-+]?\d+)?|-?\.\d+")
+MIN_SHARE = 1 / 1000  # of the sum of all weights
 _STATE = "state.json"  # in each folder of a saved data set
+
+
+@dataclass(frozen=True)
+class Source:
+    """One value of a data flag: a folder, a file or a hub id with configuration and split, and the number after it."""
+
+    path: str
+    config: str | None = None
+    split: str | None = None
+    weight: float | None = None
+
+
+def parse_sources(values: list[str], flag: str = "--data_path") -> list[Source]:
+    """Returns the sources in values such as ["a", "0.7", "b", "0.3"]. Raises UserError for wrong or missing weights."""
+    sources: list[Source] = []
+    for value in values:
+        if not is_weight(value):
+            sources.append(Source(*parts_of_name(value)))
+        elif not sources or sources[-1].weight is not None:
+            raise UserError(f"{flag} {value}: a weight follows the path that it is of; write ./{value} for a file")
+        else:
+            sources[-1] = Source(sources[-1].path, sources[-1].config, sources[-1].split, float(value))
+    weights = [source.weight for source in sources]
+    if all(weight is None for weight in weights):
+        return sources
+    if None in weights:
+        raise UserError(
+            f"{flag}: {sources[weights.index(None)].path} has no weight, unlike others; give each one or none"
+        )
+    for weight in weights:
+        if not weight >= MIN_SHARE * sum(weights) > 0 or not math.isfinite(weight):
+            raise UserError(f"{flag}: weight {weight:g}: pass positive numbers, none below 1/1000 of their sum")
+    return sources
 
 
 def is_weight(value: str) -> bool:

@@ -18,6 +18,7 @@ from data.formats.turns import (
     from_prompt,
     ignore,
     kind_of,
+    refuse_media,
     refuse_tools,
     with_reasoning,
 )  # fmt: skip
@@ -27,7 +28,6 @@ ANSWERS = ("response", "completion", "output", "answer", "solution", "target", "
 SYSTEM = ("system", "system_prompt")
 INPUTS = ("input", "context")  # of an instruction
 _BESIDE = ("input", "context", "passage", "choices", "options")  # of any other question: not read
-_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
 
 def _is_any(value: Any) -> bool:
@@ -141,22 +141,19 @@ def form_of(value: dict, options: FormOptions = PLAIN) -> tuple[Form, str] | Non
     for form, column in found:
         if value[column] is not None and form.accepts(value[column]):
             return form, column
-    if (
-        len(value) == 1
-        and not found
-        and not set(ANSWERS) & value.keys()
-        and isinstance(next(iter(value.values())), str)
-    ):
-        return COLUMN, next(iter(value))
+    only = next(iter(value)) if len(value) == 1 and not found else None
+    if only is not None and only not in ANSWERS and isinstance(value[only], str):
+        return COLUMN, only
     return next(((form, column) for form, column in found if form.accepts is _is_any), None)
 
 
 def read_question(
-    value: Any, options: FormOptions = PLAIN, note: Note = ignore
+    value: Any, options: FormOptions = PLAIN, note: Note = ignore, needs: int = 2
 ) -> tuple[Turns, Form | None, set[str]]:  # fmt: skip
     """Returns (turns, form, columns that were read) of a record after `map_columns`, without an answer column.
 
-    The turns are not checked. The form is None if the record is a list or a text. Raises BadRecord.
+    The turns are not checked. The form is None if the record is a list or a text. Raises BadRecord, which names the
+    nearest form: of those with question and answer (needs 2), or with a question (1).
     """
     if isinstance(value, list | str):
         return from_prompt(value, options, note), None, set()
@@ -164,7 +161,7 @@ def read_question(
         raise BadRecord(f"neither a list nor an object but {kind_of(value)}")
     found = form_of(value, options)
     if found is None:
-        raise BadRecord(f"none of the known forms{nearest(value, _NEEDS)}")
+        raise BadRecord("none of the known forms" + nearest(value, [(name, both[:needs]) for name, both in _NEEDS]))
     form, column = found
     turns, beside = _question_in(value, form, column, options, note)
     if form.answers and value.get("history"):
@@ -176,9 +173,7 @@ def _question_in(
     value: dict, form: Form, column: str, options: FormOptions, note: Note
 ) -> tuple[Turns, tuple[str, ...]]:  # fmt: skip
     """Returns the turns of a record's column, and the other columns that were read."""
-    media = next((key for key in _MEDIA if isinstance(value.get(key), list | dict) and value[key]), None)
-    if media:
-        raise BadRecord(f"{media}: only text is supported")
+    refuse_media(value)
     if form.name == "Alpaca":
         return _from_alpaca(value), (*INPUTS, "history")
     if form.accepts is _is_tree:

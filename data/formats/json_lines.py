@@ -14,14 +14,14 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _CHUNK = 1 << 20  # bytes that are read at once of a JSON list
 
 
-def lines_of(stream: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
-    """Yields (number from 1, bytes) of each line that is not blank. Raises UserError for one of more than 64 MB."""
+def lines_of(stream: BinaryIO, name: str, blank: bool = False) -> Iterator[tuple[int, bytes]]:
+    """Yields (number from 1, bytes) of each line; blank: of blank ones too. UserError for one of more than 64 MB."""
     for number, line in enumerate(iter(lambda: stream.readline(MAX_JSON + 1), b""), start=1):
         if len(line) > MAX_JSON:
             raise UserError(f"{name}:{number}: the line has more than {MAX_JSON >> 20} MB; write one record per line")
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
-        if line.strip():
+        if blank or line.strip():
             yield number, line
 
 

@@ -8,8 +8,8 @@ from data.formats.turns import kind_of
 _SHOWN = 12  # columns in a message
 _ALIKE = (
     ("prompt", "question", "query", "instruction", "problem", "input", "task", "request", "ask", "user", "text",
-     "问题"),
-    ("response", "answer", "output", "completion", "solution", "target", "reply", "assistant", "result", "回答",
+     "q", "问题"),
+    ("response", "answer", "output", "completion", "solution", "target", "reply", "assistant", "result", "a", "回答",
      "答案", "chosen"),
     ("messages", "conversations", "conversation", "dialogue", "thread", "log"),
     ("chosen", "better", "preferred", "winner", "accepted", "positive", "good", "best"),
@@ -29,7 +29,12 @@ def nearest(value: dict, forms: list[tuple[str, tuple[str, ...]]]) -> str:
     inner = [f"{key}.{name}" for key in columns if isinstance(value[key], dict) for name in value[key]]
     name, found = max((_match(form, flat, inner) for form in forms), key=lambda one: one[0])[1:]
     lacking = {ours: theirs for ours, theirs in found.items() if ours not in flat}
-    shown = [*map(shown_name, columns[:_SHOWN]), *["…"][: len(columns) > _SHOWN]]
+    texts = [key for key in flat if isinstance(value[key], str) and key not in found.values()]
+    unknown = [ours for ours, theirs in lacking.items() if theirs is None]
+    if len(texts) == len(unknown) == 1 and texts[0] not in found:
+        lacking[unknown[0]] = texts[0]
+    shown = [shown_name(key) + " (null)" * (item is None) for key, item in value.items()]
+    shown[_SHOWN:] = ["…"] * (len(shown) > _SHOWN)
     text = f"{SEEN}{', '.join(shown)}; nearest: {name}"
     if not lacking:
         return f"{text}, but {' and '.join(f'its {ours} is {kind_of(value[ours])}' for ours in found)}"

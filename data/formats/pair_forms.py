@@ -43,7 +43,8 @@ def _side(value: dict, key: str, side: Any, prompt: Turns, problem: BadRecord | 
 def _whole(dialogue: Any, prompt: Turns, value: dict, read: Reader) -> Turns:
     """Returns a whole dialogue with the system turn of the record's columns or of the prompt, unless it has its own."""
     system = {name: value[name] for name in SYSTEM if name in value}
-    turns = read.turns({"prompt" if isinstance(dialogue, str) else "messages": dialogue} | system)
+    key = "prompt" if isinstance(dialogue, str) else "messages"
+    turns = read.turns({key: dialogue} | system if system else dialogue)
     missing = bool(prompt) and prompt[0]["role"] == "system" and turns[0]["role"] != "system"
     return check_turns([prompt[0], *turns]) if missing else turns
 

@@ -23,7 +23,7 @@ def parse_prompt(value: Any, options: FormOptions = PLAIN, note: Note = ignore) 
         reader = Reader(replace(options, columns=(), prompt_template=""), note)
         turns, used, answered = preference.parse(value, reader)[0].history, {*QUESTIONS, "history", *SYSTEM}, False
     else:
-        turns, form, used = read_question(value, options, note)
+        turns, form, used = read_question(value, options, note, needs=1)
         answer = value.get(first_key(value, (*form.answers, *ANSWERS))) if form and form.answers else None
         answered = isinstance(answer, str) and bool(answer.strip())
     turns = check_turns(turns)
@@ -32,13 +32,4 @@ def parse_prompt(value: Any, options: FormOptions = PLAIN, note: Note = ignore) 
     if answered:
         note("ended in the assistant's answer, which was cut off")
     columns = value.items() if isinstance(value, dict) else ()
-    return turns, {key: _json(item) for key, item in columns if key not in used}
-
-
-def _json(value: Any) -> Any:
-    """Returns a value of JSON as it is, and other values of tables (dates, decimal numbers) as text."""
-    if isinstance(value, dict):
-        return {str(key): _json(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_json(item) for item in value]
-    return value if value is None or isinstance(value, str | int | float) else str(value)
+    return turns, {key: item for key, item in columns if key not in used}

@@ -1,13 +1,13 @@
 """Read tables row by row: .csv and .tsv with the line of each record, .parquet and .arrow in batches."""
 
 import csv
-import io
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data.formats.json_lines import decode_line, lines_of
 from utils.errors import UserError
 from utils.files import MAX_JSON
 
@@ -20,8 +20,8 @@ def rows_of_text(stream: BinaryIO, name: str, delimiter: str) -> Iterator[tuple[
     Cells are text; an empty one is None, and one that is a JSON list or object becomes this.
     """
     csv.field_size_limit(min(MAX_JSON, sys.maxsize))
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    rows = csv.reader(text, delimiter=delimiter, strict=True)
+    lines = (decode_line(line, name, number) for number, line in lines_of(stream, name, blank=True))
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
     line = 1
     try:
         header = next(rows, None)
@@ -37,8 +37,6 @@ def rows_of_text(stream: BinaryIO, name: str, delimiter: str) -> Iterator[tuple[
                 yield line, {column: _cell(cell) for column, cell in zip(header, cells, strict=True)}
     except csv.Error as error:
         raise UserError(f"{name}:{line}: not a table ({error}); fix the file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}:{line}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
 
 
 def rows_of_arrow(file: Path, stream: BinaryIO, suffix: str, flag: str) -> Iterator[tuple[int, dict[str, Any]]]:

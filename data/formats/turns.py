@@ -15,6 +15,7 @@ _ROLES = {
     "developer": "system",
 }  # fmt: skip
 _TOOL_ROLES = {"tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython"}
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _TOOL_KEYS = ("tool_calls", "function_call", "tools", "functions")
 _ROLE_KEYS, _TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -118,6 +119,13 @@ def kind_of(value: Any) -> str:
     """Returns what a JSON value is, in words."""
     names = {str: "text", int: "a number", float: "a number", bool: "true/false", list: "a list", dict: "an object"}
     return names.get(type(value), "null")
+
+
+def refuse_media(value: dict) -> None:
+    """Raises BadRecord for a record with pictures, sound or films."""
+    key = next((key for key in _MEDIA if isinstance(value.get(key), list | dict) and value[key]), None)
+    if key:
+        raise BadRecord(f"{key}: only text is supported")
 
 
 def refuse_tools(value: dict) -> None:

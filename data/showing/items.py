@@ -1,8 +1,10 @@
 """Records as prompts, dialogues or preferences, their tokens, and what of them was read."""
 
+import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.encode import encode_answers, encode_dialogues, encode_prompts
 from data.formats.columns import FormOptions, map_columns
@@ -14,9 +16,18 @@ from data.formats.records import BadRecord, Record, Tally
 from data.preferences import MARGIN_COLUMNS, Pair, parse_preferences
 from data.template import Turns
 
-KINDS = ("prompts", "dialogues", "preferences")
 NO_LIMIT = 2**40  # tokens
-Side = tuple[list[int], list[bool]]  # token ids, mask of those that are learnt
+MAX_RAW = 400  # characters that are shown of a record as it is
+_PAIR = re.compile("chosen|reject|better|worse|prefer|winner|rank|score", re.IGNORECASE)
+Side = tuple[Sequence[int], list[bool]]  # token ids (without a tokenizer: characters), mask of those that are learnt
+
+
+class Encoded(NamedTuple):
+    """Ids and mask per answer; number of turns that were removed, and of answers that the template rewrites."""
+
+    sides: list[Side]
+    removed: int = 0
+    rewritten: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,16 +44,6 @@ class Item:
     def prompt(self) -> Turns:
         """The turns before the (last) answer."""
         return self.turns[:-1] if self.kind == "dialogues" else self.turns
-
-    def characters(self) -> list[int]:
-        """Returns the number of characters of the turns, with each answer if there are `answers`."""
-        size = sum(len(turn["content"]) for turn in self.turns)
-        return [size + len(answer) for answer in self.answers or [""]]
-
-    def learnt_characters(self) -> int:
-        """Returns the number of characters of the answers."""
-        answers = (turn["content"] for turn in self.turns if self.kind == "dialogues" and turn["role"] == "assistant")
-        return sum(map(len, (*answers, *self.answers)))
 
 
 def parse(record: Record, tally: Tally, kind: str, options: FormOptions) -> list[Item]:
@@ -74,7 +75,17 @@ def form_name(value: Any, kind: str, options: FormOptions) -> str:
     mapped = map_columns(value, options)
     form = kind == "preferences" and preference_form_of(mapped)
     form = form or (dialogue_form_of(mapped, options) or (preference_form_of(mapped) or COLUMN,))[0]
-    return f"{form.name} (keys {', '.join(sorted(value))})"
+    return f"{form.name} (keys {short(', '.join(sorted(value)))})"
+
+
+def looks_paired(value: Any) -> bool:
+    """Returns whether a record that cannot be used seems to be a preference, by its keys."""
+    return isinstance(value, dict) and any(map(_PAIR.search, value))
+
+
+def short(text: str) -> str:
+    """Returns the beginning of a text."""
+    return text if len(text) <= MAX_RAW else f"{text[:MAX_RAW]}…"
 
 
 def shape(value: Any, depth: int = 3) -> str:
@@ -87,22 +98,33 @@ def shape(value: Any, depth: int = 3) -> str:
     return names.get(type(value), "number")
 
 
-def encode(items: list[Item], tokenizer, template: str, limit: int) -> list[tuple[int, list[Side]] | None]:
-    """Returns (number of turns removed, ids and mask per answer) per item of one kind; None: it does not fit."""
-    if not items:
-        return []
-    kind, turns = items[0].kind, [item.turns for item in items]
-    if kind == "prompts":
+def encode(items: list[Item], tokenizer, template: str, limit: int) -> list[Encoded | None]:
+    """Returns the encodings of items of one kind; None for one that does not fit. tokenizer: None for characters."""
+    turns = [item.turns for item in items]
+    if not items or tokenizer is None:
+        return [Encoded(_characters(item)) for item in items]
+    if items[0].kind == "prompts":
         found = encode_prompts(tokenizer, turns, template, limit)
-        rows = [(left, ids and [(ids, [False] * len(ids))]) for left, ids in found]
-    elif kind == "dialogues":
+        rows = [(left, ids and [(ids, [False] * len(ids))], 0) for left, ids in found]
+    elif items[0].kind == "dialogues":
         found = encode_dialogues(tokenizer, turns, template, limit)
-        rows = [(left, ids and [(ids, mask)]) for left, ids, mask, _ in found]
+        rows = [(left, ids and [(ids, mask)], len(rewritten)) for left, ids, mask, rewritten in found]
     else:
         found = encode_answers(tokenizer, [(item.turns, item.answers) for item in items], template, limit)
-        rows = [(left, sides and [_side(*side) for side in sides]) for left, sides in found]
-    return [sides and (len(before) - len(left), sides) for before, (left, sides) in zip(turns, rows, strict=True)]
+        rows = [(left, sides and [_side(*side) for side in sides], 0) for left, sides in found]
+    return [
+        Encoded(sides, len(whole) - len(left), rewritten) if sides else None
+        for whole, (left, sides, rewritten) in zip(turns, rows, strict=True)
+    ]
 
 
 def _side(prompt: list[int], answer: list[int], trained: int) -> Side:
     return prompt + answer, [False] * len(prompt) + [True] * trained + [False] * (len(answer) - trained)
+
+
+def _characters(item: Item) -> list[Side]:
+    mask: list[bool] = []
+    for turn in item.turns:
+        mask += [item.kind == "dialogues" and turn["role"] == "assistant"] * len(turn["content"])
+    masks = [mask + [True] * len(answer) for answer in item.answers or [""]]
+    return [(range(len(mask)), mask) for mask in masks]

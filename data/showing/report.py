@@ -1,28 +1,26 @@
 """The report of `python -m data.show`: reads all records once, and those that it names a second time."""
 
 import json
-import sys
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
+
+from tqdm import tqdm
 
 from data.encoded import form_options
 from data.formats.records import FLAG, SEEN, BadRecord, Record, Tally
 from data.showing.counts import Counts, Duplicates, bins, joined, overlap, quantile, repeated
-from data.showing.items import NO_LIMIT, Item, encode, form_name, kind_of, parse, shape
+from data.showing.items import NO_LIMIT, Encoded, Item, encode, form_name, kind_of, looks_paired, parse, shape, short
 from data.showing.pages import LEGEND, Section
 from data.showing.pieces import Piece, token_pieces, turn_pieces
-from data.sources import Part, Source, parse_sources, parts_of
-from utils.errors import UserError
+from data.sources import Part, all_records, parts_of
+from utils.data_files import Source, parse_sources
 
 CHUNK = 256  # records that are encoded together
 SAMPLE = 20  # records that decide the kind
-MAX_RAW = 400  # characters of a dropped record that are shown
 EXAMPLES = 3  # reasons with an example
 BAR = 40  # characters of the longest bar
-PERIOD = 10.0  # seconds between lines of progress
 
 
 @dataclass
@@ -38,20 +36,11 @@ class Split:
 
     def records(self) -> Iterator[Record]:
         """Yields the records."""
-        return islice(chain.from_iterable(map(_some_records, self.parts)), self.limit)
+        return islice(all_records(self.parts), self.limit)
 
     def places(self) -> Iterator[str]:
         """Yields the place of each record, without parsing it."""
         return (raw.source for raw in islice(chain.from_iterable(part.raw() for part in self.parts), self.limit))
-
-
-def _some_records(part: Part) -> Iterator[Record]:
-    """Yields the records of a part. Raises UserError if it has none."""
-    records = part.records()
-    first = next(records, None)
-    if first is None:
-        raise UserError(f"{part.flag}: {part.name} has no records; use a file with at least one")
-    yield from chain([first], records)
 
 
 class Look:
@@ -59,7 +48,7 @@ class Look:
 
     def __init__(self, config, kind: str, tokenizer, template: str):
         self.config, self.kind, self.tokenizer, self.template = config, kind, tokenizer, template
-        self.forms = form_options(config)
+        self.forms, self.unit = form_options(config), "tokens" if tokenizer else "characters"
         self.tally, self.shapes, self.first = Tally(kind), Counter(), {}
         self.dropped: dict[str, Record] = {}
 
@@ -69,7 +58,7 @@ class Look:
 
     def take(self, split: Split) -> None:
         """Reads, encodes and counts the records of a split; the first usable ones become views."""
-        records = progress(split.records())
+        records = iter(tqdm(split.records(), unit=" records", disable=None))  # None: in a terminal only
         while chunk := list(islice(records, CHUNK)):
             read = [(record, self.read(record)) for record in chunk]
             sides = iter(self.encoded([item for _, items in read for item in items]))
@@ -79,7 +68,7 @@ class Look:
                     self.count(split, record, item, *next(sides))
 
     def read(self, record: Record) -> list[Item]:
-        """Returns the items of a record, whose form is counted; none, and the reason is counted, if it is not usable."""
+        """Returns the items of a record, and counts its form; none, and counts the reason, if it cannot be used."""
         try:
             items = self.parsed(record, self.tally)
         except BadRecord as error:
@@ -93,39 +82,37 @@ class Look:
             self.first.setdefault(name, record.source)
         return items
 
-    def encoded(self, items: list[Item]) -> list[tuple]:
-        """Returns per item (encoding without a limit, encoding within --context_truncate); None without a tokenizer."""
-        if not self.tokenizer:
-            return [(None, None)] * len(items)
-        limit = self.config.context_truncate
+    def encoded(self, items: list[Item]) -> list[tuple[Encoded, Encoded | None]]:
+        """Returns per item its encoding without a limit, and that within --context_truncate or None."""
+        limit = self.config.context_truncate if self.tokenizer else NO_LIMIT
         whole = encode(items, self.tokenizer, self.template, NO_LIMIT)
-        is_long = [max(len(ids) for ids, _ in sides) > limit for _, sides in whole]
-        cut = iter(encode([i for i, x in zip(items, is_long) if x], self.tokenizer, self.template, limit))
+        is_long = [max(len(ids) for ids, _ in row.sides) > limit for row in whole]
+        cut = iter(encode([i for i, x in zip(items, is_long, strict=True) if x], self.tokenizer, self.template, limit))
         return [(row, next(cut) if x else row) for row, x in zip(whole, is_long, strict=True)]
 
-    def count(self, split: Split, record: Record, item: Item, whole, kept) -> None:
+    def count(self, split: Split, record: Record, item: Item, whole: Encoded, kept: Encoded | None) -> None:
         """Counts an item with its encodings."""
-        counts = split.counts
-        counts.add(item, [len(ids) for ids, _ in whole[1]] if whole else item.characters())
-        if whole and kept is None:
-            self.tally.add("dropped: the last exchange alone exceeds --context_truncate", record.source)
+        split.counts.add(item, [len(ids) for ids, _ in whole.sides])
+        note = self.tally.once(record.source)
+        if kept is None:
+            note("dropped: the last exchange alone exceeds --context_truncate")
             return
-        if kept and kept[0]:
-            self.tally.add("truncated (oldest turns dropped) to --context_truncate", record.source)
-        if kept:
-            tokens, learnt = (sum(map(f, kept[1])) for f in (lambda side: len(side[0]), lambda side: sum(side[1])))
-        else:
-            tokens, learnt = sum(item.characters()), item.learnt_characters()
-        counts.named.update(usable=1, truncated=bool(kept and kept[0]), tokens=tokens, learnt=learnt)
+        if kept.removed:
+            note("truncated (oldest turns dropped) to --context_truncate")
+        if kept.rewritten:
+            note(
+                "with earlier answers that the template rewrites, each used as a sample of its own and not counted here"
+            )
+        tokens, learnt = sum(len(ids) for ids, _ in kept.sides), sum(sum(mask) for _, mask in kept.sides)
+        split.counts.named.update(usable=1, truncated=kept.removed > 0, tokens=tokens, learnt=learnt)
         if len(split.views) < self.config.num_records:
             split.views.append(self.view(record, item, kept))
 
-    def view(self, record: Record, item: Item, kept) -> Section:
-        """Returns what is shown of a record: its form, its keys, and its tokens or texts."""
-        lines = [f"form: {shape(record.value)}"]
+    def view(self, record: Record, item: Item, kept: Encoded) -> Section:
+        """Returns what is shown of a record: its keys, what is noted of it, and its tokens or texts."""
+        lines, own = [f"record: {short(shape(record.value))}"], Tally("this record")
         if item.columns:
-            lines.append(f"columns for a reward function: {', '.join(item.columns)}")
-        own = Tally("this record")
+            lines.append(f"columns for a reward function: {short(', '.join(item.columns))}")
         self.parsed(record, own)
         lines += own.lines()
         chosen, labels = [0], [""]
@@ -134,11 +121,11 @@ class Look:
             chosen, labels = [pair.better, pair.worse], ["chosen", "rejected"]
             margin = "" if pair.margin is None else f", margin {pair.margin:g}"
             lines.append(f"pair 1 of {len(item.pairs)}, of {len(item.answers)} answers{margin}")
-        if kept:
-            sides = [token_pieces(self.tokenizer, kept[1][k]) for k in chosen]
-            lines.append(f"tokens: {', '.join(str(len(kept[1][k][0])) for k in chosen)}")
+        if self.tokenizer:
+            sides = [token_pieces(self.tokenizer, kept.sides[k]) for k in chosen]
         else:
             sides = [turn_pieces(item, k if item.pairs else None) for k in chosen]
+        lines.append(f"{self.unit}: {', '.join(str(len(kept.sides[k][0])) for k in chosen)}")
         if item.kind == "prompts":
             sides[0].append(Piece("(the answer begins here)", is_learnt=True))
         return Section(record.source, lines, sides=list(zip(labels, sides, strict=True)), level=3)
@@ -170,39 +157,30 @@ def choose_kind(config, split: Split) -> tuple[str, str]:
     """Returns (kind, how it was found), from --kind or the first records."""
     if config.kind != "auto":
         return config.kind, "by --kind"
-    kinds = Counter(kind_of(record, form_options(config)) for record in islice(split.records(), SAMPLE))
+    records = list(islice(split.records(), SAMPLE))
+    kinds = Counter(kind_of(record, form_options(config)) for record in records)
     found = [kind for kind, _ in kinds.most_common() if kind]
     words = ", ".join(f"{number} {kind or 'of no known form'}" for kind, number in kinds.most_common())
-    return (found or ["dialogues"])[0], f"the first {kinds.total()} records are: {words}; --kind sets it"
-
-
-def progress(records: Iterable[Record]) -> Iterator[Record]:
-    """Yields the records; every 10 s a line on standard error says how many there were."""
-    start = last = time.monotonic()
-    for number, record in enumerate(records, start=1):
-        yield record
-        if number % CHUNK == 0 and (now := time.monotonic()) - last > PERIOD:
-            print(f"{number} records, {number / (now - start):.0f} per second", file=sys.stderr, flush=True)
-            last = now
+    guess = "preferences" if any(looks_paired(record.value) for record in records) else "dialogues"
+    return (found or [guess])[0], f"the first {len(records)} records are: {words}; --kind sets it"
 
 
 def sections_of(look: Look, splits: list[Split], found: str) -> list[Section]:
     """Returns the whole report."""
-    unit, batch = "tokens" if look.tokenizer else "characters", look.config.batch_size
+    unit, batch = look.unit, look.config.batch_size
     table: list[list] = [["source", "split", "weight", "records", look.kind, "truncated", unit, "learnt", "steps"]]
     for split in splits:
         named, weight = split.counts.named, split.source.weight
         numbers = [len(split.counts.records), *(named[name] for name in ("usable", "truncated", "tokens", "learnt"))]
         steps = named["usable"] // batch if split.name == "train" else ""
         table.append([split.source.path, split.name, "" if weight is None else f"{weight:g}", *numbers, steps])
-    forms = [f"{number} records: {name}; first at {look.first[name]}" for name, number in look.shapes.most_common(5)]
+    forms = [f"{name}: {number}, first at {look.first[name]}" for name, number in look.shapes.most_common(5)]
     sections = [Section("Records", [f"used as {look.kind} ({found})", LEGEND])]
     sections += [*chain.from_iterable(split.views for split in splits), Section("Forms", forms)]
     sections += [Section("Counts", [f"steps: of one epoch at --batch_size {batch}"], table)]
     sections += [Section("Dropped and changed", look.tally.lines() or ["nothing"])]
     for reason, record in look.dropped.items():
-        text = json.dumps(record.value, ensure_ascii=False, default=str)
-        sides = [("", [Piece(text if len(text) <= MAX_RAW else f"{text[:MAX_RAW]}…")])]
+        sides = [("", [Piece(short(json.dumps(record.value, ensure_ascii=False, default=str)))])]
         sections.append(Section(record.source, [reason], sides=sides, level=3))
     if lengths := sum((split.counts.lengths for split in splits), Counter()):
         sections.append(length_section(look, lengths, unit))

@@ -1,7 +1,7 @@
 """Add preference strengths to records, and summarise them; used by reward.strength."""
 
+import os
 import statistics
-from pathlib import Path
 
 import torch
 
@@ -9,8 +9,9 @@ from data.formats.columns import PLAIN, FormOptions, map_columns
 from data.formats.preference_forms import form_of
 from data.formats.records import BadRecord, Record, Tally
 from data.formats.score_columns import CHOSEN_SCORES, DEVIATION, REJECTED_SCORES, STRENGTH
-from data.preferences import Preference, file_stem, parse_preferences
+from data.preferences import Preference, parse_preferences
 from reward.metrics import ScoredItems
+from utils.data_files import stem_of
 from utils.errors import UserError
 
 ROWS, WIDTH = 12, 40  # size of the text histogram
@@ -58,7 +59,8 @@ def annotated(value: dict, columns: dict) -> dict:
 
 def file_name(record: Record, split: str) -> str:
     """Returns the output file of a record: its input file's name as .jsonl, or for hub data sets the split's name."""
-    return f"{file_stem(record) if Path(record.source.rpartition(':')[0]).exists() else split}.jsonl"
+    file = record.source.rpartition(":")[0]
+    return f"{stem_of(file) if os.path.exists(file) else split}.jsonl"
 
 
 def summary(means: list[float], deviations: list[float]) -> str:

@@ -34,7 +34,7 @@ def runs(inputs, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("trainers")
     base, mixture = tiny_llama_folder(folder / "base"), mixture_folder(folder / "mixture")
     dialogues, pairs = SAMPLES / "en" / "dialogues", SAMPLES / "en" / "preferences"
-    both = {"data_path": [dialogues, dialogues / "train.json"], "data_weights": [2, 1]}
+    both = {"data_path": [dialogues, 2, dialogues / "train.json", 1]}
     few = MIXTURE | {"train_steps": 2, "batch_size": 5, "num_valid": 0, "packing": False}
     ppo = MIXTURE | {"policy_model_path": mixture, "num_eval_prompts": 0, "train_steps": 1}
     commands = {

@@ -248,10 +248,10 @@ def test_changed_flags_give_the_same_config():
     assert parse_args(PPOConfig, shlex.split(words), PRESETS, AMOUNTS) == config
 
 
-def test_lists_of_numbers_and_what_launchers_append():
-    flags = "--hf_model_name_or_path M --model_save_path O --data_path A B --data_weights 2 0.5 --local_rank=1"
+def test_lists_and_what_launchers_append():
+    flags = "--hf_model_name_or_path M --model_save_path O --data_path A 2 B 0.5 --local_rank=1"
     config = parse_args(SFTConfig, flags.split())
-    assert config.data_weights == [2.0, 0.5] and "--data_weights 2.0 0.5" in changed_flags(config)
+    assert config.data_path == ["A", "2", "B", "0.5"] and "--data_path A 2 B 0.5" in changed_flags(config)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import random
 from collections import Counter
 from itertools import chain, islice, pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch
 from data.batching.collate import balance, micro_batches, pad
 from data.batching.micro_batch_plan import rank_plan
 from data.batching.packing import pack, restarting_positions
-from data.encoded import EncodedSet, Mixture
+from data.encoded import Mixture
 from data.order import mixture, order
 from reward.batches import Comparison, dynamic_batches
 from utils.tensors import position_ids
@@ -133,9 +132,8 @@ def test_rank_plans_have_equally_many_micro_batches():
 def test_dynamic_batches_follow_the_token_count():
     def first(lengths: list[int], size: int, count: int, seed: int = 0) -> list[list[int]]:
         items = [Comparison([[0] * length], 0, [], [], "", str(i)) for i, length in enumerate(lengths)]
-        rows = [{"tokens": length, "item": item} for length, item in zip(lengths, items, strict=True)]
-        train = Mixture([EncodedSet(rows, SimpleNamespace(item=lambda row: row["item"]))], None, seed)
-        return [[int(item.source) for item in batch] for batch in islice(dynamic_batches(train, size), count)]
+        batches = dynamic_batches(Mixture([items], None, seed).take, size * sum(lengths) / len(lengths))
+        return [[int(item.source) for item in batch] for batch in islice(batches, count)]
 
     assert all(len(batch) == 8 for batch in first([10] * 50, 8, 20))
     lengths = [10] * 40 + [100] * 40  # mean 55, so that 16 pairs are 880 tokens

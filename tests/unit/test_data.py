@@ -172,7 +172,7 @@ def test_lines_and_numbers_of_records(tmp_path):
 def test_pipes_are_refused_and_not_waited_for(tmp_path):
     """Each rank reads a file, and a run that goes on reads it again; the pipe of `<(zcat x)` is read once."""
     (tmp_path / "data").mkdir()
-    for name in ("pipe.json", "data/train.json", "data/train.jsonl"):
+    for name in ("pipe.json", "data/train.json", "data/a_train.jsonl"):
         os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match=r"--data_path: .*pipe.json is a pipe or a device; write its content to a file"):
         read_records(str(tmp_path / "pipe.json"))
@@ -200,11 +200,14 @@ def test_missing_paths_stay_local(monkeypatch):
 
 
 def test_hub_data_sets(monkeypatch):
-    splits = {"train": [{"prompt": "a"}], "validation": [{"prompt": "b"}]}
-    monkeypatch.setattr("datasets.load_dataset", lambda _: splits)
+    import datasets
+
+    parts = {name: datasets.Dataset.from_list([{"prompt": text}], split=name) for name, text in
+             (("train", "a"), ("validation", "b"))}  # fmt: skip
+    monkeypatch.setattr("datasets.load_dataset", lambda name, config: datasets.DatasetDict(parts))
     train, valid = read_records("owner/set")
     assert (train, valid[0].value) == ([Record({"prompt": "a"}, "owner/set[train]:1")], {"prompt": "b"})
-    monkeypatch.setattr("datasets.load_dataset", lambda _: {"test": []})
+    monkeypatch.setattr("datasets.load_dataset", lambda name, config: {"test": []})
     with pytest.raises(UserError, match="no train split, only test"):
         read_records("owner/set")
 

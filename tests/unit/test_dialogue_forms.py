@@ -79,8 +79,8 @@ PROMPTS = {
              "an empty turn"),
     "choices": ("question and answer", ["H:Which is a metal?"],
                 {"choices": ["Iron", "Wood"], "answer": 0, "subject": "chemistry"},
-                "none of the known forms: it has the columns choices, answer, subject; nearest: question and answer "
-                "lacks question; pass --columns question=COLUMN"),
+                "none of the known forms: it has the columns question (null), choices, answer, subject; nearest: "
+                "prompt and response lacks prompt (have: subject); pass --columns prompt=subject"),
 }  # fmt: skip
 
 
@@ -259,6 +259,17 @@ def test_the_nearest_form_and_what_to_pass(value, hint):
     passed = tuple(tuple(pair.split("=")) for pair in hint.partition("--columns ")[2].split())
     if "message_list" not in value:  # what it says works
         assert parse_dialogue(value, FormOptions(passed)) == turns(["H:a", "A:b"])
+
+
+def test_a_prompt_needs_no_answer():
+    reason = reason_of({"Question": "a", "Response": "b"}, parse_prompt)
+    assert reason.endswith(
+        "; nearest: question and answer lacks question (have: Question); pass --columns question=Question"
+    )
+
+    reason = reason_of({"id": 1, "Frage": "a", "Bild": None}, parse_prompt)
+    assert reason.endswith("prompt and response lacks prompt (have: Frage); pass --columns prompt=Frage")
+    assert "it has the columns id, Frage, Bild (null); nearest:" in reason
 
 
 def test_unknown_records_and_columns_that_are_not_read_make_one_line_each(tmp_path):

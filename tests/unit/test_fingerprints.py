@@ -82,11 +82,11 @@ def test_shards_are_those_of_the_index(tmp_path):
 
 
 def test_files_of_data_functions_and_tokenizers(tmp_path):
-    data = write(tmp_path / "d", train__json="1", a_train__jsonl="2", valid__json="3", test__json="4", train__csv="5")
-    assert set(found("data_path", str(data))) == {"train.json", "a_train.jsonl", "valid.json"}
-    assert found("data_path", str(data / "train.csv")) == {"the .csv file": sha("5")}
-    both = found("data_path", [str(data / "train.csv"), str(data)])
-    assert set(both) == {"1/the .csv file", "2/train.json", "2/a_train.jsonl", "2/valid.json"}
+    data = write(tmp_path / "d", train__json="1", a_train__jsonl="2", valid__json="3", test__json="4", b_train__csv="5")
+    assert set(found("data_path", str(data))) == {"train.json", "a_train.jsonl", "valid.json", "b_train.csv"}
+    assert found("data_path", str(data / "b_train.csv")) == {"the .csv file": sha("5")}
+    both = found("data_path", [str(data / "b_train.csv"), str(data)])
+    assert set(both) == {"1/the .csv file", "2/train.json", "2/a_train.jsonl", "2/valid.json", "2/b_train.csv"}
     code = write(tmp_path / "c", f__py="x") / "f.py"
     assert found("reward_fn", f"{code}:f") == {"the function": "f", "the file": sha("x")}
     words = write(tmp_path / "t", my__model="x", tokenizer_config__json="{}", other__json="{}")

@@ -13,9 +13,6 @@ from data.chat import turn_end
 from data.formats.columns import PLAIN
 from data.formats.dialogue_forms import parse_turns
 from data.formats.records import BadRecord
-from data.show import ShowConfig
-from data.showing.pages import Section, to_html, to_text
-from data.showing.report import report
 from data.sources import Part
 from data.template import decode_answer, encode_dialogue, encode_prompt, last_answer
 from reward.encode import ComparisonEncoder
@@ -26,8 +23,6 @@ from utils.errors import UserError
 from utils.tokenizer import MOSS_ZH_TAGS, load_tokenizer
 
 WINDOW = 40
-TAGS = {"head", "body", "h1", "h2", "h3", "p", "br", "div", "b", "pre", "span", "table", "tr", "th", "td"}
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +76,6 @@ def check_loader(load, what: str, records: list, ascii_only: bool, num_valid: in
     return train + valid
 
 
-def texts_of(sections: list[Section]) -> list[str]:
-    """What is said of dropped records."""
-    return next(section.lines for section in sections if section.title == "Dropped and changed")
-
-
 lists = st.lists(dialogue_records, max_size=6)
 
 
@@ -134,34 +124,6 @@ def test_fuzz_preferences(folder, tokenizer, records, ascii_only, num_valid):
     with ends(), contextlib.suppress(UserError):
         short, _ = load_all(str(folder / "x.jsonl"), 0, str, WINDOW)
         assert all(max(map(len, item.answers)) <= WINDOW for item in short)
-
-
-@fuzz
-@given(
-    st.lists(dialogue_records | preference_records, max_size=6), st.booleans(),
-    st.sampled_from(["auto", "prompts", "dialogues", "preferences"]), st.sampled_from(["", "moss_en"]),
-)  # fmt: skip
-def test_fuzz_show(folder, tiny_model, records, ascii_only, kind, template):
-    """Any records can be looked at: each is used or counted, and neither output has control characters or tags."""
-    file = folder / "show.jsonl"
-    file.write_bytes(lines_of(records, ascii_only))
-    flags = {"template": template, "tokenizer_name_or_path": str(tiny_model)} if template else {}
-    config = ShowConfig(data_path=[str(file)], kind=kind, context_truncate=WINDOW, **flags)
-    with ends():
-        try:
-            sections, problem = report(config)
-        except UserError as error:
-            one_line(error)
-            return
-        text, page = to_text(sections, 90, colour=False), to_html("x", sections)
-    counts = next(section for section in sections if section.title == "Counts")
-    header, row = counts.table
-    usable = row[header.index("truncated") - 1]
-    assert row[header.index("records")] == len(records) and bool(problem) == (not usable)
-    dropped = sum(int(match[1]) for match in re.finditer(r"\w+: (\d+) dropped: ", "\n".join(texts_of(sections))))
-    assert usable + dropped == len(records)
-    assert not CONTROLS.search(text) and not CONTROLS.search(page)
-    assert set(re.findall(r"<(\w+)", page.partition("</style>")[2])) <= TAGS
 
 
 @fuzz

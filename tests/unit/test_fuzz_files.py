@@ -11,7 +11,7 @@ import re
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.formats.records import FLAG
@@ -99,6 +99,7 @@ def test_fuzz_text_lines(folder, lines, ending):
 
 @fuzz
 @given(rows, st.sampled_from([("csv", ","), ("tsv", "\t")]), st.sampled_from(sorted(PACK)))
+@example([{"prompt": "a\n\nb", "n": 1}, {"prompt": "c", "n": 2}], ("csv", ","), ".gz")
 def test_fuzz_csv(folder, items, kind, ending):
     """Cells may contain line breaks: the place of a record is the line on which it begins."""
     name, delimiter = kind
@@ -116,6 +117,17 @@ def test_fuzz_csv(folder, items, kind, ending):
     for (_, value), item in zip(found, items, strict=True):
         assert value["n"] == str(item["n"])
         assert isinstance(value["prompt"], list | dict) or (value["prompt"] or "") == item["prompt"]
+
+
+@fuzz
+@given(rows, st.integers(0, 4), st.sampled_from(sorted(PACK)))
+def test_fuzz_csv_that_is_not_utf8(folder, items, place, ending):
+    lines = ["prompt,n", *(f"{item['n']},{item['n']}" for item in items)]
+    place = min(place, len(lines) - 1)
+    content = [line.encode() + b"\xff" * (k == place) for k, line in enumerate(lines)]
+    file = written(folder, f"x.csv{ending}", b"\n".join(content))
+    with ends(), pytest.raises(UserError, match=rf"^{re.escape(str(file))}:{place + 1}: not UTF-8"):
+        records_of(file)
 
 
 @fuzz

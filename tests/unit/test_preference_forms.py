@@ -192,6 +192,18 @@ def test_answers_with_a_label_of_their_own_are_refused():
             parse(value)
 
 
+@pytest.mark.parametrize(
+    ("column", "reason"),
+    [
+        ({"tools": [{"name": "search"}]}, "tools: tool calls are not supported"),
+        ({"images": [{"bytes": "…"}]}, "images: only text is supported"),
+    ],
+)
+def test_tools_and_images_are_refused_by_name(column, reason):
+    with pytest.raises(BadRecord, match=reason):
+        parse({"prompt": "Hi", "chosen": "Hello", "rejected": "What?"} | column)
+
+
 def test_a_system_turn_beside_whole_dialogues_is_read():
     whole = {"chosen": ["Hi", "Hello"], "rejected": ["Hi", "What?"]}
     brief = turns(["S:Be brief.", "H:Hi"])

@@ -33,11 +33,11 @@ def recipe(tmp_path):
 
 
 def test_sft(recipe, tmp_path):
-    argv = recipe("sft/run.sh", "--lr", "2e-5", MODEL="m", DATA="a b", DATA_WEIGHTS="2 1")
+    argv = recipe("sft/run.sh", "--lr", "2e-5", MODEL="m", DATA="a 2 b 1")
     assert argv[:2] == ["-m", "sft.train"]
     config = parse_args(SFTConfig, argv[2:])
     assert (config.hf_model_name_or_path, config.tokenizer_name_or_path) == ("m", "m")
-    assert (config.data_path, config.data_weights) == (["a", "b"], [2, 1])
+    assert config.data_path == ["a", "2", "b", "1"]
     assert config.model_save_path == str(tmp_path / "out")
     assert (config.lr, config.batch_size, config.lr_schedule) == (2e-5, 1024, "cosine")
 

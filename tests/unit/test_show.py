@@ -3,16 +3,19 @@
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data.show import main
+from data.show import ShowConfig, main
 from data.showing.counts import bins, overlap, quantile, repeated
 from data.showing.items import shape
 from data.showing.pages import Section, to_text
 from data.showing.pieces import Piece, token_pieces, turn_pieces
+from data.showing.report import report
 from data.template import encode_dialogue, encode_prompt
+from tests.helpers.families import FAMILIES, family_tokenizer
 from utils.tokenizer import load_tokenizer
 
 HOSTILE = "<script>alert(1)</script>\x1b[31m\u202e"
@@ -75,11 +78,11 @@ def test_pairs_are_counted(pairs, show):
     # +12, -1, +12, -1 and in the held-out data -1, +9, -1
     assert "chosen minus rejected: +4.1 characters on average; chosen is longer in 42.9% of 7 pairs" in said
     assert "pairs whose answers differ in white space only: 2" in said
-    assert "keys that are not read: id" in said
-    assert said.count(f"{pairs}/train.jsonl:1 form: {{prompt: text, chosen: text, rejected: text, id: number}}") == 1
+    assert "this record: not read: id" in said
+    assert said.count(f"{pairs}/train.jsonl:1 record: {{prompt: text, chosen: text, rejected: text, id: number}}") == 1
     # the longest side of each: 18, 7, 18, 13 and 7, 15, 10 characters
     assert " 4–7 " in said and re.search(r"8–15 █+ 3 42.9% 16–31 █+ 2 28.6% Checks", said)
-    assert f"6 records: chosen and rejected, keys chosen, prompt, rejected; first at {pairs}/train.jsonl:2" in said
+    assert f"chosen and rejected (keys chosen, prompt, rejected): 5, first at {pairs}/train.jsonl:2" in said
 
 
 def test_max_records_ends_the_reading(pairs, show):
@@ -166,13 +169,41 @@ def test_printed_text_has_no_control_characters(tmp_path, show):
     assert "\\u001b[31m\\u202e" in said and "\x1b" not in said
 
 
+FORMS = sorted((Path(__file__).parents[1] / "data_forms").glob("*/*"))
+BOTH = {"oasst_trees", "unpaired"}  # a tree is a preference and a dialogue; answers with a label are dialogues
+
+
+def test_the_kind_of_every_published_form_is_found():
+    for file in FORMS:
+        sections, problem = report(ShowConfig(data_path=[str(file)]))
+        assert not problem
+        assert sections[0].lines[0].startswith(f"used as {file.parent.name} ") or file.name.split(".")[0] in BOTH, file
+        assert not any("single column" in line for line in sections[2].lines), file
+    assert len(FORMS) > 50
+
+
 def test_nothing_usable_is_an_error_after_the_reasons(tmp_path, capsys):
-    file = written(tmp_path, "x.jsonl", [{"wrong": "form"}, 3])
+    file = written(tmp_path, "x.jsonl", [{"wrong": 3}, 3])
     with pytest.raises(SystemExit) as stopped:
         main(["--data_path", str(file)])
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and re.match(rf"error: --data_path {file}: no usable \w+.*--columns", err)
-    assert '{"wrong": "form"}' in out and f"first at {file}:1" in out
+    assert '{"wrong": 3}' in out and f"first at {file}:1" in out
+
+
+def test_unknown_records_that_look_like_pairs(tmp_path, capsys):
+    file = written(tmp_path, "x.jsonl", [{"quest": "Why?", "better_one": 3}])
+    with pytest.raises(SystemExit):
+        main(["--data_path", str(file)])
+    assert "no usable preferences" in capsys.readouterr().err
+
+
+def test_rewritten_answers_are_counted(tmp_path, show):
+    family_tokenizer(FAMILIES["Qwen 3"]).save_pretrained(tmp_path / "qwen")
+    thought = "<think>\nHm.\n</think>\n\n"
+    file = written(tmp_path, "x.jsonl", [["Why?", f"{thought}So.", "Then?", f"{thought}No."]])
+    said = show("--data_path", file, "--tokenizer_name_or_path", tmp_path / "qwen")
+    assert "dialogues: 1 with earlier answers that the template rewrites" in said
 
 
 def test_colours_and_columns():

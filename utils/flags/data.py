@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from utils.data_files import parse_sources
 from utils.errors import UserError
 from utils.flags.checks import check_range
 from utils.flags.text import TextFlags
@@ -44,5 +45,6 @@ class RecordFlags(TextFlags):
             value = getattr(self, name, None) or []
             if isinstance(value, str):  # from Python
                 setattr(self, name, value := [value])
+            parse_sources(value, f"--{name}")
             if not all(value):
                 raise UserError(f"--{name} contains an empty name: pass folders, files or hub ids")

@@ -52,6 +52,7 @@ NOTES = {
 }
 ABSENT = {
     **dict.fromkeys(["lora_r", "lora_rank", "lora_alpha", "use_peft"], "there is no LoRA, all weights are trained"),
+    "data_weights": "each weight follows its path: --data_path a 2 b 1",
     "weight_decay": "AdamW has no weight decay here",
     "trust_remote_code": "code from model folders is never run",
 }
