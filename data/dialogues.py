@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from data.encode import encode_dialogues
 from data.formats.columns import FormOptions
 from data.formats.dialogue_forms import parse_dialogue
-from data.formats.records import BadRecord, Record, Tally
+from data.formats.records import Record, Tally, parse_each
 from data.template import last_answer
-from data.texts import Texts, Turns
+from data.texts import Texts
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,7 @@ class DialogueEncoder:
     flag: str = "--context_truncate"
 
     def __call__(self, records: list[Record], tally: Tally) -> list[list[dict] | None]:
-        parsed: list[Turns | None] = []
-        for record in records:
-            try:
-                parsed.append(parse_dialogue(record.value, self.options, tally.once(record.source)))
-            except BadRecord as error:
-                tally.add(f"dropped: {error}", record.source)
-                parsed.append(None)
+        parsed = parse_each(records, lambda one: parse_dialogue(one.value, self.options, tally.once(one.source)), tally)
         rows: list[list[dict] | None] = [None if turns is None else [] for turns in parsed]
         waiting = [(i, turns, False) for i, turns in enumerate(parsed) if turns is not None]
         texts = Texts(self.tokenizer)  # the dialogues up to rewritten answers have been rendered already

@@ -8,7 +8,7 @@ from data.formats.columns import PLAIN, FormOptions, map_columns
 from data.formats.compared import Reader
 from data.formats.nearest import shown_name
 from data.formats.preference_forms import form_of, read_by, unknown
-from data.formats.records import FLAG, UNREAD, BadRecord, Record, Tally
+from data.formats.records import FLAG, UNREAD, BadRecord, Record, Tally, parse_each
 from data.formats.score_columns import STRENGTH, read_number, read_score_gap, read_strength
 from data.formats.turns import refuse_media, refuse_tools
 from data.sources import Part, all_records, parts_of
@@ -70,13 +70,9 @@ def load_preferences(
 
 
 def _parse_all(parts: list[Part], tally: Tally, options: FormOptions) -> list[Preference]:
-    items = []
-    for record in with_progress(all_records(parts), "reading of preferences"):
-        try:
-            items += parse_preferences(record, tally, options=options)
-        except BadRecord as error:
-            tally.add(f"dropped: {error}", record.source)
-    return items
+    records = with_progress(all_records(parts), "reading of preferences")
+    found = parse_each(records, lambda record: parse_preferences(record, tally, options=options), tally)
+    return [preference for each in found if each for preference in each]
 
 
 def parse_preferences(

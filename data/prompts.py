@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from data.encode import encode_prompts
 from data.formats.columns import FormOptions
 from data.formats.prompt_forms import parse_prompt
-from data.formats.records import BadRecord, Record, Tally
+from data.formats.records import Record, Tally, parse_each
 from data.template import Turns
 
 
@@ -40,13 +40,7 @@ class PromptEncoder:
     options: FormOptions
 
     def __call__(self, records: list[Record], tally: Tally) -> list[list[dict] | None]:
-        parsed: list[tuple[Turns, dict] | None] = []
-        for record in records:
-            try:
-                parsed.append(parse_prompt(record.value, self.options, tally.once(record.source)))
-            except BadRecord as error:
-                tally.add(f"dropped: {error}", record.source)
-                parsed.append(None)
+        parsed = parse_each(records, lambda one: parse_prompt(one.value, self.options, tally.once(one.source)), tally)
         kept = [turns for turns, _ in filter(None, parsed)]
         encoded = iter(encode_prompts(self.tokenizer, kept, self.template, self.max_tokens))
         return [

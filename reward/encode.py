@@ -10,7 +10,7 @@ from data.encode import encode_answers
 from data.encoded import Mixture, form_options, load_encoded
 from data.formats.columns import FormOptions
 from data.formats.dialogue_forms import parse_dialogue
-from data.formats.records import FLAG, BadRecord, Record, Tally
+from data.formats.records import FLAG, Record, Tally, parse_each
 from data.formats.score_columns import STRENGTH
 from data.preferences import MARGIN_COLUMNS, Pair, Preference, parse_preferences
 from reward.batches import MIN_PAIRS, Comparison
@@ -48,13 +48,7 @@ class ComparisonEncoder:
     flip: bool = False
 
     def __call__(self, records: list[Record], tally: Tally) -> list[list[Row] | None]:
-        parsed: list[list[Preference] | None] = []
-        for record in records:
-            try:
-                parsed.append(self.parse(record, tally))
-            except BadRecord as error:
-                tally.add(f"dropped: {error}", record.source)
-                parsed.append(None)
+        parsed = parse_each(records, lambda record: self.parse(record, tally), tally)
         given = [preference for found in parsed if found for preference in found]
         rows = iter(comparison_rows(given, self.tokenizer, self.template, self.max_tokens, tally))
         found = [None if each is None else [next(rows) for _ in each] for each in parsed]

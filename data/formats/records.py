@@ -1,10 +1,10 @@
 """Records of data with their places, and counts of those that cannot be used."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from utils.errors import Say
 
@@ -14,6 +14,7 @@ SEEN = ": it has the columns "  # begins the part of a reason that differs betwe
 UNREAD = "not read: "  # begins the reason for a column that no form reads
 MAX_UNREAD = 20  # columns named as not read
 Counts = dict[str, list]  # of a tally, as JSON
+Parsed = TypeVar("Parsed")
 
 
 class BadRecord(ValueError):
@@ -96,3 +97,15 @@ class Tally:
         if len(then) == MAX_PLACES:
             then[-1] = "…"
         return self._places[reason][0] + (", then " + ", ".join(then) if then else "")
+
+
+def parse_each(records: Iterable[Record], parse: Callable[[Record], Parsed], tally: Tally) -> list[Parsed | None]:
+    """Returns what `parse` makes of each record; None for those that it raises BadRecord for, which are counted."""
+    found: list[Parsed | None] = []
+    for record in records:
+        try:
+            found.append(parse(record))
+        except BadRecord as error:
+            tally.add(f"dropped: {error}", record.source)
+            found.append(None)
+    return found
