@@ -1,11 +1,13 @@
 """Encodes large data in worker processes into a file, once per node, and finds the file of an earlier run."""
 
 import dataclasses
+import glob
 import hashlib
 import json
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 from collections import deque
@@ -21,7 +23,16 @@ from transformers import PreTrainedTokenizerBase
 from data.formats.records import Counts, Tally
 from data.sources import Part, Raw, parse_raw
 from utils.errors import Say, UserError
-from utils.files import atomic_folder, check_writable, disk_errors, read_json, sha256, write_json
+from utils.files import (
+    atomic_folder,
+    check_writable,
+    disk_errors,
+    read_json,
+    remove,
+    replace,
+    sha256,
+    write_json,
+)
 from utils.flags.data import RecordFlags
 from utils.run.fingerprints import code_files, digest_of
 from utils.watchdog import report_progress
@@ -60,13 +71,26 @@ def encode_to_file(parts: list[Part], encoder, tally: Tally, config: RecordFlags
     if (about := _about(folder)) is None:
         say(f"{encoder.what}: encoded once, into {folder} (--data_cache)")
         check_writable(folder, "--data_cache")
-        with atomic_folder(folder, "--data_cache") as partial:
+        _remove_leftovers(folder)
+        own = f"{folder}.{socket.gethostname()}.{os.getpid()}"  # other nodes and runs may be making the same
+        with atomic_folder(own, "--data_cache") as partial:
             about = _write(parts, encoder, config, say, os.path.join(partial, ROWS))
             write_json(os.path.join(partial, ABOUT), about)
+        if _about(folder) is None:
+            replace(own, folder)
+        remove(own)
     else:
         say(f"{encoder.what}: encoded earlier, in {folder} (--data_cache)")
     tally.add_counts(about["counts"])
     return EncodedFile(about["usable"], os.path.join(folder, ROWS))
+
+
+def _remove_leftovers(folder: str) -> None:
+    """Removes what processes of this host that were killed have left of the same folder."""
+    for path in glob.glob(f"{glob.escape(folder)}.{socket.gethostname()}.*"):
+        number = path.removesuffix(".partial").rpartition(".")[2]
+        if number.isdigit() and not os.path.exists(f"/proc/{number}"):
+            remove(path)
 
 
 def cache_folder(config: RecordFlags) -> str:
