@@ -209,6 +209,7 @@ _worker: dict[str, Any] = {}
 def _start_worker(encoder, schema) -> None:
     """Prepares a worker, which ends with the process that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has a core
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:

@@ -176,7 +176,7 @@ def test_pipes_are_refused_and_not_waited_for(tmp_path):
         os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match=r"--data_path: .*pipe.json is a pipe or a device; write its content to a file"):
         read_records(str(tmp_path / "pipe.json"))
-    with pytest.raises(UserError, match=r"--data_path: cannot read .*data/train.json: not a regular file"):
+    with pytest.raises(UserError, match=r"--data_path: cannot read .*data/a_train.jsonl: not a regular file"):
         read_records(str(tmp_path / "data"))
     with pytest.raises(UserError, match=r"--input: .*pipe.json does not exist or is not a file; .* - for a pipe"):
         list(stream_records(str(tmp_path / "pipe.json"), "--input"))
