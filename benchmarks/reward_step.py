@@ -40,7 +40,7 @@ def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.
     model = load_scalar_model(folder, DTYPES[config.dtype], device(), say=str)
     pairs = zip(dialogues[::2], dialogues[1::2], strict=True)
     items = [Comparison(list(pair), 1, [(0, 1)], [0.0], "all", "") for pair in pairs]
-    engine, stage = TrainEngine(model, config, "reward model"), build_stage(config, model, None, items, None)
+    engine, stage = TrainEngine(model, config, "reward model"), build_stage(config, model, None, iter([items]), None)
     our_steps(connection, lambda batch: train_step(engine, stage, batch, config.lr), items, options.batch_size)
     shutdown_distributed()
 

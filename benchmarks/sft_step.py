@@ -41,7 +41,7 @@ def ours(connection, folder: str, dialogues: list[list[int]], options: argparse.
     lm = load_causal_lm(folder, DTYPES[config.dtype], device(), say=str)
     items = [EncodedDialogue(ids, [t >= len(ids) // 3 for t in range(len(ids))]) for ids in dialogues]
     layout = Layout(config.packing, flat=False, max_tokens=config.micro_batch_tokens)
-    stage = build_stage(config, lm, None, layout, [items], [])
+    stage = build_stage(config, lm, None, layout, iter([items]), [])
     engine = TrainEngine(AnswerModel(lm), config, "model")
 
     def step(batch: list[EncodedDialogue]) -> None:

@@ -1,7 +1,7 @@
 """Loss, evaluation and model of reward training, for utils/run/supervised_loop.py."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Annotated, Literal
 
@@ -10,8 +10,7 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from data.batching.micro_batch_plan import rank_plan
-from data.encoded import Mixture
-from reward.batches import MIN_PAIRS, Comparison, dynamic_batches, pair_index
+from reward.batches import Comparison, pair_index
 from reward.config import RewardConfig
 from reward.contrastive import cache_gradients, contrastive_loss_sum
 from reward.forward import Plan, forward_answers, score_comparisons
@@ -90,11 +89,13 @@ class Evaluation:
 
 
 def build_stage(
-    config: RewardConfig, model: ScalarModel, tokenizer, train: Mixture[Comparison], answers: list[Comparison] | None
+    config: RewardConfig,
+    model: ScalarModel,
+    tokenizer,
+    batches: Iterator[list[Comparison]],
+    answers: list[Comparison] | None,
 ) -> Stage:
     """Returns the reward model's `Stage`. answers: as in `Evaluation`."""
-    min_size = max(MIN_PAIRS, world_size())
-    budget = config.batch_size * sum(row["tokens"] for row in train.each("tokens")) / len(train)
     views = 2 if config.simcse_coef else 1
     joined = model.trains_joined and views == 1
 
@@ -109,7 +110,7 @@ def build_stage(
     prepare = partial(cache_gradients, plan=plan, length=length, temperature=config.simcse_temperature, seeds=random)
     weights = {"lm_loss": config.reward_lm_loss_factor, "simcse_loss": config.simcse_coef}
     return Stage(
-        batches=dynamic_batches(train.take, budget, min_size),
+        batches=batches,
         length=length,
         plan=plan,
         sums=partial(comparison_sums, config=config),

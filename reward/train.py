@@ -12,6 +12,7 @@ from utils.watchdog import Watchdog
 def train(config: RewardConfig) -> None:
     """Runs the training. Nothing is written before model and data are loaded and checked."""
     from data.choose_template import first_prompt
+    from reward.batches import MIN_PAIRS, dynamic_batches
     from reward.encode import load_data
     from reward.stage import RewardState, build_stage, load
     from utils.distributed import world_size
@@ -30,7 +31,9 @@ def train(config: RewardConfig) -> None:
         say(first_prompt(tokenizer, first.answers[0][: first.prompt_length]))
         model = load(config, tokenizer, say)
         engine = TrainEngine(model, config, "reward model")
-        stage = build_stage(config, model, tokenizer, items, answers)
+        budget = config.batch_size * sum(row["tokens"] for row in items.each("tokens")) / len(items)
+        batches = dynamic_batches(items.take, budget, max(MIN_PAIRS, world_size()))
+        stage = build_stage(config, model, tokenizer, batches, answers)
         longest = max(row["padded_tokens"] for row in items.each("padded_tokens"))
         tokens = max(config.micro_batch_tokens, longest * (2 if config.simcse_coef else 1))
         choose_checkpointing(engine, model.backbone, config, tokens, device_room(), say)

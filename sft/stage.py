@@ -1,6 +1,6 @@
 """Data, loss, evaluation and model of SFT, for utils/run/supervised_loop.py."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -89,8 +89,8 @@ def evaluate_answers(engine: TrainEngine, rows: list[PackedRow], stage: Stage) -
 
 
 def build_stage(
-    config: SFTConfig, lm: PreTrainedModel, tokenizer, layout: Layout, train: Mixture[EncodedDialogue],
-    shown: list[EncodedDialogue], balance: float = 0.0,
+    config: SFTConfig, lm: PreTrainedModel, tokenizer, layout: Layout,
+    batches: Iterator[list[EncodedDialogue]], shown: list[EncodedDialogue], balance: float = 0.0,
 ) -> Stage:  # fmt: skip
     """Returns SFT's `Stage`. shown: dialogues to answer in evaluations. balance: weight of the load-balancing loss."""
     generation = lm.generation_config  # the model's own, which `sample_answers` replaces while it generates
@@ -103,7 +103,7 @@ def build_stage(
         return sample_answers(engine, shown, tokenizer, config.context_truncate, config.maxlen_res)
 
     stage = Stage(
-        batches=(layout.rows(dialogues, world_size()) for dialogues in train.batches(config.batch_size)),
+        batches=(layout.rows(dialogues, world_size()) for dialogues in batches),
         length=lambda row: row.tokens,
         plan=lambda lengths: rank_plan(lengths, config.micro_batch_tokens, world_size(), rank(), layout.joined),
         sums=partial(answer_sums, layout=layout, with_routers=bool(balance)),

@@ -35,7 +35,8 @@ def train(config: SFTConfig) -> None:
         engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")
         tokens = max(config.micro_batch_tokens, config.context_truncate)
         choose_checkpointing(engine, lm, config, tokens, device_room(), say)
-        stage = build_stage(config, lm, tokenizer, layout, dialogues, evenly_spaced(valid, config.num_samples), balance)
+        batches, shown = dialogues.batches(config.batch_size), evenly_spaced(valid, config.num_samples)
+        stage = build_stage(config, lm, tokenizer, layout, batches, shown, balance)
     fit(engine, stage, layout.rows(valid, world_size()), config, start)
 
 

@@ -31,6 +31,8 @@ BOTH = 2 * (POLICY_7B + CRITIC_7B) * 63 / 64  # bytes that each of 64 GPUs sends
 @pytest.fixture
 def sixteen_ranks():
     """This process is the first of 16, whose collectives return at once without a result."""
+    if torch.distributed.is_initialized():  # by a test that ran in this process before
+        engines.shutdown_distributed()
     before = dict(os.environ)
     os.environ.update(RANK="0", WORLD_SIZE="16", LOCAL_RANK="0", LOCAL_WORLD_SIZE="8")
     deepspeed.ops.__compatible_ops__ = {}

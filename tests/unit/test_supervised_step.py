@@ -85,7 +85,7 @@ def test_a_step_of_sft(monkeypatch, how):
         SFTConfig(data_path=["D"], micro_batch_tokens=64, **FLAGS),
         Layout(how == "packed", False, 64, how == "joined"),
     )
-    engine, stage = KeptEngine(AnswerModel(lm)), sft_stage(config, lm, None, layout, [items], [])
+    engine, stage = KeptEngine(AnswerModel(lm)), sft_stage(config, lm, None, layout, iter([items]), [])
     plain = Layout(False, flat=False, max_tokens=64)
     expected = over_ranks(engine, replace(stage, sums=partial(stage.sums, layout=plain)), plain.rows(items, 1), 9999, 1)
     if how == "joined":
@@ -104,11 +104,11 @@ def test_a_step_of_the_reward_model(monkeypatch, joined):
     head.weight.data.copy_(new_head_weight(64, 0))
     model = ScalarModel(lm.model, head, lm.lm_head)
     config = RewardConfig(data_path="D", label_smoothing=0.1, reward_lm_loss_factor=0.7, **FLAGS)
-    engine, stage = KeptEngine(model), reward_stage(config, model, None, items, None)
+    engine, stage = KeptEngine(model), reward_stage(config, model, None, iter([items]), None)
     expected = over_ranks(engine, stage, items, 10_000, 1)
     if joined:
         tests.helpers.varlen.on_cpu(monkeypatch)
-        stage = reward_stage(config, model, None, items, None)
+        stage = reward_stage(config, model, None, iter([items]), None)
         assert stage.length(ranked) == ranked.tokens
     batches: list[int] = []
     lm.model.embed_tokens.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
