@@ -164,7 +164,8 @@ def _write(parts: list[Part], encoder, config: RecordFlags, say: Say, file: str)
                 told = now
                 rate = records / (now - begin)
                 say(f"{encoder.what}: {records:,} records encoded, {rate:,.0f} per second, {workers} processes")
-    return {"usable": usable, "counts": tally.counts(), "bytes": os.path.getsize(file)}
+    text = json.dumps(tally.counts(), ensure_ascii=False).encode(errors="replace")  # a column's name can be odd
+    return {"usable": usable, "counts": json.loads(text), "bytes": os.path.getsize(file)}
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from data.cache import EncodedFile, encode_to_file, open_rows
 from data.formats.columns import FormOptions
 from data.formats.records import FLAG, Record, Tally
 from data.order import mixture, order
-from data.sources import Part, Source, all_records, parts_of
+from data.sources import Part, all_records, left_out, parts_of
 from utils.data_files import COMPRESSED, parse_sources
 from utils.errors import Say, UserError
+from utils.files import first_names
 from utils.flags.data import RecordFlags
 from utils.run.together import once_per_node
 from utils.watchdog import with_progress
@@ -147,6 +148,8 @@ def load_encoded(
         train, valid, number = _load(source, encoder, config, num_valid, seed, say, flag, lower)
         sets.append(train)
         held_out, total = held_out + valid, total + number
+        if len(sources) > 1 and not len(train):
+            raise UserError(f"{flag} {source.path}: all {encoder.what} are too long; remove it, or raise the limit")
     weights = [source.weight for source in sources]
     return Mixture(sets, weights if sources[0].weight is not None else None, seed, total), held_out
 
@@ -211,7 +214,9 @@ def _encode(source: Source, encoder: Encoder, config: RecordFlags, say: Say, fla
     if sum(map(_weight, [*train, *(valid or [])])) >= SMALL:
         encode = lambda parts, *given: encode_to_file(parts, *given, config, say)  # noqa: E731
     found = [None if parts is None else encode(parts, encoder, tally) for parts in (train, valid)]
-    return _Found(*found, tally.lines())
+    others = left_out(source, config.split, config.valid_split)
+    named = [f"{encoder.what}: not read of {source.path}: {first_names(others)}"] if others else []
+    return _Found(*found, tally.lines() + named)
 
 
 def _weight(part: Part) -> int:

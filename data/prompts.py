@@ -57,7 +57,7 @@ class PromptEncoder:
             return None
         if len(turns) < len(whole):
             tally.add("truncated (oldest turns dropped)", record.source)
-        turns, columns = (json.dumps(value, ensure_ascii=False, default=str) for value in (turns, columns))
+        turns, columns = (json.dumps(value, default=str) for value in (turns, columns))
         return [{"ids": ids, "turns": turns, "source": record.source, "record_columns": columns}]
 
     def item(self, row: dict) -> Prompt:

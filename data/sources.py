@@ -59,8 +59,8 @@ class Part:
         if self.rows is not None:
             yield from (Raw(f"{self.name}:{i}", row) for i, row in enumerate(self.rows, start=1))
             return
-        suffix, name = suffix_of(self.name), self.name
-        with reading(name, self.flag) as stream:
+        suffix, name = suffix_of(self.name), os.fsencode(self.name).decode(errors="backslashreplace")
+        with reading(self.name, self.flag) as stream:
             if suffix in (".jsonl", ".txt"):
                 yield from (Raw(f"{name}:{i}", line, suffix == ".txt") for i, line in lines_of(stream, name))
             elif suffix == ".json":
@@ -69,7 +69,7 @@ class Part:
                 rows = rows_of_text(stream, name, "," if suffix == ".csv" else "\t")
                 yield from (Raw(f"{name}:{line}", value) for line, value in rows)
             else:
-                rows = rows_of_arrow(Path(name), stream, suffix, self.flag)
+                rows = rows_of_arrow(Path(self.name), stream, suffix, self.flag)
                 yield from (Raw(f"{name}:row {i}", value) for i, value in rows)
 
     def records(self) -> Iterator[Record]:
@@ -94,11 +94,16 @@ def parts_of(
     split, valid_split: names of --split and --valid_split, for data sets that have splits.
     """
     path, split = source.path, source.split or split
+    if os.path.exists(path) and (source.config or _SLICE.search(split)):
+        named = f":{source.config}" if source.config else f"@{split}"
+        raise UserError(f"{flag}: {named} is for hub ids, and {path} is a local path; remove it")
     if os.path.isdir(path):
         if is_saved(path):
             return _saved(path, flag, split, valid_split)
         return _folder(Path(path), flag, split, valid_split)
     if os.path.isfile(path):
+        if source.split:
+            raise UserError(f"{flag}: @{source.split}: {path} is a file, which has no splits; remove it")
         check_ending(path, flag)
         return [Part(path, flag)], None
     if is_hub_id(path):
@@ -107,6 +112,16 @@ def parts_of(
         raise UserError(f"{flag}: {path} is a pipe or a device; write its content to a file, and pass that")
     shown = path if len(path) <= MAX_PATH else f"{path[:MAX_PATH]}…"  # users may pass a whole record by mistake
     raise UserError(f"{flag}: {shown} does not exist; use a folder, a .json or .jsonl file, or a hub id (owner/name)")
+
+
+def left_out(source: Source, split: str, valid_split: str) -> list[str]:
+    """Returns the names of data files in a folder that are not read."""
+    folder = Path(source.path)
+    if not folder.is_dir() or is_saved(folder):
+        return []
+    read = {file for files in split_files(folder, source.split or split, valid_split) for file in files}
+    files = [*folder.iterdir(), *(folder / "data").glob("*")]
+    return sorted(str(file.relative_to(folder)) for file in files if suffix_of(file) in SUFFIXES and file not in read)
 
 
 def check_ending(path: str, flag: str) -> None:
@@ -163,6 +178,8 @@ def _saved(path: str, flag: str, split: str, valid_split: str) -> tuple[list[Par
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{flag}: {path} was not saved whole by `datasets` ({error}); save it again") from error
     if set(splits) == {""}:
+        if split != "train":
+            raise UserError(f"{flag}: {path} was saved without splits, and has no {split}; remove --split or @{split}")
         return [Part(file, flag) for file in splits[""]], None
     train, valid = _choose_splits(splits, path, flag, split, valid_split)
     return [Part(file, flag) for file in train], valid and [Part(file, flag) for file in valid]

@@ -17,7 +17,6 @@ OUTPUT=${OUTPUT:-outputs/reward}
 answer_help '-m reward.train' "$@"
 activate_repository_venv
 OUTPUT=$(flag_value --model_save_path "$OUTPUT" "$@")
-DATA=$(flag_value --data_path "$DATA" "$@")
 use_devices "$NUM_GPUS"
 mkdir -p -- "$OUTPUT"
 
@@ -66,12 +65,12 @@ launch "$OUTPUT/train.log" -m reward.train "${ARGS[@]}" "$@"
 
 EVALUATION=(
   --model "$OUTPUT/best" # picked by --validation_metric
-  --data_path "$DATA"
   --dtype "$(flag_value --dtype auto "$@")"
   --output "$OUTPUT/evaluation"
 )
-for flag in --lang --template --chat_template_kwargs --context_truncate; do # the text is that of the training
-  value=$(flag_value "$flag" '' "${ARGS[@]}" "$@")
-  [[ -z $value ]] || EVALUATION+=("$flag" "$value")
+for flag in --data_path --split --valid_split --columns --prompt_template --preferred_by --reasoning \
+  --lang --template --chat_template_kwargs --context_truncate; do # data and text are those of the training
+  mapfile -d '' -t words < <(flag_words "$flag" "${ARGS[@]}" "$@")
+  ((${#words[@]} == 0)) || EVALUATION+=("$flag" "${words[@]}")
 done
 launch_one "$OUTPUT/evaluation.log" -m reward.evaluate "${EVALUATION[@]}"

@@ -81,12 +81,12 @@ def _without_compression(name: str) -> str:
 def split_files(folder: Path, split: str = "train", valid_split: str = "") -> tuple[list[Path], list[Path]]:
     """Returns the (training, held-out) files of a folder: data files whose name ends in the word before its endings.
 
-    Files of a hub data set, such as data/train-00000-of-00002.parquet, begin with it. valid_split: "": valid, and for
-    files of that kind also validation.
+    Files of a hub data set, such as data/train-00000-of-00002.parquet, begin with it. valid_split: "": valid or
+    validation.
     """
     files = [file for file in sorted(folder.iterdir()) if suffix_of(file) in SUFFIXES]
     found = [file for file in files if stem_of(file).endswith(split)]
-    names = (valid_split,) if valid_split else ("valid",)
+    names = (valid_split,) if valid_split else ("valid", "validation")
     if not found:  # a snapshot of a hub data set
         inner = folder / "data" if (folder / "data").is_dir() else folder
         files = [file for file in sorted(inner.iterdir()) if suffix_of(file) in SUFFIXES]

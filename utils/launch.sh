@@ -260,6 +260,20 @@ answer_help() { # $1: what python is to run; then flags. With --help among them,
   fi
 }
 
+flag_words() { # $1: flag; then a command line. Prints all words of the flag's last occurrence there, each with a null byte
+  local flag=$1 word inside='' words=()
+  shift
+  for word in "$@"; do
+    case $word in
+      "$flag") inside=yes words=() ;;
+      "$flag="*) inside='' words=("${word#*=}") ;;
+      --*) inside='' ;;
+      *) [[ -z $inside ]] || words+=("$word") ;;
+    esac
+  done
+  ((${#words[@]} == 0)) || printf '%s\0' "${words[@]}"
+}
+
 flag_value() { # $1: flag; $2: default; then a command line. Prints the flag's last value there
   local flag=$1 value=$2
   shift 2

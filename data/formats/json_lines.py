@@ -118,7 +118,7 @@ class _Buffer:
             except RecursionError as error:
                 raise self.broken(str(error), self.place) from error
             except ValueError as error:
-                if at_end:
+                if at_end or len(self.text) - self.place > MAX_JSON:
                     raise self.broken(getattr(error, "msg", str(error)), getattr(error, "pos", self.place)) from error
             at_end = not self.more(size)
             size *= 2

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.data_files import SUFFIXES, is_saved, is_weight, parts_of_name, saved_files, split_files, suffix_of
+from utils.data_files import is_saved, is_weight, parts_of_name, saved_files, split_files
 from utils.distributed import gather_objects, rank
 from utils.errors import Say, UserError
 from utils.files import first_names, read_json, remove, sha256, write_json
@@ -75,25 +75,25 @@ def _tokenizer(path: str, flag: str) -> Files:
     return {"tokenizer.model": place} | {name: place.parent / name for name in beside}
 
 
-def _data(value: str, flag: str) -> Files:
+def _data(value: str, flag: str, split: str = "train", valid_split: str = "") -> Files:
     if is_weight(value):
         return {"the weight": value}
-    path, config, split = parts_of_name(value)
-    named = {"the configuration": config, "the split": split}
+    path, config, chosen = parts_of_name(value)
+    named = {"the configuration": config, "the split": chosen}
     files = {name: text for name, text in named.items() if text}
     if os.path.isdir(path):
-        return files | {os.path.relpath(file, path): Path(file) for file in _data_files(path)}
+        return files | {
+            os.path.relpath(file, path): Path(file) for file in _data_files(path, chosen or split, valid_split)
+        }
     if is_hub_id(path):
         return files | {"the revision": data_revision(path, config)}
     return files | {f"the {Path(path).suffix} file": Path(path)}
 
 
-def _data_files(folder: str) -> list[str | Path]:
-    """Returns the files of all splits, since flags tell which of them are read."""
-    if is_saved(folder):
-        return [file for files in saved_files(folder).values() for file in files]
-    named = [file for files in split_files(Path(folder)) for file in files]
-    return named or [file for file in Path(folder).rglob("*") if suffix_of(file) in SUFFIXES]
+def _data_files(folder: str, split: str, valid_split: str) -> list[str | Path]:
+    """Returns the files that are read of a folder; all of one that `datasets` saved."""
+    splits = saved_files(folder).values() if is_saved(folder) else split_files(Path(folder), split, valid_split)
+    return [file for files in splits for file in files]
 
 
 def _function(spec: str, flag: str) -> Files:
@@ -102,26 +102,21 @@ def _function(spec: str, flag: str) -> Files:
 
 
 # Flag -> function that lists the files which are read for a value of it.
-INPUTS: dict[str, Callable[[str, str], Files]] = {
+INPUTS: dict[str, Callable[..., Files]] = {
     "policy_model_path": _model, "critic_model_path": _model, "reward_model_path": _model,
     "hf_model_name_or_path": _model, "tokenizer_name_or_path": _tokenizer, "reward_tokenizer_name_or_path": _tokenizer,
     "data_path": _data, "center_data_path": _data, "ppo_pretrain_data_path": _data, "reward_fn": _function,
 }  # fmt: skip
 
 
-def _files_of(flag: str, value: str) -> Files:
+def _files_of(flag: str, value: str, *splits: str) -> Files:
     """Returns the regular files of one value; none if it cannot be read, which its loader explains later."""
     try:
-        files = INPUTS[flag](value, f"--{flag}")
+        files = INPUTS[flag](value, f"--{flag}", *splits)
     except (OSError, ValueError, KeyError, AttributeError):  # ValueError includes UserError
         return {}
-    files = {name: file for name, file in files.items() if isinstance(file, str) or _can_be_read(file)}
+    files = {name: file for name, file in files.items() if isinstance(file, str) or os.path.isfile(file)}
     return {name.encode(errors="backslashreplace").decode(): file for name, file in files.items()}  # of any encoding
-
-
-def _can_be_read(file: Path) -> bool:
-    """Whether it is a regular file."""
-    return os.path.isfile(file)
 
 
 def fingerprints(config, say: Say) -> dict[str, dict[str, str]]:
@@ -149,8 +144,9 @@ def _list(config) -> dict[tuple[str, str], Stamp | str]:
     found = {}
     for flag in INPUTS:
         value = getattr(config, flag, None) or []
+        splits = (config.split, config.valid_split) if INPUTS[flag] is _data else ()
         for i, path in enumerate(value if isinstance(value, list) else [value], 1):
-            for name, file in _files_of(flag, path).items():
+            for name, file in _files_of(flag, path, *splits).items():
                 numbered = f"{i}/{name}" if isinstance(value, list) else name
                 found[flag, numbered] = file if isinstance(file, str) else _stamp(file)
     return found

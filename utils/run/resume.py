@@ -45,10 +45,13 @@ def _changed(config: RunFlags, saved: dict, record: dict) -> dict[str, str]:
     for name, value in now.items():
         if name in INPUTS:
             was, files = saved[name], config.fingerprints.get(name, {})
+            before = (inputs or {}).get(name, {})
+            if isinstance(was, str) and isinstance(value, list):  # of a version in which it took one value
+                was, before = [was], {f"1/{file}": digest for file, digest in before.items()}
             if inputs is None:
                 if _real(was) != _real(value):
                     changed[name] = str(was)
-            elif (files or not value) and (found := changes(inputs.get(name, {}), files)):
+            elif (files or not value) and (found := changes(before, files)):
                 changed[name] = found if was == value else f"{was}: {found}"
         elif not any(name in x and x[name] == value for x in same):
             changed[name] = str(saved[name])
