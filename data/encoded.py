@@ -12,7 +12,7 @@ from data.formats.columns import FormOptions
 from data.formats.records import FLAG, Record, Tally
 from data.order import mixture, order
 from data.sources import Part, all_records, left_out, parts_of
-from utils.data_files import COMPRESSED, parse_sources
+from utils.data_files import COMPRESSED, Source, parse_sources
 from utils.errors import Say, UserError
 from utils.files import first_names
 from utils.flags.data import RecordFlags
