@@ -71,6 +71,7 @@ EVALUATION=(
 for flag in --data_path --split --valid_split --columns --prompt_template --preferred_by --reasoning \
   --lang --template --chat_template_kwargs --context_truncate; do # data and text are those of the training
   mapfile -d '' -t words < <(flag_words "$flag" "${ARGS[@]}" "$@")
+  [[ $flag != --data_path ]] || words=("${words[@]/#-/./-}")
   ((${#words[@]} == 0)) || EVALUATION+=("$flag" "${words[@]}")
 done
 launch_one "$OUTPUT/evaluation.log" -m reward.evaluate "${EVALUATION[@]}"

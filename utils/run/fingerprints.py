@@ -144,7 +144,9 @@ def _list(config) -> dict[tuple[str, str], Stamp | str]:
     found = {}
     for flag in INPUTS:
         value = getattr(config, flag, None) or []
-        splits = (config.split, config.valid_split) if INPUTS[flag] is _data else ()
+        splits = (
+            (getattr(config, "split", "train"), getattr(config, "valid_split", "")) if INPUTS[flag] is _data else ()
+        )
         for i, path in enumerate(value if isinstance(value, list) else [value], 1):
             for name, file in _files_of(flag, path, *splits).items():
                 numbered = f"{i}/{name}" if isinstance(value, list) else name
