@@ -58,9 +58,7 @@ def make_pairs(file: Path, count: int) -> None:
             history = f"\n\nHuman: {text(2.6)}?"
             for _ in range(rng.choice([0, 0, 1, 1, 2, 3])):
                 history += f"\n\nAssistant: {text(3.2)}\n\nHuman: {text(2.6)}?"
-            sides = {
-                name: f"{history}\n\nAssistant: {text(3.3)}{end}" for name, end in (("chosen", ""), ("rejected", "."))
-            }
+            chosen, rejected = (f"{history}\n\nAssistant: {text(3.3)}{end}" for end in ("", "."))
             out.write(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n")
 
 
@@ -101,9 +99,8 @@ def main() -> None:
         folder = Path(work)
         make_model(folder / "model", options.tokenizer)
         make_pairs(folder / "pairs.jsonl", options.pairs)
-        paths = (
-            f"--hf_model_name_or_path {folder}/model --data_path {folder}/pairs.jsonl --model_save_path {folder}/run"
-        )
+        paths = f"--hf_model_name_or_path {folder}/model --data_path {folder}/pairs.jsonl"
+        paths += f" --model_save_path {folder}/run"
         for tree in filter(None, (options.tree, HERE)):
             runs = ("cold", "warm") if tree == HERE else ("each start",)
             cache = f"--data_cache {folder}/cache" if tree == HERE else ""
@@ -114,10 +111,8 @@ def main() -> None:
                     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else []
                     command = [sys.executable, *launcher, "-m", "reward.train", *f"{paths} {FLAGS} {cache}".split()]
                     seconds, peaks, _ = watched(command, tree)
-                    print(
-                        f"{tree.name}: {options.pairs:,} pairs, {ranks} ranks, {run}: {seconds:.1f} s, MB {peaks}",
-                        flush=True,
-                    )
+                    what = f"{tree.name}: {options.pairs:,} pairs, {ranks} ranks, {run}"
+                    print(f"{what}: {seconds:.1f} s, MB {peaks}", flush=True)
         (folder / "prompts.py").write_text(PROMPTS)
         for count in options.prompts:
             with (folder / "prompts.jsonl").open("w") as out:
