@@ -30,11 +30,10 @@ from utils.files import (
     read_json,
     remove,
     replace,
-    sha256,
     write_json,
 )
 from utils.flags.data import RecordFlags
-from utils.run.fingerprints import code_files, digest_of
+from utils.run.fingerprints import code_files, digest_of, known_sha256
 from utils.watchdog import report_progress
 
 CODE = ("data/", "reward/encode.py", "utils/tokenizer", "utils/llama_sentencepiece.py")  # that ids depend on
@@ -132,7 +131,7 @@ def _key(parts: list[Part], encoder) -> str:
 
 
 def _content(part: Part) -> str:
-    return sha256(part.name) if part.rows is None else part.rows._fingerprint
+    return known_sha256(part.name) if part.rows is None else part.rows._fingerprint
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

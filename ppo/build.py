@@ -58,7 +58,7 @@ def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
     tokenizer, train, valid, pretrain = load_data(config, say)
     say(first_prompt(tokenizer, train.first(1)[0].ids))
     if reward_fn:
-        reward_fn.check_columns([prompt.columns for prompt in train.first(NUM_CHECKED)], say)
+        reward_fn.check_columns([prompt.columns for prompt in train.take(0, min(NUM_CHECKED, len(train)))], say)
     vllm = None
     if config.rollout_engine == "vllm":  # on GPUs that are still empty, whose memory it measures
         prompts = -(-max(config.num_rollouts, config.num_eval_prompts) // world_size())

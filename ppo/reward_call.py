@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import traceback
@@ -56,7 +57,13 @@ def call_together(timeout: float, functions: list[tuple[str, Callable[[], Awaita
         return await asyncio.gather(*(one(*pair) for pair in functions))
 
     labels = " or ".join(label for label, _ in functions)
-    return call_within(timeout, labels, lambda: asyncio.run(every()), MARGIN)
+    return call_within(timeout, labels, lambda: _runner().run(every()), MARGIN)
+
+
+@functools.cache
+def _runner() -> asyncio.Runner:
+    """Returns what runs async functions: always the same event loop, which clients and locks in user code belong to."""
+    return asyncio.Runner()
 
 
 def failure_of(error: BaseException) -> str:

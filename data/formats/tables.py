@@ -25,6 +25,8 @@ def rows_of_text(stream: BinaryIO, name: str, delimiter: str) -> Iterator[tuple[
     line = 1
     try:
         header = next(rows, None)
+        if header and (twice := next((column for column in header if header.count(column) > 1), None)) is not None:
+            raise UserError(f"{name}:1: two columns are called {twice!r}; rename one")
         while header is not None:
             line = rows.line_num + 1
             row = next(rows, None)

@@ -217,6 +217,11 @@ def _hash(stamp: Stamp) -> tuple[str, bool]:
         return f"not readable ({error.strerror})", False
 
 
+def known_sha256(file: str | Path) -> str:
+    """Returns the SHA-256 of a file, from the cache if it has not changed since. Raises OSError."""
+    return _read_cache().get(_key(_stamp(file))) or sha256(file)
+
+
 def _cache_path() -> str:
     """Returns the cache's file; "" if this user has no folder for it."""
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
