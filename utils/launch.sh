@@ -165,6 +165,7 @@ require_models() { # $1: en or zh; then names of variables. Stops with an error 
   shift
   for name in "$@"; do
     is_there "${!name}" && continue
+    [[ $name != DATA ]] || ! is_there "${!name%%[:@]*}" || continue # owner/name:config@split
     missing+=("  $name=${!name:- (with --reward_fn alone: give the model from which the critic starts)}")
     for type in sft reward; do # of the default paths, whose models are published as differences to LLaMA's weights
       if [[ $name == [PR]* && ${!name} == "models/moss-rlhf-$type-model-7B-$language/recover" ]]; then

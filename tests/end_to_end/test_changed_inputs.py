@@ -85,7 +85,7 @@ def drop_record(file: Path) -> None:
 
 
 CHANGES = {  # what is done to the inputs -> what the refusal has to name
-    "negated head of the critic": (lambda x: negate_head(x.reward), "1/model.safetensors has other .*--critic_model"),
+    "negated head of the critic": (lambda x: negate_head(x.reward), "model.safetensors has other .*--critic_model"),
     "negated head of the second reward model": (
         lambda x: negate_head(x.reward.with_name("other_reward")), "--reward_model_path .*: 2/model.safetensors has"),
     "exchanged words": (lambda x: edit(x.prompts / "train.json", "bread", "cakes"), "--data_path .*: train.json has"),
@@ -94,11 +94,11 @@ CHANGES = {  # what is done to the inputs -> what the refusal has to name
     "no valid file": (lambda x: (x.prompts / "valid.json").unlink(), "--data_path .*: valid.json is missing"),
     "a second file": (lambda x: write_json(x.prompts / "b_train.json", [["Hi"]]), "--data_path .*: b_train.json is"),
     "pre-training data": (lambda x: drop_record(x.dialogues), "--ppo_pretrain_data_path .*: the .json file has other"),
-    "reward function": (lambda x: edit(x.reward_file, "aeiou", "aeio"), "--reward_fn .*: 1/the file has other content"),
-    "the policy's config": (lambda x: edit(x.policy / "config.json", "1e-06", "1e-05"), "1/config.json has .*--policy"),
+    "reward function": (lambda x: edit(x.reward_file, "aeiou", "aeio"), "--reward_fn .*: the file has other content"),
+    "the policy's config": (lambda x: edit(x.policy / "config.json", "1e-06", "1e-05"), "config.json has .*--policy"),
     "a template": (
         lambda x: (x.policy / "chat_template.jinja").write_text("{{ 1 }}"),
-        "1/chat_template.jinja is new.* does --policy_model_path, --tokenizer_name_or_path"),
+        "chat_template.jinja is new.* does --policy_model_path, --tokenizer_name_or_path"),
     "a tokenizer": (
         lambda x: (x.reward.with_name("other_reward") / "tokenizer_config.json").write_text("{}"),
         "--reward_(model|tokenizer_name_or)_path .*: 2/tokenizer_config.json has other"),
@@ -232,7 +232,7 @@ def test_supervised_stages_compare_content_too(finished, stage, train, tmp_path,
     train(argv)
     shutil.rmtree(run / "final")
     Path(first).write_bytes(file.read_bytes() + b"\n")
-    name = "1/the" if stage == "sft" else "the"
+    name = "the"
     assert re.search(rf"--data_path .*\({name} {file.suffix} file has other content\)", refusal(train, argv, capfd))
 
 

@@ -18,6 +18,7 @@ from reward.stage import load
 from reward.train import main
 from tests.helpers.tiny import SAMPLES, tiny_llama_folder
 from tests.helpers.tiny_run import fit_flags, read_lines
+from utils.flags.data import RecordFlags
 from utils.tokenizer import load_tokenizer
 
 DATA = SAMPLES / "en" / "preferences"
@@ -133,7 +134,7 @@ def test_centring_on_the_held_out_answers_leaves_their_mean_at_zero(base, tmp_pa
     main(flags(tmp_path / "a" / "final", tmp_path / "b", train_steps=2, center_scores=True, lr=1e-12))
     first, second = (read_lines(tmp_path / name / "metrics.jsonl")[-1]["eval_score_center"] for name in "ab")
     assert abs(first) > 1e-2
-    chosen = [[p.history[0]["content"], p.answers[0]] for p in load_preferences(str(DATA), 0, 0, str)[1]]
+    chosen = [[p.history[0]["content"], p.answers[0]] for p in load_preferences([str(DATA)], RecordFlags(), str)[1]]
     assert mean_score_elsewhere(tmp_path / "a" / "final", chosen) == pytest.approx(first, abs=1e-5)
     assert second == pytest.approx(0.0, abs=1e-5)
 

@@ -86,7 +86,7 @@ def test_files_of_data_functions_and_tokenizers(tmp_path):
     assert set(found("data_path", str(data))) == {"train.json", "a_train.jsonl", "valid.json", "b_train.csv"}
     assert found("data_path", str(data / "b_train.csv")) == {"the .csv file": sha("5")}
     both = found("data_path", [str(data / "b_train.csv"), str(data)])
-    assert set(both) == {"1/the .csv file", "2/train.json", "2/a_train.jsonl", "2/valid.json", "2/b_train.csv"}
+    assert set(both) == {"the .csv file", "2/train.json", "2/a_train.jsonl", "2/valid.json", "2/b_train.csv"}
     code = write(tmp_path / "c", f__py="x") / "f.py"
     assert found("reward_fn", f"{code}:f") == {"the function": "f", "the file": sha("x")}
     words = write(tmp_path / "t", my__model="x", tokenizer_config__json="{}", other__json="{}")
@@ -228,4 +228,4 @@ def test_the_cache_has_a_bound_and_loses_the_oldest_entries(tmp_path, cache, mon
 
 def test_names_keep_the_order_of_values(tmp_path):
     paths = [str(write(tmp_path / name, train__json=name)) for name in ("b", "a")]
-    assert found("data_path", paths) == {"1/train.json": sha("b"), "2/train.json": sha("a")}
+    assert found("data_path", paths) == {"train.json": sha("b"), "2/train.json": sha("a")}

@@ -115,14 +115,19 @@ def _files_of(flag: str, value: str, *splits: str) -> Files:
         files = INPUTS[flag](value, f"--{flag}", *splits)
     except (OSError, ValueError, KeyError, AttributeError):  # ValueError includes UserError
         return {}
-    files = {name: file for name, file in files.items() if isinstance(file, str) or os.path.isfile(file)}
+    files = {name: file for name, file in files.items() if isinstance(file, str) or _can_be_read(file)}
     return {name.encode(errors="backslashreplace").decode(): file for name, file in files.items()}  # of any encoding
+
+
+def _can_be_read(file: Path) -> bool:
+    """Whether it is a regular file, and none that is nearly all holes, which could be of any size."""
+    return os.path.isfile(file) and (state := file.stat()).st_size <= max(MIN_CACHED, 8 * 512 * state.st_blocks)
 
 
 def fingerprints(config, say: Say) -> dict[str, dict[str, str]]:
     """Returns flag -> file name -> SHA-256 of this rank's inputs. Collective.
 
-    Names of a flag with several values start with the number of the value.
+    Names of the second and later values of a flag start with the number of the value.
     """
     downloaded.update(once_per_node(lambda: _download(config)))
     found = _list(config)
@@ -147,9 +152,11 @@ def _list(config) -> dict[tuple[str, str], Stamp | str]:
         splits = (
             (getattr(config, "split", "train"), getattr(config, "valid_split", "")) if INPUTS[flag] is _data else ()
         )
-        for i, path in enumerate(value if isinstance(value, list) else [value], 1):
+        i = 0
+        for path in value if isinstance(value, list) else [value]:
+            i += not (INPUTS[flag] is _data and is_weight(path))
             for name, file in _files_of(flag, path, *splits).items():
-                numbered = f"{i}/{name}" if isinstance(value, list) else name
+                numbered = f"{i}/{name}" if i > 1 else name
                 found[flag, numbered] = file if isinstance(file, str) else _stamp(file)
     return found
 

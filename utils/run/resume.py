@@ -32,6 +32,11 @@ def identity(config: RunFlags) -> dict:
     return json.loads(json.dumps(flags))
 
 
+def _shown(value) -> str:
+    """Returns a flag's value as it is typed."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _changed(config: RunFlags, saved: dict, record: dict) -> dict[str, str]:
     """Returns flag -> what it was, for flags that differ from those of `saved`, a part of `record`; given ones first.
 
@@ -46,13 +51,14 @@ def _changed(config: RunFlags, saved: dict, record: dict) -> dict[str, str]:
         if name in INPUTS:
             was, files = saved[name], config.fingerprints.get(name, {})
             before = (inputs or {}).get(name, {})
-            if isinstance(was, str) and isinstance(value, list):  # of a version in which it took one value
-                was, before = [was], {f"1/{file}": digest for file, digest in before.items()}
+            if isinstance(value, list):  # other versions took one value, or numbered the first one, too
+                was = [was] if isinstance(was, str) else was
+                before = {file.removeprefix("1/"): digest for file, digest in before.items()}
             if inputs is None:
                 if _real(was) != _real(value):
                     changed[name] = str(was)
             elif (files or not value) and (found := changes(before, files)):
-                changed[name] = found if was == value else f"{was}: {found}"
+                changed[name] = found if was == value else f"{_shown(was)}: {found}"
         elif not any(name in x and x[name] == value for x in same):
             changed[name] = str(saved[name])
     return dict(sorted(changed.items(), key=lambda item: item[0] not in config.given))
@@ -189,7 +195,7 @@ def _check_flags(checkpoint: Checkpoint, config: RunFlags, say: Say) -> None:
     if "inputs" not in checkpoint.state:
         say(f"{checkpoint.path} has no fingerprints: of models and data only the paths were compared, not the content")
     for name, was in changed.items():
-        wanted = now[name]
+        wanted = _shown(now[name])
         if name in SPLIT:
             what = "number of processes" if name == "world_size" else f"--{name}"
             say(f"resumed with another {what}: {wanted}, not {was}; only rounding and dropout differ")
