@@ -66,6 +66,8 @@ def encode_to_file(parts: list[Part], encoder, tally: Tally, config: RecordFlags
     Rows, their order and the counts added to `tally` do not depend on the number of workers. Raises UserError, and
     leaves nothing half-written.
     """
+    for part in parts:
+        next(part.raw(), None)  # a file of another kind is refused before all of it is hashed
     folder = os.path.join(cache_folder(config), _key(parts, encoder))
     if (about := _about(folder)) is None:
         say(f"{encoder.what}: encoded once, into {folder} (--data_cache)")
