@@ -109,7 +109,8 @@ def rates(run: Run, clock: Counter, batch: int, seconds: float) -> None:
 
     def prompts(first: int, count: int) -> PromptBatch:
         places = list(range(first, first + count))
-        return PromptBatch([run.prompts[place].ids for place in places], [[]] * count, places)
+        ids = [prompt.ids for prompt in run.prompts.first(first + count)[first:]]
+        return PromptBatch(ids, [[]] * count, places)
 
     pairs_of(run, clock, batch)(prompts(0, min(batch, 8)), run.sampling, 0)
     pairs, begin = pairs_of(run, clock, batch), time.perf_counter()

@@ -322,7 +322,7 @@ FAULTS |= {
 FAULTS |= {f"{number.name} in vLLM": in_vllm(number) for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP)}
 FAULTS |= {
     "stall in loading": stall(ppo.models, "load_scalar"),
-    "stall in encoding": stall(data.prompts, "encode_prompt", victim=0),  # which reads for both
+    "stall in encoding": stall(data.prompts, "encode_prompts", victim=0),  # which reads for both
     "stall in saving": stall(utils.run.checkpoint, "write_files"),
     "NaN loss": bad_minibatch("policy_backward", "policy_objective", nan_loss),
     "NaN gradient": bad_minibatch("policy_backward", "policy_objective", nan_gradient(1)),

@@ -77,7 +77,7 @@ def test_a_rank_that_stalls_ends_both_also_before_the_loop_and_with_the_global_l
     assert result.codes[1 - victim] in (1, 124), result.log[-3000:]
     assert result.codes[victim] == (-9 if where == "reward function" else 124), result.log[-3000:]
     assert f"error [rank {victim}]: no progress for {TIMEOUT} s (--hang_timeout) after '" in result.log
-    functions = {"loading": "load_models", "encoding": "load_prompts", "saving": "_write_share"}
+    functions = {"loading": "load_models", "encoding": "load_data", "saving": "_write_share"}
     stacks = rf"most recent call first\):\n(.*\n)+.*{functions.get(where, 'score.py')}"
     assert re.search(stacks, result.log)
 
