@@ -4,9 +4,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from data.formats.columns import PLAIN, FormOptions, map_columns
+from data.formats.columns import PLAIN, FormOptions, map_columns, shown_name
 from data.formats.compared import Reader
-from data.formats.nearest import shown_name
 from data.formats.preference_forms import form_of, read_by, unknown
 from data.formats.records import FLAG, UNREAD, BadRecord, Record, Tally, parse_each
 from data.formats.score_columns import STRENGTH, read_number, read_score_gap, read_strength

@@ -26,13 +26,16 @@ def main(argv: list[str] | None = None) -> None:
         print(__doc__)
         return
     if command not in COMMANDS:
-        raise UserError(f"{command or 'a command'}: put one of {', '.join(COMMANDS)} first, then its flags")
+        named = f", not {command}" if command else ""
+        raise UserError(f"name a command first, one of {', '.join(COMMANDS)}{named}; its flags follow")
     module, name, loader = COMMANDS[command]
     module = import_module(module)
     presets = getattr(module, "PRESETS", None)
     config = parse_args(getattr(module, name), flags, presets, getattr(module, "AMOUNTS", None))
+    from data.cache import cache_folder  # imports transformers
+
     import_module(loader).load_data(config, print)
-    print("data: ready")
+    print(f"data: ready. Files of 16 MB and more are in {cache_folder(config)}; smaller data are encoded at each start")
 
 
 if __name__ == "__main__":

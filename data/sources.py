@@ -111,7 +111,7 @@ def parts_of(
     if os.path.exists(path):  # each rank reads it, and a resumed run again
         raise UserError(f"{flag}: {path} is a pipe or a device; write its content to a file, and pass that")
     shown = path if len(path) <= MAX_PATH else f"{path[:MAX_PATH]}…"  # users may pass a whole record by mistake
-    raise UserError(f"{flag}: {shown} does not exist; use a folder, a .json or .jsonl file, or a hub id (owner/name)")
+    raise UserError(f"{flag}: {shown} does not exist; check the name of the file or folder, or the hub id (owner/name)")
 
 
 def left_out(source: Source, split: str, valid_split: str) -> list[str]:

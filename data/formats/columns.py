@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from data.formats.records import BadRecord
+from data.formats.records import SEEN, BadRecord
 
 _FIELD = re.compile(r"\\\\n|\\n|\{\{|\}\}|\{([^{}\s][^{}]*)\}")
 _ESCAPES = {r"\\n": r"\n", r"\n": "\n", "{{": "{", "}}": "}"}
@@ -44,7 +44,7 @@ def map_columns(value: Any, options: FormOptions) -> Any:
     found = {ours: find_column(value, theirs) for ours, theirs in options.columns}
     for ours, theirs in options.columns:
         if found[ours] is _NO_VALUE:
-            raise BadRecord(f"no column {theirs}, which --columns {ours}={theirs} names")
+            raise BadRecord(f"no column {theirs}, which --columns {ours}={theirs} names{_seen(value)}")
     moved = {theirs for _, theirs in options.columns}
     mapped = {key: item for key, item in value.items() if key not in moved} | found
     if options.prompt_template:
@@ -73,6 +73,16 @@ def find_column(value: Any, path: str) -> Any:
     return value
 
 
+def shown_name(name: str) -> str:
+    """Returns a column's name for a message: at most 40 characters, control characters escaped."""
+    return name[:40] if name.isprintable() else ascii(name[:40])[1:-1]
+
+
+def _seen(value: dict) -> str:
+    """Returns the columns that a record has, as the part of a reason that is shown once."""
+    return f"{SEEN}{', '.join([shown_name(str(key)) for key in value][:12])} (--columns ours=theirs)"
+
+
 def first_key(value: dict, keys: Iterable[str]) -> str | None:
     """Returns the first of the keys that has a value other than null; None if there is none."""
     return next((key for key in keys if value.get(key) is not None), None)
@@ -86,7 +96,7 @@ def _fill(template: str, value: dict) -> str:
             return _ESCAPES[field[0]]
         found = find_column(value, field[1])
         if found is _NO_VALUE or found is None:
-            raise BadRecord(f"no column {field[1]}, which --prompt_template names")
+            raise BadRecord(f"no column {field[1]}, which --prompt_template names{_seen(value)}")
         return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False, default=str)
 
     return _FIELD.sub(text_of, template)

@@ -2,6 +2,7 @@
 
 from difflib import SequenceMatcher
 
+from data.formats.columns import shown_name
 from data.formats.records import SEEN
 from data.formats.turns import kind_of
 
@@ -41,11 +42,6 @@ def nearest(value: dict, forms: list[tuple[str, tuple[str, ...]]]) -> str:
     have = ", ".join(shown_name(theirs) for theirs in lacking.values() if theirs)
     passed = " ".join(f"{ours}={shown_name(theirs or 'COLUMN')}" for ours, theirs in lacking.items())
     return f"{text} lacks {', '.join(lacking)}" + (f" (have: {have})" if have else "") + f"; pass --columns {passed}"
-
-
-def shown_name(name: str) -> str:
-    """Returns a column's name for a message: at most 40 characters, control characters escaped."""
-    return name[:40] if name.isprintable() else ascii(name[:40])[1:-1]
 
 
 def _match(form: tuple[str, tuple[str, ...]], columns: list[str], inner: list[str]) -> tuple[float, str, dict]:

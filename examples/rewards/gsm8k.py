@@ -19,7 +19,7 @@ def final_number(text: str) -> Decimal | None:
 def exact(prompts, answers, answer):
     """`answer` is the column of this name: the reference of each prompt. None, if it has no number: left out."""
     scores = []
-    references = (final_number(text or "") for text in answer)  # None for a record without the column
+    references = (None if x is None else final_number(str(x)) for x in answer)  # records may lack the column
     for given, reference in zip(answers, references, strict=True):
         scores.append(None if reference is None else float(final_number(given) == reference))
     return scores

@@ -1,5 +1,6 @@
 """Flags about records of data, which every command that reads data shares. No torch."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,8 +21,7 @@ class RecordFlags(TextFlags):
     valid_split: str = ""
     """Split of the held-out records. Default: validation or valid, if there is one"""
     columns: list[str] = field(default_factory=list)
-    """Names of columns, as ours=theirs: prompt=question chosen=better. A dot leads into an
-    object: prompt=data.question"""
+    """Names of columns, ours=theirs: prompt=question answer=data.solution, where the dot leads into an object"""
     prompt_template: str = ""
     """Text of the prompt with {column} where a column's value goes: "Solve: {question}\\nChoices: {choices}" """
     preferred_by: Literal["better", "safer"] = "better"
@@ -32,7 +32,7 @@ class RecordFlags(TextFlags):
     data_cache: str = ""
     """Folder for encoded data of 16 MB and more, made once per node. Default: ~/.cache/ppo-max/data"""
     data_workers: int = 0
-    """Processes that encode data of 16 MB and more; 0: one per core"""
+    """Processes that encode data of 16 MB and more; 0: one per core, at most 32"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,6 +41,17 @@ class RecordFlags(TextFlags):
             ours, equals, theirs = pair.partition("=")
             if not ours or not equals or not theirs:
                 raise UserError(f"--columns {pair}: write our name, =, and the name in the records: prompt=question")
+        names = [pair.partition("=")[0] for pair in self.columns]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"--columns names {twice} twice; pass it once")
+        if self.prompt_template:
+            text = self.prompt_template.replace("{{", "").replace("}}", "")
+            rest, fields = re.subn(r"\{[^{}\s][^{}]*\}", "", text)
+            if not fields or "{" in rest or "}" in rest:
+                raise UserError(
+                    f"--prompt_template {self.prompt_template}: put the names of columns into braces, as in "
+                    '"Solve: {question}"; {{ and }} stand for braces'
+                )
         for name in DATA_PATHS:
             value = getattr(self, name, None) or []
             if isinstance(value, str):  # from Python

@@ -111,7 +111,7 @@ def _title(config_type: type, field: dataclasses.Field) -> str:
     default = default_of(field)
     required = field.name in config_type.required and not default
     default = str(default).lower() if isinstance(default, bool) else default
-    if default in (None, []):  # the text says what is computed in place of it
+    if default in (None, [], ""):  # the text says what is computed in place of it
         default = _sentence(field_help(config_type)[field.name].partition("Default: ")[2]) or "none"
     return f"--{field.name} {values_of(field)}  ({'required' if required else f'default: {default}'})"
 
