@@ -66,6 +66,11 @@ class DialogueEncoder:
             waiting = again
         return rows
 
+    @property
+    def limit(self) -> str:
+        """The flag that limits the tokens, and its value."""
+        return f"{self.flag} {self.max_tokens}"
+
     def item(self, row: dict) -> EncodedDialogue:
         """Returns the dialogue of a row."""
         mask = []

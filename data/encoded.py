@@ -28,11 +28,15 @@ Item = TypeVar("Item")
 class Encoder(Protocol[Item]):
     """Makes rows of records and items of rows. A dataclass: its fields, and `columns`, are part of the cache's key.
 
-    what: name of the items in messages. columns: name of a row's column -> type, as "list<int32>" or "string".
+    what, limit: name of the items, and limit of their tokens, for messages. columns: name of a row's column -> type, as
+    "list<int32>" or "string".
     """
 
     what: str
     columns: dict[str, str]
+
+    @property
+    def limit(self) -> str: ...
 
     def __call__(self, records: list[Record], tally: Tally) -> list[list[Row] | None]:
         """Returns the rows of each record: None if it cannot be used, [] if it is too long; `tally` counts both."""
@@ -149,7 +153,8 @@ def load_encoded(
         sets.append(train)
         held_out, total = held_out + valid, total + number
         if len(sources) > 1 and not len(train):
-            raise UserError(f"{flag} {source.path}: all {encoder.what} are too long; remove it, or raise the limit")
+            problem = f"all {encoder.what} exceed {encoder.limit}"
+            raise UserError(f"{flag} {source.path}: {problem}; raise it, or remove this source")
     weights = [source.weight for source in sources]
     return Mixture(sets, weights if sources[0].weight is not None else None, seed, total), held_out
 

@@ -52,13 +52,17 @@ class PromptEncoder:
         self, record: Record, whole: Turns, columns: dict, turns: Turns, ids: list[int] | None, tally: Tally
     ) -> list[dict] | None:
         if ids is None:
-            limit = f"--maxlen_prompt - --maxlen_res = {self.max_tokens} tokens"
-            tally.add(f"dropped: longer than {limit}", record.source)
+            tally.add(f"dropped: longer than {self.limit}", record.source)
             return None
         if len(turns) < len(whole):
             tally.add("truncated (oldest turns dropped)", record.source)
         turns, columns = (json.dumps(value, default=str) for value in (turns, columns))
         return [{"ids": ids, "turns": turns, "source": record.source, "record_columns": columns}]
+
+    @property
+    def limit(self) -> str:
+        """The flags that limit the tokens, and their value."""
+        return f"--maxlen_prompt - --maxlen_res = {self.max_tokens} tokens"
 
     def item(self, row: dict) -> Prompt:
         """Returns the prompt of a row."""

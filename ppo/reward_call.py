@@ -6,7 +6,7 @@ import functools
 import os
 import signal
 import traceback
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
 from utils.errors import HungError, UserError
@@ -57,7 +57,18 @@ def call_together(timeout: float, functions: list[tuple[str, Callable[[], Awaita
         return await asyncio.gather(*(one(*pair) for pair in functions))
 
     labels = " or ".join(label for label, _ in functions)
-    return call_within(timeout, labels, lambda: _runner().run(every()), MARGIN)
+    return call_within(timeout, labels, lambda: _run(every()), MARGIN)
+
+
+def _run(every: Coroutine) -> list:
+    """Returns the result of a coroutine. If it fails or is interrupted, whatever is left in the loop is cancelled."""
+    try:
+        return _runner().run(every)
+    except BaseException:
+        runner = _runner()
+        _runner.cache_clear()
+        runner.close()
+        raise
 
 
 @functools.cache

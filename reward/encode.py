@@ -58,6 +58,11 @@ class ComparisonEncoder:
         """Returns the preferences of a record. Raises BadRecord with the reason."""
         return parse_preferences(record, tally, self.margin_columns, self.options)
 
+    @property
+    def limit(self) -> str:
+        """The flag that limits the tokens, and its value."""
+        return f"--context_truncate {self.max_tokens}"
+
     def item(self, row: Row) -> Comparison:
         """Returns the comparison of a row."""
         better, worse, margins = row["pairs"][::2], row["pairs"][1::2], row["margins"]
