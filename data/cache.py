@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections import deque
@@ -30,6 +31,7 @@ from utils.files import (
     read_json,
     remove,
     replace,
+    sha256,
     write_json,
 )
 from utils.flags.data import RecordFlags
@@ -121,15 +123,8 @@ def _key(parts: list[Part], encoder) -> str:
     code = {name: digest for name, digest in code_files().items() if name.startswith(CODE)}
     versions = [pyarrow.__version__, tokenizers.__version__, transformers.__version__]
     data = [(part.name, _content(part)) for part in parts]
-    facts = [
-        type(encoder).__name__,
-        encoder.columns,
-        json.dumps(given, default=dataclasses.asdict),
-        code,
-        versions,
-        data,
-    ]
-    return digest_of(facts)[:32]
+    options = json.dumps(given, default=dataclasses.asdict)
+    return digest_of([type(encoder).__name__, encoder.columns, options, code, versions, data])[:32]
 
 
 def _content(part: Part) -> str:
@@ -137,9 +132,15 @@ def _content(part: Part) -> str:
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    model = getattr(tokenizer, "sp_model", None)
-    content = tokenizer.backend_tokenizer.to_str().encode() if model is None else model.serialized_model_proto()
-    added = sorted((i, str(token.content), token.special) for i, token in tokenizer.added_tokens_decoder.items())
+    if (model := getattr(tokenizer, "sp_model", None)) is not None:
+        content = model.serialized_model_proto()
+    elif tokenizer.is_fast:
+        content = tokenizer.backend_tokenizer.to_str().encode()
+    else:  # in Python: what is saved of it
+        with tempfile.TemporaryDirectory() as folder:
+            files = sorted(map(str, tokenizer.save_pretrained(folder)))
+            content = json.dumps([sha256(file) for file in files if os.path.isfile(file)]).encode()
+    added = sorted((i, token.__getstate__()) for i, token in tokenizer.added_tokens_decoder.items())
     named = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token, added]
     others = [str(tokenizer.chat_template), getattr(tokenizer, "chat_template_kwargs", {})]
     return digest_of([hashlib.sha256(content).hexdigest(), named, others])

@@ -235,6 +235,8 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "unit/test_encoded.py"),
     ("encoded data of another tokenizer is used", 'given["tokenizer"] = _tokenizer_digest(given["tokenizer"])',
      'given["tokenizer"] = ""', "unit/test_encoded.py"),
+    ("spaces that an added token takes do not count", "(i, token.__getstate__()) for i, token in",
+     "(i, str(token)) for i, token in", "unit/test_encoded.py"),
     ("a cut file of encoded data is used", 'whole = about["bytes"] == os.path.getsize(os.path.join(folder, ROWS))',
      "whole = True", "unit/test_encoded.py"),
     ("each chunk of records begins at 0", 'pyarrow.compute.add(batch.column("record"), usable)',

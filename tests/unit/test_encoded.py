@@ -18,7 +18,7 @@ from data.sources import Part
 from reward.encode import ComparisonEncoder
 from utils.errors import UserError
 from utils.flags.data import RecordFlags
-from utils.tokenizer import load_tokenizer
+from utils.tokenizer import encode_texts, load_tokenizer
 
 PAIRS = [
     {
@@ -118,6 +118,35 @@ def test_a_file_is_made_again_when_something_that_it_depends_on_changes(tmp_path
     write(tmp_path, PAIRS[:2])
     keys.append(key())
     assert len(set(keys)) == len(keys)
+
+
+def test_tokenizers_with_other_ids_have_other_files(tmp_path, tiny_model):
+    """Also if they differ only in the spaces that an added token takes, or are written in Python."""
+
+    def sentencepiece(name: str, rstrip: bool):
+        (tmp_path / name).mkdir()
+        shutil.copy(tiny_model, tmp_path / name / "tokenizer.model")
+        token = {"content": "<|end|>", "rstrip": rstrip}
+        number = len(load_tokenizer(str(tiny_model), "moss_en"))
+        config = {"added_tokens_decoder": {number: token}}
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(config))
+        return load_tokenizer(str(tmp_path / name), "moss_en")
+
+    def in_python(name: str, last: str):
+        (tmp_path / name).mkdir()
+        config = {"tokenizer_class": "CTRLTokenizer", "eos_token": "<e>", "unk_token": "<unk>"}
+        vocab = {"<unk>": 0, "<e>": 1, "Hello": 2, last: 3}
+        for file, content in {"vocab.json": vocab, "tokenizer_config.json": config}.items():
+            (tmp_path / name / file).write_text(json.dumps(content))
+        (tmp_path / name / "merges.txt").write_text("#version\n")
+        return load_tokenizer(str(tmp_path / name), "moss_en")
+
+    for make, values in ((sentencepiece, (False, True)), (in_python, ("a", "b"))):
+        first, same, other = (make(f"{make.__name__}{i}", values[i // 2]) for i in range(3))
+        text = ["<|end|>   a"]
+        assert encode_texts(first, text, False) != encode_texts(other, text, False)
+        assert cache._tokenizer_digest(first) == cache._tokenizer_digest(same) != cache._tokenizer_digest(other)
+        assert cache._tokenizer_digest(first) == cache._tokenizer_digest(same)  # asked again
 
 
 def test_a_damaged_file_is_made_again(tmp_path, tokenizer, monkeypatch):
