@@ -12,17 +12,17 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from data.formats.records import Counts, Tally
-from data.sources import Part, Raw, parse_raw
+from data.formats.records import Counts, Record, Tally
+from data.sources import Part, Raw, all_raw, parse_raw
 from utils.errors import Say, UserError
 from utils.files import (
     atomic_folder,
@@ -43,6 +43,7 @@ CHUNK = 512  # records that a worker gets at once
 MAX_WORKERS = 32
 INTERVAL = 10.0  # seconds between lines about the progress
 ROWS, ABOUT = "rows.arrow", "about.json"
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,19 @@ def open_rows(encoded: EncodedFile) -> Sequence[dict[str, Any]]:
     import datasets
 
     return datasets.Dataset.from_file(encoded.rows)
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yields lists of `size` items; the last one may be shorter."""
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def encode_batch(records: list[Record], encoder, tally: Tally, start: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """Returns (rows, number of usable records). Each row's column `record` numbers its usable record, from `start`."""
+    usable = [made for made in encoder(records, tally) if made is not None]
+    return [{**row, "record": i} for i, made in enumerate(usable, start) for row in made], len(usable)
 
 
 def encode_to_file(parts: list[Part], encoder, tally: Tally, config: RecordFlags, say: Say) -> EncodedFile:
@@ -155,7 +169,7 @@ def _write(parts: list[Part], encoder, config: RecordFlags, say: Say, file: str)
     tally, usable, records, begin, told = Tally(encoder.what), 0, 0, time.monotonic(), time.monotonic()
     workers = config.data_workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)
     with disk_errors("--data_cache"), pyarrow.OSFile(file, "wb") as out, pyarrow.ipc.new_stream(out, schema) as writer:
-        for chunk in _in_workers(_chunks(parts), encoder, schema, workers):
+        for chunk in _in_workers(batched(all_raw(parts), CHUNK), encoder, schema, workers):
             for batch in pyarrow.ipc.open_stream(chunk.rows):
                 shifted = pyarrow.compute.add(batch.column("record"), usable)
                 writer.write_batch(batch.set_column(batch.num_columns - 1, "record", shifted))
@@ -176,17 +190,6 @@ class _Chunk:
     usable: int
     records: int
     counts: Counts
-
-
-def _chunks(parts: list[Part]) -> Iterator[list[Raw]]:
-    for part in parts:
-        raw = part.raw()
-        chunk = list(islice(raw, CHUNK))
-        if not chunk:
-            raise UserError(f"{part.flag}: {part.name} has no records; use a file with at least one")
-        while chunk:
-            yield chunk
-            chunk = list(islice(raw, CHUNK))
 
 
 def _in_workers(chunks: Iterator[list[Raw]], encoder, schema, workers: int) -> Iterator[_Chunk]:
@@ -227,11 +230,8 @@ def _encode_chunk(chunk: list[Raw]) -> _Chunk:
     import pyarrow
 
     encoder, schema = _worker["encoder"], _worker["schema"]
-    tally, rows, usable = Tally(encoder.what), [], 0
-    for made in encoder([parse_raw(raw) for raw in chunk], tally):
-        if made is not None:
-            rows += ({**row, "record": usable} for row in made)
-            usable += 1
+    tally = Tally(encoder.what)
+    rows, usable = encode_batch([parse_raw(raw) for raw in chunk], encoder, tally)
     out = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(out, schema) as writer:
         writer.write_table(pyarrow.Table.from_pylist(rows, schema))

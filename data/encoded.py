@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Generic, Protocol, TypeVar, overload
 
-from data.cache import EncodedFile, encode_to_file, open_rows
+from data.cache import EncodedFile, batched, encode_batch, encode_to_file, open_rows
 from data.formats.columns import FormOptions
 from data.formats.records import FLAG, Record, Tally
 from data.order import mixture, order
@@ -36,7 +36,9 @@ class Encoder(Protocol[Item]):
     columns: dict[str, str]
 
     @property
-    def limit(self) -> str: ...
+    def limit(self) -> str:
+        """The flags that limit the tokens, and their value."""
+        ...
 
     def __call__(self, records: list[Record], tally: Tally) -> list[list[Row] | None]:
         """Returns the rows of each record: None if it cannot be used, [] if it is too long; `tally` counts both."""
@@ -172,7 +174,7 @@ def _load(
             reasons = "; ".join(found.lines) or "it has no records"
             raise UserError(f"{flag} {path}: no usable {what} left{purpose} ({reasons}); fix them, or use other data")
     rows = open_rows(found.train)
-    chosen, valid = set(), []
+    chosen, valid = [], []
     if found.valid is not None:
         valid, num_valid = list(EncodedSet(open_rows(found.valid), encoder)), found.valid.usable
     elif num_valid:
@@ -230,19 +232,9 @@ def _weight(part: Part) -> int:
 
 
 def _encode_here(parts: list[Part], encoder: Encoder, tally: Tally) -> EncodedFile:
-    rows, usable, batch = [], 0, []
-
-    def encode() -> None:
-        nonlocal usable
-        for made in encoder(batch, tally):
-            if made is not None:
-                rows.extend({**row, "record": usable} for row in made)
-                usable += 1
-        batch.clear()
-
-    for record in with_progress(all_records(parts), f"reading of {tally.what}"):
-        batch.append(record)
-        if len(batch) == BATCH:
-            encode()
-    encode()
+    rows, usable = [], 0
+    for batch in batched(with_progress(all_records(parts), f"reading of {tally.what}"), BATCH):
+        made, count = encode_batch(batch, encoder, tally, usable)
+        rows += made
+        usable += count
     return EncodedFile(usable, rows)

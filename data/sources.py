@@ -140,14 +140,19 @@ def read_records(values: list[str], config: RecordFlags, flag: str = FLAG) -> tu
     return found
 
 
-def all_records(parts: list[Part]) -> Iterator[Record]:
-    """Yields the records of all parts. Raises UserError for one without records."""
+def all_raw(parts: list[Part]) -> Iterator[Raw]:
+    """Yields the records of all parts, unparsed. Raises UserError for a part without records."""
     for part in parts:
-        records = part.records()
+        records = part.raw()
         if (first := next(records, None)) is None:
             raise UserError(f"{part.flag}: {part.name} has no records; use a file with at least one")
         yield first
         yield from records
+
+
+def all_records(parts: list[Part]) -> Iterator[Record]:
+    """Yields the records of all parts. Raises UserError as `all_raw` and `parse_raw` do."""
+    return map(parse_raw, all_raw(parts))
 
 
 def _folder(folder: Path, flag: str, split: str, valid_split: str) -> tuple[list[Part], list[Part] | None]:
