@@ -35,7 +35,7 @@ from utils.files import (
     write_json,
 )
 from utils.flags.data import RecordFlags
-from utils.run.fingerprints import code_files, digest_of, known_sha256
+from utils.run.fingerprints import cache_folder, code_files, digest_of, known_sha256
 from utils.watchdog import report_progress
 
 CODE = ("data/", "reward/encode.py", "utils/tokenizer", "utils/llama_sentencepiece.py")  # that ids depend on
@@ -84,7 +84,7 @@ def encode_to_file(parts: list[Part], encoder, tally: Tally, config: RecordFlags
     """
     for part in parts:
         next(part.raw(), None)  # a file of another kind is refused before all of it is hashed
-    folder = os.path.join(cache_folder(config), _key(parts, encoder))
+    folder = os.path.join(folder_of(config), _key(parts, encoder))
     if (about := _about(folder)) is None:
         say(f"{encoder.what}: encoded once, into {folder} (--data_cache)")
         check_writable(folder, "--data_cache")
@@ -110,10 +110,11 @@ def _remove_leftovers(folder: str) -> None:
             remove(path)
 
 
-def cache_folder(config: RecordFlags) -> str:
-    """Returns the folder of --data_cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.abspath(config.data_cache or os.path.join(home, "ppo-max", "data"))
+def folder_of(config: RecordFlags) -> str:
+    """Returns the folder of --data_cache. Raises UserError without the flag for a user who has no home."""
+    if not config.data_cache and not cache_folder():
+        raise UserError("--data_cache: this user has no home folder; pass a folder for encoded data")
+    return os.path.abspath(config.data_cache or os.path.join(cache_folder(), "data"))
 
 
 def _about(folder: str) -> dict | None:
@@ -136,13 +137,10 @@ def _key(parts: list[Part], encoder) -> str:
     given["tokenizer"] = _tokenizer_digest(given["tokenizer"])
     code = {name: digest for name, digest in code_files().items() if name.startswith(CODE)}
     versions = [pyarrow.__version__, tokenizers.__version__, transformers.__version__]
-    data = [(part.name, _content(part)) for part in parts]
+    files = iter(known_sha256([part.name for part in parts if part.rows is None]))
+    data = [(part.name, next(files) if part.rows is None else part.rows._fingerprint) for part in parts]
     options = json.dumps(given, default=dataclasses.asdict)
     return digest_of([type(encoder).__name__, encoder.columns, options, code, versions, data])[:32]
-
-
-def _content(part: Part) -> str:
-    return known_sha256(part.name) if part.rows is None else part.rows._fingerprint
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -32,10 +32,10 @@ def main(argv: list[str] | None = None) -> None:
     module = import_module(module)
     presets = getattr(module, "PRESETS", None)
     config = parse_args(getattr(module, name), flags, presets, getattr(module, "AMOUNTS", None))
-    from data.cache import cache_folder  # imports transformers
+    from data.cache import folder_of  # imports transformers
 
     import_module(loader).load_data(config, print)
-    print(f"data: ready. Files of 16 MB and more are in {cache_folder(config)}; smaller data are encoded at each start")
+    print(f"data: ready. Files of 16 MB and more are in {folder_of(config)}; smaller data are encoded at each start")
 
 
 if __name__ == "__main__":

@@ -238,17 +238,10 @@ run_demo_if_asked() { # "$@": a command line. With --demo in it, calls the scrip
 }
 
 say_scores() { # "$@": flags of train_ppo.py. With --reward_fn among them, prints what gives the scores
-  local word functions='' more=''
+  local functions
   has_flag --reward_fn "$@" || return 0
-  for word in "$@"; do
-    case $word in
-      --reward_fn) functions='' more=true ;;
-      --reward_fn=*) functions=" ${word#*=}" more='' ;;
-      --*) more='' ;;
-      *) functions+=${more:+ $word} ;;
-    esac
-  done
-  echo "scores: --reward_fn$functions${REWARD_MODEL:+, added to those of $REWARD_MODEL}"
+  mapfile -d '' -t functions < <(flag_words --reward_fn "$@")
+  echo "scores: --reward_fn ${functions[*]}${REWARD_MODEL:+, added to those of $REWARD_MODEL}"
 }
 
 answer_help() { # $1: what python is to run; then flags. With --help among them, prints the command's help and stops

@@ -8,8 +8,9 @@ from functools import cache
 from typing import Any
 
 from data.formats.records import SEEN, BadRecord
+from utils.flags.data import FIELD
 
-_FIELD = re.compile(r"\\\\n|\\n|\{\{|\}\}|\{([^{}\s][^{}]*)\}")
+_FIELD = re.compile(r"\\\\n|\\n|\{\{|\}\}|" + FIELD)
 _ESCAPES = {r"\\n": r"\n", r"\n": "\n", "{{": "{", "}}": "}"}
 _NO_VALUE = object()
 

@@ -7,13 +7,12 @@ from typing import Any
 from data.formats.columns import FormOptions
 from data.formats.dialogue_forms import INPUTS, SYSTEM, parse_turns
 from data.formats.records import BadRecord
-from data.formats.turns import check_turns
+from data.formats.turns import ROLES, check_turns
 from data.template import Turns
 
 QUESTIONS = (
     "prompt", "conversations", "messages", "instruction", "question", "query", "context", "trajectory", "input",
 )  # fmt: skip
-ASSISTANTS = ("assistant", "gpt", "bot", "chatbot", "chatgpt", "model")
 BESIDE = ("history", *SYSTEM, *INPUTS, "passage", "choices", "options")  # columns that belong to the question
 TEXTS = ("content", "value", "text", "answer", "response")  # keys of the text in an answer that is an object
 
@@ -46,7 +45,7 @@ class Reader:
             role = answer.get("role", answer.get("from"))
             if role is None:
                 answer = next((answer[key] for key in TEXTS if answer.get(key) is not None), None)
-            elif isinstance(role, str) and role.lower() in ASSISTANTS:
+            elif isinstance(role, str) and ROLES.get(role.lower()) == "assistant":
                 answer = self.turns([{"role": "user", "content": "?"}, answer])[-1]["content"]
         if not isinstance(answer, str):
             raise BadRecord("a response is neither text nor a message of the assistant")

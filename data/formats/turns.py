@@ -9,7 +9,7 @@ from data.formats.records import BadRecord
 from data.template import Turns
 from utils.terminal import has_lone_surrogate
 
-_ROLES = {
+ROLES = {
     "user": "user", "human": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant",
     "bot": "assistant", "model": "assistant", "chatbot": "assistant", "chatgpt": "assistant", "system": "system",
     "developer": "system",
@@ -41,7 +41,7 @@ def from_hh(text: str) -> Turns:
     if parts[0].strip():
         raise BadRecord("text does not begin with 'Human:'")
     turns = [
-        {"role": _ROLES[role.lower()], "content": content}
+        {"role": ROLES[role.lower()], "content": content}
         for role, content in zip(parts[1::2], parts[2::2], strict=True)
     ]
     if turns and turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip():
@@ -145,21 +145,21 @@ def _from_message(item: dict, options: FormOptions, note: Note) -> Turns:
     name = role.lower() if isinstance(role, str) else None
     if name in _TOOL_ROLES:
         raise BadRecord(f"a turn of neither user, assistant nor system but of the role {name} (tool calls)")
-    if name not in _ROLES:
+    if name not in ROLES:
         raise BadRecord("a turn of neither user, assistant nor system")
     content = item.get(first_key(item, _TEXT_KEYS))
     if isinstance(content, list):
         content = "\n".join(map(_text_of_part, content))
-    elif content is None and _ROLES[name] == "assistant" and first_key(item, _REASONING):
+    elif content is None and ROLES[name] == "assistant" and first_key(item, _REASONING):
         content = ""
     if not isinstance(content, str):
         raise BadRecord(f"the content of a turn is {kind_of(content)}, not text")
-    if _ROLES[name] == "assistant":
+    if ROLES[name] == "assistant":
         content = with_reasoning(content, item, options, note)
         marks = [key for key in _TRAIN_KEYS if isinstance(item.get(key), bool | int) and not item[key]]
         if marks:
             note(f"with {marks[0]} = {item[marks[0]]} on an answer, which is not read: it is trained on all the same")
-    return [{"role": _ROLES[name], "content": content}]
+    return [{"role": ROLES[name], "content": content}]
 
 
 def _text_of_part(part: Any) -> str:

@@ -57,7 +57,7 @@ def parse(record: Record, tally: Tally, kind: str, options: FormOptions) -> list
     return [Item(kind, parse_dialogue(record.value, options, tally.once(record.source)))]
 
 
-def kind_of(record: Record, options: FormOptions) -> str:
+def usable_as(record: Record, options: FormOptions) -> str:
     """Returns what a record can be used as: preferences, else by its last turn; "" for nothing."""
     for kind in ("preferences", "dialogues", "prompts"):
         try:

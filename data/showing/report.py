@@ -11,7 +11,7 @@ from tqdm import tqdm
 from data.encoded import form_options
 from data.formats.records import FLAG, SEEN, BadRecord, Record, Tally
 from data.showing.counts import Counts, Duplicates, bins, joined, overlap, quantile, repeated
-from data.showing.items import NO_LIMIT, Encoded, Item, encode, form_name, kind_of, looks_paired, parse, shape, short
+from data.showing.items import NO_LIMIT, Encoded, Item, encode, form_name, looks_paired, parse, shape, short, usable_as
 from data.showing.pages import LEGEND, Section
 from data.showing.pieces import Piece, token_pieces, turn_pieces
 from data.sources import Part, all_records, parts_of
@@ -158,7 +158,7 @@ def choose_kind(config, split: Split) -> tuple[str, str]:
     if config.kind != "auto":
         return config.kind, "by --kind"
     records = list(islice(split.records(), SAMPLE))
-    kinds = Counter(kind_of(record, form_options(config)) for record in records)
+    kinds = Counter(usable_as(record, form_options(config)) for record in records)
     found = [kind for kind, _ in kinds.most_common() if kind]
     words = ", ".join(f"{number} {kind or 'of no known form'}" for kind, number in kinds.most_common())
     guess = "preferences" if any(looks_paired(record.value) for record in records) else "dialogues"

@@ -31,7 +31,7 @@ def write(folder: Path, **contents: str) -> Path:
 
 
 def found(flag: str, value) -> dict:
-    return fingerprints(SimpleNamespace(**{flag: value}), print).get(flag, {})
+    return fingerprints(SimpleNamespace(split="train", valid_split="", **{flag: value}), print).get(flag, {})
 
 
 def sha(text: str) -> str:

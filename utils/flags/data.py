@@ -9,6 +9,7 @@ from utils.errors import UserError
 from utils.flags.checks import check_range
 from utils.flags.text import TextFlags
 
+FIELD = r"\{([^{}\s][^{}]*)\}"  # in --prompt_template
 DATA_PATHS = ("data_path", "ppo_pretrain_data_path", "center_data_path")
 
 
@@ -46,7 +47,7 @@ class RecordFlags(TextFlags):
             raise UserError(f"--columns names {twice} twice; pass it once")
         if self.prompt_template:
             text = self.prompt_template.replace("{{", "").replace("}}", "")
-            rest, fields = re.subn(r"\{[^{}\s][^{}]*\}", "", text)
+            rest, fields = re.subn(FIELD, "", text)
             if not fields or "{" in rest or "}" in rest:
                 raise UserError(
                     f"--prompt_template {self.prompt_template}: put the names of columns into braces, as in "

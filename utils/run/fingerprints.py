@@ -149,9 +149,7 @@ def _list(config) -> dict[tuple[str, str], Stamp | str]:
     found = {}
     for flag in INPUTS:
         value = getattr(config, flag, None) or []
-        splits = (
-            (getattr(config, "split", "train"), getattr(config, "valid_split", "")) if INPUTS[flag] is _data else ()
-        )
+        splits = (config.split, config.valid_split) if INPUTS[flag] is _data else ()
         i = 0
         for path in value if isinstance(value, list) else [value]:
             i += not (INPUTS[flag] is _data and is_weight(path))
@@ -224,15 +222,22 @@ def _hash(stamp: Stamp) -> tuple[str, bool]:
         return f"not readable ({error.strerror})", False
 
 
-def known_sha256(file: str | Path) -> str:
-    """Returns the SHA-256 of a file, from the cache if it has not changed since. Raises OSError."""
-    return _read_cache().get(_key(_stamp(file))) or sha256(file)
+def known_sha256(files: list[str]) -> list[str]:
+    """Returns the SHA-256 of each file, from the cache for those that have not changed since. Raises OSError."""
+    cache = _read_cache()
+    return [cache.get(_key(_stamp(file))) or sha256(file) for file in files]
+
+
+def cache_folder() -> str:
+    """Returns this user's folder for what later runs can use; "" if there is none."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(folder, "ppo-max") if os.path.isabs(folder) else ""
 
 
 def _cache_path() -> str:
-    """Returns the cache's file; "" if this user has no folder for it."""
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(folder, "ppo-max", "sha256.json") if os.path.isabs(folder) else ""
+    """Returns the file of the hashes; "" if this user has no folder for it."""
+    folder = cache_folder()
+    return folder and os.path.join(folder, "sha256.json")
 
 
 def _read_cache() -> dict[str, str]:
