@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ppo.flags import DecodingFlags, LengthFlags, RolloutEngineFlags
+from ppo.flags.sampling import DecodingFlags, LengthFlags, RolloutEngineFlags
 from ppo.reward_fn_flags import RewardFunctionFlags
 from reward.scoring.flags import RewardFlags
 from utils.errors import UserError

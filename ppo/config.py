@@ -3,7 +3,18 @@
 import math
 from dataclasses import dataclass, field
 
-from ppo import flags
+from ppo.flags.algorithm import AdvantageFlags, CriticFlags, LossFlags, TrickFlags
+from ppo.flags.monitoring import AlarmFlags, PlanFlags
+from ppo.flags.sampling import (
+    DecodingFlags,
+    GatherFlags,
+    LengthFlags,
+    RolloutEngineFlags,
+    RolloutTrainingFlags,
+    SamplingFlags,
+)
+from ppo.flags.training import DataFlags, ReferenceFlags, TrainingFlags
+from ppo.presets import PRESETS
 from ppo.reward_fn_flags import RewardFunctionFlags
 from reward.scoring.flags import RewardFlags
 from utils.errors import UserError
@@ -13,14 +24,6 @@ from utils.flags.engine import RouterFlags
 from utils.flags.fields import Common
 from utils.flags.run import RunFlags
 
-# Flags win over a preset, a preset wins over the defaults, which are PPO-max.
-PRESETS = {
-    "ppo_max": {},
-    "vanilla": {
-        "use_reward_scaling": False, "use_reward_norm": False, "use_reward_clip": False, "use_critic_loss_clip": False,
-        "use_advantage_norm": False, "kl_penalty_weight": 0.0, "gradient_clip": 0.0, "critic_pretrain_steps": 0,
-    },
-}  # fmt: skip
 AMOUNTS = {
     "use_reward_clip": "reward_clip",
     "use_advantage_clip": "advantage_clip",
@@ -38,9 +41,9 @@ def _nearest(number: int, step: int) -> int:
 
 @dataclass
 class PPOConfig(
-    flags.DataFlags, RewardFunctionFlags, flags.TrainingFlags, flags.TrickFlags, flags.LossFlags, flags.LengthFlags,
-    flags.SamplingFlags, flags.RolloutEngineFlags, flags.RolloutTrainingFlags, flags.AlarmFlags, flags.DecodingFlags,
-    flags.GatherFlags, RewardFlags, RouterFlags, RecordFlags, RunFlags, flags.PlanFlags,
+    DataFlags, RewardFunctionFlags, TrainingFlags, ReferenceFlags, TrickFlags, AdvantageFlags, CriticFlags, LossFlags,
+    LengthFlags, SamplingFlags, RolloutEngineFlags, RolloutTrainingFlags, AlarmFlags, DecodingFlags, GatherFlags,
+    RewardFlags, RouterFlags, RecordFlags, RunFlags, PlanFlags,
 ):  # fmt: skip
     """Align a language model with PPO-max.
 
@@ -143,6 +146,11 @@ class PPOConfig(
             critic_pretrain_steps=(0, None), critic_init_scale=(0, None), num_eval_prompts=(0, None),
             num_samples=(0, None), best_max_kl=(0, None), skip_bad_batches=(0, None), alarm_kl=(0, None),
             alarm_perplexity=(0, None), alarm_eos=(0, 1), alarm_length=(0, None), alarm_score_std=(0, None),
+            num_responses_per_prompt=(1, None),
+            critic_lam=(0, 1), length_alpha=(1e-6, None), max_refills=(0, None), kl_target=(0, None),
+            kl_horizon=(1, None), overlong_buffer=(0, None), overlong_length=(0, None), overlong_penalty=(0, None),
+            critic_epochs=(0, None), critic_updates_per_policy_update=(1, None), dual_clip=(0, None),
+            reference_decay=(0, 1), reference_interval=(1, None), policy_ema=(0, 0.999999),
             plan_gpus=(0, None), plan_gpu_memory=(0, None), plan_network=(0, None),
         )  # fmt: skip
         if self.on_collapse == "rollback" and not self.checkpoint_per_step:

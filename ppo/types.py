@@ -4,6 +4,7 @@ Per-token tensors are [batch, length]; index t refers to token t of `sequences`;
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -11,18 +12,36 @@ import torch
 
 from utils.tensors import to_device
 
+MEMBER_BITS = 40  # places of prompts are below 2^40, the size of a group below 2^20
+
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """This rank's prompts of one buffer. places: of each in the run; they set random streams and the order of rows.
+    """This rank's prompts of one buffer, one row per response; the responses of a prompt are neighbours on a rank.
 
-    columns: the other columns of each prompt's record, for --reward_fn; empty if there are none.
+    places: of the prompts in the run. members: of each response in its group, the responses of its prompt; all 0 where
+    none are given. columns: the other columns of each prompt's record, for --reward_fn; empty if there are none.
     """
 
     ids: list[list[int]]
     turns: list[list[dict]]
     places: list[int]
     columns: list[dict[str, Any]] = field(default_factory=list)
+    members: list[int] = field(default_factory=list)
+
+    @property
+    def streams(self) -> list[int]:
+        """The random stream of each response: a function of its place and member."""
+        return [place + (member << MEMBER_BITS) for place, member in self._pairs]
+
+    @property
+    def ranks(self) -> list[int]:
+        """Numbers in whose order the rows of all ranks are gathered: by place, then by member."""
+        return [(place << (63 - MEMBER_BITS)) + member for place, member in self._pairs]
+
+    @property
+    def _pairs(self) -> Iterable[tuple[int, int]]:
+        return zip(self.places, self.members or [0] * len(self.places), strict=True)
 
 
 class Batch:
@@ -87,6 +106,8 @@ class Scores(Batch):
     entropy: of the sampling policy before each response token, nats. scores [batch]: what the policy learns from.
     member_scores [batch, reward models]. truncated bool [batch, reward models that encode answers again]. With
     --reward_fn: failed bool [batch], where it gave no score; parts [batch, part_names], NaN where there is none.
+    groups [batch] int64: the place of the response's prompt. baselines [batch]: the score of the greedy response to the
+    same prompt, for an estimator that needs it.
     """
 
     old_logprobs: torch.Tensor
@@ -99,6 +120,8 @@ class Scores(Batch):
     failed: torch.Tensor | None = None
     parts: torch.Tensor | None = None
     part_names: tuple[str, ...] = ()
+    groups: torch.Tensor | None = None
+    baselines: torch.Tensor | None = None
 
     def rows_of_scores(self) -> list[dict[str, float | None]]:
         """Returns the score and the parts of each sample, None where there is none, for samples.jsonl."""
@@ -114,7 +137,8 @@ class Scores(Batch):
 class Experience(Batch):
     """What the update reads: [batch, length]. old_values and returns are None without a critic.
 
-    weights: factors of the policy's loss per token (`importance_weights`), None without --sampler_correction.
+    weights: factors of the policy's loss per token (`importance_weights`), None without --sampler_correction. groups
+    [batch] int64: the place of the response's prompt.
     """
 
     sequences: torch.Tensor
@@ -127,3 +151,4 @@ class Experience(Batch):
     advantages: torch.Tensor
     returns: torch.Tensor | None
     weights: torch.Tensor | None = None
+    groups: torch.Tensor | None = None
