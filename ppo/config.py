@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+from ppo.estimators import needs_of
 from ppo.flags.algorithm import AdvantageFlags, CriticFlags, LossFlags, TrickFlags
 from ppo.flags.monitoring import AlarmFlags, PlanFlags
 from ppo.flags.sampling import (
@@ -60,10 +61,13 @@ class PPOConfig(
     """Folder of the run: config.json, metrics.jsonl, samples.jsonl, checkpoints/, best/, final/"""
 
     def __post_init__(self) -> None:
+        if not self.has_critic and (self.reward_model_path or self.reward_fn):
+            self.required = tuple(name for name in self.required if name != "critic_model_path")
         super().__post_init__()
         if self.alarm_kl is None:  # experiments/RESULTS.md: the quality of short answers falls long before 100 nats
             self.alarm_kl = min(100.0, float(self.maxlen_res))
         self._check_numbers()
+        self._check_estimator()
         self._check_rollout_engine()
         fit_warmup(self)
         self._fit_batches()
@@ -78,6 +82,18 @@ class PPOConfig(
             replace_default(self, "num_rollouts", buffer, reason)
         if self.num_rollouts % self.batch_size:
             raise UserError(f"{reason}: a buffer is split into whole batches; pass a multiple")
+        self._fit_groups(
+            self.num_responses_per_prompt, f"--num_responses_per_prompt is {self.num_responses_per_prompt}"
+        )
+
+    def _fit_groups(self, unit: int, reason: str) -> None:
+        """Rounds a default --num_rollouts to whole groups, `unit` responses. Raises UserError for an explicit one."""
+        if self.num_rollouts % unit:
+            size = _nearest(self.num_rollouts, math.lcm(self.batch_size, unit))
+            replace_default(self, "num_rollouts", size, reason)
+        if self.num_rollouts % unit:
+            size = _nearest(self.num_rollouts, math.lcm(self.batch_size, unit))
+            raise UserError(f"--num_rollouts {self.num_rollouts} is not a multiple of {unit}, as {reason}; pass {size}")
 
     def _fit_ranks(self, num_ranks: int) -> None:
         """Makes default sizes multiples of the number of ranks. Raises UserError for explicit ones that are not."""
@@ -97,20 +113,33 @@ class PPOConfig(
             raise UserError(
                 f"{' and '.join(bad)} {verb} not divide by the {num_ranks} processes; pass {' or '.join(pairs)}"
             )
+        size = self.num_responses_per_prompt
+        self._fit_groups(size * num_ranks, f"{num_ranks} processes get whole groups of {size} responses")
 
     def fit_prompts(self, num_prompts: int, world_size: int) -> None:
         """Lowers default sizes to the number of prompts. Raises UserError for an explicit --num_rollouts."""
-        reason = f"there are {num_prompts} prompts"
-        if world_size <= num_prompts < min(self.num_rollouts, math.lcm(self.batch_size, world_size)):
-            replace_default(self, "batch_size", num_prompts // world_size * world_size, reason)
-        least = math.lcm(self.batch_size, world_size)
-        if self.num_rollouts > num_prompts >= least:
-            replace_default(self, "num_rollouts", num_prompts // least * least, reason)
-        if self.num_rollouts > num_prompts:
+        reason, unit = f"there are {num_prompts} prompts", self.num_responses_per_prompt * world_size
+        most = num_prompts * self.num_responses_per_prompt
+        if unit <= most < min(self.num_rollouts, math.lcm(self.batch_size, unit)):
+            replace_default(self, "batch_size", most // unit * unit, reason)
+        least = math.lcm(self.batch_size, unit)
+        if self.num_rollouts > most >= least:
+            replace_default(self, "num_rollouts", most // least * least, reason)
+        if self.num_rollouts > most:
             problem = f"--num_rollouts {self.num_rollouts} needs more prompts than the {num_prompts} of --data_path"
             raise UserError(
                 f"{problem} {' '.join(self.data_path)}: lower it (to a multiple of --batch_size), or add prompts"
             )
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts of a buffer."""
+        return self.num_rollouts // self.num_responses_per_prompt
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the estimator uses the values of a critic."""
+        return "values" in needs_of(self.advantage_estimator)
 
     @property
     def preset_values(self) -> dict:
@@ -167,6 +196,22 @@ class PPOConfig(
             )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise UserError("--kl_in loss needs --kl_estimator k2 or k3: the gradient of k1 is 0 on average")
+
+    def _check_estimator(self) -> None:
+        needs, size = needs_of(self.advantage_estimator), self.num_responses_per_prompt
+        estimator = f"--advantage_estimator {self.advantage_estimator}"
+        if "groups" in needs and not self.has_critic and size < 2:
+            raise UserError(
+                f"{estimator} compares responses to the same prompt: pass --num_responses_per_prompt 2 or more"
+            )
+        if self.drop_uniform_groups and size < 2:
+            raise UserError("--drop_uniform_groups needs groups: pass --num_responses_per_prompt 2 or more")
+        if not self.has_critic:
+            replace_default(self, "critic_pretrain_steps", 0, f"{estimator} has no critic")
+            if self.critic_pretrain_steps:
+                raise UserError(
+                    f"--critic_pretrain_steps {self.critic_pretrain_steps}: {estimator} has no critic; drop it"
+                )
 
     def _check_rollout_engine(self) -> None:
         engine, kind = f"--rollout_engine {self.rollout_engine}", f"--sampler_correction {self.sampler_correction}"

@@ -1,18 +1,16 @@
 """User code of --reward_fn: loading the functions, giving them what they ask for, checking what they return."""
 
 import copy
-import importlib.util
 import inspect
 import math
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from ppo.reward_call import call_together, call_within, failure_of
+from ppo.reward_call import call_together, call_within
 from ppo.reward_fn_flags import RewardFunctionFlags
+from ppo.user_function import load_function
 from utils.errors import Say, UserError
 from utils.watchdog import report_progress
 
@@ -139,30 +137,9 @@ def load_reward_functions(config: RewardFunctionFlags) -> UserReward | None:
         label = f"--reward_fn {spec}" if len(names) > 1 else "--reward_fn"
         metric = f"reward_{name}" + f"_{names[: i + 1].count(name)}" * (names.count(name) > 1)
         weight = config.reward_fn_weights[i] if config.reward_fn_weights else 1.0
-        functions.append(RewardFunction(_load(spec, modules), label, metric, weight))
+        function = load_function(spec, "--reward_fn", "my_scores.py:length", modules)
+        functions.append(RewardFunction(function, label, metric, weight))
     return UserReward(functions, config.reward_fn_timeout) if functions else None
-
-
-def _load(spec: str, modules: dict[str, ModuleType]) -> Callable:
-    """Returns the function in `file.py:name`. Runs that file, which is the only user code that is ever executed."""
-    path, _, name = spec.rpartition(":")
-    if not path or not os.path.isfile(path):
-        raise UserError(f"--reward_fn {spec}: give an existing file and a function, as in my_scores.py:length")
-    if (file := os.path.realpath(path)) not in modules:
-        module_spec = importlib.util.spec_from_file_location("reward_fn", path)
-        if module_spec is None:
-            raise UserError(f"--reward_fn {spec}: {path} is not a Python file; use a name that ends in .py")
-        modules[file] = importlib.util.module_from_spec(module_spec)
-        writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # no __pycache__ in the user's folder
-        try:
-            module_spec.loader.exec_module(modules[file])
-        except (Exception, SystemExit) as error:
-            raise UserError(f"--reward_fn {spec} cannot be loaded: {failure_of(error)}") from error
-        finally:
-            sys.dont_write_bytecode = writes
-    if not callable(getattr(modules[file], name, None)):
-        raise UserError(f"--reward_fn {spec}: {path} has no function {name}; give the name of one")
-    return getattr(modules[file], name)
 
 
 def _numbers(values, label: str, count: int) -> Column:
