@@ -48,8 +48,7 @@ def train(config: PPOConfig) -> None:
 def loop(run) -> None:
     """Does the steps of a `ppo.run.Run` that are left, until the last one or a signal to stop."""
     from ppo.experience import experience_metrics, make_experience, negative_kl_warning, rollout_metrics
-    from ppo.ranks import gather_batches
-    from ppo.score import score
+    from ppo.groups import uniform_fraction
     from ppo.update import update
     from utils.run.logger import Stopwatch
 
@@ -59,23 +58,16 @@ def loop(run) -> None:
         lr = run.learning_rates(state.step)
         watch = Stopwatch(on_lap=report_progress)
 
-        # 1. Sample a response to each prompt. A signal abandons 1 and 2; the resumed run repeats them.
+        # 1. and 2. A signal abandons them; the resumed run repeats them.
         run.lifecycle.begin(state.state_dict(), run.logger.say)
-        prompts = run.next_prompts()
-        rollout = run.sampler(prompts, run.sampling, config.seed)
-        watch.lap("rollout")
-
-        # 2. Compute log-probabilities, values and reward scores.
-        scores = score(rollout, prompts, models, run.reward_fn, run.tokenizer, config.temperature, config)
-        watch.lap("score")
-
-        # 3. Gather the buffer on every rank (it is small), and compute rewards, advantages and returns.
-        own_scores = scores.scores
-        rollout, scores = gather_batches(prompts, rollout, scores)
-        run.check_sampler(rollout, scores)
-        if run.refuses(rollout, scores, own_scores):
+        buffer = fill_buffer(run, watch)
+        if buffer is None:
             continue
-        experience = run.fit_critic(make_experience(rollout, scores, state.moments, config))
+        rollout, scores, kept = buffer
+
+        # 3. Compute rewards, advantages and returns.
+        experience = make_experience(rollout.rows(kept), scores.rows(kept), state.moments, config)
+        experience = run.fit_critic(experience)
 
         # 4. Train policy and critic: epochs over the buffer, one optimizer step of each per minibatch.
         metrics = update(
@@ -87,12 +79,48 @@ def loop(run) -> None:
         state.step += 1
         metrics |= rollout_metrics(rollout, scores) | experience_metrics(experience, config)
         metrics |= {f"lr_{name}": lr[name] for name in models.engines()}
+        if config.num_responses_per_prompt > 1:
+            metrics["uniform_group_fraction"] = uniform_fraction(scores)
         metrics |= watch.metrics(samples=len(rollout), tokens=int(rollout.response_mask.sum()))
         if warning := negative_kl_warning(scores):
             run.logger.say(warning)
 
         # 5. Write metrics and samples; evaluate, save a checkpoint, stop after a signal.
         run.after_step(rollout, scores, metrics)
+
+
+def fill_buffer(run, watch):
+    """Samples and scores the responses of a step. Returns (Rollout, Scores, rows to train on) of all ranks, or None.
+
+    None: a score is bad, and the buffer was left out. Under --drop_uniform_groups more prompts are sampled for those
+    that are dropped. Collective.
+    """
+    from ppo.groups import concat, missing_prompts, rows_to_train
+    from ppo.ranks import gather_batches
+    from ppo.score import score, with_greedy_scores
+    from utils.distributed import world_size
+
+    config, parts = run.config, []
+    max_refills = config.max_refills if config.drop_uniform_groups else 0
+    while count := missing_prompts(parts, config.num_prompts, max_refills, world_size()):
+        # 1. Sample responses to each prompt.
+        prompts = run.next_prompts(count)
+        rollout = run.sampler(prompts, run.sampling, config.seed)
+        watch.lap("rollout")
+
+        # 2. Compute log-probabilities, values and reward scores, and gather them on every rank (they are small).
+        scores = score(rollout, prompts, run.models, run.reward_fn, run.tokenizer, config.temperature, config)
+        if config.needs_baselines:
+            scores = with_greedy_scores(scores, prompts, run)
+        watch.lap("score")
+        own_scores = scores.scores
+        rollout, scores = gather_batches(prompts, rollout, scores)
+        run.check_sampler(rollout, scores)
+        if run.refuses(rollout, scores, own_scores):
+            return None
+        parts.append((rollout, scores))
+    rollout, scores = map(concat, zip(*parts, strict=True))
+    return rollout, scores, rows_to_train(scores, config.num_prompts) if config.drop_uniform_groups else slice(None)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,10 @@ def load_data(
 ) -> tuple[PreTrainedTokenizerBase, Mixture[Prompt], list[Prompt], PretrainStream | None]:
     """Returns (tokenizer, training prompts, held-out prompts, batches of --ppo_pretrain_data_path). Collective."""
     policy, critic = ((f"--{name}", getattr(config, name)) for name in ("policy_model_path", "critic_model_path"))
-    tokenizer, template = prepare_tokenizer(config, config.tokenizer_name_or_path or policy[1], [policy], say, [critic])
+    critics = [critic] if critic[1] else []  # without a critic it may be the reward model
+    tokenizer, template = prepare_tokenizer(config, config.tokenizer_name_or_path or policy[1], [policy], say, critics)
     config.check_world(world_size(), len(tokenizer))
-    for flag, path in (policy, critic):
+    for flag, path in (policy, *critics):
         config.fit_window(window_at(path, flag))
     encoder = PromptEncoder(tokenizer, template, config.maxlen_prompt - config.maxlen_res, form_options(config))
     count, lower = config.num_eval_prompts, is_default(config, "num_eval_prompts")
@@ -51,7 +52,8 @@ def build(config: PPOConfig) -> Run:
 def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
     check_rollout_engine(config)
     model_folder(config.policy_model_path, "--policy_model_path")
-    model_folder(config.critic_model_path, "--critic_model_path")
+    if config.critic_model_path:
+        model_folder(config.critic_model_path, "--critic_model_path")
     for path in config.reward_model_path:
         model_folder(path, "--reward_model_path")
     reward_fn = load_reward_functions(config)

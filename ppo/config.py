@@ -197,6 +197,11 @@ class PPOConfig(
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise UserError("--kl_in loss needs --kl_estimator k2 or k3: the gradient of k1 is 0 on average")
 
+    @property
+    def needs_baselines(self) -> bool:
+        """Whether the estimator compares with greedy responses."""
+        return "baselines" in needs_of(self.advantage_estimator)
+
     def _check_estimator(self) -> None:
         needs, size = needs_of(self.advantage_estimator), self.num_responses_per_prompt
         estimator = f"--advantage_estimator {self.advantage_estimator}"

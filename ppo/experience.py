@@ -6,6 +6,7 @@ import torch
 
 from ppo.advantages import gae
 from ppo.config import PPOConfig
+from ppo.estimators import load_estimator
 from ppo.kl import KL_ESTIMATORS, k1
 from ppo.rewards import shape_scores, token_rewards
 from ppo.sampler_gap import gap_metrics, importance_weights, weight_metrics
@@ -22,7 +23,8 @@ def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, c
     moments.update(scores.scores)
     missing_eos = torch.where(rollout.ended, 0.0, -config.missing_eos_penalty)
     clip = config.reward_clip if config.use_reward_clip else 0.0
-    shaped = shape_scores(scores.scores, moments, config.use_reward_norm, config.use_reward_scaling, clip, missing_eos)
+    shaping = (moments, config.use_reward_norm, config.use_reward_scaling, clip)
+    shaped = shape_scores(scores.scores, *shaping, missing_eos)
     mask = rollout.response_mask
     kl = KL_ESTIMATORS[config.kl_estimator](scores.old_logprobs, scores.ref_logprobs)
     kl_coef = config.kl_penalty_weight if config.kl_in == "reward" else 0.0
@@ -32,7 +34,11 @@ def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, c
     if isinstance(rollout, SampledRollout) and config.sampler_correction != "none":
         pair = (rollout.sampler_logprobs, scores.old_logprobs)
         weights = importance_weights(*pair, mask, config.sampler_correction, config.correction_cap)
-    return with_values(Experience(*columns, None, rewards, rewards, None, weights), scores.old_values, config)
+    experience = Experience(*columns, None, rewards, rewards, None, weights, scores.groups)
+    baselines = scores.baselines
+    if baselines is not None:  # a greedy response that was cut has the penalty of one that was not
+        baselines = shape_scores(baselines, *shaping, torch.zeros_like(baselines))
+    return with_values(experience, scores.old_values, config, baselines)
 
 
 def scored(rollout: Rollout, scores: Scores) -> tuple[Rollout, Scores]:
@@ -49,10 +55,19 @@ def scored(rollout: Rollout, scores: Scores) -> tuple[Rollout, Scores]:
     return rollout.rows(~scores.failed), scores.rows(~scores.failed)
 
 
-def with_values(experience: Experience, old_values: torch.Tensor | None, config: PPOConfig) -> Experience:
-    """Returns the experience with these values [samples, length] and the advantages and returns computed from them."""
+def with_values(
+    experience: Experience, old_values: torch.Tensor | None, config: PPOConfig, baselines: torch.Tensor | None = None
+) -> Experience:
+    """Returns the experience with these values [samples, length], and advantages and returns by the estimator.
+
+    baselines [samples]: shaped scores of greedy responses, for an estimator that names them.
+    """
     mask = experience.response_mask
-    advantages, returns = gae(experience.rewards, old_values, mask, config.gamma, config.lam)
+    advantages, returns = load_estimator(config.advantage_estimator)(
+        rewards=experience.rewards, values=old_values, response_mask=mask, groups=experience.groups,
+        gamma=config.gamma, lam=config.lam, critic_lam=config.critic_lam, length_alpha=config.length_alpha,
+        baselines=baselines,
+    )  # fmt: skip
     if config.use_advantage_norm:
         advantages = whiten(advantages, mask)
     if config.use_advantage_clip:

@@ -111,11 +111,13 @@ class Models:
 def load_models(config: PPOConfig, tokenizer, say: Say = print) -> Models:
     """Loads each model once, in config.dtype, onto its device, and creates its engine.
 
-    Policy and reference come from one read, as do critic and reward model if they are the same. Where weights are split
-    over ranks, no rank holds a whole model. Tokenizers are compared before any weights are read.
+    Policy and reference come from one read, as do critic and reward model if they are the same. An estimator without a
+    critic loads none. Where weights are split over ranks, no rank holds a whole model. Tokenizers are compared before
+    any weights are read.
     """
     critic_path, critic_flag = config.critic_model_path, "--critic_model_path"
-    check_same_tokenizer(critic_path, critic_flag, tokenizer, template_of(tokenizer))
+    if config.has_critic:
+        check_same_tokenizer(critic_path, critic_flag, tokenizer, template_of(tokenizer))
     readers = reward_readers(config, tokenizer, say)
     dtype, place = DTYPES[config.dtype], device()
     split, split_frozen = splitter(config, dtype), splitter(config, dtype, frozen=True, offload=config.offload_frozen)
@@ -140,15 +142,20 @@ def load_models(config: PPOConfig, tokenizer, say: Say = print) -> Models:
     rows = embedding_rows(lm)
     policy = TrainEngine(model, config, "policy")
 
-    critic_model = load_scalar(config, critic_path, tokenizer, rows, say, critic_flag, split)
-    reward = load_ensemble(config, readers, tokenizer, rows, freeze, say, (critic_path, critic_model), split_frozen)
-    if config.gradient_checkpoint is True:
-        enable_checkpointing(critic_model.backbone)
-    critic = TrainEngine(critic_model, config, "critic")
+    critic = critic_model = None
+    if config.has_critic:
+        critic_model = load_scalar(config, critic_path, tokenizer, rows, say, critic_flag, split)
+    held = (critic_path, critic_model) if critic_model else None
+    reward = load_ensemble(config, readers, tokenizer, rows, freeze, say, held, split_frozen)
+    if critic_model:
+        if config.gradient_checkpoint is True:
+            enable_checkpointing(critic_model.backbone)
+        critic = TrainEngine(critic_model, config, "critic")
     if config.compile:
         judges = [member.model.model for member in reward.members] if reward else []
         # Not models that are split over ranks: their layers gather and release weights within a forward.
-        for model in (lm, critic_model, *(() if split_frozen else (reference.model, *judges))):
+        trained = (lm, critic_model) if critic_model else (lm,)
+        for model in (*trained, *(() if split_frozen else (reference.model, *judges))):
             compile_layers(model)
     return Models(policy, critic, reference, reward)
 

@@ -29,7 +29,7 @@ DECODING = ("triton", "llama_step", "grouped", "transformers")
 
 
 class Sampler(Protocol):
-    """Samples one response per prompt of this rank with the policy's newest weights. Called by all ranks together.
+    """Samples one response per row of a rank's prompts with the policy's newest weights. Called by all ranks together.
 
     A sampler that also computes the policy's log-probabilities returns a `MeasuredRollout`, from which `score` takes
     them. It should check `stop_signal.requested` often and, if it is True, return any rollout of these prompts at once;
@@ -37,7 +37,7 @@ class Sampler(Protocol):
     """
 
     def __call__(self, prompts: PromptBatch, sampling: Sampling, seed: int) -> Rollout:
-        """Random numbers depend on (seed, place of the prompt, position of the token) only."""
+        """Random numbers depend on (seed, place of the prompt, member of its group, position of the token) only."""
         ...
 
 
@@ -69,7 +69,7 @@ class PolicySampler:
         weights = contextlib.nullcontext(policy) if lockstep else policy.gathered()
         with weights as whole, attention, eager(model):
             decoder = Decoder(
-                whole, prompts.ids, prompts.places, limits, sampling, seed, self.tokenizer, options, device(), measure,
+                whole, prompts.ids, prompts.streams, limits, sampling, seed, self.tokenizer, options, device(), measure,
                 self.watch,
             )  # fmt: skip
             responses = decoder.run(lockstep)

@@ -50,15 +50,12 @@ class Run:
         """Whether all steps are done."""
         return self.state.step >= self.config.total_steps
 
-    def _prompts(self, start: int) -> list[Prompt]:
-        """Returns the prompts of the buffer that starts at place `start`."""
-        return self.prompts.take(start, self.config.num_rollouts)
-
-    def next_prompts(self) -> PromptBatch:
-        """Returns this rank's share of the next num_rollouts prompts, each with its place in the run."""
+    def next_prompts(self, count: int) -> PromptBatch:
+        """Returns this rank's share of the next prompts, each with its place in the run and a row per response."""
         start = self.state.next_place
-        self.state.next_place += self.config.num_rollouts
-        return own_share(self._prompts(start), list(range(start, self.state.next_place)))
+        self.state.next_place += count
+        places = list(range(start, self.state.next_place))
+        return own_share(self.prompts.take(start, count), places, self.config.num_responses_per_prompt)
 
     def learning_rates(self, step: int) -> dict[str, float]:
         """Returns {"policy": learning rate, "critic": learning rate} of a step, counted from 0.
@@ -213,10 +210,12 @@ class Run:
 
     def _texts(self, rollout: Rollout, scores: Scores) -> list[dict]:
         """Returns the buffer's first samples, which are the same on any number of ranks."""
-        prompts = self._prompts(self.state.next_place - self.config.num_rollouts)
         first = slice(self.config.num_samples)
-        answers = response_texts(rollout.rows(first), self.tokenizer)
+        rollout, scores = rollout.rows(first), scores.rows(first)
+        rows = zip(
+            scores.groups.tolist(), response_texts(rollout, self.tokenizer), scores.rows_of_scores(), strict=True
+        )
         return [
-            {"prompt": prompt.turns[-1]["content"], "answer": answer} | said
-            for prompt, answer, said in zip(prompts[first], answers, scores.rows(first).rows_of_scores(), strict=True)
+            {"prompt": self.prompts.take(place, 1)[0].turns[-1]["content"], "answer": answer} | said
+            for place, answer, said in rows
         ]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -19,6 +20,8 @@ from utils.engine.state import same_weights
 from utils.run import stop_signal
 from utils.tensors import before, shift_to_next, to_device
 from utils.tokenizer import template_of
+
+GREEDY_TOPP = 1e-9  # the smallest nucleus, one token
 
 
 @torch.no_grad()
@@ -57,11 +60,23 @@ def score(
             critic.module, rollout, config,
             lambda part: (shift_to_next(critic(part.sequences, before(part.response_mask))),),
         )  # fmt: skip
-    members, truncated = reward_scores(rollout, prompts, models.reward, tokenizer, config.micro_batch_tokens)
+    groups = to_device(torch.tensor(prompts.places), logprobs.device)
+    return Scores(
+        logprobs, ref_logprobs, entropy, values, groups=groups,
+        **response_scores(rollout, prompts, models.reward, reward_fn, tokenizer, config.micro_batch_tokens),
+    )  # fmt: skip
+
+
+def response_scores(
+    rollout: Rollout, prompts: PromptBatch, reward: Ensemble | None, reward_fn: UserReward | None, tokenizer,
+    max_tokens: int,
+) -> dict:  # fmt: skip
+    """Returns the fields of `Scores` that reward models and --reward_fn give to responses."""
+    members, truncated = reward_scores(rollout, prompts, reward, tokenizer, max_tokens)
     scores = torch.zeros(len(rollout), device=rollout.sequences.device)
     failed, parts, names = None, None, ()
-    if models.reward is not None:
-        scores = models.reward.combine(members)
+    if reward is not None:
+        scores = reward.combine(members)
     if reward_fn is not None:
         answers = response_texts(rollout, tokenizer)
         said = stop_signal.interruptible(lambda: reward_fn(prompts.turns, answers, prompts.columns))
@@ -72,7 +87,26 @@ def score(
         names = tuple(dict.fromkeys(name for found in gather_objects([*said.parts]) for name in found))
         columns = [said.parts.get(name, [None] * len(answers)) for name in names]
         parts = torch.tensor([[math.nan if x is None else x for x in column] for column in columns]).T.to(scores.device)
-    return Scores(logprobs, ref_logprobs, entropy, values, scores, members, truncated, failed, parts, names)
+    return {
+        "scores": scores, "member_scores": members, "truncated": truncated, "failed": failed, "parts": parts,
+        "part_names": names,
+    }  # fmt: skip
+
+
+def with_greedy_scores(scores: Scores, prompts: PromptBatch, run) -> Scores:
+    """Adds to each response the score of the greedy response to its prompt. Collective.
+
+    Responses to a prompt whose greedy response has no score (--reward_fn) have `failed`.
+    """
+    config, size = run.config, run.config.num_responses_per_prompt
+    first = prompts.first_members(size)
+    sampling = replace(run.sampling, topp=GREEDY_TOPP)
+    rollout = run.sampler(first, sampling, config.seed)
+    found = response_scores(rollout, first, run.models.reward, run.reward_fn, run.tokenizer, config.micro_batch_tokens)
+    failed = scores.failed
+    if failed is not None:
+        failed = failed | found["failed"].repeat_interleave(size)
+    return replace(scores, baselines=found["scores"].repeat_interleave(size), failed=failed)
 
 
 def reward_scores(

@@ -39,6 +39,10 @@ class PromptBatch:
         """Numbers in whose order the rows of all ranks are gathered: by place, then by member."""
         return [(place << (63 - MEMBER_BITS)) + member for place, member in self._pairs]
 
+    def first_members(self, size: int) -> Self:
+        """Returns one row per group of `size` rows, its first."""
+        return replace(self, **{field.name: getattr(self, field.name)[::size] for field in fields(self)})
+
     @property
     def _pairs(self) -> Iterable[tuple[int, int]]:
         return zip(self.places, self.members or [0] * len(self.places), strict=True)

@@ -122,7 +122,7 @@ def shares(batch: Experience, max_tokens: int, joined: bool = False) -> Iterator
     lengths = batch.attention_mask.sum(1).tolist()
     for rows, weight in rank_plan(lengths, max_tokens, world_size(), rank(), joined):
         longest = max(lengths[i] for i in rows)
-        part = batch.rows(rows).map(lambda x, longest=longest: x[:, :longest])
+        part = batch.rows(rows).map(lambda x, longest=longest: x[:, :longest] if x.dim() > 1 else x)
         masks = {name: getattr(part, name) & bool(weight) for name in ("attention_mask", "response_mask")}
         yield replace(part, **masks)
 

@@ -155,7 +155,7 @@ class VLLMSampler:
             raise UserError(f"--rollout_engine vllm: {what}; {REMEDY}") from error
 
     def __call__(self, prompts: PromptBatch, sampling: Sampling, seed: int) -> SampledRollout:
-        """Random numbers depend on (seed, place of the prompt, position of the token) only."""
+        """Random numbers depend on (seed, place of the prompt, member of its group, position of the token) only."""
         first, ids, places = self._of_group(prompts)
         stops = stop_ids(self.tokenizer)
         with self._awake():
@@ -228,9 +228,9 @@ class VLLMSampler:
         """Returns (index of this rank's first prompt, prompts, places) of the ranks that share a copy of the model."""
         size = self.config.vllm_tensor_parallel_size
         if size == 1:
-            return 0, prompts.ids, prompts.places
+            return 0, prompts.ids, prompts.streams
         start = rank() // size * size
-        group = gather_objects((prompts.ids, prompts.places))[start : start + size]
+        group = gather_objects((prompts.ids, prompts.streams))[start : start + size]
         ids, places = (list(itertools.chain(*column)) for column in zip(*group, strict=True))
         return sum(len(x) for x, _ in group[: rank() - start]), ids, places
 

@@ -72,7 +72,7 @@ class AdvantageFlags:
     critic_lam: float = 1.0
     """Lambda of the returns that the critic learns under decoupled_gae and length_adaptive_gae (VC-PPO)"""
     length_alpha: float = 0.05
-    """length_adaptive_gae: lambda of a response of l tokens is 1 - 1 / (length_alpha * l) (VAPO)"""
+    """Under length_adaptive_gae, lambda of a response of l tokens is 1 - 1 / (length_alpha * l) (VAPO)"""
     drop_uniform_groups: bool = False
     """Leave out prompts whose responses all have the same score, which teach a group's estimator nothing, and sample
     more prompts in their place (DAPO's dynamic sampling)"""

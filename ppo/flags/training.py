@@ -65,9 +65,9 @@ class ReferenceFlags:
     """Reference of the KL penalty. frozen: --policy_model_path; ema: an exponential moving average of the policy;
     periodic: a copy of the policy, made anew every --reference_interval steps"""
     reference_decay: float = 0.99
-    """--reference ema: share of the reference that stays after each step"""
+    """Under --reference ema, share of the reference that stays after each step"""
     reference_interval: int = 100
-    """--reference periodic: steps between two copies"""
+    """Under --reference periodic, steps between two copies"""
     policy_ema: float = 0.0
     """Share of an exponential moving average of the policy that stays after each step. The average is written to
     final_ema/; 0: none"""

@@ -74,9 +74,11 @@ def models_of(config: PPOConfig) -> tuple[dict[str, Shapes], list[Shapes]]:
     """Returns ({name: model that is trained}, reward models). The reference has the policy's shapes."""
     dtype = DTYPES[config.dtype]
     policy = shapes(config.policy_model_path, "--policy_model_path", dtype, "lm")
-    critic = shapes(config.critic_model_path, "--critic_model_path", dtype, "scalar")
+    models = {"policy": policy}
+    if config.has_critic:
+        models["critic"] = shapes(config.critic_model_path, "--critic_model_path", dtype, "scalar")
     rewards = [shapes(path, config.reward_flag, dtype, "scalar") for path in config.reward_paths]
-    return {"policy": policy, "critic": critic}, rewards
+    return models, rewards
 
 
 def cache_bytes(config: PretrainedConfig, element: int, gpus: int = 1) -> int:

@@ -101,11 +101,16 @@ def _function(spec: str, flag: str) -> Files:
     return {"the function": name, "the file": Path(path)}
 
 
+def _estimator(spec: str, flag: str) -> Files:
+    return _function(spec, flag) if ":" in spec else {"the estimator": spec}
+
+
 # Flag -> function that lists the files which are read for a value of it.
 INPUTS: dict[str, Callable[..., Files]] = {
     "policy_model_path": _model, "critic_model_path": _model, "reward_model_path": _model,
     "hf_model_name_or_path": _model, "tokenizer_name_or_path": _tokenizer, "reward_tokenizer_name_or_path": _tokenizer,
     "data_path": _data, "center_data_path": _data, "ppo_pretrain_data_path": _data, "reward_fn": _function,
+    "advantage_estimator": _estimator,
 }  # fmt: skip
 
 

@@ -41,10 +41,10 @@ class Stopwatch:
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
-        """Ends a stage, which lasted since the previous lap."""
+        """Ends a stage, which lasted since the previous lap. A stage may have several laps."""
         synchronize()
-        now = time.perf_counter()
-        self._seconds[f"seconds_{stage}"] = now - self._last
+        now, name = time.perf_counter(), f"seconds_{stage}"
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
         self._last = now
         self._on_lap(stage)
 

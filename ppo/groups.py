@@ -1,0 +1,68 @@
+"""Groups of responses to the same prompt, and --drop_uniform_groups. Pure."""
+
+from dataclasses import fields, replace
+
+import torch
+from torch.nn.functional import pad
+
+from ppo.types import Batch, Rollout, Scores
+
+
+def in_uniform_groups(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Returns True for each response of a group whose scores are all equal. [batch], [batch] int64 -> [batch] bool."""
+    names, index = groups.unique(return_inverse=True)
+    low, high = (
+        torch.full((len(names),), start, dtype=scores.dtype, device=scores.device).scatter_reduce(
+            0, index, scores, how
+        )[index]
+        for start, how in ((torch.inf, "amin"), (-torch.inf, "amax"))
+    )
+    return low == high
+
+
+def mixed_rows(scores: Scores) -> torch.Tensor:
+    """Returns the rows of groups with different scores. Responses without a score (`failed`) do not count."""
+    rows = torch.arange(len(scores), device=scores.scores.device)
+    if scores.failed is not None:
+        rows = rows[~scores.failed]
+    return rows[~in_uniform_groups(scores.scores[rows], scores.groups[rows])]
+
+
+def missing_prompts(parts: list[tuple[Rollout, Scores]], count: int, max_refills: int, unit: int) -> int:
+    """Returns how many prompts to sample next; 0: none.
+
+    At first `count`, the prompts of a buffer; then, up to `max_refills` times, as many as are missing because their
+    groups were uniform, rounded up to a multiple of `unit`, the number of ranks. parts: what the step has sampled.
+    """
+    if not parts or len(parts) > max_refills:
+        return 0 if parts else count
+    found = torch.cat([scores.groups[mixed_rows(scores)] for _, scores in parts]).unique()
+    return max(0, -(-(count - len(found)) // unit) * unit)
+
+
+def rows_to_train(scores: Scores, count: int) -> torch.Tensor:
+    """Returns the rows of the first `count` groups that are not uniform, or of any groups if all are uniform."""
+    rows = mixed_rows(scores)
+    rows = rows if len(rows) else torch.arange(len(scores), device=scores.scores.device)
+    return rows[scores.groups[rows].unique(return_inverse=True)[1] < count]
+
+
+def uniform_fraction(scores: Scores) -> float:
+    """Returns the share of the groups whose scores are all equal."""
+    return 1.0 - len(scores.groups[mixed_rows(scores)].unique()) / len(scores.groups.unique())
+
+
+def concat(batches: list[Batch]) -> Batch:
+    """Joins the rows of batches of one kind. Shorter ones are padded with 0 (False) to the longest."""
+    first, *others = batches
+    if not others:
+        return first
+
+    def column(name: str):
+        parts = [getattr(batch, name) for batch in batches]
+        if not isinstance(parts[0], torch.Tensor):
+            return parts[0]
+        width = max(x.shape[1] for x in parts) if parts[0].dim() > 1 else 0
+        return torch.cat([pad(x, (0, width - x.shape[1])) if x.dim() > 1 else x for x in parts])
+
+    return replace(first, **{field.name: column(field.name) for field in fields(first)})
