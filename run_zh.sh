@@ -9,6 +9,8 @@ NUM_GPUS=${NUM_GPUS:-$(count_gpus)} # on each machine; 0: one process on the CPU
 HOSTFILE=${HOSTFILE:-}              # list of machines, when there are several, in DeepSpeed's format: node1 slots=8
 LAUNCHER=${LAUNCHER:-auto}          # own, deepspeed, torchrun, srun or none; auto: srun in a Slurm job, else own if needed
 
+# Algorithm: ppo_max, vanilla (plain PPO), rloo, grpo, dr_grpo, dapo, reinforce_pp, vapo (docs/algorithms.md)
+PRESET=${PRESET:-ppo_max}
 POLICY_MODEL=${POLICY_MODEL:-models/moss-rlhf-sft-model-7B-zh/recover}
 # Scores the answers; with --reward_fn the function does, and a REWARD_MODEL only if one is set
 REWARD_MODEL=${REWARD_MODEL:-$(has_flag --reward_fn "$@" || echo models/moss-rlhf-reward-model-7B-zh/recover)}
@@ -121,7 +123,7 @@ mkdir -p -- "$OUTPUT"
 # One flag per line, with what it does and what the paper ("Secrets of RLHF in Large Language Models Part I", arXiv
 # 2307.04964) says about it. `python train_ppo.py --help all` lists all flags, `--help reward_clip` explains one.
 ARGS=(
-  --preset ppo_max # with TRICKS below; vanilla: plain PPO without them
+  --preset "$PRESET" # ppo_max: with TRICKS below
   --lang zh        # template for a tokenizer without a chat template: <s><|Human|>question</s><|MOSS|>
   --policy_model_path "$POLICY_MODEL"
   ${REWARD_MODEL:+--reward_model_path "$REWARD_MODEL"}
@@ -164,7 +166,7 @@ ARGS=(
   --num_eval_prompts 128      # held-out prompts per evaluation
   --checkpoint_per_step 50    # steps between checkpoints, from which a stopped run is resumed
 )
-# The tricks of PPO-max. With `--preset vanilla` these lines are left out.
+# The tricks of PPO-max. With another preset these lines are left out.
 TRICKS=(
   --critic_pretrain_steps 10  # steps that train only the critic first; paper: part of PPO-max, no number given
   --critic_init_scale 0.3     # standard deviation of its first values, as a share of the returns'; 0: as loaded

@@ -30,7 +30,7 @@ def load_data(
 ) -> tuple[PreTrainedTokenizerBase, Mixture[Prompt], list[Prompt], PretrainStream | None]:
     """Returns (tokenizer, training prompts, held-out prompts, batches of --ppo_pretrain_data_path). Collective."""
     policy, critic = ((f"--{name}", getattr(config, name)) for name in ("policy_model_path", "critic_model_path"))
-    critics = [critic] if critic[1] else []  # without a critic it may be the reward model
+    critics = [critic] if config.reads_critic else []
     tokenizer, template = prepare_tokenizer(config, config.tokenizer_name_or_path or policy[1], [policy], say, critics)
     config.check_world(world_size(), len(tokenizer))
     for flag, path in (policy, *critics):
@@ -52,7 +52,7 @@ def build(config: PPOConfig) -> Run:
 def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
     check_rollout_engine(config)
     model_folder(config.policy_model_path, "--policy_model_path")
-    if config.critic_model_path:
+    if config.reads_critic:
         model_folder(config.critic_model_path, "--critic_model_path")
     for path in config.reward_model_path:
         model_folder(path, "--reward_model_path")

@@ -198,6 +198,11 @@ class PPOConfig(
             raise UserError("--kl_in loss needs --kl_estimator k2 or k3: the gradient of k1 is 0 on average")
 
     @property
+    def reads_critic(self) -> bool:
+        """Whether the model of --critic_model_path is loaded: as critic, or as the reward model."""
+        return self.has_critic or self.critic_model_path in self.reward_paths
+
+    @property
     def needs_baselines(self) -> bool:
         """Whether the estimator compares with greedy responses."""
         return "baselines" in needs_of(self.advantage_estimator)

@@ -68,8 +68,8 @@ def test_the_preset_counts_wherever_it_is_changed(recipe, tmp_path, script):
     for name in ("launch.sh", "launchers.sh"):
         shutil.copy(REPOSITORY / "utils" / name, copy.parent / "utils")
     text = (REPOSITORY / script).read_text()
-    assert text.count("--preset ppo_max # ") == 1
-    copy.write_text(text.replace("--preset ppo_max # ", "--preset vanilla # "))
+    assert text.count("PRESET:-ppo_max") == 1
+    copy.write_text(text.replace("PRESET:-ppo_max", "PRESET:-vanilla"))
     models = dict.fromkeys(("POLICY_MODEL", "REWARD_MODEL", "CRITIC_MODEL", "TOKENIZER", "DATA"), str(tmp_path))
 
     def config(*command: str) -> PPOConfig:
@@ -82,6 +82,16 @@ def test_the_preset_counts_wherever_it_is_changed(recipe, tmp_path, script):
     for plain in (config(script, "--preset", "vanilla"), config(script, "--preset=vanilla"), config(str(copy))):
         assert plain.preset == "vanilla" and plain.kl_penalty_weight == plain.critic_pretrain_steps == 0
         assert not any(getattr(plain, trick) for trick in tricks)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("script", ["run_en.sh", "run_zh.sh"])
+def test_every_preset_of_a_recipe_has_its_flags(recipe, tmp_path, script, preset):
+    """No line of the recipe overwrites what the preset sets."""
+    models = dict.fromkeys(("POLICY_MODEL", "REWARD_MODEL", "CRITIC_MODEL", "TOKENIZER", "DATA"), str(tmp_path))
+    config = parse_args(PPOConfig, recipe(script, **models, PRESET=preset)[1:], PRESETS, AMOUNTS)
+    assert config.preset == preset
+    assert {name: getattr(config, name) for name in PRESETS[preset]} == PRESETS[preset]
 
 
 RECIPES = ["run_en.sh", "run_zh.sh", "sft/run.sh", "reward/run.sh"]
