@@ -129,10 +129,10 @@ class LossFlags:
     """Weight of the entropy bonus under --use_entropy_loss"""
     entropy_clip: float = 0.0
     """Entropy above which a token gets no bonus, in nats; 0: no limit. At most ln(vocabulary)"""
-    use_ppo_pretrain_loss: Common[bool] = False
+    use_ppo_pretrain_loss: bool = False
     """Add the next-token loss of a pre-training batch to every policy step (Part I, eq. 17). It keeps more of the
     model's language ability (Part I, Figure 12)"""
-    ppo_pretrain_data_path: Common[list[str]] = field(default_factory=list)
+    ppo_pretrain_data_path: list[str] = field(default_factory=list)
     """Dialogues for --use_ppo_pretrain_loss: a folder, a file or a hub id"""
     ppo_pretrain_loss_weight: float = 0.0
     """Weight of the loss of --use_ppo_pretrain_loss"""
