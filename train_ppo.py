@@ -92,19 +92,18 @@ def loop(run) -> None:
 def fill_buffer(run, watch):
     """Samples and scores the responses of a step. Returns (Rollout, Scores, rows to train on) of all ranks, or None.
 
-    None: a score is bad, and the buffer was left out. Under --drop_uniform_groups more prompts are sampled for those
+    None: a score is bad, and the buffer was left out. Under --drop_uniform_groups other prompts are sampled for those
     that are dropped. Collective.
     """
-    from ppo.groups import concat, missing_prompts, rows_to_train
+    from ppo.groups import concat, is_full, rows_to_train
     from ppo.ranks import gather_batches
     from ppo.score import score, with_greedy_scores
-    from utils.distributed import world_size
 
     config, parts = run.config, []
     max_refills = config.max_refills if config.drop_uniform_groups else 0
-    while count := missing_prompts(parts, config.num_prompts, max_refills, world_size()):
+    while not parts or not is_full(parts, config.num_prompts, max_refills):
         # 1. Sample responses to each prompt.
-        prompts = run.next_prompts(count)
+        prompts = run.next_prompts()
         rollout = run.sampler(prompts, run.sampling, config.seed)
         watch.lap("rollout")
 

@@ -7,9 +7,11 @@ from torch.nn.functional import pad
 
 from ppo.types import Batch, Rollout, Scores
 
+EQUAL = 1e-5  # largest relative difference of equal scores: two equal responses are scored in different batches
+
 
 def in_uniform_groups(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Returns True for each response of a group whose scores are all equal. [batch], [batch] int64 -> [batch] bool."""
+    """Returns True for each response of a group whose scores are equal to rounding. All [batch]."""
     names, index = groups.unique(return_inverse=True)
     low, high = (
         torch.full((len(names),), start, dtype=scores.dtype, device=scores.device).scatter_reduce(
@@ -17,7 +19,7 @@ def in_uniform_groups(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tenso
         )[index]
         for start, how in ((torch.inf, "amin"), (-torch.inf, "amax"))
     )
-    return low == high
+    return high - low <= EQUAL * torch.maximum(low.abs(), high.abs())
 
 
 def mixed_rows(scores: Scores) -> torch.Tensor:
@@ -28,16 +30,14 @@ def mixed_rows(scores: Scores) -> torch.Tensor:
     return rows[~in_uniform_groups(scores.scores[rows], scores.groups[rows])]
 
 
-def missing_prompts(parts: list[tuple[Rollout, Scores]], count: int, max_refills: int, unit: int) -> int:
-    """Returns how many prompts to sample next; 0: none.
+def is_full(parts: list[tuple[Rollout, Scores]], count: int, max_refills: int) -> bool:
+    """Whether the step has sampled enough: `count` groups with different scores, or the buffer and `max_refills` more.
 
-    At first `count`, the prompts of a buffer; then, up to `max_refills` times, as many as are missing because their
-    groups were uniform, rounded up to a multiple of `unit`, the number of ranks. parts: what the step has sampled.
+    A refill has as many prompts as the buffer, so that what is sampled does not depend on the number of ranks.
     """
-    if not parts or len(parts) > max_refills:
-        return 0 if parts else count
-    found = torch.cat([scores.groups[mixed_rows(scores)] for _, scores in parts]).unique()
-    return max(0, -(-(count - len(found)) // unit) * unit)
+    if len(parts) > max_refills:
+        return True
+    return len(torch.cat([scores.groups[mixed_rows(scores)] for _, scores in parts]).unique()) >= count
 
 
 def rows_to_train(scores: Scores, count: int) -> torch.Tensor:

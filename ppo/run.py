@@ -50,9 +50,9 @@ class Run:
         """Whether all steps are done."""
         return self.state.step >= self.config.total_steps
 
-    def next_prompts(self, count: int) -> PromptBatch:
+    def next_prompts(self) -> PromptBatch:
         """Returns this rank's share of the next prompts, each with its place in the run and a row per response."""
-        start = self.state.next_place
+        start, count = self.state.next_place, self.config.num_prompts
         self.state.next_place += count
         places = list(range(start, self.state.next_place))
         return own_share(self.prompts.take(start, count), places, self.config.num_responses_per_prompt)

@@ -77,7 +77,8 @@ class AdvantageFlags:
     """Leave out prompts whose responses all have the same score, which teach a group's estimator nothing, and sample
     more prompts in their place (DAPO's dynamic sampling)"""
     max_refills: int = 3
-    """Times per step that more prompts are sampled under --drop_uniform_groups; then the buffer may stay smaller"""
+    """Times per step that as many prompts again are sampled under --drop_uniform_groups; then the buffer may stay
+    smaller"""
 
 
 @dataclass
