@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from experiments.claims_estimators import EPOCHS_FIGURE, ESTIMATOR_FIGURE
 from experiments.criteria import (
     FAR,
     Claim,
@@ -158,4 +159,7 @@ PARTS = {
     "no_surrogate_clip": "surrogate clipping",
     "no_gradient_clip": "gradient clipping",
 }
-FIGURES["parts"] = Figure("PPO-max without one of its parts", {"ppo_max_short": 3} | dict.fromkeys(PARTS, 3), [])
+FIGURES["parts"] = Figure(
+    "PPO-max without one of its parts", {"ppo_max_short": 3} | dict.fromkeys(PARTS, 3), [], PARTS, "ppo_max_short"
+)
+FIGURES |= {"critic": ESTIMATOR_FIGURE, "epochs": EPOCHS_FIGURE}

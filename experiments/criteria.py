@@ -6,10 +6,11 @@ criteria are, and refuted if one of them is. Start: the first ten steps. End: th
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from math import isnan
 
-from experiments.curves import Run
+from experiments.curves import BIN, Run
 from experiments.intervals import over_seeds
 
 Runs = Mapping[str, list[Run]]  # setting -> its runs, by seed
@@ -55,11 +56,18 @@ class Claim:
 
 @dataclass(frozen=True)
 class Figure:
-    """Claims of one figure. settings: name -> number of runs (seeds 1 to that number)."""
+    """Claims of one figure. settings: name -> number of runs (seeds 1 to that number).
+
+    parts: setting -> what it lacks, for a table of differences to the setting `whole`. frontiers: estimator -> its
+    settings with several KL weights.
+    """
 
     title: str
     settings: dict[str, int]
     claims: list[Claim]
+    parts: dict[str, str] = field(default_factory=dict)
+    whole: str = ""
+    frontiers: dict[str, list[str]] = field(default_factory=dict)
 
 
 def of(setting: str, measure: Callable[[Run], float]) -> Callable[[Runs], list[float]]:
@@ -73,6 +81,44 @@ def between(first: str, second: str, measure: Callable[[Run], float]) -> Callabl
     def difference(a: Run, b: Run) -> float:
         steps = min(a.steps, b.steps)
         return measure(a.until(steps)) - measure(b.until(steps))
+
+    return lambda runs: [difference(a, b) for a, b in zip(runs[first], runs[second], strict=False)]
+
+
+def frontier(runs: list[Run], start: float) -> list[tuple[float, float]]:
+    """Returns (KL, gold) at the end of runs with several KL weights, and (0, start), by KL."""
+    return sorted([(0.0, start), *((run.end("kl_ref"), run.end("gold")) for run in runs)])
+
+
+def gold_at(points: list[tuple[float, float]], kl: float) -> float:
+    """Returns gold at a KL, on straight lines between the points; that of the last point beyond it."""
+    for (left, low), (right, high) in pairwise(points):
+        if left <= kl <= right and left < right:
+            return low + (high - low) * (kl - left) / (right - left)
+    return points[-1][1]
+
+
+def frontier_difference(first: list[str], second: list[str], kl: float) -> Callable[[Runs], list[float]]:
+    """Returns a function for gold at a KL on the frontier of the first settings minus that of the second, per seed."""
+
+    def measure(runs: Runs) -> list[float]:
+        differences = []
+        for seed in range(len(runs[first[0]])):
+            start = runs[min(first[0], second[0])][seed].start("gold")  # the same policy in all
+            ours, theirs = ([runs[setting][seed] for setting in settings] for settings in (first, second))
+            differences.append(gold_at(frontier(ours, start), kl) - gold_at(frontier(theirs, start), kl))
+        return differences
+
+    return measure
+
+
+def at_equal_seconds(first: str, second: str, metric: str) -> Callable[[Runs], list[float]]:
+    """Returns a function for a metric of the first minus the second, per seed, after the seconds of the faster one."""
+
+    def difference(a: Run, b: Run) -> float:
+        seconds = min(a.seconds, b.seconds)
+        ends = (run.until(max(BIN, int(run.steps * seconds / run.seconds))).end(metric) for run in (a, b))
+        return next(ends) - next(ends)
 
     return lambda runs: [difference(a, b) for a, b in zip(runs[first], runs[second], strict=False)]
 

@@ -23,8 +23,9 @@ RESULTS = Path(__file__).parent / "results"
 class Run:
     """The results of one run.
 
-    curves: metric -> means per bin of BIN steps, critic pre-training excluded: METRICS, `gold`, and `paper_perplexity`,
-    exp(NLL per token / response length), which the paper's plots seem to show. tax: increase of the NLL of held-out
+    curves: metric -> means per bin of BIN steps, critic pre-training excluded: METRICS (without a critic, those
+    that there are), `gold`, and `paper_perplexity`, exp(NLL per token / response length), which the paper's plots seem
+    to show. tax: increase of the NLL of held-out
     human replies since SFT, nats per token. seconds: number of steps * median seconds per step. machine: instruction
     set of the CPU (AVX2, AVX512), which determines the rounding.
     """
@@ -84,7 +85,7 @@ def read_run(folder: Path, setting: str, seed: int, hash: str, tax: float) -> Ru
             continue
         paper = exp(log(row["perplexity"]) / row["response_length"]) if row["response_length"] else 1.0
         rows.append({**row, "gold": golds[row["step"]], "paper_perplexity": paper})
-    names = [*METRICS, "gold", "paper_perplexity"]
+    names = [name for name in (*METRICS, "gold", "paper_perplexity") if name in rows[0]]
     bins = [rows[start : start + BIN] for start in range(0, len(rows), BIN)]
     curves = {name: [rounded(fmean(row[name] for row in bin)) for bin in bins] for name in names}
     commit, spent = (config["git_commit"] or "")[:7], round(len(seconds) * median(seconds))

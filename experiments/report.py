@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from experiments.claims import FIGURES, PARTS
+from experiments.claims import FIGURES
 from experiments.criteria import Claim, Figure, between, end
 from experiments.curves import BIN, RESULTS, Run, load_runs
 from experiments.intervals import over_seeds
@@ -107,13 +107,43 @@ def verdicts(claims: list[Claim], runs: dict[str, list[Run]]) -> Table:
     return Table(rows)
 
 
-def parts(runs: dict[str, list[Run]]) -> Table:
-    """Returns a table of the differences between PPO-max without one part and PPO-max, at the same step."""
+def parts(figure: Figure, runs: dict[str, list[Run]]) -> Table:
+    """Returns a table of the differences between a setting without one part and the whole one, at the same step."""
     rows = [["without", *(f"{name} at the end, without - with" for name in AT_END.values())]]
-    for setting, part in PARTS.items():
-        differences = (between(setting, "ppo_max_short", end(metric))(runs) for metric in AT_END)
+    for setting, part in figure.parts.items():
+        differences = (between(setting, figure.whole, end(metric))(runs) for metric in AT_END)
         rows.append([part, *(number(*over_seeds(values)) for values in differences)])
     return Table(rows)
+
+
+def frontiers(figure: Figure, runs: dict[str, list[Run]]) -> Table:
+    """Returns a table of KL and gold at the end, one row per estimator and KL weight."""
+    rows = [["estimator", "KL weight", "KL at the end", "gold at the end", "seconds per run"]]
+    for name, settings in figure.frontiers.items():
+        for setting in settings:
+            ends = ([run.end(metric) for run in runs[setting]] for metric in ("kl_ref", "gold"))
+            seconds = fmean(run.seconds for run in runs[setting])
+            weight = str(load_flags(setting)["kl_penalty_weight"])
+            rows.append([name, weight, *(number(*over_seeds(values)) for values in ends), f"{seconds:.0f}"])
+    return Table(rows)
+
+
+def plot_frontiers(name: str, figure: Figure, runs: dict[str, list[Run]]) -> Path:
+    """Plots gold against KL at the end, means over seeds, one line per estimator with a point per KL weight."""
+    shown, axis = plt.subplots(figsize=(7, 5), constrained_layout=True)
+    for label, settings in figure.frontiers.items():
+        points = sorted(
+            tuple(fmean(run.end(metric) for run in runs[setting]) for metric in ("kl_ref", "gold"))
+            for setting in settings
+        )
+        axis.plot(*zip(*points, strict=True), "o-", label=label, linewidth=1.2)
+    axis.set_xlabel("KL to the reference at the end, nats per response")
+    axis.set_ylabel("gold score at the end")
+    axis.legend(fontsize=8)
+    path = RESULTS / f"figure_{name}.png"
+    shown.savefig(path, dpi=70)
+    plt.close(shown)
+    return path
 
 
 def fall_of(run: Run) -> tuple[int, float] | None:
@@ -168,13 +198,16 @@ def main(figures: list[str] | None = None) -> None:
         if runs is None:
             texts.append(f"## {title}\n\nNot run yet: `python -m experiments.run --figure {name}`.")
             continue
-        path, where = plot(name, runs), f"`python -m experiments.run --figure {name}`: {facts(runs)}."
-        table = verdicts(figure.claims, runs) if figure.claims else parts(runs)
+        path = plot_frontiers(name, figure, runs) if figure.frontiers else plot(name, runs)
+        where = f"`python -m experiments.run --figure {name}`: {facts(runs)}."
+        tables = [verdicts(figure.claims, runs)] * bool(figure.claims) + [parts(figure, runs)] * bool(figure.parts)
+        tables += [frontiers(figure, runs)] * bool(figure.frontiers)
+        shown = "\n\n".join(table.markdown() for table in tables)
         if not figures or name in figures:
-            print(f"\n{title}\n{table.markdown()}")
-        texts.append(f"## {title}\n\n{where}\n\n{table.markdown()}\n\n![{title}](results/{path.name})")
+            print(f"\n{title}\n{shown}")
+        texts.append(f"## {title}\n\n{where}\n\n{shown}\n\n![{title}](results/{path.name})")
         data = base64.b64encode(path.read_bytes()).decode()
-        page.append(f"<h2>{html.escape(title)}</h2>{paragraphs(where)}{table.html()}")
+        page.append(f"<h2>{html.escape(title)}</h2>{paragraphs(where)}{''.join(table.html() for table in tables)}")
         page.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">')
     table = alarm_table()
     words = (

@@ -1,7 +1,7 @@
 """Settings of the experiments: flags of train_ppo.py in experiments/settings/NAME.toml.
 
-Each setting changes some flags of the setting named by `based_on`, or of base.toml. Paths are relative to the world's
-folder (experiments/world.py).
+Each setting changes some flags of the setting named by `based_on`, or of base.toml. NAME@FLAG=VALUE is NAME with
+another value of a flag. Paths are relative to the world's folder (experiments/world.py).
 """
 
 import hashlib
@@ -25,6 +25,9 @@ CODE = ["train_ppo.py", "ppo", "reward", "sft", "data", "utils", "experiments/wo
 
 def load_flags(name: str) -> dict[str, object]:
     """Returns flag -> value, with the flags of the setting that it is based on."""
+    name, *changes = name.split("@")
+    if changes:
+        return load_flags(name) | tomllib.loads("\n".join(changes))
     file = FOLDER / f"{name}.toml"
     if not file.is_file():
         settings = ", ".join(sorted(f.stem for f in FOLDER.glob("*.toml")))

@@ -2,12 +2,25 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from experiments import curves, report, run, settings
 from experiments.claims import FIGURES
-from experiments.criteria import Claim, Criterion, Figure, collapses, end, of, stable
+from experiments.criteria import (
+    Claim,
+    Criterion,
+    Figure,
+    at_equal_seconds,
+    collapses,
+    end,
+    frontier,
+    frontier_difference,
+    gold_at,
+    of,
+    stable,
+)
 from experiments.curves import Run, load_runs, read_run
 from experiments.gold import gold
 from experiments.report import alarm_of, fall_of
@@ -51,7 +64,10 @@ def test_gold_takes_repetition_and_length_off_the_sentiment():
 def test_every_setting_is_a_command_line():
     """Those of the figures and no others; each starts from the base."""
     wanted = {setting for figure in FIGURES.values() for setting in figure.settings}
-    assert {file.stem for file in FOLDER.glob("*.toml")} == wanted | {"base"}
+    assert {file.stem for file in FOLDER.glob("*.toml")} == {name.split("@")[0] for name in wanted} | {
+        "base",
+        "estimators",
+    }
     for name in wanted:
         config = parse_args(PPOConfig, command(name, 3, FOLDER, FOLDER / "out"), PRESETS, AMOUNTS)
         assert config.seed == 3 and config.maxlen_res == 16
@@ -69,6 +85,23 @@ def test_verdicts():
     sound, unsure, wrong = (Criterion("", measure, above=bound) for bound in (1.0, 2.0, 2.5))
     assert Claim("", [sound, unsure]).evaluate(narrow) == "undecided"
     assert Claim("", [unsure, wrong, sound]).evaluate(narrow) == "refuted"
+
+
+def test_frontiers_and_equal_seconds():
+    """Gold on straight lines through (0, start); the slower run is compared at half its steps."""
+    runs = {
+        "a1": [run_of("a1", kl_ref=1.0, gold=[0.0] * 10 + [0.4] * 10)],
+        "a2": [run_of("a2", kl_ref=3.0, gold=[0.0] * 10 + [0.8] * 10)],
+        "b1": [run_of("b1", kl_ref=4.0, gold=[0.0] * 10 + [0.4] * 10)],
+    }
+    points = frontier([runs["a1"][0], runs["a2"][0]], 0.0)
+    assert points == [(0.0, 0.0), (1.0, 0.4), (3.0, 0.8)]
+    assert [gold_at(points, kl) for kl in (0.5, 2.0, 9.0)] == [pytest.approx(x) for x in (0.2, 0.6, 0.8)]
+    assert frontier_difference(["a1", "a2"], ["b1"], 2.0)(runs) == [pytest.approx(0.6 - 0.2)]
+    fast = run_of("fast", gold=[float(i) for i in range(20)])
+    slow = replace(run_of("slow", gold=[float(i) for i in range(20)]), seconds=2.0)
+    measured = at_equal_seconds("fast", "slow", "gold")({"fast": [fast], "slow": [slow]})
+    assert measured == [18.5 - 9.0]  # the last tenth of 20 bins, and of the first 10
 
 
 def test_collapse_fall_and_alarm():

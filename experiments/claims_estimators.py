@@ -1,0 +1,97 @@
+"""Claims about estimators and about several epochs per buffer, written before their runs (see criteria.py).
+
+Estimators: NAME@kl_penalty_weight=W for four weights W gives four points (KL, gold) at the end, per seed. They and the
+start (0, gold of the first ten steps of the estimator `gae`) are joined by straight lines: the frontier.
+"""
+
+from experiments.criteria import (
+    FAR,
+    Claim,
+    Criterion,
+    Figure,
+    at_equal_seconds,
+    between,
+    change,
+    end,
+    frontier_difference,
+    of,
+    stable,
+)
+
+WEIGHTS = (0.02, 0.05, 0.1, 0.2)
+CRITIC = "gae"
+CRITIC_FREE = {
+    "rloo": "RLOO", "grpo": "GRPO", "grpo_no_std": "Dr. GRPO's advantages", "reinforce_pp": "REINFORCE++",
+}  # fmt: skip
+AT_KL = 2.0  # nats per response, where gold is compared
+MARGIN = 0.05  # of gold; the standard deviation of the gold score of single answers is about 0.5
+
+
+def weighted(name: str) -> list[str]:
+    """Returns the settings of an estimator's frontier."""
+    return [f"{name}@kl_penalty_weight={weight:g}" for weight in WEIGHTS]
+
+
+ESTIMATORS = [CRITIC, *CRITIC_FREE]
+ESTIMATOR_FIGURE = Figure(
+    "Is the critic worth its cost? Answers of 16 tokens",
+    {setting: 5 for name in ESTIMATORS for setting in weighted(name)}, [
+        Claim(f"No estimator without a critic is worse than PPO-max's GAE by more than {MARGIN:g} at equal KL", [
+            Criterion(f"gold at a KL of {AT_KL:g} nats, {label} - GAE",
+                      frontier_difference(weighted(name), weighted(CRITIC), AT_KL), above=-MARGIN)
+            for name, label in CRITIC_FREE.items()
+        ]),
+        Claim("GAE with a critic is better than each of them at equal KL and equal responses", [
+            Criterion(f"gold at a KL of {AT_KL:g} nats, GAE - {label}",
+                      frontier_difference(weighted(CRITIC), weighted(name), AT_KL), above=0.0)
+            for name, label in CRITIC_FREE.items()
+        ]),
+        Claim("At the default KL weight and equal responses, GAE ends with a higher gold score", [
+            Criterion(f"gold at the end, GAE - {label}",
+                      between(weighted(CRITIC)[1], weighted(name)[1], end("gold")), above=0.0)
+            for name, label in CRITIC_FREE.items()
+        ]),
+        Claim("At the default KL weight and equal seconds, GAE ends with a higher gold score", [
+            Criterion(f"gold when GAE has used the seconds of the other run, GAE - {label}",
+                      at_equal_seconds(weighted(CRITIC)[1], weighted(name)[1], "gold"), above=0.0)
+            for name, label in CRITIC_FREE.items()
+        ]),
+    ], frontiers={name: weighted(name) for name in ESTIMATORS},
+)  # fmt: skip
+
+# PPO-max with four passes over each buffer, and without one of its parts.
+EPOCH_PARTS = {
+    "epochs_no_surrogate_clip": "surrogate clipping",
+    "epochs_no_value_clip": "value clipping",
+    "epochs_no_kl_penalty": "KL penalty",
+    "epochs_no_reward_clip": "score clipping",
+    "epochs_no_advantage_norm": "advantage normalisation",
+    "epochs_no_critic_pretraining": "critic pre-training",
+}
+EPOCHS_FIGURE = Figure(
+    "What prevents collapse with four epochs per buffer", {"epochs": 3} | dict.fromkeys(EPOCH_PARTS, 3), [
+        Claim("Ratios and values reach their clips", [
+            Criterion("share of tokens without a policy gradient, clipped", of("epochs", end("clip_fraction")),
+                      above=0.01),
+            Criterion("share of tokens without a value gradient, clipped",
+                      of("epochs", end("value_clip_fraction")), above=0.01),
+        ]),
+        Claim("PPO-max is stable", stable("epochs")),
+        Claim("Surrogate clipping holds the policy nearer to the reference", [
+            Criterion("KL at the end, without - with", between("epochs_no_surrogate_clip", "epochs", end("kl_ref")),
+                      above=0.0),
+        ]),
+        Claim("Without surrogate clipping it does not collapse", [
+            Criterion("KL at the end, without", of("epochs_no_surrogate_clip", end("kl_ref")), below=FAR),
+            Criterion("gold, end - start, without", of("epochs_no_surrogate_clip", change("gold")), above=0.0),
+        ]),
+        Claim("Value clipping makes the values worse", [
+            Criterion("explained variance at the end, without - with",
+                      between("epochs_no_value_clip", "epochs", end("explained_variance")), above=0.0),
+        ]),
+        Claim("Without the KL penalty, the policy goes further and its gold score is lower", [
+            Criterion(f"{name} at the end, without - with", between("epochs_no_kl_penalty", "epochs", measure), **bound)
+            for name, measure, bound in (("KL", end("kl_ref"), {"above": 0.0}), ("gold", end("gold"), {"below": 0.0}))
+        ]),
+    ], EPOCH_PARTS, "epochs",
+)  # fmt: skip
