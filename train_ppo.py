@@ -66,18 +66,19 @@ def loop(run) -> None:
         rollout, scores, kept = buffer
 
         # 3. Compute rewards, advantages and returns.
-        experience = make_experience(rollout.rows(kept), scores.rows(kept), state.moments, config)
+        experience = make_experience(rollout.rows(kept), scores.rows(kept), state.moments, config, state.kl_coef)
         experience = run.fit_critic(experience)
 
         # 4. Train policy and critic: epochs over the buffer, one optimizer step of each per minibatch.
         metrics = update(
             models.policy, models.critic, experience, config, state.step, lr["policy"], lr["critic"], state.pretrain,
-            run.leave_out,
+            run.leave_out, state.kl_coef,
         )  # fmt: skip
         watch.lap("update")
 
         state.step += 1
         metrics |= rollout_metrics(rollout, scores) | experience_metrics(experience, config)
+        metrics |= run.adapt_kl(metrics["kl_ref"], len(rollout))
         metrics |= {f"lr_{name}": lr[name] for name in models.engines()}
         if config.num_responses_per_prompt > 1:
             metrics["uniform_group_fraction"] = uniform_fraction(scores)

@@ -67,6 +67,7 @@ class PPOConfig(
         if self.alarm_kl is None:  # experiments/RESULTS.md: the quality of short answers falls long before 100 nats
             self.alarm_kl = min(100.0, float(self.maxlen_res))
         self._check_numbers()
+        self._check_losses()
         self._check_estimator()
         self._check_rollout_engine()
         fit_warmup(self)
@@ -206,6 +207,21 @@ class PPOConfig(
     def needs_baselines(self) -> bool:
         """Whether the estimator compares with greedy responses."""
         return "baselines" in needs_of(self.advantage_estimator)
+
+    def _check_losses(self) -> None:
+        limit = self.overlong_length or self.maxlen_res
+        if self.overlong_buffer > limit:
+            raise UserError(
+                f"--overlong_buffer {self.overlong_buffer} is longer than a response may be ({limit} tokens): lower it"
+            )
+        if 0 < self.dual_clip <= 1:
+            raise UserError(f"--dual_clip {self.dual_clip:g} must be above 1, as in 3; 0: none")
+        if self.pg_clip_high is not None and not (self.use_policy_loss_clip and self.pg_clip_high > 0):
+            raise UserError(
+                f"--pg_clip_high {self.pg_clip_high:g} needs --use_policy_loss_clip true and a number above 0"
+            )
+        if self.kl_target and not self.kl_penalty_weight:
+            raise UserError("--kl_target needs a weight to adapt: pass --kl_penalty_weight above 0")
 
     def _check_estimator(self) -> None:
         needs, size = needs_of(self.advantage_estimator), self.num_responses_per_prompt

@@ -8,7 +8,7 @@ from ppo.advantages import gae
 from ppo.config import PPOConfig
 from ppo.estimators import load_estimator
 from ppo.kl import KL_ESTIMATORS, k1
-from ppo.rewards import shape_scores, token_rewards
+from ppo.rewards import overlong_penalty, shape_scores, token_rewards
 from ppo.sampler_gap import gap_metrics, importance_weights, weight_metrics
 from ppo.types import Experience, Rollout, SampledRollout, Scores
 from utils.distributed import ranks_where
@@ -17,18 +17,28 @@ from utils.moments import RunningMoments
 from utils.tensors import masked_mean, whiten
 
 
-def make_experience(rollout: Rollout, scores: Scores, moments: RunningMoments, config: PPOConfig) -> Experience:
-    """Returns the experience of all ranks' `scored` samples, the same on every rank. First adds them to `moments`."""
+def make_experience(
+    rollout: Rollout, scores: Scores, moments: RunningMoments, config: PPOConfig, kl_coef: float | None = None
+) -> Experience:
+    """Returns the experience of all ranks' `scored` samples, the same on every rank. First adds them to `moments`.
+
+    kl_coef: weight of the KL under --kl_in reward; None: --kl_penalty_weight.
+    """
     rollout, scores = scored(rollout, scores)
-    moments.update(scores.scores)
-    missing_eos = torch.where(rollout.ended, 0.0, -config.missing_eos_penalty)
+    lengths = rollout.response_mask.sum(1)
+    raw = scores.scores / lengths.clamp(min=1) if config.use_length_norm else scores.scores
+    moments.update(raw)
+    penalties = torch.where(rollout.ended, 0.0, -config.missing_eos_penalty)
+    if config.overlong_buffer:
+        limit = config.overlong_length or config.maxlen_res
+        penalties = penalties + overlong_penalty(lengths, limit, config.overlong_buffer, config.overlong_penalty)
     clip = config.reward_clip if config.use_reward_clip else 0.0
     shaping = (moments, config.use_reward_norm, config.use_reward_scaling, clip)
-    shaped = shape_scores(scores.scores, *shaping, missing_eos)
+    shaped = shape_scores(raw, *shaping, penalties)
     mask = rollout.response_mask
     kl = KL_ESTIMATORS[config.kl_estimator](scores.old_logprobs, scores.ref_logprobs)
-    kl_coef = config.kl_penalty_weight if config.kl_in == "reward" else 0.0
-    rewards = token_rewards(shaped, kl, mask, kl_coef)
+    kl_coef = config.kl_penalty_weight if kl_coef is None else kl_coef
+    rewards = token_rewards(shaped, kl, mask, kl_coef if config.kl_in == "reward" else 0.0)
     columns = (rollout.sequences, rollout.attention_mask, mask, scores.old_logprobs, scores.ref_logprobs)
     weights = None
     if isinstance(rollout, SampledRollout) and config.sampler_correction != "none":

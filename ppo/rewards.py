@@ -7,12 +7,12 @@ from utils.tensors import last_index
 
 
 def shape_scores(
-    scores: torch.Tensor, moments: RunningMoments, center: bool, scale: bool, clip: float, missing_eos: torch.Tensor
+    scores: torch.Tensor, moments: RunningMoments, center: bool, scale: bool, clip: float, penalties: torch.Tensor
 ) -> torch.Tensor:
     """Returns clip((score - mean) / std, -clip, clip) with running statistics (Part I eq. 18). [batch] -> [batch].
 
-    center: subtract the mean and divide; scale: divide only; clip 0: no clipping. moments: already updated. missing_eos
-    [batch]: added after clipping, in standard deviations (0, or minus the penalty of a truncated response).
+    center: subtract the mean and divide; scale: divide only; clip 0: no clipping. moments: already updated. penalties
+    [batch]: added after clipping, in standard deviations (0, or minus the penalty of a truncated or long response).
     """
     if center:
         scores = scores - moments.mean
@@ -20,7 +20,12 @@ def shape_scores(
         scores = scores / moments.std
     if clip:
         scores = scores.clamp(-clip, clip)
-    return scores + missing_eos * (1.0 if center or scale else moments.std)
+    return scores + penalties * (1.0 if center or scale else moments.std)
+
+
+def overlong_penalty(lengths: torch.Tensor, limit: int, buffer: int, factor: float) -> torch.Tensor:
+    """Returns -factor · clip((length - (limit - buffer)) / buffer, 0, 1) (DAPO, arXiv 2503.14476, eq. 13). [batch]."""
+    return -factor * ((lengths - (limit - buffer)) / buffer).clamp(0.0, 1.0)
 
 
 def token_rewards(scores: torch.Tensor, kl: torch.Tensor, response_mask: torch.Tensor, kl_coef: float) -> torch.Tensor:

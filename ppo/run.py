@@ -11,6 +11,7 @@ from ppo.config import PPOConfig
 from ppo.decoding.sampling import Sampling
 from ppo.evaluate import evaluate, is_best
 from ppo.experience import score_problem, value_scale, with_values
+from ppo.kl import adapted
 from ppo.models import Models
 from ppo.ranks import own_share
 from ppo.rollout import Sampler, response_texts
@@ -73,6 +74,16 @@ class Run:
         at = step - alone
         critic_at = max(at, config.warmup_steps - 1) if alone else at
         return {"policy": config.lr * factor(at), "critic": config.critic_lr * factor(critic_at)}
+
+    def adapt_kl(self, kl: float, samples: int) -> dict[str, float]:
+        """Adapts the weight of the KL penalty to --kl_target. Returns the weight that this step had, as `kl_coef`."""
+        config, state = self.config, self.state
+        if not config.kl_target:
+            return {}
+        coef = config.kl_penalty_weight if state.kl_coef is None else state.kl_coef
+        if state.step > config.critic_pretrain_steps:  # a step that trained the policy
+            state.kl_coef = adapted(coef, kl, config.kl_target, samples, config.kl_horizon)
+        return {"kl_coef": coef}
 
     def fit_critic(self, experience: Experience) -> Experience:
         """Rescales the critic's values to the returns at the first step of critic pre-training; returns new experience.

@@ -52,6 +52,7 @@ class PPOState(TrainerState):
     left_out: Count
     rollbacks: Count
     critic_center: float | None = None
+    kl_coef: float | None = None
     unfinished: _Unfinished | None = None
 
 
@@ -67,6 +68,7 @@ class RunState:
     rollbacks: int = 0
     left_out: int = 0  # bad batches so far, at most --skip_bad_batches
     critic_center: float | None = None  # subtracted from the critic head's output, once `fit_critic` has set it
+    kl_coef: float | None = None  # weight of the KL penalty, once --kl_target has changed it
     unfinished: dict | None = None  # metrics and samples of this step, before its evaluation
 
     def state_dict(self) -> dict:
@@ -76,6 +78,7 @@ class RunState:
             "step": self.step, "next_place": self.next_place, "moments": self.moments.state_dict(),
             "best_score": self.best_score, "pretrain_place": place, "left_out": self.left_out,
             "rollbacks": self.rollbacks, "critic_center": self.critic_center, "unfinished": self.unfinished,
+            "kl_coef": self.kl_coef,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
@@ -84,5 +87,6 @@ class RunState:
         self.moments.load_state_dict(state["moments"])
         self.best_score, self.rollbacks = state["best_score"], state["rollbacks"]
         self.critic_center, self.unfinished = state.get("critic_center"), state.get("unfinished")
+        self.kl_coef = state.get("kl_coef")
         if self.pretrain:
             self.pretrain.place = max(self.pretrain.place, state["pretrain_place"])

@@ -142,7 +142,7 @@ class Experience(Batch):
     """What the update reads: [batch, length]. old_values and returns are None without a critic.
 
     weights: factors of the policy's loss per token (`importance_weights`), None without --sampler_correction. groups
-    [batch] int64: the place of the response's prompt.
+    [batch] int64: the place of the response's prompt. row_weights [batch]: of `ppo.loss.row_weights`, where needed.
     """
 
     sequences: torch.Tensor
@@ -156,3 +156,4 @@ class Experience(Batch):
     returns: torch.Tensor | None
     weights: torch.Tensor | None = None
     groups: torch.Tensor | None = None
+    row_weights: torch.Tensor | None = None

@@ -10,7 +10,16 @@ import torch
 from data.batching.micro_batch_plan import rank_plan
 from ppo.config import PPOConfig
 from ppo.kl import KL_ESTIMATORS, k3
-from ppo.loss import entropy_bonus, masked_sum, policy_clipped, policy_loss, policy_ratio, value_clipped, value_loss
+from ppo.loss import (
+    entropy_bonus,
+    masked_sum,
+    policy_clipped,
+    policy_loss,
+    policy_ratio,
+    row_weights,
+    value_clipped,
+    value_loss,
+)
 from ppo.pretrain import PretrainBatch, pretrain_loss
 from ppo.types import Experience
 from utils.distributed import rank, ranks_where, sum_ranks, world_size
@@ -42,17 +51,19 @@ def refuse(problem: str, batch: Experience) -> None:
 def update(
     policy: TrainEngine, critic: TrainEngine | None, experience: Experience, config: PPOConfig, step: int,
     lr: float, critic_lr: float, pretrain: Iterator[PretrainBatch] | None = None, on_bad: OnBad = refuse,
+    kl_coef: float | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Trains for ppo_epochs passes over the buffer in seeded minibatches of batch_size; returns metrics.
 
     lr 0 trains the critic only; critic None trains the policy only. `experience` is the whole buffer, the same on every
-    rank. A minibatch with a loss or gradient beyond --explosion_limit makes no step; `on_bad` may raise.
+    rank. kl_coef: as for `policy_objective`. A minibatch with a loss or gradient beyond --explosion_limit makes no
+    step; `on_bad` may raise.
     """
     learners = []
     if lr > 0.0:
 
         def whole_policy_backward(batch: Experience) -> tuple[torch.Tensor, Sums]:
-            return policy_backward(policy, batch, config, next(pretrain) if pretrain else None)
+            return policy_backward(policy, batch, config, next(pretrain) if pretrain else None, kl_coef)
 
         learners.append(Learner(policy, lr, whole_policy_backward))
     if critic is not None:
@@ -128,7 +139,11 @@ def shares(batch: Experience, max_tokens: int, joined: bool = False) -> Iterator
 
 
 def policy_backward(
-    policy: TrainEngine, batch: Experience, config: PPOConfig, pretrain: PretrainBatch | None
+    policy: TrainEngine,
+    batch: Experience,
+    config: PPOConfig,
+    pretrain: PretrainBatch | None,
+    kl_coef: float | None = None,
 ) -> tuple[torch.Tensor, Sums]:
     """Adds the gradient of the policy's whole loss on one minibatch, the pre-training term included, in micro-batches.
 
@@ -137,12 +152,15 @@ def policy_backward(
     """
     num_tokens, routed_tokens = (float(mask.sum()) for mask in (batch.response_mask, batch.attention_mask))
     total, sums, coef = 0.0, {}, policy.module.router_coef
+    if config.loss_average != "token":
+        rows = row_weights(batch.response_mask, batch.groups, config.loss_average, config.maxlen_res)
+        batch = replace(batch, row_weights=rows)
     for part in shares(batch, config.micro_batch_tokens, policy.module.joins_rows):
         routed = {"routed": part.attention_mask} if coef else {}
         logprobs, entropy, *routers = policy(
             part.sequences, part.response_mask, config.temperature, config.use_entropy_loss, **routed
         )
-        loss, more = policy_objective(part, logprobs, entropy, config, num_tokens)
+        loss, more = policy_objective(part, logprobs, entropy, config, num_tokens, kl_coef)
         if coef:
             loss = loss + coef * routers[0][0] / routed_tokens
             tokens = part.attention_mask.sum()
@@ -158,27 +176,41 @@ def policy_backward(
 
 
 def policy_objective(
-    part: Experience, logprobs: torch.Tensor, entropy: torch.Tensor | None, config: PPOConfig, num_tokens: float
+    part: Experience,
+    logprobs: torch.Tensor,
+    entropy: torch.Tensor | None,
+    config: PPOConfig,
+    num_tokens: float,
+    kl_coef: float | None = None,
 ) -> tuple[torch.Tensor, Sums]:
     """Returns (scalar loss, sums for metrics) of these samples. logprobs, entropy: [batch, length].
 
+    kl_coef: weight of the KL under --kl_in loss; None: --kl_penalty_weight.
     Weights do not change num_tokens: the mean of weight * surrogate over all samples of the sampler estimates the
     policy's mean; division by the sum of the weights, which differs between minibatches, would not.
     """
-    mask = part.response_mask
+    mask, rows = part.response_mask, None if part.row_weights is None else part.row_weights[:, None]
     # w * min(ρ A, clip(ρ) A) = min(ρ w A, clip(ρ) w A) because w >= 0.
     advantages = part.advantages if part.weights is None else part.weights * part.advantages
+    advantages = advantages if rows is None else rows * advantages
     clip = config.pg_clip if config.use_policy_loss_clip else 0.0
-    surrogate = policy_loss(logprobs, part.old_logprobs, advantages, mask, clip, num_tokens)
+    clips = (config.pg_clip_high, config.dual_clip)
+    surrogate = policy_loss(
+        logprobs, part.old_logprobs, advantages, mask, clip, num_tokens, *clips, config.policy_ratio
+    )
     loss = surrogate
-    if config.kl_in == "loss" and config.kl_penalty_weight:
+    kl_coef = config.kl_penalty_weight if kl_coef is None else kl_coef
+    if config.kl_in == "loss" and kl_coef:
         kl = KL_ESTIMATORS[config.kl_estimator](logprobs, part.ref_logprobs)
-        loss = loss + config.kl_penalty_weight * masked_sum(kl, mask) / num_tokens
+        loss = loss + kl_coef * masked_sum(kl if rows is None else rows * kl, mask) / num_tokens
     if config.use_entropy_loss:
-        loss = loss - config.entropy_loss_weight * entropy_bonus(entropy, mask, config.entropy_clip, num_tokens)
+        bonus = entropy_bonus(entropy, mask, config.entropy_clip, num_tokens, rows)
+        loss = loss - config.entropy_loss_weight * bonus
     with torch.no_grad():
-        ratio, tokens = policy_ratio(logprobs, part.old_logprobs, mask), mask.sum()
-        clipped = policy_clipped(ratio, advantages, config.pg_clip).float()
+        ratio, tokens = policy_ratio(logprobs, part.old_logprobs, mask, config.policy_ratio), mask.sum()
+        clipped = policy_clipped(ratio, advantages, config.pg_clip, *clips).float()
+        if config.policy_ratio == "none":
+            clipped = torch.zeros_like(clipped)
         sums = {
             "policy_loss": (surrogate * num_tokens, tokens),
             "approx_kl": (masked_sum(k3(part.old_logprobs, logprobs), mask), tokens),
