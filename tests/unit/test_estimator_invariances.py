@@ -5,7 +5,6 @@ import torch
 
 from tests.helpers.estimators import ALL, NAN, OF_GROUPS, batch_of, close, estimate, random_batch, same
 
-
 # Invariances
 
 

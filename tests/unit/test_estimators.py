@@ -6,7 +6,6 @@ import torch
 from tests.helpers.estimators import ALL, NAN, OF_GROUPS, WITHOUT_CRITIC, batch_of, close, estimate, random_batch
 from tests.helpers.plain_estimators import plain, rows_of
 
-
 # Numbers worked by hand
 
 
