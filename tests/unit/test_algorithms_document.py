@@ -65,8 +65,6 @@ def test_the_estimator_of_the_page(tmp_path):
     mask = torch.tensor([[1, 1], [1, 0], [1, 1], [0, 1]]).bool()
     rewards = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 6.0], [0.0, 5.0]])
     others = dict.fromkeys(("values", "gamma", "lam", "critic_lam", "length_alpha", "baselines"))
-    advantages, returns = estimator(
-        rewards=rewards, response_mask=mask, groups=torch.tensor([4, 4, 4, 0]), **others
-    )
+    advantages, returns = estimator(rewards=rewards, response_mask=mask, groups=torch.tensor([4, 4, 4, 0]), **others)
     assert advantages.tolist() == [[-1.0, -1.0], [0.0, 0.0], [4.0, 4.0], [0.0, 0.0]]
     assert returns is None and "values" not in needs_of(f"{file}:against_median")
