@@ -9,6 +9,7 @@ import torch
 
 from data.batching.micro_batch_plan import rank_plan
 from ppo.config import PPOConfig
+from ppo.epochs import CRITIC, POLICY, optimizer_steps
 from ppo.kl import KL_ESTIMATORS, k3
 from ppo.loss import (
     entropy_bonus,
@@ -53,34 +54,37 @@ def update(
     lr: float, critic_lr: float, pretrain: Iterator[PretrainBatch] | None = None, on_bad: OnBad = refuse,
     kl_coef: float | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Trains for ppo_epochs passes over the buffer in seeded minibatches of batch_size; returns metrics.
+    """Trains for some passes over the buffer (`optimizer_steps`) in seeded minibatches of batch_size; returns metrics.
 
     lr 0 trains the critic only; critic None trains the policy only. `experience` is the whole buffer, the same on every
     rank. kl_coef: as for `policy_objective`. A minibatch with a loss or gradient beyond --explosion_limit makes no
     step; `on_bad` may raise.
     """
-    learners = []
+    learners = {}
     if lr > 0.0:
 
         def whole_policy_backward(batch: Experience) -> tuple[torch.Tensor, Sums]:
             return policy_backward(policy, batch, config, next(pretrain) if pretrain else None, kl_coef)
 
-        learners.append(Learner(policy, lr, whole_policy_backward))
+        learners[POLICY] = Learner(policy, lr, whole_policy_backward)
     if critic is not None:
-        learners.append(Learner(critic, critic_lr, lambda batch: critic_backward(critic, batch, config, lr > 0.0)))
-    for learner in learners:
+        learners[CRITIC] = Learner(critic, critic_lr, lambda batch: critic_backward(critic, batch, config, lr > 0.0))
+    for learner in learners.values():
         training_mode(learner.engine.module)
     sums: Sums = {}
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     num_batches = -(-len(experience) // config.batch_size)  # of one size; fewer rows if --reward_fn failed on some
-    for _ in range(config.ppo_epochs):
+    numbers = config.ppo_epochs, config.critic_epochs, config.critic_updates_per_policy_update
+    for steps in optimizer_steps(*numbers, POLICY in learners, CRITIC in learners):
         for chosen in torch.randperm(len(experience), generator=generator).tensor_split(num_batches):
             minibatch = experience.rows(to_device(chosen, experience.sequences.device))
-            found, problem = backward_all(learners, minibatch, config.explosion_limit)
-            norms, problem = step_all(learners, problem)
-            if problem:
-                on_bad(problem, minibatch)
-            else:
+            for names in steps:
+                trained = [learners[name] for name in names]
+                found, problem = backward_all(trained, minibatch, config.explosion_limit)
+                norms, problem = step_all(trained, problem)
+                if problem:
+                    on_bad(problem, minibatch)
+                    break
                 add(sums, norms | found)
     return means(sums)
 
