@@ -229,7 +229,7 @@ def critic_backward(
 ) -> tuple[torch.Tensor, Sums]:
     """Adds the gradient of the value loss on one minibatch. Returns what `policy_backward` does.
 
-    clipped: False while only the critic trains, because clipping would keep its values near the old ones.
+    clipped: False while only the critic trains: clipping would keep values near the old ones. In the head's unit.
     """
     num_tokens = float(batch.response_mask.sum())
     clip = config.value_clip if config.use_critic_loss_clip and clipped else 0.0
@@ -237,13 +237,14 @@ def critic_backward(
     for part in shares(batch, config.micro_batch_tokens, critic.module.joins_rows):
         mask = part.response_mask
         values = shift_to_next(critic(part.sequences, before(mask)))
-        loss = value_loss(values, part.old_values, part.returns, mask, clip, num_tokens)
+        values, old, returns = (x / critic.module.score_scale for x in (values, part.old_values, part.returns))
+        loss = value_loss(values, old, returns, mask, clip, num_tokens)
         critic.backward(config.vf_loss_weight * loss)
         with torch.no_grad():
             total, tokens = total + config.vf_loss_weight * loss, mask.sum()
             more = {"value_loss": (loss * num_tokens, tokens)}
             if clipped:
-                cut = value_clipped(values, part.old_values, part.returns, config.value_clip).float()
+                cut = value_clipped(values, old, returns, config.value_clip).float()
                 more["value_clip_fraction"] = (masked_sum(cut, mask), tokens)
             add(sums, more)
     return total, sums
