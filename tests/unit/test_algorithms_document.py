@@ -15,14 +15,13 @@ from utils.flags.parser import parse_args
 
 TEXT = text_of("docs/algorithms.md")
 MODELS = ["--policy_model_path", "P", "--critic_model_path", "C", "--data_path", "D"]
-RAW_SCORES = ["--use_reward_scaling", "false", "--use_reward_norm", "false", "--use_reward_clip", "false"]
 
 
 def table(heading: str) -> dict[str, list[str]]:
     """The rows of the first table below a heading: name in the first cell -> all cells."""
     lines = TEXT.partition(f"\n## {heading}\n")[2].partition("\n## ")[0].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
-    return {re.match(r"`(\w+)`", row[0])[1]: row for row in rows}
+    return {row[0].split("`")[1]: row for row in rows if not row[0].startswith("`--")}
 
 
 def config_of(*flags: str) -> PPOConfig:
@@ -46,15 +45,13 @@ def test_every_preset_has_a_row():
 
 @pytest.mark.parametrize("name", sorted({*PRESETS} - {"ppo_max", "vanilla"}))
 def test_the_flags_of_a_preset(name):
-    """The flags in its row, with those in the text below the table, make the same run as --preset."""
-    flags = shlex.split(table("Presets")[name][1].strip("`")) + RAW_SCORES
-    below = TEXT.partition("All except `ppo_max` also set")[2].partition("## Losses")[0]
-    assert " ".join(RAW_SCORES) in below
-    if f"`{name}`" in below:
-        flags += ["--use_advantage_norm", "false"]
-    spelt, preset = vars(config_of(*flags)), vars(config_of("--preset", name))
-    different = {key for key in preset if spelt[key] != preset[key]} - {"preset", "replaced_defaults"}
-    assert different == set()
+    """The flags in its row and in the text below the table make the same run as --preset."""
+    below = " ".join(TEXT.partition("Every preset but `ppo_max`")[2].partition("## Losses")[0].split())
+    flags = [table("Presets")[name][1].strip("`"), re.search(r"`(--.*?)`", below)[1]]
+    for names, more in re.findall(r"((?:`\w+`[, and]*)+) also set `(--.*?)`", below):
+        flags += [more] if f"`{name}`" in names else []
+    spelt, preset = (vars(config_of(*words)) for words in (shlex.split(" ".join(flags)), ("--preset", name)))
+    assert {key for key in preset if spelt[key] != preset[key]} - {"preset", "given", "replaced_defaults"} == set()
 
 
 def test_the_estimator_of_the_page(tmp_path):
