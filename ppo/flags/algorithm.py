@@ -114,7 +114,7 @@ class LossFlags:
     """Largest factor of a negative advantage in the policy loss, above 1 (Ye et al. 2020, eq. 4: 3); 0: no limit"""
     policy_ratio: Literal["token", "sequence", "none"] = "token"
     """Ratio of new to old policy. token: of each token; sequence: the geometric mean over the response (GSPO, eq. 7);
-    none: no ratio and no clipping, as REINFORCE, whose gradient is exact in the first optimizer step on a buffer only"""
+    none: no ratio and no clipping, as REINFORCE, whose gradient is exact in the first step on a buffer only"""
     loss_average: Literal["token", "sequence", "group", "constant"] = "token"
     """Mean of the policy's losses over a minibatch. token: over all tokens; sequence: over responses of the mean over
     each one's tokens (GRPO); group: the same per prompt; constant: sum over each response / --maxlen_res (Dr. GRPO)"""
