@@ -74,13 +74,15 @@ def test_flags_that_do_not_fit(inputs, tmp_path, capfd):
         (train_ppo.main, {"train_steps": 4, "value_norm": "running", "critic_updates_per_policy_update": 2}),
     ],
 )
-def test_a_resumed_run_has_the_same_numbers(inputs, tmp_path, main, flags):
+def test_a_resumed_run_has_the_same_numbers(inputs, tmp_path, capfd, main, flags):
     flags |= {"checkpoint_per_step": 2, "keep_checkpoints": 3}
     main(run_flags(inputs, tmp_path / "whole", **flags))
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step_4")
     shutil.rmtree(tmp_path / "resumed" / "final")
+    capfd.readouterr()
     main(run_flags(inputs, tmp_path / "resumed", **flags))
+    assert "step_2" in capfd.readouterr().out  # the checkpoint that it resumes from
     assert_same_run(tmp_path / "resumed", tmp_path / "whole")
     state = json.loads((tmp_path / "whole" / "checkpoints" / "step_2" / "state.json").read_text())
     assert state["value_moments"]["count"] > 0
