@@ -9,7 +9,7 @@ from ppo.config import PPOConfig
 from ppo.critic_metrics import critic_metrics, explained_variance, return_noise
 from ppo.estimators import load_estimator
 from ppo.kl import KL_ESTIMATORS, k1
-from ppo.rewards import overlong_penalty, shape_scores, token_rewards
+from ppo.rewards import overlong_penalty, per_token, shape_scores, token_rewards
 from ppo.sampler_gap import gap_metrics, importance_weights, weight_metrics
 from ppo.types import Experience, Rollout, SampledRollout, Scores
 from utils.distributed import ranks_where
@@ -27,7 +27,7 @@ def make_experience(
     """
     rollout, scores = scored(rollout, scores)
     lengths = rollout.response_mask.sum(1)
-    raw = scores.scores / lengths.clamp(min=1) if config.use_length_norm else scores.scores
+    raw = per_token(scores.scores, rollout.response_mask) if config.use_length_norm else scores.scores
     moments.update(raw)
     penalties = torch.where(rollout.ended, 0.0, -config.missing_eos_penalty)
     if config.overlong_buffer:

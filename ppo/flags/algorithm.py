@@ -37,9 +37,9 @@ class TrickFlags:
     """KL to the reference that --kl_penalty_weight adapts to, in nats per response (Ziegler et al. 2019, §2.2); 0: the
     weight is fixed"""
     kl_horizon: int = 10000
-    """Responses over which the weight adapts to --kl_target"""
+    """Responses over which the weight changes by at most a fifth under --kl_target"""
     use_length_norm: bool = False
-    """Divide scores by the tokens of the response, before all other shaping"""
+    """Divide scores by the tokens of the response, before all other shaping, greedy responses (remax) included"""
     overlong_buffer: int = 0
     """Tokens before --overlong_length over which a penalty rises linearly to --overlong_penalty (DAPO, eq. 13);
     0: none"""
@@ -114,7 +114,7 @@ class LossFlags:
     """Largest factor of a negative advantage in the policy loss, above 1 (Ye et al. 2020, eq. 4: 3); 0: no limit"""
     policy_ratio: Literal["token", "sequence", "none"] = "token"
     """Ratio of new to old policy. token: of each token; sequence: the geometric mean over the response (GSPO, eq. 7);
-    none: no ratio and no clipping, as REINFORCE"""
+    none: no ratio and no clipping, as REINFORCE, whose gradient is exact in the first step on a buffer only"""
     loss_average: Literal["token", "sequence", "group", "constant"] = "token"
     """Mean of the policy's losses over a minibatch. token: over all tokens; sequence: over responses of the mean over
     each one's tokens (GRPO); group: the same per prompt; constant: sum over each response / --maxlen_res (Dr. GRPO)"""
