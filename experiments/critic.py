@@ -20,11 +20,12 @@ from experiments.world import WORLD, build_world
 from ppo.advantages import gae
 from ppo.build import build
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
+from ppo.critic_metrics import explained_variance as explained
+from ppo.critic_pretraining import Pretraining, loop
 from ppo.experience import make_experience
 from ppo.ranks import gather_batches
 from ppo.run import Run
 from ppo.score import score
-from train_ppo import loop
 from utils.flags.parser import entry_point, parse_args
 
 BUFFERS = 40
@@ -47,16 +48,7 @@ def explained_variance(run: Run) -> float:
         values.append(experience.old_values[mask])
         returns.append(to_come[mask])
     values, returns = torch.cat(values), torch.cat(returns)
-    return float(1.0 - (returns - values).var() / returns.var())
-
-
-class Pretraining(Run):
-    """A run that ends after the critic's pre-training."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether the pre-training has ended."""
-        return self.state.step >= self.config.critic_pretrain_steps
+    return float(explained(returns, values))
 
 
 def measure(seed: int, world: Path, output: Path, flags: list[str]) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from ppo.types import MeasuredRollout, PromptBatch, Rollout, Scores
 from ppo.user_reward import UserReward
 from reward.scoring.ensemble import Ensemble, score_ids
 from utils.distributed import any_rank, gather_objects, world_size
+from utils.engine.engine import TrainEngine
 from utils.engine.state import same_weights
 from utils.run import stop_signal
 from utils.tensors import before, shift_to_next, to_device
@@ -56,16 +57,23 @@ def score(
             )  # fmt: skip
     values = None
     if with_values and critic is not None:
-        critic.module.eval()
-        (values,) = _by_batch(
-            critic.module, rollout, config,
-            lambda part: (shift_to_next(critic(part.sequences, before(part.response_mask))),),
-        )  # fmt: skip
+        values = critic_values(critic, rollout, config)
     groups = to_device(torch.tensor(prompts.places), logprobs.device)
     return Scores(
         logprobs, ref_logprobs, entropy, values, groups=groups,
         **response_scores(rollout, prompts, models.reward, reward_fn, tokenizer, config.micro_batch_tokens),
     )  # fmt: skip
+
+
+@torch.no_grad()
+def critic_values(critic: TrainEngine, rollout: Rollout, config: PPOConfig) -> torch.Tensor:
+    """Returns the critic's values of the response tokens, [batch, length]. As many forwards on every rank."""
+    critic.module.eval()
+    (values,) = _by_batch(
+        critic.module, rollout, config,
+        lambda part: (shift_to_next(critic(part.sequences, before(part.response_mask))),),
+    )  # fmt: skip
+    return values
 
 
 def response_scores(

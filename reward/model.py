@@ -187,17 +187,20 @@ def set_dropout(model: ScalarModel, share: float) -> None:
 
 def save_scalar_model(
     model: ScalarModel, folder: str, state_dict: dict[str, torch.Tensor] | None = None, tokenizer=None,
-    center: float = 0.0,
+    center: float = 0.0, value_pretrained: bool = False,
 ) -> None:  # fmt: skip
     """Saves a sequence-classification model with one label, and its tokenizer; `folder` appears when all is written.
 
-    state_dict: the gathered `saved_tensors`; default: the model's own. center: score that becomes 0. The saved pad
-    token does not end answers, because other tools read the score at the last token that is not padding.
+    state_dict: the gathered `saved_tensors`; default: the model's own. center: score that becomes 0. value_pretrained:
+    config.json says that this is a critic, whose scalars are values. The saved pad token does not end answers, because
+    other tools read the score at the last token that is not padding.
     """
     state = _classifier_tensors(model, saved_tensors(model) if state_dict is None else state_dict)
     config = _classifier_config(model)
     if model.score_center or center:
         config.score_center = model.score_center + center
+    if value_pretrained or hasattr(config, "value_pretrained"):
+        config.value_pretrained = value_pretrained
     if tokenizer is not None:
         tokenizer = with_distinct_pad(tokenizer)
     else:

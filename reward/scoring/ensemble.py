@@ -140,6 +140,11 @@ def check_labels(paths: list[str], flag: str) -> None:
 def _label_meaning(path: str, flag: str) -> str:
     file = model_folder(path, flag) / "config.json"
     config = read_json(file, flag)
+    if config.get("value_pretrained"):
+        advice = "pass the reward model with --reward_model_path, or --reward_fn"
+        raise UserError(
+            f"{flag}: {path} is a critic (python -m ppo.critic), which predicts returns, no score; {advice}"
+        )
     labels = config.get("id2label", {"0": "LABEL_0"})  # transformers' default
     if not isinstance(labels, dict):
         raise UserError(f"{flag}: {file} is damaged (id2label is not an object); copy it again")

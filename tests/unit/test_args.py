@@ -296,6 +296,7 @@ MODULES = [
     "reward.strength",
     "reward.score",
     "ppo.compare",
+    "ppo.critic",
 ]
 
 
