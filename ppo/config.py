@@ -237,6 +237,8 @@ class PPOConfig(
             )
         if self.drop_uniform_groups and size < 2:
             raise UserError("--drop_uniform_groups needs groups: pass --num_responses_per_prompt 2 or more")
+        if self.alarm_explained_variance is not None and not self.has_critic:
+            raise UserError(f"--alarm_explained_variance {self.alarm_explained_variance:g}: {estimator} has no critic")
         if not self.has_critic:
             replace_default(self, "critic_pretrain_steps", 0, f"{estimator} has no critic")
             if self.critic_pretrain_steps:

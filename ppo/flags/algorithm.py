@@ -121,7 +121,8 @@ class LossFlags:
     use_critic_loss_clip: bool = True
     """Clip values in the value loss to the old values plus or minus value_clip (Part I, eq. 16)"""
     value_clip: float = 0.2
-    """Largest change of a value under --use_critic_loss_clip, in units of the return"""
+    """Largest change of a value under --use_critic_loss_clip, in units of the return; under --value_norm in running
+    standard deviations of the return"""
     vf_loss_weight: float = 1.0
     """Weight of the value loss. The critic has its own optimizer, so that this scales its gradient before clipping"""
     use_entropy_loss: bool = False
