@@ -7,6 +7,7 @@ from data.encoded import Mixture, form_options, load_encoded
 from data.prompts import Prompt, PromptEncoder
 from ppo.config import PPOConfig
 from ppo.decoding.sampling import Sampling
+from ppo.fit_critic import restore_unit
 from ppo.models import load_models
 from ppo.planning.plan import fit_to_memory, vllm_room
 from ppo.pretrain import PretrainStream, load_pretrain
@@ -73,8 +74,7 @@ def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
     lifecycle.restore(begin, config.seed)
     if begin:
         state.load_state_dict(begin.state)
-        if state.critic_center is not None:
-            models.critic.module.score_center = state.critic_center
+        restore_unit(models.critic, state)
     if vllm:
         offloaded = tuple(models.engines().values()) if offload else ()
         sampler = VLLMSampler(models.policy, tokenizer, config, vllm, offloaded)

@@ -216,6 +216,11 @@ class PPOConfig(
             )
         if 0 < self.dual_clip <= 1:
             raise UserError(f"--dual_clip {self.dual_clip:g} must be above 1, as in 3; 0: none")
+        if self.policy_ratio == "none" and (self.pg_clip_high is not None or self.dual_clip):
+            flag = "--dual_clip" if self.pg_clip_high is None else "--pg_clip_high"
+            raise UserError(f"{flag} with --policy_ratio none, which has no ratio to clip; drop one of the flags")
+        if self.overlong_length and not self.overlong_buffer:
+            raise UserError(f"--overlong_length {self.overlong_length} needs --overlong_buffer above 0")
         if self.pg_clip_high is not None and not (self.use_policy_loss_clip and self.pg_clip_high > 0):
             raise UserError(
                 f"--pg_clip_high {self.pg_clip_high:g} needs --use_policy_loss_clip true and a number above 0"
@@ -232,6 +237,8 @@ class PPOConfig(
             )
         if self.drop_uniform_groups and size < 2:
             raise UserError("--drop_uniform_groups needs groups: pass --num_responses_per_prompt 2 or more")
+        if self.alarm_explained_variance is not None and not self.has_critic:
+            raise UserError(f"--alarm_explained_variance {self.alarm_explained_variance:g}: {estimator} has no critic")
         if not self.has_critic:
             replace_default(self, "critic_pretrain_steps", 0, f"{estimator} has no critic")
             if self.critic_pretrain_steps:

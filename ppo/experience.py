@@ -6,9 +6,10 @@ import torch
 
 from ppo.advantages import gae
 from ppo.config import PPOConfig
+from ppo.critic_metrics import critic_metrics, explained_variance, return_noise
 from ppo.estimators import load_estimator
 from ppo.kl import KL_ESTIMATORS, k1
-from ppo.rewards import overlong_penalty, shape_scores, token_rewards
+from ppo.rewards import overlong_penalty, per_token, shape_scores, token_rewards
 from ppo.sampler_gap import gap_metrics, importance_weights, weight_metrics
 from ppo.types import Experience, Rollout, SampledRollout, Scores
 from utils.distributed import ranks_where
@@ -26,7 +27,7 @@ def make_experience(
     """
     rollout, scores = scored(rollout, scores)
     lengths = rollout.response_mask.sum(1)
-    raw = scores.scores / lengths.clamp(min=1) if config.use_length_norm else scores.scores
+    raw = per_token(scores.scores, rollout.response_mask) if config.use_length_norm else scores.scores
     moments.update(raw)
     penalties = torch.where(rollout.ended, 0.0, -config.missing_eos_penalty)
     if config.overlong_buffer:
@@ -179,8 +180,14 @@ def experience_metrics(experience: Experience, config: PPOConfig) -> dict[str, f
     metrics = {"advantage_mean": advantages.mean(), "advantage_std": advantages.std(correction=0)}
     if experience.returns is not None:
         returns, values = experience.returns[mask], experience.old_values[mask]
-        unexplained = (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
-        metrics |= {"return_mean": returns.mean(), "value_mean": values.mean(), "explained_variance": 1.0 - unexplained}
+        metrics |= {"return_mean": returns.mean(), "value_mean": values.mean()}
+        metrics["explained_variance"] = explained_variance(returns, values)
+        metrics |= critic_metrics(experience.returns, experience.old_values, mask)
+        noise = None
+        if experience.groups is not None:
+            noise = return_noise(experience.rewards, mask, experience.groups, config.gamma)
+        if noise is not None:
+            metrics["return_noise"] = noise
     if experience.weights is not None:
         metrics |= weight_metrics(experience.weights, mask, config.correction_cap)
     return as_floats(metrics)

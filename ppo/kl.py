@@ -25,7 +25,8 @@ KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 def adapted(coef: float, kl: float, target: float, samples: int, horizon: int) -> float:
     """Returns the next weight of the KL penalty (Ziegler et al. 2019, arXiv 1909.08593, §2.2).
 
-    kl: mean KL to the reference of the last `samples` responses, and its target, in nats per response.
+    kl: mean KL to the reference of the last `samples` responses, and its target, in nats per response. More responses
+    than the horizon count as the horizon, so that the weight stays above 0.
     """
     error = min(0.2, max(-0.2, kl / target - 1.0))
-    return coef * (1.0 + error * samples / horizon)
+    return coef * (1.0 + error * min(samples / horizon, 1.0))

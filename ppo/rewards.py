@@ -6,6 +6,11 @@ from utils.moments import RunningMoments
 from utils.tensors import last_index
 
 
+def per_token(scores: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    """Returns the scores divided by the lengths of their responses; that of an empty one is unchanged. [batch]."""
+    return scores / response_mask.sum(1).clamp(min=1)
+
+
 def shape_scores(
     scores: torch.Tensor, moments: RunningMoments, center: bool, scale: bool, clip: float, penalties: torch.Tensor
 ) -> torch.Tensor:

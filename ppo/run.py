@@ -10,7 +10,8 @@ from ppo.alarms import MAX_ROLLBACKS, alarms
 from ppo.config import PPOConfig
 from ppo.decoding.sampling import Sampling
 from ppo.evaluate import evaluate, is_best
-from ppo.experience import score_problem, value_scale, with_values
+from ppo.experience import score_problem
+from ppo.fit_critic import normalise_values, restore_unit, scale_values
 from ppo.kl import adapted
 from ppo.models import Models
 from ppo.ranks import own_share
@@ -86,21 +87,10 @@ class Run:
         return {"kl_coef": coef}
 
     def fit_critic(self, experience: Experience) -> Experience:
-        """Rescales the critic's values to the returns at the first step of critic pre-training; returns new experience.
-
-        A critic's first values are raw scores, larger than returns of normalised scores, and a few optimizer steps do
-        not change that. Scales the head's weight and shifts `score_center` (`value_scale`). Collective.
-        """
-        config, state, critic = self.config, self.state, self.models.critic
-        wanted = critic and config.critic_pretrain_steps and config.critic_init_scale and state.step == 0
-        if not wanted or state.critic_center is not None:
+        """Fits the critic's values to the returns, once and under --value_norm; returns new experience. Collective."""
+        if self.models.critic is None:
             return experience
-        scale, shift = value_scale(experience, config)
-        critic.scale_weight("head.weight", scale)
-        state.critic_center = critic.module.score_center = scale * critic.module.score_center - shift
-        self.logger.say(f"critic: values scaled by {scale:.3g} and shifted by {shift:.3g} (--critic_init_scale)")
-        values = (scale * experience.old_values + shift).masked_fill(~experience.response_mask, 0.0)
-        return with_values(experience, values, config)
+        return normalise_values(self, scale_values(self, experience))
 
     def check_sampler(self, rollout: Rollout, scores: Scores) -> None:
         """Raises UserError if another engine's samples are not the policy's (`sampler_problem`). Collective."""
@@ -199,6 +189,7 @@ class Run:
         kept["unfinished"] = None  # that step was finished after the run had resumed
         self.lifecycle.restore(start, config.seed)
         state.load_state_dict(start.state | kept)
+        restore_unit(self.models.critic, state)
         self.logger.rewind(state.step)
         self.logger.say(f"back at step {state.step}, rollback {state.rollbacks} of {MAX_ROLLBACKS}, with new prompts")
         return True

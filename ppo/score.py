@@ -11,6 +11,7 @@ from data.batching.collate import micro_batches
 from data.chat import TurnEnd, turn_end
 from ppo.config import PPOConfig
 from ppo.models import Models
+from ppo.rewards import per_token
 from ppo.rollout import response_texts
 from ppo.types import MeasuredRollout, PromptBatch, Rollout, Scores
 from ppo.user_reward import UserReward
@@ -96,7 +97,8 @@ def response_scores(
 def with_greedy_scores(scores: Scores, prompts: PromptBatch, run) -> Scores:
     """Adds to each response the score of the greedy response to its prompt. Collective.
 
-    Responses to a prompt whose greedy response has no score (--reward_fn) have `failed`.
+    Under --use_length_norm it is the score per token. Responses to a prompt whose greedy response has no score
+    (--reward_fn) have `failed`.
     """
     config, size = run.config, run.config.num_responses_per_prompt
     first = prompts.first_members(size)
@@ -106,7 +108,8 @@ def with_greedy_scores(scores: Scores, prompts: PromptBatch, run) -> Scores:
     failed = scores.failed
     if failed is not None:
         failed = failed | found["failed"].repeat_interleave(size)
-    return replace(scores, baselines=found["scores"].repeat_interleave(size), failed=failed)
+    baselines = per_token(found["scores"], rollout.response_mask) if config.use_length_norm else found["scores"]
+    return replace(scores, baselines=baselines.repeat_interleave(size), failed=failed)
 
 
 def reward_scores(

@@ -53,6 +53,7 @@ class PPOState(TrainerState):
     rollbacks: Count
     critic_center: float | None = None
     kl_coef: float | None = None
+    value_moments: _Moments | None = None
     unfinished: _Unfinished | None = None
 
 
@@ -67,8 +68,9 @@ class RunState:
     pretrain: PretrainStream | None = None  # batches of the pre-training loss
     rollbacks: int = 0
     left_out: int = 0  # bad batches so far, at most --skip_bad_batches
-    critic_center: float | None = None  # subtracted from the critic head's output, once `fit_critic` has set it
+    critic_center: float | None = None  # subtracted from the critic's values, once `Run.fit_critic` has set it
     kl_coef: float | None = None  # weight of the KL penalty, once --kl_target has changed it
+    value_moments: RunningMoments | None = None  # of returns, under --value_norm; the deviation is the head's unit
     unfinished: dict | None = None  # metrics and samples of this step, before its evaluation
 
     def state_dict(self) -> dict:
@@ -78,7 +80,7 @@ class RunState:
             "step": self.step, "next_place": self.next_place, "moments": self.moments.state_dict(),
             "best_score": self.best_score, "pretrain_place": place, "left_out": self.left_out,
             "rollbacks": self.rollbacks, "critic_center": self.critic_center, "unfinished": self.unfinished,
-            "kl_coef": self.kl_coef,
+            "kl_coef": self.kl_coef, "value_moments": self.value_moments and self.value_moments.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
@@ -87,6 +89,9 @@ class RunState:
         self.moments.load_state_dict(state["moments"])
         self.best_score, self.rollbacks = state["best_score"], state["rollbacks"]
         self.critic_center, self.unfinished = state.get("critic_center"), state.get("unfinished")
-        self.kl_coef = state.get("kl_coef")
+        self.kl_coef, self.value_moments = state.get("kl_coef"), None
+        if state.get("value_moments"):
+            self.value_moments = RunningMoments()
+            self.value_moments.load_state_dict(state["value_moments"])
         if self.pretrain:
             self.pretrain.place = max(self.pretrain.place, state["pretrain_place"])

@@ -9,6 +9,7 @@ import torch
 
 from data.batching.micro_batch_plan import rank_plan
 from ppo.config import PPOConfig
+from ppo.epochs import CRITIC, POLICY, optimizer_steps
 from ppo.kl import KL_ESTIMATORS, k3
 from ppo.loss import (
     entropy_bonus,
@@ -53,34 +54,37 @@ def update(
     lr: float, critic_lr: float, pretrain: Iterator[PretrainBatch] | None = None, on_bad: OnBad = refuse,
     kl_coef: float | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Trains for ppo_epochs passes over the buffer in seeded minibatches of batch_size; returns metrics.
+    """Trains for some passes over the buffer (`optimizer_steps`) in seeded minibatches of batch_size; returns metrics.
 
     lr 0 trains the critic only; critic None trains the policy only. `experience` is the whole buffer, the same on every
     rank. kl_coef: as for `policy_objective`. A minibatch with a loss or gradient beyond --explosion_limit makes no
     step; `on_bad` may raise.
     """
-    learners = []
+    learners = {}
     if lr > 0.0:
 
         def whole_policy_backward(batch: Experience) -> tuple[torch.Tensor, Sums]:
             return policy_backward(policy, batch, config, next(pretrain) if pretrain else None, kl_coef)
 
-        learners.append(Learner(policy, lr, whole_policy_backward))
+        learners[POLICY] = Learner(policy, lr, whole_policy_backward)
     if critic is not None:
-        learners.append(Learner(critic, critic_lr, lambda batch: critic_backward(critic, batch, config, lr > 0.0)))
-    for learner in learners:
+        learners[CRITIC] = Learner(critic, critic_lr, lambda batch: critic_backward(critic, batch, config, lr > 0.0))
+    for learner in learners.values():
         training_mode(learner.engine.module)
     sums: Sums = {}
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     num_batches = -(-len(experience) // config.batch_size)  # of one size; fewer rows if --reward_fn failed on some
-    for _ in range(config.ppo_epochs):
+    numbers = config.ppo_epochs, config.critic_epochs, config.critic_updates_per_policy_update
+    for steps in optimizer_steps(*numbers, POLICY in learners, CRITIC in learners):
         for chosen in torch.randperm(len(experience), generator=generator).tensor_split(num_batches):
             minibatch = experience.rows(to_device(chosen, experience.sequences.device))
-            found, problem = backward_all(learners, minibatch, config.explosion_limit)
-            norms, problem = step_all(learners, problem)
-            if problem:
-                on_bad(problem, minibatch)
-            else:
+            for names in steps:
+                trained = [learners[name] for name in names]
+                found, problem = backward_all(trained, minibatch, config.explosion_limit)
+                norms, problem = step_all(trained, problem)
+                if problem:
+                    on_bad(problem, minibatch)
+                    break
                 add(sums, norms | found)
     return means(sums)
 
@@ -225,7 +229,7 @@ def critic_backward(
 ) -> tuple[torch.Tensor, Sums]:
     """Adds the gradient of the value loss on one minibatch. Returns what `policy_backward` does.
 
-    clipped: False while only the critic trains, because clipping would keep its values near the old ones.
+    clipped: False while only the critic trains: clipping would keep values near the old ones. In the head's unit.
     """
     num_tokens = float(batch.response_mask.sum())
     clip = config.value_clip if config.use_critic_loss_clip and clipped else 0.0
@@ -233,13 +237,14 @@ def critic_backward(
     for part in shares(batch, config.micro_batch_tokens, critic.module.joins_rows):
         mask = part.response_mask
         values = shift_to_next(critic(part.sequences, before(mask)))
-        loss = value_loss(values, part.old_values, part.returns, mask, clip, num_tokens)
+        values, old, returns = (x / critic.module.score_scale for x in (values, part.old_values, part.returns))
+        loss = value_loss(values, old, returns, mask, clip, num_tokens)
         critic.backward(config.vf_loss_weight * loss)
         with torch.no_grad():
             total, tokens = total + config.vf_loss_weight * loss, mask.sum()
             more = {"value_loss": (loss * num_tokens, tokens)}
             if clipped:
-                cut = value_clipped(values, part.old_values, part.returns, config.value_clip).float()
+                cut = value_clipped(values, old, returns, config.value_clip).float()
                 more["value_clip_fraction"] = (masked_sum(cut, mask), tokens)
             add(sums, more)
     return total, sums

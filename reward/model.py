@@ -52,6 +52,7 @@ class ScalarModel(nn.Module):
         self.lm_head = lm_head
         self.even_tokens = 0  # argument of `sum_nll`; set under ZeRO-3
         self.score_center = float(getattr(self.config, "score_center", 0.0))
+        self.score_scale = 1.0  # factor of the head's output; a saved model has it in the head's weight
 
     @property
     def config(self):
@@ -81,7 +82,7 @@ class ScalarModel(nn.Module):
         if with_states:
             rows = torch.arange(len(hidden), device=hidden.device)
             extras += (hidden[rows, last_index(attention_mask)].float(),)
-        scalars = at_tokens(self.head(states).squeeze(-1) - self.score_center, read)
+        scalars = at_tokens(self.score_scale * self.head(states).squeeze(-1) - self.score_center, read)
         return (scalars, *extras) if extras else scalars
 
     @property
@@ -221,7 +222,7 @@ def _classifier_config(model: ScalarModel) -> PretrainedConfig:
 def _classifier_tensors(model: ScalarModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns the state with the names of transformers' classifier, without an LM head."""
     prefix = model.backbone.base_model_prefix
-    renamed = {"score.weight": state["head.weight"].detach()}
+    renamed = {"score.weight": model.score_scale * state["head.weight"].detach()}
     for name, tensor in state.items():
         if name.startswith("backbone."):
             renamed[f"{prefix}.{name.removeprefix('backbone.')}"] = tensor.detach()

@@ -37,9 +37,9 @@ class TrickFlags:
     """KL to the reference that --kl_penalty_weight adapts to, in nats per response (Ziegler et al. 2019, §2.2); 0: the
     weight is fixed"""
     kl_horizon: int = 10000
-    """Responses over which the weight adapts to --kl_target"""
+    """Responses over which the weight changes by at most a fifth under --kl_target"""
     use_length_norm: bool = False
-    """Divide scores by the tokens of the response, before all other shaping"""
+    """Divide scores by the tokens of the response, before all other shaping, greedy responses (remax) included"""
     overlong_buffer: int = 0
     """Tokens before --overlong_length over which a penalty rises linearly to --overlong_penalty (DAPO, eq. 13);
     0: none"""
@@ -114,14 +114,15 @@ class LossFlags:
     """Largest factor of a negative advantage in the policy loss, above 1 (Ye et al. 2020, eq. 4: 3); 0: no limit"""
     policy_ratio: Literal["token", "sequence", "none"] = "token"
     """Ratio of new to old policy. token: of each token; sequence: the geometric mean over the response (GSPO, eq. 7);
-    none: no ratio and no clipping, as REINFORCE"""
+    none: no ratio and no clipping, as REINFORCE, whose gradient is exact in the first step on a buffer only"""
     loss_average: Literal["token", "sequence", "group", "constant"] = "token"
     """Mean of the policy's losses over a minibatch. token: over all tokens; sequence: over responses of the mean over
     each one's tokens (GRPO); group: the same per prompt; constant: sum over each response / --maxlen_res (Dr. GRPO)"""
     use_critic_loss_clip: bool = True
     """Clip values in the value loss to the old values plus or minus value_clip (Part I, eq. 16)"""
     value_clip: float = 0.2
-    """Largest change of a value under --use_critic_loss_clip, in units of the return"""
+    """Largest change of a value under --use_critic_loss_clip, in units of the return; under --value_norm in running
+    standard deviations of the return"""
     vf_loss_weight: float = 1.0
     """Weight of the value loss. The critic has its own optimizer, so that this scales its gradient before clipping"""
     use_entropy_loss: bool = False

@@ -53,6 +53,7 @@ PPO_STATE = {
     "left_out": [-1, "x", None],
     "rollbacks": [-1, "x", HUGE],
     "critic_center": ["x", NAN, [], 10**400],
+    "value_moments": [3, [], {}, {"mean": NAN, "count": 1, "squares": 0.0}],
     "unfinished": [3, "x", [], {}, {"metrics": {}, "samples": []}],
 }  # fmt: skip
 STREAMS = {

@@ -68,7 +68,8 @@ def test_advantages_are_whitened_over_the_whole_buffer():
     torch.testing.assert_close(experience.advantages, torch.tensor([[0.0, 1.0, 1.0, 0.0], [0.0, 0.0, -1.0, -1.0]]))
     metrics = experience_metrics(experience, config)
     expected = {"advantage_mean": 0.0, "advantage_std": 1.0}
-    critics = {"return_mean": 1.0, "value_mean": 0.0, "explained_variance": 0.0}
+    critics = {"return_mean": 1.0, "value_mean": 0.0, "explained_variance": 0.0, "value_slope": 0.0, "value_bias": 1.0}
+    critics |= {"explained_variance_1": 0.0, "explained_variance_3": 0.0}  # of two tokens each
     assert metrics == pytest.approx(expected | critics, abs=1e-5)
     assert experience_metrics(replace(experience, old_values=None, returns=None), config).keys() == expected.keys()
 

@@ -71,7 +71,7 @@ def test_every_setting_is_a_command_line():
     for name in wanted:
         config = parse_args(PPOConfig, command(name, 3, FOLDER, FOLDER / "out"), PRESETS, AMOUNTS)
         assert config.seed == 3 and config.maxlen_res == 16
-        assert len(load_flags(name).items() - load_flags("base").items()) <= 7, name
+        assert len(load_flags(name).items() - load_flags("base").items()) <= 8, name
 
 
 def test_verdicts():

@@ -15,6 +15,7 @@ import torch
 
 from ppo.reward_call import call_together
 from ppo.state import RunState
+from utils.moments import RunningMoments
 from utils.run.random_state import random_state, seed_streams, set_random_state
 from utils.run.stop_signal import OUT_OF_TIME, Abandoned, Stop, check, interruptible, requested, set_hangup_action
 from utils.schedule import SCHEDULES, lr_factor
@@ -63,6 +64,8 @@ def test_each_rank_and_seed_has_streams_of_its_own():
 def test_every_number_of_a_run_comes_back():
     state = RunState(step=3, best_score=0.25, next_place=24, rollbacks=2, left_out=1, critic_center=-0.5)
     state.moments.update(torch.tensor([1.0, 2.0, 6.0]))
+    state.value_moments = RunningMoments()
+    state.value_moments.update(torch.tensor([-1.0, 4.0]))
     other = RunState()
     other.load_state_dict(json.loads(json.dumps(state.state_dict())))
     for field in fields(RunState):
