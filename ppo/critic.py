@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         from utils.run.lock import held
 
         with repeatable(config.deterministic), held:
-            exit_code = pretrain(config)
+            exit_code = pretrain(config, config.target_explained_variance)
     if exit_code:
         sys.exit(exit_code)
 

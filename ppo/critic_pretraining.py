@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ppo.advantages import gae
 from ppo.build import build
-from ppo.critic import CriticConfig
+from ppo.config import PPOConfig
 from ppo.critic_metrics import critic_metrics, explained_variance
 from ppo.evaluate import EVALUATION_SEED
 from ppo.experience import as_floats, experience_metrics, make_experience, rollout_metrics
@@ -84,9 +84,9 @@ class Pretraining(Run):
         return True
 
 
-def pretrain(config: CriticConfig) -> int:
+def pretrain(config: PPOConfig, target: float) -> int:
     """Trains, measures before, meanwhile and after, and writes final/. Returns the exit code. Collective."""
-    run = Pretraining(**vars(build(config)), target=config.target_explained_variance)
+    run = Pretraining(**vars(build(config)), target=target)
     with together(), contextlib.closing(run.logger), run.lifecycle:
         check_scalar_export(run.models.critic.module, f"--critic_model_path {config.critic_model_path}")
         run.lifecycle.begin(run.state.state_dict(), run.logger.say)
