@@ -93,7 +93,8 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "by_entropy[rows, None] * every", "unit/test_fast_paths.py"),
     # Advantage estimators
     ("RLOO: a response is in its own baseline", "* sizes / (sizes - 1).clamp(min=1)", "", "unit/test_estimators.py"),
-    ("GRPO: population deviation", "(squares / (sizes - 1).clamp(min=1))", "(squares / sizes)", "unit/test_estimators.py"),
+    ("GRPO: population deviation", "(squares / (sizes - 1).clamp(min=1))", "(squares / sizes)",
+     "unit/test_estimators.py"),
     ("decoupled GAE: the critic learns with the policy's lambda",
      "gae(rewards, values, response_mask, gamma, critic_lam)[1]", "gae(rewards, values, response_mask, gamma, lam)[1]",
      "unit/test_estimators.py"),
@@ -101,8 +102,8 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "unit/test_estimators.py"),
     ("OPO: lengths do not weigh", "_of_groups(groups, lengths * totals) / weights", "_group_mean(totals, groups)",
      "unit/test_estimators.py"),
-    ("discounted sums: the decay is not squared", "reach, decay = 2 * reach, decay**2", "reach, decay = 2 * reach, decay",
-     "unit/test_estimators.py"),
+    ("discounted sums: the decay is not squared", "reach, decay = 2 * reach, decay**2",
+     "reach, decay = 2 * reach, decay", "unit/test_estimators.py"),
     # Critic: passes, unit of its head, diagnosis
     ("critic: passes of its own are the policy's", "(CRITIC,) * (epoch < critic_epochs)",
      "(CRITIC,) * (epoch < policy_epochs)", "unit/test_critic_updates.py"),
