@@ -114,7 +114,7 @@ def test_pure_files_import_torch_the_standard_library_and_pure_files(module):
 @pytest.mark.parametrize(
     ("library", "homes"),
     [
-        ("deepspeed", {"utils.engine.engine", "utils.engine.split"}),
+        ("deepspeed", {"utils.engine.engine", "utils.engine.split", "utils.engine.average"}),
         ("vllm", {"ppo.decoding.vllm_engine"}),
         ("torch.distributed", {"utils.engine.engine", "utils.distributed"}),
         ("torch.cuda.is_available", {"utils.device"}),
