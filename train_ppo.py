@@ -39,7 +39,7 @@ def train(config: PPOConfig) -> None:
     with together(), contextlib.closing(run.logger), run.lifecycle:
         loop(run)
         if run.finished:
-            run.export("final")
+            run.export_final()
     shutdown_distributed()
     if run.lifecycle.exit_code:
         sys.exit(run.lifecycle.exit_code)
@@ -77,6 +77,7 @@ def loop(run) -> None:
         watch.lap("update")
 
         state.step += 1
+        run.update_averages()
         metrics |= rollout_metrics(rollout, scores) | experience_metrics(experience, config)
         metrics |= run.adapt_kl(metrics["kl_ref"], len(rollout))
         metrics |= {f"lr_{name}": lr[name] for name in models.engines()}

@@ -11,6 +11,7 @@ from ppo.fit_critic import restore_unit
 from ppo.models import load_models
 from ppo.planning.plan import fit_to_memory, vllm_room
 from ppo.pretrain import PretrainStream, load_pretrain
+from ppo.reference import move_reference, new_averages
 from ppo.rollout import PolicySampler
 from ppo.run import Run
 from ppo.state import PPOState, RunState
@@ -70,9 +71,11 @@ def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
     models = load_models(config, tokenizer, say)
     fit_to_memory(config, models, say)
     state = RunState(pretrain=pretrain)
-    lifecycle = RunLifecycle(config, models.engines(), config.total_steps)
+    averages = new_averages(config, models)
+    lifecycle = RunLifecycle(config, models.engines() | averages, config.total_steps)
     lifecycle.restore(begin, config.seed)
     if begin:
+        move_reference(averages, models)
         state.load_state_dict(begin.state)
         restore_unit(models.critic, state)
     if vllm:
@@ -87,5 +90,5 @@ def _build(config: PPOConfig, say: Say, begin: Checkpoint | None) -> Run:
         logger.say("warning: with --topp or --repetition_penalty, ratio and KL are those of the model without them")
     return Run(
         config, tokenizer, train, valid[: config.num_eval_prompts], models, sampler, sampling, reward_fn, logger, state,
-        lifecycle,
+        lifecycle, averages,
     )  # fmt: skip

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+from ppo.reward_call import failure_of
 from ppo.user_function import load_function
 from utils.errors import UserError
 
@@ -13,15 +14,35 @@ ARGUMENTS = ("rewards", "values", "response_mask", "groups", "gamma", "lam", "cr
 
 @dataclass(frozen=True)
 class Estimator:
-    """An estimator and the names of its parameters; takes_all: it has **others."""
+    """An estimator and the names of its parameters; takes_all: it has **others. spec: of a function of the user's."""
 
     function: Callable
     names: frozenset[str]
     takes_all: bool
+    spec: str = ""
 
     def __call__(self, **arguments):
-        """Calls the function with those of ARGUMENTS that it takes."""
-        return self.function(**{name: x for name, x in arguments.items() if self.takes_all or name in self.names})
+        """Calls the function with those of ARGUMENTS that it takes. Raises UserError if one of the user's fails."""
+        taken = {name: x for name, x in arguments.items() if self.takes_all or name in self.names}
+        if not self.spec:
+            return self.function(**taken)
+        try:
+            found = self.function(**taken)
+        except Exception as error:
+            raise UserError(f"--advantage_estimator {self.spec}: {failure_of(error)}") from error
+        self._check(found, arguments["rewards"])
+        return found
+
+    def _check(self, found, rewards) -> None:
+        parts = found if isinstance(found, tuple) and len(found) == 2 else (None, None)
+        with_critic = "values" in self.names
+        shapes = [getattr(x, "shape", None) for x in parts]
+        if shapes != [rewards.shape, rewards.shape if with_critic else None]:
+            form = "(advantages, returns)" if with_critic else "(advantages, None)"
+            shape = f"the shape {tuple(rewards.shape)} of rewards"
+            raise UserError(f"--advantage_estimator {self.spec}: return {form}, tensors of {shape}")
+        if not all(bool(x.isfinite().all()) for x in parts if x is not None):
+            raise UserError(f"--advantage_estimator {self.spec}: it returned a number that is not finite")
 
 
 @cache
@@ -42,7 +63,8 @@ def load_estimator(spec: str) -> Estimator:
             f"{', '.join(ARGUMENTS)}"
         )
     names = frozenset(p.name for p in named)
-    return Estimator(function, names, any(p.kind == p.VAR_KEYWORD for p in parameters))
+    takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    return Estimator(function, names, takes_all, spec if ":" in spec else "")
 
 
 def needs_of(spec: str) -> frozenset[str]:

@@ -45,11 +45,11 @@ def make_experience(
     if isinstance(rollout, SampledRollout) and config.sampler_correction != "none":
         pair = (rollout.sampler_logprobs, scores.old_logprobs)
         weights = importance_weights(*pair, mask, config.sampler_correction, config.correction_cap)
-    experience = Experience(*columns, None, rewards, rewards, None, weights, scores.groups)
     baselines = scores.baselines
-    if baselines is not None:  # a greedy response that was cut has the penalty of one that was not
+    if baselines is not None:  # a greedy response that was cut has no penalty
         baselines = shape_scores(baselines, *shaping, torch.zeros_like(baselines))
-    return with_values(experience, scores.old_values, config, baselines)
+    experience = Experience(*columns, None, rewards, rewards, None, weights, scores.groups, baselines=baselines)
+    return with_values(experience, scores.old_values, config)
 
 
 def scored(rollout: Rollout, scores: Scores) -> tuple[Rollout, Scores]:
@@ -66,18 +66,13 @@ def scored(rollout: Rollout, scores: Scores) -> tuple[Rollout, Scores]:
     return rollout.rows(~scores.failed), scores.rows(~scores.failed)
 
 
-def with_values(
-    experience: Experience, old_values: torch.Tensor | None, config: PPOConfig, baselines: torch.Tensor | None = None
-) -> Experience:
-    """Returns the experience with these values [samples, length], and advantages and returns by the estimator.
-
-    baselines [samples]: shaped scores of greedy responses, for an estimator that names them.
-    """
+def with_values(experience: Experience, old_values: torch.Tensor | None, config: PPOConfig) -> Experience:
+    """Returns the experience with these values [samples, length], and advantages and returns by the estimator."""
     mask = experience.response_mask
     advantages, returns = load_estimator(config.advantage_estimator)(
         rewards=experience.rewards, values=old_values, response_mask=mask, groups=experience.groups,
         gamma=config.gamma, lam=config.lam, critic_lam=config.critic_lam, length_alpha=config.length_alpha,
-        baselines=baselines,
+        baselines=experience.baselines,
     )  # fmt: skip
     if config.use_advantage_norm:
         advantages = whiten(advantages, mask)

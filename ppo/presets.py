@@ -33,7 +33,7 @@ PRESETS = {
         **_GRPO, "num_responses_per_prompt": 16, "kl_penalty_weight": 0.0, "pg_clip_high": 0.28,
         "loss_average": "token", "drop_uniform_groups": True,
     },
-    # Hu et al. 2025 (arXiv 2501.03262), §3.1: clipped ratio, KL (k1) in the reward; β 0.01 is the default of their code.
+    # Hu et al. 2025 (arXiv 2501.03262), §3.1: clipped ratio, KL (k1) in the reward; β: their code's default.
     "reinforce_pp": {**_NO_CRITIC, "advantage_estimator": "reinforce_pp", "kl_penalty_weight": 0.01},
     # Yue et al. 2025 (arXiv 2504.05118), §5.1: 50 steps of value pre-training, decoupled and length-adaptive GAE,
     # clip-higher, 16 responses. Their loss on correct answers (weight 0.1) is not implemented.

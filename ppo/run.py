@@ -1,6 +1,6 @@
 """A PPO run: its parts, and what happens between two steps of the loop."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,12 +15,14 @@ from ppo.fit_critic import normalise_values, restore_unit, scale_values
 from ppo.kl import adapted
 from ppo.models import Models
 from ppo.ranks import own_share
+from ppo.reference import Averages, move_reference, update_averages
 from ppo.rollout import Sampler, response_texts
 from ppo.sampler_gap import sampler_problem
 from ppo.state import RunState
 from ppo.types import Batch, Experience, PromptBatch, Rollout, Scores
 from ppo.user_reward import UserReward
 from utils.distributed import barrier, is_main
+from utils.engine.average import WeightAverage
 from utils.errors import UserError
 from utils.models.export import save_causal_lm
 from utils.run.checkpoint import save_batches
@@ -46,6 +48,7 @@ class Run:
     logger: RunLogger
     state: RunState
     lifecycle: RunLifecycle
+    averages: Averages = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -120,20 +123,35 @@ class Run:
             raise UserError(text)
         self.logger.say(f"warning: {text}; left out, {state.left_out} of --skip_bad_batches {config.skip_bad_batches}")
 
-    def export(self, name: str) -> bool:
-        """Writes the policy to the run's folder best/ or final/, and returns True. Collective; rank 0 writes.
+    def update_averages(self) -> None:
+        """Updates averaged weights and a moving reference after a step that trained the policy. Collective."""
+        steps = self.state.step - self.config.critic_pretrain_steps
+        if self.averages and steps > 0:
+            update_averages(self.averages, self.models, self.config, steps)
 
-        If best/ cannot be written, it stays as it was, a warning is printed, and False is returned. For final/ this
+    def export_final(self) -> None:
+        """Writes final/, and final_ema/ with --policy_ema. Raises UserError if one cannot be written. Collective."""
+        self.export("final")
+        if average := self.averages.get("policy_ema"):
+            self.export("final_ema", average)
+
+    def export(self, name: str, average: WeightAverage | None = None) -> bool:
+        """Writes the policy, or an average, to the run's folder `name`, and returns True. Collective; rank 0 writes.
+
+        If best/ cannot be written, it stays as it was, a warning is printed, and False is returned. For others this
         raises UserError.
         """
         state, lm = self.models.policy.full_state_dict(), self.models.policy.module.lm
+        if average:
+            found = ((key, x) for key, x in average.whole(lm.dtype) if is_main())
+            state |= {key: x.cpu() for key, x in found if key in state}
         state = {key.removeprefix("lm."): value for key, value in state.items()}
 
         def save(folder: str) -> None:
             save_causal_lm(lm.config, state, folder, self.tokenizer, lm.generation_config)
 
         problem = export_model(self.config.model_save_path, name, save)
-        if problem and name == "final":
+        if problem and name != "best":
             raise UserError(problem)
         if problem:
             self.logger.say(f"warning: {name}/ of step {self.state.step} was not saved: {problem}")
@@ -190,6 +208,7 @@ class Run:
         self.lifecycle.restore(start, config.seed)
         state.load_state_dict(start.state | kept)
         restore_unit(self.models.critic, state)
+        move_reference(self.averages, self.models)
         self.logger.rewind(state.step)
         self.logger.say(f"back at step {state.step}, rollback {state.rollbacks} of {MAX_ROLLBACKS}, with new prompts")
         return True

@@ -143,6 +143,7 @@ class Experience(Batch):
 
     weights: factors of the policy's loss per token (`importance_weights`), None without --sampler_correction. groups
     [batch] int64: the place of the response's prompt. row_weights [batch]: of `ppo.loss.row_weights`, where needed.
+    baselines [batch]: shaped scores of greedy responses, for an estimator that names them.
     """
 
     sequences: torch.Tensor
@@ -157,3 +158,4 @@ class Experience(Batch):
     weights: torch.Tensor | None = None
     groups: torch.Tensor | None = None
     row_weights: torch.Tensor | None = None
+    baselines: torch.Tensor | None = None

@@ -131,6 +131,8 @@ def fixed_rows(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
         add_always(f"weights of {len(rewards)} reward model(s)", sum(frozen_weights[1:]))
     elif not split:
         add("one frozen model at a time", score=max(frozen_weights))
+    averages = average_bytes(config, gpus, policy.numel)
+    rows |= {"averages of the policy": [averages] * len(PHASES)} if averages and not config.offload_optimizer else {}
     states = sum(optimizer_bytes(model.numels, stage, gpus) for model in trained)
     add_always(f"optimizer of {names}", 0 if config.offload_optimizer else states)
     gradients, buckets, live = backward_bytes([model.numels for model in trained], config, gpus)
@@ -149,7 +151,13 @@ def fixed_rows(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
     add("logits", 0, *logits_bytes(CHUNK_ELEMENTS, element))
     buffer = config.num_rollouts * config.maxlen_prompt * TOKEN
     add("experience buffer", score=buffer, backward=buffer, step=buffer)
-    return rows, host_bytes(config, states, sum(frozen_weights), element * policy.numel)
+    return rows, host_bytes(config, states, sum(frozen_weights), element * policy.numel, averages)
+
+
+def average_bytes(config: PPOConfig, gpus: int, numel: int) -> int:
+    """Returns the bytes on each GPU of a moving reference and of --policy_ema, which hold float32 weights."""
+    count = (config.reference != "frozen") + bool(config.policy_ema)
+    return 4 * count * -(-numel // (gpus if config.zero_stage else 1))
 
 
 def choose_sizes(config: PPOConfig, gpus: int, rows: Rows, free: int, vllm: VLLMSizes | None = None) -> Sizes:
@@ -236,11 +244,12 @@ def gpu_bytes(config: PPOConfig) -> float:
     return GIB * (config.plan_gpu_memory or CARDS[config.plan_gpu].memory)
 
 
-def host_bytes(config: PPOConfig, states: int, frozen: int, policy: int) -> dict[str, int]:
+def host_bytes(config: PPOConfig, states: int, frozen: int, policy: int, averages: int) -> dict[str, int]:
     """Returns the bytes of host memory per process, without Python and libraries."""
     rows = {"final/ being written (first process only)": policy}
     if config.offload_optimizer:
         rows["optimizer, with float32 gradients"] = states + states // 3
+        rows |= {"averages of the policy": averages} if averages else {}
     if config.offload_frozen:
         rows["reference and reward models"] = frozen
     return rows

@@ -15,9 +15,9 @@ DOCUMENTS = sorted(
     for file in REPOSITORY.glob(pattern)
 )
 READMES = ("README.md", "README.zh.md")
-# Of the parser itself; one for all switches; the worked example; another library's; of torchrun; of sbatch and srun; of
+# Of the parser itself; one for all switches; another library's; of torchrun; of sbatch and srun; of
 # containers.
-OTHER_FLAGS = {"--help", "--config", "--debug", "--use_x", "--dual_clip", "--learning_rate"}
+OTHER_FLAGS = {"--help", "--config", "--debug", "--use_x", "--learning_rate"}
 OTHER_FLAGS |= {"--nnodes", "--nproc_per_node", "--node_rank", "--master_addr", "--master_port"}
 OTHER_FLAGS |= {"--nodes", "--ntasks", "--gpus", "--cpus", "--signal", "--array", "--job", "--kill", "--wait"}
 OTHER_FLAGS |= {"--full", "--batch"}

@@ -11,7 +11,7 @@ from ppo.config import PPOConfig
 from ppo.loss import policy_clipped, policy_loss, policy_ratio, row_weights
 from ppo.types import Experience
 from ppo.update import policy_backward
-from tests.helpers.parts import ppo_config, rollout_by_hand, scored, tiny_models
+from tests.helpers.parts import rollout_by_hand, scored, tiny_models
 from utils.sums import add, means
 
 MASK = torch.tensor([[0, 1, 1, 1, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 0]]).bool()

@@ -91,6 +91,7 @@ def test_the_overlong_penalty_is_in_deviations_of_the_score_and_after_the_clip()
         ({"overlong_length": 4}, "--overlong_length 4 needs --overlong_buffer above 0"),
         ({"dual_clip": 0.5}, "--dual_clip 0.5 must be above 1"),
         ({"dual_clip": 1.0}, "--dual_clip 1 must be above 1"),
+        ({"pg_clip_high": 0.0}, "and a number above 0"),
         ({"pg_clip_high": 0.3, "use_policy_loss_clip": False}, "needs --use_policy_loss_clip true"),
         ({"pg_clip_high": 0.3, "policy_ratio": "none"}, "--pg_clip_high with --policy_ratio none"),
         ({"dual_clip": 3.0, "policy_ratio": "none"}, "--dual_clip with --policy_ratio none"),

@@ -9,8 +9,8 @@ import pytest
 from tests.unit.test_documents import text_of
 from train_ppo import main
 
-CLUSTER, PERFORMANCE = "docs/cluster.md", "docs/performance.md"
-pytestmark = pytest.mark.slow  # 24 plans
+CLUSTER, PERFORMANCE, ALGORITHMS = "docs/cluster.md", "docs/performance.md", "docs/algorithms.md"
+pytestmark = pytest.mark.slow  # 26 plans
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +105,22 @@ def test_rollouts_by_vllm_on_paper(folders, capsys):
         _, seconds, _ = predicted("7B", f"--plan_gpu a100 --rollout_engine {engine}")
         assert expected.replace("against", "").strip() == f"{512 * 512 / sum(seconds[name] for name in names):,.0f}"
         assert expected in text
+
+
+def test_memory_without_a_critic(folders, capsys):
+    text = text_of(ALGORITHMS).partition("\n### Memory\n")[2].partition("\n## ")[0]
+    update = []
+    for column, flags in enumerate(("", "--advantage_estimator rloo --num_responses_per_prompt 4"), 1):
+        numbers, rest, output = printed(text.partition("  # ")[0] + "\n", folders["7B"], flags, capsys)
+        weights, optimizer = (
+            sum(found[0] for name, found in numbers.items() if re.fullmatch(rf"{what} (the )?(policy|critic).*", name))
+            for what in ("weights of", "optimizer of")
+        )
+        cells = [row[column] for row in table_of(text)[1:]]
+        found = [weights, optimizer, max(numbers["total"])]
+        assert cells == [f"{x:.1f}" for x in found] + [re.match(r"disk, (\d+) GB", rest["checkpoint"])[1]]
+        assert "\nFITS: " in output and output.partition("\nFITS: ")[2].startswith(
+            f"{found[2]:.1f} of 80 GiB, in rollout"
+        )
+        update.append(f"{numbers['update'][0]:.1f}")
+    assert f"{update[1]} instead of {update[0]} s" in text

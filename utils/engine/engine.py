@@ -248,17 +248,17 @@ class TrainEngine:
         """
         if self.zero_stage == 0 and not is_main():
             return {}
-        return state_tensors(self.engine.optimizer, self.zero_stage, rank(), self._trained())
+        return state_tensors(self.engine.optimizer, self.zero_stage, rank(), self.trained())
 
     def load_state(self, state: SharedState) -> None:
         """Restores what `state_tensors` of all ranks returned, for any number of ranks and any stage. Collective."""
         self._change()
-        load_state(self.engine.optimizer, self.zero_stage, rank(), self._trained(), state)
+        load_state(self.engine.optimizer, self.zero_stage, rank(), self.trained(), state)
 
     def scale_weight(self, name: str, factor: float) -> None:
         """Multiplies the trained parameter `name` by `factor`; the optimizer's moments do not change. Collective."""
         self._change()
-        scale_weight(self.engine.optimizer, self.zero_stage, rank(), self._trained(), name, factor)
+        scale_weight(self.engine.optimizer, self.zero_stage, rank(), self.trained(), name, factor)
 
     @contextlib.contextmanager
     def states_offloaded(self):
@@ -274,7 +274,13 @@ class TrainEngine:
         self.before_change()
         self.version += 1
 
-    def _trained(self) -> dict[nn.Parameter, str]:
+    def float32_weights(self) -> dict[str, torch.Tensor]:
+        """Returns the float32 weights that this rank holds, as `weight/NAME/START`, not copied; all under stage 0."""
+        held = state_tensors(self.engine.optimizer, self.zero_stage, rank(), self.trained())
+        return {key: x for key, x in held.items() if key.startswith("weight/")}
+
+    def trained(self) -> dict[nn.Parameter, str]:
+        """Returns the trained parameters with their names, in the model's order."""
         return {parameter: name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from utils.distributed import gather_objects, is_main, rank
+from utils.engine.average import WeightAverage
 from utils.engine.engine import TrainEngine
 from utils.engine.memory import page_locked
 from utils.errors import Say, UserError
@@ -29,7 +30,7 @@ from utils.run.random_state import random_state
 from utils.run.state_file import Files, file_pieces, side_stream, write_files
 
 PIECE = 1 << 26  # bytes of a rank's buffer: 64 MB, a power of two because PyTorch rounds pinned memory up to one
-Engines = dict[str, TrainEngine]
+Engines = dict[str, TrainEngine | WeightAverage]
 
 
 class Share(NamedTuple):

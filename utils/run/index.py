@@ -26,7 +26,7 @@ CHECKPOINT = [MANIFEST, "state.json", "*-rank*.safetensors", "random-rank*.json"
 class RunIndex(Schema):
     """Names in a run's folder -> names in these, or patterns; steps of checkpoints; the last complete one, or 0."""
 
-    names: dict[Literal[*ALWAYS, "tensorboard", "bad_batches"], list[str]] = Field(default_factory=dict)
+    names: dict[Literal[*ALWAYS, "tensorboard", "bad_batches", "final_ema"], list[str]] = Field(default_factory=dict)
     checkpoints: list[int] = Field(default_factory=list)
     last_checkpoint: int = 0
 

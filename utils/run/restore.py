@@ -9,6 +9,7 @@ from pydantic import Field, RootModel, model_validator
 from safetensors import SafetensorError
 
 from utils.distributed import barrier, gather_objects, rank, world_size
+from utils.engine.average import WeightAverage
 from utils.engine.state import SharedState
 from utils.errors import Say, UserError
 from utils.files import read_json, sha256
@@ -162,10 +163,17 @@ def _files_of(engine: str, path: str, names: list[str]) -> list[str]:
 
 
 def restore(checkpoint: Checkpoint, engines: Engines) -> None:
-    """Restores engines and random streams; a rank without streams in the checkpoint keeps its own. Collective."""
+    """Restores engines and random streams; a rank without streams in the checkpoint keeps its own. Collective.
+
+    An average that the run has only since it was resumed starts at the restored weights.
+    """
     for name, engine in engines.items():
+        files = _files_of(name, checkpoint.path, checkpoint.files)
         try:
-            engine.load_state(SharedState(_files_of(name, checkpoint.path, checkpoint.files)))
+            if not files and isinstance(engine, WeightAverage):
+                engine.load_state(None)
+            else:
+                engine.load_state(SharedState(files))
         except KeyError as error:
             raise UserError(f"{checkpoint.path} does not fit the {name} of these flags: {error.args[0]}") from None
         except ValueError as error:

@@ -19,6 +19,15 @@ def first_of_group(rewards, response_mask, groups, **others):
 def with_values(rewards, values, response_mask):
     return (rewards - values) * response_mask, rewards * response_mask
 
+def fails(rewards, response_mask):
+    return rewards["all"], None
+
+def of_rows(rewards):
+    return rewards.sum(1), None
+
+def infinite(rewards):
+    return rewards / 0, None
+
 def unknown(rewards, temperature):
     return rewards, None
 """
@@ -108,6 +117,10 @@ def test_an_estimator_from_outside(inputs, tmp_path, capfd):
     assert "value_loss" in read_metrics(tmp_path / "b")[0]
     line = refusal(main, run_flags(inputs, tmp_path / "c", advantage_estimator=f"{file}:unknown"), capfd)
     assert "has the parameter temperature" in line
+    faults = {"fails": "mine.py:10", "of_rows": "of the shape (8, ", "infinite": "not finite"}
+    for name, text in faults.items():
+        line = refusal(main, run_flags(inputs, tmp_path / name, advantage_estimator=f"{file}:{name}"), capfd)
+        assert f"{name}: " in line and text in line, line
     line = refusal(main, run_flags(inputs, tmp_path / "c", advantage_estimator="glo"), capfd)
     assert "use one of gae, decoupled_gae" in line
 

@@ -1,0 +1,45 @@
+"""Losses with other means, ratios and clips on two ranks: the numbers of one process."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.faults.scenarios import finished, run_forked
+from tests.helpers.tiny_run import assert_close, final_weights, read_metrics, run_flags
+
+# So few tokens per micro-batch that the ranks plan different numbers of them; the weight of the KL adapts.
+FLAGS = {
+    "micro_batch_tokens": 60, "maxlen_res": 16, "use_entropy_loss": True, "entropy_loss_weight": 0.1, "ppo_epochs": 2,
+    "kl_in": "loss", "kl_estimator": "k2", "kl_target": 1, "kl_horizon": 20, "kl_penalty_weight": 0.5, "lr": 1e-3,
+}  # fmt: skip
+LOSSES = {
+    "sequence": {"policy_ratio": "sequence", "pg_clip": 0.02, "pg_clip_high": 0.03},
+    "group": {"num_responses_per_prompt": 2, "dual_clip": 1.1},
+    "constant": {"policy_ratio": "none", "use_length_norm": True, "overlong_buffer": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(inputs, tmp_path_factory) -> dict[str, Path]:
+    """ "AVERAGE STAGE" -> folder of a run on two ranks; "AVERAGE alone": of one process."""
+    folder, rows = tmp_path_factory.mktemp("losses"), {}
+    for name, flags in LOSSES.items():
+        flags = FLAGS | flags | {"loss_average": name}
+        importlib.import_module("train_ppo").main(run_flags(inputs, folder / f"{name} alone", **flags))
+        for stage in (2, 3):
+            argv = run_flags(inputs, folder / f"{name} {stage}", zero_stage=stage, **flags)
+            rows[f"{name} {stage}"] = {"module": "train_ppo", "argv": argv}
+    return finished(run_forked(folder, rows)) | {f"{name} alone": folder / f"{name} alone" for name in LOSSES}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("name", LOSSES)
+def test_two_ranks_equal_one_process(runs, name, stage):
+    one, two = runs[f"{name} alone"], runs[f"{name} {stage}"]
+    assert_close(two, one, rel=1e-4, abs=1e-5)
+    assert read_metrics(two)[1]["kl_coef"] == pytest.approx(0.46)
+    expected = final_weights(one)
+    for key, tensor in final_weights(two).items():
+        torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-4)
