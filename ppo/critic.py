@@ -56,8 +56,13 @@ class CriticConfig(PPOConfig):
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Trains the critic. Flags are checked before torch and deepspeed are imported."""
+    """Trains the critic, or prints a plan (--plan). Flags are checked before torch and deepspeed are imported."""
     config = parse_args(CriticConfig, argv, PRESETS, AMOUNTS)
+    if config.plan:
+        from ppo.planning.report import print_plan
+
+        print_plan(config)
+        return
     with Watchdog(config.hang_timeout):
         from ppo.critic_pretraining import pretrain
         from utils.deterministic import repeatable

@@ -10,6 +10,7 @@ from ppo.advantages import gae
 from ppo.experience import with_values
 from ppo.fit_critic import normalise_values, restore_unit, scale_values
 from ppo.models import Models
+from ppo.run import Run
 from ppo.state import RunState
 from ppo.types import Experience
 from ppo.update import critic_backward, update
@@ -118,6 +119,18 @@ def test_a_restored_critic_has_the_unit_of_its_checkpoint():
     restore_unit(critic, state)
     assert (critic.module.score_scale, critic.module.score_center) == (3.0, -2.5)
     restore_unit(None, state)
+
+
+def test_a_rollback_brings_the_unit_back():
+    critic = GradientEngine(scalar_model(), "critic")
+    run = run_of(critic, ppo_config(on_collapse="rollback", value_norm="popart"))
+    saved = run.state.state_dict() | {"critic_center": 0.5, "value_moments": {"mean": 1.0, "count": 3, "squares": 18.0}}
+    start = SimpleNamespace(state=saved)
+    run.lifecycle = SimpleNamespace(newest_checkpoint=lambda say: start, restore=lambda start, seed: None)
+    run.logger.rewind = lambda step: None
+    critic.module.score_scale = 50.0  # of later steps
+    assert Run._collapses(run, ["a sign"])
+    assert (critic.module.score_scale, critic.module.score_center) == (3.0, 0.5)
 
 
 def test_a_saved_model_has_the_scale_in_its_head(tmp_path):
