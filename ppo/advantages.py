@@ -50,7 +50,7 @@ def length_adaptive_gae(
 
 
 def rloo(rewards: torch.Tensor, response_mask: torch.Tensor, groups: torch.Tensor, **_) -> Estimate:
-    """A_i = R_i - mean of the group's other R (Ahmadian et al. 2024, arXiv 2402.14740, eq. 8); 0 in a group of one."""
+    """A_i = R_i - mean of the group's other R (Ahmadian et al. 2024, arXiv 2402.14740, §2.3); 0 in a group of one."""
     totals = _totals(rewards, response_mask)
     sizes, means = _of_groups(groups, torch.ones_like(totals)), _group_mean(totals, groups)
     return _on_tokens((totals - means) * sizes / (sizes - 1).clamp(min=1), response_mask), None
