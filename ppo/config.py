@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from ppo.estimators import needs_of
+from ppo.flag_checks import check_estimator, check_losses, check_rollout_engine
 from ppo.flags.algorithm import AdvantageFlags, CriticFlags, LossFlags, TrickFlags
 from ppo.flags.monitoring import AlarmFlags, PlanFlags
 from ppo.flags.sampling import (
@@ -67,9 +68,9 @@ class PPOConfig(
         if self.alarm_kl is None:  # experiments/RESULTS.md: the quality of short answers falls long before 100 nats
             self.alarm_kl = min(100.0, float(self.maxlen_res))
         self._check_numbers()
-        self._check_losses()
-        self._check_estimator()
-        self._check_rollout_engine()
+        check_losses(self)
+        check_estimator(self)
+        check_rollout_engine(self)
         fit_warmup(self)
         self._fit_batches()
 
@@ -207,57 +208,6 @@ class PPOConfig(
     def needs_baselines(self) -> bool:
         """Whether the estimator compares with greedy responses."""
         return "baselines" in needs_of(self.advantage_estimator)
-
-    def _check_losses(self) -> None:
-        limit = self.overlong_length or self.maxlen_res
-        if self.overlong_buffer > limit:
-            raise UserError(
-                f"--overlong_buffer {self.overlong_buffer} is longer than a response may be ({limit} tokens): lower it"
-            )
-        if 0 < self.dual_clip <= 1:
-            raise UserError(f"--dual_clip {self.dual_clip:g} must be above 1, as in 3; 0: none")
-        if self.policy_ratio == "none" and (self.pg_clip_high is not None or self.dual_clip):
-            flag = "--dual_clip" if self.pg_clip_high is None else "--pg_clip_high"
-            raise UserError(f"{flag} with --policy_ratio none, which has no ratio to clip; drop one of the flags")
-        if self.overlong_length and not self.overlong_buffer:
-            raise UserError(f"--overlong_length {self.overlong_length} needs --overlong_buffer above 0")
-        if self.pg_clip_high is not None and not (self.use_policy_loss_clip and self.pg_clip_high > 0):
-            raise UserError(
-                f"--pg_clip_high {self.pg_clip_high:g} needs --use_policy_loss_clip true and a number above 0"
-            )
-        if self.kl_target and not self.kl_penalty_weight:
-            raise UserError("--kl_target needs a weight to adapt: pass --kl_penalty_weight above 0")
-
-    def _check_estimator(self) -> None:
-        needs, size = needs_of(self.advantage_estimator), self.num_responses_per_prompt
-        estimator = f"--advantage_estimator {self.advantage_estimator}"
-        if "groups" in needs and not self.has_critic and size < 2:
-            raise UserError(
-                f"{estimator} compares responses to the same prompt: pass --num_responses_per_prompt 2 or more"
-            )
-        if self.drop_uniform_groups and size < 2:
-            raise UserError("--drop_uniform_groups needs groups: pass --num_responses_per_prompt 2 or more")
-        if self.alarm_explained_variance is not None and not self.has_critic:
-            raise UserError(f"--alarm_explained_variance {self.alarm_explained_variance:g}: {estimator} has no critic")
-        if not self.has_critic:
-            replace_default(self, "critic_pretrain_steps", 0, f"{estimator} has no critic")
-            if self.critic_pretrain_steps:
-                raise UserError(
-                    f"--critic_pretrain_steps {self.critic_pretrain_steps}: {estimator} has no critic; drop it"
-                )
-
-    def _check_rollout_engine(self) -> None:
-        engine, kind = f"--rollout_engine {self.rollout_engine}", f"--sampler_correction {self.sampler_correction}"
-        if self.reuse_sampler_logprobs and self.rollout_engine == "vllm":
-            problem = f"--reuse_sampler_logprobs with {engine}: vLLM's log-probabilities are compared with those of the"
-            raise UserError(f"{problem} policy's own forward, which cannot be left out; drop one of the flags")
-        if self.sampler_correction != "none" and self.rollout_engine == "own":
-            raise UserError(f"{kind} with {engine}, which has no difference to correct; drop one of the flags")
-        if self.sampler_correction != "none" and (self.topp < 1.0 or self.repetition_penalty != 1.0):
-            raise UserError(
-                f"{kind} with --topp {self.topp:g} --repetition_penalty {self.repetition_penalty:g}: the distribution "
-                "that is sampled is vLLM's only at 1 and 1; pass these, or --sampler_correction none"
-            )
 
     def check_world(self, world_size: int, vocab_size: int) -> None:
         """Checks that need the number of ranks and the size of the vocabulary. Raises UserError."""

@@ -147,3 +147,16 @@ def test_groups_that_do_not_fit(flags):
     assert done.returncode == 2
     assert "--num_responses_per_prompt" in done.stderr
     assert json.dumps("pass")[1:-1] in done.stderr
+
+
+@pytest.mark.parametrize("flags", [{}, {"drop_uniform_groups": True, "max_refills": 1}])
+def test_groups_without_some_scores(inputs, tmp_path, flags):
+    """--reward_fn has no score for some responses: their groups are smaller, and the run goes on."""
+    reward = f"{inputs.reward_file}:in_parts"
+    flags = flags | {"advantage_estimator": "rloo", **GROUPS, "reward_fn": reward, "critic_model_path": None}
+    main(run_flags(inputs, tmp_path / "run", **flags, num_samples=100))
+    rows = read_metrics(tmp_path / "run")
+    assert 0 < max(row["reward_failed_fraction"] for row in rows) < 1
+    assert all(row["advantage_std"] > 0 for row in rows)
+    scores = [row["score"] for row in read_lines(tmp_path / "run" / "samples.jsonl") if row["step"] == 1]
+    assert None in scores
