@@ -112,13 +112,14 @@ def frontier_difference(first: list[str], second: list[str], kl: float) -> Calla
     return measure
 
 
-def at_equal_seconds(first: str, second: str, metric: str) -> Callable[[Runs], list[float]]:
-    """Returns a function for a metric of the first minus the second, per seed, after the seconds of the faster one."""
+def at_equal_seconds(first: str, second: str, metric: str, cost: float, alone: int) -> Callable[[Runs], list[float]]:
+    """Returns a function for a metric of the first, when it has used the seconds of the whole second run, minus its.
+
+    cost: seconds of a step of the first, in steps of the second. alone: the first one's steps of critic pre-training.
+    """
 
     def difference(a: Run, b: Run) -> float:
-        seconds = min(a.seconds, b.seconds)
-        ends = (run.until(max(BIN, int(run.steps * seconds / run.seconds))).end(metric) for run in (a, b))
-        return next(ends) - next(ends)
+        return a.until(max(BIN, int(b.steps / cost) - alone)).end(metric) - b.end(metric)
 
     return lambda runs: [difference(a, b) for a, b in zip(runs[first], runs[second], strict=False)]
 

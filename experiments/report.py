@@ -118,13 +118,12 @@ def parts(figure: Figure, runs: dict[str, list[Run]]) -> Table:
 
 def frontiers(figure: Figure, runs: dict[str, list[Run]]) -> Table:
     """Returns a table of KL and gold at the end, one row per estimator and KL weight."""
-    rows = [["estimator", "KL weight", "KL at the end", "gold at the end", "seconds per run"]]
+    rows = [["estimator", "KL weight", "KL at the end", "gold at the end"]]
     for name, settings in figure.frontiers.items():
         for setting in settings:
             ends = ([run.end(metric) for run in runs[setting]] for metric in ("kl_ref", "gold"))
-            seconds = fmean(run.seconds for run in runs[setting])
             weight = str(load_flags(setting)["kl_penalty_weight"])
-            rows.append([name, weight, *(number(*over_seeds(values)) for values in ends), f"{seconds:.0f}"])
+            rows.append([name, weight, *(number(*over_seeds(values)) for values in ends)])
     return Table(rows)
 
 

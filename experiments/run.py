@@ -27,7 +27,7 @@ from experiments.claims import FIGURES
 from experiments.curves import Run, load_runs, read_run, save_run
 from experiments.settings import ENVIRONMENT, REPOSITORY, command, load_flags, run_hash
 from experiments.stages import answer_nll, answer_tokens, read_dialogues
-from experiments.world import WORLD, build_world
+from experiments.world import OPTIONAL, WORLD, build_world
 from utils.errors import UserError
 from utils.flags.parser import entry_point
 from utils.tokenizer import load_tokenizer
@@ -182,7 +182,8 @@ def main(argv: list[str] | None = None) -> None:
     started, figures = time.monotonic(), list(FIGURES) if "all" in options.figure else options.figure
     world = options.output / "world"
     jobs = jobs_of(figures, options.output)
-    build_world(world, unread=any("unread" in str(load_flags(job.setting).values()) for job in jobs))
+    values = {str(value).split("/")[0] for job in jobs for value in load_flags(job.setting).values()}
+    build_world(world, OPTIONAL & values)
     run_all(jobs, world, options.workers)
     print(f"all runs finished, {(time.monotonic() - started) / 60:.0f} min")
     report.main(figures)

@@ -1,7 +1,8 @@
 """Settings of the experiments: flags of train_ppo.py in experiments/settings/NAME.toml.
 
 Each setting changes some flags of the setting named by `based_on`, or of base.toml. NAME@FLAG=VALUE is NAME with
-another value of a flag. Paths are relative to the world's folder (experiments/world.py).
+another value of a flag, NAME@OTHER is NAME with the flags in OTHER's own file. Paths are relative to the world's folder
+(experiments/world.py).
 """
 
 import hashlib
@@ -21,20 +22,31 @@ PATHS |= {"data_path": "prompts"}
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", **MALLOC}
 # The code that determines a run's results.
 CODE = ["train_ppo.py", "ppo", "reward", "sft", "data", "utils", "experiments/world.py", "experiments/gold.py"]
+CODE += ["experiments/long_reward.py"]
 
 
 def load_flags(name: str) -> dict[str, object]:
     """Returns flag -> value, with the flags of the setting that it is based on."""
     name, *changes = name.split("@")
-    if changes:
-        return load_flags(name) | tomllib.loads("\n".join(changes))
+    flags = _load_file(name)
+    for change in changes:
+        more = tomllib.loads(change) if "=" in change else _read(change)
+        flags |= {flag: value for flag, value in more.items() if flag != "based_on"}
+    return {flag: value for flag, value in flags.items() if value != ""}  # "" takes a flag of the parent away
+
+
+def _load_file(name: str) -> dict[str, object]:
+    flags = _read(name)
+    parent = flags.pop("based_on", "base" if name != "base" else None)
+    return (_load_file(parent) if parent else dict(PATHS)) | flags
+
+
+def _read(name: str) -> dict[str, object]:
     file = FOLDER / f"{name}.toml"
     if not file.is_file():
         settings = ", ".join(sorted(f.stem for f in FOLDER.glob("*.toml")))
         raise UserError(f"no setting {name} in {FOLDER}; use {settings}")
-    flags = tomllib.loads(file.read_text("utf-8"))
-    parent = flags.pop("based_on", "base" if name != "base" else None)
-    return (load_flags(parent) if parent else dict(PATHS)) | flags
+    return tomllib.loads(file.read_text("utf-8"))
 
 
 def command(name: str, seed: int, world: Path, out: Path) -> list[str]:

@@ -12,6 +12,8 @@ preferences  two human replies to a message; the one with the higher gold score 
 sft, reward  `sft.train` on the dialogues, and `reward.train` from its model on the pairs. The pairs are few and contain
              no repetitive or endless answers, so that the proxy is unreliable there
 unread       `sft.train` on replies to other messages: figure 8's policy without SFT; built if a setting needs it
+long_sft     `sft.train` on answers of 20 to 36 words, several replies in a row (long_dialogues); built if a setting
+             needs it
 """
 
 import argparse
@@ -41,9 +43,12 @@ MESSAGE_WORDS, REPLY_WORDS = (2, 10), (2, 10)  # of the human's message; of a re
 NUM_DIALOGUES = {"valid": 500, "train": 18000}
 NUM_PROMPTS = {"valid": 256, "train": 4000}
 NUM_PREFERENCES = {"valid": 600, "train": 2000}
+LONG_WORDS = (20, 36)  # of a long answer
 MIN_DIFFERENCE, NOISE = 0.3, 0.2  # gold score difference of the two replies; share of wrong training labels
 COMMON = {"dtype": "fp32", "zero_stage": 0, "seed": 1, "micro_batch_tokens": 4096, "context_truncate": 64}
 SFT = COMMON | {"lr": 2e-3, "train_steps": 1000, "warmup_steps": 50, "batch_size": 64, "save_per_step": 250}
+LONG_SFT = SFT | {"context_truncate": 96, "train_steps": 600}
+OPTIONAL = frozenset(("unread", "long_sft"))  # models that few settings need
 REWARD = COMMON | {"lr": 3e-4, "train_steps": 150, "warmup_steps": 15, "batch_size": 32, "save_per_step": 50}
 
 
@@ -97,6 +102,21 @@ def build_dialogues(folder: Path, answered: bool) -> str:
     return f"{counts(NUM_DIALOGUES)} dialogues"
 
 
+def build_long_dialogues(folder: Path) -> str:
+    """Writes messages with long answers: the reply to each message, and replies to others behind it."""
+    rng = random.Random(SEED)
+    for name, part in (("valid", "prompts"), ("train", "train")):
+        found = take(exchanges(part), NUM_DIALOGUES[name])
+        replies, records = [exchange.reply for exchange in found], []
+        for exchange in found:
+            words, wanted = exchange.reply.split(), rng.randint(*LONG_WORDS)
+            while len(words) < wanted:
+                words += rng.choice(replies).split()
+            records.append({"prompt": exchange.context[0], "response": " ".join(words[:wanted])})
+        write_jsonl(folder / f"{name}.jsonl", records)
+    return f"{counts(NUM_DIALOGUES)} dialogues"
+
+
 def build_prompts(folder: Path) -> str:
     """Writes training prompts, and held-out prompts from conversations that SFT does not use."""
     for name, part in (("valid", "prompts"), ("train", "train")):
@@ -135,12 +155,13 @@ def train(folder: Path, module: str, flags: dict[str, object]) -> str:
     return [line for line in done.stdout.splitlines() if "eval_loss" in line][-1]
 
 
-def build_world(world: Path, unread: bool = False) -> None:
-    """Builds the missing parts of the world. unread: also the policy without SFT."""
+def build_world(world: Path, needed: frozenset[str] = frozenset()) -> None:
+    """Builds the missing parts of the world. needed: of the models in OPTIONAL."""
     parts: dict[str, Callable[[Path], str]] = {
         "base": build_base,
         "dialogues": partial(build_dialogues, answered=True),
         "unread_dialogues": partial(build_dialogues, answered=False),
+        "long_dialogues": build_long_dialogues,
         "prompts": build_prompts,
         "preferences": build_preferences,
     }
@@ -150,8 +171,11 @@ def build_world(world: Path, unread: bool = False) -> None:
         ("sft", "sft.train", SFT, "base", "dialogues"),
         ("reward", "reward.train", REWARD, "sft/final", "preferences"),
         ("unread", "sft.train", SFT, "base", "unread_dialogues"),
+        ("long_sft", "sft.train", LONG_SFT, "base", "long_dialogues"),
     ]
-    for name, module, flags, start, data in stages if unread else stages[:2]:
+    for name, module, flags, start, data in stages:
+        if name in OPTIONAL - needed:
+            continue
         paths = {"hf_model_name_or_path": world / start, "data_path": world / data}
         build_once(world / name, partial(train, module=module, flags=flags | paths))
 
@@ -160,7 +184,7 @@ def main() -> None:
     """Builds the whole world."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=WORLD)
-    build_world(parser.parse_args().output, unread=True)
+    build_world(parser.parse_args().output, OPTIONAL)
 
 
 if __name__ == "__main__":
