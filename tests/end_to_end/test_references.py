@@ -55,7 +55,7 @@ def test_an_averaged_reference_lies_between(inputs, tmp_path):
         main(run_flags(inputs, tmp_path / name, **FLAGS, **flags))
         rows[name] = read_metrics(tmp_path / name)
     assert rows["frozen"] == rows["still"]
-    assert rows["half"][:2] == rows["frozen"][:2] or rows["half"][0] == rows["frozen"][0]
+    assert rows["half"][0] == rows["frozen"][0]
     assert rows["half"][1]["perplexity_ref"] != rows["frozen"][1]["perplexity_ref"]
 
 
