@@ -41,7 +41,7 @@ def sha(text: str) -> str:
 @pytest.mark.parametrize("config", [PPOConfig, SFTConfig, RewardConfig])
 def test_every_flag_that_names_an_input_is_one(config):
     names = {field.name for field in dataclasses.fields(config)} - {"model_save_path"}
-    assert {name for name in names if name.endswith(("_path", "_fn"))} == names & INPUTS.keys()
+    assert {name for name in names if name.endswith(("_path", "_fn", "advantage_estimator"))} == names & INPUTS.keys()
 
 
 @pytest.mark.parametrize(
