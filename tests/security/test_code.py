@@ -121,7 +121,7 @@ FORBIDDEN = re.compile(
     r"(exec|eval|compile|__import__)|.*\b(system|popen|exec_module|spawn\w*)|(pickle|marshal|dill|joblib)\.\w+|subprocess\.\w+"
 )
 ALLOWED = {
-    ("ppo/user_reward.py", "exec_module"),  # --reward_fn
+    ("ppo/user_function.py", "exec_module"),  # --reward_fn, --advantage_estimator
     ("utils/run/folder.py", "run"),  # git's commit, without a shell
     ("utils/launcher.py", "Popen"),  # the command of the recipe that starts it, once per GPU, without a shell
     ("utils/watchdog.py", "Popen"),  # itself, without a shell
