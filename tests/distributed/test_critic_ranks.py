@@ -8,6 +8,8 @@ import pytest
 from tests.faults.scenarios import finished, run_forked
 from tests.helpers.tiny_run import assert_close, final_weights, run_flags
 
+pytestmark = pytest.mark.slow
+
 RUNS = {
     "offline": ("ppo.critic", {"pretrain": True, "critic_pretrain_steps": 3, "value_norm": "popart"}),
     "popart": ("train_ppo", {"value_norm": "popart", "critic_pretrain_steps": 1, "critic_epochs": 2}),

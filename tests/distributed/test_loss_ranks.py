@@ -9,6 +9,8 @@ import torch
 from tests.faults.scenarios import finished, run_forked
 from tests.helpers.tiny_run import assert_close, final_weights, read_metrics, run_flags
 
+pytestmark = pytest.mark.slow
+
 # So few tokens per micro-batch that the ranks plan different numbers of them; the weight of the KL adapts.
 FLAGS = {
     "micro_batch_tokens": 60, "maxlen_res": 16, "use_entropy_loss": True, "entropy_loss_weight": 0.1, "ppo_epochs": 2,

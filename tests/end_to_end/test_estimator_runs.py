@@ -33,7 +33,11 @@ def unknown(rewards, temperature):
 """
 
 
-@pytest.mark.parametrize("estimator", sorted(ADVANTAGE_ESTIMATORS))
+FAST = ("length_adaptive_gae", "remax", "rloo")  # one of each kind; the others are slow tests
+EACH = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in sorted(ADVANTAGE_ESTIMATORS)]
+
+
+@pytest.mark.parametrize("estimator", EACH)
 def test_every_estimator_trains(inputs, tmp_path, estimator):
     """Those without a critic load none and write no metric of one; their reward model is not taken for one."""
     out = tmp_path / "run"

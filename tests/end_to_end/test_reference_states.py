@@ -13,6 +13,8 @@ from tests.faults.scenarios import finished, run_forked
 from tests.helpers.tiny_run import assert_close, final_weights, read_metrics, run_flags
 from train_ppo import main
 
+pytestmark = pytest.mark.slow
+
 
 def state_of(run: Path, step: int, engine: str) -> dict[str, torch.Tensor]:
     """What a checkpoint holds of an engine or average, of one process."""

@@ -59,7 +59,7 @@ def test_an_averaged_reference_lies_between(inputs, tmp_path):
     assert rows["half"][1]["perplexity_ref"] != rows["frozen"][1]["perplexity_ref"]
 
 
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("offload", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_resume_restores_averages(inputs, tmp_path, name, offload):
     """Three steps, stopped after the first and resumed, are three steps."""
@@ -97,6 +97,7 @@ def two_ranks(inputs, tmp_path_factory) -> dict[str, Path]:
     return finished(run_forked(folder, rows)) | {f"{name} alone": folder / f"{name} alone" for name in SETTINGS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_ranks_equal_one_process(two_ranks, name, stage):
