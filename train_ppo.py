@@ -47,6 +47,7 @@ def train(config: PPOConfig) -> None:
 
 def loop(run) -> None:
     """Does the steps of a `ppo.run.Run` that are left, until the last one or a signal to stop."""
+    from ppo.buffer import fill_buffer
     from ppo.experience import experience_metrics, make_experience, negative_kl_warning, rollout_metrics
     from ppo.groups import uniform_fraction
     from ppo.update import update
@@ -58,7 +59,8 @@ def loop(run) -> None:
         lr = run.learning_rates(state.step)
         watch = Stopwatch(on_lap=report_progress)
 
-        # 1. and 2. A signal abandons them; the resumed run repeats them.
+        # 1. Sample responses to each prompt.  2. Compute log-probabilities, values and reward scores, and gather the
+        # buffer on every rank (it is small). A signal abandons both; the resumed run repeats them.
         run.lifecycle.begin(state.state_dict(), run.logger.say)
         buffer = fill_buffer(run, watch)
         if buffer is None:
@@ -89,39 +91,6 @@ def loop(run) -> None:
 
         # 5. Write metrics and samples; evaluate, save a checkpoint, stop after a signal.
         run.after_step(rollout, scores, metrics)
-
-
-def fill_buffer(run, watch):
-    """Samples and scores the responses of a step. Returns (Rollout, Scores, rows to train on) of all ranks, or None.
-
-    None: a score is bad, and the buffer was left out. Under --drop_uniform_groups other prompts are sampled for those
-    that are dropped. Collective.
-    """
-    from ppo.groups import concat, is_full, rows_to_train
-    from ppo.ranks import gather_batches
-    from ppo.score import score, with_greedy_scores
-
-    config, parts = run.config, []
-    max_refills = config.max_refills if config.drop_uniform_groups else 0
-    while not parts or not is_full(parts, config.num_prompts, max_refills):
-        # 1. Sample responses to each prompt.
-        prompts = run.next_prompts()
-        rollout = run.sampler(prompts, run.sampling, config.seed)
-        watch.lap("rollout")
-
-        # 2. Compute log-probabilities, values and reward scores, and gather them on every rank (they are small).
-        scores = score(rollout, prompts, run.models, run.reward_fn, run.tokenizer, config.temperature, config)
-        if config.needs_baselines:
-            scores = with_greedy_scores(scores, prompts, run)
-        watch.lap("score")
-        own_scores = scores.scores
-        rollout, scores = gather_batches(prompts, rollout, scores)
-        run.check_sampler(rollout, scores)
-        if run.refuses(rollout, scores, own_scores):
-            return None
-        parts.append((rollout, scores))
-    rollout, scores = map(concat, zip(*parts, strict=True))
-    return rollout, scores, rows_to_train(scores, config.num_prompts) if config.drop_uniform_groups else slice(None)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import copy
 from dataclasses import dataclass, replace
 
 from ppo.advantages import gae
+from ppo.buffer import sample_and_score
 from ppo.build import build
 from ppo.config import PPOConfig
 from ppo.critic_metrics import critic_metrics, explained_variance
@@ -108,16 +109,10 @@ def loop(run: Run) -> None:
         lr = run.learning_rates(state.step)["critic"]
         watch = Stopwatch(on_lap=report_progress)
         run.lifecycle.begin(state.state_dict(), run.logger.say)
-        prompts = run.next_prompts()
-        rollout = run.sampler(prompts, run.sampling, config.seed)
-        watch.lap("rollout")
-        scores = score(rollout, prompts, models, run.reward_fn, run.tokenizer, config.temperature, config)
-        watch.lap("score")
-        own_scores = scores.scores
-        rollout, scores = gather_batches(prompts, rollout, scores)
-        run.check_sampler(rollout, scores)
-        if run.refuses(rollout, scores, own_scores):
+        found = sample_and_score(run, watch)
+        if found is None:
             continue
+        rollout, scores = found
         experience = run.fit_critic(make_experience(rollout, scores, state.moments, config))
         metrics = update(models.policy, models.critic, experience, config, state.step, 0.0, lr, on_bad=run.leave_out)
         watch.lap("update")
