@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from utils.tensors import sum_by_group
+
 Estimate = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -52,7 +54,7 @@ def length_adaptive_gae(
 def rloo(rewards: torch.Tensor, response_mask: torch.Tensor, groups: torch.Tensor, **_) -> Estimate:
     """A_i = R_i - mean of the group's other R (Ahmadian et al. 2024, arXiv 2402.14740, §2.3); 0 in a group of one."""
     totals = _totals(rewards, response_mask)
-    sizes, means = _of_groups(groups, torch.ones_like(totals)), _group_mean(totals, groups)
+    sizes, means = sum_by_group(torch.ones_like(totals), groups), _group_mean(totals, groups)
     return _on_tokens((totals - means) * sizes / (sizes - 1).clamp(min=1), response_mask), None
 
 
@@ -60,7 +62,7 @@ def grpo(rewards: torch.Tensor, response_mask: torch.Tensor, groups: torch.Tenso
     """A_i = (R_i - group mean) / (group's sample deviation + 1e-6) (Shao et al. 2024, arXiv 2402.03300, §4.1.2)."""
     centred = _totals(rewards, response_mask)
     centred = centred - _group_mean(centred, groups)
-    squares, sizes = (_of_groups(groups, x) for x in (centred.square(), torch.ones_like(centred)))
+    squares, sizes = (sum_by_group(x, groups) for x in (centred.square(), torch.ones_like(centred)))
     deviations = (squares / (sizes - 1).clamp(min=1)).sqrt()
     return _on_tokens(centred / (deviations + 1e-6), response_mask), None
 
@@ -77,8 +79,8 @@ def opo(rewards: torch.Tensor, response_mask: torch.Tensor, groups: torch.Tensor
     This baseline has the least variance if the squared norm of a response's score function grows with its length.
     """
     totals, lengths = _totals(rewards, response_mask), response_mask.sum(1).double()
-    weights = _of_groups(groups, lengths).clamp(min=1)
-    return _on_tokens(totals - _of_groups(groups, lengths * totals) / weights, response_mask), None
+    weights = sum_by_group(lengths, groups).clamp(min=1)
+    return _on_tokens(totals - sum_by_group(lengths * totals, groups) / weights, response_mask), None
 
 
 def reinforce_pp(rewards: torch.Tensor, response_mask: torch.Tensor, gamma: float, **_) -> Estimate:
@@ -149,14 +151,8 @@ def _totals(rewards: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
     return torch.where(response_mask, rewards, 0.0).double().sum(1)
 
 
-def _of_groups(groups: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Returns for each response the sum of x over its group. [batch] -> [batch]."""
-    names, index = groups.unique(return_inverse=True)
-    return torch.zeros(len(names), dtype=x.dtype, device=x.device).index_add_(0, index, x)[index]
-
-
 def _group_mean(x: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    return _of_groups(groups, x) / _of_groups(groups, torch.ones_like(x))
+    return sum_by_group(x, groups) / sum_by_group(torch.ones_like(x), groups)
 
 
 def _on_tokens(x: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:

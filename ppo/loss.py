@@ -6,6 +6,8 @@ micro-batches and ranks changes neither the loss nor the gradient.
 
 import torch
 
+from utils.tensors import sum_by_group
+
 
 def masked_sum(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Returns the sum over True entries. Other entries, NaN included, do not contribute and get no gradient."""
@@ -63,9 +65,8 @@ def row_weights(
         return num_tokens / (filled.sum().clamp(min=1) * max_length) * filled
     if average == "sequence":
         return num_tokens / filled.sum().clamp(min=1) * filled / lengths.clamp(min=1)
-    names, index = groups.unique(return_inverse=True)
-    totals = torch.zeros(len(names), device=lengths.device).index_add_(0, index, lengths)
-    return num_tokens / (totals > 0).sum().clamp(min=1) * filled / totals[index].clamp(min=1)
+    num_groups = max(1, len(groups[lengths > 0].unique()))
+    return num_tokens / num_groups * filled / sum_by_group(lengths, groups).clamp(min=1)
 
 
 def value_loss(

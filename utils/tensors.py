@@ -16,6 +16,12 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
+def sum_by_group(x: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Returns for each row the sum of x over the rows of its group. x, groups (integers): [batch] -> [batch]."""
+    names, index = groups.unique(return_inverse=True)
+    return torch.zeros(len(names), dtype=x.dtype, device=x.device).index_add_(0, index, x)[index]
+
+
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Returns the mean of x where mask is True, 0 if it is nowhere. x, mask: same shape -> float32 scalar."""
     mask = mask.bool()
