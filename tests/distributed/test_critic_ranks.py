@@ -1,12 +1,11 @@
 """The critic on two ranks: offline pre-training and value normalisation give the numbers of one process."""
 
-import importlib
 from pathlib import Path
 
 import pytest
 
-from tests.faults.scenarios import finished, run_forked
-from tests.helpers.tiny_run import assert_close, final_weights, run_flags
+from tests.helpers.tiny_run import assert_close, final_weights
+from tests.helpers.two_ranks import alone_and_on_two_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -19,14 +18,8 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def runs(inputs, tmp_path_factory) -> dict[str, Path]:
-    """ "NAME STAGE" -> folder of a run on two ranks; "NAME alone": of one process."""
-    folder, rows = tmp_path_factory.mktemp("critics"), {}
-    for name, (module, flags) in RUNS.items():
-        importlib.import_module(module).main(run_flags(inputs, folder / f"{name} alone", **flags))
-        for stage in (2, 3):
-            argv = run_flags(inputs, folder / f"{name} {stage}", zero_stage=stage, **flags)
-            rows[f"{name} {stage}"] = {"module": module, "argv": argv}
-    return finished(run_forked(folder, rows)) | {f"{name} alone": folder / f"{name} alone" for name in RUNS}
+    """As of `alone_and_on_two_ranks`."""
+    return alone_and_on_two_ranks(inputs, tmp_path_factory.mktemp("critics"), RUNS)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

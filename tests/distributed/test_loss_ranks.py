@@ -1,13 +1,12 @@
 """Losses with other means, ratios and clips on two ranks: the numbers of one process."""
 
-import importlib
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.faults.scenarios import finished, run_forked
-from tests.helpers.tiny_run import assert_close, final_weights, read_metrics, run_flags
+from tests.helpers.tiny_run import assert_close, final_weights, read_metrics
+from tests.helpers.two_ranks import alone_and_on_two_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -25,15 +24,9 @@ LOSSES = {
 
 @pytest.fixture(scope="module")
 def runs(inputs, tmp_path_factory) -> dict[str, Path]:
-    """ "AVERAGE STAGE" -> folder of a run on two ranks; "AVERAGE alone": of one process."""
-    folder, rows = tmp_path_factory.mktemp("losses"), {}
-    for name, flags in LOSSES.items():
-        flags = FLAGS | flags | {"loss_average": name}
-        importlib.import_module("train_ppo").main(run_flags(inputs, folder / f"{name} alone", **flags))
-        for stage in (2, 3):
-            argv = run_flags(inputs, folder / f"{name} {stage}", zero_stage=stage, **flags)
-            rows[f"{name} {stage}"] = {"module": "train_ppo", "argv": argv}
-    return finished(run_forked(folder, rows)) | {f"{name} alone": folder / f"{name} alone" for name in LOSSES}
+    """As of `alone_and_on_two_ranks`."""
+    runs = {name: ("train_ppo", FLAGS | flags | {"loss_average": name}) for name, flags in LOSSES.items()}
+    return alone_and_on_two_ranks(inputs, tmp_path_factory.mktemp("losses"), runs)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

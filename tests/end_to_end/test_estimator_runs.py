@@ -1,7 +1,5 @@
 """Runs with other estimators than GAE: without a critic, with groups, with greedy baselines, with dropped groups."""
 
-import json
-
 import pytest
 
 from ppo.advantages import ADVANTAGE_ESTIMATORS
@@ -150,7 +148,7 @@ def test_groups_that_do_not_fit(flags):
     done = run_module("train_ppo", *words.split(), size, "--batch_size", "2", *flags.split())
     assert done.returncode == 2
     assert "--num_responses_per_prompt" in done.stderr
-    assert json.dumps("pass")[1:-1] in done.stderr
+    assert "pass" in done.stderr
 
 
 @pytest.mark.parametrize("flags", [{}, {"drop_uniform_groups": True, "max_refills": 1}])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.tiny_run import assert_close, read_metrics, run_flags
+from tests.helpers.tiny_run import assert_close, read_metrics, remembered, run_flags
 from train_ppo import main
 
 ADAPT = {"kl_target": 0.05, "kl_horizon": 20, "kl_penalty_weight": 0.5, "lr": 1e-3, "lr_schedule": "constant"}
@@ -11,17 +11,7 @@ ADAPT = {"kl_target": 0.05, "kl_horizon": 20, "kl_penalty_weight": 0.5, "lr": 1e
 @pytest.fixture(scope="module")
 def run_with(inputs, tmp_path_factory):
     """Runs with changed flags and gives the metrics of its steps; the same flags run once."""
-    known = {}
-
-    def run(**changes) -> list[dict]:
-        key = repr(sorted(changes.items()))
-        if key not in known:
-            out = tmp_path_factory.mktemp("run") / "new"
-            main(run_flags(inputs, out, num_eval_prompts=0, ppo_epochs=2, lr=1e-3, **changes))
-            known[key] = read_metrics(out)
-        return known[key]
-
-    return run
+    return remembered(inputs, tmp_path_factory.mktemp, num_eval_prompts=0, ppo_epochs=2, lr=1e-3)
 
 
 @pytest.mark.parametrize(

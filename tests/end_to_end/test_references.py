@@ -1,13 +1,12 @@
 """References that move, and averaged policies: closed forms, exports, resume, two ranks."""
 
-import importlib
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.faults.scenarios import finished, run_forked
 from tests.helpers.tiny_run import assert_close, final_weights, read_metrics, run_flags
+from tests.helpers.two_ranks import alone_and_on_two_ranks
 from train_ppo import main
 from utils.tokenizer import load_tokenizer
 
@@ -87,14 +86,9 @@ def test_an_average_that_is_new_at_the_resume_starts_at_the_weights(inputs, tmp_
 
 @pytest.fixture(scope="module")
 def two_ranks(inputs, tmp_path_factory) -> dict[str, Path]:
-    """ "NAME STAGE" -> folder of a run on two ranks; "NAME alone": of one process."""
-    folder, rows = tmp_path_factory.mktemp("references"), {}
-    for name, flags in SETTINGS.items():
-        importlib.import_module("train_ppo").main(run_flags(inputs, folder / f"{name} alone", **FLAGS | flags))
-        for stage in (0, 2, 3):
-            argv = run_flags(inputs, folder / f"{name} {stage}", zero_stage=stage, **FLAGS | flags)
-            rows[f"{name} {stage}"] = {"module": "train_ppo", "argv": argv}
-    return finished(run_forked(folder, rows)) | {f"{name} alone": folder / f"{name} alone" for name in SETTINGS}
+    """As of `alone_and_on_two_ranks`."""
+    runs = {name: ("train_ppo", FLAGS | flags) for name, flags in SETTINGS.items()}
+    return alone_and_on_two_ranks(inputs, tmp_path_factory.mktemp("references"), runs, stages=(0, 2, 3))
 
 
 @pytest.mark.slow

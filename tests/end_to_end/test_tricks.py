@@ -5,24 +5,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ppo.run
-from tests.helpers.tiny_run import final_weights, read_lines, read_metrics, run_flags, write_json
+from tests.helpers.tiny_run import final_weights, read_lines, read_metrics, remembered, run_flags, write_json
 from train_ppo import main
 
 
 @pytest.fixture(scope="module")
 def run_with(inputs, tmp_path_factory):
     """Runs with changed flags and gives the metrics of its steps; the same flags run once."""
-    known = {}
-
-    def run(**changes) -> list[dict]:
-        key = repr(sorted(changes.items()))
-        if key not in known:
-            out = tmp_path_factory.mktemp("run") / "new"
-            main(run_flags(inputs, out, num_eval_prompts=0, **changes))
-            known[key] = read_metrics(out)
-        return known[key]
-
-    return run
+    return remembered(inputs, tmp_path_factory.mktemp, num_eval_prompts=0)
 
 
 def all_of(rows: list[dict], name: str) -> list[float]:

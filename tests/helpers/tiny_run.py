@@ -1,9 +1,11 @@
 """What a tiny PPO run needs, and what it leaves: folders of inputs, a command line, the numbers it wrote."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,6 +141,24 @@ def fit_flags(base: Path, data: Path, out: Path, **changes) -> list[str]:
         "warmup_steps": 1, "batch_size": 4, "context_truncate": 128, "lr": 1e-3,
     }  # fmt: skip
     return as_argv(flags | changes)
+
+
+def remembered(inputs: Inputs, make_folder: Callable[[str], Path], **always) -> Callable[..., list[dict]]:
+    """A function that runs train_ppo.py with changed flags and gives the metrics of its steps; the same flags run once.
+
+    make_folder: as `tmp_path_factory.mktemp`. always: flags of all runs.
+    """
+    known = {}
+
+    def run(**changes) -> list[dict]:
+        key = repr(sorted(changes.items()))
+        if key not in known:
+            out = make_folder("run") / "new"
+            importlib.import_module("train_ppo").main(run_flags(inputs, out, **always, **changes))
+            known[key] = read_metrics(out)
+        return known[key]
+
+    return run
 
 
 def as_argv(flags: dict) -> list[str]:
