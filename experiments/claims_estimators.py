@@ -25,7 +25,7 @@ CRITIC = "gae"
 CRITIC_FREE = {
     "rloo": "RLOO", "grpo": "GRPO", "reinforce_pp": "REINFORCE++",
 }  # fmt: skip
-# Seconds of a step of GAE in steps of the other, on an idle machine (introduction.md); the figure's own runs were not.
+# Seconds of a step of GAE in steps of the other, by benchmarks/estimators.py; the figure's own runs shared their cores.
 COST = {"rloo": 1.5, "grpo": 1.5, "reinforce_pp": 1.5}
 AT_KL = 1.5  # nats per response, where gold is compared
 MARGIN = 0.05  # of gold; the standard deviation of the gold score of single answers is about 0.5

@@ -178,11 +178,9 @@ def experience_metrics(experience: Experience, config: PPOConfig) -> dict[str, f
         metrics |= {"return_mean": returns.mean(), "value_mean": values.mean()}
         metrics["explained_variance"] = explained_variance(returns, values)
         metrics |= critic_metrics(experience.returns, experience.old_values, mask)
-        noise = None
-        if experience.groups is not None:
+        if config.num_responses_per_prompt > 1:
             noise = return_noise(experience.rewards, mask, experience.groups, config.gamma)
-        if noise is not None:
-            metrics["return_noise"] = noise
+            metrics |= {} if noise is None else {"return_noise": noise}
     if experience.weights is not None:
         metrics |= weight_metrics(experience.weights, mask, config.correction_cap)
     return as_floats(metrics)

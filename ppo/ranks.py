@@ -30,5 +30,5 @@ def gather_batches(prompts: PromptBatch, *batches):
     """Returns each batch with the rows of all ranks, on every rank, by place and member. prompts: this rank's."""
     if world_size() == 1:
         return batches
-    order = gather_rows(torch.tensor(prompts.ranks, device=device())).argsort()
+    order = gather_rows(torch.tensor(prompts.order, device=device())).argsort()
     return tuple(batch.map(lambda rows: gather_rows(rows)[order]) for batch in batches)

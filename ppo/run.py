@@ -55,6 +55,11 @@ class Run:
         """Whether all steps are done."""
         return self.state.step >= self.config.total_steps
 
+    @property
+    def policy_steps(self) -> int:
+        """How many of the steps that are done have trained the policy; 0 or less while only the critic trains."""
+        return self.state.step - self.config.critic_pretrain_steps
+
     def next_prompts(self) -> PromptBatch:
         """Returns this rank's share of the next prompts, each with its place in the run and a row per response."""
         start, count = self.state.next_place, self.config.num_prompts
@@ -85,7 +90,7 @@ class Run:
         if not config.kl_target:
             return {}
         coef = config.kl_penalty_weight if state.kl_coef is None else state.kl_coef
-        if state.step > config.critic_pretrain_steps:  # a step that trained the policy
+        if self.policy_steps > 0:
             state.kl_coef = adapted(coef, kl, config.kl_target, samples, config.kl_horizon)
         return {"kl_coef": coef}
 
@@ -125,9 +130,8 @@ class Run:
 
     def update_averages(self) -> None:
         """Updates averaged weights and a moving reference after a step that trained the policy. Collective."""
-        steps = self.state.step - self.config.critic_pretrain_steps
-        if self.averages and steps > 0:
-            update_averages(self.averages, self.models, self.config, steps)
+        if self.averages and self.policy_steps > 0:
+            update_averages(self.averages, self.models, self.config, self.policy_steps)
 
     def export_final(self) -> None:
         """Writes final/, and final_ema/ with --policy_ema. Raises UserError if one cannot be written. Collective."""

@@ -12,7 +12,7 @@ import torch
 
 from utils.tensors import to_device
 
-MEMBER_BITS = 40  # places of prompts are below 2^40, the size of a group below 2^20
+PLACE_BITS = 40  # places of prompts are below 2^40, sizes of groups below 2^20
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class PromptBatch:
     @property
     def streams(self) -> list[int]:
         """The random stream of each response: a function of its place and member."""
-        return [place + (member << MEMBER_BITS) for place, member in self._pairs]
+        return [place + (member << PLACE_BITS) for place, member in self._pairs]
 
     @property
-    def ranks(self) -> list[int]:
-        """Numbers in whose order the rows of all ranks are gathered: by place, then by member."""
-        return [(place << (63 - MEMBER_BITS)) + member for place, member in self._pairs]
+    def order(self) -> list[int]:
+        """Numbers by which the rows of all ranks are sorted: by place, then by member."""
+        return [(place << (63 - PLACE_BITS)) + member for place, member in self._pairs]
 
     def first_members(self, size: int) -> Self:
         """Returns one row per group of `size` rows, its first."""

@@ -22,7 +22,7 @@ class WeightAverage:
     def __init__(self, engine: TrainEngine):
         self.engine = engine
         self.before_change: Callable[[], None] = lambda: None  # called before what `state_tensors` returned changes
-        self._pieces = {key: x.clone() for key, x in engine.float32_weights().items()}
+        self.load_state(None)
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
