@@ -35,7 +35,7 @@ PURE = {
     "reward.loss", "reward.metrics", "reward.win_rate", "sft.loss", "data.order", "data.batching.collate",
     "data.batching.packing", "data.batching.micro_batch_plan", "utils.tensors", "utils.moments", "utils.schedule",
     "utils.models.chunked_logprobs", "utils.errors", "utils.sums", "ppo.sampler_gap",
-    "ppo.epochs", "ppo.value_norm", "ppo.critic_metrics",
+    "ppo.epochs", "ppo.groups", "ppo.value_norm", "ppo.critic_metrics",
 }  # fmt: skip
 FILES = sorted(file for folder in MAY_IMPORT for file in (REPOSITORY / folder).rglob("*.py"))
 
