@@ -116,7 +116,7 @@ def test_ranks_of_a_node_share_the_hashing(runs, inputs):
     hashed = Counter(re.findall("^hashed (.*)$", result.log, re.MULTILINE))
     assert hashed == {str(path): 1 for folder in (inputs.policy, inputs.prompts) for path in folder.iterdir()}
     first, second = re.findall("^found (.*)$", result.log, re.MULTILINE)
-    assert first == second and set(json.loads(first)) == {"policy_model_path", "data_path"}
+    assert first == second and set(json.loads(first)) == {"policy_model_path", "data_path", "advantage_estimator"}
 
 
 def test_one_rank_of_a_node_reads_and_the_other_waits_as_long_as_it_takes(runs):

@@ -8,10 +8,11 @@ from tests.vllm.jobs import run_jobs
 from tests.vllm.models import ROPE, tiny_folder
 
 JOBS = "tests.vllm.fault_jobs"
-# (model, dtype, learning rate, ZeRO stage). A step of 5e-7 changes few bf16 weights, by a bit.
+# (model, dtype, learning rate, ZeRO stage). A step of 5e-7 changes few bf16 weights, by a bit. A tied head can be stale
+# only where vLLM holds a packed copy of it: in float32 on every CPU, in bf16 on those with AVX-512.
 CASES = {
     "fp32": ("Llama, tied", "fp32", 1e-4, 1),
-    "bf16": ("Llama, tied", "bf16", 5e-7, 2),
+    "bf16": ("Llama", "bf16", 5e-7, 2),
     "fp32, ZeRO-3": ("Qwen2", "fp32", 5e-7, 3),
 }
 
