@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import copy
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from ppo.experience import make_experience
 from ppo.ranks import gather_batches
 from ppo.run import Run
 from ppo.score import score
+from ppo.types import Experience
 from utils.flags.parser import entry_point, parse_args
 
 BUFFERS = 40
@@ -33,22 +35,27 @@ FRESH_PLACE = 1 << 20  # position of the first new prompt, after all positions o
 
 
 @torch.no_grad()
-def explained_variance(run: Run) -> float:
-    """Returns the explained variance of the critic over BUFFERS buffers; the run's state does not change."""
-    config, state, values, returns = run.config, copy.deepcopy(run.state), [], []
-    state.next_place = FRESH_PLACE
+def fresh_experience(run: Run, first_place: int, buffers: int) -> Iterator[tuple[Experience, torch.Tensor]]:
+    """Yields buffers of new responses and their returns (λ = 1), [batch, length]; the run's state does not change."""
+    config, state = run.config, copy.deepcopy(run.state)
+    state.next_place = first_place
     fresh = replace(run, state=state)
-    for _ in range(BUFFERS):
+    for _ in range(buffers):
         prompts = fresh.next_prompts()
         rollout = run.sampler(prompts, run.sampling, config.seed)
         scores = score(rollout, prompts, run.models, run.reward_fn, run.tokenizer, config.temperature, config)
         experience = make_experience(*gather_batches(prompts, rollout, scores), state.moments, config)
         mask = experience.response_mask
-        to_come = gae(experience.rewards, experience.old_values, mask, config.gamma, lam=1.0)[1]
-        values.append(experience.old_values[mask])
-        returns.append(to_come[mask])
-    values, returns = torch.cat(values), torch.cat(returns)
-    return float(explained(returns, values))
+        yield experience, gae(experience.rewards, experience.old_values, mask, config.gamma, lam=1.0)[1]
+
+
+def explained_variance(run: Run) -> float:
+    """Returns the explained variance of the critic over BUFFERS buffers."""
+    values, returns = [], []
+    for experience, to_come in fresh_experience(run, FRESH_PLACE, BUFFERS):
+        values.append(experience.old_values[experience.response_mask])
+        returns.append(to_come[experience.response_mask])
+    return float(explained(torch.cat(returns), torch.cat(values)))
 
 
 def measure(seed: int, world: Path, output: Path, flags: list[str]) -> tuple[float, float]:

@@ -21,6 +21,7 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4}
 LLAMA_3 = ROPE | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LINEAR = ROPE | {"rope_type": "linear", "factor": 2.0}
 LENGTHS = (3, 10, 17, 24, 31, 150)  # of the prompts of a rank
+SECOND = (len(LENGTHS) - 2, len(LENGTHS) - 1)  # prompts with a second response
 WINDOW = 12  # tokens; the sequences of the tests are longer
 GEMMA = {"sliding_window": WINDOW, "tie_word_embeddings": True}
 
@@ -82,17 +83,23 @@ def start(config: PPOConfig, vllm_folder: str | None = None) -> VLLMSampler:
     """
     path, template = config.policy_model_path, "moss_zh" if "moss_zh" in config.policy_model_path else None
     tokenizer = load_tokenizer(path, template)
-    engine = start_vllm(config, vllm_folder or path, "--policy_model_path", tokenizer, 0.01, len(LENGTHS))
+    engine = start_vllm(config, vllm_folder or path, "--policy_model_path", tokenizer, 0.01, len(prompts().ids))
     lm = load_causal_lm(path, DTYPES[config.dtype], device(), tokenizer=tokenizer, say=lambda _: None)
     policy = TrainEngine(PolicyModel(lm), config, "policy")
     return VLLMSampler(policy, tokenizer, config, engine, offloaded=(policy,))
 
 
 def prompts() -> PromptBatch:
-    """This rank's prompts: random tokens. The longest fills a block of vLLM's prefix cache, which is 128 on a CPU."""
+    """This rank's prompts: random tokens; the last two have two responses each.
+
+    The longest fills a block of vLLM's prefix cache, 128 tokens on a CPU, so that its second response reads the cache.
+    """
     draw = torch.Generator().manual_seed(rank())
     ids = [torch.randint(3, 390, (length,), generator=draw).tolist() for length in LENGTHS]
-    return prompts_of(*ids, first_place=len(LENGTHS) * rank())
+    first = prompts_of(*ids, first_place=len(LENGTHS) * rank())
+    rows, members = [*range(len(ids)), *SECOND], [0] * len(ids) + [1] * len(SECOND)
+    columns = {name: [getattr(first, name)[i] for i in rows] for name in ("ids", "turns", "places")}
+    return PromptBatch(**columns, members=members)
 
 
 def train(policy: TrainEngine, lr: float, number: int = 0) -> None:
