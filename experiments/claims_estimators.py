@@ -116,7 +116,8 @@ def long_figure(whole: str, title: str) -> Figure:
         return Criterion(text, between(f"{whole}@{name}", whole, end("score_mean")), **{bound: 0.0})
 
     parts = {f"{whole}@{name}": label for name, label in LONG.items()}
-    return Figure(title, {whole: 3} | dict.fromkeys(parts, 3), [
+    seeds = {whole: 5} | {f"{whole}@{name}": 5 if name in CRITIC_FREE else 3 for name in LONG}
+    return Figure(title, seeds, [
         Claim("A critic pays: the estimators without one end lower at equal responses",
               [gained("rloo", "below"), gained("reinforce_pp", "below")]),
         Claim("Lambda 0 learns less", [gained("lambda_0", "below")]),
