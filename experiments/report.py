@@ -56,14 +56,15 @@ def plot(name: str, runs: dict[str, list[Run]]) -> Path:
     """Plots the paper's panels: the mean over seeds and the range from the lowest to the highest seed."""
     figure, axes = plt.subplots(3, 3, figsize=(12, 8), constrained_layout=True)
     for axis, (metric, label) in zip(axes.flat, PANELS.items(), strict=True):
-        for setting, of_seeds in runs.items():
+        for index, (setting, of_seeds) in enumerate(runs.items()):
+            if metric not in of_seeds[0].curves:  # of the critic, in runs without one
+                continue
             curves = [run.smooth(metric, SMOOTH) for run in of_seeds]
-            steps = [BIN * (index + SMOOTH) for index in range(len(curves[0]))]
+            steps = [BIN * (place + SMOOTH) for place in range(len(curves[0]))]
             columns = list(zip(*curves, strict=True))
-            (line,) = axis.plot(steps, list(map(fmean, columns)), label=setting, linewidth=1.2)
-            axis.fill_between(
-                steps, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2, color=line.get_color()
-            )
+            axis.plot(steps, list(map(fmean, columns)), label=setting, linewidth=1.2, color=f"C{index}")
+            lowest, highest = list(map(min, columns)), list(map(max, columns))
+            axis.fill_between(steps, lowest, highest, alpha=0.2, color=f"C{index}")
         axis.set_title(label, fontsize=9)
         axis.tick_params(labelsize=7)
     axes[0, 0].legend(fontsize=7)
@@ -164,10 +165,13 @@ def alarm_of(run: Run) -> int | None:
 
 
 def alarm_table() -> Table:
-    """Returns a table that compares alarms of train_ppo.py with falls of the gold score, over all stored runs."""
+    """Returns a table that compares alarms of train_ppo.py with falls of the gold score, over all stored runs.
+
+    Without those with long answers, whose reward is another: their policies may well leave the gold score behind.
+    """
     head = "setting, runs, falls, fall at step, KL at the fall, alarm at step, alarms before the fall, without a fall"
     rows = [head.split(", ")]
-    for setting in sorted(file.stem for file in RESULTS.glob("*.json")):
+    for setting in sorted(file.stem for file in RESULTS.glob("*.json") if not file.stem.startswith("long")):
         runs = load_runs(setting)
         falls, alarmed = [fall_of(run) for run in runs], [alarm_of(run) for run in runs]
         seen = [fall for fall in falls if fall]
