@@ -25,8 +25,9 @@ CRITIC = "gae"
 CRITIC_FREE = {
     "rloo": "RLOO", "grpo": "GRPO", "reinforce_pp": "REINFORCE++",
 }  # fmt: skip
-# Seconds of a step of GAE in steps of the other, by benchmarks/estimators.py; the figure's own runs shared their cores.
-COST = {"rloo": 1.5, "grpo": 1.5, "reinforce_pp": 1.5}
+# Seconds of a step of GAE in steps of the other, by benchmarks/estimators.py (28 November 2026, three rounds). Measured
+# after the figure's runs, which shared their cores, so that their own seconds mean nothing.
+COST = {"rloo": 1.3, "grpo": 1.4, "reinforce_pp": 1.4}
 AT_KL = 1.5  # nats per response, where gold is compared
 MARGIN = 0.05  # of gold; the standard deviation of the gold score of single answers is about 0.5
 

@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     best = {name: LEARNING_RATES[found.index(max(found))] for name, found in tried.items()}
     for name, found in tried.items():
         print(f"{name}: " + ", ".join(f"{lr:g} {x:.3f}" for lr, x in zip(LEARNING_RATES, found, strict=True)))
-    print("| seed | " + " | ".join(LOSSES) + " |\n|---" * (len(LOSSES) + 1) + "|", flush=True)
+    print("| seed | " + " | ".join(LOSSES) + " |\n" + "|---" * (1 + len(LOSSES)) + "|", flush=True)
     gains = []
     for seed in options.seeds:
         found = measure(options.setting, seed, world, {name: (lr,) for name, lr in best.items()})

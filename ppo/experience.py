@@ -102,7 +102,7 @@ def score_problem(batch: Scores, limit: float, own: torch.Tensor | None = None) 
     scores = batch.scores
     wrong = (~(scores.abs() <= limit)).nonzero()
     if not len(wrong):
-        return None
+        return None if batch.baselines is None else _baseline_problem(batch.baselines, limit)
     place = int(wrong[0])
     what = "not finite" if not torch.isfinite(scores[place]) else f"{float(scores[place]):g}, beyond --explosion_limit"
     if own is not None:
@@ -113,6 +113,14 @@ def score_problem(batch: Scores, limit: float, own: torch.Tensor | None = None) 
         bad = [name for name, value in values if not abs(value) <= limit]
     named = f" ({', '.join(bad)})" if bad else ""
     return f"the score of response {place} of this step is {what}; check the reward model or --reward_fn{named}"
+
+
+def _baseline_problem(baselines: torch.Tensor, limit: float) -> str | None:
+    wrong = (~(baselines.abs() <= limit)).nonzero()
+    if not len(wrong):
+        return None
+    found = f"{float(baselines[int(wrong[0])]):g}, not finite or beyond --explosion_limit"
+    return f"the score of the greedy response beside response {int(wrong[0])} is {found}; check what scores"
 
 
 def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:

@@ -9,14 +9,17 @@ from utils.moments import RunningMoments
 
 
 def scale_values(run, experience: Experience) -> Experience:
-    """Rescales the critic's values to the returns at the first step of critic pre-training; returns new experience.
+    """Rescales the critic's values to the returns at the first step; returns new experience.
+
+    Only with critic pre-training or --value_norm, unless --critic_init_scale is 0.
 
     A critic's first values are raw scores, larger than returns of normalised scores, and a few optimizer steps do not
     change that. Scales the head's weight and shifts `score_center` (`value_scale`), unless the critic was pre-trained
     on values (ppo/critic.py). Collective.
     """
     config, state, critic = run.config, run.state, run.models.critic
-    wanted = config.critic_pretrain_steps and config.critic_init_scale and state.step == 0
+    wanted = state.step == 0 and (config.critic_pretrain_steps or config.value_norm != "none")
+    wanted = wanted and config.critic_init_scale
     if not wanted or state.critic_center is not None or is_pretrained(critic):
         return experience
     scale, shift = value_scale(experience, config)
@@ -29,14 +32,12 @@ def scale_values(run, experience: Experience) -> Experience:
 def normalise_values(run, experience: Experience) -> Experience:
     """Adds the buffer's returns to the statistics of --value_norm and sets the critic's unit; returns new experience.
 
-    The first buffer sets the unit: the head of a reward model then predicts in deviations of the returns, and a critic
-    whose values were fitted keeps them. Later, values change under `running` alone. Collective.
+    The first buffer sets the unit, which changes no value. Later, values change under `running` alone. Collective.
     """
     config, state, critic = run.config, run.state, run.models.critic
     if config.value_norm == "none":
         return experience
-    fitted = state.critic_center is not None or is_pretrained(critic)
-    keep = fitted if state.value_moments is None else config.value_norm == "popart"
+    keep = config.value_norm == "popart" or state.value_moments is None
     state.value_moments = state.value_moments or RunningMoments()
     old = state.value_moments.mean, state.value_moments.std
     state.value_moments.update(experience.returns[experience.response_mask])

@@ -52,9 +52,21 @@ def uniform_fraction(scores: Scores) -> float:
     return 1.0 - len(scores.groups[mixed_rows(scores)].unique()) / len(scores.groups.unique())
 
 
+def with_same_parts(batches: list[Batch]) -> list[Batch]:
+    """Returns scores whose `parts` have the same columns: those of all of them, NaN where a --reward_fn gave none."""
+    names = tuple(dict.fromkeys(name for batch in batches for name in getattr(batch, "part_names", ())))
+
+    def aligned(batch: Batch) -> Batch:
+        columns = dict(zip(batch.part_names, batch.parts.T, strict=True))
+        missing = torch.full_like(batch.scores, torch.nan)
+        return replace(batch, parts=torch.stack([columns.get(name, missing) for name in names], 1), part_names=names)
+
+    return [aligned(batch) for batch in batches] if names else batches
+
+
 def concat(batches: list[Batch]) -> Batch:
     """Joins the rows of batches of one kind. Shorter ones are padded with 0 (False) to the longest."""
-    first, *others = batches
+    first, *others = batches = with_same_parts(batches)
     if not others:
         return first
 

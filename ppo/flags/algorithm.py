@@ -117,7 +117,8 @@ class LossFlags:
     none: no ratio and no clipping, as REINFORCE, whose gradient is exact in the first step on a buffer only"""
     loss_average: Literal["token", "sequence", "group", "constant"] = "token"
     """Mean of the policy's losses over a minibatch. token: over all tokens; sequence: over responses of the mean over
-    each one's tokens (GRPO); group: the same per prompt; constant: sum over each response / --maxlen_res (Dr. GRPO)"""
+    each one's tokens (GRPO); group: over prompts of the mean over the tokens of a prompt's responses in the minibatch;
+    constant: sum over each response / --maxlen_res (Dr. GRPO)"""
     use_critic_loss_clip: bool = True
     """Clip values in the value loss to the old values plus or minus value_clip (Part I, eq. 16)"""
     value_clip: float = 0.2
