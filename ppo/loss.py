@@ -87,16 +87,20 @@ def policy_clipped(
     """Returns True where clipping changes the surrogate, so that the token has no gradient. [batch, length] bool.
 
     A ratio below 1 - clip with a positive advantage, or above 1 + clip_high with a negative one, is not clipped; above
-    dual_clip, the latter is.
+    dual_clip, the latter is. clip 0: only dual_clip.
     """
     high = clip if clip_high is None else clip_high
     clipped = ratio.clamp(1.0 - clip, 1.0 + high) * advantages < ratio * advantages
+    clipped = clipped & bool(clip)
     return clipped | ((advantages < 0) & (ratio > dual_clip)) if dual_clip else clipped
 
 
 def value_clipped(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float) -> torch.Tensor:
-    """Returns True where clipping raises the loss, so that the value has no gradient. [batch, length] bool."""
-    moved = (values - old_values).abs() > clip  # otherwise the squares below differ only by rounding
+    """Returns True where clipping raises the loss, so that the value has no gradient. [batch, length] bool.
+
+    clip 0: nowhere.
+    """
+    moved = (values - old_values).abs() > (clip or torch.inf)  # otherwise the squares below differ only by rounding
     return moved & ((_near_old(values, old_values, clip) - returns).square() > (values - returns).square())
 
 

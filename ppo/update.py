@@ -213,7 +213,7 @@ def policy_objective(
     with torch.no_grad():
         ratio, tokens = policy_ratio(logprobs, part.old_logprobs, mask, config.policy_ratio), mask.sum()
         clipped = policy_clipped(ratio, advantages, config.pg_clip, *clips).float()
-        if config.policy_ratio == "none" or not config.pg_clip:
+        if config.policy_ratio == "none":
             clipped = torch.zeros_like(clipped)
         sums = {
             "policy_loss": (surrogate * num_tokens, tokens),
@@ -243,7 +243,7 @@ def critic_backward(
         with torch.no_grad():
             total, tokens = total + config.vf_loss_weight * loss, mask.sum()
             more = {"value_loss": (loss * num_tokens, tokens)}
-            if clipped and config.value_clip:
+            if clipped:
                 cut = value_clipped(values, old, returns, config.value_clip).float()
                 more["value_clip_fraction"] = (masked_sum(cut, mask), tokens)
             add(sums, more)

@@ -8,7 +8,7 @@ import torch
 
 import ppo.update
 from ppo.config import PPOConfig
-from ppo.loss import policy_clipped, policy_loss, policy_ratio, row_weights
+from ppo.loss import policy_clipped, policy_loss, policy_ratio, row_weights, value_clipped
 from ppo.types import Experience
 from ppo.update import policy_backward
 from tests.helpers.parts import rollout_by_hand, scored, tiny_models
@@ -213,3 +213,12 @@ def test_the_token_average_needs_no_weights_and_rows_of_one_length_have_one_mean
     same, _ = policy_backward(models.policy, experience, config, None)
     weighted = replace(experience, row_weights=torch.ones(4))
     assert torch.equal(same, policy_backward(models.policy, weighted, config, None)[0])
+
+
+def test_an_amount_of_0_clips_nothing():
+    """As in the losses; the dual clip stays."""
+    ratio, advantages = torch.tensor([[1.5, 0.5, 4.0]]), torch.tensor([[1.0, -1.0, -1.0]])
+    assert not policy_clipped(ratio, advantages, 0.0).any()
+    assert policy_clipped(ratio, advantages, 0.0, dual_clip=3.0).tolist() == [[False, False, True]]
+    values, old, returns = torch.tensor([[0.5, -0.5]]), torch.zeros(1, 2), torch.tensor([[1.0, -1.0]])
+    assert value_clipped(values, old, returns, 0.2).all() and not value_clipped(values, old, returns, 0.0).any()
