@@ -1,5 +1,6 @@
 """From scores to experience: shaped scores, token rewards, advantages; metrics of the buffer."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -99,12 +100,12 @@ def score_problem(batch: Scores, limit: float, own: torch.Tensor | None = None) 
 
     own: this rank's scores, for a text that names the ranks with bad ones; collective if there are any.
     """
-    scores = batch.scores
-    wrong = (~(scores.abs() <= limit)).nonzero()
-    if not len(wrong):
-        return None if batch.baselines is None else _baseline_problem(batch.baselines, limit)
-    place = int(wrong[0])
-    what = "not finite" if not torch.isfinite(scores[place]) else f"{float(scores[place]):g}, beyond --explosion_limit"
+    found = _first_beyond(batch.scores, limit)
+    if not found:
+        greedy = batch.baselines is not None and _first_beyond(batch.baselines, limit)
+        where = f"the greedy response beside response {greedy[0]}" if greedy else ""
+        return f"the score of {where} is {greedy[1]}; check the reward model or --reward_fn" if greedy else None
+    place, what = found
     if own is not None:
         what += f" (rank {ranks_where(not bool((own.abs() <= limit).all()))})"
     bad = ()
@@ -115,12 +116,13 @@ def score_problem(batch: Scores, limit: float, own: torch.Tensor | None = None) 
     return f"the score of response {place} of this step is {what}; check the reward model or --reward_fn{named}"
 
 
-def _baseline_problem(baselines: torch.Tensor, limit: float) -> str | None:
-    wrong = (~(baselines.abs() <= limit)).nonzero()
+def _first_beyond(scores: torch.Tensor, limit: float) -> tuple[int, str] | None:
+    """Returns (index, what it is) of the first score that is not finite or beyond ± limit, None if all are fine."""
+    wrong = (~(scores.abs() <= limit)).nonzero()
     if not len(wrong):
         return None
-    found = f"{float(baselines[int(wrong[0])]):g}, not finite or beyond --explosion_limit"
-    return f"the score of the greedy response beside response {int(wrong[0])} is {found}; check what scores"
+    place, score = int(wrong[0]), float(scores[wrong[0]])
+    return place, f"{score:g}, beyond --explosion_limit" if math.isfinite(score) else "not finite"
 
 
 def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from ppo.estimators import needs_of
 from utils.errors import UserError
-from utils.flags.checks import replace_default
+from utils.flags.checks import is_default, replace_default
 
 
 def check_losses(config) -> None:
@@ -37,11 +37,10 @@ def check_estimator(config) -> None:
         raise UserError("--drop_uniform_groups needs groups: pass --num_responses_per_prompt 2 or more")
     if config.alarm_explained_variance is not None and not config.has_critic:
         raise UserError(f"--alarm_explained_variance {config.alarm_explained_variance:g}: {estimator} has no critic")
-    useless = [f"--{name}" for name in ("value_norm", "critic_epochs", "critic_updates_per_policy_update")
-               if name in config.given and not config.has_critic]  # fmt: skip
-    if useless:
-        raise UserError(f"{useless[0]}: {estimator} has no critic; drop the flag")
     if not config.has_critic:
+        for name in ("value_norm", "critic_epochs", "critic_updates_per_policy_update"):
+            if not is_default(config, name):
+                raise UserError(f"--{name} {getattr(config, name)}: {estimator} has no critic; drop it")
         replace_default(config, "critic_pretrain_steps", 0, f"{estimator} has no critic")
         if config.critic_pretrain_steps:
             raise UserError(

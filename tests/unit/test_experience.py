@@ -106,7 +106,7 @@ def test_scores_beyond_the_limit_are_named_with_their_rank(monkeypatch):
     said = replace(large, parts=parts, part_names=("reward_a", "reward_b"))
     assert score_problem(said, 5.0).endswith("check the reward model or --reward_fn (reward_b)")
     greedy = replace(scores_of(rollout, [0.0] * 4), baselines=torch.tensor([0.0, 0.0, math.inf, 1.0]))
-    assert score_problem(greedy, 5.0).startswith("the score of the greedy response beside response 2 is inf")
+    assert score_problem(greedy, 5.0).startswith("the score of the greedy response beside response 2 is not finite")
 
 
 def test_alarms_by_threshold():

@@ -95,6 +95,8 @@ def test_the_overlong_penalty_is_in_deviations_of_the_score_and_after_the_clip()
         ({"pg_clip_high": 0.3, "use_policy_loss_clip": False}, "needs --use_policy_loss_clip true"),
         ({"pg_clip_high": 0.3, "policy_ratio": "none"}, "--pg_clip_high with --policy_ratio none"),
         ({"dual_clip": 3.0, "policy_ratio": "none"}, "--dual_clip with --policy_ratio none"),
+        ({"advantage_estimator": "reinforce_pp", "value_norm": "popart"}, "--value_norm popart: --advantage_estimator"),
+        ({"advantage_estimator": "reinforce_pp", "critic_epochs": 2}, "reinforce_pp has no critic; drop it"),
         ({"kl_target": 6.0, "kl_penalty_weight": 0.0}, "pass --kl_penalty_weight above 0"),
     ],
 )
