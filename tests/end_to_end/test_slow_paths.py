@@ -92,13 +92,13 @@ def test_both_sample_the_same(runs):
 def test_metrics_are_the_same(runs):
     """float32: losses to 1e-6 (advantages have deviation 1, values are about 1), the rest to 1e-5 of its size.
 
-    Explained variances to 1e-4: returns of a quarter of the tokens lie so near to each other that differences cancel.
+    Explained variances of quarters to 3e-5: their returns lie so near to each other that differences cancel.
     """
     (fast, _), (plain, _) = runs
     assert len(fast) == len(plain) == 22
     for name in fast[-1]:
         rows = [(a[name], b[name]) for a, b in zip(fast, plain, strict=True) if name in a]
         worst, size = max(abs(a - b) for a, b in rows), max(abs(a) for a, _ in rows)
-        share = 1e-4 if name.startswith("explained_variance") else 1e-5
+        share = 3e-5 if name.startswith("explained_variance_") else 1e-5
         bound = 1e-6 if name.endswith("_loss") else share * max(1.0, size)
         assert worst <= bound, f"{name}: {worst:.2g} apart at a size of {size:.2g}"
