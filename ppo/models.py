@@ -12,12 +12,14 @@ from ppo.decoding.kv_cache import AUTO_SLOTS
 from ppo.decoding.llama_step import new_token_states
 from ppo.decoding_check import choose_decoding
 from ppo.rollout import DECODING
+from reward.model import train_scalar_adapter
 from reward.scoring.ensemble import Ensemble, Frozen
 from reward.scoring.load import check_same_tokenizer, load_ensemble, load_scalar, reward_readers
 from utils.engine.engine import DTYPES, InferenceEngine, TrainEngine, device
 from utils.engine.memory import fits_whole
 from utils.engine.split import shard_frozen, splitter
 from utils.errors import Say
+from utils.models.adapters import Adapted, train_adapter
 from utils.models.chunked_logprobs import by_chunks, head_logits, logprobs_and_entropy
 from utils.models.compile import compile_layers
 from utils.models.export import check_names, saved_tensors
@@ -31,7 +33,7 @@ from utils.tokenizer import template_of
 CHUNK_ELEMENTS = 1 << 24  # logits held at once: 32 MB in bf16, for any batch and vocabulary
 
 
-class PolicyModel(nn.Module):
+class PolicyModel(Adapted):
     """A causal LM that computes log-probabilities of given tokens in chunks, or next-token logits while decoding."""
 
     def __init__(self, lm: nn.Module, even_tokens: int = 0, router_coef: float = 0.0):
@@ -52,6 +54,7 @@ class PolicyModel(nn.Module):
         decode: call `next_logits` with these arguments instead. routed: bool [batch, length], the tokens that router
         statistics count; adds a third result, their `router_sums`.
         """
+        self.activate()
         if decode is not None:
             return self.next_logits(**decode)
 
@@ -136,7 +139,12 @@ def load_models(config: PPOConfig, tokenizer, say: Say = print) -> Models:
         with gathered(lm, by_layer=layered):
             choose_decoding(model, config, flag, say, layered)
     freeze = partial(_freeze, config=config, split=bool(split_frozen))
-    reference = freeze(PolicyModel(model_copy(lm, split_frozen), even_tokens if split_frozen else 0))
+    if config.lora_rank:
+        train_adapter(model, model.decoder, "policy", config)
+        reference = Frozen(PolicyModel(lm), offload=False)
+        reference.model.share(model.decoder)
+    else:
+        reference = freeze(PolicyModel(model_copy(lm, split_frozen), even_tokens if split_frozen else 0))
     if config.gradient_checkpoint is True:
         enable_checkpointing(lm)
     rows = embedding_rows(lm)
@@ -148,6 +156,8 @@ def load_models(config: PPOConfig, tokenizer, say: Say = print) -> Models:
     held = (critic_path, critic_model) if critic_model else None
     reward = load_ensemble(config, readers, tokenizer, rows, freeze, say, held, split_frozen)
     if critic_model:
+        if config.lora_rank:
+            train_scalar_adapter(critic_model, "critic", config, config.critic_lora_rank or config.lora_rank)
         if config.gradient_checkpoint is True:
             enable_checkpointing(critic_model.backbone)
         critic = TrainEngine(critic_model, config, "critic")

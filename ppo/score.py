@@ -10,7 +10,7 @@ from torch import nn
 from data.batching.collate import micro_batches
 from data.chat import TurnEnd, turn_end
 from ppo.config import PPOConfig
-from ppo.models import Models
+from ppo.models import Models, PolicyModel
 from ppo.rewards import per_token
 from ppo.rollout import response_texts
 from ppo.types import MeasuredRollout, PromptBatch, Rollout, Scores
@@ -48,7 +48,7 @@ def score(
         )
     with models.reference.resident() as reference:
         # Compared each time, since a resume or a rollback may have changed the policy too.
-        moved = not same_weights(policy.module, reference)
+        moved = _differ(policy.module, reference)
         ref_logprobs = logprobs
         if any_rank(moved, logprobs.device):
             (ref_logprobs,) = _by_batch(
@@ -63,6 +63,12 @@ def score(
         logprobs, ref_logprobs, entropy, values, groups=groups,
         **response_scores(rollout, prompts, models.reward, reward_fn, tokenizer, config.micro_batch_tokens),
     )  # fmt: skip
+
+
+def _differ(policy: PolicyModel, reference: PolicyModel) -> bool:
+    if policy.adapters:  # they share their frozen weights
+        return not policy.is_unchanged()
+    return not same_weights(policy, reference)
 
 
 @torch.no_grad()

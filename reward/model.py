@@ -22,6 +22,8 @@ from transformers import (
 )
 
 from utils.errors import Say, UserError
+from utils.flags.lora import LoraFlags
+from utils.models.adapters import Adapted, train_adapter
 from utils.models.check import check_forward
 from utils.models.chunked_logprobs import head_logits, sum_nll
 from utils.models.export import check_names, saved_tensors, set_ids, write_model
@@ -42,7 +44,7 @@ class ScalarHead(nn.Linear):
         return F.linear(hidden.float(), self.weight.float())
 
 
-class ScalarModel(nn.Module):
+class ScalarModel(Adapted):
     """A decoder without LM head (`backbone`) and a scalar `head`; `lm_head` only for a language-model loss."""
 
     def __init__(self, backbone: PreTrainedModel, head: ScalarHead, lm_head: nn.Module | None = None):
@@ -68,6 +70,7 @@ class ScalarModel(nn.Module):
         with_states: return also the float32 states [batch, hidden] of each row's last real token. attention_mask can
         exclude tokens whose scalars are not needed: causal attention needs no mask.
         """
+        self.activate()
         read = attention_mask.bool()
         answers = None if nll_mask is None else before(nll_mask)[read].nonzero().squeeze(1)
         if with_states or (nll_mask is not None and not self.trains_joined):
@@ -94,6 +97,12 @@ class ScalarModel(nn.Module):
     def trains_joined(self) -> bool:
         """Whether forward passes with a language-model loss run without padding."""
         return has_varlen_kernel(self.backbone)
+
+
+def train_scalar_adapter(model: ScalarModel, name: str, config: LoraFlags, rank: int = 0) -> None:
+    """Freezes a model and adds an adapter to its backbone (`add_adapter`); the head is trained as well, in float32."""
+    train_adapter(model, model.backbone, name, config, rank)
+    model.head.float().requires_grad_(True)
 
 
 def last_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ def train(config: RewardConfig) -> None:
     from data.choose_template import first_prompt
     from reward.batches import MIN_PAIRS, dynamic_batches
     from reward.encode import load_data
+    from reward.model import train_scalar_adapter
     from reward.stage import RewardState, build_stage, load
     from utils.distributed import world_size
     from utils.engine.engine import TrainEngine
@@ -30,6 +31,8 @@ def train(config: RewardConfig) -> None:
         (first,) = items.first(1)
         say(first_prompt(tokenizer, first.answers[0][: first.prompt_length]))
         model = load(config, tokenizer, say)
+        if config.lora_rank:
+            train_scalar_adapter(model, "reward", config)
         engine = TrainEngine(model, config, "reward model")
         budget = config.batch_size * sum(row["tokens"] for row in items.each("tokens")) / len(items)
         batches = dynamic_batches(items.take, budget, max(MIN_PAIRS, world_size()))

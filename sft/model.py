@@ -3,11 +3,11 @@
 from functools import partial
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from data.batching.packing import restarting_positions
 from sft.loss import answer_loss
+from utils.models.adapters import Adapted
 from utils.models.check import SMALL, Probe, distance
 from utils.models.chunked_logprobs import head_logits, nll_and_hits
 from utils.models.padding_free import decoder_of, has_varlen_kernel, states_of
@@ -17,7 +17,7 @@ from utils.tensors import before
 BOUNDARY_TOKENS = 3  # first tokens of a packed dialogue, which are compared separately
 
 
-class AnswerModel(nn.Module):
+class AnswerModel(Adapted):
     """A causal LM whose forward pass returns the summed loss of answer tokens; it computes no other logits."""
 
     def __init__(self, lm: PreTrainedModel, even_tokens: int = 0):
@@ -35,6 +35,7 @@ class AnswerModel(nn.Module):
         positions: restart at 0 for each packed dialogue. with_hits: append the number of tokens that are the most
         likely ones. routed: bool, tokens for router statistics; append their `router_sums`.
         """
+        self.activate()
         # Causal attention hides right padding, and kernels are fastest without a mask. transformers masks packed
         # dialogues from restarting positions, but only if it gets no other mask.
         packed = {} if positions is None else {"position_ids": positions}

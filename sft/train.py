@@ -18,7 +18,9 @@ def train(config: SFTConfig) -> None:
     from utils.engine.engine import TrainEngine
     from utils.engine.memory import device_room
     from utils.memory.recompute import choose_checkpointing
+    from utils.models.adapters import train_adapter
     from utils.models.load import FLAG
+    from utils.models.padding_free import decoder_of
     from utils.models.routers import router_coef
     from utils.run.start import start_run
     from utils.run.supervised_loop import FitState, fit
@@ -32,7 +34,10 @@ def train(config: SFTConfig) -> None:
         say(first_prompt(tokenizer, first.ids[: prompt_length(first)]))
         lm, layout = load(config, tokenizer, say)
         balance = router_coef(lm, config.router_aux_loss_coef, f"{FLAG} {config.hf_model_name_or_path}", say)
-        engine = TrainEngine(AnswerModel(lm, config.even_tokens), config, "model")
+        model = AnswerModel(lm, config.even_tokens)
+        if config.lora_rank:
+            train_adapter(model, decoder_of(lm), "sft", config)
+        engine = TrainEngine(model, config, "model")
         tokens = max(config.micro_batch_tokens, config.context_truncate)
         choose_checkpointing(engine, lm, config, tokens, device_room(), say)
         batches, shown = dialogues.batches(config.batch_size), evenly_spaced(valid, config.num_samples)

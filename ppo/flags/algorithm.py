@@ -93,6 +93,8 @@ class CriticFlags:
     shifted once, before training; 0: the head stays as loaded"""
     critic_epochs: int = 0
     """Passes of the critic over each buffer, of which --ppo_epochs are together with the policy; 0: --ppo_epochs"""
+    critic_lora_rank: int = 0
+    """Rank of the critic's adapters under --lora_rank; 0: the same rank"""
     critic_updates_per_policy_update: int = 1
     """Optimizer steps of the critic on each minibatch, of which the first is together with the policy's"""
     value_norm: Literal["none", "running", "popart"] = "none"

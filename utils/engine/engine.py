@@ -5,6 +5,7 @@ token count, so gradients are summed over micro-batches and ranks, never average
 """
 
 import contextlib
+import copy
 import datetime
 import os
 import socket
@@ -27,6 +28,7 @@ from utils.engine.state import SharedState, load_state, scale_weight, state_tens
 from utils.errors import UserError
 from utils.files import first_names
 from utils.flags.engine import EngineConfig
+from utils.models.adapters import BASE, Adapted, merged_tensors
 from utils.models.compile import layers_of
 from utils.models.export import saved_tensors
 from utils.models.split import is_split, whole_shape
@@ -90,6 +92,21 @@ def shutdown_distributed() -> None:
         deepspeed.comm.destroy_process_group()
 
 
+class _Trained(nn.Module):
+    """What DeepSpeed sees of a model with adapters: the parameters that are trained, and the forward.
+
+    It would cast the frozen ones to their dtype, send them to all ranks, and keep them in its lists.
+    """
+
+    def __init__(self, model: nn.Module, parameters: list[nn.Parameter]):
+        super().__init__()
+        self.model = (model,)  # a tuple, so that it is no submodule
+        self.trained = nn.ParameterList(parameters)
+
+    def forward(self, *args, **kwargs):
+        return self.model[0](*args, **kwargs)
+
+
 class TrainEngine:
     """One model with its optimizer.
 
@@ -99,8 +116,12 @@ class TrainEngine:
     """
 
     def __init__(self, module: nn.Module, config: EngineConfig, name: str):
-        """name: what metrics and errors call the model. The module's parameters are of config.dtype, on device()."""
+        """name: what metrics and errors call the model. The module's parameters are of config.dtype, on device().
+
+        If it has an adapter, what requires gradients is float32, and DeepSpeed does not see the rest.
+        """
         self.name = name
+        self.module = module  # under ZeRO-3 its weights are whole only inside `gathered()`
         self.zero_stage = config.zero_stage
         self.gradient_clip = config.gradient_clip
         self.explosion_limit = config.explosion_limit
@@ -108,10 +129,14 @@ class TrainEngine:
         self.before_change: Callable[[], None] = lambda: None  # called before what `state_tensors` returned changes
         self.version = 0  # counts changes of the weights
         self._bad_gradient = torch.zeros((), dtype=torch.bool, device=device())
+        adapted = isinstance(module, Adapted) and bool(module.adapters)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         for parameter in self.parameters:
-            if len(whole_shape(parameter)) == 1:  # norms: small, in every layer, and every gradient passes through one
+            # Norms: small, in every layer, and every gradient passes through one. Adapters are small, too.
+            if adapted or len(whole_shape(parameter)) == 1:
                 parameter.register_hook(self._note_gradient)
+        if adapted:
+            module, config = _Trained(module, self.parameters), _as_float32(config)
         betas = (config.adam_beta1, config.adam_beta2)
         options = {"lr": 0.0, "betas": betas, "eps": config.adam_eps, "weight_decay": 0.0}
         if config.offload_optimizer:
@@ -130,17 +155,14 @@ class TrainEngine:
                 self._optimizer.buffered_reduce_fallback = lambda *_, **__: None
         self._compute_norm = self._separate_norm_from_step()
 
-    @property
-    def module(self) -> nn.Module:
-        """The model inside the engine. Under ZeRO-3 its weights are whole only inside `gathered()`."""
-        return self.engine.module
-
     def __call__(self, *args, **kwargs):
         return self.engine(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of this rank's share of the loss. Undoes DeepSpeed's average over ranks."""
         with strictly():
+            if isinstance(self.module, Adapted):
+                self.module.activate()
             self.engine.backward(loss * world_size())
 
     def measure(self) -> float:
@@ -223,13 +245,17 @@ class TrainEngine:
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Returns name -> whole tensor in host memory on rank 0, {} elsewhere. Collective."""
         held = {name: x.to("cpu", copy=True) for name, x in self.weights() if is_main()}
-        return {name: held[name] for name in saved_tensors(self.module) if name in held}
+        order = (name.replace(BASE, "") for name in saved_tensors(self.module))
+        return {name: held[name] for name in order if name in held}
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields (name, whole tensor on this rank's device) of what `full_state_dict` returns. Collective.
 
         Under ZeRO-3 these are copies, of one layer at a time. The caller must not change the others.
         """
+        if isinstance(self.module, Adapted) and self.module.adapters:
+            yield from merged_tensors(self.module)
+            return
         tensors = saved_tensors(self.module)
         inside = [{id(x) for x in layer.parameters()} for layer in layers_of(self.module)]
         groups = [[name for name, x in tensors.items() if id(x) in ids] for ids in inside]
@@ -282,6 +308,12 @@ class TrainEngine:
     def trained(self) -> dict[nn.Parameter, str]:
         """Returns the trained parameters with their names, in the model's order."""
         return {parameter: name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+
+
+def _as_float32(config: EngineConfig) -> EngineConfig:
+    config = copy.copy(config)
+    config.dtype = "fp32"
+    return config
 
 
 class InferenceEngine:

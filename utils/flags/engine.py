@@ -6,6 +6,7 @@ from typing import Literal
 from utils.errors import UserError
 from utils.flags.checks import check_range, choose
 from utils.flags.fields import Common
+from utils.flags.lora import LoraFlags
 from utils.flags.text import TextFlags
 
 
@@ -38,7 +39,7 @@ class OptimizerFlags:
 
 
 @dataclass
-class EngineConfig(OptimizerFlags, ForwardConfig):
+class EngineConfig(OptimizerFlags, LoraFlags, ForwardConfig):
     """Memory and speed: how weights, gradients and optimizer state are stored."""
 
     zero_stage: Common[Literal[0, 1, 2, 3]] = 2
@@ -63,8 +64,12 @@ class EngineConfig(OptimizerFlags, ForwardConfig):
         super().__post_init__()
         check_range(
             self, gradient_clip=(0, None), explosion_limit=(1, None), adam_beta1=(0, 0.999999),
-            adam_beta2=(0, 0.999999), adam_eps=(0, None),
+            adam_beta2=(0, 0.999999), adam_eps=(0, None), lora_rank=(0, None), lora_dropout=(0, 0.999),
         )  # fmt: skip
+        if self.lora_rank and self.zero_stage == 3:
+            raise UserError(
+                "--lora_rank does not work with --zero_stage 3, which would split the frozen weights; use 2"
+            )
         if self.zero_stage == 0 and self.dtype == "auto":
             choose(self, "dtype", "fp32", "--zero_stage 0 trains float32 weights only")
         if self.zero_stage == 0 and self.dtype == "bf16":

@@ -1,0 +1,121 @@
+"""LoRA adapters on frozen decoders, by peft: several on one decoder, of which each forward says which it uses."""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from utils.errors import UserError
+from utils.flags.lora import ALL_LINEAR, LoraFlags
+from utils.models.export import saved_tensors
+
+INSTALL = "pip install peft==0.21.2"
+BASE = "base_layer."  # in the names of the frozen weights of a layer with adapters
+
+
+def add_adapter(decoder: nn.Module, name: str, config: LoraFlags, rank: int = 0) -> None:
+    """Freezes a decoder and adds a float32 adapter that is to be trained, whose output is 0 at first.
+
+    rank: of the adapter; 0: --lora_rank. Raises UserError without peft, or if no layer has one of the names in
+    --lora_target_modules.
+    """
+    lora = peft("--lora_rank")
+    rank, names = rank or config.lora_rank, config.lora_target_modules
+    settings = lora.LoraConfig(
+        r=rank, lora_alpha=config.adapter_scale * rank / config.lora_rank, lora_dropout=config.lora_dropout,
+        target_modules=ALL_LINEAR if names == [ALL_LINEAR] else names, use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+    )  # fmt: skip
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)  # the same on all ranks, and after a resume
+            inject(decoder, name, settings)
+    except ValueError as error:
+        raise UserError(f"--lora_target_modules {' '.join(names)}: {str(error).splitlines()[0]}") from error
+
+
+def peft(flag: str):
+    """Returns the package. Raises UserError if it is not installed; flag: what needs it."""
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(f"{flag}: peft is not installed; run {INSTALL}")
+    import peft
+
+    return peft
+
+
+def inject(decoder: nn.Module, name: str, settings) -> None:
+    """Freezes a decoder and adds a float32 adapter to be trained. settings: peft's LoraConfig. Raises ValueError."""
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    trained = [x for layer in adapted_layers(decoder) for x in layer.parameters() if x.requires_grad]
+    decoder.requires_grad_(False)
+    peft("--lora_rank").inject_adapter_in_model(settings, decoder, name)
+    cast_adapter_dtype(decoder, name)
+    for parameter in trained:  # of other adapters, which peft freezes
+        parameter.requires_grad_(True)
+
+
+class Adapted(nn.Module):
+    """A model whose forwards use some adapters of its decoder, or none. Other models may share the decoder.
+
+    The last one is the model's own: the trained one, in a model that is trained.
+    """
+
+    adapters: tuple[str, ...] = ()
+    adapted: tuple[nn.Module, ...] = ()  # the decoder's layers with adapters; a tuple, so that they belong to it alone
+
+    def share(self, decoder: nn.Module, *adapters: str) -> None:
+        """Sets what forwards use: these adapters of the decoder's, added up; none: its frozen weights."""
+        self.adapters, self.adapted = adapters, tuple(adapted_layers(decoder))
+
+    def activate(self) -> None:
+        """Must be called before each forward, and before a backward pass that repeats one (gradient checkpointing)."""
+        for layer in self.adapted:  # not layer.set_adapter, which freezes all other adapters
+            layer._disable_adapters, layer._active_adapter = not self.adapters, [*self.adapters]
+
+    @torch.no_grad()
+    def is_unchanged(self) -> bool:
+        """Whether the model's own adapter changes nothing, as before its first step."""
+        own = self.adapters[-1]
+        layers = [x for x in self.adapted if own in x.lora_B]
+        return not any(own in x.lora_variant or bool(x.lora_B[own].weight.any()) for x in layers)
+
+
+def train_adapter(model: Adapted, decoder: nn.Module, name: str, config: LoraFlags, rank: int = 0) -> None:
+    """Freezes a model and adds an adapter to its decoder (`add_adapter`), which its forwards then use."""
+    model.requires_grad_(False)
+    add_adapter(decoder, name, config, rank)
+    model.share(decoder, *model.adapters, name)
+
+
+def adapted_layers(module: nn.Module) -> list[nn.Module]:
+    """Returns the layers with adapters."""
+    return [layer for layer in module.modules() if hasattr(layer, "lora_A")]
+
+
+@contextlib.contextmanager
+def merged(layer: nn.Module, adapters: tuple[str, ...]) -> Iterator[torch.Tensor]:
+    """Context with a layer's weight and adapters in one tensor, added in float32 and rounded once; the layer keeps all."""
+    base = layer.get_base_layer()
+    held = base.weight.data
+    base.weight.data = held.float()
+    try:
+        layer.merge(safe_merge=True, adapter_names=[name for name in adapters if name in layer.lora_A])
+        yield base.weight.data.to(held.dtype)
+    finally:
+        layer.merged_adapters.clear()
+        base.weight.data = held
+
+
+def merged_tensors(model: Adapted) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, tensor) of a model's folder, with its adapters merged: those of the model without adapters."""
+    layers = {f"{path}.{BASE}weight": x for path, x in model.named_modules() if hasattr(x, "lora_A")}
+    dtype = next(x.dtype for x in model.parameters() if not x.requires_grad)
+    for key, x in saved_tensors(model).items():
+        if key in layers:
+            with merged(layers[key], model.adapters) as weight:
+                yield key.replace(BASE, ""), weight
+        elif "lora_" not in key:
+            yield key.replace(BASE, ""), x.detach().to(dtype if x.requires_grad else x.dtype)
