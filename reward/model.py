@@ -23,11 +23,12 @@ from transformers import (
 
 from utils.errors import Say, UserError
 from utils.flags.lora import LoraFlags
+from utils.models.adapter_folder import read_head
 from utils.models.adapters import Adapted, train_adapter
 from utils.models.check import check_forward
 from utils.models.chunked_logprobs import head_logits, sum_nll
 from utils.models.export import check_names, saved_tensors, set_ids, write_model
-from utils.models.load import FLAG, fit_vocabulary, from_folder, model_folder, resize_embeddings
+from utils.models.load import FLAG, adapter_folders, fit_vocabulary, from_folder, model_folder, resize_embeddings
 from utils.models.padding_free import has_varlen_kernel, joins_rows, states_of
 from utils.models.split import Split, gathered, split_rest
 from utils.models.weight_files import read_tensor, tensor_files
@@ -125,6 +126,8 @@ def load_scalar_model(
     files = tensor_files(folder, flag)
     name = next((name for name in HEAD_NAMES if name in files), None)
     weight = None if name is None else read_tensor(files[name], name, flag)
+    for adapter in adapter_folders(path, flag):
+        weight = read_head(adapter, flag) if weight is None else weight
     if weight is None and trained:
         raise UserError(f"{flag}: {path} has no reward head; train a reward model with python -m reward.train")
     if weight is not None and weight.shape[0] != 1:
@@ -132,7 +135,7 @@ def load_scalar_model(
     if with_lm_head and name == HEAD_NAMES[0]:
         raise UserError(f"{flag}: {path} is a classifier without an LM head; use it with --reward_lm_loss_factor 0")
     auto_class = AutoModelForCausalLM if with_lm_head else AutoModel
-    model = from_folder(auto_class, folder, dtype, device, attn_implementation, flag, say, split)
+    model = from_folder(auto_class, path, dtype, device, attn_implementation, flag, say, split)
     if tokenizer is not None:
         fit_vocabulary(model, tokenizer, f"{flag} {path}", say)
     backbone, lm_head = (model.base_model, model.get_output_embeddings()) if with_lm_head else (model, None)

@@ -28,9 +28,9 @@ from utils.engine.state import SharedState, load_state, scale_weight, state_tens
 from utils.errors import UserError
 from utils.files import first_names
 from utils.flags.engine import EngineConfig
-from utils.models.adapters import BASE, Adapted, merged_tensors
+from utils.models.adapters import BASE, Adapted
 from utils.models.compile import layers_of
-from utils.models.export import saved_tensors
+from utils.models.export import merged_tensors, saved_tensors
 from utils.models.split import is_split, whole_shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -9,7 +10,6 @@ from torch import nn
 
 from utils.errors import UserError
 from utils.flags.lora import ALL_LINEAR, LoraFlags
-from utils.models.export import saved_tensors
 
 INSTALL = "pip install peft==0.21.2"
 BASE = "base_layer."  # in the names of the frozen weights of a layer with adapters
@@ -45,13 +45,18 @@ def peft(flag: str):
     return peft
 
 
-def inject(decoder: nn.Module, name: str, settings) -> None:
-    """Freezes a decoder and adds a float32 adapter to be trained. settings: peft's LoraConfig. Raises ValueError."""
+def inject(decoder: nn.Module, name: str, settings, tensors: dict[str, torch.Tensor] | None = None) -> None:
+    """Freezes a decoder and adds a float32 adapter to be trained. settings: peft's LoraConfig. Raises ValueError.
+
+    tensors: of an adapter, by peft's names; their layers get one. None: layers by the settings.
+    """
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
     trained = [x for layer in adapted_layers(decoder) for x in layer.parameters() if x.requires_grad]
     decoder.requires_grad_(False)
-    peft("--lora_rank").inject_adapter_in_model(settings, decoder, name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+        peft("--lora_rank").inject_adapter_in_model(settings, decoder, name, state_dict=tensors)
     cast_adapter_dtype(decoder, name)
     for parameter in trained:  # of other adapters, which peft freezes
         parameter.requires_grad_(True)
@@ -107,15 +112,3 @@ def merged(layer: nn.Module, adapters: tuple[str, ...]) -> Iterator[torch.Tensor
     finally:
         layer.merged_adapters.clear()
         base.weight.data = held
-
-
-def merged_tensors(model: Adapted) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, tensor) of a model's folder, with its adapters merged: those of the model without adapters."""
-    layers = {f"{path}.{BASE}weight": x for path, x in model.named_modules() if hasattr(x, "lora_A")}
-    dtype = next(x.dtype for x in model.parameters() if not x.requires_grad)
-    for key, x in saved_tensors(model).items():
-        if key in layers:
-            with merged(layers[key], model.adapters) as weight:
-                yield key.replace(BASE, ""), weight
-        elif "lora_" not in key:
-            yield key.replace(BASE, ""), x.detach().to(dtype if x.requires_grad else x.dtype)

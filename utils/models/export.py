@@ -1,6 +1,7 @@
 """Writes model folders that other tools load: weights, config, generation config, tokenizer. Atomic."""
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 
 from utils.errors import UserError
 from utils.files import atomic_folder, write_json
+from utils.models.adapters import BASE, Adapted, merged
 from utils.models.load import meta_model, quiet_transformers
 from utils.tokenizer import save_tokenizer, stop_ids
 
@@ -17,6 +19,18 @@ def saved_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     persistent = module.state_dict(keep_vars=True).keys()
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
     return dict(module.named_parameters()) | buffers
+
+
+def merged_tensors(model: Adapted) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, tensor) of a model's folder, with its adapters merged: those of the model without adapters."""
+    layers = {f"{path}.{BASE}weight": x for path, x in model.named_modules() if hasattr(x, "lora_A")}
+    dtype = next(x.dtype for x in model.parameters() if not x.requires_grad)
+    for key, x in saved_tensors(model).items():
+        if key in layers:
+            with merged(layers[key], model.adapters) as weight:
+                yield key.replace(BASE, ""), weight
+        elif "lora_" not in key:
+            yield key.replace(BASE, ""), x.detach().to(dtype if x.requires_grad else x.dtype)
 
 
 def check_names(auto_class: type, config: PretrainedConfig, state: dict[str, torch.Tensor], what: str) -> None:

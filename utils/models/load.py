@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from utils.errors import Say, UserError
 from utils.hub import download_model, is_hub_id
+from utils.models.adapter_folder import base_of, is_adapter, load_adapter, merge_adapters
 from utils.models.check import check_forward
 from utils.models.compile import layers_of
 from utils.models.config import check_counts, check_memory, read_config
@@ -39,8 +40,7 @@ def load_causal_lm(
     split: splits the weights over the ranks as they are read. Collective then. Raises UserError for a folder that is
     damaged, and for an architecture that fails utils/models/check.py.
     """
-    folder = model_folder(path, flag)
-    model = from_folder(AutoModelForCausalLM, folder, dtype, device, attn_implementation, flag, say, split)
+    model = from_folder(AutoModelForCausalLM, path, dtype, device, attn_implementation, flag, say, split)
     if tokenizer is not None:
         fit_vocabulary(model, tokenizer, f"{flag} {path}", say)
     split_rest(model, split, device)
@@ -50,17 +50,43 @@ def load_causal_lm(
 
 
 def model_folder(path: str, flag: str = FLAG) -> Path:
-    """Returns the local folder of `path`, downloaded if it is a hub id. Raises UserError without config or weights."""
+    """Returns the local folder of `path`, downloaded if it is a hub id. Raises UserError without config or weights.
+
+    For a folder with an adapter it is that of the model that the adapter belongs to.
+    """
+    return _folders(path, flag)[0]
+
+
+def adapter_folders(path: str, flag: str = FLAG) -> list[Path]:
+    """Returns the folders of the adapters that `path` stands for, the first one first; none if it is a whole model."""
+    return _folders(path, flag)[1:]
+
+
+def _folders(path: str, flag: str) -> list[Path]:
+    """Returns the folder of a whole model, and those of its adapters."""
+    adapters = []
+    while True:
+        folder = _local_folder(path, flag)
+        if not is_adapter(folder):
+            break
+        if folder in adapters:
+            raise UserError(f"{flag}: the adapter in {folder} belongs to itself; set base_model_name_or_path")
+        adapters.insert(0, folder)
+        path, flag = base_of(folder, flag), f"{flag} {folder}, base_model_name_or_path"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{flag}: no config.json in {path}; use the folder of a Hugging Face model")
+    _check_known(read_config(folder, flag), path, flag)
+    tensor_files(folder, flag)  # checks that they are there
+    return [folder, *adapters]
+
+
+def _local_folder(path: str, flag: str) -> Path:
     folder = Path(path)
     if not os.path.exists(path) and is_hub_id(str(path)):
         folder = download_model(str(path), flag)
     if not os.path.isdir(folder):
         problem = "is a file" if os.path.exists(folder) else "does not exist"
         raise UserError(f"{flag}: the model folder {path} {problem}; use a Hugging Face folder or a hub id")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{flag}: no config.json in {path}; use the folder of a Hugging Face model")
-    _check_known(read_config(folder, flag), path, flag)
-    tensor_files(folder, flag)  # checks that they are there
     return folder
 
 
@@ -117,13 +143,17 @@ def _attention_kernel(asked: str | None, config: PretrainedConfig, folder: Path,
 
 
 def from_folder(
-    auto_class: type, folder: Path, dtype: torch.dtype, device: torch.device, attn_implementation: str | None,
+    auto_class: type, path: str, dtype: torch.dtype, device: torch.device, attn_implementation: str | None,
     flag: str, say: Say = print, split: Split | None = None,
 ) -> PreTrainedModel:  # fmt: skip
     """Calls `auto_class.from_pretrained` in `dtype`. Raises UserError for weights that are missing or not finite.
 
-    split: the layers are split over the ranks; the caller must call `split_rest`.
+    Adapters that `path` stands for are merged. split: the layers are split over the ranks; the caller must call
+    `split_rest`.
     """
+    folder, *adapters = _folders(path, flag)
+    if adapters and split:
+        raise UserError(f"{flag}: {path} is an adapter, which --zero_stage 3 cannot merge; merge it first")
     options = {"device_map": {"": device}} if device.type == "cuda" and split is None else {}
     with _loading(folder, flag):
         stored = stored_tensors(folder, flag)
@@ -150,11 +180,19 @@ def from_folder(
         raise UserError(f"{flag}: {folder}/config.json is of an encoder-decoder; use a decoder")
     if name := not_finite(model):
         raise UserError(f"{flag}: {folder} holds weights that are not finite ({name}); use an earlier checkpoint")
+    for i, adapter in enumerate(adapters):
+        load_adapter(model.base_model, f"loaded_{i}", adapter, flag)
+    if adapters:
+        merge_adapters(model.base_model)
+    report_progress(f"load of {folder}")
+    return _without_dropout_modules(model).eval()
+
+
+def _without_dropout_modules(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    report_progress(f"load of {folder}")
-    return model.eval()
+    return model
 
 
 def meta_model(auto_class: type, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
