@@ -12,9 +12,10 @@ from ppo.decoding.kv_cache import AUTO_SLOTS
 from ppo.decoding.llama_step import new_token_states
 from ppo.decoding_check import choose_decoding
 from ppo.rollout import DECODING
-from reward.model import train_scalar_adapter
+from ppo.shared_base import SharedBases
+from reward.model import ScalarModel, head_weight, scalar_model, train_scalar_adapter
 from reward.scoring.ensemble import Ensemble, Frozen
-from reward.scoring.load import check_same_tokenizer, load_ensemble, load_scalar, reward_readers
+from reward.scoring.load import Reader, check_same_tokenizer, load_ensemble, load_scalar, reward_readers
 from utils.engine.engine import DTYPES, InferenceEngine, TrainEngine, device
 from utils.engine.memory import fits_whole
 from utils.engine.split import shard_frozen, splitter
@@ -26,7 +27,7 @@ from utils.models.export import check_names, saved_tensors
 from utils.models.load import check_window, embedding_rows, enable_checkpointing, load_causal_lm
 from utils.models.padding_free import decoder_of, joins_rows, states_of
 from utils.models.routers import recorded_router_logits, router_coef, router_sums
-from utils.models.split import gathered, model_copy
+from utils.models.split import Split, gathered, model_copy
 from utils.tensors import at_tokens, before, places_of
 from utils.tokenizer import template_of
 
@@ -115,20 +116,77 @@ def load_models(config: PPOConfig, tokenizer, say: Say = print) -> Models:
     """Loads each model once, in config.dtype, onto its device, and creates its engine.
 
     Policy and reference come from one read, as do critic and reward model if they are the same. An estimator without a
-    critic loads none. Where weights are split over ranks, no rank holds a whole model. Tokenizers are compared before
-    any weights are read.
+    critic loads none. Where weights are split over ranks, no rank holds a whole model. With --lora_rank all models with
+    the same weights share them. Tokenizers are compared before any weights are read.
     """
     critic_path, critic_flag = config.critic_model_path, "--critic_model_path"
     if config.has_critic:
         check_same_tokenizer(critic_path, critic_flag, tokenizer, template_of(tokenizer))
     readers = reward_readers(config, tokenizer, say)
-    dtype, place = DTYPES[config.dtype], device()
+    dtype = DTYPES[config.dtype]
     split, split_frozen = splitter(config, dtype), splitter(config, dtype, frozen=True, offload=config.offload_frozen)
+    bases = _bases(config, readers) if config.lora_rank else None
+    model = _load_policy(config, tokenizer, say, split, bases)
+    rows = embedding_rows(model.lm)
+    freeze = partial(_freeze, config=config, split=bool(split_frozen))
+    if bases:
+        reference = Frozen(PolicyModel(model.lm), offload=False)
+        reference.model.share(model.decoder, *model.adapters)
+    else:
+        even_tokens = max(config.micro_batch_tokens, config.maxlen_prompt) if split_frozen else 0
+        reference = freeze(PolicyModel(model_copy(model.lm, split_frozen), even_tokens))
+    scalar = partial(_load_scalar, config, tokenizer=tokenizer, rows=rows, say=say, bases=bases)
+    critic_model = scalar(critic_path, critic_flag, split=split) if config.has_critic else None
+    held = (critic_path, critic_model) if critic_model and not bases else None
+    shared = (lambda path: scalar(path, config.reward_flag)) if bases else None
+    reward = load_ensemble(config, readers, tokenizer, rows, freeze, say, held, split_frozen, shared)
+    frozen = [reference.model, *(member.model.model for member in (reward.members if reward else []))]
+    if config.lora_rank:
+        _add_adapters(model, critic_model, frozen, config)
+    trained = {"policy": model} | ({"critic": critic_model} if critic_model else {})
+    engines = {name: _train(part, config, name) for name, part in trained.items()}
+    if config.compile:
+        # Not models that are split over ranks: their layers gather and release weights within a forward.
+        for part in (*trained.values(), *(() if split_frozen else frozen)):
+            compile_layers(part)
+    return Models(engines["policy"], engines.get("critic"), reference, reward)
+
+
+def _train(model: PolicyModel | ScalarModel, config: PPOConfig, name: str) -> TrainEngine:
+    if config.gradient_checkpoint is True:
+        enable_checkpointing(model.lm if name == "policy" else model.backbone)
+    return TrainEngine(model, config, name)
+
+
+def _add_adapters(policy: PolicyModel, critic: ScalarModel | None, frozen: list[Adapted], config: PPOConfig) -> None:
+    """Adds the adapters that are trained, after all others were read."""
+    train_adapter(policy, policy.decoder, "policy", config)
+    if critic:
+        train_scalar_adapter(critic, "critic", config, config.critic_lora_rank)
+    for model in (policy, *([critic] if critic else []), *frozen):
+        model.share(model.decoder, *model.adapters)  # also layers that only other models have adapters in
+
+
+def _bases(config: PPOConfig, readers: list[Reader]) -> SharedBases:
+    """Returns the bases of a run with adapters; under --share_base never each model has its own."""
+    paths = {f"--policy_model_path {config.policy_model_path}": config.policy_model_path}
+    if config.has_critic:
+        paths[f"--critic_model_path {config.critic_model_path}"] = config.critic_model_path
+    paths |= {f"{config.reward_flag} {reader.path}": reader.path for reader in readers if not reader.own}
+    return SharedBases(paths, share=config.share_base == "auto")
+
+
+def _load_policy(
+    config: PPOConfig, tokenizer, say: Say, split: Split | None, bases: SharedBases | None
+) -> PolicyModel:  # fmt: skip
+    path = config.policy_model_path
+    merge = not (bases and bases.shares(path))
     lm = load_causal_lm(
-        config.policy_model_path, dtype, place, config.attn_implementation, tokenizer, say, "--policy_model_path", split
-    )
+        path, DTYPES[config.dtype], device(), config.attn_implementation, tokenizer, say, "--policy_model_path", split,
+        merge,
+    )  # fmt: skip
     check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
-    flag = f"--policy_model_path {config.policy_model_path}"
+    flag = f"--policy_model_path {path}"
     check_names(AutoModelForCausalLM, lm.config, saved_tensors(lm), flag)
     even_tokens = max(config.micro_batch_tokens, config.maxlen_prompt)
     coef = router_coef(lm, config.router_aux_loss_coef, flag, say)
@@ -138,36 +196,27 @@ def load_models(config: PPOConfig, tokenizer, say: Say = print) -> Models:
     if config.rollout_engine != "vllm":
         with gathered(lm, by_layer=layered):
             choose_decoding(model, config, flag, say, layered)
-    freeze = partial(_freeze, config=config, split=bool(split_frozen))
-    if config.lora_rank:
-        train_adapter(model, model.decoder, "policy", config)
-        reference = Frozen(PolicyModel(lm), offload=False)
-        reference.model.share(model.decoder)
-    else:
-        reference = freeze(PolicyModel(model_copy(lm, split_frozen), even_tokens if split_frozen else 0))
-    if config.gradient_checkpoint is True:
-        enable_checkpointing(lm)
-    rows = embedding_rows(lm)
-    policy = TrainEngine(model, config, "policy")
+    if not merge:
+        model.share(model.decoder, *bases.hold(path, model.decoder, flag))
+    return model
 
-    critic = critic_model = None
-    if config.has_critic:
-        critic_model = load_scalar(config, critic_path, tokenizer, rows, say, critic_flag, split)
-    held = (critic_path, critic_model) if critic_model else None
-    reward = load_ensemble(config, readers, tokenizer, rows, freeze, say, held, split_frozen)
-    if critic_model:
-        if config.lora_rank:
-            train_scalar_adapter(critic_model, "critic", config, config.critic_lora_rank or config.lora_rank)
-        if config.gradient_checkpoint is True:
-            enable_checkpointing(critic_model.backbone)
-        critic = TrainEngine(critic_model, config, "critic")
-    if config.compile:
-        judges = [member.model.model for member in reward.members] if reward else []
-        # Not models that are split over ranks: their layers gather and release weights within a forward.
-        trained = (lm, critic_model) if critic_model else (lm,)
-        for model in (*trained, *(() if split_frozen else (reference.model, *judges))):
-            compile_layers(model)
-    return Models(policy, critic, reference, reward)
+
+def _load_scalar(
+    config: PPOConfig, path: str, flag: str, tokenizer, rows: int, say: Say, bases: SharedBases | None,
+    split: Split | None = None,
+) -> ScalarModel:  # fmt: skip
+    """Returns a critic or reward model with the policy's tokenizer, on a shared base if it has one."""
+    if not (bases and bases.shares(path)):
+        return load_scalar(config, path, tokenizer, rows, say, flag, split)
+    decoder = bases.held(path)
+    if decoder is None:
+        model = load_scalar(config, path, tokenizer, rows, say, flag, merge=False)
+    else:
+        weight = head_weight(path, flag, path in config.reward_paths)
+        model = scalar_model(decoder, weight, None, path, flag, DTYPES[config.dtype], device(), config.seed, say)
+    model.share(model.backbone, *bases.hold(path, model.backbone, flag))
+    model.head.requires_grad_(False)
+    return model
 
 
 def _freeze(model: nn.Module, config: PPOConfig, split: bool) -> Frozen:

@@ -24,9 +24,9 @@ from ppo.user_reward import UserReward
 from utils.distributed import barrier, is_main
 from utils.engine.average import WeightAverage
 from utils.errors import UserError
-from utils.models.export import save_causal_lm
+from utils.models.export import save_causal_lm, save_lm_adapter
 from utils.run.checkpoint import save_batches
-from utils.run.export import export_model
+from utils.run.export import export_models
 from utils.run.lifecycle import RunLifecycle
 from utils.run.logger import RunLogger
 from utils.schedule import lr_factor
@@ -154,7 +154,11 @@ class Run:
         def save(folder: str) -> None:
             save_causal_lm(lm.config, state, folder, self.tokenizer, lm.generation_config)
 
-        problem = export_model(self.config.model_save_path, name, save)
+        def save_adapter(folder: str) -> None:
+            model = self.models.policy.module
+            save_lm_adapter(model, model.decoder, lm, self.config.policy_model_path, folder, self.tokenizer)
+
+        problem = export_models(self.config.model_save_path, name, self.config.export, save, save_adapter)
         if problem and name != "best":
             raise UserError(problem)
         if problem:

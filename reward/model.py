@@ -23,17 +23,26 @@ from transformers import (
 
 from utils.errors import Say, UserError
 from utils.flags.lora import LoraFlags
-from utils.models.adapter_folder import read_head
+from utils.models.adapter_folder import read_head, write_adapter
 from utils.models.adapters import Adapted, train_adapter
 from utils.models.check import check_forward
 from utils.models.chunked_logprobs import head_logits, sum_nll
-from utils.models.export import check_names, saved_tensors, set_ids, write_model
-from utils.models.load import FLAG, adapter_folders, fit_vocabulary, from_folder, model_folder, resize_embeddings
+from utils.models.config import read_config
+from utils.models.export import check_names, saved_tensors, set_ids, whole_model, write_model
+from utils.models.load import (
+    FLAG,
+    adapter_folders,
+    fit_vocabulary,
+    from_folder,
+    model_folder,
+    resize_embeddings,
+    settings_folder,
+)
 from utils.models.padding_free import has_varlen_kernel, joins_rows, states_of
 from utils.models.split import Split, gathered, split_rest
 from utils.models.weight_files import read_tensor, tensor_files
 from utils.tensors import at_tokens, before, last_index
-from utils.tokenizer import stop_ids
+from utils.tokenizer import save_tokenizer, stop_ids
 
 HEAD_NAMES = ("score.weight", "reward_head.weight")  # sequence classification, MOSS
 
@@ -90,6 +99,11 @@ class ScalarModel(Adapted):
         return (scalars, *extras) if extras else scalars
 
     @property
+    def decoder(self) -> nn.Module:
+        """The backbone."""
+        return self.backbone
+
+    @property
     def joins_rows(self) -> bool:
         """Whether forward passes for scalars alone run without padding."""
         return joins_rows(self.backbone)
@@ -114,28 +128,17 @@ def last_scores(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
 def load_scalar_model(
     path: str, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None, tokenizer=None,
     with_lm_head: bool = False, seed: int = 0, say: Say = print, flag: str = FLAG,
-    trained: bool = False, rows: int = 0, split: Split | None = None,
+    trained: bool = False, rows: int = 0, split: Split | None = None, merge: bool = True,
 ) -> ScalarModel:  # fmt: skip
     """Returns the scalar model of a folder or hub id in any of the three layouts, in eval mode.
 
     A missing head is initialised with `seed`; with `trained` it is an error. tokenizer: resize or check the vocabulary.
-    rows: least number of embeddings. flag: the flag that gave the path. split: as in `load_causal_lm`. Raises UserError
-    for several labels or a head that does not match.
+    rows: least number of embeddings. flag: the flag that gave the path. split, merge: as in `load_causal_lm`. Raises
+    UserError for several labels or a head that does not match.
     """
-    folder = model_folder(path, flag)
-    files = tensor_files(folder, flag)
-    name = next((name for name in HEAD_NAMES if name in files), None)
-    weight = None if name is None else read_tensor(files[name], name, flag)
-    for adapter in adapter_folders(path, flag):
-        weight = read_head(adapter, flag) if weight is None else weight
-    if weight is None and trained:
-        raise UserError(f"{flag}: {path} has no reward head; train a reward model with python -m reward.train")
-    if weight is not None and weight.shape[0] != 1:
-        raise UserError(f"{flag}: {path} has {weight.shape[0]} labels; use a reward model, which has one")
-    if with_lm_head and name == HEAD_NAMES[0]:
-        raise UserError(f"{flag}: {path} is a classifier without an LM head; use it with --reward_lm_loss_factor 0")
+    weight = head_weight(path, flag, trained, with_lm_head)
     auto_class = AutoModelForCausalLM if with_lm_head else AutoModel
-    model = from_folder(auto_class, path, dtype, device, attn_implementation, flag, say, split)
+    model = from_folder(auto_class, path, dtype, device, attn_implementation, flag, say, split, merge)
     if tokenizer is not None:
         fit_vocabulary(model, tokenizer, f"{flag} {path}", say)
     backbone, lm_head = (model.base_model, model.get_output_embeddings()) if with_lm_head else (model, None)
@@ -146,6 +149,35 @@ def load_scalar_model(
     if type(model.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         kind = f"a {model.config.model_type} model, which transformers has no sequence classification for"
         raise UserError(f"{flag}: {path} is {kind}: it cannot be saved; use another architecture")
+    return scalar_model(backbone, weight, lm_head, path, flag, dtype, device, seed, say)
+
+
+def head_weight(path: str, flag: str, trained: bool, with_lm_head: bool = False) -> torch.Tensor | None:
+    """Returns the weight of the head in a folder [1, hidden], of its adapter if it has one; None if there is no head.
+
+    trained: then that is an error.
+    """
+    folder, *adapters = model_folder(path, flag), *adapter_folders(path, flag)
+    files = tensor_files(folder, flag)
+    name = next((name for name in HEAD_NAMES if name in files), None)
+    weight = None if name is None else read_tensor(files[name], name, flag)
+    for adapter in adapters:
+        own = read_head(adapter, flag)
+        weight = weight if own is None else own
+    if weight is None and trained:
+        raise UserError(f"{flag}: {path} has no reward head; train a reward model with python -m reward.train")
+    if weight is not None and weight.shape[0] != 1:
+        raise UserError(f"{flag}: {path} has {weight.shape[0]} labels; use a reward model, which has one")
+    if with_lm_head and name == HEAD_NAMES[0]:
+        raise UserError(f"{flag}: {path} is a classifier without an LM head; use it with --reward_lm_loss_factor 0")
+    return weight
+
+
+def scalar_model(
+    backbone: PreTrainedModel, weight: torch.Tensor | None, lm_head: nn.Module | None, path: str, flag: str,
+    dtype: torch.dtype, device: torch.device, seed: int, say: Say,
+) -> ScalarModel:  # fmt: skip
+    """Returns the scalar model with a backbone and a head of this weight, or a new head. path: of the model."""
     hidden_size = backbone.config.get_text_config().hidden_size
     if weight is None:
         weight = new_head_weight(hidden_size, seed)
@@ -155,12 +187,15 @@ def load_scalar_model(
         raise UserError(f"{flag}: the reward head in {path} {wrong}; copy it again")
     if not bool(torch.isfinite(weight).all()):
         raise UserError(f"{flag}: the reward head in {path} is not finite; use an earlier checkpoint")
-    center = getattr(model.config, "score_center", 0.0)
+    folder = settings_folder(path, flag)
+    center = read_config(folder, flag).get("score_center", 0.0)
     if not isinstance(center, int | float) or not math.isfinite(center):
-        raise UserError(f"{flag}: score_center {center!r} in {path}/config.json is not a number; fix or remove it")
+        raise UserError(f"{flag}: score_center {center!r} in {folder}/config.json is not a number; fix or remove it")
     head = ScalarHead(hidden_size, 1, bias=False, dtype=dtype, device=device)
     head.weight.data.copy_(weight)
-    return ScalarModel(backbone, head, lm_head).eval()
+    model = ScalarModel(backbone, head, lm_head)
+    model.score_center = float(center)
+    return model.eval()
 
 
 def with_distinct_pad(tokenizer):
@@ -220,6 +255,17 @@ def save_scalar_model(
         if text.pad_token_id is None or text.pad_token_id == text.eos_token_id:
             set_ids(config, pad_token_id=0)
     write_model(AutoModelForSequenceClassification, config, state, folder, tokenizer)
+
+
+def save_scalar_adapter(
+    model: ScalarModel, path: str, folder: str, tokenizer, center: float = 0.0, value_pretrained: bool = False
+) -> None:  # fmt: skip
+    """Writes the adapters and the head of a scalar model that was read from `path`; other options as above."""
+    write_adapter(model, model.backbone, whole_model(path), folder, model.score_scale * model.head.weight)
+    config = _classifier_config(model)
+    config.score_center, config.value_pretrained = model.score_center + center, value_pretrained
+    config.save_pretrained(folder)
+    save_tokenizer(with_distinct_pad(tokenizer), folder)
 
 
 def check_scalar_export(model: ScalarModel, what: str) -> None:

@@ -16,7 +16,14 @@ from reward.contrastive import cache_gradients, contrastive_loss_sum
 from reward.forward import Plan, forward_answers, score_comparisons
 from reward.loss import ranking_hits, ranking_losses
 from reward.metrics import evaluation_metrics, mean_best_score
-from reward.model import ScalarModel, check_scalar_export, load_scalar_model, save_scalar_model, set_dropout
+from reward.model import (
+    ScalarModel,
+    check_scalar_export,
+    load_scalar_model,
+    save_scalar_adapter,
+    save_scalar_model,
+    set_dropout,
+)
 from utils.distributed import rank, world_size
 from utils.engine.engine import DTYPES, TrainEngine, device
 from utils.engine.split import splitter
@@ -119,6 +126,9 @@ def build_stage(
         best_by=config.validation_metric,
         larger_is_better=config.larger_is_better,
         save=lambda state, folder: save_scalar_model(model, folder, state, tokenizer, evaluation.state["center"]),
+        save_adapter=lambda folder: save_scalar_adapter(
+            model, config.hf_model_name_or_path, folder, tokenizer, evaluation.state["center"]
+        ),
         prepare=prepare if config.simcse_coef else None,
         evaluate=evaluation,
         state=evaluation.state,

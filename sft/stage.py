@@ -13,7 +13,7 @@ from data.choose_template import prepare_tokenizer
 from data.dialogues import DialogueEncoder, EncodedDialogue
 from data.encoded import Mixture, form_options, load_encoded
 from sft.config import SFTConfig
-from sft.model import packing_failure
+from sft.model import AnswerModel, packing_failure
 from sft.packed_batches import Layout, PackedRow
 from sft.samples import sample_answers
 from utils.data_files import parse_sources
@@ -23,7 +23,7 @@ from utils.engine.split import splitter
 from utils.errors import Say, UserError
 from utils.flags.checks import is_default
 from utils.models.compile import compile_layers
-from utils.models.export import check_names, save_causal_lm, saved_tensors
+from utils.models.export import check_names, save_causal_lm, save_lm_adapter, saved_tensors
 from utils.models.load import FLAG, check_window, enable_checkpointing, load_causal_lm, window_at
 from utils.models.padding_free import decoder_of, has_varlen_kernel
 from utils.models.routers import ROUTER_METRICS
@@ -89,15 +89,19 @@ def evaluate_answers(engine: TrainEngine, rows: list[PackedRow], stage: Stage) -
 
 
 def build_stage(
-    config: SFTConfig, lm: PreTrainedModel, tokenizer, layout: Layout,
+    config: SFTConfig, model: AnswerModel, tokenizer, layout: Layout,
     batches: Iterator[list[EncodedDialogue]], shown: list[EncodedDialogue], balance: float = 0.0,
 ) -> Stage:  # fmt: skip
     """Returns SFT's `Stage`. shown: dialogues to answer in evaluations. balance: weight of the load-balancing loss."""
+    lm = model.lm
     generation = lm.generation_config  # the model's own, which `sample_answers` replaces while it generates
 
     def save(state: dict[str, torch.Tensor], folder: str) -> None:
         state = {name.removeprefix("lm."): x for name, x in state.items()}
         save_causal_lm(lm.config, state, folder, tokenizer, generation)
+
+    def save_adapter(folder: str) -> None:
+        save_lm_adapter(model, decoder_of(lm), lm, config.hf_model_name_or_path, folder, tokenizer)
 
     def samples(engine: TrainEngine) -> list[dict[str, str]]:
         return sample_answers(engine, shown, tokenizer, config.context_truncate, config.maxlen_res)
@@ -112,6 +116,7 @@ def build_stage(
         best_by="loss",
         larger_is_better=False,
         save=save,
+        save_adapter=save_adapter,
         samples=samples if shown else None,
     )
     return replace(stage, evaluate=partial(evaluate_answers, stage=stage))

@@ -41,7 +41,7 @@ def train(config: SFTConfig) -> None:
         tokens = max(config.micro_batch_tokens, config.context_truncate)
         choose_checkpointing(engine, lm, config, tokens, device_room(), say)
         batches, shown = dialogues.batches(config.batch_size), evenly_spaced(valid, config.num_samples)
-        stage = build_stage(config, lm, tokenizer, layout, batches, shown, balance)
+        stage = build_stage(config, model, tokenizer, layout, batches, shown, balance)
     fit(engine, stage, layout.rows(valid, world_size()), config, start)
 
 

@@ -93,6 +93,9 @@ class CriticFlags:
     shifted once, before training; 0: the head stays as loaded"""
     critic_epochs: int = 0
     """Passes of the critic over each buffer, of which --ppo_epochs are together with the policy; 0: --ppo_epochs"""
+    share_base: Literal["auto", "never"] = "auto"
+    """Under --lora_rank, models with the same weights: auto: share them, so that they are in memory once; never: each
+    has its own, but for policy and reference"""
     critic_lora_rank: int = 0
     """Rank of the critic's adapters under --lora_rank; 0: the same rank"""
     critic_updates_per_policy_update: int = 1

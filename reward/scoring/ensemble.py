@@ -16,7 +16,7 @@ from utils.engine.engine import device
 from utils.engine.memory import host_copies
 from utils.errors import UserError
 from utils.files import read_json
-from utils.models.load import model_folder
+from utils.models.load import settings_folder
 from utils.tensors import to_device
 
 
@@ -138,7 +138,7 @@ def check_labels(paths: list[str], flag: str) -> None:
 
 
 def _label_meaning(path: str, flag: str) -> str:
-    file = model_folder(path, flag) / "config.json"
+    file = settings_folder(path, flag) / "config.json"
     config = read_json(file, flag)
     if config.get("value_pretrained"):
         advice = "pass the reward model with --reward_model_path, or --reward_fn"

@@ -83,33 +83,39 @@ def _same_ids(tokenizer, template: str, theirs, their_template: str) -> bool:
 def load_ensemble(
     config: RewardFlags, readers: list[Reader], tokenizer, rows: int, freeze: Callable[[nn.Module], Frozen],
     say: Say, critic: tuple[str, ScalarModel] | None = None, split: Split | None = None,
+    shared: Callable[[str], ScalarModel] | None = None,
 ) -> Ensemble | None:  # fmt: skip
     """Loads and freezes the reward models one after the other; returns None if there are none.
 
     rows: number of the policy's embeddings. critic: its (path, model), copied if it is also a reward model. freeze:
-    also moves a model to host memory if it is offloaded. split: as in `load_causal_lm`.
+    also moves a model to host memory if it is offloaded. split: as in `load_causal_lm`. shared: loads a
+    reward model whose weights another model may share, and which `freeze` does not get.
     """
     members = []
     for reader in readers:
         if reader.own:
             model = _load(config, reader.path, config.reward_flag, reader.own[0], say, trained=True, split=split)
             encoding = Encoding(*reader.own, window_of(model))
+        elif shared:
+            members.append(Member(Frozen(model := shared(reader.path), offload=False), window_of(model)))
+            continue
         else:
-            shared = critic is not None and reader.path == critic[0]
+            same = critic is not None and reader.path == critic[0]
             load = partial(load_scalar, config, reader.path, tokenizer, rows, say, split=split)
-            model = model_copy(critic[1], split) if shared else load()
+            model = model_copy(critic[1], split) if same else load()
             encoding = None
         members.append(Member(freeze(model), window_of(model), encoding))
     return Ensemble(members, config.reward_ensemble, config.ensemble_std_coef) if members else None
 
 
 def load_scalar(
-    config: RewardFlags, path: str, tokenizer, rows: int, say: Say, flag: str | None = None, split: Split | None = None
-) -> ScalarModel:
+    config: RewardFlags, path: str, tokenizer, rows: int, say: Say, flag: str | None = None, split: Split | None = None,
+    merge: bool = True,
+) -> ScalarModel:  # fmt: skip
     """Loads a critic, or a reward model that reads the policy's ids, with at least the policy's `rows` embeddings."""
     flag = flag or config.reward_flag
     trained = path in config.reward_paths
-    model = _load(config, path, flag, tokenizer, say, trained=trained, rows=rows, split=split)
+    model = _load(config, path, flag, tokenizer, say, trained=trained, rows=rows, split=split, merge=merge)
     check_window(model, config.maxlen_prompt, f"{flag} {path}: --maxlen_prompt")
     return model
 

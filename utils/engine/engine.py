@@ -28,7 +28,7 @@ from utils.engine.state import SharedState, load_state, scale_weight, state_tens
 from utils.errors import UserError
 from utils.files import first_names
 from utils.flags.engine import EngineConfig
-from utils.models.adapters import BASE, Adapted
+from utils.models.adapters import BASE, Adapted, trained_parameters
 from utils.models.compile import layers_of
 from utils.models.export import merged_tensors, saved_tensors
 from utils.models.split import is_split, whole_shape
@@ -130,7 +130,7 @@ class TrainEngine:
         self.version = 0  # counts changes of the weights
         self._bad_gradient = torch.zeros((), dtype=torch.bool, device=device())
         adapted = isinstance(module, Adapted) and bool(module.adapters)
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.parameters = [*trained_parameters(module).values()]
         for parameter in self.parameters:
             # Norms: small, in every layer, and every gradient passes through one. Adapters are small, too.
             if adapted or len(whole_shape(parameter)) == 1:
@@ -307,7 +307,7 @@ class TrainEngine:
 
     def trained(self) -> dict[nn.Parameter, str]:
         """Returns the trained parameters with their names, in the model's order."""
-        return {parameter: name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+        return {parameter: name for name, parameter in trained_parameters(self.module).items()}
 
 
 def _as_float32(config: EngineConfig) -> EngineConfig:

@@ -66,6 +66,8 @@ class EngineConfig(OptimizerFlags, LoraFlags, ForwardConfig):
             self, gradient_clip=(0, None), explosion_limit=(1, None), adam_beta1=(0, 0.999999),
             adam_beta2=(0, 0.999999), adam_eps=(0, None), lora_rank=(0, None), lora_dropout=(0, 0.999),
         )  # fmt: skip
+        if self.export != "merged" and not self.lora_rank:
+            raise UserError(f"--export {self.export}: all weights are trained, there is no adapter; pass --lora_rank")
         if self.lora_rank and self.zero_stage == 3:
             raise UserError(
                 "--lora_rank does not work with --zero_stage 3, which would split the frozen weights; use 2"

@@ -1,6 +1,7 @@
 """Flags of LoRA: low-rank adapters that are trained instead of all weights. No torch."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from utils.flags.fields import Common
 
@@ -24,6 +25,10 @@ class LoraFlags:
     """Also train the norm of each column of the weights (DoRA, Liu et al. 2024)"""
     use_rslora: bool = False
     """Divide by the square root of the rank instead of the rank (rank-stabilised LoRA, Kalajdzievski 2023)"""
+
+    export: Literal["merged", "adapter", "both"] = "merged"
+    """What best/ and final/ hold. merged: a whole model; adapter: a folder of peft's, which names the frozen model;
+    both: a whole model, and the adapter in best_adapter/ and final_adapter/"""
 
     @property
     def adapter_scale(self) -> float:

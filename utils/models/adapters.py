@@ -90,9 +90,18 @@ class Adapted(nn.Module):
 
 def train_adapter(model: Adapted, decoder: nn.Module, name: str, config: LoraFlags, rank: int = 0) -> None:
     """Freezes a model and adds an adapter to its decoder (`add_adapter`), which its forwards then use."""
-    model.requires_grad_(False)
+    for key, parameter in model.named_parameters():
+        if "lora_" not in key:  # other models train their adapters
+            parameter.requires_grad_(False)
     add_adapter(decoder, name, config, rank)
     model.share(decoder, *model.adapters, name)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns name -> parameter of what is trained in a model, without adapters of others that share its decoder."""
+    trained = {name: x for name, x in model.named_parameters() if x.requires_grad}
+    own = getattr(model, "adapters", ())[-1:]
+    return {name: x for name, x in trained.items() if "lora_" not in name or name.split(".")[-2:-1] == [*own]}
 
 
 def adapted_layers(module: nn.Module) -> list[nn.Module]:
@@ -102,7 +111,7 @@ def adapted_layers(module: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def merged(layer: nn.Module, adapters: tuple[str, ...]) -> Iterator[torch.Tensor]:
-    """Context with a layer's weight and adapters in one tensor, added in float32 and rounded once; the layer keeps all."""
+    """Context with a layer's weight and adapters in one tensor, added in float32 and rounded once; it keeps both."""
     base = layer.get_base_layer()
     held = base.weight.data
     base.weight.data = held.float()

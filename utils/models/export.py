@@ -1,14 +1,18 @@
 """Writes model folders that other tools load: weights, config, generation config, tokenizer. Atomic."""
 
 import copy
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from utils.errors import UserError
 from utils.files import atomic_folder, write_json
+from utils.hub import is_hub_id
+from utils.models.adapter_folder import base_of, is_adapter, write_adapter
 from utils.models.adapters import BASE, Adapted, merged
 from utils.models.load import meta_model, quiet_transformers
 from utils.tokenizer import save_tokenizer, stop_ids
@@ -79,6 +83,20 @@ def write_model(
             write_json(f"{partial}/generation_config.json", settings | ids)
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial)
+
+
+def save_lm_adapter(model: Adapted, decoder: nn.Module, lm: PreTrainedModel, path: str, folder: str, tokenizer) -> None:
+    """Writes the adapters of a causal LM that was read from `path`. Call it on one rank."""
+    write_adapter(model, decoder, whole_model(path), folder)
+    lm.config.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+
+
+def whole_model(path: str) -> str:
+    """Returns what adapters of the model in `path` call their frozen model: a hub id, or an absolute path."""
+    while is_adapter(Path(path)):
+        path = base_of(Path(path), path)
+    return path if is_hub_id(path) else os.path.abspath(path)
 
 
 def save_causal_lm(

@@ -32,15 +32,15 @@ FLAG = "--hf_model_name_or_path"
 
 def load_causal_lm(
     path: str, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None, tokenizer=None,
-    say: Say = print, flag: str = FLAG, split: Split | None = None,
+    say: Say = print, flag: str = FLAG, split: Split | None = None, merge: bool = True,
 ) -> PreTrainedModel:  # fmt: skip
     """Returns the causal LM in the folder or hub id `path`, in `dtype` on `device`, without dropout, in eval mode.
 
     tokenizer: its vocabulary is checked, and the embedding grows for the tags of moss_zh. flag: the flag of `path`.
-    split: splits the weights over the ranks as they are read. Collective then. Raises UserError for a folder that is
-    damaged, and for an architecture that fails utils/models/check.py.
+    split: splits the weights over the ranks as they are read. Collective then. merge: False leaves adapters out. Raises
+    UserError for a folder that is damaged, and for an architecture that fails utils/models/check.py.
     """
-    model = from_folder(AutoModelForCausalLM, path, dtype, device, attn_implementation, flag, say, split)
+    model = from_folder(AutoModelForCausalLM, path, dtype, device, attn_implementation, flag, say, split, merge)
     if tokenizer is not None:
         fit_vocabulary(model, tokenizer, f"{flag} {path}", say)
     split_rest(model, split, device)
@@ -60,6 +60,11 @@ def model_folder(path: str, flag: str = FLAG) -> Path:
 def adapter_folders(path: str, flag: str = FLAG) -> list[Path]:
     """Returns the folders of the adapters that `path` stands for, the first one first; none if it is a whole model."""
     return _folders(path, flag)[1:]
+
+
+def settings_folder(path: str, flag: str = FLAG) -> Path:
+    """Returns the folder whose config.json says what a model's scalars mean: of its adapter, if that has one."""
+    return next(folder for folder in _folders(path, flag)[::-1] if (folder / "config.json").is_file())
 
 
 def _folders(path: str, flag: str) -> list[Path]:
@@ -144,14 +149,15 @@ def _attention_kernel(asked: str | None, config: PretrainedConfig, folder: Path,
 
 def from_folder(
     auto_class: type, path: str, dtype: torch.dtype, device: torch.device, attn_implementation: str | None,
-    flag: str, say: Say = print, split: Split | None = None,
+    flag: str, say: Say = print, split: Split | None = None, merge: bool = True,
 ) -> PreTrainedModel:  # fmt: skip
     """Calls `auto_class.from_pretrained` in `dtype`. Raises UserError for weights that are missing or not finite.
 
-    Adapters that `path` stands for are merged. split: the layers are split over the ranks; the caller must call
+    merge: merge the adapters that `path` stands for. split: the layers are split over the ranks; the caller must call
     `split_rest`.
     """
     folder, *adapters = _folders(path, flag)
+    adapters = adapters if merge else []
     if adapters and split:
         raise UserError(f"{flag}: {path} is an adapter, which --zero_stage 3 cannot merge; merge it first")
     options = {"device_map": {"": device}} if device.type == "cuda" and split is None else {}

@@ -11,6 +11,16 @@ from utils.run.own_files import carry_over, files_in
 from utils.watchdog import report_progress
 
 
+def export_models(
+    run: str, name: str, what: str, save: Callable[[str], None], save_adapter: Callable[[str], None]
+) -> str | None:  # fmt: skip
+    """Calls `export_model` for a whole model, an adapter or both. what: --export."""
+    problem = export_model(run, name, save) if what != "adapter" else None
+    if what != "merged" and problem is None:
+        problem = export_model(run, name if what == "adapter" else f"{name}_adapter", save_adapter)
+    return problem
+
+
 def export_model(run: str, name: str, save: Callable[[str], None]) -> str | None:
     """Replaces a run's best/ or final/ by the folder that `save(path)` writes, on rank 0. Collective.
 

@@ -15,7 +15,7 @@ from utils.engine.engine import TrainEngine, device, shutdown_distributed
 from utils.errors import UserError
 from utils.files import write_json
 from utils.flags.supervised import FitConfig
-from utils.run.export import export_model
+from utils.run.export import export_models
 from utils.run.index import record
 from utils.run.lifecycle import RunLifecycle
 from utils.run.logger import RunLogger
@@ -56,6 +56,7 @@ class Stage:
     best_by: str  # a metric of the evaluation
     larger_is_better: bool
     save: Callable[[dict[str, torch.Tensor], str], None]  # (whole weights, folder), on rank 0
+    save_adapter: Callable[[str], None]  # (folder), on rank 0
     prepare: Callable[[TrainEngine, list[Item]], list[Item]] | None = None  # replaces a batch before its forwards
     evaluate: Callable[[TrainEngine, list[Item]], dict[str, float]] | None = None  # instead of the means over items
     samples: Callable[[TrainEngine], list[dict]] | None = None  # rows that an evaluation writes to samples.jsonl
@@ -81,7 +82,7 @@ def fit(engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig,
     with together(), contextlib.closing(log), lifecycle:
         _loop(engine, stage, valid, config, log, lifecycle, done, best)
         if not lifecycle.exit_code:
-            if problem := export(engine, stage, config.model_save_path, "final"):
+            if problem := export(engine, stage, config, "final"):
                 raise UserError(problem)
             log.say(f"done: {config.model_save_path}/final")
     shutdown_distributed()
@@ -120,7 +121,7 @@ def _loop(
             value = evaluation[stage.best_by] * (1 if stage.larger_is_better else -1)
             if not math.isnan(value) and (best is None or value > best):
                 said = f"step {done}: best eval_{stage.best_by} so far"
-                if problem := export(engine, stage, config.model_save_path, "best"):
+                if problem := export(engine, stage, config, "best"):
                     log.say(f"warning: {said}, but not saved: {problem}")
                 else:
                     best = value
@@ -195,10 +196,12 @@ def keep_batch(folder: str, step: int, items: list[Item]) -> str:
     return f"step {step}, batch not saved: {refusal}" if refusal else f"step {step}, batch in {path}"
 
 
-def export(engine: TrainEngine, stage: Stage, run: str, name: str) -> str | None:
+def export(engine: TrainEngine, stage: Stage, config: FitConfig, name: str) -> str | None:
     """Writes the current weights to a run's folder `name`. Returns why it could not be written, or None. Collective."""
-    state = engine.full_state_dict()
-    return export_model(run, name, lambda folder: stage.save(state, folder))
+    state = engine.full_state_dict() if config.export != "adapter" else {}
+    return export_models(
+        config.model_save_path, name, config.export, lambda folder: stage.save(state, folder), stage.save_adapter
+    )
 
 
 def numbers(metrics: dict[str, float]) -> str:

@@ -1,0 +1,78 @@
+"""SFT, reward model and PPO with adapters: four models on one base, against models of their own."""
+
+import json
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+
+import ppo.build
+from reward.train import main as train_reward
+from sft.train import main as train_sft
+from tests.helpers.tiny_run import fit_flags, read_metrics, run_flags, write_json
+from train_ppo import main as train_ppo
+
+LORA = {"lora_rank": 4, "lr": 1e-2}
+IDS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture(scope="module")
+def adapters(inputs, tmp_path_factory):
+    """Folders of an SFT run and a reward run on the same model: whole models in final/, adapters beside them."""
+    folder = tmp_path_factory.mktemp("adapters")
+    pairs = [{"prompt": f"Number {i}?", "chosen": "good good", "rejected": "bad"} for i in range(12)]
+    train_sft(fit_flags(inputs.policy, inputs.dialogues, folder / "sft", export="both", **LORA))
+    data = write_json(folder / "pairs.json", pairs)
+    train_reward(fit_flags(inputs.policy, data, folder / "reward", export="both", **LORA))
+    return folder
+
+
+def test_whole_model_and_adapter_are_the_same_function(adapters):
+    whole = AutoModelForCausalLM.from_pretrained(adapters / "sft" / "final")
+    part = AutoPeftModelForCausalLM.from_pretrained(adapters / "sft" / "final_adapter")
+    torch.testing.assert_close(whole(IDS).logits, part(IDS).logits)
+
+
+def ppo_run(inputs, adapters, out, monkeypatch, **changes):
+    """Metrics, models and folder of a run whose four models are the base with adapters."""
+    built, build = [], ppo.build.load_models
+    monkeypatch.setattr(ppo.build, "load_models", lambda *args: built.append(build(*args)) or built[-1])
+    paths = {"policy_model_path": adapters / "sft" / "final_adapter"}
+    paths |= {"critic_model_path": adapters / "reward" / "final_adapter"}
+    train_ppo(run_flags(inputs, out, **paths | LORA | {"train_steps": 3, "critic_pretrain_steps": 1} | changes))
+    return read_metrics(out), built[0]
+
+
+def test_four_models_share_one_base(inputs, adapters, tmp_path, monkeypatch):
+    shared, models = ppo_run(inputs, adapters, tmp_path / "shared", monkeypatch)
+    apart, others = ppo_run(inputs, adapters, tmp_path / "apart", monkeypatch, share_base="never")
+    parts = (models.policy.module, models.critic.module, models.reference.model, models.reward.members[0].model.model)
+    assert len({id(part.decoder) for part in parts}) == 1
+    assert others.critic.module.decoder is not others.policy.module.decoder
+    for row, other in zip(shared, apart, strict=True):
+        for name in ("score_mean", "kl_ref", "value_loss", "policy_loss", "grad_norm_policy", "grad_norm_critic"):
+            assert row.get(name, 0.0) == pytest.approx(other.get(name, 0.0), rel=1e-3, abs=1e-4), (row["step"], name)
+    assert shared[0]["kl_ref"] == 0.0 < shared[-1]["kl_ref"]
+
+
+def test_whole_models_of_the_runs_give_the_same(inputs, adapters, tmp_path, monkeypatch):
+    """final/ of both runs, which hold the adapters merged."""
+    paths = {"policy_model_path": adapters / "sft" / "final", "critic_model_path": adapters / "reward" / "final"}
+    merged, _ = ppo_run(inputs, adapters, tmp_path / "merged", monkeypatch, **paths)
+    shared, _ = ppo_run(inputs, adapters, tmp_path / "shared", monkeypatch)
+    assert merged[0]["score_mean"] == pytest.approx(shared[0]["score_mean"], rel=1e-4)
+    assert merged[0]["value_loss"] == pytest.approx(shared[0]["value_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("export", ["adapter", "both", "merged"])
+def test_exports(inputs, adapters, tmp_path, monkeypatch, export):
+    ppo_run(inputs, adapters, tmp_path / "run", monkeypatch, export=export)
+    held = {x.parent.name for x in (tmp_path / "run").glob("*/adapter_config.json")}
+    assert held == {"adapter": {"best", "final"}, "both": {"best_adapter", "final_adapter"}, "merged": set()}[export]
+    if export == "both":
+        part = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "final_adapter")
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+        torch.testing.assert_close(whole(IDS).logits, part(IDS).logits)
+        settings = json.loads((tmp_path / "run" / "final_adapter" / "adapter_config.json").read_text())
+        assert settings["r"] == 8 and settings["base_model_name_or_path"] == str(inputs.policy)  # SFT's and PPO's
