@@ -1,16 +1,18 @@
 """SFT, reward model and PPO with adapters: four models on one base, against models of their own."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ppo.build
 from reward.train import main as train_reward
 from sft.train import main as train_sft
-from tests.helpers.tiny_run import fit_flags, read_metrics, run_flags, write_json
+from tests.helpers.tiny_run import assert_same_run, fit_flags, read_metrics, run_flags, write_json
 from train_ppo import main as train_ppo
 
 LORA = {"lora_rank": 4, "lr": 1e-2}
@@ -76,3 +78,31 @@ def test_exports(inputs, adapters, tmp_path, monkeypatch, export):
         torch.testing.assert_close(whole(IDS).logits, part(IDS).logits)
         settings = json.loads((tmp_path / "run" / "final_adapter" / "adapter_config.json").read_text())
         assert settings["r"] == 8 and settings["base_model_name_or_path"] == str(inputs.policy)  # SFT's and PPO's
+
+
+def test_a_checkpoint_holds_adapters_alone_and_a_resumed_run_is_the_same(inputs, adapters, tmp_path, monkeypatch):
+    flags = {"train_steps": 4, "checkpoint_per_step": 2, "save_per_step": 2, "export": "both"}
+    ppo_run(inputs, adapters, tmp_path / "run", monkeypatch, **flags)
+    stopped = tmp_path / "stopped"
+    shutil.copytree(tmp_path / "run", stopped)
+    for name in ("final", "final_adapter", "checkpoints/step_4"):
+        shutil.rmtree(stopped / name)
+    [file] = (stopped / "checkpoints" / "step_2").glob("policy-rank0.safetensors")
+    names = {key.split("/")[1] for key in load_file(file) if key != "step"}
+    assert names and all(".lora_" in name and ".policy." in name for name in names)
+    ppo_run(inputs, adapters, stopped, monkeypatch, **flags)
+    assert_same_run(stopped, tmp_path / "run")
+
+
+def test_another_base_is_refused(inputs, adapters, tmp_path, monkeypatch, capsys):
+    """The same path, other weights."""
+    base, flags = tmp_path / "base", {"train_steps": 2, "checkpoint_per_step": 1}
+    shutil.copytree(inputs.policy, base)
+    train_sft(fit_flags(base, inputs.dialogues, tmp_path / "sft", export="adapter", **LORA))
+    paths = {"policy_model_path": tmp_path / "sft" / "final"}
+    ppo_run(inputs, adapters, tmp_path / "run", monkeypatch, **flags, **paths)
+    shutil.rmtree(tmp_path / "run" / "final")
+    shutil.copy(inputs.other_policy / "model.safetensors", base)
+    with pytest.raises(SystemExit):
+        ppo_run(inputs, adapters, tmp_path / "run", monkeypatch, **flags, **paths)
+    assert "model.safetensors has other content" in capsys.readouterr().err

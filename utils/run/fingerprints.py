@@ -20,6 +20,7 @@ from utils.distributed import gather_objects, rank
 from utils.errors import Say, UserError
 from utils.files import first_names, read_json, remove, sha256, write_json
 from utils.hub import data_revision, download, download_model, downloaded, is_hub_id
+from utils.models.adapter_folder import CONFIG, WEIGHTS, base_of, is_adapter
 from utils.models.weight_files import shards_of, weight_file
 from utils.run.together import once_per_node, together
 from utils.schema import Schema, Sha256, checked
@@ -54,6 +55,10 @@ class Stamp(NamedTuple):
 
 def _model(path: str, flag: str) -> Files:
     folder = download_model(path, flag) if is_hub_id(path) else Path(path)
+    if is_adapter(folder):
+        frozen = _model(base_of(folder, flag), flag)
+        own = _text_files(folder) | {name: folder / name for name in (CONFIG, WEIGHTS)}
+        return {f"adapter/{name}": file for name, file in own.items()} | frozen
     file = weight_file(folder)
     shards = shards_of(file, flag).values() if file and file.suffix == ".json" else ()
     return _text_files(folder) | {name: folder / name for name in ([file.name, *shards] if file else ())}
