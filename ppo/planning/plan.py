@@ -20,6 +20,7 @@ from utils.device import on_gpu
 from utils.distributed import world_size
 from utils.engine.engine import DTYPES
 from utils.engine.memory import ROOM, device_memory, device_room
+from utils.engine.settings import trained_as
 from utils.engine.split import splits_frozen
 from utils.errors import Say
 from utils.memory.activation_peak import peak_bytes
@@ -123,9 +124,14 @@ def fixed_rows(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
     def weights(model: Shapes, stage: int) -> int:
         return weight_bytes(model.numels, stage, gpus, element)
 
+    shared = {policy.base} if config.lora_rank else set()  # of weights that are counted already
     for name, model in models.items():
-        add_always(f"weights of the {name}", weights(model, stage))
-    frozen_weights = [weights(model, 3 if split else 0) for model in frozen]
+        held = name != "policy" and model.base in shared
+        add_always(f"weights of the {name}", 0 if held else weights(model, stage))
+        shared |= {model.base} if config.lora_rank and config.share_base == "auto" else set()
+    if config.lora_rank:
+        add_always(f"adapters of {names}", 4 * sum(sum(model.trained) for model in trained))
+    frozen_weights = [0 if model.base in shared else weights(model, 3 if split else 0) for model in frozen]
     if not config.offload_frozen:
         add_always("weights of the reference", frozen_weights[0])
         add_always(f"weights of {len(rewards)} reward model(s)", sum(frozen_weights[1:]))
@@ -133,12 +139,12 @@ def fixed_rows(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
         add("one frozen model at a time", score=max(frozen_weights))
     averages = average_bytes(config, gpus, policy.numel)
     rows |= {"averages of the policy": [averages] * len(PHASES)} if averages and not config.offload_optimizer else {}
-    states = sum(optimizer_bytes(model.numels, stage, gpus) for model in trained)
+    states = sum(optimizer_bytes(model.trained, stage, gpus) for model in trained)
     add_always(f"optimizer of {names}", 0 if config.offload_optimizer else states)
-    gradients, buckets, live = backward_bytes([model.numels for model in trained], config, gpus)
+    gradients, buckets, live = backward_bytes([model.trained for model in trained], trained_as(config), gpus)
     held = (gradients, buckets) if stage == 3 else (0, 0)  # ZeRO-3 keeps them allocated
     add(f"gradients of {names}", held[0], held[0], gradients, gradients)
-    in_float32 = 4 * max(-(-model.numel // gpus) for model in trained) if stage else 0
+    in_float32 = 4 * max(-(-sum(model.trained) // gpus) for model in trained) if stage else 0
     add("gradients of one in float32", step=0 if config.offload_optimizer else in_float32)
     if buckets:
         add("communication buckets", held[1], held[1], buckets, buckets)
@@ -201,7 +207,7 @@ def fit_to_memory(config: PPOConfig, models: Models, say: Say) -> None:
 def measured_sizes(config: PPOConfig, models: Models, free: int) -> Sizes:
     """Returns the sizes for a GPU with `free` bytes before the first optimizer step, which allocates Adam's moments."""
     refuse_eager(models.policy.module.lm.config)
-    gpus, trained = world_size(), [model.numels for model in models_of(config)[0].values()]
+    gpus, trained = world_size(), [model.trained for model in models_of(config)[0].values()]
     config = with_gathering(config, gpus, device_memory())
     rows, _ = fixed_rows(config, gpus)
     vllm = vllm_sizes(config, gpus, device_memory()) if config.rollout_engine == "vllm" else None

@@ -1,7 +1,10 @@
 """Shapes of the models for `--plan` and automatic sizes: models on the meta device, built from config.json alone."""
 
-from dataclasses import dataclass
+import copy
+import os
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,18 +17,31 @@ from ppo.planning.step_time import Work
 from utils.engine.engine import DTYPES
 from utils.errors import UserError
 from utils.memory.activation_peak import ATTENTION
+from utils.models.adapter_folder import base_of, is_adapter
+from utils.models.adapters import add_adapter
 from utils.models.padding_free import decoder_of, is_like_llama
 
+_ADAPTED: dict[tuple, "Shapes"] = {}
 LOGIT = 48  # bytes per logit, at most, while a token is drawn: copies and sorted indices of top-p sampling
 
 
 @dataclass(frozen=True, eq=False)
 class Shapes:
-    """Elements of a model's parameters, its decoder on the meta device, whether it has a language-model head."""
+    """Elements of a model's parameters, its decoder on the meta device, whether it has a language-model head.
+
+    base: the folder of its weights. adapters: elements of what is trained instead, in float32 (--lora_rank).
+    """
 
     numels: list[int]
     decoder: nn.Module
     with_head: bool
+    base: str = ""
+    adapters: tuple[int, ...] = ()
+
+    @property
+    def trained(self) -> list[int]:
+        """Elements of the parameters that are trained."""
+        return [*self.adapters] or self.numels
 
     @property
     def numel(self) -> int:
@@ -41,9 +57,10 @@ class Shapes:
         """The sizes that its time depends on."""
         text = self.text
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        inside = sum(p.numel() for p in self.decoder.parameters()) - self.decoder.get_input_embeddings().weight.numel()
+        frozen = sum(p.numel() for name, p in self.decoder.named_parameters() if "lora_" not in name)
+        inside = frozen - self.decoder.get_input_embeddings().weight.numel()
         return Work(
-            numel=self.numel, body=inside, layers=text.num_hidden_layers,
+            numel=self.numel, trained=sum(self.trained), body=inside, layers=text.num_hidden_layers,
             width=text.num_hidden_layers * text.num_attention_heads * size,
             head=text.hidden_size * text.vocab_size if self.with_head else 0,
             token=cache_bytes(self.decoder.config, self.decoder.dtype.itemsize),
@@ -54,6 +71,8 @@ class Shapes:
 @cache
 def shapes(path: str, flag: str, dtype: torch.dtype, head: str) -> Shapes:
     """Returns the shapes of the model in a folder or hub id, of which only config.json is read. head: lm or scalar."""
+    while is_adapter(Path(path)):
+        path = base_of(Path(path), flag)
     try:
         settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
         kind = AutoModelForCausalLM if head == "lm" else AutoModel
@@ -65,20 +84,43 @@ def shapes(path: str, flag: str, dtype: torch.dtype, head: str) -> Shapes:
             f"{flag} {path}: no model's config.json there, the only file of a model that --plan needs ({reason})"
         ) from error
     numels = [p.numel() for p in model.parameters()]
+    base = os.path.realpath(path)
     if head == "lm":
-        return Shapes(numels, decoder_of(model), True)
-    return Shapes([*numels, settings.get_text_config().hidden_size], model, False)
+        return Shapes(numels, decoder_of(model), True, base)
+    return Shapes([*numels, settings.get_text_config().hidden_size], model, False, base)
+
+
+def with_adapter(model: Shapes, config: PPOConfig, rank: int = 0) -> Shapes:
+    """Returns the shapes of a model with an adapter of this rank; 0: --lora_rank."""
+    if not config.lora_rank:
+        return model
+    decoder = copy.deepcopy(model.decoder)
+    with torch.device("meta"):
+        add_adapter(decoder, "planned", config, rank)
+    head = () if model.with_head else (model.text.hidden_size,)
+    return replace(
+        model, decoder=decoder, adapters=(*(p.numel() for p in decoder.parameters() if p.requires_grad), *head)
+    )
 
 
 def models_of(config: PPOConfig) -> tuple[dict[str, Shapes], list[Shapes]]:
     """Returns ({name: model that is trained}, reward models). The reference has the policy's shapes."""
     dtype = DTYPES[config.dtype]
-    policy = shapes(config.policy_model_path, "--policy_model_path", dtype, "lm")
-    models = {"policy": policy}
+    models = {"policy": _adapted(config, config.policy_model_path, "--policy_model_path", dtype, "lm", 0)}
     if config.has_critic:
-        models["critic"] = shapes(config.critic_model_path, "--critic_model_path", dtype, "scalar")
+        rank = config.critic_lora_rank
+        models["critic"] = _adapted(config, config.critic_model_path, "--critic_model_path", dtype, "scalar", rank)
     rewards = [shapes(path, config.reward_flag, dtype, "scalar") for path in config.reward_paths]
     return models, rewards
+
+
+def _adapted(config: PPOConfig, path: str, flag: str, dtype: torch.dtype, head: str, rank: int) -> Shapes:
+    """Returns `with_adapter(shapes(…))`, the same object for the same flags: `peak_bytes` is cached by its decoder."""
+    flags = (config.lora_rank, *config.lora_target_modules, config.use_dora)
+    key = (path, dtype, head, rank, *flags)
+    if key not in _ADAPTED:
+        _ADAPTED[key] = with_adapter(shapes(path, flag, dtype, head), config, rank)
+    return _ADAPTED[key]
 
 
 def cache_bytes(config: PretrainedConfig, element: int, gpus: int = 1) -> int:

@@ -57,6 +57,7 @@ class Work:
     """The sizes of a model that its time depends on."""
 
     numel: int  # parameters
+    trained: int  # parameters that are trained: those of its adapter with --lora_rank
     body: int  # parameters without embedding and head
     width: int  # layers x heads x head size
     head: int  # hidden size x vocabulary, 0 for a scalar head
@@ -97,7 +98,7 @@ def phases(
 
 def checkpoint(config: PPOConfig, gpus: int, trained: dict[str, Work]) -> Phase:
     """Predicts writing a checkpoint: each node its share. Its lower bound is the copy to host memory."""
-    size, card = 12 * sum(work.numel for work in trained.values()), CARDS[config.plan_gpu]
+    size, card = 12 * sum(work.trained for work in trained.values()), CARDS[config.plan_gpu]
     return Phase("checkpoint", size / DISK / -(-gpus // NODE), size / gpus / card.host, f"disk, {size / 1e9:.0f} GB")
 
 
@@ -225,17 +226,19 @@ class _Run:
         return Phase("scoring", seconds, self.sheet(flops), bound, sent)
 
     def update(self, models: list[Work], recomputed: float) -> Phase:
-        """Predicts forwards, recomputed layers, backwards (twice the FLOPs), gradients over ranks, optimizer steps."""
+        """Predicts forwards, recomputed layers, backwards (twice the FLOPs, once with frozen weights), gradients over ranks, optimizer steps."""
         config, card = self.config, self.card
-        numel, steps = sum(m.numel for m in models), config.ppo_epochs * config.num_rollouts // config.batch_size
+        numel, steps = sum(m.trained for m in models), config.ppo_epochs * config.num_rollouts // config.batch_size
         forwards = steps * self.forwards(config.batch_size / self.gpus)
         flops = config.ppo_epochs * sum(
             m.flops(self.rows, config.maxlen_prompt, config.maxlen_res if m.head else 0) for m in models
         )
-        passes = (1 + recomputed) * flops / card.rate(config.dtype) + 2 * flops / card.rate(config.dtype, backward=True)
+        backwards = 1 if config.lora_rank else 2  # no gradients of frozen weights
+        passes = (1 + recomputed) * flops / card.rate(config.dtype)
+        passes += backwards * flops / card.rate(config.dtype, backward=True)
         # An all-reduce counts twice. DeepSpeed's ZeRO-1 and 2 all-reduce gradients, ZeRO-2 and 3 in each micro-batch's
         # backward; ZeRO-3 reduces them to shares and gathers weights twice. After a step, ZeRO-1 and 2 gather weights.
-        each = self.gather(self.element * numel)
+        each = self.gather((4 if config.lora_rank else self.element) * numel)
         during = forwards * each * {2: 2, 3: 3}.get(config.zero_stage, 0)
         after = steps * each * {0: 2, 1: 3, 2: 1, 3: 0}[config.zero_stage]
         backward = self.slowest(
@@ -249,4 +252,4 @@ class _Run:
         if config.offload_optimizer:
             step = share / CPU_ADAM + share * (4 + self.element) / (card.host * card.host_share)
         seconds, bound = in_turn(backward, self.exchange(after), (steps * step, "optimizer steps"))
-        return Phase("update", seconds, self.sheet(3 * flops) + steps * moved, bound, during + after)
+        return Phase("update", seconds, self.sheet((1 + backwards) * flops) + steps * moved, bound, during + after)

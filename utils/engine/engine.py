@@ -5,7 +5,6 @@ token count, so gradients are summed over micro-batches and ranks, never average
 """
 
 import contextlib
-import copy
 import datetime
 import os
 import socket
@@ -23,7 +22,7 @@ from utils.distributed import is_main, message_store, rank, world_size
 from utils.engine.chunked_adamw import use_chunked_step
 from utils.engine.memory import fits_whole
 from utils.engine.offload import emptied, step_tensors
-from utils.engine.settings import adds_up_in_place, deepspeed_config
+from utils.engine.settings import adds_up_in_place, deepspeed_config, trained_as
 from utils.engine.state import SharedState, load_state, scale_weight, state_tensors
 from utils.errors import UserError
 from utils.files import first_names
@@ -136,7 +135,7 @@ class TrainEngine:
             if adapted or len(whole_shape(parameter)) == 1:
                 parameter.register_hook(self._note_gradient)
         if adapted:
-            module, config = _Trained(module, self.parameters), _as_float32(config)
+            module, config = _Trained(module, self.parameters), trained_as(config)
         betas = (config.adam_beta1, config.adam_beta2)
         options = {"lr": 0.0, "betas": betas, "eps": config.adam_eps, "weight_decay": 0.0}
         if config.offload_optimizer:
@@ -308,12 +307,6 @@ class TrainEngine:
     def trained(self) -> dict[nn.Parameter, str]:
         """Returns the trained parameters with their names, in the model's order."""
         return {parameter: name for name, parameter in trained_parameters(self.module).items()}
-
-
-def _as_float32(config: EngineConfig) -> EngineConfig:
-    config = copy.copy(config)
-    config.dtype = "fp32"
-    return config
 
 
 class InferenceEngine:

@@ -1,5 +1,7 @@
 """The DeepSpeed configuration that follows from the flags."""
 
+import copy
+
 from utils.device import on_gpu
 from utils.distributed import world_size
 from utils.flags.engine import EngineConfig
@@ -37,6 +39,15 @@ def deepspeed_config(config: EngineConfig, offload_weights: bool = False) -> dic
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # it synchronises with the GPU in every forward and step
     }
+
+
+def trained_as(config: EngineConfig) -> EngineConfig:
+    """Returns the flags as DeepSpeed needs them: adapters are float32, whatever --dtype is."""
+    if not config.lora_rank:
+        return config
+    config = copy.copy(config)
+    config.dtype = "fp32"
+    return config
 
 
 def adds_up_in_place(config: EngineConfig) -> bool:
