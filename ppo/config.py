@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from ppo.estimators import needs_of
-from ppo.flag_checks import check_estimator, check_losses, check_rollout_engine
+from ppo.flag_checks import check_adapters, check_estimator, check_losses, check_rollout_engine
 from ppo.flags.algorithm import AdvantageFlags, CriticFlags, LossFlags, TrickFlags
 from ppo.flags.monitoring import AlarmFlags, PlanFlags
 from ppo.flags.sampling import (
@@ -70,6 +70,7 @@ class PPOConfig(
         self._check_numbers()
         check_losses(self)
         check_estimator(self)
+        check_adapters(self)
         check_rollout_engine(self)
         fit_warmup(self)
         self._fit_batches()

@@ -48,6 +48,26 @@ def check_estimator(config) -> None:
             )
 
 
+def check_adapters(config) -> None:
+    """Raises UserError for flags that do not work with --lora_rank."""
+    if config.critic_lora_rank and not config.lora_rank:
+        raise UserError(f"--critic_lora_rank {config.critic_lora_rank} needs --lora_rank")
+    wrong = {
+        f"--reference {config.reference}": config.reference != "frozen",
+        f"--policy_ema {config.policy_ema:g}": config.policy_ema,
+        f"--lora_dropout {config.lora_dropout:g}": config.lora_dropout,
+        "--compile": config.compile,
+    }
+    why = {
+        "--lora_dropout": "in PPO the update would have other log-probabilities than scoring",
+        "--compile": "layers change between forwards",
+    }
+    for flag, is_on in wrong.items():
+        if config.lora_rank and is_on:
+            reason = why.get(flag.split()[0], "averages of adapters are not implemented")
+            raise UserError(f"{flag} does not work with --lora_rank: {reason}; drop one of the flags")
+
+
 def check_rollout_engine(config) -> None:
     """Raises UserError if flags of the rollout engine contradict each other."""
     engine, kind = f"--rollout_engine {config.rollout_engine}", f"--sampler_correction {config.sampler_correction}"

@@ -111,7 +111,7 @@ def fixed_rows(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
     stage, dtype = config.zero_stage, DTYPES[config.dtype]
     element = dtype.itemsize
     models, rewards = models_of(config)
-    policy, trained, names = models["policy"], list(models.values()), " and ".join(models)
+    policy, names, numels = models["policy"], " and ".join(models), [model.trained for model in models.values()]
     frozen, split = [policy, *rewards], splits_frozen(stage, gpus)
     rows: Rows = {}
 
@@ -126,11 +126,10 @@ def fixed_rows(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
 
     shared = {policy.base} if config.lora_rank else set()  # of weights that are counted already
     for name, model in models.items():
-        held = name != "policy" and model.base in shared
-        add_always(f"weights of the {name}", 0 if held else weights(model, stage))
-        shared |= {model.base} if config.lora_rank and config.share_base == "auto" else set()
-    if config.lora_rank:
-        add_always(f"adapters of {names}", 4 * sum(sum(model.trained) for model in trained))
+        is_held = name != "policy" and model.base in shared
+        add_always(f"weights of the {name}", 0 if is_held else weights(model, stage))
+        shared |= {model.base} if shared and config.share_base == "auto" else set()
+    rows |= {f"adapters of {names}": [4 * sum(map(sum, numels))] * len(PHASES)} if config.lora_rank else {}
     frozen_weights = [0 if model.base in shared else weights(model, 3 if split else 0) for model in frozen]
     if not config.offload_frozen:
         add_always("weights of the reference", frozen_weights[0])
@@ -139,12 +138,12 @@ def fixed_rows(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
         add("one frozen model at a time", score=max(frozen_weights))
     averages = average_bytes(config, gpus, policy.numel)
     rows |= {"averages of the policy": [averages] * len(PHASES)} if averages and not config.offload_optimizer else {}
-    states = sum(optimizer_bytes(model.trained, stage, gpus) for model in trained)
+    states = sum(optimizer_bytes(x, stage, gpus) for x in numels)
     add_always(f"optimizer of {names}", 0 if config.offload_optimizer else states)
-    gradients, buckets, live = backward_bytes([model.trained for model in trained], trained_as(config), gpus)
+    gradients, buckets, live = backward_bytes(numels, trained_as(config), gpus)
     held = (gradients, buckets) if stage == 3 else (0, 0)  # ZeRO-3 keeps them allocated
     add(f"gradients of {names}", held[0], held[0], gradients, gradients)
-    in_float32 = 4 * max(-(-sum(model.trained) // gpus) for model in trained) if stage else 0
+    in_float32 = 4 * max(-(-sum(x) // gpus) for x in numels) if stage else 0
     add("gradients of one in float32", step=0 if config.offload_optimizer else in_float32)
     if buckets:
         add("communication buckets", held[1], held[1], buckets, buckets)

@@ -97,10 +97,9 @@ def with_adapter(model: Shapes, config: PPOConfig, rank: int = 0) -> Shapes:
     decoder = copy.deepcopy(model.decoder)
     with torch.device("meta"):
         add_adapter(decoder, "planned", config, rank)
-    head = () if model.with_head else (model.text.hidden_size,)
-    return replace(
-        model, decoder=decoder, adapters=(*(p.numel() for p in decoder.parameters() if p.requires_grad), *head)
-    )
+    trained = [p.numel() for p in decoder.parameters() if p.requires_grad]
+    head = [] if model.with_head else [model.text.hidden_size]
+    return replace(model, decoder=decoder, adapters=(*trained, *head))
 
 
 def models_of(config: PPOConfig) -> tuple[dict[str, Shapes], list[Shapes]]:

@@ -226,7 +226,10 @@ class _Run:
         return Phase("scoring", seconds, self.sheet(flops), bound, sent)
 
     def update(self, models: list[Work], recomputed: float) -> Phase:
-        """Predicts forwards, recomputed layers, backwards (twice the FLOPs, once with frozen weights), gradients over ranks, optimizer steps."""
+        """Predicts forwards, recomputed layers, backwards, gradients over ranks, optimizer steps.
+
+        A backward has twice the FLOPs of a forward, or as many if weights are frozen.
+        """
         config, card = self.config, self.card
         numel, steps = sum(m.trained for m in models), config.ppo_epochs * config.num_rollouts // config.batch_size
         forwards = steps * self.forwards(config.batch_size / self.gpus)

@@ -10,10 +10,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ppo.build
+from ppo.config import AMOUNTS, PRESETS, PPOConfig
+from ppo.models import load_models
+from ppo.planning.plan import plan
 from reward.train import main as train_reward
 from sft.train import main as train_sft
 from tests.helpers.tiny_run import assert_same_run, fit_flags, read_metrics, run_flags, write_json
 from train_ppo import main as train_ppo
+from utils.flags.parser import parse_args
+from utils.merge_adapter import main as merge
+from utils.tokenizer import load_tokenizer
 
 LORA = {"lora_rank": 4, "lr": 1e-2}
 IDS = torch.arange(3, 40)[None]
@@ -106,3 +112,28 @@ def test_another_base_is_refused(inputs, adapters, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit):
         ppo_run(inputs, adapters, tmp_path / "run", monkeypatch, **flags, **paths)
     assert "model.safetensors has other content" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("run", ["sft", "reward"])
+def test_an_adapter_is_merged_later(adapters, tmp_path, run, capsys):
+    merge(["--adapter", str(adapters / run / "final_adapter"), "--output", str(tmp_path / "whole")])
+    assert "largest rounding error of a weight 0" in capsys.readouterr().out  # float32
+    first, second = (load_file(x / "model.safetensors") for x in (tmp_path / "whole", adapters / run / "final"))
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name])
+
+
+def test_the_plan_counts_shared_weights_once(inputs, adapters, single_process):
+    paths = {"policy_model_path": adapters / "sft" / "final_adapter"}
+    paths |= {"critic_model_path": adapters / "reward" / "final_adapter"}
+    config = parse_args(PPOConfig, run_flags(inputs, "run", lora_rank=4, critic_lora_rank=2, **paths), PRESETS, AMOUNTS)
+    rows = plan(config, 1).rows
+    models = load_models(config, load_tokenizer(str(inputs.policy)), str)
+    policy, critic = models.policy, models.critic
+    trained = sum(x.numel() for engine in (policy, critic) for x in engine.parameters)
+    base = sum(x.nbytes for name, x in policy.module.named_parameters() if "lora_" not in name)
+    assert rows["weights of the policy"][0] == base
+    assert rows["weights of the critic"][0] == rows["weights of the reference"][0] == 0
+    assert rows["adapters of policy and critic"][0] == 4 * trained
+    assert rows["optimizer of policy and critic"][0] == 12 * trained
