@@ -18,6 +18,7 @@ CRITIC_MODEL=$(flag_value --critic_model_path "${CRITIC_MODEL:-$REWARD_MODEL}" "
 TOKENIZER=${TOKENIZER:-$POLICY_MODEL}
 DATA=${DATA:-data/ppo_data} # a folder with *train* and *valid* files, a file, or a hub id
 OUTPUT=${OUTPUT:-outputs/ppo_zh}
+LORA=${LORA:-0}                     # 1: train adapters instead of all weights, by LORA_ARGS below (docs/lora.md)
 
 # All three stages, from random weights: SFT of a small LLaMA on customers' reviews, a reward model that prefers reviews
 # of satisfied customers, and PPO-max with it. The labels are the sentiments of the reviews.
@@ -89,6 +90,9 @@ demo() { # "$@" goes to train_ppo.py
     --num_eval_prompts 64
     --seed "$seed"
   )
+  if [[ $LORA == 1 ]]; then
+    ppo_args+=(--lora_rank 16 --lr 1e-3 --critic_lr 6e-4)
+  fi
   if [[ -d $output/final ]]; then
     ppo_args+=(--overwrite) # a finished run is made anew; one that was stopped goes on from its checkpoint
   fi
@@ -203,6 +207,20 @@ TRICKS=(
 )
 if [[ $(flag_value --preset ppo_max "${ARGS[@]}" "$@") == ppo_max ]]; then
   ARGS+=("${TRICKS[@]}")
+fi
+# With LORA=1, after ARGS: models that start from the same weights share them, and one GPU can train 7B.
+LORA_ARGS=(
+  --lora_rank 16              # of the policy's adapters, in all linear layers
+  --critic_lora_rank 16       # of the critic's
+  --lora_alpha 32             # the adapters' output is multiplied by alpha / rank
+  --lora_target_modules all-linear # or names of layers, such as q_proj v_proj
+  --share_base auto           # models with the same weights hold them once; never: each its own
+  --lr 5e-6                   # ten times that of ARGS
+  --critic_lr 5e-6            # three times
+  --export merged             # best/ and final/ are whole models; adapter: adapters alone; both
+)
+if [[ $LORA == 1 ]]; then
+  ARGS+=("${LORA_ARGS[@]}")
 fi
 say_scores "$@"
 launch "$OUTPUT/train.log" train_ppo.py "${ARGS[@]}" "$@"

@@ -13,7 +13,7 @@ from data.texts import render, template_arguments
 from utils.errors import Say, UserError
 from utils.files import read_json
 from utils.flags.text import StopFlags, TextFlags
-from utils.models.load import model_folder
+from utils.models.load import adapter_folders, model_folder, tokenizer_folder
 from utils.tokenizer import has_tokenizer, load_tokenizer, set_template, template_of
 
 Models = Iterable[tuple[str, str]]  # (flag, path)
@@ -36,6 +36,8 @@ def prepare_tokenizer(
     models = list(models)
     for flag, path in [*models, *others]:
         model_folder(path, flag)
+    if source in {path for _, path in [*models, *others]} and adapter_folders(source):
+        source = str(tokenizer_folder(source))
     tokenizer = load_tokenizer(source, arguments=config.template_arguments)
     _check_arguments(tokenizer, config)
     template, why = choose_template(config, tokenizer)
@@ -110,7 +112,7 @@ def _check_same_template(
     flag: str, path: str, source: str, tokenizer: PreTrainedTokenizerBase, template: str, why: str
 ) -> None:
     """Raises UserError if the tokenizer in the model's folder shows that it was trained with another template."""
-    folder = model_folder(path, flag)
+    folder = tokenizer_folder(path, flag)
     if not has_tokenizer(folder) or os.path.realpath(folder) == os.path.realpath(source) or path == source:
         return
     try:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from experiments.claims_estimators import EPOCHS_FIGURE, ESTIMATOR_FIGURE, LONG_FIGURES
+from experiments.claims_estimators import EPOCHS_FIGURE, ESTIMATOR_FIGURE, LONG_FIGURES, LORA_FIGURE
 from experiments.criteria import (
     FAR,
     Claim,
@@ -162,4 +162,4 @@ PARTS = {
 FIGURES["parts"] = Figure(
     "PPO-max without one of its parts", {"ppo_max_short": 3} | dict.fromkeys(PARTS, 3), [], PARTS, "ppo_max_short"
 )
-FIGURES |= {"critic": ESTIMATOR_FIGURE, "epochs": EPOCHS_FIGURE, **LONG_FIGURES}
+FIGURES |= {"critic": ESTIMATOR_FIGURE, "lora": LORA_FIGURE, "epochs": EPOCHS_FIGURE, **LONG_FIGURES}

@@ -28,7 +28,7 @@ from utils.models.adapters import Adapted, train_adapter
 from utils.models.check import check_forward
 from utils.models.chunked_logprobs import head_logits, sum_nll
 from utils.models.config import read_config
-from utils.models.export import check_names, saved_tensors, set_ids, whole_model, write_model
+from utils.models.export import check_names, saved_tensors, set_ids, write_model
 from utils.models.load import (
     FLAG,
     adapter_folders,
@@ -37,6 +37,7 @@ from utils.models.load import (
     model_folder,
     resize_embeddings,
     settings_folder,
+    whole_model,
 )
 from utils.models.padding_free import has_varlen_kernel, joins_rows, states_of
 from utils.models.split import Split, gathered, split_rest

@@ -15,7 +15,7 @@ from utils.errors import UserError
 from utils.flags.parser import entry_point
 from utils.models.adapter_folder import read_head
 from utils.models.export import save_causal_lm, saved_tensors
-from utils.models.load import adapter_folders, load_causal_lm, model_folder
+from utils.models.load import adapter_folders, load_causal_lm, model_folder, tokenizer_folder
 from utils.tokenizer import load_tokenizer
 
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{flag}: {path} is a whole model; pass the folder of an adapter")
     folder, cpu = model_folder(path, flag), torch.device("cpu")
     dtype = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
-    tokenizer = load_tokenizer(str(folders[-1]), flag=flag)
+    tokenizer = load_tokenizer(str(tokenizer_folder(path, flag)), flag=flag)
     if read_head(folders[-1], flag) is not None:
         load = partial(load_scalar_model, path, device=cpu, say=str, flag=flag, trained=True)
         model, exact = load(dtype=dtype), load(dtype=torch.float32)

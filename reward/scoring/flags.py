@@ -16,7 +16,7 @@ TEMPLATES = ("moss_en", "moss_zh", "chat")
 class FrozenFlags:
     """Memory and speed: models that are not trained."""
 
-    offload_frozen: Common[bool] = False
+    offload_frozen: bool = False
     """Keep reference and reward models in host memory and copy them to the device one at a time for scoring. With
     several GPUs and --zero_stage 1 to 3, each process keeps a share and GPUs gather one layer at a time"""
 

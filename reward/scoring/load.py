@@ -13,7 +13,7 @@ from reward.scoring.ensemble import Encoding, Ensemble, Frozen, Member, check_la
 from reward.scoring.flags import RewardFlags
 from utils.engine.engine import DTYPES, device
 from utils.errors import Say, UserError
-from utils.models.load import check_window, model_folder, window_of
+from utils.models.load import check_window, tokenizer_folder, window_of
 from utils.models.split import Split, model_copy
 from utils.tokenizer import has_tokenizer, load_tokenizer, template_of
 
@@ -48,7 +48,7 @@ def reward_readers(config: RewardFlags, tokenizer, say: Say) -> list[Reader]:
 
 def _own_encoding(path: str, flag: str, source: str | None, name: str | None, tokenizer, template: str) -> tuple | None:
     """Returns (tokenizer, template) of a reward model, or None if they give the same ids as the policy's."""
-    folder = model_folder(path, flag)
+    folder = tokenizer_folder(path, flag)
     source = source or (str(folder) if has_tokenizer(folder) else None)
     if source is None:
         if name not in (None, template):
@@ -129,7 +129,7 @@ def _load(config: RewardFlags, path: str, flag: str, tokenizer, say: Say, **opti
 
 def check_same_tokenizer(path: str, flag: str, tokenizer, template: str) -> None:
     """Raises UserError if a critic's own tokenizer has other ids than the policy's, which the critic reads."""
-    folder = model_folder(path, flag)
+    folder = tokenizer_folder(path, flag)
     if not has_tokenizer(folder):
         return
     template = template if template == "moss_zh" else None  # only its tags change ids

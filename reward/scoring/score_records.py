@@ -21,7 +21,7 @@ from reward.win_rate import count_outcomes, render, wilson_interval
 from utils.distributed import gather_objects, is_main, rank, world_size
 from utils.engine.engine import DTYPES, device
 from utils.errors import Say, UserError
-from utils.models.load import model_folder, window_of
+from utils.models.load import tokenizer_folder, window_of
 from utils.run.start import choose_dtype
 
 Item = TypeVar("Item")
@@ -31,7 +31,7 @@ TRUNCATED = "longer than a model's window (oldest turns dropped)"
 def load_reward_model(path: str, config, say: Say) -> tuple[ScalarModel, PreTrainedTokenizerBase, str]:
     """Returns (model, tokenizer, template name) of a --model path, with its own tokenizer unless flags give another."""
     flag, dtype, attention = "--model", DTYPES[config.dtype], config.attn_implementation
-    source = config.tokenizer_name_or_path or str(model_folder(path, flag))
+    source = config.tokenizer_name_or_path or str(tokenizer_folder(path, flag))
     tokenizer, template = prepare_tokenizer(config, source, [(flag, path)], say)
     model = load_scalar_model(path, dtype, device(), attention, tokenizer, say=say, flag=flag, trained=True)
     return model.requires_grad_(False), tokenizer, template

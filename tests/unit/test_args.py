@@ -96,7 +96,10 @@ def test_an_amount_of_0_switches_off():
     ("flags", "answers"),
     [
         ("--kl_coef=0.1 --cliprange 0.2", ["--kl_coef is unknown; use --kl_penalty_weight", "use --pg_clip"]),
-        ("--num_train_epochs 2 --lora_r 8", ["use --train_steps", "not epochs", "--lora_r is unknown: there is no"]),
+        (
+            "--num_train_epochs 2 --lora_r 8",
+            ["use --train_steps", "not epochs", "--lora_r is unknown; use --lora_rank"],
+        ),
         ("--reward-clip 1 --no_use_reward_norm", ["use --reward_clip", "use --use_reward_norm false"]),
         ("--kl_penalty_wieght 1 --critic_l 1", ["did you mean --kl_penalty_weight?", "--critic_l is unknown"]),
     ],

@@ -171,3 +171,17 @@ def test_paths_that_look_like_flags(recipe, tmp_path, script):
     if script == "reward/run.sh":
         argv = recipe(f"-copy/{script}", "--model_save_path=-new", "--data_path=-data", **settings)
         assert {"./-data", "./-new/best", "./-new/evaluation"} < set(argv)
+
+
+@pytest.mark.parametrize("script", ["run_en.sh", "run_zh.sh"])
+def test_adapters(recipe, tmp_path, script):
+    models = dict.fromkeys(("POLICY_MODEL", "REWARD_MODEL", "CRITIC_MODEL", "TOKENIZER", "DATA"), str(tmp_path))
+
+    def config(**settings: str) -> PPOConfig:
+        return parse_args(PPOConfig, recipe(script, **models, **settings)[1:], PRESETS, AMOUNTS)
+
+    whole, adapters = config(), config(LORA="1")
+    assert (whole.lora_rank, adapters.lora_rank, adapters.critic_lora_rank) == (0, 16, 16)
+    assert adapters.lr == pytest.approx(10 * whole.lr) and adapters.critic_lr > whole.critic_lr
+    changed = {name for name in vars(whole) if getattr(whole, name) != getattr(adapters, name)}
+    assert changed == {"lora_rank", "critic_lora_rank", "lora_alpha", "lr", "critic_lr", "given"}

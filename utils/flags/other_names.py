@@ -34,6 +34,8 @@ gradient_clip: max_grad_norm max_norm clip_grad
 gradient_checkpoint: gradient_checkpointing
 dtype: bf16 fp16 torch_dtype precision
 zero_stage: deepspeed deepspeed_config
+lora_rank: lora_r peft_r use_peft use_lora finetuning_type
+lora_target_modules: lora_target target_modules
 attn_implementation: flash_attn use_flash_attention_2
 save_per_step: eval_steps evaluation_strategy
 checkpoint_per_step: save_steps save_freq
@@ -51,7 +53,6 @@ NOTES = {
     "dtype": " bf16 or fp32; fp16 is not supported",
 }
 ABSENT = {
-    **dict.fromkeys(["lora_r", "lora_rank", "lora_alpha", "use_peft"], "there is no LoRA, all weights are trained"),
     "data_weights": "each weight follows its path: --data_path a 2 b 1",
     "weight_decay": "AdamW has no weight decay here",
     "trust_remote_code": "code from model folders is never run",

@@ -17,6 +17,11 @@ from utils.models.weight_files import open_weights, reason_of, weight_file
 from utils.schema import Schema, checked
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Settings of peft's whose adapters are not sums of two factors beside a linear layer.
+OTHER_KINDS = ("lora_bias", "target_parameters", "trainable_token_indices", "layer_replication", "megatron_config")
+OTHER_KINDS += ("alora_invocation_tokens", "use_qalora", "use_bdlora", "velora_config", "monteclora_config")
+OTHER_KINDS += ("arrow_config", "kasa_config")
+PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")  # names of an adapter's tensors in a layer
 PREFIX, HEAD = "base_model.model.", "score.weight"  # of all names of tensors; name of a reward model's head
 
 
@@ -27,6 +32,8 @@ class _AdapterConfig(Schema):
     base_model_name_or_path: str = Field(min_length=1)
     bias: Literal["none"] = "none"
     modules_to_save: list[Literal["score"]] | None = None
+    # Others, as PiSSA, change the frozen weights. `true` is Kaiming's.
+    init_lora_weights: bool | Literal["gaussian", "eva", "orthogonal"] = True
 
 
 def is_adapter(folder: Path) -> bool:
@@ -37,7 +44,10 @@ def is_adapter(folder: Path) -> bool:
 def base_of(folder: Path, flag: str) -> str:
     """Returns the path or hub id of an adapter's model. Raises UserError for what is no plain LoRA adapter."""
     try:
-        config = checked(_AdapterConfig, read_json(folder / CONFIG, flag))
+        content = read_json(folder / CONFIG, flag)
+        config = checked(_AdapterConfig, content)
+        if on := [name for name in OTHER_KINDS if content.get(name)]:
+            raise ValueError(f"{on[0]} is on")
     except ValueError as error:
         what = f"{folder}/{CONFIG} is not of a LoRA adapter that can be used here ({error})"
         raise UserError(f"{flag}: {what}; merge it with peft, and pass the whole model") from error
@@ -62,6 +72,8 @@ def load_adapter(decoder: nn.Module, name: str, folder: Path, flag: str) -> None
         settings = lora.LoraConfig.from_pretrained(str(folder))
         settings.init_lora_weights, settings.modules_to_save, settings.inference_mode = True, None, False
         tensors.pop(PREFIX + HEAD, None)
+        if other := [key for key in tensors if not key.endswith(PARTS)]:
+            raise ValueError(f"{other[0]} does not belong to an adapter of a linear layer")
         part = f"{decoder.base_model_prefix}."
         tensors = {key.removeprefix(PREFIX).removeprefix(part): x for key, x in tensors.items()}
         settings.target_modules = sorted({key.rpartition(".lora_")[0] for key in tensors})
@@ -107,11 +119,8 @@ def write_adapter(
     if len(model.adapters) == 1:
         [name] = model.adapters
         settings = copy.deepcopy(decoder.peft_config[name])
-        tensors = {
-            f"{part}{key.replace(f'.{name}.', '.', 1)}": x
-            for key, x in decoder.named_parameters()
-            if f".{name}." in key
-        }
+        found = peft("--export").get_peft_model_state_dict(decoder, adapter_name=name, save_embedding_layers=False)
+        tensors = {part + key: x for key, x in found.items()}
     else:
         settings, tensors = _joined(model.adapters, decoder, part)
     tensors = {PREFIX + key: x for key, x in tensors.items()}

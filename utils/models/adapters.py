@@ -89,11 +89,17 @@ class Adapted(nn.Module):
 
 
 def train_adapter(model: Adapted, decoder: nn.Module, name: str, config: LoraFlags, rank: int = 0) -> None:
-    """Freezes a model and adds an adapter to its decoder (`add_adapter`), which its forwards then use."""
+    """Freezes a model and adds an adapter to its decoder (`add_adapter`), which its forwards then use.
+
+    Raises UserError if one of several adapters is DoRA's: their sum is no DoRA adapter.
+    """
     for key, parameter in model.named_parameters():
         if "lora_" not in key:  # other models train their adapters
             parameter.requires_grad_(False)
     add_adapter(decoder, name, config, rank)
+    if model.adapters and any(decoder.peft_config[x].use_dora for x in (*model.adapters, name)):
+        why = f"the {name} would have two adapters, of which one is DoRA's"
+        raise UserError(f"--lora_rank: {why}; merge the first with python -m utils.merge_adapter")
     model.share(decoder, *model.adapters, name)
 
 

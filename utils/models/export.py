@@ -3,7 +3,6 @@
 import copy
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,10 +10,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 
 from utils.errors import UserError
 from utils.files import atomic_folder, write_json
-from utils.hub import is_hub_id
-from utils.models.adapter_folder import base_of, is_adapter, write_adapter
+from utils.models.adapter_folder import write_adapter
 from utils.models.adapters import BASE, Adapted, merged
-from utils.models.load import meta_model, quiet_transformers
+from utils.models.load import meta_model, quiet_transformers, whole_model
 from utils.tokenizer import save_tokenizer, stop_ids
 
 
@@ -90,13 +88,6 @@ def save_lm_adapter(model: Adapted, decoder: nn.Module, lm: PreTrainedModel, pat
     write_adapter(model, decoder, whole_model(path), folder)
     lm.config.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
-
-
-def whole_model(path: str) -> str:
-    """Returns what adapters of the model in `path` call their frozen model: a hub id, or an absolute path."""
-    while is_adapter(Path(path)):
-        path = base_of(Path(path), path)
-    return path if is_hub_id(path) else os.path.abspath(path)
 
 
 def save_causal_lm(

@@ -24,7 +24,7 @@ from utils.models.compile import layers_of
 from utils.models.config import check_counts, check_memory, read_config
 from utils.models.split import Split, gathered, not_finite, split_rest, splitting_layers, whole_shape
 from utils.models.weight_files import reason_of, stored_tensors, tensor_files
-from utils.tokenizer import check_vocabulary
+from utils.tokenizer import check_vocabulary, has_tokenizer
 from utils.watchdog import report_progress
 
 FLAG = "--hf_model_name_or_path"
@@ -54,35 +54,47 @@ def model_folder(path: str, flag: str = FLAG) -> Path:
 
     For a folder with an adapter it is that of the model that the adapter belongs to.
     """
-    return _folders(path, flag)[0]
+    return _folders(path, flag)[0][1]
+
+
+def whole_model(path: str, flag: str = FLAG) -> str:
+    """Returns what adapters of the model in `path` call their frozen model: a hub id, or an absolute path."""
+    name = _folders(path, flag)[0][0]
+    return name if is_hub_id(name) else os.path.abspath(name)
 
 
 def adapter_folders(path: str, flag: str = FLAG) -> list[Path]:
     """Returns the folders of the adapters that `path` stands for, the first one first; none if it is a whole model."""
-    return _folders(path, flag)[1:]
+    return [folder for _, folder in _folders(path, flag)[1:]]
 
 
 def settings_folder(path: str, flag: str = FLAG) -> Path:
     """Returns the folder whose config.json says what a model's scalars mean: of its adapter, if that has one."""
-    return next(folder for folder in _folders(path, flag)[::-1] if (folder / "config.json").is_file())
+    return next(folder for _, folder in _folders(path, flag)[::-1] if (folder / "config.json").is_file())
 
 
-def _folders(path: str, flag: str) -> list[Path]:
-    """Returns the folder of a whole model, and those of its adapters."""
+def tokenizer_folder(path: str, flag: str = FLAG) -> Path:
+    """Returns the folder with a model's tokenizer: of its adapter, if that has one. It may have none."""
+    folders = [folder for _, folder in _folders(path, flag)]
+    return next((folder for folder in folders[::-1] if has_tokenizer(folder)), folders[0])
+
+
+def _folders(path: str, flag: str) -> list[tuple[str, Path]]:
+    """Returns (path or hub id, folder) of a whole model, and of its adapters."""
     adapters = []
     while True:
         folder = _local_folder(path, flag)
         if not is_adapter(folder):
             break
-        if folder in adapters:
+        if folder in [other for _, other in adapters]:
             raise UserError(f"{flag}: the adapter in {folder} belongs to itself; set base_model_name_or_path")
-        adapters.insert(0, folder)
+        adapters.insert(0, (str(path), folder))
         path, flag = base_of(folder, flag), f"{flag} {folder}, base_model_name_or_path"
     if not (folder / "config.json").is_file():
         raise UserError(f"{flag}: no config.json in {path}; use the folder of a Hugging Face model")
     _check_known(read_config(folder, flag), path, flag)
     tensor_files(folder, flag)  # checks that they are there
-    return [folder, *adapters]
+    return [(str(path), folder), *adapters]
 
 
 def _local_folder(path: str, flag: str) -> Path:
@@ -156,8 +168,7 @@ def from_folder(
     merge: merge the adapters that `path` stands for. split: the layers are split over the ranks; the caller must call
     `split_rest`.
     """
-    folder, *adapters = _folders(path, flag)
-    adapters = adapters if merge else []
+    folder, adapters = model_folder(path, flag), adapter_folders(path, flag) if merge else []
     if adapters and split:
         raise UserError(f"{flag}: {path} is an adapter, which --zero_stage 3 cannot merge; merge it first")
     options = {"device_map": {"": device}} if device.type == "cuda" and split is None else {}
