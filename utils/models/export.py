@@ -1,7 +1,6 @@
 """Writes model folders that other tools load: weights, config, generation config, tokenizer. Atomic."""
 
 import copy
-import os
 from collections.abc import Iterator
 
 import torch
