@@ -128,9 +128,9 @@ def load_models(config: PPOConfig, tokenizer, say: Say = print) -> Models:
     bases = _bases(config, readers) if config.lora_rank else None
     model = _load_policy(config, tokenizer, say, split, bases)
     rows = embedding_rows(model.lm)
-    freeze = partial(_freeze, config=config, split=bool(split_frozen))
+    freeze = partial(_freeze, config=config, split=bool(split_frozen), bases=bases)
     if bases:
-        reference = Frozen(PolicyModel(model.lm), offload=False)
+        reference = Frozen(PolicyModel(model.lm), offload=False)  # the policy's frozen weights
         reference.model.share(model.decoder, *model.adapters)
     else:
         even_tokens = max(config.micro_batch_tokens, config.maxlen_prompt) if split_frozen else 0
@@ -138,8 +138,8 @@ def load_models(config: PPOConfig, tokenizer, say: Say = print) -> Models:
     scalar = partial(_load_scalar, config, tokenizer=tokenizer, rows=rows, say=say, bases=bases)
     critic_model = scalar(critic_path, critic_flag, split=split) if config.has_critic else None
     held = (critic_path, critic_model) if critic_model and not bases else None
-    shared = (lambda path: scalar(path, config.reward_flag)) if bases else None
-    reward = load_ensemble(config, readers, tokenizer, rows, freeze, say, held, split_frozen, shared)
+    load = partial(scalar, flag=config.reward_flag, split=split_frozen)
+    reward = load_ensemble(config, readers, tokenizer, rows, freeze, say, held, split_frozen, load)
     frozen = [reference.model, *(member.model.model for member in (reward.members if reward else []))]
     if config.lora_rank:
         _add_adapters(model, critic_model, frozen, config)
@@ -203,7 +203,7 @@ def _load_policy(
 
 def _load_scalar(
     config: PPOConfig, path: str, flag: str, tokenizer, rows: int, say: Say, bases: SharedBases | None,
-    split: Split | None = None,
+    split: Split | None,
 ) -> ScalarModel:  # fmt: skip
     """Returns a critic or reward model with the policy's tokenizer, on a shared base if it has one."""
     if not (bases and bases.shares(path)):
@@ -219,6 +219,8 @@ def _load_scalar(
     return model
 
 
-def _freeze(model: nn.Module, config: PPOConfig, split: bool) -> Frozen:
+def _freeze(model: nn.Module, config: PPOConfig, split: bool, bases: SharedBases | None) -> Frozen:
+    if bases and bases.holds(model.decoder):  # others use its weights meanwhile
+        return Frozen(model.eval(), offload=False)
     # The engine moves the parts of a model that is split.
     return Frozen(shard_frozen(model, config, config.offload_frozen), config.offload_frozen and not split)

@@ -32,6 +32,10 @@ class SharedBases:
         """Returns the decoder for a path; None if it is not loaded yet."""
         return self.decoders.get(self.content[path])
 
+    def holds(self, decoder: nn.Module) -> bool:
+        """Whether several models use a decoder."""
+        return any(decoder is other for other in self.decoders.values())
+
     def hold(self, path: str, decoder: nn.Module, flag: str) -> tuple[str, ...]:
         """Keeps a decoder, and adds the adapters that `path` stands for. Returns their names."""
         content = self.content[path]

@@ -20,6 +20,7 @@ from utils.tokenizer import load_tokenizer
 
 
 @entry_point
+@torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Merges on the CPU."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

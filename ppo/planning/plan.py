@@ -7,13 +7,14 @@ counted: the CUDA context, libraries, fragmentation; so a plan fits if it leaves
 
 from copy import copy
 from dataclasses import dataclass
+from itertools import repeat
 
 from torch import nn
 
 from ppo.config import PPOConfig
 from ppo.decoding.kv_cache import AUTO_SLOTS, columns_for, slots_for, slots_in
 from ppo.models import CHUNK_ELEMENTS, Models
-from ppo.planning.shapes import Shapes, cache_bytes, models_of, slot_bytes, tokens_of
+from ppo.planning.shapes import Shapes, cache_bytes, models_of, sharing, slot_bytes, tokens_of
 from ppo.planning.step_time import CARDS
 from ppo.planning.vllm_memory import GIB, PHASES, Rows, VLLMSizes, share_of, sizes_beside
 from utils.device import on_gpu
@@ -121,16 +122,15 @@ def fixed_rows(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
     def add_always(what: str, size: int) -> None:
         add(what, *[size] * len(PHASES))
 
-    def weights(model: Shapes, stage: int) -> int:
-        return weight_bytes(model.numels, stage, gpus, element)
+    def weights(model: Shapes, stage: int, is_shared: bool) -> int:
+        return 0 if is_shared else weight_bytes(model.numels, stage, gpus, element)
 
-    shared = {policy.base} if config.lora_rank else set()  # of weights that are counted already
+    trained_share, frozen_share = sharing(config, models, rewards)
     for name, model in models.items():
-        is_held = name != "policy" and model.base in shared
-        add_always(f"weights of the {name}", 0 if is_held else weights(model, stage))
-        shared |= {model.base} if shared and config.share_base == "auto" else set()
-    rows |= {f"adapters of {names}": [4 * sum(map(sum, numels))] * len(PHASES)} if config.lora_rank else {}
-    frozen_weights = [0 if model.base in shared else weights(model, 3 if split else 0) for model in frozen]
+        add_always(f"weights of the {name}", weights(model, stage, trained_share[name]))
+    if config.lora_rank:
+        add_always(f"adapters of {names}", 4 * sum(map(sum, numels)))
+    frozen_weights = [weights(*pair) for pair in zip(frozen, repeat(3 if split else 0), frozen_share, strict=False)]
     if not config.offload_frozen:
         add_always("weights of the reference", frozen_weights[0])
         add_always(f"weights of {len(rewards)} reward model(s)", sum(frozen_weights[1:]))
@@ -148,15 +148,21 @@ def fixed_rows(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
     if buckets:
         add("communication buckets", held[1], held[1], buckets, buckets)
     if split:
-        gathered = live if config.gather_for_generation == "never" else element * policy.numel
-        if config.rollout_engine == "vllm":  # which gets copies of one layer at a time
-            gathered = 2 * element * max(policy.work.body // policy.work.layers, policy.work.head)
-        scored = gathered_bytes(policy.numel, element)
-        add("weights gathered from all GPUs", gathered * (stage == 3), scored, live)
+        gathered = gathered_in_rollouts(config, policy, live) if stage == 3 else 0
+        add("weights gathered from all GPUs", gathered, gathered_bytes(policy.numel, element), live)
     add("logits", 0, *logits_bytes(CHUNK_ELEMENTS, element))
     buffer = config.num_rollouts * config.maxlen_prompt * TOKEN
     add("experience buffer", score=buffer, backward=buffer, step=buffer)
-    return rows, host_bytes(config, states, sum(frozen_weights), element * policy.numel, averages)
+    exported = 4 * sum(policy.adapters) if config.export == "adapter" else element * policy.numel
+    return rows, host_bytes(config, states, sum(frozen_weights), exported, averages)
+
+
+def gathered_in_rollouts(config: PPOConfig, policy: Shapes, live: int) -> int:
+    """Returns the bytes of weights that ZeRO-3 gathers on each GPU in rollouts. live: in each forward pass."""
+    element = DTYPES[config.dtype].itemsize
+    if config.rollout_engine == "vllm":  # which gets copies of one layer at a time
+        return 2 * element * max(policy.work.body // policy.work.layers, policy.work.head)
+    return live if config.gather_for_generation == "never" else element * policy.numel
 
 
 def average_bytes(config: PPOConfig, gpus: int, numel: int) -> int:
@@ -170,7 +176,7 @@ def choose_sizes(config: PPOConfig, gpus: int, rows: Rows, free: int, vllm: VLLM
 
     free: bytes of GPU memory that `rows`, of `fixed_rows`, leave in every phase. vllm: what samples; None: the policy.
     """
-    models, _ = models_of(config)
+    models, rewards = models_of(config)
 
     def free_in(phase: str) -> int:
         return free - sum(row[PHASES.index(phase)] - min(row) for row in rows.values())
@@ -181,7 +187,10 @@ def choose_sizes(config: PPOConfig, gpus: int, rows: Rows, free: int, vllm: VLLM
         return 0 if config.gradient_checkpoint else num_layers(decoder)
 
     slots = vllm.slots if vllm else own_slots(config, gpus, models["policy"], free_in("rollout"))
-    return Sizes(slots, {name: kept(model.decoder) for name, model in models.items()})
+    found = {name: kept(model.decoder) for name, model in models.items()}
+    if any(sharing(config, models, rewards)[0].values()):  # the same layers
+        found = dict.fromkeys(found, min(found.values()))
+    return Sizes(slots, found)
 
 
 def own_slots(config: PPOConfig, gpus: int, policy: Shapes, free: int) -> int:
@@ -249,9 +258,9 @@ def gpu_bytes(config: PPOConfig) -> float:
     return GIB * (config.plan_gpu_memory or CARDS[config.plan_gpu].memory)
 
 
-def host_bytes(config: PPOConfig, states: int, frozen: int, policy: int, averages: int) -> dict[str, int]:
+def host_bytes(config: PPOConfig, states: int, frozen: int, exported: int, averages: int) -> dict[str, int]:
     """Returns the bytes of host memory per process, without Python and libraries."""
-    rows = {"final/ being written (first process only)": policy}
+    rows = {"final/ being written (first process only)": exported}
     if config.offload_optimizer:
         rows["optimizer, with float32 gradients"] = states + states // 3
         rows |= {"averages of the policy": averages} if averages else {}

@@ -9,6 +9,7 @@ from ppo.planning.shapes import models_of
 from ppo.planning.step_time import NODE, Phase, checkpoint, phases
 from ppo.planning.vllm_memory import GIB, MOVED, PHASES
 from utils.engine.memory import ROOM
+from utils.errors import UserError
 from utils.flags.checks import choose
 from utils.memory.recompute import num_layers
 from utils.models.load import attention_cap
@@ -56,12 +57,16 @@ def verdict(config: PPOConfig, gpus: int, totals: list[int]) -> str:
     if peak <= ROOM * available:
         return f"FITS: {where}"
     changes = [{"gradient_checkpoint": True}, {"zero_stage": 3}, {"offload_optimizer": True}, {"offload_frozen": True}]
+    changes += [{"lora_rank": 16}]
     if config.rollout_engine == "vllm":
         changes += [{"rollout_engine": "own"}, {"vllm_tensor_parallel_size": 2 * config.vllm_tensor_parallel_size}]
     changes += [{"gather_for_generation": "never"}]
     helps = []
     for change in changes:
-        other = max(plan(replace(config, **change), gpus).totals) / GIB
+        try:
+            other = max(plan(replace(config, **change), gpus).totals) / GIB
+        except UserError:  # it contradicts other flags, or needs a package
+            continue
         if other < 0.98 * peak:
             helps += [f"--{name} {value}: {other:.1f} GiB" for name, value in change.items()]
     result = "DOES NOT FIT" if peak > available else f"TIGHT (less than {100 * (1 - ROOM):.0f} % left for CUDA)"

@@ -122,6 +122,19 @@ def _adapted(config: PPOConfig, path: str, flag: str, dtype: torch.dtype, head: 
     return _ADAPTED[key]
 
 
+def sharing(config: PPOConfig, models: dict[str, Shapes], rewards: list[Shapes]) -> tuple[dict[str, bool], list[bool]]:
+    """Returns which trained models, and which of the reference and reward models, use an earlier model's weights."""
+    seen = set()
+
+    def is_shared(model: Shapes) -> bool:
+        known = bool(config.lora_rank) and config.share_base == "auto" and model.base in seen
+        seen.add(model.base)
+        return known
+
+    trained = {name: is_shared(model) for name, model in models.items()}
+    return trained, [bool(config.lora_rank), *map(is_shared, rewards)]
+
+
 def cache_bytes(config: PretrainedConfig, element: int, gpus: int = 1) -> int:
     """Returns the bytes of one token's keys and values in all layers, on each of `gpus` that share the heads."""
     text = config.get_text_config()

@@ -83,26 +83,23 @@ def _same_ids(tokenizer, template: str, theirs, their_template: str) -> bool:
 def load_ensemble(
     config: RewardFlags, readers: list[Reader], tokenizer, rows: int, freeze: Callable[[nn.Module], Frozen],
     say: Say, critic: tuple[str, ScalarModel] | None = None, split: Split | None = None,
-    shared: Callable[[str], ScalarModel] | None = None,
+    load: Callable[[str], ScalarModel] | None = None,
 ) -> Ensemble | None:  # fmt: skip
     """Loads and freezes the reward models one after the other; returns None if there are none.
 
     rows: number of the policy's embeddings. critic: its (path, model), copied if it is also a reward model. freeze:
-    also moves a model to host memory if it is offloaded. split: as in `load_causal_lm`. shared: loads a
-    reward model whose weights another model may share, and which `freeze` does not get.
+    also moves a model to host memory if it is offloaded. split: as in `load_causal_lm`. load: loads those that read the
+    policy's ids, instead of `load_scalar`.
     """
+    load = load or (lambda path: load_scalar(config, path, tokenizer, rows, say, split=split))
     members = []
     for reader in readers:
         if reader.own:
             model = _load(config, reader.path, config.reward_flag, reader.own[0], say, trained=True, split=split)
             encoding = Encoding(*reader.own, window_of(model))
-        elif shared:
-            members.append(Member(Frozen(model := shared(reader.path), offload=False), window_of(model)))
-            continue
         else:
             same = critic is not None and reader.path == critic[0]
-            load = partial(load_scalar, config, reader.path, tokenizer, rows, say, split=split)
-            model = model_copy(critic[1], split) if same else load()
+            model = model_copy(critic[1], split) if same else load(reader.path)
             encoding = None
         members.append(Member(freeze(model), window_of(model), encoding))
     return Ensemble(members, config.reward_ensemble, config.ensemble_std_coef) if members else None

@@ -64,6 +64,59 @@ def test_four_models_share_one_base(inputs, adapters, tmp_path, monkeypatch):
     assert shared[0]["kl_ref"] == 0.0 < shared[-1]["kl_ref"]
 
 
+@torch.no_grad()
+def outputs(models):
+    """Logits of policy and reference, scalars of critic and reward model."""
+    ones, results = torch.ones_like(IDS), {}
+    for name, model in (("policy", models.policy.module), ("reference", models.reference.model)):
+        model.activate()
+        results[name] = model.lm(IDS).logits
+    for name, model in (("critic", models.critic.module), ("reward", models.reward.members[0].model.model)):
+        results[name] = model(IDS, ones)
+    return results
+
+
+@pytest.mark.parametrize("still", ["policy", "critic"])
+def test_no_adapter_acts_in_another_model(inputs, adapters, tmp_path, monkeypatch, still):
+    """A model whose rate is nearly 0 stays as it was, whatever the other one learns on the same base, which stays."""
+    rate = {"policy": {"lr": 1e-30}, "critic": {"critic_lr": 1e-30}}[still]
+    _, models = ppo_run(inputs, adapters, tmp_path / "run", monkeypatch, critic_pretrain_steps=0, **rate)
+    found = outputs(models)
+    assert torch.equal(found["policy"], found["reference"]) is (still == "policy")
+    assert torch.equal(found["critic"], found["reward"]) is (still == "critic")
+    sft = AutoPeftModelForCausalLM.from_pretrained(adapters / "sft" / "final_adapter")
+    torch.testing.assert_close(found["reference"], sft(IDS).logits)
+    base = load_file(inputs.policy / "model.safetensors")
+    frozen = {name: x for name, x in models.policy.module.lm.named_parameters() if "lora_" not in name}
+    assert base.keys() == {name.replace("base_layer.", "") for name in frozen}
+    assert all(torch.equal(x, base[name.replace("base_layer.", "")]) for name, x in frozen.items())
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_layers_that_are_computed_again_use_the_adapters_of_their_forward(
+    inputs, adapters, tmp_path, monkeypatch, zero_stage
+):
+    changes = {"zero_stage": zero_stage, "train_steps": 4}
+    plain, _ = ppo_run(inputs, adapters, tmp_path / "plain", monkeypatch, **changes)
+    again, models = ppo_run(inputs, adapters, tmp_path / "again", monkeypatch, gradient_checkpoint=True, **changes)
+    assert models.policy.module.lm.is_gradient_checkpointing
+    for row, other in zip(plain, again, strict=True):
+        for name in ("score_mean", "kl_ref", "value_loss", "policy_loss", "grad_norm_policy", "grad_norm_critic"):
+            assert row.get(name, 0.0) == pytest.approx(other.get(name, 0.0), rel=1e-5, abs=1e-6), (row["step"], name)
+
+
+def test_dropout_of_adapters(inputs, tmp_path):
+    """It acts in training, from the second step on (adapters give 0 before), and not in evaluations."""
+    flags = {"save_per_step": 1, "train_steps": 2, **LORA}
+    runs = {}
+    for share in (0.0, 0.5):
+        train_sft(fit_flags(inputs.policy, inputs.dialogues, tmp_path / str(share), lora_dropout=share, **flags))
+        runs[share] = read_metrics(tmp_path / str(share))
+    first, second = zip(runs[0.0], runs[0.5], strict=True)
+    assert first[0]["loss"] == first[1]["loss"]
+    assert second[0]["loss"] != second[1]["loss"]
+
+
 def test_whole_models_of_the_runs_give_the_same(inputs, adapters, tmp_path, monkeypatch):
     """final/ of both runs, which hold the adapters merged."""
     paths = {"policy_model_path": adapters / "sft" / "final", "critic_model_path": adapters / "reward" / "final"}

@@ -1,18 +1,24 @@
 """Adapters on a frozen decoder: off, on, merged, written, read by peft and by this toolkit."""
 
+import json
+
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ppo.models import PolicyModel
-from tests.helpers.parts import ppo_config
+from reward.model import ScalarModel, train_scalar_adapter
+from tests.helpers.parts import ppo_config, tiny_scalar_model
 from tests.helpers.tiny import tiny_llama_folder
+from utils import hub
+from utils.engine.engine import TrainEngine
 from utils.errors import UserError
 from utils.models.adapter_folder import load_adapter, write_adapter
-from utils.models.adapters import train_adapter
+from utils.models.adapters import Adapted, train_adapter, trained_parameters
 from utils.models.export import merged_tensors
-from utils.models.load import load_causal_lm
+from utils.models.load import load_causal_lm, tokenizer_folder, whole_model
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -103,3 +109,110 @@ def test_an_adapter_of_another_model_is_refused(folder, tmp_path):
     other = tiny_llama_folder(tmp_path / "other", seed=2, num_hidden_layers=1)
     with pytest.raises(UserError, match="adapter"):
         load_adapter(load(other).base_model, "one", tmp_path / "adapter", "--policy_model_path")
+
+
+def fitted(parameters, loss):
+    """The parameters at the minimum of a loss."""
+    optimizer = torch.optim.LBFGS(parameters, max_iter=400, tolerance_grad=1e-7, tolerance_change=1e-12,
+                                  line_search_fn="strong_wolfe")  # fmt: skip
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+
+
+def test_an_adapter_of_full_rank_learns_what_all_weights_learn():
+    """Least squares with one linear layer has one minimum; an adapter of half the rank does not reach it."""
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(200, 12), torch.randn(200, 8)
+
+    def learnt(rank: int) -> torch.Tensor:
+        model = Adapted()
+        model.layers = nn.Sequential(nn.Linear(12, 8, bias=False))
+        torch.manual_seed(1)
+        nn.init.normal_(model.layers[0].weight)
+        if rank:
+            train_adapter(model, model.layers, "one", ppo_config(lora_rank=rank, lora_target_modules=["0"]))
+        parameters = [*trained_parameters(model).values()]
+        assert len(parameters) == (2 if rank else 1)
+        fitted(parameters, lambda: (model.layers(inputs) - targets).square().sum())
+        return model.layers(inputs).detach()
+
+    whole = learnt(0)
+    torch.testing.assert_close(learnt(8), whole, rtol=1e-3, atol=1e-3)
+    assert (learnt(4) - whole).abs().max() > 0.05
+
+
+def test_each_model_trains_its_own_adapter_alone(folder):
+    lm = load(folder)
+    model, critic = policy(lm, "policy"), ScalarModel(lm.base_model, tiny_scalar_model().head)
+    train_scalar_adapter(critic, "critic", ppo_config(lora_rank=3), rank=2)
+    ours, theirs = trained_parameters(model), trained_parameters(critic)
+    assert all(".policy." in name for name in ours)
+    assert all(".critic." in name or name == "head.weight" for name in theirs) and "head.weight" in theirs
+    assert len(ours) == len(theirs) - 1 and not {*map(id, ours.values())} & {*map(id, theirs.values())}
+    frozen = [x for name, x in model.named_parameters() if "lora_" not in name]
+    assert not any(x.requires_grad for x in frozen)
+    assert {x.shape[0] for name, x in theirs.items() if "lora_A" in name} == {2}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_a_bad_gradient_of_adapters_is_seen(folder, single_process, zero_stage):
+    """Adapters have no parameters with one dimension, which are watched in models without."""
+    model = policy(load(folder), "policy")
+    engine = TrainEngine(model, ppo_config(lora_rank=3, zero_stage=zero_stage), "policy")
+    mask = torch.ones_like(IDS, dtype=torch.bool)
+    mask[:, 0] = False
+    for factor, bad in ((1.0, False), (float("nan"), True), (1.0, False)):
+        logprobs, _ = engine(IDS, mask)
+        engine.backward(logprobs.sum() * factor)
+        assert engine.bad_gradient() is bad
+        engine.measure()
+        engine.drop_gradients()
+
+
+def test_adapters_that_do_not_add_up_are_refused(folder):
+    for first, second in ((True, False), (False, True)):
+        model = PolicyModel(load(folder))
+        train_adapter(model, model.decoder, "one", ppo_config(lora_rank=3, use_dora=first))
+        with pytest.raises(UserError, match=r"would have two adapters, of which one is DoRA's; merge the first"):
+            train_adapter(model, model.decoder, "policy", ppo_config(lora_rank=3, use_dora=second))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"peft_type": "IA3"}, "peft_type"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"lora_bias": True}, "lora_bias is on"),
+        ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters is on"),
+        ({"bias": "all"}, "bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path"),
+    ],
+    ids=str,
+)
+def test_adapters_of_other_kinds_are_refused(folder, tmp_path, change, problem):
+    model = policy(load(folder), "one")
+    write_adapter(model, model.decoder, str(folder), f"{tmp_path}/adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(
+        UserError, match=rf"not of a LoRA adapter that can be used here .*{problem}.*merge it with peft"
+    ):
+        load(tmp_path / "adapter")
+
+
+def test_an_adapter_from_the_hub_on_a_model_from_the_hub(folder, tmp_path, monkeypatch):
+    """The folders that downloads end in are there already; nothing is fetched."""
+    model = policy(load(folder), "one")
+    write_adapter(model, model.decoder, "someone/base", f"{tmp_path}/adapter")
+    for name, place in (("someone/base", folder), ("someone/adapter", tmp_path / "adapter")):
+        monkeypatch.setitem(hub.downloaded, (name, repr({"ignore_patterns": hub._BESIDE_WEIGHTS})), place)
+    torch.testing.assert_close(load("someone/adapter")(IDS).logits, logits(model))
+    assert whole_model("someone/adapter") == "someone/base"
+    assert tokenizer_folder("someone/adapter") == folder  # the adapter's folder has none
