@@ -95,6 +95,19 @@ def test_written_adapters_are_read_by_peft_and_merged(folder, tmp_path, names, f
     assert torch.equal(logits(model), expected)  # merging has left the model as it was
 
 
+def test_bf16_weights_are_merged_in_float32_and_rounded_once(folder):
+    model = policy(load_causal_lm(str(folder), torch.bfloat16, CPU, say=str), "one", "two")
+    merged = dict(merged_tensors(model))
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A"):
+            exact = layer.base_layer.weight.float()
+            for key in ("one", "two"):
+                exact = exact + layer.scaling[key] * (layer.lora_B[key].weight @ layer.lora_A[key].weight)
+            assert layer.lora_A["one"].weight.dtype == torch.float32
+            assert torch.equal(merged[f"{name}.weight"], exact.to(torch.bfloat16))
+            assert not torch.equal(merged[f"{name}.weight"], layer.base_layer.weight)
+
+
 def test_an_adapter_on_an_adapter(folder, tmp_path):
     first = policy(load(folder), "one")
     write_adapter(first, first.decoder, str(folder), f"{tmp_path}/first")
