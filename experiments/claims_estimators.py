@@ -64,21 +64,29 @@ ESTIMATOR_FIGURE = Figure(
     ], frontiers={name: weighted(name) for name in ESTIMATORS},
 )  # fmt: skip
 
+# With ten times the learning rate of all weights, as the claims were written, the policy moved further than with all
+# weights. Three times was added afterwards: seed 101 had shown it on the frontier of all weights.
+LORA = {"lora": "ten times the rate", "lora@lr=3e-4": "three times the rate"}
 LORA_FIGURE = Figure(
-    "Adapters instead of all weights", {setting: 3 for name in ("lora", CRITIC) for setting in weighted(name)}, [
-        Claim(f"At equal KL, gold with adapters is not lower by more than {MARGIN:g} than with all weights", [
+    "Adapters instead of all weights", {setting: 3 for name in (*LORA, CRITIC) for setting in weighted(name)}, [
+        Claim(f"{label.capitalize()}: at equal KL, gold is not lower by more than {MARGIN:g} than with all weights", [
             Criterion(f"gold at a KL of {AT_KL:g} nats, adapters - all weights",
-                      frontier_difference(weighted("lora"), weighted(CRITIC), AT_KL), above=-MARGIN),
-        ]),
-        Claim("Gold rises at every KL weight", [
-            Criterion(f"gold, end - start, {setting.split('@')[1]}", of(setting, change("gold")), above=0.0)
-            for setting in weighted("lora")
-        ]),
-        Claim("The critic explains its returns as well", [
+                      frontier_difference(weighted(name), weighted(CRITIC), AT_KL), above=-MARGIN),
+        ])
+        for name, label in LORA.items()
+    ] + [
+        Claim(f"{label.capitalize()}: gold rises at every KL weight", [
+            Criterion(f"gold, end - start, {setting.rpartition('@')[2]}", of(setting, change("gold")), above=0.0)
+            for setting in weighted(name)
+        ])
+        for name, label in LORA.items()
+    ] + [
+        Claim(f"{label.capitalize()}, for the critic the same as with all weights: it explains its returns as well", [
             Criterion("explained variance at the end, adapters - all weights",
-                      between(weighted("lora")[1], weighted(CRITIC)[1], end("explained_variance")), above=-MARGIN),
-        ]),
-    ], frontiers={name: weighted(name) for name in ("lora", CRITIC)},
+                      between(weighted(name)[1], weighted(CRITIC)[1], end("explained_variance")), above=-MARGIN),
+        ])
+        for name, label in LORA.items()
+    ], frontiers={name: weighted(name) for name in (*LORA, CRITIC)},
 )  # fmt: skip
 
 # PPO-max with four passes over each buffer, and without one of its parts.

@@ -21,6 +21,7 @@ FIGURES = {  # what each check must have found out, at the least
     "attention": {"mha_2_equal_ragged_share", "gqa_2_ragged_masked_share"},
     "frozen": {"old_s", "new_s", "new_once_s"},
     "passes": {"padded_score_share", "joined_update_share", "joined_update_gib_of_planned", "logprobs_apart"},
+    "adapters": {"off_by", "update_share", "update_gib_of_planned"},
     "optimizer": {
         "plain_s",
         "chunked_s",

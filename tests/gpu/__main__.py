@@ -21,7 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SECONDS = {  # that each check should take on a GPU; it is ended after LIMIT times as many. 0: all that are left
     "machine": 35, "parity": 50, "precision": 40, "decoding": 75, "attention": 20, "frozen": 35, "passes": 40,
-    "optimizer": 30, "against_trl": 100, "synchronisations": 15, "two_ranks": 40, "vllm": 110, "demo": 0,
+    "adapters": 30, "optimizer": 30, "against_trl": 100, "synchronisations": 15, "two_ranks": 40, "vllm": 110,
+    "demo": 0,
 }  # fmt: skip
 LIMIT = 1.6
 KILL = 2.0  # seconds that ending a check may take
