@@ -16,11 +16,11 @@ from ppo.run import Run
 from ppo.score import critic_values, score
 from ppo.types import PromptBatch, Rollout, Scores
 from ppo.update import update
-from reward.model import check_scalar_export, save_scalar_model
+from reward.model import check_scalar_export, save_scalar_adapter, save_scalar_model
 from utils.distributed import world_size
 from utils.engine.engine import shutdown_distributed
 from utils.errors import UserError
-from utils.run.export import export_model
+from utils.run.export import export_models
 from utils.run.logger import Stopwatch
 from utils.run.together import together
 from utils.watchdog import report_progress
@@ -74,13 +74,17 @@ class Pretraining(Run):
 
     def export(self, name: str) -> bool:
         """Writes the critic to the run's folder final/, and returns True. Collective; rank 0 writes."""
-        critic = self.models.critic
-        state = critic.full_state_dict()
+        critic, config = self.models.critic, self.config
+        state = critic.full_state_dict() if config.export != "adapter" else {}
 
         def save(folder: str) -> None:
             save_scalar_model(critic.module, folder, state, self.tokenizer, value_pretrained=True)
 
-        if problem := export_model(self.config.model_save_path, name, save):
+        def save_adapter(folder: str) -> None:
+            path = config.critic_model_path
+            save_scalar_adapter(critic.module, path, folder, self.tokenizer, value_pretrained=True)
+
+        if problem := export_models(config.model_save_path, name, config.export, save, save_adapter):
             raise UserError(problem)
         return True
 

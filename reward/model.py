@@ -28,7 +28,7 @@ from utils.models.adapters import Adapted, train_adapter
 from utils.models.check import check_forward
 from utils.models.chunked_logprobs import head_logits, sum_nll
 from utils.models.config import read_config
-from utils.models.export import check_names, saved_tensors, set_ids, write_model
+from utils.models.export import check_names, saved_tensors, set_ids, without_adapters, write_model
 from utils.models.load import (
     FLAG,
     adapter_folders,
@@ -271,7 +271,7 @@ def save_scalar_adapter(
 
 def check_scalar_export(model: ScalarModel, what: str) -> None:
     """Raises UserError if the tensors that `save_scalar_model` writes are not those that transformers loads."""
-    names = _classifier_tensors(model, saved_tensors(model))
+    names = _classifier_tensors(model, without_adapters(saved_tensors(model)))
     check_names(AutoModelForSequenceClassification, _classifier_config(model), names, what)
 
 

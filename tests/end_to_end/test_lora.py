@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 
 import ppo.build
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
+from ppo.critic import main as train_critic
 from ppo.models import load_models
 from ppo.planning.plan import plan
+from reward.model import load_scalar_model
 from reward.train import main as train_reward
 from sft.train import main as train_sft
 from tests.helpers.tiny_run import assert_same_run, fit_flags, read_metrics, run_flags, write_json
@@ -165,6 +167,23 @@ def test_another_base_is_refused(inputs, adapters, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit):
         ppo_run(inputs, adapters, tmp_path / "run", monkeypatch, **flags, **paths)
     assert "model.safetensors has other content" in capsys.readouterr().err
+
+
+def test_a_critic_trained_before_ppo(inputs, adapters, tmp_path, request):
+    """Its adapter is on the base that the others share, and its values are those of the whole model."""
+    flags = {"policy_model_path": inputs.policy, "critic_model_path": adapters / "reward" / "final_adapter", **LORA}
+    flags |= {"reward_model_path": adapters / "reward" / "final_adapter"}
+    train_critic(
+        [*run_flags(inputs, tmp_path / "critic", critic_pretrain_steps=2, export="both", **flags), "--pretrain"]
+    )
+    flags["critic_model_path"] = tmp_path / "critic" / "final_adapter"
+    config = parse_args(PPOConfig, run_flags(inputs, tmp_path / "run", **flags), PRESETS, AMOUNTS)
+    request.getfixturevalue("single_process")
+    models = load_models(config, load_tokenizer(str(inputs.policy)), str)
+    whole = load_scalar_model(str(tmp_path / "critic" / "final"), torch.float32, torch.device("cpu"), say=str)
+    assert models.critic.module.decoder is models.policy.module.decoder
+    with torch.no_grad():
+        torch.testing.assert_close(models.critic.module(IDS, torch.ones_like(IDS)), whole(IDS, torch.ones_like(IDS)))
 
 
 @pytest.mark.parametrize("run", ["sft", "reward"])

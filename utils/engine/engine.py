@@ -27,9 +27,9 @@ from utils.engine.state import SharedState, load_state, scale_weight, state_tens
 from utils.errors import UserError
 from utils.files import first_names
 from utils.flags.engine import EngineConfig
-from utils.models.adapters import BASE, Adapted, trained_parameters
+from utils.models.adapters import Adapted, trained_parameters
 from utils.models.compile import layers_of
-from utils.models.export import merged_tensors, saved_tensors
+from utils.models.export import merged_tensors, saved_tensors, without_adapters
 from utils.models.split import is_split, whole_shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -244,8 +244,7 @@ class TrainEngine:
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Returns name -> whole tensor in host memory on rank 0, {} elsewhere. Collective."""
         held = {name: x.to("cpu", copy=True) for name, x in self.weights() if is_main()}
-        order = (name.replace(BASE, "") for name in saved_tensors(self.module))
-        return {name: held[name] for name in order if name in held}
+        return {name: held[name] for name in without_adapters(saved_tensors(self.module)) if name in held}
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields (name, whole tensor on this rank's device) of what `full_state_dict` returns. Collective.

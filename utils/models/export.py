@@ -22,6 +22,11 @@ def saved_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return dict(module.named_parameters()) | buffers
 
 
+def without_adapters(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns tensors of a model with adapters by their names without, and none of the adapters themselves."""
+    return {name.replace(BASE, ""): x for name, x in tensors.items() if "lora_" not in name}
+
+
 def merged_tensors(model: Adapted) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, tensor) of a model's folder, with its adapters merged: those of the model without adapters."""
     layers = {f"{path}.{BASE}weight": x for path, x in model.named_modules() if hasattr(x, "lora_A")}
