@@ -145,7 +145,8 @@ class Run:
         If best/ cannot be written, it stays as it was, a warning is printed, and False is returned. For others this
         raises UserError.
         """
-        state, lm = self.models.policy.full_state_dict(), self.models.policy.module.lm
+        policy, lm = self.models.policy, self.models.policy.module.lm
+        state = policy.full_state_dict() if self.config.export != "adapter" else {}
         if average:
             found = ((key, x) for key, x in average.whole(lm.dtype) if is_main())
             state |= {key: x.cpu() for key, x in found if key in state}
@@ -155,8 +156,8 @@ class Run:
             save_causal_lm(lm.config, state, folder, self.tokenizer, lm.generation_config)
 
         def save_adapter(folder: str) -> None:
-            model = self.models.policy.module
-            save_lm_adapter(model, model.decoder, lm, self.config.policy_model_path, folder, self.tokenizer)
+            path = self.config.policy_model_path
+            save_lm_adapter(policy.module, policy.module.decoder, lm, path, folder, self.tokenizer)
 
         problem = export_models(self.config.model_save_path, name, self.config.export, save, save_adapter)
         if problem and name != "best":

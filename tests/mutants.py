@@ -211,6 +211,8 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "        read = attention_mask.bool()", "end_to_end/test_lora.py::test_no_adapter_acts_in_another_model"),
     ("adapters merged in the dtype of the weights", "base.weight.data = held.float()", "base.weight.data = held",
      "unit/test_adapters.py"),
+    ("weights with a merged adapter are not trained", "    decoder.requires_grad_(True)  # peft has frozen them\n", "",
+     "unit/test_adapters.py"),
     ("merged weights stay", "        layer.merged_adapters.clear()\n        base.weight.data = held",
      "        layer.merged_adapters.clear()", "unit/test_adapters.py"),
     ("a model trains the adapters of others", 'for name, x in trained.items() if "lora_" not in name or',

@@ -150,7 +150,7 @@ def fixed_rows(config: PPOConfig, gpus: int) -> tuple[Rows, dict[str, int]]:
     if split:
         gathered = gathered_in_rollouts(config, policy, live) if stage == 3 else 0
         add("weights gathered from all GPUs", gathered, gathered_bytes(policy.numel, element), live)
-    add("logits", 0, *logits_bytes(CHUNK_ELEMENTS, element))
+    add("logits", 0, *logits_bytes(CHUNK_ELEMENTS, element, tokens_of(config) * policy.text.vocab_size))
     buffer = config.num_rollouts * config.maxlen_prompt * TOKEN
     add("experience buffer", score=buffer, backward=buffer, step=buffer)
     exported = 4 * sum(policy.adapters) if config.export == "adapter" else element * policy.numel

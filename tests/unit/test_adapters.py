@@ -86,7 +86,9 @@ def test_written_adapters_are_read_by_peft_and_merged(folder, tmp_path, names, f
     expected = logits(model)
     theirs = AutoPeftModelForCausalLM.from_pretrained(f"{tmp_path}/adapter")
     torch.testing.assert_close(theirs(IDS).logits, expected)
-    torch.testing.assert_close(load(tmp_path / "adapter")(IDS).logits, expected)
+    whole = load(tmp_path / "adapter")
+    torch.testing.assert_close(whole(IDS).logits, expected)
+    assert all(x.requires_grad for x in whole.parameters())  # to train all weights
     merged = AutoModelForCausalLM.from_pretrained(folder)
     state = {name.removeprefix("lm."): x for name, x in merged_tensors(model)}
     assert state.keys() == dict(merged.named_parameters()).keys()

@@ -96,7 +96,7 @@ def load_adapter(decoder: nn.Module, name: str, folder: Path, flag: str) -> None
 
 
 def merge_adapters(decoder: nn.Module) -> None:
-    """Adds all adapters to the decoder's weights, in float32, and removes them."""
+    """Adds all adapters to the decoder's weights, in float32, and removes them; all weights can be trained then."""
     names = tuple(decoder.peft_config)
     for path, layer in [(path, x) for path, x in decoder.named_modules() if hasattr(x, "lora_A")]:
         with merged(layer, names) as weight:
@@ -105,6 +105,7 @@ def merge_adapters(decoder: nn.Module) -> None:
         base.weight.data = whole
         decoder.set_submodule(path, base)
     del decoder.peft_config
+    decoder.requires_grad_(True)  # peft has frozen them
 
 
 def write_adapter(

@@ -1,5 +1,6 @@
 """Token log-probabilities from hidden states, in chunks, without logits of a whole batch. Pure."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -59,13 +60,15 @@ def by_chunks(
     return [measure(*part, lm_head) for part in parts]
 
 
-def logits_bytes(chunk: int, element: int) -> tuple[int, int]:
+def logits_bytes(chunk: int, element: int, most: float = math.inf) -> tuple[int, int]:
     """Returns the peak bytes on a GPU of chunked logits: (forward only, forward and backward).
 
-    chunk: logits per chunk; element: bytes per logit. Counts one chunk's gradient and its log-softmax in float32.
+    chunk: logits per chunk; element: bytes per logit; most: logits of a whole forward. Counts one chunk's gradient and
+    its log-softmax in float32.
     """
     in_float32 = 3 * 4 * FLOATS["cuda"]
-    return chunk * element + in_float32, (KEPT + 1) * chunk * element + in_float32
+    one, kept = int(min(chunk, most)), int(min(KEPT * chunk, most))
+    return one * element + in_float32, (kept + one) * element + in_float32
 
 
 def head_logits(lm_head: Callable[[torch.Tensor], torch.Tensor], config, rows: torch.Tensor) -> torch.Tensor:
