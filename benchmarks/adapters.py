@@ -3,9 +3,9 @@
 FOLDER is the one that `bash run_en.sh --demo` leaves in .demo/en. A reward model is trained for one step as an adapter
 on the demo's model, so that policy, reference, critic and reward model can share their weights. Then train_ppo.py runs
 with all weights, with adapters on models of their own, and with adapters on one base: once for the memory, and
---rounds times in turn for the seconds. Memory is that of the process that belongs to no file (RssAnon), at its highest, minus
-what it was before anything was loaded, with an allocator that returns what is freed. Beside it is the prediction of
---plan, without the logits that only a GPU holds in float32. Responses are of full length, as the plan assumes.
+--rounds times in turn for the seconds. Memory is that of the process that belongs to no file (RssAnon), at its highest,
+minus what it was before anything was loaded, with an allocator that returns what is freed. Beside it is the prediction
+of --plan, without the logits that only a GPU holds in float32. Responses are of full length, as the plan assumes.
 """
 
 import argparse

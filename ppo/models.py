@@ -196,6 +196,7 @@ def _load_policy(
     if config.rollout_engine != "vllm":
         with gathered(lm, by_layer=layered):
             choose_decoding(model, config, flag, say, layered)
+    model.share(model.decoder)
     if not merge:
         model.share(model.decoder, *bases.hold(path, model.decoder, flag))
     return model

@@ -24,7 +24,7 @@ from transformers import (
 from utils.errors import Say, UserError
 from utils.flags.lora import LoraFlags
 from utils.models.adapter_folder import read_head, write_adapter
-from utils.models.adapters import Adapted, train_adapter
+from utils.models.adapters import Adapted, place_of, train_adapter
 from utils.models.check import check_forward
 from utils.models.chunked_logprobs import head_logits, sum_nll
 from utils.models.config import read_config
@@ -283,9 +283,9 @@ def _classifier_config(model: ScalarModel) -> PretrainedConfig:
 
 def _classifier_tensors(model: ScalarModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns the state with the names of transformers' classifier, without an LM head."""
-    prefix = model.backbone.base_model_prefix
+    prefix = place_of(model.backbone)
     renamed = {"score.weight": model.score_scale * state["head.weight"].detach()}
     for name, tensor in state.items():
         if name.startswith("backbone."):
-            renamed[f"{prefix}.{name.removeprefix('backbone.')}"] = tensor.detach()
+            renamed[f"{prefix}{name.removeprefix('backbone.')}"] = tensor.detach()
     return renamed

@@ -12,7 +12,7 @@ from torch import nn
 
 from utils.errors import UserError
 from utils.files import read_json
-from utils.models.adapters import Adapted, adapted_layers, inject, merged, peft
+from utils.models.adapters import Adapted, adapted_layers, inject, merged, peft, place_of
 from utils.models.weight_files import open_weights, reason_of, weight_file
 from utils.schema import Schema, checked
 
@@ -74,7 +74,7 @@ def load_adapter(decoder: nn.Module, name: str, folder: Path, flag: str) -> None
         tensors.pop(PREFIX + HEAD, None)
         if other := [key for key in tensors if not key.endswith(PARTS)]:
             raise ValueError(f"{other[0]} does not belong to an adapter of a linear layer")
-        part = f"{decoder.base_model_prefix}."
+        part = place_of(decoder)
         tensors = {key.removeprefix(PREFIX).removeprefix(part): x for key, x in tensors.items()}
         settings.target_modules = sorted({key.rpartition(".lora_")[0] for key in tensors})
         for pattern in (settings.rank_pattern, settings.alpha_pattern):  # they name layers as a whole model does
@@ -116,7 +116,7 @@ def write_adapter(
     Several are joined to one whose rank is the sum of theirs. base: path or hub id of the frozen model. head: weight of
     a reward model's or critic's head.
     """
-    part = f"{decoder.base_model_prefix}."
+    part = place_of(decoder)
     if len(model.adapters) == 1:
         [name] = model.adapters
         settings = copy.deepcopy(decoder.peft_config[name])

@@ -28,12 +28,28 @@ def add_adapter(decoder: nn.Module, name: str, config: LoraFlags, rank: int = 0)
         target_modules=ALL_LINEAR if names == [ALL_LINEAR] else names, use_dora=config.use_dora,
         use_rslora=config.use_rslora,
     )  # fmt: skip
+    if settings.target_modules == ALL_LINEAR:
+        leave_experts_out(settings, decoder)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)  # the same on all ranks, and after a resume
             inject(decoder, name, settings)
     except ValueError as error:
         raise UserError(f"--lora_target_modules {' '.join(names)}: {str(error).splitlines()[0]}") from error
+    if settings.target_parameters:
+        why = "experts that transformers keeps in one tensor cannot have adapters here"
+        raise UserError(f"--lora_target_modules {' '.join(names)}: {why}; name other layers")
+
+
+def leave_experts_out(settings, decoder: nn.Module) -> None:
+    """Changes peft's settings for all-linear: no experts that are one tensor, no routers, which return several."""
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    linear = {name: x for name, x in decoder.named_modules() if isinstance(x, nn.Linear)}
+    settings.exclude_modules = [name for name, x in linear.items() if type(x).forward != nn.Linear.forward] or None
+    patterns = dict(settings.rank_pattern), dict(settings.alpha_pattern)
+    convert_peft_config_for_transformers(settings, decoder, None)
+    settings.target_parameters, (settings.rank_pattern, settings.alpha_pattern) = None, patterns
 
 
 def peft(flag: str):
@@ -74,6 +90,9 @@ class Adapted(nn.Module):
     def share(self, decoder: nn.Module, *adapters: str) -> None:
         """Sets what forwards use: these adapters of the decoder's, added up; none: its frozen weights."""
         self.adapters, self.adapted = adapters, tuple(adapted_layers(decoder))
+        place = next((name for name, x in self.named_modules() if x is decoder), "")
+        if place.startswith("lm."):
+            decoder.place = place.removeprefix("lm.")
 
     def activate(self) -> None:
         """Must be called before each forward, and before a backward pass that repeats one (gradient checkpointing)."""
@@ -108,6 +127,11 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     trained = {name: x for name, x in model.named_parameters() if x.requires_grad}
     own = getattr(model, "adapters", ())[-1:]
     return {name: x for name, x in trained.items() if "lora_" not in name or name.split(".")[-2:-1] == [*own]}
+
+
+def place_of(decoder: nn.Module) -> str:
+    """Returns the name of a decoder in its causal LM: model, or for example model.decoder, with a dot at the end."""
+    return f"{getattr(decoder, 'place', decoder.base_model_prefix)}."
 
 
 def adapted_layers(module: nn.Module) -> list[nn.Module]:
