@@ -10,19 +10,20 @@ from tests.architectures.configs import FAMILIES, SHORT, tiny_config
 from tests.helpers.parts import ppo_config
 from utils.errors import UserError
 from utils.models.adapter_folder import write_adapter
-from utils.models.adapters import train_adapter
+from utils.models.adapters import NOT_READ, train_adapter
 from utils.models.export import merged_tensors
 from utils.models.load import attention_cap, load_causal_lm
 
 IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
-UNREAD = {"laguna"}  # peft 0.21 writes shared_experts..down_proj
 
 
 def base_of(name, folder):
     """The policy of a family with random weights. Raises UserError if it is refused, other errors if it has none."""
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(tiny_config(name)).save_pretrained(folder / "base")
-    return PolicyModel(load_causal_lm(str(folder / "base"), torch.float32, torch.device("cpu"), say=str))
+    model = PolicyModel(load_causal_lm(str(folder / "base"), torch.float32, torch.device("cpu"), say=str))
+    model.lm(IDS)
+    return model
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ def test_adapters_of_a_family(name, tmp_path):
 @pytest.mark.slow
 def test_adapters_of_every_other_family_that_can_be_loaded(tmp_path):
     checked, wrong, refused = [], [], []
-    for name in [family for family in FAMILIES if family not in SHORT and family not in UNREAD]:
+    for name in [family for family in FAMILIES if family not in SHORT]:
         (tmp_path / name).mkdir()
         try:
             model = base_of(name, tmp_path / name)
@@ -69,6 +70,6 @@ def test_adapters_of_every_other_family_that_can_be_loaded(tmp_path):
             refused.append((name, str(error)))
         except Exception as error:  # noqa: BLE001
             wrong.append((name, str(error)[:300]))
-    assert wrong == []
+    assert wrong == [], [name for name, _ in wrong]
     assert len(checked) >= 100
-    assert {name for name, why in refused if "Mamba" not in why} == set()
+    assert {name for name, why in refused if "Mamba" not in why} == NOT_READ

@@ -71,6 +71,7 @@ def load_adapter(decoder: nn.Module, name: str, folder: Path, flag: str) -> None
         tensors = load_file(folder / WEIGHTS)
         settings = lora.LoraConfig.from_pretrained(str(folder))
         settings.init_lora_weights, settings.modules_to_save, settings.inference_mode = True, None, False
+        settings.exclude_modules = None  # the tensors say which layers
         tensors.pop(PREFIX + HEAD, None)
         if other := [key for key in tensors if not key.endswith(PARTS)]:
             raise ValueError(f"{other[0]} does not belong to an adapter of a linear layer")
