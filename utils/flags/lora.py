@@ -5,8 +5,6 @@ from typing import Literal
 
 from utils.flags.fields import Common
 
-ALL_LINEAR = "all-linear"
-
 
 @dataclass
 class LoraFlags:
@@ -19,7 +17,7 @@ class LoraFlags:
     """The adapters' output is multiplied by lora_alpha / lora_rank. Default: twice the rank"""
     lora_dropout: float = 0.0
     """Dropout probability of the adapters' input during training"""
-    lora_target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
+    lora_target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
     """Names of the layers with adapters, such as q_proj v_proj. all-linear: all linear layers but the head"""
     use_dora: bool = False
     """Also train the norm of each column of the weights (DoRA, Liu et al. 2024)"""

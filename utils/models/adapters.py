@@ -9,19 +9,19 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
-from utils.flags.lora import ALL_LINEAR, LoraFlags
 
 INSTALL = "pip install peft==0.21.2"
+ALL_LINEAR = "all-linear"  # what peft calls all linear layers but the head
 # Families whose written or merged adapters are not those that were trained (tests/unit/test_adapter_architectures.py).
 NOT_READ = {"jamba", "laguna", "longcat_flash", "zamba"}
 BASE = "base_layer."  # in the names of the frozen weights of a layer with adapters
 
 
-def add_adapter(decoder: nn.Module, name: str, config: LoraFlags, rank: int = 0) -> None:
+def add_adapter(decoder: nn.Module, name: str, config, rank: int = 0) -> None:
     """Freezes a decoder and adds a float32 adapter that is to be trained, whose output is 0 at first.
 
-    rank: of the adapter; 0: --lora_rank. Raises UserError without peft, or if no layer has one of the names in
-    --lora_target_modules.
+    config: with the flags of utils/flags/lora.py, and --seed. rank: of the adapter; 0: --lora_rank. Raises UserError
+    without peft, or if no layer has one of the names in --lora_target_modules.
     """
     lora, kind = peft("--lora_rank"), getattr(getattr(decoder, "config", None), "model_type", "")
     if kind in NOT_READ:
@@ -112,7 +112,7 @@ class Adapted(nn.Module):
         return not any(own in x.lora_variant or bool(x.lora_B[own].weight.any()) for x in layers)
 
 
-def train_adapter(model: Adapted, decoder: nn.Module, name: str, config: LoraFlags, rank: int = 0) -> None:
+def train_adapter(model: Adapted, decoder: nn.Module, name: str, config, rank: int = 0) -> None:
     """Freezes a model and adds an adapter to its decoder (`add_adapter`), which its forwards then use.
 
     Raises UserError if one of several adapters is DoRA's: their sum is no DoRA adapter.
