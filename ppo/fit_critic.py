@@ -63,7 +63,7 @@ def restore_unit(critic: TrainEngine | None, state: RunState) -> None:
 
 def is_pretrained(critic: TrainEngine) -> bool:
     """Whether the critic was written by `python -m ppo.critic --pretrain`, so that it predicts returns."""
-    return bool(getattr(critic.module.config, "value_pretrained", False))
+    return critic.module.value_pretrained
 
 
 def _with_moved_values(experience: Experience, slope: float, shift: float, config) -> Experience:

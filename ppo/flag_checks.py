@@ -50,18 +50,14 @@ def check_estimator(config) -> None:
 
 def check_adapters(config) -> None:
     """Raises UserError for flags that do not work with --lora_rank."""
-    if config.critic_lora_rank and not config.lora_rank:
-        raise UserError(f"--critic_lora_rank {config.critic_lora_rank} needs --lora_rank")
+    if config.critic_lora_rank and not config.has_critic:
+        raise UserError(f"--critic_lora_rank {config.critic_lora_rank}: this run has no critic; leave it out")
     wrong = {
         f"--reference {config.reference}": config.reference != "frozen",
         f"--policy_ema {config.policy_ema:g}": config.policy_ema,
         f"--lora_dropout {config.lora_dropout:g}": config.lora_dropout,
-        "--compile": config.compile,
     }
-    why = {
-        "--lora_dropout": "in PPO the update would have other log-probabilities than scoring",
-        "--compile": "layers change between forwards",
-    }
+    why = {"--lora_dropout": "in PPO the update would have other log-probabilities than scoring"}
     for flag, is_on in wrong.items():
         if config.lora_rank and is_on:
             reason = why.get(flag.split()[0], "averages of adapters are not implemented")

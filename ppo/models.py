@@ -136,7 +136,7 @@ def load_models(config: PPOConfig, tokenizer, say: Say = print) -> Models:
         even_tokens = max(config.micro_batch_tokens, config.maxlen_prompt) if split_frozen else 0
         reference = freeze(PolicyModel(model_copy(model.lm, split_frozen), even_tokens))
     scalar = partial(_load_scalar, config, tokenizer=tokenizer, rows=rows, say=say, bases=bases)
-    critic_model = scalar(critic_path, critic_flag, split=split) if config.has_critic else None
+    critic_model = scalar(critic_path, critic_flag, split=split, frozen=False) if config.has_critic else None
     held = (critic_path, critic_model) if critic_model and not bases else None
     load = partial(scalar, flag=config.reward_flag, split=split_frozen)
     reward = load_ensemble(config, readers, tokenizer, rows, freeze, say, held, split_frozen, load)
@@ -169,21 +169,19 @@ def _add_adapters(policy: PolicyModel, critic: ScalarModel | None, frozen: list[
 
 def _bases(config: PPOConfig, readers: list[Reader]) -> SharedBases:
     """Returns the bases of a run with adapters; under --share_base never each model has its own."""
-    paths = {f"--policy_model_path {config.policy_model_path}": config.policy_model_path}
-    if config.has_critic:
-        paths[f"--critic_model_path {config.critic_model_path}"] = config.critic_model_path
-    paths |= {f"{config.reward_flag} {reader.path}": reader.path for reader in readers if not reader.own}
-    return SharedBases(paths, share=config.share_base == "auto")
+    models = [("--policy_model_path", config.policy_model_path)]
+    models += [("--critic_model_path", config.critic_model_path)] if config.has_critic else []
+    models += [(config.reward_flag, reader.path) for reader in readers if not reader.own]
+    return SharedBases(models, share=config.share_base == "auto")
 
 
 def _load_policy(
     config: PPOConfig, tokenizer, say: Say, split: Split | None, bases: SharedBases | None
 ) -> PolicyModel:  # fmt: skip
     path = config.policy_model_path
-    merge = not (bases and bases.shares(path))
     lm = load_causal_lm(
         path, DTYPES[config.dtype], device(), config.attn_implementation, tokenizer, say, "--policy_model_path", split,
-        merge,
+        merge=not bases,
     )  # fmt: skip
     check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
     flag = f"--policy_model_path {path}"
@@ -196,18 +194,17 @@ def _load_policy(
     if config.rollout_engine != "vllm":
         with gathered(lm, by_layer=layered):
             choose_decoding(model, config, flag, say, layered)
-    model.share(model.decoder)
-    if not merge:
-        model.share(model.decoder, *bases.hold(path, model.decoder, flag))
+    if bases:
+        bases.hold(model, path, "--policy_model_path")
     return model
 
 
 def _load_scalar(
     config: PPOConfig, path: str, flag: str, tokenizer, rows: int, say: Say, bases: SharedBases | None,
-    split: Split | None,
+    split: Split | None, frozen: bool = True,
 ) -> ScalarModel:  # fmt: skip
-    """Returns a critic or reward model with the policy's tokenizer, on a shared base if it has one."""
-    if not (bases and bases.shares(path)):
+    """Returns a critic, or a frozen reward model, with the policy's tokenizer, on a shared base if it has one."""
+    if not bases or (frozen and not bases.shares(path)):
         return load_scalar(config, path, tokenizer, rows, say, flag, split)
     decoder = bases.held(path)
     if decoder is None:
@@ -215,13 +212,13 @@ def _load_scalar(
     else:
         weight = head_weight(path, flag, path in config.reward_paths)
         model = scalar_model(decoder, weight, None, path, flag, DTYPES[config.dtype], device(), config.seed, say)
-    model.share(model.backbone, *bases.hold(path, model.backbone, flag))
+    bases.hold(model, path, flag)
     model.head.requires_grad_(False)
     return model
 
 
 def _freeze(model: nn.Module, config: PPOConfig, split: bool, bases: SharedBases | None) -> Frozen:
-    if bases and bases.holds(model.decoder):  # others use its weights meanwhile
+    if bases and bases.is_shared(model.decoder):  # others use its weights meanwhile
         return Frozen(model.eval(), offload=False)
     # The engine moves the parts of a model that is split.
     return Frozen(shard_frozen(model, config, config.offload_frozen), config.offload_frozen and not split)

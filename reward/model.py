@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from utils.errors import Say, UserError
+from utils.files import atomic_folder
 from utils.flags.lora import LoraFlags
 from utils.models.adapter_folder import read_head, write_adapter
 from utils.models.adapters import Adapted, place_of, train_adapter
@@ -65,6 +66,7 @@ class ScalarModel(Adapted):
         self.lm_head = lm_head
         self.even_tokens = 0  # argument of `sum_nll`; set under ZeRO-3
         self.score_center = float(getattr(self.config, "score_center", 0.0))
+        self.value_pretrained = False  # whether its scalars are values, of `python -m ppo.critic`
         self.score_scale = 1.0  # factor of the head's output; a saved model has it in the head's weight
 
     @property
@@ -141,7 +143,7 @@ def load_scalar_model(
     auto_class = AutoModelForCausalLM if with_lm_head else AutoModel
     model = from_folder(auto_class, path, dtype, device, attn_implementation, flag, say, split, merge)
     if tokenizer is not None:
-        fit_vocabulary(model, tokenizer, f"{flag} {path}", say)
+        fit_vocabulary(model, tokenizer, f"{flag} {path}", say, grows=merge)
     backbone, lm_head = (model.base_model, model.get_output_embeddings()) if with_lm_head else (model, None)
     resize_embeddings(model, rows)
     split_rest(model, split, device)
@@ -196,6 +198,7 @@ def scalar_model(
     head.weight.data.copy_(weight)
     model = ScalarModel(backbone, head, lm_head)
     model.score_center = float(center)
+    model.value_pretrained = bool(read_config(folder, flag).get("value_pretrained"))
     return model.eval()
 
 
@@ -262,11 +265,12 @@ def save_scalar_adapter(
     model: ScalarModel, path: str, folder: str, tokenizer, center: float = 0.0, value_pretrained: bool = False
 ) -> None:  # fmt: skip
     """Writes the adapters and the head of a scalar model that was read from `path`; other options as above."""
-    write_adapter(model, model.backbone, whole_model(path), folder, model.score_scale * model.head.weight)
     config = _classifier_config(model)
     config.score_center, config.value_pretrained = model.score_center + center, value_pretrained
-    config.save_pretrained(folder)
-    save_tokenizer(with_distinct_pad(tokenizer), folder)
+    with atomic_folder(folder) as partial:
+        write_adapter(model, model.backbone, whole_model(path), partial, model.score_scale * model.head.weight)
+        config.save_pretrained(partial)
+        save_tokenizer(with_distinct_pad(tokenizer), partial)
 
 
 def check_scalar_export(model: ScalarModel, what: str) -> None:

@@ -140,7 +140,10 @@ def load(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, say: Say) -> 
     path, dtype, attention = config.hf_model_name_or_path, DTYPES[config.dtype], config.attn_implementation
     with_lm = config.reward_lm_loss_factor > 0
     split = splitter(config, dtype)
-    model = load_scalar_model(path, dtype, device(), attention, tokenizer, with_lm, config.seed, say, split=split)
+    model = load_scalar_model(
+        path, dtype, device(), attention, tokenizer, with_lm, config.seed, say, split=split,
+        merge=not config.lora_rank,
+    )  # fmt: skip
     check_window(model, config.context_truncate, "--context_truncate")
     check_scalar_export(model, f"{FLAG} {path}")
     model.even_tokens = config.even_tokens

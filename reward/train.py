@@ -20,6 +20,7 @@ def train(config: RewardConfig) -> None:
     from utils.engine.engine import TrainEngine
     from utils.engine.memory import device_room
     from utils.memory.recompute import choose_checkpointing
+    from utils.models.load import share_adapters
     from utils.run.start import start_run
     from utils.run.supervised_loop import fit
     from utils.run.together import together
@@ -32,6 +33,7 @@ def train(config: RewardConfig) -> None:
         say(first_prompt(tokenizer, first.answers[0][: first.prompt_length]))
         model = load(config, tokenizer, say)
         if config.lora_rank:
+            share_adapters(model, model.backbone, config.hf_model_name_or_path)
             train_scalar_adapter(model, "reward", config)
         engine = TrainEngine(model, config, "reward model")
         budget = config.batch_size * sum(row["tokens"] for row in items.each("tokens")) / len(items)

@@ -126,7 +126,9 @@ def load(config: SFTConfig, tokenizer, say: Say) -> tuple[PreTrainedModel, Layou
     """Returns (the model to train, configured by the flags; the layout of its batches)."""
     path, dtype = config.hf_model_name_or_path, DTYPES[config.dtype]
     split = splitter(config, dtype)
-    lm = load_causal_lm(path, dtype, device(), config.attn_implementation, tokenizer, say, split=split)
+    lm = load_causal_lm(
+        path, dtype, device(), config.attn_implementation, tokenizer, say, split=split, merge=not config.lora_rank
+    )
     check_window(lm, config.context_truncate, "--context_truncate")
     check_names(AutoModelForCausalLM, lm.config, saved_tensors(lm), f"{FLAG} {path}")
     joined = has_varlen_kernel(decoder_of(lm))

@@ -19,7 +19,7 @@ def train(config: SFTConfig) -> None:
     from utils.engine.memory import device_room
     from utils.memory.recompute import choose_checkpointing
     from utils.models.adapters import train_adapter
-    from utils.models.load import FLAG
+    from utils.models.load import FLAG, share_adapters
     from utils.models.padding_free import decoder_of
     from utils.models.routers import router_coef
     from utils.run.start import start_run
@@ -36,6 +36,7 @@ def train(config: SFTConfig) -> None:
         balance = router_coef(lm, config.router_aux_loss_coef, f"{FLAG} {config.hf_model_name_or_path}", say)
         model = AnswerModel(lm, config.even_tokens)
         if config.lora_rank:
+            share_adapters(model, decoder_of(lm), config.hf_model_name_or_path)
             train_adapter(model, decoder_of(lm), "sft", config)
         engine = TrainEngine(model, config, "model")
         tokens = max(config.micro_batch_tokens, config.context_truncate)

@@ -5,6 +5,7 @@ printed.
 """
 
 import argparse
+import os
 from functools import partial
 
 import torch
@@ -33,13 +34,15 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{flag}: {path} is a whole model; pass the folder of an adapter")
     folder, cpu = model_folder(path, flag), torch.device("cpu")
     dtype = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
+    if os.path.lexists(options.output):
+        raise UserError(f"--output: {options.output} is there already; give another folder")
     tokenizer = load_tokenizer(str(tokenizer_folder(path, flag)), flag=flag)
     if read_head(folders[-1], flag) is not None:
-        load = partial(load_scalar_model, path, device=cpu, say=str, flag=flag, trained=True)
+        load = partial(load_scalar_model, path, device=cpu, tokenizer=tokenizer, say=str, flag=flag, trained=True)
         model, exact = load(dtype=dtype), load(dtype=torch.float32)
-        save_scalar_model(model, options.output, tokenizer=tokenizer)
+        save_scalar_model(model, options.output, tokenizer=tokenizer, value_pretrained=model.value_pretrained)
     else:
-        load = partial(load_causal_lm, path, device=cpu, say=str, flag=flag)
+        load = partial(load_causal_lm, path, device=cpu, tokenizer=tokenizer, say=str, flag=flag)
         model, exact = load(dtype=dtype), load(dtype=torch.float32)
         save_causal_lm(model.config, saved_tensors(model), options.output, tokenizer, model.generation_config)
     pairs = zip(saved_tensors(model).values(), saved_tensors(exact).values(), strict=True)

@@ -17,7 +17,7 @@ from ppo.planning.step_time import Work
 from utils.engine.engine import DTYPES
 from utils.errors import UserError
 from utils.memory.activation_peak import ATTENTION
-from utils.models.adapter_folder import base_of, is_adapter
+from utils.models.adapter_folder import chain
 from utils.models.adapters import add_adapter
 from utils.models.padding_free import decoder_of, is_like_llama
 
@@ -71,8 +71,7 @@ class Shapes:
 @cache
 def shapes(path: str, flag: str, dtype: torch.dtype, head: str) -> Shapes:
     """Returns the shapes of the model in a folder or hub id, of which only config.json is read. head: lm or scalar."""
-    while is_adapter(Path(path)):
-        path = base_of(Path(path), flag)
+    path = chain(path, flag, lambda name, _: Path(name))[0][0]
     try:
         settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
         kind = AutoModelForCausalLM if head == "lm" else AutoModel

@@ -2,7 +2,9 @@
 
 import pytest
 
-from tests.helpers.tiny_run import assert_close
+from reward.train import main as train_reward
+from sft.train import main as train_sft
+from tests.helpers.tiny_run import assert_close, fit_flags, write_json
 from tests.helpers.two_ranks import alone_and_on_two_ranks
 
 FLAGS = {"lora_rank": 4, "lr": 1e-2, "critic_pretrain_steps": 1, "export": "both"}
@@ -14,3 +16,18 @@ def test_two_ranks_equal_one_process(inputs, tmp_path):
     runs = alone_and_on_two_ranks(inputs, tmp_path, {"lora": ("train_ppo", FLAGS)}, stages)
     for stage in stages:
         assert_close(runs[f"lora {stage}"], runs["lora alone"], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_adapters_are_read_by_two_ranks(inputs, tmp_path):
+    """As policy and as reward model, which two ranks split; with adapters and with all weights trained."""
+    adapter = tmp_path / "sft" / "final"
+    train_sft(fit_flags(inputs.policy, inputs.dialogues, tmp_path / "sft", lora_rank=4, lr=1e-2, export="adapter"))
+    pairs = write_json(tmp_path / "pairs.json", [{"prompt": "Why?", "chosen": "good", "rejected": "bad"}] * 12)
+    train_reward(fit_flags(inputs.policy, pairs, tmp_path / "reward", lora_rank=4, lr=1e-2, export="adapter"))
+    paths = {"policy_model_path": adapter, "reward_model_path": tmp_path / "reward" / "final", "train_steps": 2}
+    jobs = {"whole": ("train_ppo", paths), "lora": ("train_ppo", FLAGS | paths)}
+    runs = alone_and_on_two_ranks(inputs, tmp_path, {"whole": jobs["whole"]}, (2, 3))
+    runs |= alone_and_on_two_ranks(inputs, tmp_path, {"lora": jobs["lora"]}, (2,))
+    for name, stage in (("whole", 2), ("whole", 3), ("lora", 2)):
+        assert_close(runs[f"{name} {stage}"], runs[f"{name} alone"], rel=1e-4, abs=1e-5)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import ppo.build
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from ppo.critic import main as train_critic
+from ppo.fit_critic import is_pretrained
 from ppo.models import load_models
 from ppo.planning.plan import plan
 from reward.model import load_scalar_model
@@ -182,6 +183,7 @@ def test_a_critic_trained_before_ppo(inputs, adapters, tmp_path, request):
     models = load_models(config, load_tokenizer(str(inputs.policy)), str)
     whole = load_scalar_model(str(tmp_path / "critic" / "final"), torch.float32, torch.device("cpu"), say=str)
     assert models.critic.module.decoder is models.policy.module.decoder
+    assert is_pretrained(models.critic) and not models.reward.members[0].model.model.value_pretrained
     with torch.no_grad():
         torch.testing.assert_close(models.critic.module(IDS, torch.ones_like(IDS)), whole(IDS, torch.ones_like(IDS)))
 
@@ -209,3 +211,101 @@ def test_the_plan_counts_shared_weights_once(inputs, adapters, single_process):
     assert rows["weights of the critic"][0] == rows["weights of the reference"][0] == 0
     assert rows["adapters of policy and critic"][0] == 4 * trained
     assert rows["optimizer of policy and critic"][0] == 12 * trained
+
+
+def same_function(folder, scalar=False):
+    """Whether final/ and final_adapter/ of a run, one merged and one not, are the same function."""
+    if scalar:
+        load = lambda name: load_scalar_model(str(folder / name), torch.float32, torch.device("cpu"), say=str)  # noqa: E731
+        first, second = (load(name)(IDS, torch.ones_like(IDS)) for name in ("final", "final_adapter"))
+    else:
+        first = AutoModelForCausalLM.from_pretrained(folder / "final")(IDS).logits
+        second = AutoPeftModelForCausalLM.from_pretrained(folder / "final_adapter")(IDS).logits
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_trained_on_an_adapter(inputs, adapters, tmp_path, monkeypatch):
+    """SFT, a reward model and PPO, whose critic is on another base: what they write has the first adapter in it."""
+    sft = adapters / "sft" / "final_adapter"
+    train_sft(fit_flags(sft, inputs.dialogues, tmp_path / "sft", export="both", train_steps=2, **LORA))
+    same_function(tmp_path / "sft")
+    pairs = write_json(tmp_path / "pairs.json", [{"prompt": "Why?", "chosen": "good", "rejected": "bad"}] * 12)
+    train_reward(fit_flags(sft, pairs, tmp_path / "reward", export="both", train_steps=2, **LORA))
+    same_function(tmp_path / "reward", scalar=True)
+    settings = json.loads((tmp_path / "reward" / "final_adapter" / "adapter_config.json").read_text())
+    assert settings["r"] == 8 and settings["base_model_name_or_path"] == str(inputs.policy)
+    ppo_run(inputs, adapters, tmp_path / "ppo", monkeypatch, critic_model_path=inputs.reward, export="both")
+    same_function(tmp_path / "ppo")
+
+
+def test_all_weights_are_trained_from_an_adapter(inputs, adapters, tmp_path):
+    sft = adapters / "sft" / "final_adapter"
+    train_sft(fit_flags(sft, inputs.dialogues, tmp_path / "sft", train_steps=2, lr=1e-3))
+    before, after = (load_file(x / "final" / "model.safetensors") for x in (adapters / "sft", tmp_path / "sft"))
+    assert all(not torch.equal(after[name], x) for name, x in before.items())
+
+
+def test_two_bases(inputs, tmp_path, monkeypatch):
+    """Whole models: policy and reference share one, critic and reward model another; the plan says so."""
+    flags = run_flags(inputs, tmp_path / "run", **LORA)
+    config = parse_args(PPOConfig, flags, PRESETS, AMOUNTS)
+    built, build = [], ppo.build.load_models
+    monkeypatch.setattr(ppo.build, "load_models", lambda *args: built.append(build(*args)) or built[-1])
+    train_ppo([*flags, "--train_steps", "1"])
+    [models] = built
+    critic, reward = models.critic.module, models.reward.members[0].model.model
+    assert critic.decoder is reward.decoder is not models.policy.module.decoder
+    assert models.reference.model.decoder is models.policy.module.decoder
+    rows = plan(config, 1).rows
+    assert rows["weights of the critic"][0] > 0 == rows["weights of 1 reward model(s)"][0]
+
+
+def test_other_settings_are_another_base(inputs, adapters, tmp_path, single_process):
+    """The same weight file with another rotary base is another function."""
+    other = tmp_path / "other"
+    shutil.copytree(inputs.policy, other)
+    settings = json.loads((other / "config.json").read_text())
+    settings["rope_parameters"]["rope_theta"] *= 2
+    (other / "config.json").write_text(json.dumps(settings))
+    reward = adapters / "reward" / "final_adapter"
+    paths = {"policy_model_path": inputs.policy, "critic_model_path": other, "reward_model_path": reward}
+    config = parse_args(PPOConfig, run_flags(inputs, tmp_path / "run", **paths | LORA), PRESETS, AMOUNTS)
+    models = load_models(config, load_tokenizer(str(inputs.policy), "moss_en"), str)
+    assert models.critic.module.decoder is not models.policy.module.decoder
+    assert models.reward.members[0].model.model.decoder is models.policy.module.decoder
+
+
+def refused(command, flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        command(flags)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "Traceback" not in error
+    return error
+
+
+def test_mistakes_of_users(inputs, adapters, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "precious").touch()
+    sft = adapters / "sft" / "final_adapter"
+    assert "is there already" in refused(merge, ["--adapter", str(sft), "--output", str(kept)], capsys)
+    assert (kept / "precious").exists()
+    assert "is a whole model" in refused(merge, ["--adapter", str(inputs.policy), "--output", "x"], capsys)
+    for names, problem in {
+        "q_proj v_porj": "v_porj: a layer of this name does not exist",
+        "embed_tokens": "embed_tokens: a layer of this name is not linear",
+    }.items():
+        flags = fit_flags(inputs.policy, inputs.dialogues, tmp_path / "sft", **LORA)
+        assert problem in refused(train_sft, [*flags, "--lora_target_modules", *names.split()], capsys)
+    own = tmp_path / "own"
+    shutil.copytree(sft, own)
+    settings = json.loads((own / "adapter_config.json").read_text())
+    (own / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(own)}))
+    flags = run_flags(inputs, tmp_path / "run", policy_model_path=own, tokenizer_name_or_path=inputs.policy)
+    for more in ([], ["--plan"]):
+        assert "belongs to itself" in refused(train_ppo, [*flags, *more], capsys)
+    base, out = tmp_path / "out" / "final", tmp_path / "out"
+    shutil.copytree(inputs.policy, base)
+    (own / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
+    flags = run_flags(inputs, out, policy_model_path=own, tokenizer_name_or_path=inputs.policy)
+    assert str(base) in refused(train_ppo, [*flags, "--overwrite"], capsys) and base.exists()

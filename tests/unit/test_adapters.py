@@ -194,7 +194,7 @@ def test_adapters_that_do_not_add_up_are_refused(folder):
     for first, second in ((True, False), (False, True)):
         model = PolicyModel(load(folder))
         train_adapter(model, model.decoder, "one", ppo_config(lora_rank=3, use_dora=first))
-        with pytest.raises(UserError, match=r"would have two adapters, of which one is DoRA's; merge the first"):
+        with pytest.raises(UserError, match=r"would have several adapters, of which one is DoRA's; merge the first"):
             train_adapter(model, model.decoder, "policy", ppo_config(lora_rank=3, use_dora=second))
 
 

@@ -6,11 +6,12 @@ import subprocess
 
 import pytest
 
+from ppo.planning.vllm_memory import PHASES
 from tests.unit.test_documents import text_of
 from train_ppo import main
 
-CLUSTER, PERFORMANCE, ALGORITHMS = "docs/cluster.md", "docs/performance.md", "docs/algorithms.md"
-pytestmark = pytest.mark.slow  # 26 plans
+CLUSTER, PERFORMANCE, ALGORITHMS, LORA = "docs/cluster.md", "docs/performance.md", "docs/algorithms.md", "docs/lora.md"
+pytestmark = pytest.mark.slow  # 31 plans
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,16 @@ def test_sizes_of_clusters(folders, capsys):
         digits = [f"{found[0]:.1f}", *(f"{x:.0f}" for x in found[1:])]
         assert (digits, "\nFITS: " in output) == (expected, True), f"{model}, {gpus}, {flags}"
         assert re.search(rf"{re.match(r'disk, (.* GB)', rest['checkpoint'])[1]}\W+{model}", text.replace("\n", " "))
+
+
+@pytest.mark.parametrize("row", range(5))
+def test_memory_of_adapters(folders, capsys, row):
+    text = section(LORA, "Memory")
+    model, flags, peak, slots = table_of(text)[1:][row]
+    numbers, _, output = printed(text, folders[model], flags, capsys)
+    phase = PHASES[numbers["total"].index(max(numbers["total"]))]
+    assert f"{max(numbers['total']):.1f}, in {phase}" == peak
+    assert f", {slots} slots, " in output and "\nFITS: " in output
 
 
 def test_64_gpus_on_paper(folders, capsys):

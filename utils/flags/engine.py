@@ -6,7 +6,7 @@ from typing import Literal
 from utils.errors import UserError
 from utils.flags.checks import check_range, choose
 from utils.flags.fields import Common
-from utils.flags.lora import LoraFlags
+from utils.flags.lora import LoraFlags, check_lora
 from utils.flags.text import TextFlags
 
 
@@ -64,14 +64,9 @@ class EngineConfig(OptimizerFlags, LoraFlags, ForwardConfig):
         super().__post_init__()
         check_range(
             self, gradient_clip=(0, None), explosion_limit=(1, None), adam_beta1=(0, 0.999999),
-            adam_beta2=(0, 0.999999), adam_eps=(0, None), lora_rank=(0, None), lora_dropout=(0, 0.999),
+            adam_beta2=(0, 0.999999), adam_eps=(0, None),
         )  # fmt: skip
-        if self.export != "merged" and not self.lora_rank:
-            raise UserError(f"--export {self.export}: all weights are trained, there is no adapter; pass --lora_rank")
-        if self.lora_rank and self.zero_stage == 3:
-            raise UserError(
-                "--lora_rank does not work with --zero_stage 3, which would split the frozen weights; use 2"
-            )
+        check_lora(self)
         if self.zero_stage == 0 and self.dtype == "auto":
             choose(self, "dtype", "fp32", "--zero_stage 0 trains float32 weights only")
         if self.zero_stage == 0 and self.dtype == "bf16":

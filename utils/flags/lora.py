@@ -1,9 +1,14 @@
 """Flags of LoRA: low-rank adapters that are trained instead of all weights. No torch."""
 
-from dataclasses import dataclass, field
+import importlib.util
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from utils.flags.fields import Common
+from utils.errors import UserError
+from utils.flags.checks import check_range
+from utils.flags.fields import Common, default_of
+
+INSTALL = "pip install peft==0.21.2"
 
 
 @dataclass
@@ -32,3 +37,25 @@ class LoraFlags:
     def adapter_scale(self) -> float:
         """The value of --lora_alpha."""
         return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+
+def check_lora(config) -> None:
+    """Raises UserError for amounts out of range, flags without effect or that do not work together, missing peft."""
+    check_range(config, lora_rank=(0, None), lora_dropout=(0, 0.999))
+    if config.lora_alpha is not None:
+        check_range(config, lora_alpha=(1e-3, None))
+    if not config.lora_rank:
+        names = {x.name for x in fields(LoraFlags)} | {"critic_lora_rank", "share_base"}
+        given = [x.name for x in fields(config) if x.name in names and getattr(config, x.name) != default_of(x)]
+        if given:
+            why = "all weights are trained, there are no adapters"
+            raise UserError(f"--{given[0]} {getattr(config, given[0])}: {why}; pass --lora_rank, or leave it out")
+        return
+    if "all-linear" in config.lora_target_modules and len(config.lora_target_modules) > 1:
+        raise UserError("--lora_target_modules all-linear: are all of them; leave the other names out")
+    if config.zero_stage == 3:
+        raise UserError("--lora_rank does not work with --zero_stage 3, which would split the frozen weights; use 2")
+    if config.compile:
+        raise UserError("--compile does not work with --lora_rank: layers change between forwards; drop one of them")
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(f"--lora_rank: peft is not installed; run {INSTALL}")

@@ -16,7 +16,7 @@ FREE_ON_RESUME = frozenset(
         "hang_timeout", "reward_fn_timeout", "ignore_hangup", "rollout_batch_size", "rollout_cache_tokens",
         "micro_batch_tokens", "gradient_checkpoint", "offload_frozen", "gather_for_generation", "plan", "plan_gpus",
         "plan_gpu", "plan_gpu_memory", "plan_network", "vllm_gpu_memory_utilization", "sampler_kl_limit",
-        "data_cache", "data_workers",
+        "data_cache", "data_workers", "export",
     ]
 )  # fmt: skip
 

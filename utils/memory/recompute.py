@@ -11,10 +11,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from utils.distributed import world_size
 from utils.engine.engine import DTYPES, TrainEngine
+from utils.engine.settings import trained_as
 from utils.errors import Say
 from utils.flags.engine import EngineConfig
 from utils.memory.activation_peak import ATTENTION, peak_bytes
 from utils.memory.zero_bytes import backward_bytes, moment_bytes
+from utils.models.adapters import add_adapter
 from utils.models.chunked_logprobs import CHUNK, logits_bytes
 from utils.models.compile import layers_of
 from utils.models.load import enable_checkpointing
@@ -33,11 +35,19 @@ def choose_checkpointing(
     kept = num_layers(model)
     if room is not None:
         models = [[getattr(p, "ds_numel", p.numel()) for p in engine.parameters]]
-        gradients, buckets, gathered = backward_bytes(models, config, world_size())
+        gradients, buckets, gathered = backward_bytes(models, trained_as(config), world_size())
         room -= moment_bytes(models, config, world_size()) + gathered
         room -= gradients + buckets if config.zero_stage < 3 else 0  # ZeRO-3 has allocated them already
         room -= logits_bytes(CHUNK * model.config.get_text_config().vocab_size, DTYPES[config.dtype].itemsize)[1]
-        kept = predicted(lambda: layers_kept(on_meta(model), tokens, room), 0, say)
+
+        def predict() -> int:
+            decoder = on_meta(model)
+            if config.lora_rank:
+                with torch.device("meta"):
+                    add_adapter(decoder, "planned", config)
+            return layers_kept(decoder, tokens, room)
+
+        kept = predicted(predict, 0, say)
     recompute_fewest(model, kept, engine.name, say)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -56,6 +57,21 @@ def base_of(folder: Path, flag: str) -> str:
     base = config.base_model_name_or_path
     beside = folder / base
     return str(beside) if not os.path.exists(base) and beside.is_dir() else base
+
+
+def chain(path: str, flag: str, local: Callable[[str, str], Path]) -> list[tuple[str, Path, str]]:
+    """Returns (path or hub id, folder, flag) of a whole model, then of the adapters on it that `path` stands for.
+
+    local: returns the folder of a path and its flag. Raises UserError for an adapter that belongs to itself.
+    """
+    adapters, seen = [], set()
+    while is_adapter(folder := local(path, flag)):
+        if folder.resolve() in seen:
+            raise UserError(f"{flag}: the adapter in {folder} belongs to itself; set base_model_name_or_path")
+        seen.add(folder.resolve())
+        adapters.insert(0, (str(path), folder, flag))
+        path, flag = base_of(folder, flag), f"{flag} {folder}, base_model_name_or_path"
+    return [(str(path), folder, flag), *adapters]
 
 
 def read_head(folder: Path, flag: str) -> torch.Tensor | None:
@@ -130,7 +146,6 @@ def write_adapter(
         tensors[PREFIX + HEAD] = head
     settings.base_model_name_or_path, settings.inference_mode = base, True
     settings.task_type, settings.modules_to_save = ("CAUSAL_LM", None) if head is None else ("SEQ_CLS", ["score"])
-    os.makedirs(folder, exist_ok=True)
     settings.save_pretrained(folder)
     whole = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
     save_file(whole, f"{folder}/{WEIGHTS}", {"format": "pt"})

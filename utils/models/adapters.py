@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from utils.errors import UserError
 
@@ -32,6 +33,8 @@ def add_adapter(decoder: nn.Module, name: str, config, rank: int = 0) -> None:
         target_modules=ALL_LINEAR if names == [ALL_LINEAR] else names, use_dora=config.use_dora,
         use_rslora=config.use_rslora,
     )  # fmt: skip
+    if names != [ALL_LINEAR]:
+        check_targets(decoder, names)
     try:
         if settings.target_modules == ALL_LINEAR:
             leave_experts_out(settings, decoder)
@@ -44,6 +47,18 @@ def add_adapter(decoder: nn.Module, name: str, config, rank: int = 0) -> None:
     if settings.target_parameters:
         why = "experts that transformers keeps in one tensor cannot have adapters here"
         raise UserError(f"--lora_target_modules {' '.join(names)}: {why}; name other layers")
+
+
+def check_targets(decoder: nn.Module, names: list[str]) -> None:
+    """Raises UserError for a name in --lora_target_modules that is no linear layer's."""
+    layers = {path: x for path, x in decoder.named_modules() if path}
+    linear = {path for path, x in layers.items() if isinstance(x, nn.Linear | Conv1D)}
+    known = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
+    for name in names:
+        found = {path for path in layers if f".{path}".endswith(f".{name}")}
+        if not found or found - linear:
+            what = "is not linear" if found else "does not exist"
+            raise UserError(f"--lora_target_modules {name}: a layer of this name {what}; use all-linear, or {known}")
 
 
 def leave_experts_out(settings, decoder: nn.Module) -> None:
@@ -113,18 +128,20 @@ class Adapted(nn.Module):
 
 
 def train_adapter(model: Adapted, decoder: nn.Module, name: str, config, rank: int = 0) -> None:
-    """Freezes a model and adds an adapter to its decoder (`add_adapter`), which its forwards then use.
-
-    Raises UserError if one of several adapters is DoRA's: their sum is no DoRA adapter.
-    """
+    """Freezes a model and adds an adapter to its decoder (`add_adapter`), which its forwards then use."""
     for key, parameter in model.named_parameters():
         if "lora_" not in key:  # other models train their adapters
             parameter.requires_grad_(False)
     add_adapter(decoder, name, config, rank)
-    if model.adapters and any(decoder.peft_config[x].use_dora for x in (*model.adapters, name)):
-        why = f"the {name} would have two adapters, of which one is DoRA's"
-        raise UserError(f"--lora_rank: {why}; merge the first with python -m utils.merge_adapter")
+    check_sum(decoder, *model.adapters, name)
     model.share(decoder, *model.adapters, name)
+
+
+def check_sum(decoder: nn.Module, *adapters: str) -> None:
+    """Raises UserError if one of several adapters of a model is DoRA's: it does not act on the sum with the others."""
+    if len(adapters) > 1 and any(decoder.peft_config[name].use_dora for name in adapters):
+        why = "a model would have several adapters, of which one is DoRA's"
+        raise UserError(f"--lora_rank: {why}; merge the first with python -m utils.merge_adapter")
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

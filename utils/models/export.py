@@ -89,9 +89,10 @@ def write_model(
 
 def save_lm_adapter(model: Adapted, decoder: nn.Module, lm: PreTrainedModel, path: str, folder: str, tokenizer) -> None:
     """Writes the adapters of a causal LM that was read from `path`. Call it on one rank."""
-    write_adapter(model, decoder, whole_model(path), folder)
-    lm.config.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
+    with atomic_folder(folder) as partial:
+        write_adapter(model, decoder, whole_model(path), partial)
+        lm.config.save_pretrained(partial)
+        save_tokenizer(tokenizer, partial)
 
 
 def save_causal_lm(

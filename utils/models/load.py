@@ -18,7 +18,8 @@ from transformers.utils import logging
 
 from utils.errors import Say, UserError
 from utils.hub import download_model, is_hub_id
-from utils.models.adapter_folder import base_of, is_adapter, load_adapter, merge_adapters
+from utils.models.adapter_folder import chain, load_adapter, merge_adapters
+from utils.models.adapters import Adapted
 from utils.models.check import check_forward
 from utils.models.compile import layers_of
 from utils.models.config import check_counts, check_memory, read_config
@@ -42,11 +43,20 @@ def load_causal_lm(
     """
     model = from_folder(AutoModelForCausalLM, path, dtype, device, attn_implementation, flag, say, split, merge)
     if tokenizer is not None:
-        fit_vocabulary(model, tokenizer, f"{flag} {path}", say)
+        fit_vocabulary(model, tokenizer, f"{flag} {path}", say, grows=merge)
     split_rest(model, split, device)
     with gathered(model):
         check_forward(model, f"{flag} {path}", say)
     return model
+
+
+def share_adapters(model: Adapted, decoder: nn.Module, path: str, flag: str = FLAG) -> None:
+    """Adds the adapters that `path` stands for to a decoder that was read without them, for the model's forwards."""
+    names = [f"read_{number}" for number, _ in enumerate(adapter_folders(path, flag))]
+    model.share(decoder)
+    for name, folder in zip(names, adapter_folders(path, flag), strict=True):
+        load_adapter(decoder, name, folder, flag)
+    model.share(decoder, *names)
 
 
 def model_folder(path: str, flag: str = FLAG) -> Path:
@@ -81,20 +91,12 @@ def tokenizer_folder(path: str, flag: str = FLAG) -> Path:
 
 def _folders(path: str, flag: str) -> list[tuple[str, Path]]:
     """Returns (path or hub id, folder) of a whole model, and of its adapters."""
-    adapters = []
-    while True:
-        folder = _local_folder(path, flag)
-        if not is_adapter(folder):
-            break
-        if folder in [other for _, other in adapters]:
-            raise UserError(f"{flag}: the adapter in {folder} belongs to itself; set base_model_name_or_path")
-        adapters.insert(0, (str(path), folder))
-        path, flag = base_of(folder, flag), f"{flag} {folder}, base_model_name_or_path"
+    (path, folder, flag), *adapters = chain(path, flag, _local_folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{flag}: no config.json in {path}; use the folder of a Hugging Face model")
     _check_known(read_config(folder, flag), path, flag)
     tensor_files(folder, flag)  # checks that they are there
-    return [(str(path), folder), *adapters]
+    return [(path, folder), *((name, place) for name, place, _ in adapters)]
 
 
 def _local_folder(path: str, flag: str) -> Path:
@@ -169,8 +171,8 @@ def from_folder(
     `split_rest`.
     """
     folder, adapters = model_folder(path, flag), adapter_folders(path, flag) if merge else []
-    if adapters and split:
-        raise UserError(f"{flag}: {path} is an adapter, which --zero_stage 3 cannot merge; merge it first")
+    if adapters:  # they are merged into whole weights, which `split_rest` splits
+        split = None
     options = {"device_map": {"": device}} if device.type == "cuda" and split is None else {}
     with _loading(folder, flag):
         stored = stored_tensors(folder, flag)
@@ -286,10 +288,16 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return whole_shape(model.get_input_embeddings().weight)[0]
 
 
-def fit_vocabulary(model: PreTrainedModel, tokenizer, what: str, say: Say) -> None:
-    """Grows the embedding for the tokenizer's moss_zh tags. Raises UserError if other tokens are beyond it."""
+def fit_vocabulary(model: PreTrainedModel, tokenizer, what: str, say: Say, grows: bool = True) -> None:
+    """Grows the embedding for the tokenizer's moss_zh tags. Raises UserError if other tokens are beyond it.
+
+    grows: False: these are an error, too, because adapters cannot train new rows.
+    """
     rows = embedding_rows(model)
     needed = check_vocabulary(tokenizer, rows, what)
+    if needed > rows and not grows:
+        advice = "train all weights first (sft.train without --lora_rank), and adapters on the result"
+        raise UserError(f"{what} has no embeddings for the tags of moss_zh, which --lora_rank cannot train; {advice}")
     if needed > rows:
         resize_embeddings(model, needed)
         say(f"{what}: embedding resized from {rows} to {needed} tokens; the new rows are the mean of the old ones")

@@ -20,7 +20,7 @@ from utils.distributed import gather_objects, rank
 from utils.errors import Say, UserError
 from utils.files import first_names, read_json, remove, sha256, write_json
 from utils.hub import data_revision, download, download_model, downloaded, is_hub_id
-from utils.models.adapter_folder import CONFIG, WEIGHTS, base_of, is_adapter
+from utils.models.adapter_folder import CONFIG, WEIGHTS, chain
 from utils.models.weight_files import shards_of, weight_file
 from utils.run.together import once_per_node, together
 from utils.schema import Schema, Sha256, checked
@@ -54,14 +54,19 @@ class Stamp(NamedTuple):
 
 
 def _model(path: str, flag: str) -> Files:
-    folder = download_model(path, flag) if is_hub_id(path) else Path(path)
-    if is_adapter(folder):
-        frozen = _model(base_of(folder, flag), flag)
-        own = _text_files(folder) | {name: folder / name for name in (CONFIG, WEIGHTS)}
-        return {f"adapter/{name}": file for name, file in own.items()} | frozen
+    (_, folder, flag), *adapters = chain(path, flag, local_folder)
     file = weight_file(folder)
     shards = shards_of(file, flag).values() if file and file.suffix == ".json" else ()
-    return _text_files(folder) | {name: folder / name for name in ([file.name, *shards] if file else ())}
+    files = _text_files(folder) | {name: folder / name for name in ([file.name, *shards] if file else ())}
+    for number, (_, place, _) in enumerate(adapters, 1):
+        own = _text_files(place) | {name: place / name for name in (CONFIG, WEIGHTS)}
+        files |= {f"adapter {number}/{name}": file for name, file in own.items()}
+    return files
+
+
+def local_folder(path: str, flag: str) -> Path:
+    """Returns the folder of a model, downloaded if it is a hub id."""
+    return download_model(path, flag) if is_hub_id(path) else Path(path)
 
 
 def _text_files(folder: Path) -> Files:

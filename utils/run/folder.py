@@ -59,7 +59,8 @@ def prepare_run_folder(path: str, config, step: int = 0) -> None:
         with disk_errors(f"--model_save_path {path}"):
             os.makedirs(path, exist_ok=True)
             index = read_index(path)
-            recover(os.path.join(path, MODELS[0]))
+            for name in (MODELS[0], "best_adapter"):
+                recover(os.path.join(path, name))
             for name in index.names.keys() - {"config.json"} if not step else {"final", "final_ema", "final_adapter"}:
                 remove_own(os.path.join(path, name), index.names.pop(name, []))
             for later in [number for number in index.checkpoints if number > step]:

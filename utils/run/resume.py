@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 from utils.distributed import is_main, world_size
 from utils.errors import Say, UserError
@@ -10,6 +11,7 @@ from utils.files import ASIDE, check_writable, open_regular, parse_row, read_jso
 from utils.flags.checks import keep_sizes
 from utils.flags.parser import changed_flags
 from utils.flags.run import FREE_ON_RESUME, RunFlags
+from utils.models.adapter_folder import chain, is_adapter
 from utils.run.checkpoint import all_checkpoints
 from utils.run.fingerprints import INPUTS, changes
 from utils.run.folder import check_owned, check_regular, holds_run, prepare_run_folder
@@ -21,7 +23,7 @@ from utils.run.restore import Checkpoint, SavedFlags, TrainerState, named, newes
 # rank, which dropout and --reward_fn use.
 SPLIT = (
     "world_size", "zero_stage", "offload_optimizer", "deterministic", "rollout_engine", "vllm_tensor_parallel_size",
-    "vllm_batch_invariant",
+    "vllm_batch_invariant", "share_base",
 )  # fmt: skip
 
 
@@ -235,9 +237,12 @@ def _warn_of_unsaved(path: str) -> None:
 
 
 def inputs_of(config) -> list[str | None]:
-    """Returns the paths of models and data that a run reads."""
+    """Returns the paths of models and data that a run reads, with those of the models that adapters belong to."""
     given = [getattr(config, name) for name in INPUTS if hasattr(config, name)]
-    return [path for paths in given for path in (paths if isinstance(paths, list) else [paths])]
+    found = [path for paths in given for path in (paths if isinstance(paths, list) else [paths])]
+    adapters = [path for path in found if path and is_adapter(Path(path))]
+    below = [chain(path, "--model_save_path", lambda name, _: Path(name)) for path in adapters]
+    return found + [str(folder) for folders in below for _, folder, _ in folders]
 
 
 def check_outputs(config) -> None:
