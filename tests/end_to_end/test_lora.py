@@ -95,7 +95,7 @@ def test_no_adapter_acts_in_another_model(inputs, adapters, tmp_path, monkeypatc
     assert all(torch.equal(x, base[name.replace("base_layer.", "")]) for name, x in frozen.items())
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_layers_that_are_computed_again_use_the_adapters_of_their_forward(
     inputs, adapters, tmp_path, monkeypatch, zero_stage
 ):
@@ -120,6 +120,7 @@ def test_dropout_of_adapters(inputs, tmp_path):
     assert second[0]["loss"] != second[1]["loss"]
 
 
+@pytest.mark.slow
 def test_whole_models_of_the_runs_give_the_same(inputs, adapters, tmp_path, monkeypatch):
     """final/ of both runs, which hold the adapters merged."""
     paths = {"policy_model_path": adapters / "sft" / "final", "critic_model_path": adapters / "reward" / "final"}
@@ -129,7 +130,7 @@ def test_whole_models_of_the_runs_give_the_same(inputs, adapters, tmp_path, monk
     assert merged[0]["value_loss"] == pytest.approx(shared[0]["value_loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("export", ["adapter", "both", "merged"])
+@pytest.mark.parametrize("export", ["adapter", "both", pytest.param("merged", marks=pytest.mark.slow)])
 def test_exports(inputs, adapters, tmp_path, monkeypatch, export):
     ppo_run(inputs, adapters, tmp_path / "run", monkeypatch, export=export)
     held = {x.parent.name for x in (tmp_path / "run").glob("*/adapter_config.json")}
