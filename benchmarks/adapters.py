@@ -77,7 +77,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, required=True)
     parser.add_argument("--rank", default="16")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of the seconds")
+    parser.add_argument("--seconds_alone", action="store_true", help="leave the memory out")
     parser.add_argument("--zero_stage", default="2")
     parser.add_argument("--gradient_checkpoint", default="False")
     add_dtype(parser)
@@ -91,7 +92,7 @@ def main() -> None:
         command = [sys.executable, "-m", "reward.train", *flags.split()]
         subprocess.run(command, cwd=HERE, env=os.environ | ENVIRONMENT, check=True, capture_output=True)
         memory, seconds = {}, {kind: [] for kind in KINDS}
-        for number in range(options.rounds + 1):
+        for number in range(options.seconds_alone, options.rounds + 1):
             for kind, more in KINDS.items():
                 paths = f"--policy_model_path {base} --critic_model_path {reward} --data_path {options.demo}/prompts"
                 paths += f" --dtype {options.dtype} --zero_stage {options.zero_stage} --overwrite --seed {number}"
