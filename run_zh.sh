@@ -91,7 +91,7 @@ demo() { # "$@" goes to train_ppo.py
     --seed "$seed"
   )
   if [[ $LORA == 1 ]]; then
-    ppo_args+=(--lora_rank 16 --export both --lr 3e-4)
+    ppo_args+=(--lora_rank 16 --export both --lr 1e-3)
   fi
   if [[ -d $output/final ]]; then
     ppo_args+=(--overwrite) # a finished run is made anew; one that was stopped goes on from its checkpoint
@@ -215,7 +215,7 @@ LORA_ARGS=(
   --lora_alpha 32             # the adapters' output is multiplied by alpha / rank
   --lora_target_modules all-linear # or names of layers, such as q_proj v_proj
   --share_base auto           # models with the same weights hold them once; never: each its own
-  --lr 1.5e-6                 # three times that of ARGS; the critic's is the same as there
+  --lr 5e-6                   # ten times that of ARGS; the critic keeps its rate
   --export merged             # best/ and final/ are whole models; adapter: adapters alone; both
 )
 if [[ $LORA == 1 ]]; then

@@ -182,6 +182,6 @@ def test_adapters(recipe, tmp_path, script):
 
     whole, adapters = config(), config(LORA="1")
     assert (whole.lora_rank, adapters.lora_rank, adapters.critic_lora_rank) == (0, 16, 16)
-    assert adapters.lr == pytest.approx(3 * whole.lr)
+    assert adapters.lr == pytest.approx(10 * whole.lr)
     changed = {name for name in vars(whole) if getattr(whole, name) != getattr(adapters, name)}
     assert changed == {"lora_rank", "critic_lora_rank", "lora_alpha", "lr", "given"}
