@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ppo.models import PolicyModel
-from reward.model import ScalarModel, train_scalar_adapter
+from reward.model import ScalarHead, ScalarModel, train_scalar_adapter
+from sft.model import AnswerModel
 from tests.helpers.parts import ppo_config, tiny_scalar_model
 from tests.helpers.tiny import tiny_llama_folder
 from utils import hub
@@ -18,7 +19,7 @@ from utils.errors import UserError
 from utils.models.adapter_folder import load_adapter, write_adapter
 from utils.models.adapters import Adapted, train_adapter, trained_parameters
 from utils.models.export import merged_tensors
-from utils.models.load import load_causal_lm, tokenizer_folder, whole_model
+from utils.models.load import enable_checkpointing, load_causal_lm, tokenizer_folder, whole_model
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -231,3 +232,57 @@ def test_an_adapter_from_the_hub_on_a_model_from_the_hub(folder, tmp_path, monke
     torch.testing.assert_close(load("someone/adapter")(IDS).logits, logits(model))
     assert whole_model("someone/adapter") == "someone/base"
     assert tokenizer_folder("someone/adapter") == folder  # the adapter's folder has none
+
+
+def shared_models(folder):
+    """A policy and a critic with random adapters on one decoder."""
+    lm = load(folder)
+    critic = ScalarModel(lm.base_model, ScalarHead(lm.config.hidden_size, 1, bias=False))
+    model = policy(lm, "policy")
+    train_scalar_adapter(critic, "critic", ppo_config(lora_rank=3))
+    randomise(critic, "critic")
+    model.share(model.decoder, "policy")
+    return model, critic
+
+
+@torch.no_grad()
+def test_every_forward_uses_the_models_own_adapters(folder):
+    model, critic = shared_models(folder)
+    answers = AnswerModel(model.lm)
+    answers.share(model.decoder)
+    mask = torch.ones_like(IDS, dtype=torch.bool)
+    mask[:, 0] = False
+    calls = {
+        model: lambda: model(IDS, mask)[0],
+        critic: lambda: critic(IDS, torch.ones_like(IDS)),
+        answers: lambda: answers(IDS, mask),
+    }
+    expected = {}
+    for one, call in calls.items():
+        one.activate()
+        one.activate = lambda: None  # no other model may change it meanwhile
+        expected[one] = call()
+        del one.activate
+    for first in calls:
+        for second, call in calls.items():
+            first.activate()
+            assert torch.equal(call(), expected[second])
+
+
+def test_layers_that_are_computed_again_use_the_adapters_of_their_model(folder, single_process):
+    """Also after a forward of another model on the same decoder."""
+    model, critic = shared_models(folder)
+    enable_checkpointing(model.lm)
+    model.lm.train()
+    engine = TrainEngine(model, ppo_config(lora_rank=3, zero_stage=0), "policy")
+    mask = torch.ones_like(IDS, dtype=torch.bool)
+    mask[:, 0] = False
+    found = []
+    for between in (lambda: None, lambda: critic(IDS, torch.ones_like(IDS))):
+        loss = engine(IDS, mask)[0].sum()
+        between()
+        engine.backward(loss)
+        found.append(torch.cat([x.grad.flatten().clone() for x in engine.parameters]))
+        engine.measure()
+        engine.drop_gradients()
+    assert torch.equal(*found) and found[0].any()
