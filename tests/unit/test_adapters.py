@@ -240,7 +240,7 @@ def shared_models(folder):
     critic = ScalarModel(lm.base_model, ScalarHead(lm.config.hidden_size, 1, bias=False))
     model = policy(lm, "policy")
     train_scalar_adapter(critic, "critic", ppo_config(lora_rank=3))
-    randomise(critic, "critic")
+    randomise(critic, "critic", seed=1)
     model.share(model.decoder, "policy")
     return model, critic
 
