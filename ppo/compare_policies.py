@@ -1,7 +1,5 @@
 """Samples answers of two policies to held-out prompts and scores them."""
 
-import re
-
 from data.choose_template import first_prompt, prepare_tokenizer
 from data.encoded import form_options, load_encoded
 from data.prompts import PromptEncoder
@@ -20,10 +18,9 @@ from reward.scoring.load import load_ensemble, reward_readers
 from utils.engine.engine import DTYPES, InferenceEngine, device, init_distributed
 from utils.engine.memory import device_memory, device_room
 from utils.errors import UserError
+from utils.models.config import UNUSED
 from utils.models.load import check_window, load_causal_lm, window_at
 from utils.run.start import choose_dtype
-
-UNUSED = re.compile("_.*|.*_token_id|architectures|dtype|transformers_version|use_cache")  # change no number
 
 
 def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:

@@ -1,22 +1,20 @@
 """One frozen decoder for all models of a run that start from the same weights (--share_base)."""
 
-import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from torch import nn
 
-from utils.models.adapter_folder import load_adapter
-from utils.models.adapters import Adapted, check_sum
-from utils.models.config import read_config
-from utils.models.load import adapter_folders, model_folder
+from utils.models.adapters import Adapted
+from utils.models.config import UNUSED, read_config
+from utils.models.load import model_folder, share_adapters
 from utils.models.weight_files import tensor_files
 from utils.run.fingerprints import known_sha256
 
 Content = tuple[str, ...]  # settings, and SHA-256 of the weight files, of a model without its adapters
-# Settings that do not change a decoder's function.
-OTHER = re.compile("_.*|.*_token_id|architectures|(torch_)?dtype|transformers_version|use_cache|num_labels")
-OTHER = re.compile(f"{OTHER.pattern}|id2label|label2id|score_center|value_pretrained|problem_type")
+
+# Settings of a head, not of the decoder below it; and an older name of dtype.
+OF_HEADS = {"num_labels", "id2label", "label2id", "problem_type", "score_center", "value_pretrained", "torch_dtype"}
 
 
 class SharedBases:
@@ -28,7 +26,7 @@ class SharedBases:
         self.content = {path: _content(model_folder(path, flag), flag) for flag, path in models}
         self.users = Counter(self.content[path] for _, path in models)
         self.decoders: dict[Content, nn.Module] = {}
-        self.names: dict[tuple[int, Path], str] = {}  # of adapters, by decoder and folder
+        self.names = defaultdict(dict)  # decoder -> folder of an adapter on it -> name
 
     def shares(self, path: str) -> bool:
         """Whether several models use the decoder of a path."""
@@ -45,21 +43,12 @@ class SharedBases:
 
     def hold(self, model: Adapted, path: str, flag: str) -> None:
         """Keeps a model's decoder, and adds the adapters that `path` stands for, which its forwards then use."""
-        decoder = model.decoder
-        self.decoders.setdefault(self.content[path], decoder)
-        model.share(decoder)
-        names = []
-        for folder in adapter_folders(path, flag):
-            key = id(decoder), folder
-            if key not in self.names:
-                self.names[key] = f"read_{len(self.names)}"
-                load_adapter(decoder, self.names[key], folder, flag)
-            names.append(self.names[key])
-        check_sum(decoder, *names)
-        model.share(decoder, *names)
+        self.decoders.setdefault(self.content[path], model.decoder)
+        share_adapters(model, model.decoder, path, flag, self.names[model.decoder])
 
 
 def _content(folder: Path, flag: str) -> Content:
-    settings = {name: value for name, value in read_config(folder, flag).items() if not OTHER.fullmatch(name)}
+    settings = read_config(folder, flag)
+    settings = {name: settings[name] for name in settings.keys() - OF_HEADS if not UNUSED.fullmatch(name)}
     files = sorted(map(str, set(tensor_files(folder, flag).values())))
     return (repr(sorted(settings.items())), *known_sha256(files))

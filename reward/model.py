@@ -191,14 +191,15 @@ def scalar_model(
     if not bool(torch.isfinite(weight).all()):
         raise UserError(f"{flag}: the reward head in {path} is not finite; use an earlier checkpoint")
     folder = settings_folder(path, flag)
-    center = read_config(folder, flag).get("score_center", 0.0)
+    settings = read_config(folder, flag)
+    center = settings.get("score_center", 0.0)
     if not isinstance(center, int | float) or not math.isfinite(center):
         raise UserError(f"{flag}: score_center {center!r} in {folder}/config.json is not a number; fix or remove it")
     head = ScalarHead(hidden_size, 1, bias=False, dtype=dtype, device=device)
     head.weight.data.copy_(weight)
     model = ScalarModel(backbone, head, lm_head)
     model.score_center = float(center)
-    model.value_pretrained = bool(read_config(folder, flag).get("value_pretrained"))
+    model.value_pretrained = bool(settings.get("value_pretrained"))
     return model.eval()
 
 

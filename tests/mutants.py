@@ -232,7 +232,7 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "tokenizer, say, split=split, merge=True", "end_to_end/test_lora.py::test_adapters_trained_on_an_adapter"),
     ("settings of a base are not compared", "return (repr(sorted(settings.items())), *known_sha256(files))",
      "return (*known_sha256(files),)", "end_to_end/test_lora.py::test_other_settings_are_another_base"),
-    ("an adapted critic is not pre-trained", 'bool(read_config(folder, flag).get("value_pretrained"))', "False",
+    ("an adapted critic is not pre-trained", 'bool(settings.get("value_pretrained"))', "False",
      "end_to_end/test_lora.py::test_a_critic_trained_before_ppo"),
     ("the reference has the policy's new adapter", "reference.model.share(model.decoder, *model.adapters)",
      "reference.model.share(model.decoder, *model.adapters, \"policy\")",

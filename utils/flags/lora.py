@@ -1,14 +1,12 @@
 """Flags of LoRA: low-rank adapters that are trained instead of all weights. No torch."""
 
-import importlib.util
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from utils.errors import UserError
 from utils.flags.checks import check_range
 from utils.flags.fields import Common, default_of
-
-INSTALL = "pip install peft==0.21.2"
+from utils.optional import check_peft
 
 
 @dataclass
@@ -57,5 +55,4 @@ def check_lora(config) -> None:
         raise UserError("--lora_rank does not work with --zero_stage 3, which would split the frozen weights; use 2")
     if config.compile:
         raise UserError("--compile does not work with --lora_rank: layers change between forwards; drop one of them")
-    if importlib.util.find_spec("peft") is None:
-        raise UserError(f"--lora_rank: peft is not installed; run {INSTALL}")
+    check_peft("--lora_rank")

@@ -1,7 +1,6 @@
 """LoRA adapters on frozen decoders, by peft: several on one decoder, of which each forward says which it uses."""
 
 import contextlib
-import importlib.util
 import warnings
 from collections.abc import Iterator
 
@@ -10,8 +9,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from utils.errors import UserError
+from utils.optional import check_peft
 
-INSTALL = "pip install peft==0.21.2"
 ALL_LINEAR = "all-linear"  # what peft calls all linear layers but the head
 # Families whose written or merged adapters are not those that were trained (tests/unit/test_adapter_architectures.py).
 NOT_READ = {"jamba", "laguna", "longcat_flash", "zamba"}
@@ -74,8 +73,7 @@ def leave_experts_out(settings, decoder: nn.Module) -> None:
 
 def peft(flag: str):
     """Returns the package. Raises UserError if it is not installed; flag: what needs it."""
-    if importlib.util.find_spec("peft") is None:
-        raise UserError(f"{flag}: peft is not installed; run {INSTALL}")
+    check_peft(flag)
     import peft
 
     return peft

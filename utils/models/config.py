@@ -20,6 +20,8 @@ from utils.files import read_json
 from utils.models.weight_files import Stored
 from utils.schema import Schema
 
+# Settings of a model that change no number.
+UNUSED = re.compile("_.*|.*_token_id|architectures|dtype|transformers_version|use_cache")
 _LAYERS = (-100, 10_000)  # also places of layers, from the end
 # Names of keys, and the least and the largest number that they can hold.
 _RANGES = {

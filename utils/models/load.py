@@ -19,7 +19,7 @@ from transformers.utils import logging
 from utils.errors import Say, UserError
 from utils.hub import download_model, is_hub_id
 from utils.models.adapter_folder import chain, load_adapter, merge_adapters
-from utils.models.adapters import Adapted
+from utils.models.adapters import Adapted, check_sum
 from utils.models.check import check_forward
 from utils.models.compile import layers_of
 from utils.models.config import check_counts, check_memory, read_config
@@ -50,13 +50,22 @@ def load_causal_lm(
     return model
 
 
-def share_adapters(model: Adapted, decoder: nn.Module, path: str, flag: str = FLAG) -> None:
-    """Adds the adapters that `path` stands for to a decoder that was read without them, for the model's forwards."""
-    names = [f"read_{number}" for number, _ in enumerate(adapter_folders(path, flag))]
+def share_adapters(
+    model: Adapted, decoder: nn.Module, path: str, flag: str = FLAG, names: dict[Path, str] | None = None
+) -> None:  # fmt: skip
+    """Adds the adapters that `path` stands for to a decoder that was read without them, for the model's forwards.
+
+    names: folder -> name of the adapters that the decoder has; new ones are added to it.
+    """
+    names, folders = {} if names is None else names, adapter_folders(path, flag)
     model.share(decoder)
-    for name, folder in zip(names, adapter_folders(path, flag), strict=True):
-        load_adapter(decoder, name, folder, flag)
-    model.share(decoder, *names)
+    for folder in folders:
+        if folder not in names:
+            names[folder] = f"read_{len(names)}"
+            load_adapter(decoder, names[folder], folder, flag)
+    own = [names[folder] for folder in folders]
+    check_sum(decoder, *own)
+    model.share(decoder, *own)
 
 
 def model_folder(path: str, flag: str = FLAG) -> Path:
@@ -75,7 +84,7 @@ def whole_model(path: str, flag: str = FLAG) -> str:
 
 def adapter_folders(path: str, flag: str = FLAG) -> list[Path]:
     """Returns the folders of the adapters that `path` stands for, the first one first; none if it is a whole model."""
-    return [folder for _, folder in _folders(path, flag)[1:]]
+    return [folder for _, folder, _ in chain(path, flag, _local_folder)[1:]]
 
 
 def settings_folder(path: str, flag: str = FLAG) -> Path:
