@@ -4,7 +4,8 @@ import pytest
 
 from reward.train import main as train_reward
 from sft.train import main as train_sft
-from tests.helpers.tiny_run import assert_close, fit_flags, write_json
+from tests.faults.scenarios import run_cases
+from tests.helpers.tiny_run import assert_close, assert_same_run, fit_flags, write_json
 from tests.helpers.two_ranks import alone_and_on_two_ranks
 
 FLAGS = {"lora_rank": 4, "lr": 1e-2, "critic_pretrain_steps": 1, "export": "both"}
@@ -31,3 +32,14 @@ def test_adapters_are_read_by_two_ranks(inputs, tmp_path):
     runs |= alone_and_on_two_ranks(inputs, tmp_path, {"lora": jobs["lora"]}, (2,))
     for name, stage in (("whole", 2), ("whole", 3), ("lora", 2)):
         assert_close(runs[f"{name} {stage}"], runs[f"{name} alone"], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_if_it_had_not_been(inputs, tmp_path):
+    """Two ranks, ZeRO-2; rank 0 is killed in its update."""
+    lora = {"lora_rank": 4, "lr": 1e-2, "train_steps": 4, "export": "both"}
+    cases = {"undisturbed": lora, "killed": lora | {"fault": [0, "update", 11]}, "after": lora | {"out": "killed"}}
+    results = run_cases(tmp_path, inputs, cases)
+    assert -9 in results["killed"].codes, results["killed"].log[-3000:]
+    assert results["after"].codes == [0, 0] and "resuming from" in results["after"].log, results["after"].log[-3000:]
+    assert_same_run(results["after"].out, results["undisturbed"].out)
