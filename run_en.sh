@@ -194,7 +194,7 @@ TRICKS=(
 if [[ $(flag_value --preset ppo_max "${ARGS[@]}" "$@") == ppo_max ]]; then
   ARGS+=("${TRICKS[@]}")
 fi
-# With LORA=1, after ARGS: models that start from the same weights share them, and one GPU can train 7B.
+# Added with LORA=1; they win over ARGS. Models that start from the same weights share them: see docs/lora.md for memory.
 LORA_ARGS=(
   --lora_rank 16              # of the policy's adapters, in all linear layers
   --critic_lora_rank 16       # of the critic's
