@@ -126,6 +126,7 @@ ALLOWED = {
     ("utils/launcher.py", "Popen"),  # the command of the recipe that starts it, once per GPU, without a shell
     ("utils/watchdog.py", "Popen"),  # itself, without a shell
     ("data/demo/english.py", "from_pretrained"),  # a file of a package that utils/setup.sh pins
+    ("utils/models/adapter_folder.py", "from_pretrained"),  # peft's settings, a JSON file of a folder
 }
 FOLDERS = ("ppo", "reward", "sft", "data", "utils")
 SOURCES = [*REPOSITORY.glob("*.py"), *(file for name in FOLDERS for file in (REPOSITORY / name).rglob("*.py"))]

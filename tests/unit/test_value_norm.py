@@ -84,7 +84,7 @@ def test_values_are_kept_by_the_first_unit(kind, fitted):
         experience = scale_values(run, experience)
         assert run.state.critic_center is not None
     elif fitted == "before the run":
-        critic.module.config.value_pretrained = True
+        critic.module.value_pretrained = True
         assert scale_values(run, experience) is experience and run.state.critic_center is None
     found = normalise_values(run, replace(experience, returns=1000.0 * experience.returns))
     torch.testing.assert_close(found.old_values, experience.old_values)

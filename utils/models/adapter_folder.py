@@ -39,7 +39,7 @@ class _AdapterConfig(Schema):
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter, and no model."""
-    return (folder / CONFIG).is_file() and weight_file(folder) is None
+    return os.path.isfile(folder / CONFIG) and weight_file(folder) is None  # False for a name that is too long, too
 
 
 def base_of(folder: Path, flag: str) -> str:
