@@ -127,8 +127,9 @@ def test_a_step_of_sft(packing, max_tokens):
     lm = tiny_mixture(vocab=60)
     config = SFTConfig(hf_model_name_or_path="M", model_save_path="O", data_path=["D"], dtype="fp32", zero_stage=0)
     layout, items = Layout(packing, flat=False, max_tokens=64), dialogues()
-    engine = GradientEngine(AnswerModel(lm))
-    stages = [build_stage(config, lm, None, layout, iter([items]), [], balance) for balance in (0.0, COEF)]
+    model = AnswerModel(lm)
+    engine = GradientEngine(model)
+    stages = [build_stage(config, model, None, layout, iter([items]), [], balance) for balance in (0.0, COEF)]
     plan = partial(rank_plan, max_tokens=max_tokens, num_ranks=1, rank=0)
     off, on = (train_step(engine, replace(stage, plan=plan), layout.rows(items, 1), 0.0) for stage in stages)
     assert set(on) - set(off) == {"lm_loss", *ROUTER_METRICS}

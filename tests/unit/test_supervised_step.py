@@ -85,7 +85,8 @@ def test_a_step_of_sft(monkeypatch, how):
         SFTConfig(data_path=["D"], micro_batch_tokens=64, **FLAGS),
         Layout(how == "packed", False, 64, how == "joined"),
     )
-    engine, stage = KeptEngine(AnswerModel(lm)), sft_stage(config, lm, None, layout, iter([items]), [])
+    model = AnswerModel(lm)
+    engine, stage = KeptEngine(model), sft_stage(config, model, None, layout, iter([items]), [])
     plain = Layout(False, flat=False, max_tokens=64)
     expected = over_ranks(engine, replace(stage, sums=partial(stage.sums, layout=plain)), plain.rows(items, 1), 9999, 1)
     if how == "joined":
