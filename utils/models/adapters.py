@@ -14,6 +14,7 @@ from utils.optional import check_peft
 ALL_LINEAR = "all-linear"  # what peft calls all linear layers but the head
 # Families whose written or merged adapters are not those that were trained (tests/unit/test_adapter_architectures.py).
 NOT_READ = {"jamba", "laguna", "longcat_flash", "zamba"}
+FALCONS = "FalconLinear"
 BASE = "base_layer."  # in the names of the frozen weights of a layer with adapters
 
 
@@ -61,11 +62,15 @@ def check_targets(decoder: nn.Module, names: list[str]) -> None:
 
 
 def leave_experts_out(settings, decoder: nn.Module) -> None:
-    """Changes peft's settings for all-linear: no experts that are one tensor, no routers, which return several."""
+    """Changes peft's settings for all-linear: no experts that are one tensor, no layers with a forward of their own.
+
+    Those are routers, which return several tensors, and grouped layers. Falcon's is that of a linear layer.
+    """
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     linear = {name: x for name, x in decoder.named_modules() if isinstance(x, nn.Linear)}
-    settings.exclude_modules = [name for name, x in linear.items() if type(x).forward != nn.Linear.forward] or None
+    other = [x for x in linear if type(linear[x]).forward != nn.Linear.forward and type(linear[x]).__name__ != FALCONS]
+    settings.exclude_modules = other or None
     patterns = dict(settings.rank_pattern), dict(settings.alpha_pattern)
     convert_peft_config_for_transformers(settings, decoder, None)
     settings.target_parameters, (settings.rank_pattern, settings.alpha_pattern) = None, patterns
