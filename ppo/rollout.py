@@ -1,7 +1,7 @@
 """Samples responses to prompts: the `Sampler` protocol and the sampler that decodes with the policy's engine."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,13 +57,29 @@ class PolicySampler:
 
     @torch.no_grad()
     def __call__(self, prompts: PromptBatch, sampling: Sampling, seed: int) -> Rollout:
+        measure = self.measure and sampling.from_model
+        with self._decoder(prompts, sampling, seed, measure) as (decoder, lockstep):
+            responses = decoder.run(lockstep)
+        rollout = assemble(prompts.ids, responses, stop_ids(self.tokenizer), self.tokenizer.pad_token_id)
+        return with_measured(rollout, *decoder.measurements()) if measure else rollout
+
+    def stream(self, prompt: PromptBatch, sampling: Sampling, seed: int) -> Iterator[int]:
+        """Yields the response tokens that a call returns for one prompt, each as soon as it is drawn. One process."""
+        with self._decoder(prompt, sampling, seed) as (decoder, _):
+            yield from decoder.stream()
+
+    @contextlib.contextmanager
+    def _decoder(
+        self, prompts: PromptBatch, sampling: Sampling, seed: int, measure: bool = False
+    ) -> Iterator[tuple[Decoder, bool]]:
+        """Context in which the policy decodes. Yields the decoder, and whether all ranks have to step together."""
         policy, config = self.policy, self.config
         model = policy.module.eval()
         lockstep = policy.zero_stage == 3 and (
             config.gather_for_generation == "never"
             or (config.gather_for_generation == "auto" and not policy.fits_gathered())
         )
-        limits, measure = [config.maxlen_res] * len(prompts.ids), self.measure and sampling.from_model
+        limits = [config.maxlen_res] * len(prompts.ids)
         options = decoding_options(config, model, lockstep)
         attention = contextlib.nullcontext() if model.decoding == "transformers" else grouped(model.lm.config)
         weights = contextlib.nullcontext(policy) if lockstep else policy.gathered()
@@ -72,9 +88,7 @@ class PolicySampler:
                 whole, prompts.ids, prompts.streams, limits, sampling, seed, self.tokenizer, options, device(), measure,
                 self.watch,
             )  # fmt: skip
-            responses = decoder.run(lockstep)
-        rollout = assemble(prompts.ids, responses, stop_ids(self.tokenizer), self.tokenizer.pad_token_id)
-        return with_measured(rollout, *decoder.measurements()) if measure else rollout
+            yield decoder, lockstep
 
 
 def decoding_options(config: PPOConfig, model: nn.Module, split: bool = False) -> DecodingOptions:

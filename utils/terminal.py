@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable
 from typing import TextIO
 
@@ -20,6 +21,11 @@ _GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # the reader of the pipe, or the 
 def printable(text: str) -> str:
     r"""Returns the text with each control character as \uXXXX, which JSON strings read back; \t and \n stay."""
     return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def columns_of(text: str) -> int:
+    """Returns the number of columns of a terminal that a text without control characters takes."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else not unicodedata.combining(char) for char in text)
 
 
 def has_lone_surrogate(text: str) -> bool:

@@ -2,13 +2,12 @@
 
 import html
 import re
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from data.showing.pieces import Piece, common_start
 from utils.html import html_page, html_table
-from utils.terminal import printable
+from utils.terminal import columns_of, printable
 
 LEGEND = "learnt: green or in ⟦ ⟧; special tokens: reversed, bold or in ‹ ›; the rest is masked"
 _SHADES = {True: (28, 34), False: (241, 247)}  # learnt or not; a token ends where the shade changes
@@ -83,8 +82,7 @@ def _coloured(pieces: list[Piece], colour: bool, width: int) -> list[str]:
 
 def _width(text: str) -> int:
     """Returns the number of columns of a terminal that the text takes, without colours."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    return sum(2 if unicodedata.east_asian_width(char) in "WF" else not unicodedata.combining(char) for char in plain)
+    return columns_of(re.sub(r"\x1b\[[0-9;]*m", "", text))
 
 
 def _padded(text: str, width: int) -> str:

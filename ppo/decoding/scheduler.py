@@ -1,6 +1,6 @@
 """Continuous batching: when a response ends, the next prompt takes its cache slot, so no slot waits for the longest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -87,6 +87,15 @@ class Decoder:
                 self.forward()
             self._free_ended()
         return self._of_responses(self.tokens)
+
+    @torch.no_grad()
+    def stream(self) -> Iterator[int]:
+        """Yields the tokens of the only prompt's response, each as soon as it is drawn: those of `run`."""
+        for place in range(int(self.limits[0])):
+            self.forward()
+            yield int(self.tokens[0, place])
+            if self.slots["ended"][0]:
+                return
 
     def measurements(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Returns (log-probabilities, entropies) of each response's tokens, float32, as scoring computes them."""
