@@ -436,6 +436,16 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "copied = module.tp_rank", "vllm/test_ranks.py"),
     ("vLLM: a rank that finds a fault leaves the others in a gather", "        collections.deque(weights, maxlen=0)",
      "        ()", "vllm/test_ranks.py"),
+    # Chat
+    ("a streamed response goes on after its end token", 'if self.slots["ended"][0]:', "if False:",
+     "end_to_end/test_chat.py::test_the_stream_of_a_response_is_that_of_a_batch"),
+    ("half a character is shown", '.rstrip("\\ufffd").rstrip()', "",
+     "end_to_end/test_chat.py::test_texts_grow_by_whole_characters"),
+    ("/retry draws the same answer", "self.num_questions, self.num_questions + 1", "0, self.num_questions + 1",
+     "end_to_end/test_chat.py::test_commands"),
+    ("chat leaves no room for the answer", "room = self.config.maxlen_prompt - self.config.maxlen_res",
+     "room = self.config.maxlen_prompt",
+     "end_to_end/test_chat.py::test_a_dialogue_longer_than_the_window_loses_its_oldest_turns"),
 )]
 # fmt: on
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import data.show
+import ppo.chat
 import ppo.compare
 import reward.evaluate
 import reward.score
@@ -27,6 +28,7 @@ COMPARE = {
     "policies": ["{policy}", "{other_policy}"], "data_path": "{prompts}", "reward_model_path": "{reward}",
     "dtype": "fp32", "maxlen_prompt": 80, "maxlen_res": 12, "output": "{folder}/out/table.json",
 }  # fmt: skip
+CHAT = {"model": "{policy}", "dtype": "fp32", "maxlen_prompt": 80, "maxlen_res": 12}
 SHOW = {"data_path": "{pairs}", "tokenizer_name_or_path": "{judge}", "num_records": 1}
 MERGE = {"path_raw": "{raw}", "path_diff": "{diff}", "path_tuned": "{folder}/out", "model_type": "policy"}
 
@@ -59,6 +61,7 @@ COMMANDS = {
         {"model": ["{judge}", "{other_judge}"], "data_path": "{pairs}", "dtype": "fp32", "output": "{folder}/out"},
     ),
     "compare": Command(ppo.compare.main, "ppo.compare", COMPARE),
+    "chat": Command(ppo.chat.main, "ppo.chat", CHAT),
     "show": Command(data.show.main, "data.show", SHOW),
     "merge": Command(lambda argv: weight_commands.run(RELEASE, "", argv), "merge_weight_en", MERGE, ["recover"]),
 }  # fmt: skip

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from ppo.chat_flags import ChatConfig
 from ppo.compare_flags import CompareConfig
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from reward.config import RewardConfig
@@ -44,7 +45,7 @@ KEPT_NAMES = """
     use_reward_scaling use_reward_norm use_critic_loss_clip use_policy_loss_clip use_advantage_norm use_advantage_clip
     use_ppo_pretrain_loss use_entropy_loss temperature topp repetition_penalty lang
 """
-CONFIGS = (PPOConfig, CompareConfig, RewardConfig, EvaluateConfig, ScoreConfig, StrengthConfig, SFTConfig)
+CONFIGS = (PPOConfig, CompareConfig, ChatConfig, RewardConfig, EvaluateConfig, ScoreConfig, StrengthConfig, SFTConfig)
 PATHS = ["--policy_model_path", "P", "--critic_model_path", "C", "--data_path", "D"]
 
 
@@ -299,6 +300,7 @@ MODULES = [
     "reward.strength",
     "reward.score",
     "ppo.compare",
+    "ppo.chat",
     "ppo.critic",
 ]
 
