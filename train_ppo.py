@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None) -> None:
 def train(config: PPOConfig) -> None:
     """Builds the run, runs the loop and writes the final model. Every rank does the same number of steps."""
     from ppo.build import build
+    from utils.distributed import is_main
     from utils.engine.engine import shutdown_distributed
+    from utils.run.push import push_final
     from utils.run.together import together
 
     run = build(config)
@@ -40,7 +42,10 @@ def train(config: PPOConfig) -> None:
         loop(run)
         if run.finished:
             run.export_final()
+    pushes = run.finished and is_main()
     shutdown_distributed()
+    if pushes:  # the other ranks do not wait for it
+        push_final(config)
     if run.lifecycle.exit_code:
         sys.exit(run.lifecycle.exit_code)
 

@@ -53,6 +53,7 @@ class PPOConfig(
     bash run_en.sh --demo trains small models
     """
 
+    trains, base_flag = "policy", "policy_model_path"
     hint = "see --help; or bash run_en.sh --demo"
     required = ("policy_model_path", "critic_model_path", "data_path", "model_save_path")
 

@@ -23,6 +23,7 @@ class CriticConfig(PPOConfig):
     update have no effect. It makes --critic_pretrain_steps buffers
     """
 
+    trains, base_flag = "critic", "critic_model_path"
     hint = "see --help"
 
     pretrain: Common[bool] = False

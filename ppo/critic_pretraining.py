@@ -17,11 +17,12 @@ from ppo.score import critic_values, score
 from ppo.types import PromptBatch, Rollout, Scores
 from ppo.update import update
 from reward.model import check_scalar_export, save_scalar_adapter, save_scalar_model
-from utils.distributed import world_size
+from utils.distributed import is_main, world_size
 from utils.engine.engine import shutdown_distributed
 from utils.errors import UserError
 from utils.run.export import export_models
 from utils.run.logger import Stopwatch
+from utils.run.push import push_final
 from utils.run.together import together
 from utils.watchdog import report_progress
 
@@ -84,7 +85,7 @@ class Pretraining(Run):
             path = config.critic_model_path
             save_scalar_adapter(critic.module, path, folder, self.tokenizer, value_pretrained=True)
 
-        if problem := export_models(config.model_save_path, name, config.export, save, save_adapter):
+        if problem := export_models(config, name, self.tokenizer, save, save_adapter):
             raise UserError(problem)
         return True
 
@@ -101,7 +102,10 @@ def pretrain(config: PPOConfig, target: float) -> int:
         loop(run)
         if run.finished:
             run.export("final")
+    pushes = run.finished and is_main()
     shutdown_distributed()
+    if pushes:
+        push_final(config)
     return run.lifecycle.exit_code
 
 

@@ -137,11 +137,14 @@ class Run:
         """Writes final/, and final_ema/ with --policy_ema. Raises UserError if one cannot be written. Collective."""
         self.export("final")
         if average := self.averages.get("policy_ema"):
-            self.export("final_ema", average)
+            self.export("final_ema", average, {"step": self.state.step})  # it was not evaluated
 
-    def export(self, name: str, average: WeightAverage | None = None) -> bool:
+    def export(
+        self, name: str, average: WeightAverage | None = None, metrics: dict[str, float] | None = None
+    ) -> bool:  # fmt: skip
         """Writes the policy, or an average, to the run's folder `name`, and returns True. Collective; rank 0 writes.
 
+        metrics: for the model card, with their `step`; None: those of the run's last step.
         If best/ cannot be written, it stays as it was, a warning is printed, and False is returned. For others this
         raises UserError.
         """
@@ -159,7 +162,7 @@ class Run:
             path = self.config.policy_model_path
             save_lm_adapter(policy.module, policy.module.decoder, lm, path, folder, self.tokenizer)
 
-        problem = export_models(self.config.model_save_path, name, self.config.export, save, save_adapter)
+        problem = export_models(self.config, name, self.tokenizer, save, save_adapter, metrics)
         if problem and name != "best":
             raise UserError(problem)
         if problem:
@@ -234,9 +237,10 @@ class Run:
             f"length {metrics['response_length']:.1f}" + (" (best so far)" if better else "")
         )
         self.logger.samples(self.state.step, [{"held_out": True, **row} for row in rows[: self.config.num_samples]])
-        if better and self.export("best"):
+        held_out = {f"eval_{key}": value for key, value in metrics.items()}
+        if better and self.export("best", metrics={"step": self.state.step, **held_out}):
             self.state.best_score = metrics["score_mean"]
-        return {f"eval_{key}": value for key, value in metrics.items()}
+        return held_out
 
     def _texts(self, rollout: Rollout, scores: Scores) -> list[dict]:
         """Returns the buffer's first samples, which are the same on any number of ranks."""

@@ -55,6 +55,8 @@ class RewardSaveFlags:
 class RewardConfig(RewardLossFlags, RewardSaveFlags, FitConfig):
     """Train a reward model on preferences."""
 
+    trains = "reward"
+
     data_path: Common[list[str]] = field(default_factory=list)
     """Preferences: folders of *train* and *valid* files, files or hub ids (owner/name:config@split). A number after
     each sets its share: a 0.7 b 0.3"""

@@ -131,6 +131,7 @@ def build_stage(
         ),
         prepare=prepare if config.simcse_coef else None,
         evaluate=evaluation,
+        tokenizer=tokenizer,
         state=evaluation.state,
     )
 

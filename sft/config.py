@@ -13,6 +13,8 @@ from utils.flags.text import StopFlags
 class SFTConfig(StopFlags, RouterFlags, FitConfig):
     """Fine-tune a language model on dialogues; only the assistant's turns are learned."""
 
+    trains = "sft"
+
     model_save_path: Common[str] = "outputs/sft"
     """Folder of the run: config.json, metrics.jsonl, samples.jsonl, best/, final/"""
     lr: Common[float] = 9.5e-6

@@ -117,6 +117,7 @@ def build_stage(
         larger_is_better=False,
         save=save,
         save_adapter=save_adapter,
+        tokenizer=tokenizer,
         samples=samples if shown else None,
     )
     return replace(stage, evaluate=partial(evaluate_answers, stage=stage))

@@ -385,6 +385,16 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "unit/test_weight_bad_input.py"),
     ("code beside a tokenizer runs", "AutoTokenizer.from_pretrained(path, trust_remote_code=False)",
      "AutoTokenizer.from_pretrained(path, trust_remote_code=True)", "unit/test_imports.py"),
+    # Model cards and uploads
+    ("card: an address in a flag is told", 'if "://" in text:', "if False:", "unit/test_card.py"),
+    ("card: a name is not escaped", 'return markdown(" ".join(text.split()))', 'return " ".join(text.split())',
+     "unit/test_card.py"),
+    ("upload: an adapter names a folder of this machine", "        if not is_hub_id(base):\n            why",
+     "        if False:\n            why", "end_to_end/test_share.py"),
+    ("upload: into a public model unasked", "if private and is_public:", "if False:", "end_to_end/test_share.py"),
+    ("upload: what a user put into the folder goes, too",
+     "names = set(files_in(folder)) - set(foreign_files(folder, FILES))", "names = set(files_in(folder))",
+     "end_to_end/test_share.py"),
     # Plans and flags
     ("plan without Adam's second moment", "else 12 * sum(-(-n // gpus) for n in numels)",
      "else 8 * sum(-(-n // gpus) for n in numels)", "unit/test_plan.py"),

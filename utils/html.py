@@ -1,6 +1,9 @@
 """Self-contained HTML pages: no script, nothing fetched, light and dark, readable on a phone."""
 
 import html
+import re
+
+from utils.terminal import printable
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -28,3 +31,8 @@ def html_table(header, rows: list[list]) -> str:
     lines = [(header, "th"), *((row, "td") for row in rows)]
     cells = ("".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) for row, tag in lines)
     return "<table>\n" + "\n".join(f"<tr>{row}</tr>" for row in cells) + "\n</table>"
+
+
+def markdown(text: str) -> str:
+    """Returns Markdown that shows the text as it is: no HTML, links or pictures."""
+    return re.sub(r"[\\`*_\[\]]", r"\\\g<0>", html.escape(printable(text), quote=False))

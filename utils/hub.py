@@ -41,6 +41,33 @@ def is_hub_id(path: str) -> bool:
     return Path(path).suffix not in _DATA_SUFFIXES and not os.path.exists(path.split("/")[0])
 
 
+def public_name(path: str) -> str:
+    """Returns a hub id as it is, also one of data with a configuration and split; of other paths the last part.
+
+    That is the name of the run where the last part is one that every run writes: `sft (final)` of outputs/sft/final.
+    """
+    if is_hub_id(path.split("@")[0].split(":")[0]) and "://" not in path:
+        return path
+    *folders, name = os.path.normpath(path).split(os.sep)
+    return f"{folders[-1]} ({name})" if folders and folders[-1] and name.startswith(("best", "final")) else name
+
+
+def check_target(target: str, flag: str) -> None:
+    """Raises UserError if `target` is no id to upload to, or the hub is switched off. No network."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        if target.count("/") != 1:
+            raise HFValidationError("it is not OWNER/NAME")
+        validate_repo_id(target)
+    except HFValidationError as error:
+        raise UserError(f"{flag} {target}: {error}; give the id of a model on the hub, as me/my-model") from None
+    if constants.HF_HUB_OFFLINE:
+        later = "train without it, and upload final/ later with python -m utils.push_to_hub"
+        raise UserError(f"{flag} {target}: HF_HUB_OFFLINE=1 forbids the network; unset it, or {later}")
+
+
 def download(name: str, flag: str, **patterns: list[str]) -> Path:
     """Returns the local folder of a hub id's files (`allow_patterns`, `ignore_patterns`). Raises UserError."""
     if folder := downloaded.get(key := (name, repr(patterns))):

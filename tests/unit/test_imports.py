@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "utils": {"utils"},
 }
 OURS = set(MAY_IMPORT)
-COMMANDS = {"utils.merge_adapter"}  # started by users, imported by nothing; it merges reward models, too
+# Started by users, imported by nothing; the first merges reward models, too.
+COMMANDS = {"utils.merge_adapter", "utils.push_to_hub"}
 # Rooms inside these folders: what each may import of its own folder, besides itself.
 ROOMS = {
     "utils": set(),

@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 import traceback
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from utils.errors import LINGER, HungError, SharedError, UserError, problem_of
 from utils.flags.config_file import read_config_file
@@ -101,13 +101,17 @@ def _check_preset(preset: str, presets: dict[str, dict], path: str, of_file: set
         )
 
 
+def changed_defaults(config) -> dict[str, Any]:
+    """The flags whose values are not those of the defaults or the preset -> that default."""
+    defaults = {field.name: default_of(field) for field in dataclasses.fields(config)} | config.preset_values
+    return {name: default for name, default in defaults.items() if getattr(config, name) != default}
+
+
 def changed_flags(config) -> str:
-    """The flags whose values are not those of the defaults or the preset, as they can be appended to the command."""
+    """The flags of `changed_defaults`, as they can be appended to the command."""
     words = []
-    for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
-        if value == config.preset_values.get(name, default_of(field)):
-            continue
+    for name in changed_defaults(config):
+        value = getattr(config, name)
         if isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
         else:

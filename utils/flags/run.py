@@ -7,6 +7,7 @@ from utils.errors import UserError
 from utils.flags.checks import SEEDS, check_range
 from utils.flags.engine import EngineConfig
 from utils.flags.fields import Common
+from utils.hub import check_target
 
 # Flags that may differ when a run is resumed: they change where it writes, what it prints, its speed and its memory.
 FREE_ON_RESUME = frozenset(
@@ -16,7 +17,7 @@ FREE_ON_RESUME = frozenset(
         "hang_timeout", "reward_fn_timeout", "ignore_hangup", "rollout_batch_size", "rollout_cache_tokens",
         "micro_batch_tokens", "gradient_checkpoint", "offload_frozen", "gather_for_generation", "plan", "plan_gpus",
         "plan_gpu", "plan_gpu_memory", "plan_network", "vllm_gpu_memory_utilization", "sampler_kl_limit",
-        "data_cache", "data_workers", "export",
+        "data_cache", "data_workers", "export", "push_to_hub", "hub_private",
     ]
 )  # fmt: skip
 
@@ -26,6 +27,8 @@ class RunFlags(EngineConfig):
     """Run: its folder, logs, checkpoints and evaluations."""
 
     fingerprints: ClassVar[dict[str, dict[str, str]]] = {}  # flag -> file -> SHA-256; `start_run` sets it
+    trains: ClassVar[str] = ""  # the kind of model, for its card: of KINDS in utils/models/card.py
+    base_flag: ClassVar[str] = ""  # the flag of the model that it starts from
 
     model_save_path: Common[str] = ""
     """Folder of the run: config.json, metrics.jsonl, samples.jsonl, checkpoints/, best/, final/"""
@@ -59,6 +62,12 @@ class RunFlags(EngineConfig):
     """Keep running after SIGHUP, which a process gets when its terminal or ssh session is lost. auto: true under nohup,
     tmux and screen. false: save a checkpoint and exit with code 129"""
 
+    push_to_hub: str = ""
+    """Upload final/ at the end to this model on the Hugging Face hub: OWNER/NAME, which is created if it is not there.
+    Token and access are checked before the training"""
+    hub_private: bool = True
+    """Only the owner sees the model of --push_to_hub. false: everyone does"""
+
     @property
     def preset_values(self) -> dict:
         """Values that --preset gives to flags, in place of their defaults."""
@@ -70,5 +79,7 @@ class RunFlags(EngineConfig):
             self, checkpoint_per_step=(0, None), checkpoint_minutes=(0, None), keep_checkpoints=(1, None),
             max_hours=(0, None), hang_timeout=(0, None), seed=SEEDS,
         )  # fmt: skip
+        if self.push_to_hub:
+            check_target(self.push_to_hub, "--push_to_hub")
         if not self.resume:
             raise UserError("--resume is empty: pass auto, never or the folder of a checkpoint")

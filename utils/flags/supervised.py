@@ -53,6 +53,7 @@ class FitConfig(FitDataFlags, RecordFlags, FitScheduleFlags, RunFlags):
     """All flags of a supervised run; stages inherit and set their own defaults."""
 
     required = ("hf_model_name_or_path", "data_path", "model_save_path")
+    base_flag = "hf_model_name_or_path"
 
     @property
     def even_tokens(self) -> int:

@@ -1,27 +1,48 @@
-"""Writes a run's models, best/ and final/."""
+"""Writes a run's models, best/ and final/, with their model cards."""
 
 import os
 from collections.abc import Callable
 
+from transformers import PreTrainedTokenizerBase
+
 from utils.distributed import gather_objects, is_main
 from utils.errors import UserError
 from utils.files import disk_errors, remove, replace
+from utils.flags.run import RunFlags
+from utils.models.card import CARD, PICTURE
+from utils.run.card import metrics_of, picture_of, run_card, write_card
 from utils.run.index import read_index, record
-from utils.run.own_files import carry_over, files_in
+from utils.run.own_files import carry_over, files_in, foreign_files
 from utils.watchdog import report_progress
+
+Save = Callable[[str], None]  # writes a model to the folder of this path
 
 
 def export_models(
-    run: str, name: str, what: str, save: Callable[[str], None], save_adapter: Callable[[str], None]
+    config: RunFlags, name: str, tokenizer: PreTrainedTokenizerBase, save: Save, save_adapter: Save,
+    metrics: dict[str, float] | None = None,
 ) -> str | None:  # fmt: skip
-    """Calls `export_model` for a whole model, an adapter or both. what: --export."""
-    problem = export_model(run, name, save) if what != "adapter" else None
+    """Calls `export_model` for a whole model, an adapter or both (--export), with cards. Collective.
+
+    metrics: for the card, with their `step`; None: those of the run's last step.
+    """
+    run, what = config.model_save_path, config.export
+
+    def with_card(save: Save) -> Save:
+        def write(folder: str) -> None:
+            save(folder)
+            card = run_card(config, tokenizer, (metrics_of(run) or [{}])[-1] if metrics is None else metrics)
+            write_card(folder, card, tokenizer, picture_of(run) if name.startswith("final") else None)
+
+        return write
+
+    problem = export_model(run, name, with_card(save)) if what != "adapter" else None
     if what != "merged" and problem is None:
-        problem = export_model(run, name if what == "adapter" else f"{name}_adapter", save_adapter)
+        problem = export_model(run, name if what == "adapter" else f"{name}_adapter", with_card(save_adapter))
     return problem
 
 
-def export_model(run: str, name: str, save: Callable[[str], None]) -> str | None:
+def export_model(run: str, name: str, save: Save) -> str | None:
     """Replaces a run's best/ or final/ by the folder that `save(path)` writes, on rank 0. Collective.
 
     Returns None, or on all ranks why it could not be written; then the earlier folder is as it was.
@@ -33,8 +54,11 @@ def export_model(run: str, name: str, save: Callable[[str], None]) -> str | None
             with disk_errors(path):
                 remove(partial)
                 save(partial)
+                own = read_index(run).names.get(name, [])
+                for theirs in {CARD, PICTURE} & set(foreign_files(path, own)):  # a user's card stays
+                    remove(os.path.join(partial, theirs))
                 written = files_in(partial)
-                carry_over(path, partial, read_index(run).names.get(name, []))
+                carry_over(path, partial, own)
                 record(run, name, *written)
                 replace(partial, path)
         except UserError as error:

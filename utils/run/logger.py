@@ -1,11 +1,9 @@
 """Output of a run: metrics.jsonl, samples.jsonl, TensorBoard, other trackers, progress bar."""
 
 import contextlib
-import html
 import json
 import math
 import os
-import re
 import secrets
 import threading
 import time
@@ -17,6 +15,7 @@ from tqdm import tqdm
 from utils.device import synchronize
 from utils.distributed import is_main
 from utils.files import disk_errors
+from utils.html import markdown
 from utils.run.folder import cut_lines
 from utils.run.index import LINES, record
 from utils.terminal import printable
@@ -114,7 +113,7 @@ class RunLogger:
         """Writes a step's texts to samples.jsonl and to TensorBoard's text tab."""
         if not is_main():
             return
-        parts = ("\n\n".join(f"**{key}**: {_markdown(str(value))}" for key, value in row.items()) for row in rows)
+        parts = ("\n\n".join(f"**{key}**: {markdown(str(value))}" for key, value in row.items()) for row in rows)
         with self._disk():
             _append(os.path.join(self.folder, "samples.jsonl"), *({"step": step, **row} for row in rows))
             self.board.add_text("samples", "\n\n---\n\n".join(parts), step)
@@ -165,11 +164,6 @@ class RunLogger:
     def _disk(self, place: str = "") -> AbstractContextManager[None]:
         advice = "free disk space and repeat the same command, which resumes from the last checkpoint"
         return disk_errors(place or self.folder, advice)
-
-
-def _markdown(text: str) -> str:
-    """Returns Markdown that shows the text as it is: no HTML, links or pictures."""
-    return re.sub(r"[\\`*_\[\]]", r"\\\g<0>", html.escape(printable(text), quote=False))
 
 
 def _append(path: str, *rows: dict) -> None:

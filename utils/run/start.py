@@ -15,6 +15,7 @@ from utils.run.fingerprints import fingerprints
 from utils.run.folder import check_inputs
 from utils.run.lock import hold_folder
 from utils.run.logger import RunLogger
+from utils.run.push import check_push
 from utils.run.restore import Checkpoint, TrainerState
 from utils.run.resume import begin_folder, check_outputs, find_checkpoint, inputs_of
 from utils.run.stop_signal import set_hangup_action
@@ -39,6 +40,8 @@ def start_run(config: RunFlags, kind: type[TrainerState]) -> tuple[Say, Checkpoi
         check_inputs(config.model_save_path, inputs_of(config))
         hold_folder(config.model_save_path)
         check_outputs(config)
+        if config.push_to_hub and is_main():
+            check_push(config)
         return say, find_checkpoint(config, say, kind)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from utils.distributed import barrier, is_main, ranks_where, sum_ranks
 from utils.engine.engine import TrainEngine, device, shutdown_distributed
@@ -19,6 +20,7 @@ from utils.run.export import export_models
 from utils.run.index import record
 from utils.run.lifecycle import RunLifecycle
 from utils.run.logger import RunLogger
+from utils.run.push import push_final
 from utils.run.restore import Best, Checkpoint, TrainerState
 from utils.run.start import open_log
 from utils.run.together import together
@@ -60,6 +62,7 @@ class Stage:
     prepare: Callable[[TrainEngine, list[Item]], list[Item]] | None = None  # replaces a batch before its forwards
     evaluate: Callable[[TrainEngine, list[Item]], dict[str, float]] | None = None  # instead of the means over items
     samples: Callable[[TrainEngine], list[dict]] | None = None  # rows that an evaluation writes to samples.jsonl
+    tokenizer: PreTrainedTokenizerBase | None = None  # that `save` writes
     state: dict = field(default_factory=dict)  # JSON that checkpoints keep, changed in place
 
 
@@ -85,7 +88,10 @@ def fit(engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig,
             if problem := export(engine, stage, config, "final"):
                 raise UserError(problem)
             log.say(f"done: {config.model_save_path}/final")
+    pushes = is_main() and not lifecycle.exit_code
     shutdown_distributed()
+    if pushes:  # the other ranks do not wait for it
+        push_final(config)
     if lifecycle.exit_code:
         sys.exit(lifecycle.exit_code)
 
@@ -121,7 +127,7 @@ def _loop(
             value = evaluation[stage.best_by] * (1 if stage.larger_is_better else -1)
             if not math.isnan(value) and (best is None or value > best):
                 said = f"step {done}: best eval_{stage.best_by} so far"
-                if problem := export(engine, stage, config, "best"):
+                if problem := export(engine, stage, config, "best", {"step": done, **held_out}):
                     log.say(f"warning: {said}, but not saved: {problem}")
                 else:
                     best = value
@@ -196,11 +202,16 @@ def keep_batch(folder: str, step: int, items: list[Item]) -> str:
     return f"step {step}, batch not saved: {refusal}" if refusal else f"step {step}, batch in {path}"
 
 
-def export(engine: TrainEngine, stage: Stage, config: FitConfig, name: str) -> str | None:
-    """Writes the current weights to a run's folder `name`. Returns why it could not be written, or None. Collective."""
+def export(
+    engine: TrainEngine, stage: Stage, config: FitConfig, name: str, metrics: dict[str, float] | None = None
+) -> str | None:  # fmt: skip
+    """Writes the current weights to a run's folder `name`. Returns why it could not be written, or None. Collective.
+
+    metrics: as of `export_models`.
+    """
     state = engine.full_state_dict() if config.export != "adapter" else {}
     return export_models(
-        config.model_save_path, name, config.export, lambda folder: stage.save(state, folder), stage.save_adapter
+        config, name, stage.tokenizer, lambda folder: stage.save(state, folder), stage.save_adapter, metrics
     )
 
 
