@@ -32,6 +32,11 @@ def excess(count: int) -> float:
     return min(1.0, max(0.0, (count - FREE_WORDS) / (MAX_WORDS - FREE_WORDS)))
 
 
+def gold_score(prompts: list, answers: Sequence[str]) -> list[float]:
+    """Is `gold` as a reward function: --heldout_reward_fn experiments/gold.py:gold_score."""
+    return gold(answers)
+
+
 def gold(answers: Sequence[str]) -> list[float]:
     """Returns the gold score of each answer, -3 to 1."""
     words = [WORD.findall(answer.lower()) for answer in answers]

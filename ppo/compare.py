@@ -12,7 +12,12 @@ RESAMPLES = 2000
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Prints the table and the samples; one process."""
+    """Prints the table and the samples; with --checkpoints, those of ppo.overoptimisation. One process."""
+    if any(word.partition("=")[0] == "--checkpoints" for word in argv):
+        from ppo.overoptimisation import main as score_checkpoints
+
+        score_checkpoints(argv)
+        return
     config = parse_args(CompareConfig, argv)
     from ppo.compare_policies import judge_policies
     from utils.files import check_output_file, write_json

@@ -14,7 +14,10 @@ from utils.flags.fields import Common
 
 @dataclass
 class CompareConfig(LengthFlags, DecodingFlags, RolloutEngineFlags, RewardFunctionFlags, RewardFlags, RecordFlags):
-    """Compare two policies on held-out prompts: scores, lengths, KL, with 95 % intervals."""
+    """Compare two policies on held-out prompts: scores, lengths, KL, with 95 % intervals.
+
+    With --checkpoints RUN, score every kept policy of a run instead; --checkpoints RUN --help lists the flags for that.
+    """
 
     required = ("policies", "data_path")
     vllm_tensor_parallel_size, hang_timeout = 1, 0.0  # no flags: there is one process

@@ -128,16 +128,21 @@ class UserReward:
         return UserScores([x or 0.0 for x in sums], [x is None for x in sums], parts)
 
 
-def load_reward_functions(config: RewardFunctionFlags) -> UserReward | None:
-    """Returns the functions of --reward_fn, None if there are none. A file with several of them runs once."""
+def load_reward_functions(config: RewardFunctionFlags, flag: str = "--reward_fn") -> UserReward | None:
+    """Returns the functions of --reward_fn, None if there are none. A file with several of them runs once.
+
+    flag: another one that names functions.
+    """
     modules: dict[str, ModuleType] = {}
-    names = [spec.rpartition(":")[2] for spec in config.reward_fn]
+    specs = getattr(config, flag.removeprefix("--"))
+    names = [spec.rpartition(":")[2] for spec in specs]
+    weights = config.reward_fn_weights if flag == "--reward_fn" else []
     functions = []
-    for i, (spec, name) in enumerate(zip(config.reward_fn, names, strict=True)):
-        label = f"--reward_fn {spec}" if len(names) > 1 else "--reward_fn"
+    for i, (spec, name) in enumerate(zip(specs, names, strict=True)):
+        label = f"{flag} {spec}" if len(names) > 1 else flag
         metric = f"reward_{name}" + f"_{names[: i + 1].count(name)}" * (names.count(name) > 1)
-        weight = config.reward_fn_weights[i] if config.reward_fn_weights else 1.0
-        function = load_function(spec, "--reward_fn", "my_scores.py:length", modules)
+        weight = weights[i] if weights else 1.0
+        function = load_function(spec, flag, "my_scores.py:length", modules)
         functions.append(RewardFunction(function, label, metric, weight))
     return UserReward(functions, config.reward_fn_timeout) if functions else None
 

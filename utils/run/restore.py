@@ -162,6 +162,17 @@ def _files_of(engine: str, path: str, names: list[str]) -> list[str]:
     return [os.path.join(path, match[0]) for match in matches if match and match[1] == engine]
 
 
+def saved_weights(path: str, engine: str) -> SharedState:
+    """Returns an engine's float32 weights in a checkpoint, of any ZeRO stage; only what is asked for is read.
+
+    Raises UserError if there are none. Hashes are not compared.
+    """
+    try:
+        return SharedState(_files_of(engine, path, os.listdir(path)))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged ({engine}: {error}); remove it, or copy it again") from None
+
+
 def restore(checkpoint: Checkpoint, engines: Engines) -> None:
     """Restores engines and random streams; a rank without streams in the checkpoint keeps its own. Collective.
 
