@@ -21,9 +21,10 @@ def main(argv: list[str] | None = None) -> None:
     if config.output:
         check_writable(config.output, "--output")
         check_plots()
-    scored = score_preferences(load_evaluation_set(config), config, print)
+    preferences = load_evaluation_set(config)
+    scored = score_preferences(preferences, config, print)
     models = dict(zip(config.model, scored, strict=True))
-    report = evaluation_report(models, " ".join(config.data_path))
+    report = evaluation_report(models, " ".join(config.data_path), preferences)
     print(render(report))
     if config.output:
         write_json(os.path.join(config.output, "evaluation.json"), report, "--output")

@@ -428,6 +428,18 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "faults/test_signals.py::test_a_signal_interrupts_reward_functions_on_all_ranks_and_random_streams_go_back"),
     ("decoding does not hear a signal", "state = 2 if requested() else int(self.busy)", "state = int(self.busy)",
      "unit/test_decoding.py::test_decoding_ends_soon_after_a_signal"),
+    # Over-optimisation of a run, benchmarks
+    ("Gao's fit without the cross term", "(c * x - b * y) / determinant", "x / a", "unit/test_overoptimisation.py"),
+    ("scores part within their noise", "if rise[1] > 0 > fall[2]:", "if rise[0] > 0 > fall[0]:",
+     "unit/test_overoptimisation.py"),
+    ("a checkpoint's weights are not read", "weights.read(\"weight\", name, 0, flat)",
+     "flat = parameter.float().flatten()",
+     "end_to_end/test_checkpoints_compared.py::test_weights_of_a_checkpoint_equal_those_that_were_exported"),
+    ("RewardBench: math-prm by its number of pairs", "\"math-prm\": 984", "\"math-prm\": 447",
+     "unit/test_evaluation_groups.py::test_sections_are_weighted_as_the_benchmark_does"),
+    ("benchmark: items are not paired", "differences = [b - a for a, b in zip(before, after, strict=True)]",
+     "differences = [b - a for a, b in zip(sorted(before), sorted(after), strict=True)]",
+     "end_to_end/test_benchmark.py::test_paired_difference_by_hand"),
     # Weights in vLLM; these tests need it
     ("vLLM: a packed head is not compared", "    if is_packed:", "    if is_packed and not held.numel():",
      "vllm/test_faults.py"),

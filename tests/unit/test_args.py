@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
+from ppo.benchmark_flags import BenchmarkConfig
 from ppo.chat_flags import ChatConfig
 from ppo.compare_flags import CompareConfig
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
+from ppo.overoptimisation_flags import CheckpointsConfig
 from reward.config import RewardConfig
 from reward.evaluation.flags import EvaluateConfig, StrengthConfig
 from reward.scoring.score_flags import ScoreConfig
@@ -46,6 +48,7 @@ KEPT_NAMES = """
     use_ppo_pretrain_loss use_entropy_loss temperature topp repetition_penalty lang
 """
 CONFIGS = (PPOConfig, CompareConfig, ChatConfig, RewardConfig, EvaluateConfig, ScoreConfig, StrengthConfig, SFTConfig)
+CONFIGS += (CheckpointsConfig, BenchmarkConfig)
 PATHS = ["--policy_model_path", "P", "--critic_model_path", "C", "--data_path", "D"]
 
 
