@@ -1,7 +1,8 @@
-"""Two policies on the same held-out prompts: `python -m ppo.compare --policies BEFORE AFTER --data_path PROMPTS ...`.
+"""Policies on the same held-out prompts: `python -m ppo.compare --policies BEFORE AFTER --data_path PROMPTS ...`.
 
-Answers are drawn as in evaluation (Part I §6.1), with the same random streams for both. The table has means with 95 %
-intervals (bootstrap over prompts); the KL of AFTER to BEFORE is estimated on plain samples of AFTER.
+Answers are drawn as in evaluation (Part I §6.1), with the same random streams for all. The table has means with 95 %
+intervals (bootstrap over prompts); the KL of AFTER to BEFORE is estimated on plain samples of AFTER. With --judge_url a
+language model compares the answers, too.
 """
 
 from ppo.compare_flags import CompareConfig
@@ -12,27 +13,59 @@ RESAMPLES = 2000
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Prints the table and the samples; with --checkpoints, those of ppo.overoptimisation. One process."""
+    """Prints the table, the samples and what a judge says; with --checkpoints, ppo.overoptimisation. One process."""
     if any(word.partition("=")[0] == "--checkpoints" for word in argv):
         from ppo.overoptimisation import main as score_checkpoints
 
         score_checkpoints(argv)
         return
     config = parse_args(CompareConfig, argv)
-    from ppo.compare_policies import judge_policies
+    from ppo.compare_policies import sample_policies
+    from ppo.judge_report import ask_judge, rate, render_judge, render_ratings, score_pairs
     from utils.files import check_output_file, write_json
 
     if config.output:
         check_output_file(config.output, "--output")
+    judge = None
+    if config.judge_url:
+        from ppo.judge import Judge
 
-    before, after, kl = judge_policies(config)
-    table = compare(before, after, kl, config.seed)
-    print(render(table, config, len(before["rows"])))
-    print(render_samples(before["rows"], after["rows"], config.num_samples))
+        judge = Judge(config)
+
+    found = sample_policies(config)
+    count, tables = len(found[0]["rows"]), [compare(found[0], after, after["kl"], config.seed) for after in found[1:]]
+    for table, after in zip(tables, config.policies[1:], strict=True):
+        print(render(table, config.policies[0], after, count))
+    print(render_samples([each["rows"] for each in found], config.num_samples))
+    result = {"policies": config.policies, "table": tables[0], "answers": _answers([each["rows"] for each in found])}
+    if len(found) > 2:
+        result |= {"tables": tables, "ratings": rate(score_pairs(found), config.seed)}
+        print(render_ratings(result["ratings"], config.policies))
+
+    def save() -> None:
+        if config.output:
+            write_json(config.output, result, "--output")
+
+    save()  # before the judge, which may fail
+    if judge:
+        result["judge"], scores = ask_judge(judge, found, config.seed)
+        print(render_judge(result["judge"], config.policies, config))
+        if len(found) > 2:
+            result["ratings"] |= (ratings := rate({"judge": scores}, config.seed))
+            print(render_ratings(ratings, config.policies))
+    save()
     if config.output:
-        answers = [b | {"answer_after": a["answer"]} for b, a in zip(before["rows"], after["rows"], strict=True)]
-        write_json(config.output, {"policies": config.policies, "table": table, "answers": answers}, "--output")
         print(f"written to {config.output}")
+
+
+def _answers(rows: list[list[dict]]) -> list[dict]:
+    """Returns {"prompt", "answer" of the first policy, "answer_after" of the second, "answer_3", ...} per prompt."""
+    names = ["answer", "answer_after", *(f"answer_{i}" for i in range(3, len(rows) + 1))]
+    texts = ([row["answer"] for row in each] for each in zip(*rows, strict=True))
+    return [
+        {"prompt": row["prompt"]} | dict(zip(names, each, strict=True))
+        for row, each in zip(rows[0], texts, strict=True)
+    ]
 
 
 def compare(before: dict, after: dict, kl: list[float], seed: int) -> dict[str, dict[str, list[float]]]:
@@ -80,7 +113,7 @@ def compare(before: dict, after: dict, kl: list[float], seed: int) -> dict[str, 
     return table
 
 
-def render(table: dict, config: CompareConfig, count: int) -> str:
+def render(table: dict, before: str, after: str, count: int) -> str:
     """The table as text."""
     columns = ("before", "after", "difference")
     rows = [["", *columns]]
@@ -88,18 +121,20 @@ def render(table: dict, config: CompareConfig, count: int) -> str:
         texts = ("{:.3f} [{:.3f}, {:.3f}]".format(*cells[column]) if column in cells else "" for column in columns)
         rows.append([name, *texts])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [f"{count} prompts, 95 % intervals. before: {config.policies[0]}, after: {config.policies[1]}"]
+    lines = [f"{count} prompts, 95 % intervals. before: {before}, after: {after}"]
     for name, *texts in rows:
         cells = "  ".join(f"{text:>{width}}" for text, width in zip(texts, widths[1:], strict=True))
         lines.append(f"{name:{widths[0]}}  {cells}".rstrip())
     return "\n".join(lines)
 
 
-def render_samples(before: list[dict], after: list[dict], count: int) -> str:
-    """The answers to the first prompts, one under the other."""
+def render_samples(rows: list[list[dict]], count: int) -> str:
+    """The answers of each policy to the first prompts, one under the other."""
+    names = ["before:", "after: "] if len(rows) == 2 else [f"{i}:" for i in range(1, len(rows) + 1)]
     lines = []
-    for first, second in zip(before[:count], after[:count], strict=True):
-        lines += ["", f"prompt: {first['prompt']}", f"before: {first['answer']}", f"after:  {second['answer']}"]
+    for answers in zip(*(each[:count] for each in rows), strict=True):
+        lines += ["", f"prompt: {answers[0]['prompt']}"]
+        lines += [f"{name} {row['answer']}" for name, row in zip(names, answers, strict=True)]
     return "\n".join(lines)
 
 

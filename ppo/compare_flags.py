@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ppo.flags.sampling import DecodingFlags, LengthFlags, RolloutEngineFlags
+from ppo.judge_flags import JudgeFlags
 from ppo.reward_fn_flags import RewardFunctionFlags
 from reward.scoring.flags import RewardFlags
 from utils.errors import UserError
@@ -13,8 +14,10 @@ from utils.flags.fields import Common
 
 
 @dataclass
-class CompareConfig(LengthFlags, DecodingFlags, RolloutEngineFlags, RewardFunctionFlags, RewardFlags, RecordFlags):
-    """Compare two policies on held-out prompts: scores, lengths, KL, with 95 % intervals.
+class CompareConfig(
+    LengthFlags, DecodingFlags, RolloutEngineFlags, JudgeFlags, RewardFunctionFlags, RewardFlags, RecordFlags
+):
+    """Compare policies on held-out prompts: scores, lengths, KL, a judge's verdicts, with 95 % intervals.
 
     With --checkpoints RUN, score every kept policy of a run instead; --checkpoints RUN --help lists the flags for that.
     """
@@ -23,7 +26,8 @@ class CompareConfig(LengthFlags, DecodingFlags, RolloutEngineFlags, RewardFuncti
     vllm_tensor_parallel_size, hang_timeout = 1, 0.0  # no flags: there is one process
 
     policies: Common[list[str]] = field(default_factory=list)
-    """Two policies, before and after training: folders or hub ids"""
+    """Policies, before and after training: folders or hub ids. Each is compared with the first one; more than two get
+    ratings, too"""
     data_path: Common[list[str]] = field(default_factory=list)
     """Prompts: the *valid* files of a folder, or all of them if it has none; a file or a hub id; or several"""
     output: Common[str | None] = None
@@ -38,14 +42,14 @@ class CompareConfig(LengthFlags, DecodingFlags, RolloutEngineFlags, RewardFuncti
     """Sequences decoded at once"""
     rollout_engine: Common[Literal["own", "vllm"]] = "own"
     """Engine that samples answers. vllm: vLLM in the same process, with a policy's weights copied to it and compared
-    before it samples; both policies must have the same settings in config.json"""
+    before it samples; all policies must have the same settings in config.json"""
     tokenizer_name_or_path: str | None = None
-    """Tokenizer of both policies. Default: the first policy's"""
+    """Tokenizer of all policies. Default: the first policy's"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, num_prompts=(1, None), num_samples=(0, None), seed=SEEDS)
-        if len(self.policies) != 2:
-            raise UserError(f"--policies has {len(self.policies)} values: pass two model folders, before and after")
-        if not self.reward_model_path and not self.reward_fn:
-            raise UserError("nothing scores the answers: pass --reward_model_path or --reward_fn")
+        if len(self.policies) < 2:
+            raise UserError("--policies has one value: pass two model folders or more, before and after")
+        if not self.reward_model_path and not self.reward_fn and not self.judge_url:
+            raise UserError("nothing scores the answers: pass --reward_model_path, --reward_fn or --judge_url")

@@ -1,4 +1,6 @@
-"""Samples answers of two policies to held-out prompts and scores them."""
+"""Samples answers of policies to held-out prompts and scores them."""
+
+from collections.abc import Callable
 
 from data.choose_template import first_prompt, prepare_tokenizer
 from data.encoded import form_options, load_encoded
@@ -11,9 +13,10 @@ from ppo.ranks import batch_of
 from ppo.rollout import PolicySampler, Sampler, response_texts
 from ppo.sampler_gap import sampler_problem
 from ppo.score import score
-from ppo.user_reward import NUM_CHECKED, load_reward_functions
+from ppo.types import Rollout, Scores
+from ppo.user_reward import NUM_CHECKED, UserScores, load_reward_functions
 from ppo.vllm_sampler import VLLMSampler, check_rollout_engine, start_vllm
-from reward.scoring.ensemble import Frozen
+from reward.scoring.ensemble import Ensemble, Frozen
 from reward.scoring.load import load_ensemble, reward_readers
 from utils.engine.engine import DTYPES, InferenceEngine, device, init_distributed
 from utils.engine.memory import device_memory, device_room
@@ -23,12 +26,12 @@ from utils.models.load import check_window, load_causal_lm, window_at
 from utils.run.start import choose_dtype
 
 
-def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
-    """Returns (before, after, KL of each plain sample of AFTER to BEFORE).
+def sample_policies(config: CompareConfig) -> list[dict]:
+    """Returns for each policy {"rows": texts, "columns": {name: one number per prompt}, "turns": of each prompt}.
 
-    before, after: {"rows": texts, "columns": {name: one number per prompt}}. Columns: scores of reward models and
-    function, length, 1 where the response ended with an end token, its negative log-likelihood under its own
-    policy and under BEFORE. Memory: two policies and the reward models.
+    All but the first also have "kl": of each plain sample to the first policy. Columns: scores of reward models and
+    function, length, 1 where the response ended with an end token, its negative log-likelihood under its own policy and
+    under the first. Memory: two policies at a time and the reward models.
     """
     choose_dtype(config)
     check_rollout_engine(config)
@@ -49,67 +52,86 @@ def judge_policies(config: CompareConfig) -> tuple[dict, dict, list[float]]:
     if reward_fn := load_reward_functions(config):
         reward_fn.check_columns(batch.columns[:NUM_CHECKED], print)
     readers = reward_readers(config, tokenizer, print)
-    dtype, place = DTYPES[config.dtype], device()
-
-    def load_policy(path: str) -> PolicyModel:
-        lm = load_causal_lm(path, dtype, place, config.attn_implementation, tokenizer, flag="--policies")
-        check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
-        return PolicyModel(lm).requires_grad_(False)
-
-    policies = [load_policy(path) for path in config.policies]
-    rows = policies[0].lm.get_input_embeddings().weight.shape[0]
+    first, second = (_load_policy(config, path, tokenizer) for path in config.policies[:2])
+    rows = first.lm.get_input_embeddings().weight.shape[0]
     reward = load_ensemble(config, readers, tokenizer, rows, lambda model: Frozen(model, config.offload_frozen), print)
-    before, after = _samplers(config, tokenizer, policies)
+    make_sampler = _sampler_maker(config, tokenizer, first)
 
-    def judge(sampler: Sampler, sampling: Sampling) -> dict:
+    def answer(sampler: Sampler, sampling: Sampling) -> dict:
         """Samples one answer per prompt and returns its texts and scores, as above."""
-        models = Models(sampler.policy, None, Frozen(policies[0], False), reward)
+        models = Models(sampler.policy, None, Frozen(first, False), reward)
         rollout = sampler(batch, sampling, config.seed)
         scores = score(rollout, batch, models, None, tokenizer, 1.0, config)
         if sampling == Sampling() and (problem := sampler_problem(rollout, scores, sampler, config, 1.0)):
             raise UserError(problem)
-        answers, columns = response_texts(rollout, tokenizer), {}
-        if reward_fn:
-            said = reward_fn(batch.turns, answers, batch.columns, finite=True)
-            columns["reward_fn score"] = [None if f else x for x, f in zip(said.scores, said.failed, strict=True)]
-            columns |= said.parts if len(said.parts) > 1 else {}
-        if reward:
-            columns["reward model score"] = scores.scores.tolist()
-            if len(reward.members) > 1:
-                members = enumerate(scores.member_scores.T.tolist(), start=1)
-                columns |= {f"reward model {i} score": column for i, column in members}
-        columns["length"] = rollout.response_mask.sum(1).tolist()
-        columns["ended by itself"] = rollout.ended.float().tolist()
-        columns["nll"] = (-scores.old_logprobs.sum(1)).tolist()
-        columns["nll under before"] = (-scores.ref_logprobs.sum(1)).tolist()
+        answers = response_texts(rollout, tokenizer)
+        said = reward_fn and reward_fn(batch.turns, answers, batch.columns, finite=True)
         rows = [{"prompt": p.turns[-1]["content"], "answer": a} for p, a in zip(prompts, answers, strict=True)]
-        return {"rows": rows, "columns": columns}
+        return {"rows": rows, "columns": _columns(rollout, scores, reward, said), "turns": batch.turns}
 
-    plain = judge(after, Sampling())["columns"]
-    kl = [b - a for a, b in zip(plain["nll"], plain["nll under before"], strict=True)]
-    return judge(before, EVALUATION), judge(after, EVALUATION), kl
+    sampler = make_sampler(second, config.policies[1])
+    found = [answer(make_sampler(first, config.policies[0]), EVALUATION)]
+    for path in config.policies[1:]:
+        if len(found) > 1:
+            sampler = second = None  # its memory is for the next one
+            sampler = make_sampler(_load_policy(config, path, tokenizer), path)
+        plain = answer(sampler, Sampling())["columns"]
+        kl = [b - a for a, b in zip(plain["nll"], plain["nll under before"], strict=True)]
+        found.append(answer(sampler, EVALUATION) | {"kl": kl})
+    return found
 
 
-def _samplers(config: CompareConfig, tokenizer, policies: list[PolicyModel]) -> list[Sampler]:
-    """Returns a sampler for each of the two policies. With vLLM they share it, and copy their weights at each call."""
-    engines = [InferenceEngine(policy) for policy in policies]
+def _load_policy(config: CompareConfig, path: str, tokenizer) -> PolicyModel:
+    lm = load_causal_lm(path, DTYPES[config.dtype], device(), config.attn_implementation, tokenizer, flag="--policies")
+    check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
+    return PolicyModel(lm).requires_grad_(False)
+
+
+def _columns(rollout: Rollout, scores: Scores, reward: Ensemble | None, said: UserScores | None) -> dict[str, list]:
+    """Returns the columns of `sample_policies` for one policy."""
+    columns = {}
+    if said:
+        columns["reward_fn score"] = [None if f else x for x, f in zip(said.scores, said.failed, strict=True)]
+        columns |= said.parts if len(said.parts) > 1 else {}
+    if reward:
+        columns["reward model score"] = scores.scores.tolist()
+        if len(reward.members) > 1:
+            members = enumerate(scores.member_scores.T.tolist(), start=1)
+            columns |= {f"reward model {i} score": column for i, column in members}
+    columns["length"] = rollout.response_mask.sum(1).tolist()
+    columns["ended by itself"] = rollout.ended.float().tolist()
+    columns["nll"] = (-scores.old_logprobs.sum(1)).tolist()
+    columns["nll under before"] = (-scores.ref_logprobs.sum(1)).tolist()
+    return columns
+
+
+def _sampler_maker(config: CompareConfig, tokenizer, first: PolicyModel) -> Callable[[PolicyModel, str], Sampler]:
+    """Returns a function that makes a sampler of a policy. With vLLM they share it; weights are copied at each call."""
     if config.rollout_engine == "own":
-        for policy, path in zip(policies, config.policies, strict=True):
+
+        def make(policy: PolicyModel, path: str) -> Sampler:
             choose_decoding(policy, config, f"--policies {path}", print)
-        return [PolicySampler(engine, tokenizer, config) for engine in engines]
-    before, after = map(_numerics, policies)
-    if different := sorted(name for name, _ in before.items() ^ after.items()):
-        name, (a, b) = different[0], config.policies
-        raise UserError(
-            f"--rollout_engine vllm: {a} has {name} {before.get(name)} and {b} has {after.get(name)}, but the two "
-            "--policies share one model in vLLM; pass --rollout_engine own"
-        )
+            return PolicySampler(InferenceEngine(policy), tokenizer, config)
+
+        return make
     init_distributed()
     share = config.vllm_gpu_memory_utilization
     if share == "auto":  # what the models leave; on a CPU it has no effect
         share = (device_room() or device_memory()) / device_memory()
     vllm = start_vllm(config, config.policies[0], "--policies", tokenizer, share, config.num_prompts)
-    return [VLLMSampler(engine, tokenizer, config, vllm) for engine in engines]
+    before = _numerics(first)
+
+    def make_of_vllm(policy: PolicyModel, path: str) -> Sampler:
+        after = _numerics(policy)
+        if different := sorted(name for name, _ in before.items() ^ after.items()):
+            name = different[0]
+            raise UserError(
+                f"--rollout_engine vllm: {config.policies[0]} has {name} {before.get(name)} and {path} has "
+                f"{after.get(name)}, but all --policies share one model in vLLM; pass --rollout_engine own"
+            )
+        return VLLMSampler(InferenceEngine(policy), tokenizer, config, vllm)
+
+    return make_of_vllm
 
 
 def _numerics(policy: PolicyModel) -> dict[str, str]:

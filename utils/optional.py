@@ -7,5 +7,14 @@ from utils.errors import UserError
 
 def check_peft(what: str) -> None:
     """Raises UserError if peft is not installed. what: the flag, or flag and folder, that needs it."""
-    if importlib.util.find_spec("peft") is None:
-        raise UserError(f"{what}: peft is not installed; run pip install peft==0.21.2")
+    _check("peft", "0.21.2", what)
+
+
+def check_openai(what: str) -> None:
+    """Raises UserError if the `openai` client is not installed."""
+    _check("openai", "3.57.0", what)
+
+
+def _check(package: str, version: str, what: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{what}: {package} is not installed; run pip install {package}=={version}")

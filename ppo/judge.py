@@ -1,0 +1,201 @@
+"""Asks a language model which of two answers is better: prompt, replies in a file, verdicts."""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import re
+import time
+from itertools import combinations
+from pathlib import Path
+from typing import IO
+
+import numpy
+
+from ppo.judge_flags import JudgeFlags
+from ppo.judge_server import JudgeServer
+from utils.errors import UserError
+from utils.files import check_output_file, disk_errors, parse_json, read_bytes
+from utils.optional import check_openai
+from utils.schema import Count, Schema, Sha256, checked
+
+VERDICTS = {"A": 1.0, "B": 0.0, "C": 0.5}  # score of the answer that is shown first
+UNREADABLE = 0.2  # share of replies without a verdict above which the result would be worthless
+FEW = 20  # replies below which that share says little while more are on their way
+_PLACES = re.compile(r"\{(prompt|answer_a|answer_b)\}")
+_VERDICT = re.compile(r"(?:[^\[\]]*\[\[([ABC])\]\]|([ABC]))\.?")
+_START = b'{"key": "'  # of each line of the file
+
+
+class _Reply(Schema):
+    """A line of --judge_cache."""
+
+    key: Sha256
+    reply: str
+    prompt_tokens: Count
+    completion_tokens: Count
+
+
+def read_prompt(name: str) -> str:
+    """Returns the text of --judge_prompt: en, zh or a file. Raises UserError if it lacks a place."""
+    file = Path(__file__).with_name(f"judge_prompt_{name}.txt") if name in ("en", "zh") else name
+    try:
+        text = read_bytes(file, 1 << 20).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--judge_prompt {name}: not readable ({error}); pass en, zh or a text file") from error
+    if wrong := [x for x in ("prompt", "answer_a", "answer_b") if _PLACES.findall(text).count(x) != 1]:
+        raise UserError(f"--judge_prompt {name} must contain {{{wrong[0]}}} once; see ppo/judge_prompt_en.txt")
+    return text
+
+
+def dialogue_text(turns: list[dict]) -> str:
+    """Returns a prompt as the judge reads it: the user's words alone, or all turns with their roles."""
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n\n".join(f"[{turn['role']}]\n{turn['content']}" for turn in turns)
+
+
+def fill_prompt(template: str, prompt: str, first: str, second: str) -> str:
+    """Returns what the judge is asked. Each text stands between two lines with a code.
+
+    No text can contain the code, which is a hash of all three. What looks like a place inside a text stays text.
+    """
+    code = hashlib.sha256(json.dumps([prompt, first, second]).encode()).hexdigest()[:16]
+    texts = {"prompt": prompt, "answer_a": first, "answer_b": second}
+    return _PLACES.sub(lambda found: f"BEGIN {code}\n{texts[found[1]]}\nEND {code}", template)
+
+
+def verdict(reply: str) -> float | None:
+    """Returns the score of the first answer (VERDICTS), None if the last line of the reply is no verdict."""
+    lines = reply.strip().splitlines()
+    found = _VERDICT.fullmatch(lines[-1].strip()) if lines else None
+    return VERDICTS[found[1] or found[2]] if found else None
+
+
+class Judge:
+    """The model at --judge_url. replies: what it said so far, by the hash of all that matters."""
+
+    def __init__(self, config: JudgeFlags):
+        self.config, self.template, self.file = config, read_prompt(config.judge_prompt), config.judge_cache_file
+        self.requests = self.cached = self.prompt_tokens = self.completion_tokens = self.unreadable = 0
+        self.replies: dict[str, str] = {}
+        if self.file:
+            check_output_file(self.file, "--judge_cache")
+            self.replies = _read_replies(self.file)
+        check_openai("--judge_url")
+        if not self.replies:  # else perhaps nothing is left to ask
+            asyncio.run(self._look())
+
+    def ask_pairs(self, prompts: list[str], answers: list[list[str]]) -> dict[tuple[int, int], numpy.ndarray]:
+        """Returns (policy i, policy j > i) -> verdicts as `judge_statistics.outcomes` reads them, NaN for none.
+
+        answers: a list per policy. Same answers are not sent. Raises UserError if the server fails, or if more than
+        UNREADABLE of its replies are no verdicts; the file keeps what it replied.
+        """
+        pairs, places, texts = list(combinations(range(len(answers)), 2)), [], []
+        for row, (prompt, *said) in enumerate(zip(prompts, *answers, strict=True)):  # a budget ends between prompts
+            for (i, j), order in (
+                (pair, order) for pair in pairs for order in (0, 1) if said[pair[0]] != said[pair[1]]
+            ):
+                places.append((i, j, row, order))
+                texts.append(fill_prompt(self.template, prompt, said[(i, j)[order]], said[(j, i)[order]]))
+        verdicts = {pair: numpy.full((len(prompts), 2), numpy.nan) for pair in pairs}
+        for (i, j, row, order), reply in zip(places, self._ask(texts), strict=True):
+            score = None if reply is None else verdict(reply)
+            verdicts[i, j][row, order] = numpy.nan if score is None else score
+        return verdicts
+
+    def _ask(self, texts: list[str]) -> list[str | None]:
+        """Returns the reply to each text; None after the end of a budget."""
+        named = [self.config.judge_url, self.config.judge_model, self.config.judge_fields]
+        keys = [hashlib.sha256(json.dumps([*named, text], sort_keys=True).encode()).hexdigest() for text in texts]
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self.replies}
+        self.cached = len(set(keys)) - len(missing)
+        if missing:
+            try:
+                asyncio.run(self._ask_all(missing))
+            except UserError as error:
+                kept = f"; {self.file} keeps {len(self.replies)} replies: run again to go on" if self.file else ""
+                raise UserError(f"{error}{kept}") from error
+        self._check_readable([self.replies[key] for key in keys if key in self.replies])
+        return [self.replies.get(key) for key in keys]
+
+    def _check_readable(self, replies: list[str]) -> None:
+        wrong = [reply for reply in replies if verdict(reply) is None]
+        self.unreadable = len(wrong)
+        if len(wrong) > UNREADABLE * len(replies):
+            raise UserError(
+                f"--judge_model {self.config.judge_model}: {len(wrong)} of {len(replies)} replies have no verdict in "
+                f"their last line, as {wrong[0][-200:]!r}; change --judge_prompt or --judge_arguments (max_tokens)"
+            )
+
+    async def _look(self) -> None:
+        async with JudgeServer(self.config) as server:
+            await server.look()
+
+    async def _ask_all(self, texts: dict[str, str]) -> None:
+        """Adds the replies to `replies`, and each to the file as soon as it has come, until a budget ends."""
+        waiting, fresh, shown = iter(texts.items()), [], time.monotonic()
+
+        async def work(server: JudgeServer, file: IO[str] | None) -> None:
+            nonlocal shown
+            for key, text in waiting:
+                if self._is_spent():
+                    return
+                self.requests += 1
+                row = {"key": key} | await server.reply(text)
+                self.prompt_tokens += row["prompt_tokens"]
+                self.completion_tokens += row["completion_tokens"]
+                self.replies[key] = row["reply"]
+                if file:
+                    with disk_errors(f"--judge_cache {self.file}"):
+                        file.write(json.dumps(row) + "\n")
+                        file.flush()
+                fresh.append(row["reply"])
+                if len(fresh) >= FEW:
+                    self._check_readable(fresh)
+                if time.monotonic() > shown + 30:
+                    shown = time.monotonic()
+                    print(f"judge: {len(fresh)} of {len(texts)} replies", flush=True)
+
+        with disk_errors(f"--judge_cache {self.file}"):
+            if self.file:
+                os.makedirs(os.path.dirname(os.path.abspath(self.file)), exist_ok=True)
+            file = open(self.file, "a", encoding="utf-8") if self.file else None  # noqa: SIM115
+        try:
+            with file or contextlib.nullcontext():
+                async with JudgeServer(self.config) as server, asyncio.TaskGroup() as group:
+                    for _ in range(self.config.judge_parallel):
+                        group.create_task(work(server, file))
+        except ExceptionGroup as errors:  # the first one has ended the others
+            raise errors.exceptions[0] from None
+
+    def _is_spent(self) -> bool:
+        most, tokens = self.config.judge_max_requests, self.config.judge_max_tokens
+        return 0 < most <= self.requests or 0 < tokens <= self.prompt_tokens + self.completion_tokens
+
+
+def _read_replies(file: str) -> dict[str, str]:
+    """Returns the replies of --judge_cache by their keys. Cuts off a line that a killed run has not finished."""
+    if not os.path.lexists(file):
+        return {}
+    try:
+        content, replies = read_bytes(file), {}
+    except OSError as error:
+        raise UserError(f"--judge_cache {file}: not readable ({error}); pass another file") from error
+    *lines, last = content.split(b"\n")
+    if not _START.startswith(last[: len(_START)]):  # not ours: never cut
+        lines.append(last)
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = checked(_Reply, parse_json(line.decode()))
+        except ValueError as error:
+            raise UserError(
+                f"--judge_cache {file}:{number} is no reply of a judge ({error}); remove that line or pass another file"
+            ) from error
+        replies[row.key] = row.reply
+    if last:
+        with disk_errors(f"--judge_cache {file}"):
+            os.truncate(file, len(content) - len(last))
+    return replies
