@@ -5,6 +5,8 @@ intervals (bootstrap over prompts); the KL of AFTER to BEFORE is estimated on pl
 language model compares the answers, too.
 """
 
+import os
+
 from ppo.compare_flags import CompareConfig
 from utils.flags.parser import entry_point, parse_args
 
@@ -21,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     config = parse_args(CompareConfig, argv)
     from ppo.compare_policies import sample_policies
-    from ppo.judge_report import ask_judge, rate, render_judge, render_ratings, score_pairs
+    from ppo.judge_report import add_judge, rate, render_ratings, score_pairs
     from utils.files import check_output_file, write_json
 
     if config.output:
@@ -30,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.judge_url:
         from ppo.judge import Judge
 
-        judge = Judge(config)
+        judge = Judge(config)  # before the sampling, which takes long
 
     found = sample_policies(config)
     count, tables = len(found[0]["rows"]), [compare(found[0], after, after["kl"], config.seed) for after in found[1:]]
@@ -41,21 +43,18 @@ def main(argv: list[str] | None = None) -> None:
     if len(found) > 2:
         result |= {"tables": tables, "ratings": rate(score_pairs(found), config.seed)}
         print(render_ratings(result["ratings"], config.policies))
-
-    def save() -> None:
-        if config.output:
-            write_json(config.output, result, "--output")
-
-    save()  # before the judge, which may fail
     if judge:
-        result["judge"], scores = ask_judge(judge, found, config.seed)
-        print(render_judge(result["judge"], config.policies, config))
-        if len(found) > 2:
-            result["ratings"] |= (ratings := rate({"judge": scores}, config.seed))
-            print(render_ratings(ratings, config.policies))
-    save()
+        if config.output and is_file(config.output):  # the judge may fail
+            write_json(config.output, result, "--output")
+        print(add_judge(result, judge, found, config.seed))
     if config.output:
+        write_json(config.output, result, "--output")
         print(f"written to {config.output}")
+
+
+def is_file(path: str) -> bool:
+    """Whether a path is, or will be, a file that can be written twice, not a pipe or a device."""
+    return os.path.isfile(path) or not os.path.exists(path)
 
 
 def _answers(rows: list[list[dict]]) -> list[dict]:

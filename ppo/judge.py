@@ -28,6 +28,10 @@ _VERDICT = re.compile(r"(?:[^\[\]]*\[\[([ABC])\]\]|([ABC]))\.?")
 _START = b'{"key": "'  # of each line of the file
 
 
+class _UnreadableError(UserError):
+    """Too many replies without a verdict: the same request would get them again."""
+
+
 class _Reply(Schema):
     """A line of --judge_cache."""
 
@@ -116,8 +120,10 @@ class Judge:
             try:
                 asyncio.run(self._ask_all(missing))
             except UserError as error:
-                kept = f"; {self.file} keeps {len(self.replies)} replies: run again to go on" if self.file else ""
-                raise UserError(f"{error}{kept}") from error
+                if not self.file or isinstance(error, _UnreadableError):
+                    raise
+                kept = f"{self.file} keeps {len(self.replies)} replies: run again to go on"
+                raise UserError(f"{error}; {kept}") from error
         self._check_readable([self.replies[key] for key in keys if key in self.replies])
         return [self.replies.get(key) for key in keys]
 
@@ -125,7 +131,7 @@ class Judge:
         wrong = [reply for reply in replies if verdict(reply) is None]
         self.unreadable = len(wrong)
         if len(wrong) > UNREADABLE * len(replies):
-            raise UserError(
+            raise _UnreadableError(
                 f"--judge_model {self.config.judge_model}: {len(wrong)} of {len(replies)} replies have no verdict in "
                 f"their last line, as {wrong[0][-200:]!r}; change --judge_prompt or --judge_arguments (max_tokens)"
             )

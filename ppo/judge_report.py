@@ -50,6 +50,18 @@ def ask_judge(judge: Judge, found: list[dict], seed: int) -> tuple[dict, numpy.n
     }, scores
 
 
+def add_judge(result: dict, judge: Judge, found: list[dict], seed: int) -> str:
+    """Adds what the judge says to the result of `ppo.compare`. Returns it as text."""
+    policies = result["policies"]
+    result["judge"], scores = ask_judge(judge, found, seed)
+    text = render_judge(result["judge"], policies, judge.config)
+    if len(policies) > 2:
+        ratings = rate({"judge": scores}, seed)
+        result["ratings"] |= ratings
+        text += "\n" + render_ratings(ratings, policies)
+    return text
+
+
 def _cost(judge: Judge) -> dict:
     config, result = judge.config, {"url": judge.config.judge_url, "model": judge.config.judge_model}
     result |= {"prompt": config.judge_prompt, "arguments": config.judge_fields, "cached": judge.cached}

@@ -468,6 +468,16 @@ MUTANTS = [Mutant(*mutant) for mutant in (
     ("chat leaves no room for the answer", "room = self.config.maxlen_prompt - self.config.maxlen_res",
      "room = self.config.maxlen_prompt",
      "end_to_end/test_chat.py::test_a_dialogue_longer_than_the_window_loses_its_oldest_turns"),
+    # A judge of answers
+    ("an answer can fake its delimiter", "hashlib.sha256(json.dumps([prompt, first, second]).encode())",
+     "hashlib.sha256(prompt.encode())", "unit/test_judge.py::test_an_answer_cannot_end_its_delimiters"),
+    ("the second order of two answers is not turned", "(1 - verdicts[:, 0] + verdicts[:, 1]) / 2",
+     "(verdicts[:, 0] + verdicts[:, 1]) / 2", "unit/test_judge_statistics.py"),
+    ("length control without lengths", "numpy.tanh(difference / spread) if spread", "0 * outcome if spread",
+     "unit/test_judge_statistics.py"),
+    ("a judge's replies reach the file late", 'row) + "\\n")\n                        file.flush()\n',
+     'row) + "\\n")\n',
+     "end_to_end/test_compare_judge.py::test_a_run_that_is_killed_has_lost_nothing"),
 )]
 # fmt: on
 
