@@ -44,7 +44,7 @@ def outcomes(verdicts: numpy.ndarray, same: numpy.ndarray) -> numpy.ndarray:
 
 
 def length_controlled(outcome: numpy.ndarray, difference: numpy.ndarray, weights: numpy.ndarray) -> numpy.ndarray:
-    """Returns the win rate at equal lengths under each row of weights (AlpacaEval 2: Dubois et al. 2024, eq. 2).
+    """Returns the win rate at equal lengths under each row of weights (AlpacaEval 2: Dubois et al. 2024).
 
     It is sigmoid(a) of the logistic regression P(win) = sigmoid(a + b tanh(d / std(d))), d the difference of lengths,
     without that paper's term for the difficulty of prompts. Newton's method; the penalty is RIDGE / 2 (a² + b²).
@@ -99,7 +99,7 @@ def bradley_terry(scores: numpy.ndarray, weights: numpy.ndarray) -> list[Interva
     """Returns the Bradley-Terry rating of each of n policies, with mean 0, on Elo's scale.
 
     scores: [count, n, n], that of policy i against j: 1, 0.5 (a tie is half a win) or 0; NaN where unknown. Each pair
-    counts as if it had tied once more, so that ratings are finite. Solved by the MM algorithm (Hunter 2004, eq. 3).
+    counts as if it had tied once more, so that ratings are finite. Solved by the MM algorithm (Hunter 2004).
     """
     others = 1 - numpy.eye(scores.shape[1])
     wins = (numpy.tensordot(weights, numpy.nan_to_num(scores), 1) + 0.5) * others

@@ -23,6 +23,7 @@ OTHER_FLAGS |= {"--nodes", "--ntasks", "--gpus", "--cpus", "--signal", "--array"
 OTHER_FLAGS |= {"--full", "--batch"}
 OTHER_FLAGS |= {"--tag", "--file", "--rm", "--init", "--ipc", "--ulimit", "--volume", "--workdir", "--shm", "--time"}
 OTHER_FLAGS |= {"--nv", "--bind", "--pwd", "--container"}
+OTHER_FLAGS |= {"--served", "--max", "--port"}  # of vLLM's server
 
 
 def text_of(document: str) -> str:

@@ -47,7 +47,7 @@ def url(inputs, tmp_path):
 
 
 def wait(health: str, process: subprocess.Popen, log: Path) -> None:
-    end = time.monotonic() + 240
+    end = time.monotonic() + 400
     while process.poll() is None and time.monotonic() < end:
         try:
             urllib.request.urlopen(health, timeout=5).close()
