@@ -8,7 +8,7 @@ import sys
 
 from ppo.config import AMOUNTS, PRESETS, PPOConfig
 from utils.flags.parser import entry_point, parse_args
-from utils.watchdog import Watchdog, report_progress
+from utils.watchdog import Watchdog
 
 
 @entry_point
@@ -62,7 +62,7 @@ def loop(run) -> None:
     run.finish_stopped_step()
     while not (run.finished or run.lifecycle.exit_code):
         lr = run.learning_rates(state.step)
-        watch = Stopwatch(on_lap=report_progress)
+        watch = Stopwatch(on_lap=run.logger.lap)
 
         # 1. Sample responses to each prompt.  2. Compute log-probabilities, values and reward scores, and gather the
         # buffer on every rank (it is small). A signal abandons both; the resumed run repeats them.

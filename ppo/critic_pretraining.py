@@ -115,7 +115,7 @@ def loop(run: Run) -> None:
     run.finish_stopped_step()
     while not (run.finished or run.lifecycle.exit_code):
         lr = run.learning_rates(state.step)["critic"]
-        watch = Stopwatch(on_lap=report_progress)
+        watch = Stopwatch(on_lap=run.logger.lap)
         run.lifecycle.begin(state.state_dict(), run.logger.say)
         found = sample_and_score(run, watch)
         if found is None:

@@ -136,3 +136,10 @@ def response_ids(rollout: Rollout) -> list[list[int]]:
 def response_texts(rollout: Rollout, tokenizer) -> list[str]:
     """Returns the responses as text, without end tokens."""
     return [decode_answer(tokenizer, ids) for ids in response_ids(rollout)]
+
+
+def prompt_texts(rollout: Rollout, tokenizer) -> list[str]:
+    """Returns the prompts as the model saw them: decoded from their tokens, with special tokens."""
+    prompts = (rollout.attention_mask & ~rollout.response_mask).cpu()
+    rows = zip(rollout.sequences.cpu(), prompts, strict=True)
+    return [tokenizer.decode(row[mask].tolist(), clean_up_tokenization_spaces=False) for row, mask in rows]

@@ -9,14 +9,14 @@ from data.prompts import Prompt
 from ppo.alarms import MAX_ROLLBACKS, alarms
 from ppo.config import PPOConfig
 from ppo.decoding.sampling import Sampling
-from ppo.evaluate import evaluate, is_best
+from ppo.evaluate import evaluate, is_best, sample_rows
 from ppo.experience import score_problem
 from ppo.fit_critic import normalise_values, restore_unit, scale_values
 from ppo.kl import adapted
 from ppo.models import Models
 from ppo.ranks import own_share
 from ppo.reference import Averages, move_reference, update_averages
-from ppo.rollout import Sampler, response_texts
+from ppo.rollout import Sampler
 from ppo.sampler_gap import sampler_problem
 from ppo.state import RunState
 from ppo.types import Batch, Experience, PromptBatch, Rollout, Scores
@@ -25,6 +25,7 @@ from utils.distributed import barrier, is_main
 from utils.engine.average import WeightAverage
 from utils.errors import UserError
 from utils.models.export import save_causal_lm, save_lm_adapter
+from utils.notices import notify
 from utils.run.checkpoint import save_batches
 from utils.run.export import export_models
 from utils.run.lifecycle import RunLifecycle
@@ -184,6 +185,7 @@ class Run:
         config, step = self.config, self.state.step
         metrics, samples = self.state.unfinished["metrics"], self.state.unfinished["samples"]
         signs = alarms(metrics, config)
+        self.logger.show(step, metrics)
         if self.eval_prompts and (step % config.save_per_step == 0 or step == config.total_steps):
             # With an alarm it is not abandoned: a rollback must not find a checkpoint of this step.
             self.lifecycle.begin(None if signs else self.state.state_dict(), self.logger.say)
@@ -207,6 +209,7 @@ class Run:
             return False
         text = f"step {state.step} looks like a collapse: {'; '.join(signs)}"
         start = None
+        notify("alarm", text)
         if config.on_collapse == "rollback" and state.rollbacks < MAX_ROLLBACKS:
             start = self.lifecycle.newest_checkpoint(self.logger.say)
         if config.on_collapse == "stop" or (config.on_collapse == "rollback" and not start):
@@ -246,10 +249,4 @@ class Run:
         """Returns the buffer's first samples, which are the same on any number of ranks."""
         first = slice(self.config.num_samples)
         rollout, scores = rollout.rows(first), scores.rows(first)
-        rows = zip(
-            scores.groups.tolist(), response_texts(rollout, self.tokenizer), scores.rows_of_scores(), strict=True
-        )
-        return [
-            {"prompt": self.prompts.take(place, 1)[0].turns[-1]["content"], "answer": answer} | said
-            for place, answer, said in rows
-        ]
+        return sample_rows(rollout, scores, self.tokenizer)

@@ -29,11 +29,12 @@ class _Metrics(Schema, extra="allow", allow_inf_nan=True):
 
 
 class _Sample(Schema, extra="allow"):
-    """A text with its score, and what each function of --reward_fn said."""
+    """A text with its score, what each function of --reward_fn said, and other numbers; without `ended` if older."""
 
     prompt: str
     answer: str
     score: float | None
+    ended: bool = False
     __pydantic_extra__: dict[str, float | None] = Field(init=False)
 
 

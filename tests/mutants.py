@@ -478,6 +478,15 @@ MUTANTS = [Mutant(*mutant) for mutant in (
     ("a judge's replies reach the file late", 'row) + "\\n")\n                        file.flush()\n',
      'row) + "\\n")\n',
      "end_to_end/test_compare_judge.py::test_a_run_that_is_killed_has_lost_nothing"),
+    # What a run prints and sends
+    ("notices: the command line in config.json shows the URL", "sys.argv[:] = [word.replace(url, HIDDEN)",
+     "_ = [word.replace(url, HIDDEN)", "unit/test_notices.py"),
+    ("text of others goes on a bar's line", "if SafeStream._after_bar and not start:", "if False:",
+     "unit/test_display.py"),
+    ("samples: KL of the reference to the policy", "(scores.old_logprobs - scores.ref_logprobs).sum(1),",
+     "(scores.ref_logprobs - scores.old_logprobs).sum(1),", "end_to_end/test_train_ppo.py"),
+    ("metrics of the critic have no group", '"4_critic": r"value_|return_|', '"4_critic": r"',
+     "unit/test_metric_groups.py"),
 )]
 # fmt: on
 

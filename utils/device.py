@@ -1,6 +1,7 @@
 """Device of this process. All modules use this one instead of `torch.cuda.is_available()`."""
 
 import os
+import resource
 
 import torch
 
@@ -19,3 +20,10 @@ def synchronize() -> None:
     """Waits for the GPU's queued work; does nothing on a CPU."""
     if on_gpu() and torch.cuda.is_initialized():
         torch.cuda.synchronize(device())
+
+
+def peak_memory() -> int:
+    """Returns the most bytes that this process has held so far: of its GPU, on a CPU of the host."""
+    if on_gpu():
+        return torch.cuda.max_memory_reserved(device())
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,9 +1,10 @@
-# Sets up Python for this project:   source utils/setup.sh [demo] [test] [vllm] [lm-eval]
+# Sets up Python for this project:   source utils/setup.sh [demo] [test] [vllm] [lm-eval] [trackers]
 #
 # Uses the active virtual or conda environment, or .venv in the repository, which it creates if necessary, and installs
 # the pinned packages. It writes a stamp in the environment at the end, so that later calls return at once, and an
 # interrupted call can be repeated. `demo` and `test` add packages for the demos and the tests; `vllm` adds vLLM for the
-# installed build of torch, `lm-eval` the benchmarks of ppo.benchmark.
+# installed build of torch, `lm-eval` the benchmarks of ppo.benchmark, `trackers` wandb,
+# mlflow and swanlab.
 
 setup_fail() {
   printf 'setup: %s\n' "$*" >&2
@@ -69,7 +70,8 @@ setup_all() {
       test) setup_part tests tests/requirements.txt mistral-common==1.13.1 || return ;;
       vllm) setup_vllm || return ;;
       lm-eval) setup_part lm-eval tests/requirements-lm-eval.txt || return ;;
-      *) setup_fail "unknown part $part: use demo, test, vllm and lm-eval, some of them or none" || return ;;
+      trackers) setup_part trackers tests/requirements-trackers.txt mlflow-skinny==3.17.2 swanlab==0.10.3 || return ;;
+      *) setup_fail "unknown part $part: use demo, test, vllm, lm-eval and trackers, some of them or none" || return ;;
     esac
   done
 }

@@ -39,6 +39,8 @@ class SafeStream:
     bars: let pass what tqdm begins a write with ("\r", or nothing but cursor movements). Other attributes are `raw`'s.
     """
 
+    _after_bar = False  # whether a bar is the last that was written, so that other text needs a line of its own
+
     def __init__(self, raw: TextIO, bars: bool = False):
         self.raw, self._bars = raw, bars
 
@@ -50,7 +52,14 @@ class SafeStream:
     def write(self, text: str) -> int:
         """Writes the text, escaped and without colours. Returns its length."""
         start = _BAR.match(text).end() if self._bars else 0
-        self._until_gone(self.raw.write, text[:start] + printable(_COLOURS.sub("", text[start:])))
+        shown = text[:start] + printable(_COLOURS.sub("", text[start:]))
+        if text.strip():  # tqdm clears its bar with blanks
+            if SafeStream._after_bar and not start:
+                shown = f"\n{shown}"
+            SafeStream._after_bar = start > 0
+        elif "\r" in text or "\n" in text:
+            SafeStream._after_bar = False
+        self._until_gone(self.raw.write, shown)
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:

@@ -66,7 +66,7 @@ def _scored(path: str, preferences: list[Preference], config: EvaluationFlags, s
 
     def plan(lengths: list[int]) -> Iterable[tuple[list[int], float]]:
         parts = rank_plan(lengths, config.micro_batch_tokens, num_ranks=1, rank=0, joined=model.trains_joined)
-        return tqdm(parts, desc=path, unit="batch")
+        return tqdm(parts, desc=path, unit="batch", disable=None)
 
     scored, _ = score_comparisons(InferenceEngine(model), items, plan)
     if not bool(scored.scores.isfinite().all()):

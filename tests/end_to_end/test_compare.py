@@ -83,7 +83,7 @@ def test_three_reward_models_one_with_another_tokenizer(inputs, tmp_path, capsys
     assert f"{other} has another tokenizer or template (moss_en) than the policy" in capsys.readouterr().out
     model = load_scalar_model(str(other), torch.float32, torch.device("cpu"))
     rows = [row for row in read_lines(tmp_path / "alone" / "samples.jsonl") if row.get("held_out")]
-    roles = {"user": "prompt", "assistant": "answer"}
-    texts = [[{"role": role, "content": row[key]} for role, key in roles.items()] for row in rows]
+    pairs = [(row["prompt"].removeprefix("<s>Human:").removesuffix("</s>Assistant:"), row["answer"]) for row in rows]
+    texts = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in pairs]
     scores, _ = score_dialogues(model, Encoding(load_tokenizer(str(other)), "moss_en", None), texts, 1000)
     assert len(rows) == 6 and [row["score"] for row in rows] == pytest.approx(scores, abs=1e-5)

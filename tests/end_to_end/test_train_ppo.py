@@ -61,13 +61,35 @@ def test_metrics_samples_and_tensorboard(run):
     samples = read_lines(run / "samples.jsonl")
     assert [row["step"] for row in samples if not row.get("held_out")] == [1] * 4 + [2] * 4
     assert all(isinstance(row["answer"], str) and math.isfinite(row["score"]) for row in samples)
-    assert [row["prompt"] for row in samples if row.get("held_out")] == [question for (question,) in HELD_OUT] * 2
+    seen = [f"<s>Human:{question}</s>Assistant:" for (question,) in HELD_OUT]
+    assert [row["prompt"] for row in samples if row.get("held_out")] == seen * 2
+    turns = (
+        "<s>Human:Hi</s>Assistant:Hello, what can I do for you?</s>"
+        "Human:Tell me a short story about a fox.</s>Assistant:"
+    )
+    assert turns in [row["prompt"] for row in samples]
 
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    scalars = {event.step: event.value for event in events.Scalars("score_mean")}
+    scalars = {event.step: event.value for event in events.Scalars("1_reward/score_mean")}
     assert scalars == pytest.approx({row["step"]: row["score_mean"] for row in rows}, rel=1e-6)
     assert "samples/text_summary" in events.Tags()["tensors"]
+    groups = {tag.split("/")[0] for tag in events.Tags()["scalars"]}
+    assert groups == {"1_reward", "2_evaluation", "3_policy", "4_critic", "5_speed"}
+
+
+def test_a_sample_says_how_long_it_is_how_far_from_the_reference_and_how_it_ended(inputs, tmp_path):
+    """All of a buffer, so that the metrics are their means; those of an evaluation, too."""
+    main(run_flags(inputs, tmp_path / "run", num_samples=8))
+    rows, samples = read_metrics(tmp_path / "run"), read_lines(tmp_path / "run" / "samples.jsonl")
+    for held_out, prefix in ((False, ""), (True, "eval_")):
+        for step, metrics in enumerate(rows, 1):
+            found = [row for row in samples if row["step"] == step and row.get("held_out", False) is held_out]
+            assert len(found) == (3 if held_out else 8) and all(type(row["ended"]) is bool for row in found)
+            for key, name in (("length", "response_length"), ("kl", "kl_ref"), ("ended", "eos_fraction")):
+                mean = sum(row[key] for row in found) / len(found)
+                assert metrics[prefix + name] == pytest.approx(mean, rel=1e-5, abs=1e-6), (name, step)
+            assert all(row["length"] == 12 for row in found if not row["ended"])  # --maxlen_res
 
 
 @pytest.mark.parametrize("name", ["best", "final"])

@@ -89,14 +89,14 @@ def test_texts_in_tensorboard_are_shown_as_they_are(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugin_util import markdown_to_safe_html
 
-    answer = "<img src=//x> ![a](//x) [b](//x) \\[c](//x) `[d](//x)` **e** <//x> http://x\r\u202e &lt;"
-    log = RunLogger(str(tmp_path), None, "none", {}, 1)
+    answer = "<img src=//x> ![a](//x) [b](//x) \\[c](//x) `[d](//x)` **e** <//x> http://x\r\u202e &lt;\n# f\n- g"
+    log = RunLogger(str(tmp_path), None, 1)
     log.samples(1, [{"answer": answer}])
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (event,) = events.Tensors("samples/text_summary")
     (text,) = event.tensor_proto.string_val
     shown = markdown_to_safe_html(text)
-    assert re.findall("<[^>]*>", shown) == ["<p>", "<strong>", "</strong>", "</p>"]
-    told = html.unescape(re.sub("<[^>]*>", "", shown))
+    assert re.findall("<[^>]*>", shown) == ["<p>", "<strong>", "</strong>", "<br>", "<br>", "</p>"]
+    told = html.unescape(re.sub("<[^>]*>", "", shown.replace("<br>", "\n")))
     assert told == "answer: " + answer.replace("\r", r"\u000d").replace("\u202e", r"\u202e")

@@ -18,7 +18,8 @@ from utils.errors import UserError
 from utils.files import atomic_folder, check_output_file, check_writable, disk_errors, write_json
 from utils.models.export import save_causal_lm, saved_tensors
 from utils.run.checkpoint import CheckpointWriter
-from utils.run.logger import RunLogger, sparkline
+from utils.run.display import sparkline
+from utils.run.logger import RunLogger
 
 
 def test_a_link_stays_one(tmp_path):
@@ -109,7 +110,7 @@ def test_all_is_on_the_disk_before_the_name_says_so(tmp_path, disk_calls):
 
 def test_a_logdir_that_cannot_be_made_is_named(tmp_path):
     with pytest.raises(UserError, match="--logdir /proc/x cannot be written"):
-        RunLogger(str(tmp_path), "/proc/x", "none", {}, 1)
+        RunLogger(str(tmp_path), "/proc/x", 1)
 
 
 def test_a_curve_of_one_line():

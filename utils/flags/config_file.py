@@ -15,7 +15,7 @@ RECORD = (
     "replaced_defaults",
 )  # fmt: skip
 _TAGS = (AttributeError, IndexError, KeyError, RecursionError, TypeError)  # PyYAML's for a wrong `!!tag`, or deep lists
-STARTS = ("overwrite", "resume", "resume_with_changes")
+STARTS = ("overwrite", "resume", "resume_with_changes", "notify_url")
 
 
 def read_config_file(path: str, parse: Callable[[list[str]], dict], known: set[str]) -> tuple[dict[str, Any], set[str]]:

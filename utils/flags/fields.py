@@ -30,8 +30,11 @@ def default_of(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def add_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-    """Adds the flag of a field of type bool, int, float, str, Literal, list[X] or Literal["auto"] | X."""
+def add_field(parser: argparse.ArgumentParser, field: dataclasses.Field, *others: str) -> None:
+    """Adds the flag of a field of type bool, int, float, str, Literal, list[X] or Literal["auto"] | X.
+
+    others: more names of the flag.
+    """
     kind = type_of(field)
     options: dict[str, Any] = {"type": kind}
     if get_origin(kind) is Literal:
@@ -45,7 +48,7 @@ def add_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None
         words, kind = get_args(kind)
         options = {"nargs": "?", "const": True} if kind is bool else {}
         options["type"] = _word_or(get_args(words), to_bool if kind is bool else kind)
-    parser.add_argument(f"--{field.name}", **options)
+    parser.add_argument(*(f"--{name}" for name in (field.name, *others)), **options)
 
 
 def values_of(field: dataclasses.Field) -> str:

@@ -39,7 +39,10 @@ lora_target_modules: lora_target target_modules
 attn_implementation: flash_attn use_flash_attention_2
 save_per_step: eval_steps evaluation_strategy
 checkpoint_per_step: save_steps save_freq
-print_interval: logging_steps
+log_every: logging_steps log_interval
+report_to: use_wandb log_with
+project: wandb_project project_name tracker_project_name
+run_name: wandb_run_name experiment_name exp_name
 resume: resume_from_checkpoint load_checkpoint
 """
 OURS = {ours: others.split() for ours, others in (line.split(": ") for line in _TABLE.strip().splitlines())}

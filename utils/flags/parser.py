@@ -16,6 +16,7 @@ from utils.flags.config_file import read_config_file
 from utils.flags.fields import add_field, default_of
 from utils.flags.help import show_help
 from utils.flags.other_names import explain_unknown
+from utils.notices import end_notices, notices
 from utils.slurm import rank_variables
 from utils.terminal import has_lone_surrogate, protect_streams
 
@@ -51,8 +52,9 @@ class FlagParser(argparse.ArgumentParser):
 def build_parser(config_type: type) -> FlagParser:
     """A parser for the fields of the dataclass. It returns only the flags that are given, without any default."""
     parser = FlagParser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+    aliases = getattr(config_type, "aliases", {})
     for field in dataclasses.fields(config_type):
-        add_field(parser, field)
+        add_field(parser, field, *(other for other, name in aliases.items() if name == field.name))
     parser.add_argument("--config")
     parser.add_argument("--local_rank", type=int)  # launchers append it
     return parser
@@ -77,7 +79,7 @@ def parse_args(
     given.pop("local_rank", None)
     chosen = set(given)
     if path := given.pop("config", None):
-        names = {field.name for field in dataclasses.fields(config_type)}
+        names = {field.name for field in dataclasses.fields(config_type)} | getattr(config_type, "aliases", {}).keys()
         values, of_file = read_config_file(path, lambda words: vars(parser.parse_args(words)), names)
         if presets and values.get("preset") not in (None, given.get("preset", values.get("preset"))):
             _check_preset(given["preset"], presets, path, values.keys() - given.keys())
@@ -134,7 +136,8 @@ def entry_point(main):
         where = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         argv = list(sys.argv[1:] if argv is None else argv)
         try:
-            return main([word for word in argv if word != "--debug"])
+            with notices():
+                return main([word for word in argv if word != "--debug"])
         except Exception as error:
             if (text := problem_of(error)) is None:
                 if not where:
@@ -152,6 +155,8 @@ def entry_point(main):
         except KeyboardInterrupt:
             print(f"stopped by Ctrl-C{where}", file=sys.stderr, flush=True)
             _exit(130, is_alone=not where)
+        finally:
+            end_notices()
 
     return run
 
@@ -160,5 +165,6 @@ def _exit(code: int, is_alone: bool) -> NoReturn:
     """Exits. Unless alone, without destructors, in which gloo aborts if another rank is gone, or threads may hang."""
     if is_alone:
         sys.exit(code)
+    end_notices()
     sys.stdout.flush()
     os._exit(code)

@@ -12,12 +12,13 @@ from utils.hub import check_target
 # Flags that may differ when a run is resumed: they change where it writes, what it prints, its speed and its memory.
 FREE_ON_RESUME = frozenset(
     [
-        "model_save_path", "logdir", "report_to", "overwrite", "num_samples", "print_interval", "resume",
-        "resume_with_changes", "checkpoint_per_step", "checkpoint_minutes", "keep_checkpoints", "max_hours",
-        "hang_timeout", "reward_fn_timeout", "ignore_hangup", "rollout_batch_size", "rollout_cache_tokens",
-        "micro_batch_tokens", "gradient_checkpoint", "offload_frozen", "gather_for_generation", "plan", "plan_gpus",
-        "plan_gpu", "plan_gpu_memory", "plan_network", "vllm_gpu_memory_utilization", "sampler_kl_limit",
-        "data_cache", "data_workers", "export", "push_to_hub", "hub_private",
+        "model_save_path", "logdir", "report_to", "project", "run_name", "notify_url", "overwrite",
+        "num_samples", "log_every", "resume", "resume_with_changes", "checkpoint_per_step",
+        "checkpoint_minutes", "keep_checkpoints", "max_hours", "hang_timeout", "reward_fn_timeout",
+        "ignore_hangup", "rollout_batch_size", "rollout_cache_tokens", "micro_batch_tokens",
+        "gradient_checkpoint", "offload_frozen", "gather_for_generation", "plan", "plan_gpus", "plan_gpu",
+        "plan_gpu_memory", "plan_network", "vllm_gpu_memory_utilization", "sampler_kl_limit", "data_cache",
+        "data_workers", "export", "push_to_hub", "hub_private",
     ]
 )  # fmt: skip
 
@@ -26,6 +27,7 @@ FREE_ON_RESUME = frozenset(
 class RunFlags(EngineConfig):
     """Run: its folder, logs, checkpoints and evaluations."""
 
+    aliases: ClassVar[dict[str, str]] = {"print_interval": "log_every"}  # other names of flags
     fingerprints: ClassVar[dict[str, dict[str, str]]] = {}  # flag -> file -> SHA-256; `start_run` sets it
     trains: ClassVar[str] = ""  # the kind of model, for its card: of KINDS in utils/models/card.py
     base_flag: ClassVar[str] = ""  # the flag of the model that it starts from
@@ -42,6 +44,15 @@ class RunFlags(EngineConfig):
     """TensorBoard folder. Default: tensorboard/ in --model_save_path"""
     report_to: str = "none"
     """More experiment trackers, comma-separated, by their names in accelerate: wandb, swanlab, mlflow, ..."""
+    project: str = ""
+    """Project, or experiment, of the run in these. Default: ppo, critic, sft or reward"""
+    run_name: str = ""
+    """Name of the run in these and in notices. Default: the name of --model_save_path"""
+    log_every: int = 1
+    """Steps between printed lines; metrics.jsonl and TensorBoard get every step"""
+    notify_url: str = ""
+    """URL to which a notice is sent, a POST of JSON, when the run finishes, stops, fails or looks like a collapse.
+    It is hidden wherever flags are written. env:NAME takes it from the variable NAME"""
     resume: Common[str] = "auto"
     """Checkpoint to resume from: a folder; auto: the newest complete one in --model_save_path; never: none"""
     resume_with_changes: bool = False
@@ -77,7 +88,7 @@ class RunFlags(EngineConfig):
         super().__post_init__()
         check_range(
             self, checkpoint_per_step=(0, None), checkpoint_minutes=(0, None), keep_checkpoints=(1, None),
-            max_hours=(0, None), hang_timeout=(0, None), seed=SEEDS,
+            max_hours=(0, None), hang_timeout=(0, None), seed=SEEDS, log_every=(1, None),
         )  # fmt: skip
         if self.push_to_hub:
             check_target(self.push_to_hub, "--push_to_hub")

@@ -44,8 +44,8 @@ class FitScheduleFlags:
     """Learning rate after the warm-up. cosine and linear end at a tenth of --lr"""
     micro_batch_tokens: Common[int] = 8192
     """Tokens per forward pass on each GPU, padding included. Changes speed and memory only"""
-    print_interval: int = 10
-    """Steps between printed lines; metrics.jsonl and TensorBoard get every step"""
+    log_every: int = 10
+    """Steps between printed lines, also called --print_interval; metrics.jsonl and TensorBoard get every step"""
 
 
 @dataclass
@@ -81,7 +81,7 @@ class FitConfig(FitDataFlags, RecordFlags, FitScheduleFlags, RunFlags):
         super().__post_init__()
         check_range(
             self, train_steps=(1, None), batch_size=(1, None), micro_batch_tokens=(1, None), lr=(0, None),
-            context_truncate=(1, None), save_per_step=(1, None), print_interval=(1, None), num_valid=(0, None),
+            context_truncate=(1, None), save_per_step=(1, None), num_valid=(0, None),
             warmup_steps=(0, None),
         )  # fmt: skip
         fit_warmup(self)

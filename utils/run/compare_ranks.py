@@ -11,7 +11,10 @@ from utils.run.fingerprints import INPUTS, changes, code_files, digest_of
 from utils.run.folder import versions
 
 # Flags that only rank 0 uses, or each for itself.
-_FREE = ("logdir", "report_to", "print_interval", "ignore_hangup", "data_cache", "data_workers")
+_FREE = (
+    "logdir", "report_to", "project", "run_name", "notify_url", "log_every", "ignore_hangup", "data_cache",
+    "data_workers",
+)  # fmt: skip
 # Flags whose default may be lowered later on, unlike the same value from the user.
 _LOWERED = (
     "warmup_steps", "batch_size", "num_rollouts", "maxlen_prompt", "maxlen_res", "context_truncate", "num_valid",

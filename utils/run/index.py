@@ -21,13 +21,16 @@ MODELS = ("best", "final")
 OTHER_MODELS = ("final_ema", "best_adapter", "final_adapter")
 ALWAYS = ("config.json", *LINES, *MODELS)  # listed by every run
 MANIFEST = "manifest.json"
+TRACKERS = "trackers.json"  # ids of the run in the trackers of --report_to
 CHECKPOINT = [MANIFEST, "state.json", "*-rank*.safetensors", "random-rank*.json"]  # names in checkpoints/step_N
 
 
 class RunIndex(Schema):
     """Names in a run's folder -> names in these, or patterns; steps of checkpoints; the last complete one, or 0."""
 
-    names: dict[Literal[*ALWAYS, "tensorboard", "bad_batches", *OTHER_MODELS], list[str]] = Field(default_factory=dict)
+    names: dict[Literal[*ALWAYS, "tensorboard", "bad_batches", TRACKERS, *OTHER_MODELS], list[str]] = Field(
+        default_factory=dict
+    )
     checkpoints: list[int] = Field(default_factory=list)
     last_checkpoint: int = 0
 

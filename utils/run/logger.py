@@ -1,4 +1,4 @@
-"""Output of a run: metrics.jsonl, samples.jsonl, TensorBoard, other trackers, progress bar."""
+"""Output of a run: metrics.jsonl, samples.jsonl, TensorBoard, other trackers, what is printed."""
 
 import contextlib
 import json
@@ -10,24 +10,18 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from tqdm import tqdm
-
 from utils.device import synchronize
 from utils.distributed import is_main
 from utils.files import disk_errors
 from utils.html import markdown
+from utils.notices import update
+from utils.run.display import Display
 from utils.run.folder import cut_lines
 from utils.run.index import LINES, record
+from utils.run.metric_groups import grouped
+from utils.run.trackers import Trackers
 from utils.terminal import printable
-
-LEVELS = "▁▂▃▄▅▆▇█"
-
-
-def sparkline(values: list[float], width: int = 20) -> str:
-    """Returns a curve as text, from ▁ (lowest value) to █ (highest), of at most `width` values, evenly spaced."""
-    every = -(-len(values) // width)
-    shown, low, high = values[(len(values) - 1) % every :: every], min(values), max(values)
-    return "".join(LEVELS[int((len(LEVELS) - 1) * (value - low) / ((high - low) or 1) + 0.5)] for value in shown)
+from utils.watchdog import report_progress
 
 
 class Stopwatch:
@@ -56,67 +50,62 @@ class Stopwatch:
 class RunLogger:
     """Writes all output of a run on rank 0; on other ranks every method does nothing.
 
-    folder: the run's existing folder. logdir: of TensorBoard (None: folder/tensorboard). report_to: --report_to.
-    config: flags for the trackers. step: steps already done; TensorBoard hides older values of later steps.
+    folder: the run's existing folder. logdir: of TensorBoard (None: folder/tensorboard). step: steps already done;
+    TensorBoard hides older values of later steps. every: steps between printed ones. trackers: of --report_to.
     """
 
-    def __init__(self, folder: str, logdir: str | None, report_to: str, config: dict, total_steps: int, step: int = 0):
-        self.folder = folder
-        self.trackers = []
-        self.curve: dict[int, float] = {}  # step -> score, or loss: what `_show` draws
+    def __init__(
+        self, folder: str, logdir: str | None, total_steps: int, step: int = 0, every: int = 1,
+        trackers: Trackers | None = None,
+    ):  # fmt: skip
+        self.folder, self.trackers = folder, trackers
         if not is_main():
             return
         self.logdir = logdir or os.path.join(folder, "tensorboard")
         self._hook, threading.excepthook = threading.excepthook, self._thread_failed
         self.board = self._board(step)
-        self.trackers = [_tracker(name, folder, config) for name in tracker_names(report_to)]
-        self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
-        self._first, self._started = step, time.perf_counter()
+        self.display = Display(total_steps, step, every)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Writes a step's numbers to metrics.jsonl (NaN as null), TensorBoard, the trackers and the progress bar."""
+        """Writes a step's numbers to metrics.jsonl (NaN as null), TensorBoard and the trackers."""
         if not is_main():
             return
         clean = {key: (value if math.isfinite(value) else None) for key, value in values.items()}
         with self._disk():
             _append(os.path.join(self.folder, "metrics.jsonl"), {"step": step, **clean})
             for key, value in values.items():
-                self.board.add_scalar(key, value, step)
-        for tracker in self.trackers:
-            tracker.log(values, step=step)
-        self._show(step, values)
+                self.board.add_scalar(grouped(key), value, step)
+        if self.trackers:
+            self.trackers.metrics(step, values)
 
-    def _show(self, step: int, values: dict[str, float]) -> None:
-        """Prints a line per step of PPO; shows loss and accuracy of other stages in the progress bar. Adds a curve."""
-        name = "score_mean" if "score_mean" in values else "loss"
-        if not math.isfinite(values.get(name, math.nan)):
-            return
-        self.curve[step] = values[name]
-        curve = sparkline(list(self.curve.values()))
-        if name == "loss":
-            shown = {key: f"{values[key]:.3g}" for key in ("loss", "accuracy") if key in values}
-            self.bar.set_postfix(shown | {"curve": curve}, refresh=False)
-        else:
-            elapsed = time.perf_counter() - self._started
-            left = elapsed / max(1, step - self._first) * (self.bar.total - step)
-            self.say(
-                f"step {step}/{self.bar.total}: score {values[name]:.2f}, KL {values['kl_ref']:.2f}, length "
-                f"{values['response_length']:.1f}, ended {values['eos_fraction']:.0%}, {left:.0f} s left {curve}"
-            )
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """Prints a step's numbers if it is its turn; later notices say them, too."""
+        if is_main():
+            update(step, values=values)
+            self.display.step(step, values)
 
     def advance(self) -> None:
         """Advances the progress bar by one step."""
         if is_main():
-            self.bar.update()
+            self.display.advance()
+
+    def lap(self, stage: str) -> None:
+        """Reports that a stage of the step is complete."""
+        report_progress(stage)
+        if is_main():
+            self.display.phase(stage)
 
     def samples(self, step: int, rows: list[dict]) -> None:
-        """Writes a step's texts to samples.jsonl and to TensorBoard's text tab."""
+        """Writes a step's texts to samples.jsonl, TensorBoard's text tab and the trackers."""
         if not is_main():
             return
-        parts = ("\n\n".join(f"**{key}**: {markdown(str(value))}" for key, value in row.items()) for row in rows)
+        texts = ({key: markdown(str(value)).replace("\n", "<br>") for key, value in row.items()} for row in rows)
+        parts = ("\n\n".join(f"**{key}**: {text}" for key, text in row.items()) for row in texts)
         with self._disk():
             _append(os.path.join(self.folder, "samples.jsonl"), *({"step": step, **row} for row in rows))
             self.board.add_text("samples", "\n\n---\n\n".join(parts), step)
+        if self.trackers:
+            self.trackers.samples(step, rows)
 
     def rewind(self, step: int) -> None:
         """Removes what was written of steps after this one, which will run again."""
@@ -127,8 +116,7 @@ class RunLogger:
                 cut_lines(os.path.join(self.folder, name), step)
             self.board.close()
         self.board = self._board(step)
-        self.curve = {at: value for at, value in self.curve.items() if at <= step}
-        self.bar.n = step
+        self.display.rewind(step)
 
     def _board(self, step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -140,20 +128,20 @@ class RunLogger:
             return SummaryWriter(self.logdir, purge_step=step + 1, filename_suffix=ending)
 
     def say(self, text: str) -> None:
-        """Prints a line above the progress bar."""
+        """Prints a line."""
         if is_main():
-            self.bar.write(text)
+            self.display.say(text)
 
     def close(self) -> None:
         """Flushes and closes all outputs."""
         if not is_main():
             return
-        self.bar.close()
+        self.display.close()
         with contextlib.suppress(OSError):  # must not hide the error that ends the run
             self.board.close()
         threading.excepthook = self._hook
-        for tracker in self.trackers:
-            tracker.finish()
+        if self.trackers:
+            self.trackers.close()
 
     def _thread_failed(self, arguments) -> None:
         """Drops disk errors of TensorBoard's thread: the next call raises them again, and they are printed once."""
@@ -169,21 +157,3 @@ class RunLogger:
 def _append(path: str, *rows: dict) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(printable(json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
-
-
-def tracker_names(report_to: str) -> list[str]:
-    """Returns the names in the comma-separated value of --report_to; none for "none"."""
-    return [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
-
-
-def _tracker(name: str, folder: str, config: dict):
-    from accelerate import PartialState
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    PartialState()  # the trackers require it
-    kind = LOGGER_TYPE_TO_CLASS[name]
-    run_name = os.path.basename(os.path.abspath(folder))
-    tracker = kind(run_name, folder) if kind.requires_logging_directory else kind(run_name)
-    tracker.start()
-    tracker.store_init_configuration({key: value for key, value in config.items() if value is not None})
-    return tracker

@@ -16,8 +16,8 @@ from utils.run.checkpoint import all_checkpoints
 from utils.run.fingerprints import INPUTS, changes
 from utils.run.folder import check_owned, check_regular, holds_run, prepare_run_folder
 from utils.run.index import LINES, read_index
-from utils.run.logger import tracker_names
 from utils.run.restore import Checkpoint, SavedFlags, TrainerState, named, newest
+from utils.run.trackers import tracker_names
 
 # May change on resume, with a message: the run stays the same except for rounding and for the random streams of each
 # rank, which dropout and --reward_fn use.

@@ -1,6 +1,5 @@
 """Start-up of all trainers: joins ranks, checks the output folder, finds the checkpoint, opens folder and log."""
 
-import dataclasses
 from functools import partial
 
 from utils.device import device as own_device
@@ -10,6 +9,7 @@ from utils.errors import Say
 from utils.fast_dtype import fast_dtype
 from utils.flags.checks import choose
 from utils.flags.run import RunFlags
+from utils.notices import start_notices, update
 from utils.run.compare_ranks import check_ranks
 from utils.run.fingerprints import fingerprints
 from utils.run.folder import check_inputs
@@ -20,6 +20,7 @@ from utils.run.restore import Checkpoint, TrainerState
 from utils.run.resume import begin_folder, check_outputs, find_checkpoint, inputs_of
 from utils.run.stop_signal import set_hangup_action
 from utils.run.together import together
+from utils.run.trackers import Trackers
 from utils.watchdog import report_progress
 
 
@@ -34,6 +35,7 @@ def start_run(config: RunFlags, kind: type[TrainerState]) -> tuple[Say, Checkpoi
     report_progress("start of all ranks")
     say = partial(print, flush=True) if is_main() else lambda text: None
     with together():
+        start_notices(config, is_main())
         config.fingerprints = fingerprints(config, say)
         check_ranks(config)
         choose_dtype(config)
@@ -47,10 +49,11 @@ def start_run(config: RunFlags, kind: type[TrainerState]) -> tuple[Say, Checkpoi
 
 def open_log(config: RunFlags, checkpoint: Checkpoint | None, num_steps: int) -> RunLogger:
     """Prepares the run's folder for the steps after the checkpoint, and opens its log. Collective."""
-    folder = config.model_save_path
     with together():
         step = begin_folder(config, checkpoint)
-        return RunLogger(folder, config.logdir, config.report_to, dataclasses.asdict(config), num_steps, step)
+        trackers = Trackers(config, partial(print, flush=True)) if is_main() else None
+        update(step, num_steps)
+        return RunLogger(config.model_save_path, config.logdir, num_steps, step, config.log_every, trackers)
 
 
 def choose_dtype(config) -> None:

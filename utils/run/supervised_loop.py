@@ -113,8 +113,7 @@ def _loop(
         tokens = sum(map(stage.length, items))
         metrics["tokens_per_second"] = tokens / (time.perf_counter() - started)
         done = step + 1
-        if done % config.print_interval == 0:
-            log.say(f"step {done}/{config.train_steps}: {numbers(metrics)}")
+        log.show(done, metrics)
         if valid and (done % config.save_per_step == 0 or done == config.train_steps):
             report_progress("training step")
             evaluation = stage.evaluate(engine, valid) if stage.evaluate else evaluate(engine, stage, valid)

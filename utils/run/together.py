@@ -16,6 +16,7 @@ from typing import TypeVar
 from utils.distributed import message_store, node_ranks, rank, share_in_node, world_size
 from utils.errors import LINGER, SharedError, problem_of
 from utils.files import first_names
+from utils.notices import notify
 from utils.watchdog import report_progress
 
 PATIENCE = 5.0  # seconds that the other ranks have to leave the body after one has failed
@@ -86,6 +87,7 @@ class _Section:
                 self._store.add("beats", 1)
                 if self._out_of_patience() and not left.is_set():
                     self._exits, error = True, self.error()
+                    notify("failed", str(error))
                     if not error.is_silent:
                         print(f"error [rank {rank()}]: {error}", file=sys.stderr, flush=True)
                     held.close()
