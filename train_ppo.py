@@ -42,6 +42,7 @@ def train(config: PPOConfig) -> None:
         loop(run)
         if run.finished:
             run.export_final()
+    run.end()
     pushes = run.finished and is_main()
     shutdown_distributed()
     if pushes:  # the other ranks do not wait for it

@@ -1,4 +1,4 @@
-"""Evaluation of a policy on held-out prompts: metrics, texts, and the rule for best/."""
+"""Evaluation of a policy on held-out prompts: metrics and texts."""
 
 from data.prompts import Prompt
 from ppo.config import PPOConfig
@@ -60,8 +60,3 @@ def sample_rows(rollout: Rollout, scores: Scores, tokenizer) -> list[dict]:
             strict=True,
         )
     ]  # fmt: skip
-
-
-def is_best(metrics: dict[str, float], best_score: float, max_kl: float) -> bool:
-    """Whether the mean score is the best so far and the KL at most max_kl: more means reward hacking (Part I §5.2)."""
-    return metrics["kl_ref"] <= max_kl and metrics["score_mean"] > best_score

@@ -1,139 +1,92 @@
-"""Report of PPO runs, finished or in progress: `python -m ppo.report RUN [RUN ...] [--output report.html]`.
+"""Report of runs of any stage, finished or in progress: `python -m ppo.report RUN [RUN ...] [--output report.html]`.
 
-Reads a run's folder and comparison.json of `ppo.compare`. Writes one self-contained HTML page, and curves.png beside
-it.
+Reads a run's folder, and comparison.json of `ppo.compare` in it. Writes one self-contained HTML page.
 """
 
-import base64
-import html
-import io
-import json
-import os
+import math
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
 
-from pydantic import Field
-
-from utils.errors import UserError
-from utils.files import atomic_file, check_output_file, parse_row, read_bytes, read_json
+from ppo.alarms import MEANINGS, is_best, past_limits
+from ppo.flags.monitoring import AlarmFlags
+from utils.files import check_output_file
 from utils.flags.parser import FlagParser, entry_point
-from utils.html import html_page, html_table
-from utils.schema import Count, Schema
-from utils.terminal import printable
-
-NUM_SAMPLES = 12
-PANELS = {
-    "score_mean": "score of the reward model",
-    "kl_ref": "KL to the reference, nats per response",
-    "response_length": "response length, tokens",
-    "value_loss": "value loss",
-}
-BODY = """<img alt="Curves of score, KL, response length and value loss by step" src="data:image/png;base64,{picture}">
-{sections}"""
+from utils.report.choose import is_number
+from utils.report.page import write_report
+from utils.report.read import MAX_SAMPLES, RunFiles, read_run
+from utils.report.verdict import judge_supervised, number
+from utils.run.index import REPORT
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Writes the page and the picture, and prints where they are."""
-    parser = FlagParser(allow_abbrev=False, description="Write an HTML page with curves, table and samples of PPO runs")
+    """Writes the page and prints where it is."""
+    parser = FlagParser(allow_abbrev=False, description="Write an HTML page with the curves and samples of runs")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run (its --model_save_path)")
     parser.add_argument("--output", type=Path, help="page to write; default: report.html in the first RUN")
     arguments = parser.parse_args(argv)
-    from reward.evaluation.plots import check_plots  # imports torch, which takes seconds
-
-    runs = {str(folder): read_run(folder) for folder in arguments.runs}
-    output = arguments.output or arguments.runs[0] / "report.html"
-    check_plots()
+    folders = list(dict.fromkeys(arguments.runs))
+    runs = [read_run(folder, MAX_SAMPLES // len(folders)) for folder in folders]
+    for run in runs:
+        judge(run)
+    output = arguments.output or folders[0] / REPORT
     check_output_file(str(output), "--output")
-    picture = draw(runs)
-    sections = "\n".join(section(name, run) for name, run in runs.items())
-    body = BODY.format(sections=sections, picture=base64.b64encode(picture).decode())
-    with atomic_file(str(output), "--output") as file:
-        file.write(printable(html_page(", ".join(runs), body)))
-        output.with_name("curves.png").write_bytes(picture)
-    print(f"written: {output} (open it in a browser), {output.with_name('curves.png')}")
+    write_report(runs, str(output), "--output")
+    print(f"written: {output} (open it in a browser)")
 
 
-_Number = Annotated[float, Field(allow_inf_nan=True)]
+def judge(run: RunFiles) -> None:
+    """Finds the evaluation that best/ has, and says what alarms and rollbacks mean."""
+    if run.stage != "ppo":
+        judge_supervised(run)
+        return
+    limits = _limits(run.config)
+    past = [(row, name, flag) for row in run.metrics for name, flag in past_limits(_numbers(row), limits)]
+    alarmed = {row["step"] for row, _, _ in past}
+    run.best, run.num_alarms = _best(run, alarmed), len(alarmed)
+    run.remarks = [_alarm_text(name, flag, past, limits) for name, flag in dict.fromkeys(x[1:] for x in past)]
+    if not past:
+        run.remarks = ["No alarm: KL, perplexity and the other signs of a collapse stayed within their limits."]
+    if is_number(count := run.metrics[-1].get("rollbacks")) and count:
+        run.remarks.append(
+            f"Rollbacks: {count:g}. After an alarm the run went back to a checkpoint and took other prompts; the steps "
+            "that were taken back are not shown, and best/ may be of one of them."
+        )
 
 
-class _RunConfig(Schema):
-    critic_pretrain_steps: Count = 0
+def _limits(config: dict) -> AlarmFlags:
+    """Returns the thresholds of a run; one that is no number is off."""
+    names = {field.name for field in fields(AlarmFlags)}
+    limits = AlarmFlags(**{name: config[name] for name in names & config.keys() if is_number(config[name])})
+    limits.alarm_kl = math.inf if limits.alarm_kl is None else limits.alarm_kl
+    return limits
 
 
-class _Answer(Schema):
-    prompt: str
-    answer: str
-    answer_after: str
+def _numbers(row: dict) -> dict[str, float]:
+    """Returns the numbers of a step; what is missing is NaN, which is past no limit."""
+    found = {key: row[key] if is_number(row.get(key)) else math.nan for key in MEANINGS}
+    return found | {key: row[key] for key in row.keys() & {"policy_loss"}}  # absent while only the critic trains
 
 
-class _Comparison(Schema):
-    table: dict[str, dict[str, Annotated[list[_Number], Field(min_length=3, max_length=3)]]]
-    answers: list[_Answer]
+def _best(run: RunFiles, alarmed: set[int]) -> dict | None:
+    best, max_kl = None, run.config.get("best_max_kl", math.inf)
+    for row in run.metrics:
+        values = {key: row.get(f"eval_{key}") for key in ("score_mean", "kl_ref")}
+        if row["step"] not in alarmed and all(map(is_number, values.values())):
+            best = row if is_best(values, best["eval_score_mean"] if best else -math.inf, max_kl) else best
+    return best
 
 
-def read_run(folder: Path) -> dict:
-    """Returns {"config", "metrics", "samples", "comparison" (or None)} of a run; UserError without a step of PPO."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not the folder of a run (no config.json there): give its --model_save_path")
-    metrics = read_lines(folder / "metrics.jsonl")
-    if not any(name in row for row in metrics for name in PANELS):
-        raise UserError(f"{folder}/metrics.jsonl has no step of a PPO run yet: wait until the first step has been made")
-    config, samples = read_json(folder / "config.json", "RUN", _RunConfig), read_lines(folder / "samples.jsonl")
-    file = folder / "comparison.json"
-    comparison = read_json(file, "RUN", _Comparison) if os.path.lexists(file) else None
-    return {"config": config, "metrics": metrics, "samples": samples, "comparison": comparison}
-
-
-def read_lines(file: Path) -> list[dict]:
-    """Returns the lines of a .jsonl file that a run wrote, without one that is not finished; [] without a file."""
-    lines = read_bytes(file).split(b"\n")[:-1] if file.is_file() else []
-    return [row for line in lines if (row := parse_row(line))]
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value can be drawn; a line that looks like a run's may have any value."""
-    return isinstance(value, (int, float)) and abs(value) < 1e300
-
-
-def draw(runs: dict[str, dict]) -> bytes:
-    """Returns a PNG picture: one panel per metric, one line per run, dots for evaluations on held-out prompts."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    for axes, (metric, label) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS.items(), strict=True):
-        for number, (name, run) in enumerate(runs.items()):
-            for key, style in ((metric, "-"), (f"eval_{metric}", "o")):
-                points = [(row["step"], row[key]) for row in run["metrics"] if is_number(row.get(key))]
-                legend = printable(name) if style == "-" else "held-out prompts"
-                axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=legend) if points else None
-            axes.axvline(run["config"].get("critic_pretrain_steps", 0), color="grey", linestyle=":", linewidth=0.8)
-        axes.set_title(label, fontsize="medium")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.axes[0].legend(fontsize="small")
-    figure.supxlabel("step (left of the dotted line only the critic trains)", fontsize="medium")
-    figure.savefig(buffer := io.BytesIO(), format="png")
-    return buffer.getvalue()
-
-
-def section(name: str, run: dict) -> str:
-    """Returns the HTML of one run: comparison, samples, flags."""
-    table, keys, rows = "", ("step", "prompt", "answer", "score"), run["samples"][-NUM_SAMPLES:]
-    if comparison := run["comparison"]:
-        columns = ("before", "after", "difference")
-        cells = {key: [row.get(column) for column in columns] for key, row in comparison["table"].items()}
-        texts = [[key, *("{:.3f} [{:.3f}, {:.3f}]".format(*x) if x else "" for x in xs)] for key, xs in cells.items()]
-        table = f"<h3>{len(comparison['answers'])} held-out prompts, 95 % intervals</h3>\n"
-        table += html_table(["", *columns], texts)
-        keys, rows = ("prompt", "answer", "answer_after"), comparison["answers"][:NUM_SAMPLES]
-    samples = html_table(keys, [[row[key] for key in keys] for row in rows if row.keys() >= set(keys)])
-    flags = html.escape(json.dumps(run["config"], indent=2, ensure_ascii=False))
-    return f"""<h2>{html.escape(name)}</h2>
-{table}
-<h3>Samples, not picked</h3>
-{samples}
-<details><summary>Flags and versions</summary><pre>{flags}</pre></details>"""
+def _alarm_text(name: str, flag: str, past: list[tuple[dict, str, str]], limits: AlarmFlags) -> str:
+    """Returns a sentence about all alarms of a metric."""
+    rows = [row for row, other, _ in past if other == name]
+    limit, worst = getattr(limits, flag), (max if flag == "alarm_kl" else min)(row[name] for row in rows)
+    first, last = (rows[i]["step"] for i in (0, -1))
+    when = f"step {first}" if len(rows) == 1 else f"{len(rows)} steps between {first} and {last}"
+    return (
+        f"Alarm: {name} was past --{flag} {limit:g} at {when}, up to {number(worst)}: {MEANINGS[name]}. Read the "
+        "samples of these steps."
+    )
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
 """A PPO run: its parts, and what happens between two steps of the loop."""
 
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 
 from data.encoded import Mixture
 from data.prompts import Prompt
-from ppo.alarms import MAX_ROLLBACKS, alarms
+from ppo.alarms import MAX_ROLLBACKS, alarms, is_best
 from ppo.config import PPOConfig
 from ppo.decoding.sampling import Sampling
-from ppo.evaluate import evaluate, is_best, sample_rows
+from ppo.evaluate import evaluate, sample_rows
 from ppo.experience import score_problem
 from ppo.fit_critic import normalise_values, restore_unit, scale_values
 from ppo.kl import adapted
 from ppo.models import Models
 from ppo.ranks import own_share
 from ppo.reference import Averages, move_reference, update_averages
+from ppo.report import judge
 from ppo.rollout import Sampler
 from ppo.sampler_gap import sampler_problem
 from ppo.state import RunState
@@ -27,6 +29,7 @@ from utils.errors import UserError
 from utils.models.export import save_causal_lm, save_lm_adapter
 from utils.notices import notify
 from utils.run.checkpoint import save_batches
+from utils.run.ending import end_run
 from utils.run.export import export_models
 from utils.run.lifecycle import RunLifecycle
 from utils.run.logger import RunLogger
@@ -104,8 +107,7 @@ class Run:
     def check_sampler(self, rollout: Rollout, scores: Scores) -> None:
         """Raises UserError if another engine's samples are not the policy's (`sampler_problem`). Collective."""
         if problem := sampler_problem(rollout, scores, self.sampler, self.config, self.config.temperature):
-            self.lifecycle.finish_checkpoint()
-            raise UserError(f"step {self.state.step + 1}: {problem}")
+            self._fail(f"step {self.state.step + 1}: {problem}")
 
     def refuses(self, rollout: Rollout, scores: Scores, own: torch.Tensor) -> bool:
         """Whether the buffer is left out for a bad score; the step then takes new prompts. own: this rank's scores."""
@@ -125,8 +127,7 @@ class Run:
         barrier()  # a launcher kills all ranks when one ends, which must not happen while rank 0 writes the batch
         text = f"{problem} [{where}]"
         if state.left_out > config.skip_bad_batches:
-            self.lifecycle.finish_checkpoint()
-            raise UserError(text)
+            self._fail(text)
         self.logger.say(f"warning: {text}; left out, {state.left_out} of --skip_bad_batches {config.skip_bad_batches}")
 
     def update_averages(self) -> None:
@@ -170,6 +171,16 @@ class Run:
             self.logger.say(f"warning: {name}/ of step {self.state.step} was not saved: {problem}")
         return problem is None
 
+    def end(self) -> None:
+        """Writes report.html and says where everything is. Collective."""
+        end_run(self.config, self.logger.say, judge)
+
+    def _fail(self, text: str) -> NoReturn:
+        """Stops all ranks with an error, after the checkpoint and the report are written. Collective."""
+        self.lifecycle.finish_checkpoint()
+        self.end()
+        raise UserError(text)
+
     def after_step(self, rollout: Rollout, scores: Scores, metrics: dict[str, float]) -> None:
         """Evaluates, exports best/, writes metrics, samples and a checkpoint, or rolls back. Collective."""
         self.state.unfinished = {"metrics": metrics, "samples": self._texts(rollout, scores)}
@@ -192,6 +203,8 @@ class Run:
             metrics = metrics | self.evaluate(may_be_best=not signs)
         if config.skip_bad_batches:
             metrics = metrics | {"bad_batches": self.state.left_out}
+        if config.on_collapse == "rollback":
+            metrics = metrics | {"rollbacks": self.state.rollbacks}
         self.logger.metrics(step, metrics)
         self.logger.samples(step, samples)
         self.logger.advance()
@@ -213,8 +226,7 @@ class Run:
         if config.on_collapse == "rollback" and state.rollbacks < MAX_ROLLBACKS:
             start = self.lifecycle.newest_checkpoint(self.logger.say)
         if config.on_collapse == "stop" or (config.on_collapse == "rollback" and not start):
-            self.lifecycle.finish_checkpoint()
-            raise UserError(f"{text} (--on_collapse {config.on_collapse}, {state.rollbacks} rollbacks)")
+            self._fail(f"{text} (--on_collapse {config.on_collapse}, {state.rollbacks} rollbacks)")
         self.logger.say(f"warning: {text}")
         if not start:
             return False
@@ -240,7 +252,8 @@ class Run:
             f"length {metrics['response_length']:.1f}" + (" (best so far)" if better else "")
         )
         self.logger.samples(self.state.step, [{"held_out": True, **row} for row in rows[: self.config.num_samples]])
-        held_out = {f"eval_{key}": value for key, value in metrics.items()}
+        counted = metrics | {"num_prompts": len(self.eval_prompts)}
+        held_out = {f"eval_{key}": value for key, value in counted.items()}
         if better and self.export("best", metrics={"step": self.state.step, **held_out}):
             self.state.best_score = metrics["score_mean"]
         return held_out

@@ -417,6 +417,16 @@ MUTANTS = [Mutant(*mutant) for mutant in (
     ("vLLM of another version passes", "if not version.startswith(VERSION):", "if False:", "unit/test_vllm_start.py"),
     ("vLLM's cache lacks its own block", "return (slots * row + BLOCK) * token", "return slots * row * token",
      "unit/test_vllm_start.py"),
+    # Reports
+    ("a long line loses its peaks", "for f in (min, max)}", "for f in (min,)}", "unit/test_report_page.py"),
+    ("samples are not escaped", "<pre>{html.escape(text[:MAX_TEXT])}", "<pre>{text[:MAX_TEXT]}",
+     "unit/test_report_page.py"),
+    ("a report shows control characters", "printable(html_page(title, body, style, script if",
+     "str(html_page(title, body, style, script if", "unit/test_report_page.py"),
+    ("the report's best step has an alarm", 'if row["step"] not in alarmed and', "if", "unit/test_report_page.py"),
+    ("a report that fails stops the run", "except Exception as error:  # noqa: BLE001 -- also",
+     "except KeyError as error:  #",
+     "end_to_end/test_report.py::test_a_report_that_cannot_be_written_does_not_stop_a_run"),
     # Two ranks
     ("gradients averaged over ranks", "self.engine.backward(loss * world_size())", "self.engine.backward(loss)",
      "distributed/test_engine_ranks.py::test_two_ranks_add_gradients_up_in_float32"),

@@ -1,5 +1,7 @@
-"""Self-contained HTML pages: no script, nothing fetched, light and dark, readable on a phone."""
+"""Self-contained HTML pages: nothing is fetched, light and dark, readable on a phone."""
 
+import base64
+import hashlib
 import html
 import re
 
@@ -8,7 +10,7 @@ from utils.terminal import printable
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ font-family: sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; overflow-wrap: anywhere; }}
@@ -17,13 +19,17 @@ th, td {{ border: 1px solid #8888; padding: 0.3em 0.6em; text-align: left; verti
 {style}</style></head><body>
 <h1>{title}</h1>
 {body}
-</body></html>
+{script}</body></html>
 """
 
 
-def html_page(title: str, body: str, style: str = "") -> str:
-    """Returns a page. title: text, which is escaped; body: HTML; style: more CSS."""
-    return _PAGE.format(title=html.escape(title), body=body, style=style)
+def html_page(title: str, body: str, style: str = "", script: str = "") -> str:
+    """Returns a page. title: text, which is escaped; body: HTML; style: more CSS; script: the only one that may run."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy, script = f"{policy}; script-src 'sha256-{digest}'", f"<script>{script}</script>\n"
+    return _PAGE.format(title=html.escape(title), body=body, style=style, policy=policy, script=script)
 
 
 def html_table(header, rows: list[list]) -> str:

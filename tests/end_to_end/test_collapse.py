@@ -60,6 +60,7 @@ def test_an_alarm_stops_the_run_where_it_is_to(inputs, functions, tmp_path, capf
     assert "step 3 looks like a collapse: score_std 0 is past --alarm_score_std 1e-06" in refusal(main, argv, capfd)
     assert [row["step"] for row in read_metrics(out)] == [1, 2, 3]
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_2"]
+    assert "score_std was past --alarm_score_std 1e-06 at step 3" in (out / "report.html").read_text("utf-8")
     flags = FLAGS | {"reward_fn": f"{functions}:from_third", "on_collapse": "rollback"}
     for every, rollbacks in ((2, 3), (4, 0)):
         argv = run_flags(inputs, tmp_path / f"run{every}", **flags | {"checkpoint_per_step": every})
@@ -91,10 +92,13 @@ def test_a_rollback_is_the_last_checkpoint_with_the_prompts_that_come_next(input
     (tmp_path / "f.py").write_text(ALIKE.replace("buffers == 3", "False"))
     flags = FLAGS | {"reward_fn": f"{tmp_path}/f.py:third"}  # of the same name, which is that of a metric
     main(run_flags(inputs, other, **flags))
-    assert read_metrics(other)[:2] == read_metrics(out)[:2]
+    assert [row | {"rollbacks": 0} for row in read_metrics(other)[:2]] == read_metrics(out)[:2]
     change_state(other / "checkpoints" / "step_2", next_place=3 * 8)  # passes over the buffer that rang
     main(run_flags(inputs, expected, **flags, resume=other / "checkpoints" / "step_2"))
-    assert read_metrics(out)[2:] == read_metrics(expected)
+    rows = read_metrics(out)
+    assert [row.pop("rollbacks") for row in rows] == [0, 0, 1, 1, 1] and rows[2:] == read_metrics(expected)
+    page = (out / "report.html").read_text("utf-8")
+    assert "Rollbacks: 1. After an alarm the run went back" in page and "Finished: all 5 steps" in page
     weights, others = final_weights(out), final_weights(expected)
     assert all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
 

@@ -190,6 +190,7 @@ def test_a_signal_to_a_command_saves_and_leaves_no_debris(inputs, tmp_path, numb
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step_{steps}"]
     written = {path.name for path in out.iterdir()}
     names = {"config.json", "run_index.json", "metrics.jsonl", "samples.jsonl", "tensorboard", "best", "checkpoints"}
+    names |= {"report.html"}
     assert written <= names
     assert json.loads((out / "config.json").read_text())["argv"] == command[1:]
     assert "--maxlen_res 12" in stdout and "--temperature" not in stdout

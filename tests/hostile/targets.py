@@ -19,6 +19,8 @@ from tests.hostile import mutations
 from utils.engine.engine import TrainEngine, init_distributed
 from utils.flags.parser import parse_args
 from utils.models.load import FLAG, load_causal_lm, window_at
+from utils.report.page import page_of
+from utils.report.read import read_run
 from utils.run import restore
 from utils.run.folder import cut_lines
 from utils.run.supervised_loop import FitState
@@ -94,7 +96,9 @@ def read_state(folder: Path) -> None:
 
 def read_report(folder: Path) -> None:
     """As the report reads a run, and a resumed run its lines."""
-    ppo.report.section("run", ppo.report.read_run(folder))
+    run = read_run(folder)
+    ppo.report.judge(run)
+    page_of([run])
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut_lines(str(folder / name), 1)
 

@@ -25,7 +25,8 @@ ROOMS = {
     "utils.models": {"utils"},
     "utils.engine": {"utils", "utils.flags", "utils.models"},
     "utils.memory": {"utils", "utils.flags", "utils.models", "utils.engine"},
-    "utils.run": {"utils", "utils.flags", "utils.models", "utils.engine"},
+    "utils.report": {"utils"},
+    "utils.run": {"utils", "utils.flags", "utils.models", "utils.engine", "utils.report"},
     "utils.weight_diff": {"utils", "utils.flags", "utils.models"},
     "data.formats": {"data"},
     "data.showing": {"data", "data.formats"},
@@ -38,6 +39,7 @@ PURE = {
     "data.batching.packing", "data.batching.micro_batch_plan", "utils.tensors", "utils.moments", "utils.schedule",
     "utils.models.chunked_logprobs", "utils.errors", "utils.sums", "ppo.sampler_gap",
     "ppo.epochs", "ppo.groups", "ppo.overoptimisation_fit", "ppo.value_norm", "ppo.critic_metrics",
+    "utils.report.choose",
 }  # fmt: skip
 FILES = sorted(file for folder in MAY_IMPORT for file in (REPOSITORY / folder).rglob("*.py"))
 

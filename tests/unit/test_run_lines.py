@@ -74,7 +74,8 @@ def run(tmp_path):
 def test_a_report_passes_over_foreign_lines(run):
     main([str(run)])
     page = (run / "report.html").read_text("utf-8")
-    assert page.count("<tr>") == 2 and "<td>Because.</td>" in page
+    assert page.count("<article") == 1 and "<pre>Because.</pre>" in page
+    assert "from 0.25 at step 1 to 0.25 at step 1" in page and "KL to the reference" not in page
 
 
 @pytest.mark.parametrize(

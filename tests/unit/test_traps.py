@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import utils.models.padding_free
+from ppo.alarms import is_best
 from ppo.decoding.sampling import Sampling
-from ppo.evaluate import is_best
 from ppo.models import PolicyModel
 from ppo.rollout import PolicySampler, response_ids
 from ppo.update import policy_backward, update

@@ -12,7 +12,7 @@ from utils.flags.other_names import explain_unknown
 # Keys of a run's config.json that are no flags (utils/run/folder.py writes them), and flags about that run's start.
 RECORD = (
     "argv", "versions", "git_commit", "code", "inputs", "devices", "world_size", "threads", "resumed_from_step",
-    "replaced_defaults",
+    "replaced_defaults", "changed_flags",
 )  # fmt: skip
 _TAGS = (AttributeError, IndexError, KeyError, RecursionError, TypeError)  # PyYAML's for a wrong `!!tag`, or deep lists
 STARTS = ("overwrite", "resume", "resume_with_changes", "notify_url")

@@ -33,7 +33,7 @@ class RunFlags(EngineConfig):
     base_flag: ClassVar[str] = ""  # the flag of the model that it starts from
 
     model_save_path: Common[str] = ""
-    """Folder of the run: config.json, metrics.jsonl, samples.jsonl, checkpoints/, best/, final/"""
+    """Folder of the run: config.json, metrics.jsonl, samples.jsonl, report.html, checkpoints/, best/, final/"""
     overwrite: Common[bool] = False
     """Replace the run that is already in --model_save_path"""
     seed: Common[int] = 42

@@ -17,9 +17,10 @@ from utils.schema import Schema, checked
 
 INDEX = "run_index.json"
 LINES = ("metrics.jsonl", "samples.jsonl")
+REPORT = "report.html"
 MODELS = ("best", "final")
 OTHER_MODELS = ("final_ema", "best_adapter", "final_adapter")
-ALWAYS = ("config.json", *LINES, *MODELS)  # listed by every run
+ALWAYS = ("config.json", *LINES, REPORT, *MODELS)  # listed by every run
 MANIFEST = "manifest.json"
 TRACKERS = "trackers.json"  # ids of the run in the trackers of --report_to
 CHECKPOINT = [MANIFEST, "state.json", "*-rank*.safetensors", "random-rank*.json"]  # names in checkpoints/step_N

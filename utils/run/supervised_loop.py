@@ -16,6 +16,8 @@ from utils.engine.engine import TrainEngine, device, shutdown_distributed
 from utils.errors import UserError
 from utils.files import write_json
 from utils.flags.supervised import FitConfig
+from utils.report.verdict import judge_supervised
+from utils.run.ending import end_run
 from utils.run.export import export_models
 from utils.run.index import record
 from utils.run.lifecycle import RunLifecycle
@@ -84,10 +86,9 @@ def fit(engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig,
     log = open_log(config, start, config.train_steps)
     with together(), contextlib.closing(log), lifecycle:
         _loop(engine, stage, valid, config, log, lifecycle, done, best)
-        if not lifecycle.exit_code:
-            if problem := export(engine, stage, config, "final"):
-                raise UserError(problem)
-            log.say(f"done: {config.model_save_path}/final")
+        if not lifecycle.exit_code and (problem := export(engine, stage, config, "final")):
+            raise UserError(problem)
+    end_run(config, log.say, judge_supervised)
     pushes = is_main() and not lifecycle.exit_code
     shutdown_distributed()
     if pushes:  # the other ranks do not wait for it
