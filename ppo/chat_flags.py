@@ -1,19 +1,21 @@
 """Flags of `python -m ppo.chat`. No torch."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ppo.flags.sampling import LengthFlags
-from reward.scoring.flags import EnsembleFlags
+from reward.scoring.flags import RewardFlags
 from utils.errors import UserError
 from utils.flags.checks import SEEDS, check_range
 from utils.flags.fields import Common
 
 
 @dataclass
-class ChatConfig(LengthFlags, EnsembleFlags):
+class ChatConfig(LengthFlags, RewardFlags):
     """Talk to a model, or to two side by side, with the score of a reward model under each answer."""
 
     required = ("model",)
+    aliases: ClassVar[dict[str, str]] = {"reward_model": "reward_model_path"}
     rollout_batch_size, rollout_cache_tokens, micro_batch_tokens = 1, 0, 1  # no flags: there is one dialogue
 
     model: Common[str] = ""
@@ -21,8 +23,8 @@ class ChatConfig(LengthFlags, EnsembleFlags):
     compare: Common[str] = ""
     """Second model, such as the policy before training, which answers the same questions in a dialogue of its own. It
     reads with the tokenizer of --model"""
-    reward_model: Common[list[str]] = field(default_factory=list)
-    """Reward model that scores each answer, or several: folders or hub ids"""
+    reward_model_path: Common[list[str]] = field(default_factory=list)
+    """Reward model that scores each answer, or several: folders or hub ids. Also called --reward_model"""
     system: Common[str] = ""
     """System turn of each dialogue; the moss templates put it before the first question"""
     temperature: Common[float | None] = None
@@ -43,16 +45,6 @@ class ChatConfig(LengthFlags, EnsembleFlags):
         check_range(self, **{name: limit for name, limit in limits.items() if getattr(self, name) is not None})
         if self.temperature and self.temperature < 0.01:
             raise UserError(f"--temperature {self.temperature:g}: pass 0 for the most likely tokens, or at least 0.01")
-
-    @property
-    def reward_paths(self) -> list[str]:
-        """The reward models that score."""
-        return self.reward_model
-
-    @property
-    def reward_flag(self) -> str:
-        """The flag that names them."""
-        return "--reward_model"
 
     @property
     def policies(self) -> list[tuple[str, str]]:

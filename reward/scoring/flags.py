@@ -22,9 +22,11 @@ class FrozenFlags:
 
 
 @dataclass
-class EnsembleFlags(FrozenFlags, StopFlags, ForwardConfig):
-    """Models and data: how reward models read answers, and how their scores are combined."""
+class RewardFlags(FrozenFlags, StopFlags, ForwardConfig):
+    """Models and data: the reward models, and how their scores are combined."""
 
+    reward_model_path: Common[list[str]] = field(default_factory=list)
+    """Reward model that scores the answers, or several: folders or hub ids"""
     reward_tokenizer_name_or_path: list[str] = field(default_factory=list)
     """Tokenizer of the reward model; one for all models or one each. If it is not the policy's, answers are decoded and
     encoded again. Default: the one in the reward model's folder, else the policy's"""
@@ -40,7 +42,7 @@ class EnsembleFlags(FrozenFlags, StopFlags, ForwardConfig):
         paths = self.reward_paths
         twice = next((path for path in paths if paths.count(path) > 1), None)
         if twice:
-            raise UserError(f"{self.reward_flag} contains {twice} twice: pass each reward model once")
+            raise UserError(f"--reward_model_path contains {twice} twice: pass each reward model once")
         for name in ("reward_tokenizer_name_or_path", "reward_template"):
             count = len(getattr(self, name))
             if count not in (0, len(paths)) and (count > 1 or not paths):
@@ -50,33 +52,9 @@ class EnsembleFlags(FrozenFlags, StopFlags, ForwardConfig):
             raise UserError(f"--reward_template {unknown}: choose from {', '.join(TEMPLATES)}")
         check_range(self, ensemble_std_coef=(0, None))
         if self.reward_ensemble != "mean" and len(paths) < 2:
-            raise UserError(f"--reward_ensemble {self.reward_ensemble} needs several models: {self.reward_flag} A B C")
+            raise UserError(f"--reward_ensemble {self.reward_ensemble} needs several models: --reward_model_path A B C")
         if self.reward_ensemble == "mean_minus_std" and not self.ensemble_std_coef:
             raise UserError("--reward_ensemble mean_minus_std with --ensemble_std_coef 0 is the mean: pass more than 0")
-
-    @property
-    def reward_paths(self) -> list[str]:
-        """The reward models that score."""
-        raise NotImplementedError
-
-    @property
-    def reward_flag(self) -> str:
-        """The flag that names them."""
-        raise NotImplementedError
-
-    def reward_sources(self) -> list[tuple[str, str | None, str | None]]:
-        """(path, tokenizer, template) of each reward model; None where its flag is not given."""
-        paths = self.reward_paths
-        columns = [_each(values, len(paths)) for values in (self.reward_tokenizer_name_or_path, self.reward_template)]
-        return list(zip(paths, *columns, strict=True))
-
-
-@dataclass
-class RewardFlags(EnsembleFlags):
-    """Models and data: the reward models of training and comparison."""
-
-    reward_model_path: Common[list[str]] = field(default_factory=list)
-    """Reward model that scores the answers, or several: folders or hub ids"""
 
     @property
     def reward_paths(self) -> list[str]:
@@ -87,6 +65,12 @@ class RewardFlags(EnsembleFlags):
     def reward_flag(self) -> str:
         """The flag that named them."""
         return "--reward_model_path"
+
+    def reward_sources(self) -> list[tuple[str, str | None, str | None]]:
+        """(path, tokenizer, template) of each reward model; None where its flag is not given."""
+        paths = self.reward_paths
+        columns = [_each(values, len(paths)) for values in (self.reward_tokenizer_name_or_path, self.reward_template)]
+        return list(zip(paths, *columns, strict=True))
 
 
 def _each(values: list[str], count: int) -> list[str | None]:
