@@ -33,7 +33,6 @@ def train(config: PPOConfig) -> None:
     from ppo.build import build
     from utils.distributed import is_main
     from utils.engine.engine import shutdown_distributed
-    from utils.run.push import push_final
     from utils.run.together import together
 
     run = build(config)
@@ -42,11 +41,10 @@ def train(config: PPOConfig) -> None:
         loop(run)
         if run.finished:
             run.export_final()
-    run.end()
-    pushes = run.finished and is_main()
+    ends = is_main()
     shutdown_distributed()
-    if pushes:  # the other ranks do not wait for it
-        push_final(config)
+    if ends:
+        run.end()
     if run.lifecycle.exit_code:
         sys.exit(run.lifecycle.exit_code)
 

@@ -22,7 +22,6 @@ from utils.engine.engine import shutdown_distributed
 from utils.errors import UserError
 from utils.run.export import export_models
 from utils.run.logger import Stopwatch
-from utils.run.push import push_final
 from utils.run.together import together
 from utils.watchdog import report_progress
 
@@ -102,10 +101,10 @@ def pretrain(config: PPOConfig, target: float) -> int:
         loop(run)
         if run.finished:
             run.export("final")
-    pushes = run.finished and is_main()
+    ends = is_main()
     shutdown_distributed()
-    if pushes:
-        push_final(config)
+    if ends:
+        run.end()
     return run.lifecycle.exit_code
 
 

@@ -53,6 +53,7 @@ class Run:
     state: RunState
     lifecycle: RunLifecycle
     averages: Averages = field(default_factory=dict)
+    notified: set[str] = field(default_factory=set)  # metrics of the last step's alarms
 
     @property
     def finished(self) -> bool:
@@ -172,13 +173,15 @@ class Run:
         return problem is None
 
     def end(self) -> None:
-        """Writes report.html and says where everything is. Collective."""
-        end_run(self.config, self.logger.say, judge)
+        """Writes report.html, says where everything is, and uploads final/ of a complete run. Call it on rank 0."""
+        end_run(self.config, self.logger.say, judge, self.finished and not self.lifecycle.exit_code)
 
     def _fail(self, text: str) -> NoReturn:
         """Stops all ranks with an error, after the checkpoint and the report are written. Collective."""
         self.lifecycle.finish_checkpoint()
-        self.end()
+        if is_main():
+            end_run(self.config, self.logger.say, judge, is_finished=False)
+        barrier()  # a launcher kills all ranks when one ends
         raise UserError(text)
 
     def after_step(self, rollout: Rollout, scores: Scores, metrics: dict[str, float]) -> None:
@@ -218,11 +221,15 @@ class Run:
         Prompts and random streams are not reset, since they would lead to the same collapse. Neither is best/.
         """
         config, state = self.config, self.state
+        names = {sign.partition(" ")[0] for sign in signs}
+        self.notified &= names
         if not signs:
             return False
         text = f"step {state.step} looks like a collapse: {'; '.join(signs)}"
         start = None
-        notify("alarm", text)
+        if names - self.notified:  # not once more for each step that goes on like this
+            notify("alarm", text)
+        self.notified = names
         if config.on_collapse == "rollback" and state.rollbacks < MAX_ROLLBACKS:
             start = self.lifecycle.newest_checkpoint(self.logger.say)
         if config.on_collapse == "stop" or (config.on_collapse == "rollback" and not start):

@@ -37,7 +37,7 @@ class Notifier:
         """Sends a notice, and returns at once."""
         content = {"event": event} | self.facts | {"message": message[:MAX_MESSAGE]}
         thread = threading.Thread(target=self._post, args=(json.dumps(content).encode(),), name="notice", daemon=True)
-        self._threads.append(thread)
+        self._threads = [other for other in self._threads if other.is_alive()] + [thread]
         thread.start()
 
     def wait(self) -> None:

@@ -24,8 +24,9 @@ from tests.helpers.families import FAMILIES, family_config, family_tokenizer
 from tests.helpers.hub import READ_TOKEN, TOKEN, running
 from tests.helpers.tiny_run import clean_environment, fit_flags, read_lines, refusal, run_flags, run_module, write_json
 from train_ppo import main as train_ppo
-from utils.models.card import ANSWER, QUESTION
+from utils.models.card import ANSWER, LICENSE, QUESTION
 from utils.push_to_hub import main as push
+from utils.run.export import export_model
 from utils.run.index import INDEX
 from utils.tokenizer import load_tokenizer, template_of
 
@@ -150,7 +151,13 @@ def test_a_users_card_is_kept(inputs, tmp_path):
         (out / name / "README.md").write_text("mine")
     train_sft([*argv, "--overwrite"])
     assert (out / "final" / "README.md").read_text() == "mine"
-    assert "# run" in (out / "best" / "README.md").read_text()
+    card = out / "best" / "README.md"
+    assert "# run" in card.read_text()
+    filled = card.read_text().replace(LICENSE, "license: mit")
+    card.write_text(filled)
+    (out / "final" / "README.md").write_text(f"a new card\n{LICENSE}\n")
+    assert export_model(str(out), "best", lambda folder: shutil.copytree(out / "final", folder)) is None
+    assert card.read_text() == filled
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import copy
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from ppo.config import PPOConfig
 from reward.config import RewardConfig
 from sft.config import SFTConfig
 from tests.helpers.tiny import tiny_tokenizer_folder
+from tests.helpers.tiny_run import REPOSITORY, clean_environment
 from utils.hub import public_name
 from utils.models.card import KINDS, Card, card_text
 from utils.run.card import shown
@@ -30,6 +33,16 @@ def tags(text: str) -> set[str]:
     """The HTML elements that the card is shown with."""
     body = ModelCard(text).text
     return set(re.findall(r"<(\w+)", markdown.markdown(body, extensions=["tables", "fenced_code"])))
+
+
+def test_a_backend_of_a_notebook_does_not_matter(tmp_path):
+    """Commands inherit the variable; matplotlib refuses one that is not installed here."""
+    code = "import sys; from utils.run.card import picture_of; print(picture_of(sys.argv[1])[:4])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True,
+        env=clean_environment() | {"MPLBACKEND": "module://none"},
+    )  # fmt: skip
+    assert done.stdout == "b'\\x89PNG'\n", done.stderr
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,7 +15,7 @@ RECORD = (
     "replaced_defaults", "changed_flags",
 )  # fmt: skip
 _TAGS = (AttributeError, IndexError, KeyError, RecursionError, TypeError)  # PyYAML's for a wrong `!!tag`, or deep lists
-STARTS = ("overwrite", "resume", "resume_with_changes", "notify_url")
+STARTS = ("overwrite", "resume", "resume_with_changes", "notify_url", "push_to_hub", "hub_private", "run_name")
 
 
 def read_config_file(path: str, parse: Callable[[list[str]], dict], known: set[str]) -> tuple[dict[str, Any], set[str]]:

@@ -4,6 +4,7 @@ No text of a run is drawn: names stand in the page, where they are escaped.
 """
 
 import io
+import os
 import re
 from dataclasses import dataclass, field
 
@@ -55,6 +56,9 @@ def series_of(panel: Panel, runs: list[RunFiles]) -> list[Series]:
             if train or held_out:
                 found.append(Series(colour % NUM_COLOURS, style % len(STYLES), label, train, held_out))
     return found
+
+
+os.environ.pop("MPLBACKEND", None)  # a notebook's, which commands that it starts inherit: pictures are files here
 
 
 class Drawing:

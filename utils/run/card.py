@@ -49,12 +49,12 @@ def metrics_of(run: str) -> list[dict]:
 
 
 def picture_of(run: str) -> bytes | None:
-    """Returns the curves of a run as PNG; None without matplotlib."""
+    """Returns the curves of a run as PNG; None if they cannot be drawn."""
     try:
         from utils.report.charts import draw_overview
 
         return draw_overview(metrics_of(run))
-    except ImportError:
+    except Exception:  # noqa: BLE001 - matplotlib is missing, or set up in a way in which it raises all kinds
         return None
 
 

@@ -72,8 +72,9 @@ class Display:
             if self._rows % HEADER_EVERY == 0:
                 self.say(_HEADER)
             self._rows += 1
+            place = f"{step}/{self._total}"
             self.say(
-                f"{f'{step}/{self._total}':>9} {values[name]:7.2f} {values['kl_ref']:6.2f} "
+                f"{place if len(place) < 10 else step:>9} {values[name]:7.2f} {values['kl_ref']:6.2f} "
                 f"{values['response_length']:6.1f} {values['eos_fraction']:4.0%} {seconds:7.1f} "
                 f"{f'{peak_memory() / 1e9:.1f}G':>6} {duration(left):>7}"
             )

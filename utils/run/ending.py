@@ -1,24 +1,24 @@
-"""The end of a run, finished or stopped: report.html, and a line that says where everything is."""
+"""The end of a run, finished or stopped: report.html, a line that says where everything is, the upload."""
 
 import os
 from collections.abc import Callable
 
-from utils.distributed import barrier, is_main
 from utils.errors import Say
 from utils.flags.run import RunFlags
 from utils.report.page import write_report
 from utils.report.read import RunFiles, read_run
 from utils.run.index import LINES, MODELS, OTHER_MODELS, REPORT
-from utils.watchdog import report_progress
+from utils.run.push import push_final
 
 
-def end_run(config: RunFlags, say: Say, judge: Callable[[RunFiles], None]) -> None:
-    """Writes the report on rank 0 and says where everything is. No problem of the report stops a run. Collective.
+def end_run(config: RunFlags, say: Say, judge: Callable[[RunFiles], None], is_finished: bool) -> None:
+    """Writes the report, says where everything is, and uploads final/ of a finished run. Call it on one rank.
 
-    judge: adds to what was read of the run what only its stage knows.
+    The other ranks do not wait for it. judge: adds to what was read of the run what only its stage knows. No problem
+    of report or upload stops a run.
     """
     path = config.model_save_path
-    if is_main() and os.path.exists(os.path.join(path, LINES[0])):  # else it was stopped before its first step
+    if os.path.exists(os.path.join(path, LINES[0])):  # else it was stopped before its first step
         try:
             run = read_run(path)
             judge(run)
@@ -26,8 +26,8 @@ def end_run(config: RunFlags, say: Say, judge: Callable[[RunFiles], None]) -> No
         except Exception as error:  # noqa: BLE001 -- also of matplotlib, or of a disk that is full
             say(f"warning: {REPORT} was not written: {error or type(error).__name__}")
         say(_places(path, config.logdir))
-    barrier()
-    report_progress("report")
+    if is_finished:
+        push_final(config)
 
 
 def _places(path: str, logdir: str | None) -> str:

@@ -7,9 +7,9 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.distributed import gather_objects, is_main
 from utils.errors import UserError
-from utils.files import disk_errors, remove, replace
+from utils.files import disk_errors, read_bytes, remove, replace
 from utils.flags.run import RunFlags
-from utils.models.card import CARD, PICTURE
+from utils.models.card import CARD, LICENSE, PICTURE
 from utils.run.card import metrics_of, picture_of, run_card, write_card
 from utils.run.index import read_index, record
 from utils.run.own_files import carry_over, files_in, foreign_files
@@ -31,8 +31,11 @@ def export_models(
     def with_card(save: Save) -> Save:
         def write(folder: str) -> None:
             save(folder)
-            card = run_card(config, tokenizer, (metrics_of(run) or [{}])[-1] if metrics is None else metrics)
-            write_card(folder, card, tokenizer, picture_of(run) if name.startswith("final") else None)
+            try:
+                card = run_card(config, tokenizer, (metrics_of(run) or [{}])[-1] if metrics is None else metrics)
+                write_card(folder, card, tokenizer, picture_of(run) if name.startswith("final") else None)
+            except Exception as error:  # noqa: BLE001 - a model without a card is better than none
+                print(f"warning: {name}/ has no model card: {error or type(error).__name__}", flush=True)
 
         return write
 
@@ -40,6 +43,13 @@ def export_models(
     if what != "merged" and problem is None:
         problem = export_model(run, name if what == "adapter" else f"{name}_adapter", with_card(save_adapter))
     return problem
+
+
+def _own_files(run: str, name: str) -> list[str]:
+    """Returns the files of the run in best/ or final/, without a card in which the user has filled in the license."""
+    own, card = read_index(run).names.get(name, []), os.path.join(run, name, CARD)
+    is_theirs = os.path.isfile(card) and LICENSE not in read_bytes(card).decode(errors="replace")
+    return [file for file in own if file != CARD or not is_theirs]
 
 
 def export_model(run: str, name: str, save: Save) -> str | None:
@@ -54,7 +64,7 @@ def export_model(run: str, name: str, save: Save) -> str | None:
             with disk_errors(path):
                 remove(partial)
                 save(partial)
-                own = read_index(run).names.get(name, [])
+                own = _own_files(run, name)
                 for theirs in {CARD, PICTURE} & set(foreign_files(path, own)):  # a user's card stays
                     remove(os.path.join(partial, theirs))
                 written = files_in(partial)

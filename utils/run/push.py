@@ -84,8 +84,9 @@ def push_folder(folder: str, target: str, private: bool, flag: str, base: str = 
     names = set(files_in(folder)) - set(foreign_files(folder, FILES))
     if not any(name.endswith(".safetensors") for name in names):
         raise UserError(f"{folder} holds no model (*.safetensors); give the folder final/ or best/ of a run")
-    files = [CommitOperationAdd(name, public_content(Path(folder, name), target, base)) for name in sorted(names)]
     check_access(target, private, flag)
+    with downloading():  # it reads all files
+        files = [CommitOperationAdd(name, public_content(Path(folder, name), target, base)) for name in sorted(names)]
     with hub_errors(target, flag):
         address = HfApi().create_repo(target, private=private, exist_ok=True)
         HfApi().create_commit(target, files, commit_message=f"Upload {target.split('/')[1]}")

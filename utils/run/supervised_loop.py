@@ -22,7 +22,6 @@ from utils.run.export import export_models
 from utils.run.index import record
 from utils.run.lifecycle import RunLifecycle
 from utils.run.logger import RunLogger
-from utils.run.push import push_final
 from utils.run.restore import Best, Checkpoint, TrainerState
 from utils.run.start import open_log
 from utils.run.together import together
@@ -88,11 +87,10 @@ def fit(engine: TrainEngine, stage: Stage, valid: list[Item], config: FitConfig,
         _loop(engine, stage, valid, config, log, lifecycle, done, best)
         if not lifecycle.exit_code and (problem := export(engine, stage, config, "final")):
             raise UserError(problem)
-    end_run(config, log.say, judge_supervised)
-    pushes = is_main() and not lifecycle.exit_code
+    ends = is_main()
     shutdown_distributed()
-    if pushes:  # the other ranks do not wait for it
-        push_final(config)
+    if ends:
+        end_run(config, log.say, judge_supervised, is_finished=not lifecycle.exit_code)
     if lifecycle.exit_code:
         sys.exit(lifecycle.exit_code)
 
@@ -110,7 +108,11 @@ def _loop(
             metrics = train_step(engine, stage, items, lr)
         except BadStep as error:
             lifecycle.finish_checkpoint()
-            raise UserError(f"{error} [{keep_batch(config.model_save_path, step + 1, items)}]") from None
+            kept = keep_batch(config.model_save_path, step + 1, items)
+            if is_main():
+                end_run(config, log.say, judge_supervised, is_finished=False)
+            barrier()  # a launcher kills all ranks when one ends
+            raise UserError(f"{error} [{kept}]") from None
         tokens = sum(map(stage.length, items))
         metrics["tokens_per_second"] = tokens / (time.perf_counter() - started)
         done = step + 1

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from utils.terminal import printable
 
 PARAMETERS = 100  # that mlflow takes at once
 ROWS = 100  # steps per table of mlflow, which reads and writes a whole table to add rows
+PATIENCE = 60.0  # seconds for all trackers at the end of a run
 Row = dict[str, object]
 
 
@@ -105,6 +107,7 @@ def mlflow_run(folder: str, project: str, name: str, config: dict, run_id: str |
         columns = {"step": [step] * len(rows)} | {key: [row[key] for row in rows] for key in rows[0]}
         client.log_table(run_id, columns, f"{table}_{first:06d}_to_{first + ROWS - 1:06d}.json")
 
+    place = without_password(place)
     link = f"{place}, run {run_id}"
     if place.startswith("http"):
         link = f"{place}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
@@ -171,7 +174,7 @@ class Trackers:
             try:
                 tracker = self._open[name] = _start(name, config, ids.get(name))
             except Exception as error:
-                text = " ".join(str(error).split())
+                text = without_password(" ".join(str(error).split()))
                 advice = "log in to it, or use its offline mode"
                 raise UserError(f"--report_to {name}: it cannot start ({text}); {advice}") from error
             say(f"{name}, {'resumed' if name in ids else 'new'} run: {tracker.link}")
@@ -190,9 +193,13 @@ class Trackers:
         self._each(lambda tracker: tracker.samples(step, name, shown) if shown else None)
 
     def close(self) -> None:
-        """Ends the runs; as failed if an exception is on its way."""
+        """Ends the runs, as failed if an exception is on its way. Does not wait for a server longer than PATIENCE."""
         failed = sys.exc_info()[0] is not None
-        self._each(lambda tracker: tracker.close(failed))
+        thread = threading.Thread(target=self._each, args=(lambda tracker: tracker.close(failed),), daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        if thread.is_alive():
+            self._say(f"warning: --report_to {', '.join(self._open)}: no answer at the end of the run")
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._open.items()):
@@ -200,8 +207,13 @@ class Trackers:
                 call(tracker)
             except Exception as error:  # noqa: BLE001 - of the network, say
                 del self._open[name]
-                text = " ".join(str(error).split())
+                text = without_password(" ".join(str(error).split()))
                 self._say(f"warning: --report_to {name} gets nothing more ({text}); metrics.jsonl has all steps")
+
+
+def without_password(text: str) -> str:
+    """Returns a text whose addresses, as in MLFLOW_TRACKING_URI, name no user and no password."""
+    return re.sub(r"://[^/\s@]*@", "://", text)
 
 
 def tracker_names(report_to: str) -> list[str]:
