@@ -1,12 +1,13 @@
 """Asks a language model which of two answers is better: prompt, replies in a file, verdicts."""
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import os
 import re
 import time
+import unicodedata
+from contextlib import AbstractContextManager, nullcontext
 from itertools import combinations
 from pathlib import Path
 from typing import IO
@@ -14,7 +15,8 @@ from typing import IO
 import numpy
 
 from ppo.judge_flags import JudgeFlags
-from ppo.judge_server import JudgeServer
+from ppo.judge_server import JudgeServer, RefusedError
+from reward.win_rate import wilson_interval
 from utils.errors import UserError
 from utils.files import check_output_file, disk_errors, parse_json, read_bytes
 from utils.optional import check_openai
@@ -22,9 +24,9 @@ from utils.schema import Count, Schema, Sha256, checked
 
 VERDICTS = {"A": 1.0, "B": 0.0, "C": 0.5}  # score of the answer that is shown first
 UNREADABLE = 0.2  # share of replies without a verdict above which the result would be worthless
-FEW = 20  # replies below which that share says little while more are on their way
+FEW, SURE = 20, 0.999  # from so many replies on, and at this level, that share is judged while others are asked for
 _PLACES = re.compile(r"\{(prompt|answer_a|answer_b)\}")
-_VERDICT = re.compile(r"(?:[^\[\]]*\[\[([ABC])\]\]|([ABC]))\.?")
+_VERDICT = re.compile(r"(?:[^\[\]]*\[\[([ABC])\]\]|([ABC]))[.。]?")
 _START = b'{"key": "'  # of each line of the file
 
 
@@ -72,18 +74,22 @@ def fill_prompt(template: str, prompt: str, first: str, second: str) -> str:
 
 def verdict(reply: str) -> float | None:
     """Returns the score of the first answer (VERDICTS), None if the last line of the reply is no verdict."""
-    lines = reply.strip().splitlines()
+    lines = unicodedata.normalize("NFKC", reply).strip().splitlines()  # full-width letters become plain ones
     found = _VERDICT.fullmatch(lines[-1].strip()) if lines else None
     return VERDICTS[found[1] or found[2]] if found else None
 
 
 class Judge:
-    """The model at --judge_url. replies: what it said so far, by the hash of all that matters."""
+    """The model at --judge_url. replies: what it said so far, by the hash of all that matters.
+
+    unreadable: those without a verdict. unasked: how many a budget has left out.
+    """
 
     def __init__(self, config: JudgeFlags):
         self.config, self.template, self.file = config, read_prompt(config.judge_prompt), config.judge_cache_file
-        self.requests = self.cached = self.prompt_tokens = self.completion_tokens = self.unreadable = 0
+        self.requests = self.cached = self.unasked = self.refused = self.prompt_tokens = self.completion_tokens = 0
         self.replies: dict[str, str] = {}
+        self.unreadable: list[str] = []
         if self.file:
             check_output_file(self.file, "--judge_cache")
             self.replies = _read_replies(self.file)
@@ -122,18 +128,21 @@ class Judge:
             except UserError as error:
                 if not self.file or isinstance(error, _UnreadableError):
                     raise
-                kept = f"{self.file} keeps {len(self.replies)} replies: run again to go on"
+                kept = f"{self.file} keeps {len(self.replies) - self.refused} replies: run again to go on"
                 raise UserError(f"{error}; {kept}") from error
-        self._check_readable([self.replies[key] for key in keys if key in self.replies])
+        known = [self.replies[key] for key in dict.fromkeys(keys) if key in self.replies]
+        self.unasked = len(set(keys)) - len(known)
+        self.unreadable = [reply for reply in known if verdict(reply) is None]
+        self._check_readable(len(known), len(self.unreadable) / max(1, len(known)))
         return [self.replies.get(key) for key in keys]
 
-    def _check_readable(self, replies: list[str]) -> None:
-        wrong = [reply for reply in replies if verdict(reply) is None]
-        self.unreadable = len(wrong)
-        if len(wrong) > UNREADABLE * len(replies):
+    def _check_readable(self, count: int, share: float) -> None:
+        """Raises UserError if this share of replies without a verdict is too high. count: of all replies."""
+        if share > UNREADABLE:
             raise _UnreadableError(
-                f"--judge_model {self.config.judge_model}: {len(wrong)} of {len(replies)} replies have no verdict in "
-                f"their last line, as {wrong[0][-200:]!r}; change --judge_prompt or --judge_arguments (max_tokens)"
+                f"--judge_model {self.config.judge_model}: {len(self.unreadable)} of {count} replies have no verdict "
+                f"in their last line, the first one: {self.unreadable[0][-400:]!r}; change --judge_prompt or "
+                "--judge_arguments (max_tokens)"
             )
 
     async def _look(self) -> None:
@@ -141,41 +150,61 @@ class Judge:
             await server.look()
 
     async def _ask_all(self, texts: dict[str, str]) -> None:
-        """Adds the replies to `replies`, and each to the file as soon as it has come, until a budget ends."""
-        waiting, fresh, shown = iter(texts.items()), [], time.monotonic()
+        """Adds the replies to `replies` until a budget ends. After an error, what is under way is still waited for."""
+        waiting, errors, done, shown = iter(texts.items()), [], 0, time.monotonic()
 
         async def work(server: JudgeServer, file: IO[str] | None) -> None:
-            nonlocal shown
-            for key, text in waiting:
-                if self._is_spent():
-                    return
-                self.requests += 1
-                row = {"key": key} | await server.reply(text)
-                self.prompt_tokens += row["prompt_tokens"]
-                self.completion_tokens += row["completion_tokens"]
-                self.replies[key] = row["reply"]
-                if file:
-                    with disk_errors(f"--judge_cache {self.file}"):
-                        file.write(json.dumps(row) + "\n")
-                        file.flush()
-                fresh.append(row["reply"])
-                if len(fresh) >= FEW:
-                    self._check_readable(fresh)
-                if time.monotonic() > shown + 30:
-                    shown = time.monotonic()
-                    print(f"judge: {len(fresh)} of {len(texts)} replies", flush=True)
+            nonlocal done, shown
+            try:
+                for key, text in waiting:
+                    if errors or self._is_spent():
+                        return
+                    await self._ask_one(key, text, server, file)
+                    done += 1
+                    if verdict(self.replies[key]) is None:
+                        self.unreadable.append(self.replies[key])
+                    if done >= FEW:
+                        self._check_readable(done, wilson_interval(len(self.unreadable), done, SURE)[1])
+                    if time.monotonic() > shown + 30:
+                        shown = time.monotonic()
+                        print(f"judge: {done} of {len(texts)} replies", flush=True)
+            except UserError as error:
+                errors.append(error)
 
+        with self._open() as file:
+            async with JudgeServer(self.config) as server, asyncio.TaskGroup() as group:
+                for _ in range(self.config.judge_parallel):
+                    group.create_task(work(server, file))
+        if errors:
+            raise errors[0]
+
+    def _open(self) -> AbstractContextManager[IO[str] | None]:
+        if not self.file:
+            return nullcontext()
         with disk_errors(f"--judge_cache {self.file}"):
-            if self.file:
-                os.makedirs(os.path.dirname(os.path.abspath(self.file)), exist_ok=True)
-            file = open(self.file, "a", encoding="utf-8") if self.file else None  # noqa: SIM115
+            os.makedirs(os.path.dirname(os.path.abspath(self.file)), exist_ok=True)
+            return open(self.file, "a", encoding="utf-8")
+
+    async def _ask_one(self, key: str, text: str, server: JudgeServer, file: IO[str] | None) -> None:
+        """Adds a reply to `replies` and to the file. The server's refusal of this text is a reply without a verdict."""
+        config = self.config
+        self.requests += 1
         try:
-            with file or contextlib.nullcontext():
-                async with JudgeServer(self.config) as server, asyncio.TaskGroup() as group:
-                    for _ in range(self.config.judge_parallel):
-                        group.create_task(work(server, file))
-        except ExceptionGroup as errors:  # the first one has ended the others
-            raise errors.exceptions[0] from None
+            row = {"key": key} | await server.reply(text)
+        except RefusedError as error:
+            self.replies[key], self.refused = str(error), self.refused + 1  # not in the file: to be asked again
+            return
+        self.replies[key] = row["reply"]
+        self.prompt_tokens += row["prompt_tokens"]
+        self.completion_tokens += row["completion_tokens"]
+        if file:
+            with disk_errors(f"--judge_cache {self.file}"):
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+        counted = "judge_max_tokens" if config.judge_max_tokens else "judge_price" if config.judge_price else ""
+        if counted and not row["prompt_tokens"]:
+            where = f"the server at --judge_url {config.judge_url} does not say how many tokens a request had"
+            raise UserError(f"--{counted}: {where}; leave --{counted} out, or set --judge_max_requests instead")
 
     def _is_spent(self) -> bool:
         most, tokens = self.config.judge_max_requests, self.config.judge_max_tokens

@@ -1,10 +1,11 @@
 """Flags of the judge of `python -m ppo.compare`. No torch."""
 
+import os
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from utils.errors import UserError
-from utils.files import parse_json
+from utils.files import is_special, parse_json
 from utils.flags.checks import check_range
 from utils.flags.fields import Common
 
@@ -27,7 +28,7 @@ class JudgeFlags:
     """Other fields of each request, as a JSON object; a judge that explains its verdict needs more tokens"""
     judge_cache: str | None = None
     """JSON-lines file of the judge's replies, which are not asked for again. Default: beside --output, with the ending
-    .judge.jsonl; none without --output"""
+    .judge.jsonl; none without --output, or if that is a pipe or a device"""
     judge_parallel: int = 8
     """Requests to the judge at once"""
     judge_timeout: float = 60.0
@@ -36,8 +37,8 @@ class JudgeFlags:
     """Times that a request is sent again after an error of the server or its rate limit; waits grow from 0.5 to 8
     seconds, or are what the server asks for, up to 2 minutes"""
     judge_max_requests: int = 0
-    """Requests to the judge after which no more are sent, and the result is of the answers judged by then; 0: no
-    limit"""
+    """Requests to the judge after which no more are sent, and the result is of the answers judged by then. Those that
+    are sent again after an error count once. 0: no limit"""
     judge_max_tokens: int = 0
     """Tokens, of prompts and replies together, after which no more requests are sent; 0: no limit"""
     judge_price: list[float] = field(default_factory=list)
@@ -54,6 +55,8 @@ class JudgeFlags:
             raise UserError(f"--judge_{given} without --judge_{missing}: a judge needs both")
         if self.judge_url:
             _check_url(self.judge_url)
+        elif idle := sorted(name for name in self.given - {"judge_url", "judge_model"} if name.startswith("judge_")):
+            raise UserError(f"--{idle[0]} without --judge_url does nothing; leave it out, or pass --judge_url")
         if len(self.judge_price) not in (0, 2) or not all(0 <= price < 1e9 for price in self.judge_price):
             prices = " ".join(f"{price:g}" for price in self.judge_price)
             raise UserError(f"--judge_price {prices}: pass two prices, of a million prompt tokens and of replies")
@@ -75,7 +78,9 @@ class JudgeFlags:
     @property
     def judge_cache_file(self) -> str | None:
         """--judge_cache, or its default."""
-        return self.judge_cache or (self.output and f"{self.output.removesuffix('.json')}.judge.jsonl")
+        if self.judge_cache or not self.output or is_special(self.output):
+            return self.judge_cache
+        return f"{os.path.realpath(self.output).removesuffix('.json')}.judge.jsonl"  # not beside /dev/stdout
 
 
 def _check_url(url: str) -> None:

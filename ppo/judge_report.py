@@ -30,24 +30,16 @@ def ask_judge(judge: Judge, found: list[dict], seed: int) -> tuple[dict, numpy.n
     count, number = len(answers[0]), len(found)
     weights, pairs = resampled(count, seed), []
     scores = numpy.full((count, number, number), numpy.nan)
+    columns = {name: numpy.array(values, dtype=float) for name, values in score_columns(found).items()}
     for i, j in combinations(range(number), 2):
-        same = numpy.array([a == b for a, b in zip(answers[i], answers[j], strict=True)])
-        lengths = numpy.array([float(len(b) - len(a)) for a, b in zip(answers[i], answers[j], strict=True)])
-        differences = {
-            name: numpy.array(columns[j], dtype=float) - numpy.array(columns[i], dtype=float)
-            for name, columns in score_columns(found).items()
-        }
-        scores[:, j, i] = outcomes(verdicts[i, j], same)
+        said, both = verdicts[i, j], list(zip(answers[i], answers[j], strict=True))
+        same, lengths = numpy.array([a == b for a, b in both]), numpy.array([float(len(b) - len(a)) for a, b in both])
+        differences = {name: x[j] - x[i] for name, x in columns.items()}
+        scores[:, j, i] = outcomes(said, same)
         scores[:, i, j] = 1 - scores[:, j, i]
-        shown = [[None if x != x else x for x in row] for row in verdicts[i, j].tolist()]
-        pair = judged_pair(verdicts[i, j], same, lengths, differences, weights)
-        pairs.append({"policies": [i, j], "verdicts": shown} | pair)
-    both = [numpy.where(numpy.isnan(v).any(1), numpy.nan, v.mean(1)) for v in verdicts.values()]
-    return _cost(judge) | {
-        "first_place": interval(mean(numpy.stack(both, 1), weights)),
-        "unreadable": judge.unreadable,
-        "pairs": pairs,
-    }, scores
+        shown = numpy.where(numpy.isnan(said), None, said).tolist()
+        pairs.append({"policies": [i, j], "verdicts": shown} | judged_pair(said, same, lengths, differences, weights))
+    return _cost(judge) | {"pairs": pairs}, scores
 
 
 def add_judge(result: dict, judge: Judge, found: list[dict], seed: int) -> str:
@@ -63,13 +55,14 @@ def add_judge(result: dict, judge: Judge, found: list[dict], seed: int) -> str:
 
 
 def _cost(judge: Judge) -> dict:
-    config, result = judge.config, {"url": judge.config.judge_url, "model": judge.config.judge_model}
-    result |= {"prompt": config.judge_prompt, "arguments": config.judge_fields, "cached": judge.cached}
-    result |= {name: getattr(judge, name) for name in ("requests", "prompt_tokens", "completion_tokens")}
+    config = judge.config
+    names = ("requests", "cached", "unasked", "refused", "prompt_tokens", "completion_tokens")
+    result = {"url": config.judge_url, "model": config.judge_model, "prompt": config.judge_prompt}
+    result |= {"arguments": config.judge_fields} | {name: getattr(judge, name) for name in names}
     if config.judge_price:
         tokens = (judge.prompt_tokens, judge.completion_tokens)
         result["price"] = sum(a * b for a, b in zip(tokens, config.judge_price, strict=True)) / 1e6
-    return result
+    return result | {"unreadable": len(judge.unreadable), "example": (judge.unreadable or [""])[0][-400:]}
 
 
 def render_judge(result: dict, policies: list[str], config: JudgeFlags) -> str:
@@ -79,7 +72,9 @@ def render_judge(result: dict, policies: list[str], config: JudgeFlags) -> str:
     if "price" in result:
         lines[-1] += f", price {result['price']:.4g}"
     if result["unreadable"]:
-        lines.append(f"{result['unreadable']} replies are no verdict; these answers are not counted")
+        which = f"{result['refused']} of them refusals of the server, " if result["refused"] else ""
+        example = f"the first one {result['example']!r}"
+        lines.append(f"{result['unreadable']} replies are no verdict, {which}{example}; these answers are not counted")
     total = len(result["pairs"][0]["verdicts"])
     for pair in result["pairs"]:
         i, j = pair["policies"]
@@ -90,15 +85,13 @@ def render_judge(result: dict, policies: list[str], config: JudgeFlags) -> str:
             lines.append(f"  {pair['same_answers']} with the same answer, which are ties")
         rows = [(name, pair[name], f"{pair['counts'][name]} prompts") for name in OUTCOMES]
         rows += [(NAMES[name], pair[name], "") for name in NAMES]
-        rows += [
-            (f"agrees with the {name}", found["share"], f"{found['prompts']} prompts")
-            for name, found in pair["agreement"].items()
-        ]
+        for name, found in pair["agreement"].items():
+            rows.append((f"agrees with the {name}", found["share"], f"{found['prompts']} prompts"))
         lines += [f"  {name:42}{_text(cell):>22}  {more}".rstrip() for name, cell, more in rows]
-    limits = [f"--{name} {x}" for name in ("judge_max_requests", "judge_max_tokens") if (x := getattr(config, name))]
-    lacking = sum(total - pair["prompts"] for pair in result["pairs"])
-    if limits and lacking:
-        lines.append(f"{lacking} pairs of answers have no verdict: {' or '.join(limits)} ended; run again to go on")
+    if left := result["unasked"]:
+        names = ("judge_max_requests", "judge_max_tokens")
+        limits = [f"--{name} {limit}" for name in names if (limit := getattr(config, name))]
+        lines.append(f"{left} requests were not sent: {' or '.join(limits)} ended; run again to go on")
     return "\n".join(lines)
 
 
@@ -106,8 +99,7 @@ def rate(scores: dict[str, numpy.ndarray], seed: int) -> dict[str, dict]:
     """Returns name -> {"ratings": an interval per policy, "win_rates": of row over column}, for more than two."""
     result = {}
     for name, values in scores.items():
-        weights = resampled(len(values), seed)
-        numbers = range(values.shape[1])
+        weights, numbers = resampled(len(values), seed), range(values.shape[1])
         rates = [[interval(mean(values[:, i, j], weights)) if i != j else None for j in numbers] for i in numbers]
         result[name] = {"ratings": bradley_terry(values, weights), "win_rates": rates}
     return result
@@ -122,11 +114,9 @@ def render_ratings(result: dict[str, dict], policies: list[str]) -> str:
     """Returns for each kind of score a table of win rates of rows over columns, and the ratings."""
     lines, width = [], max(map(len, policies))
     for name, found in result.items():
-        lines += [
-            "",
-            f"by {name}: win rate of each policy over the others, and its rating (Bradley-Terry, Elo's scale)",
-        ]
-        lines.append(" " * (width + 4) + "".join(f"{i:>8}" for i in range(1, len(policies) + 1)) + f"{'rating':>24}")
+        title = "win rate of each policy over the others, and its rating (Bradley-Terry, Elo's scale)"
+        numbers = "".join(f"{i:>8}" for i in range(1, len(policies) + 1))
+        lines += ["", f"by {name}: {title}", f"{'':{width + 4}}{numbers}{'rating':>24}"]
         for i, policy in enumerate(policies):
             cells = "".join(f"{cell[0]:8.3f}" if cell else f"{'':8}" for cell in found["win_rates"][i])
             lines.append(f"{i + 1:2}  {policy:{width}}{cells}{_text(found['ratings'][i], '.0f'):>24}")

@@ -8,7 +8,12 @@ from utils.errors import UserError
 from utils.files import parse_json
 from utils.schema import Count, Schema, checked
 
+REFUSED = (400, 413, 422)  # of one text: too long for the model's window, or stopped by a filter
 MAX_WAIT = 120  # seconds: the longest Retry-After that the client honours
+
+
+class RefusedError(UserError):
+    """The server does not take this text; it may take others."""
 
 
 class _Message(Schema):
@@ -36,6 +41,8 @@ class JudgeServer:
         import openai
 
         self.config, self.key, self.library = config, os.environ.get(KEY, "").strip(), openai
+        if not self.key.isascii() or not self.key.isprintable():
+            raise UserError(f"{KEY} in the environment has characters that no key has; set it again")
         self.client = openai.AsyncOpenAI(
             base_url=config.judge_url, api_key=self.key or "none",  # the client wants one even if the server does not
             timeout=config.judge_timeout, max_retries=config.judge_retries,
@@ -78,7 +85,11 @@ class JudgeServer:
 
     def _problem(self, error: Exception, answer: str = "") -> UserError:
         """Returns the error for the user. answer: what came instead of a chat completion."""
-        config, status, said = self.config, getattr(error, "status_code", None), str(error.__cause__ or error)[:300]
+        config, status = self.config, getattr(error, "status_code", None)
+        said, answer = (  # the key goes first: half of it could be left by the cut
+            text.replace(self.key or "\0", "***")[:length]
+            for text, length in ((str(error.__cause__ or error), 300), (answer, 200))
+        )
         if isinstance(error, (TimeoutError, self.library.APITimeoutError)):
             text = f"no reply within {config.judge_timeout:g} s, asked {config.judge_retries + 1} times; raise "
             text += "--judge_timeout, or lower --judge_parallel"
@@ -93,6 +104,5 @@ class JudgeServer:
         elif status:
             text = f"answered with an error ({said})"
         else:
-            text = f"what came is no chat completion: {answer[:200]!r} ({said}); is it an OpenAI-compatible server?"
-        text = f"--judge_url {config.judge_url}: {text}"
-        return UserError(text.replace(self.key, "***") if self.key else text)
+            text = f"what came is no chat completion: {answer!r} ({said}); is it an OpenAI-compatible server?"
+        return (RefusedError if status in REFUSED else UserError)(f"--judge_url {config.judge_url}: {text}")

@@ -47,11 +47,14 @@ def length_controlled(outcome: numpy.ndarray, difference: numpy.ndarray, weights
     """Returns the win rate at equal lengths under each row of weights (AlpacaEval 2: Dubois et al. 2024).
 
     It is sigmoid(a) of the logistic regression P(win) = sigmoid(a + b tanh(d / std(d))), d the difference of lengths,
-    without that paper's term for the difficulty of prompts. Newton's method; the penalty is RIDGE / 2 (a² + b²).
+    without that paper's term for the difficulty of prompts. Newton's method; the penalty is RIDGE / 2 (a² + b²). NaN
+    without an outcome, or if all differences are the same and not 0, from which a and b cannot be told apart.
     """
     known = ~numpy.isnan(outcome)
     outcome, difference, weights = outcome[known], difference[known], weights[:, known]
     spread = difference.std() if len(difference) else 0.0
+    if not spread and difference.any():
+        return numpy.full(len(weights), numpy.nan)
     features = numpy.stack([numpy.ones(len(outcome)), numpy.tanh(difference / spread) if spread else 0 * outcome])
     found = numpy.zeros((len(weights), 2))
     for _ in range(50):
@@ -64,7 +67,7 @@ def length_controlled(outcome: numpy.ndarray, difference: numpy.ndarray, weights
         found += step
         if numpy.abs(step).max() < 1e-9:
             break
-    return 1 / (1 + numpy.exp(-found[:, 0]))
+    return numpy.where(weights.sum(1) > 0, 1 / (1 + numpy.exp(-found[:, 0])), numpy.nan)
 
 
 def judged_pair(verdicts, same, lengths, scores: dict[str, list], weights) -> dict:
@@ -99,9 +102,11 @@ def bradley_terry(scores: numpy.ndarray, weights: numpy.ndarray) -> list[Interva
     """Returns the Bradley-Terry rating of each of n policies, with mean 0, on Elo's scale.
 
     scores: [count, n, n], that of policy i against j: 1, 0.5 (a tie is half a win) or 0; NaN where unknown. Each pair
-    counts as if it had tied once more, so that ratings are finite. Solved by the MM algorithm (Hunter 2004).
+    counts as if it had tied once more, so that ratings are finite. A policy without a score has none. Solved by the MM
+    algorithm (Hunter 2004).
     """
     others = 1 - numpy.eye(scores.shape[1])
+    is_known = (~numpy.isnan(scores) & (others > 0)).any((0, 2))
     wins = (numpy.tensordot(weights, numpy.nan_to_num(scores), 1) + 0.5) * others
     games, strength = wins + wins.transpose(0, 2, 1), numpy.ones(wins.shape[:2])
     for _ in range(10_000):
@@ -111,7 +116,7 @@ def bradley_terry(scores: numpy.ndarray, weights: numpy.ndarray) -> list[Interva
         change, strength = numpy.abs(numpy.log(new / strength)).max(), new
         if change < 1e-7:
             break
-    return [interval(column) for column in ELO * numpy.log(strength).T]
+    return [interval(x) if known else None for x, known in zip(ELO * numpy.log(strength).T, is_known, strict=True)]
 
 
 def pair_scores(columns: list[list[float | None]]) -> numpy.ndarray:

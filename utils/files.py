@@ -124,7 +124,7 @@ def check_writable(path: str, flag: str) -> None:
 
 def check_output_file(path: str, flag: str) -> None:
     """Raises UserError if no file can be written at the `path` of `flag`. Writes nothing."""
-    if _is_special(path):
+    if is_special(path):
         return
     check_writable(os.path.dirname(os.path.abspath(path)), flag)
     if os.path.isdir(path):
@@ -139,7 +139,7 @@ def existing_parent(path: str) -> str:
     return path
 
 
-def _is_special(path: str) -> bool:
+def is_special(path: str) -> bool:
     """Whether `path` is, or links to, a device or a pipe."""
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
@@ -165,7 +165,7 @@ def atomic_file(path: str, flag: str = "") -> Iterator[IO[str]]:
     names `flag`, for an error of the disk.
     """
     with disk_errors(f"{flag} {path}".lstrip()):
-        if _is_special(path):
+        if is_special(path):
             with open(path, "w", encoding="utf-8") as file:
                 yield file
             return

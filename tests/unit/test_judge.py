@@ -50,8 +50,9 @@ def server():
     [
         ("A", 1.0), (" B\n", 0.0), ("C.", 0.5), ("[[C]]", 0.5), ("It is clear.\n\nB", 0.0), ("So: [[A]].", 1.0),
         ("<think>\nA\n</think>\nB", 0.0),
+        ("好。\nA。", 1.0), ("Ｂ", 0.0), ("所以：[[C]]。", 0.5), ("［［Ａ］］．", 1.0),
         ("", None), ("a", None), ("D", None), ("A or B", None), ("A\nis better", None), ("[[A]] or [[B]]", None),
-        ("A B", None), ("AB", None), ("**A**", None), ("[[A]", None),
+        ("A B", None), ("AB", None), ("**A**", None), ("[[A]", None), ("。", None),
     ],
 )  # fmt: skip
 def test_verdicts_are_read_strictly(said, score):
@@ -99,7 +100,7 @@ def test_five_policies_in_their_order(server, name):
     asked = 2 * (10 * NUMBER - NUMBER // 2) - 6 * NUMBER // 2  # not about policy 3 where it is policy 2
     assert result["requests"] == len(server.seen) == asked
     assert result["price"] == pytest.approx(result["requests"] * (2 * 100 + 10 * 2) / 1e6)
-    assert result["first_place"] == [0.5, 0.5, 0.5] and result["unreadable"] == 0
+    assert result["pairs"][0]["first_place"] == [0.5, 0.5, 0.5] and result["unreadable"] == 0
     pair = next(pair for pair in result["pairs"] if pair["policies"] == [2, 3])
     assert pair["same_answers"] == NUMBER // 2 and pair["counts"] == {"win": 0, "tie": NUMBER, "lose": 0}
     assert "by judge" in render_ratings(found, list("vwxyz"))
@@ -118,8 +119,8 @@ def test_a_position_bias_is_measured():
             {"rows": each, "columns": {}, "turns": [[{"content": f"{i}"}] for i in range(number)]} for each in rows
         ]
         result, _ = ask_judge(judge, found, seed=1)
-    for estimate, low, high in (result["first_place"], result["pairs"][0]["first_place"]):
-        assert low <= 0.7 <= high and 0.6 < low < estimate < high < 0.8
+    estimate, low, high = result["pairs"][0]["first_place"]
+    assert low <= 0.7 <= high and 0.6 < low < estimate < high < 0.8
     assert result["pairs"][0]["orders_agree"][0] == pytest.approx(0.6, abs=0.1)  # of a pair, one order shows it
     assert result["pairs"][0]["counts"]["lose"] == 0  # a tie where both orders say A
 
@@ -173,11 +174,10 @@ def test_errors_that_pass_are_asked_again(server):
         (send(401, '{"error": {"message": "no such key sk-secret"}}'), "refuses the key; set OPENAI_API_KEY"),
         (send(404, '{"error": {"message": "no model m"}}'), "no model m; most URLs end in /v1"),
         (send(429, "{}"), "rate limit is reached; lower --judge_parallel"),
-        (send(400, '{"error": {"message": "max_tokens"}}'), "400"),
         (stall, "no reply within 0.5 s, asked 1 times; raise --judge_timeout"),
         (trickle, "no reply within 0.5 s"),
         (hang_up, "cannot be reached"),
-        (send(200, "<html><script>x</script>"), "no chat completion: '<html><script>x</script>'"),
+        (send(200, f"<html><script>{'x' * 180}sk-secret"), "no chat completion: '<html><script>xxx"),  # cut at 200
         (send(200, '{"choices": ['), "no chat completion"),
         (send(200, '{"choices": []}'), "no chat completion"),
         (send(200, '{"choices": [{"message": {"content": 3}}]}'), "choices.0.message.content"),
@@ -193,13 +193,62 @@ def test_a_server_that_fails_ends_in_one_error_and_replies_are_kept(server, tmp_
         ask(server.url, answers_of(1, 2), *flags)
     text = str(error.value)
     assert text.startswith(f"--judge_url {server.url}: ") and said in text and "\n" not in text
-    assert f"{file} keeps {healthy} replies: run again to go on" in text and "secret" not in text
+    assert f"{file} keeps {healthy} replies: run again to go on" in text and "sk-" not in text
     assert len(text) < 900 and set(server.keys) == {"Bearer sk-secret"}
     server.faults.clear()
     server.seen.clear()
     result, _, _ = ask(server.url, answers_of(1, 2), "--judge_cache", str(file))
     assert len(server.seen) == 2 * NUMBER - healthy and result["cached"] == healthy
     assert all("secret" not in path.read_text() for path in tmp_path.iterdir())
+
+
+def test_a_prompt_that_the_server_refuses_has_no_verdict(server, tmp_path):
+    """A second run asks again. A server that refuses all of them is not asked for ever."""
+    file, answers = tmp_path / "judge.jsonl", answers_of(1, 2)
+    flags = ("--judge_cache", str(file), "--judge_parallel", "1")
+    server.faults += [send(400, '{"error": {"message": "too \x1b[2J long"}}'), send(413, "<script>"), send(422, "{}")]
+    result, judge, _ = ask(server.url, answers, *flags)
+    assert (result["refused"], result["unreadable"], result["pairs"][0]["prompts"]) == (3, 3, NUMBER - 2)
+    assert result["pairs"][0]["verdicts"][:3] == [[None, None], [None, 1.0], [0.0, 1.0]]
+    said = render_judge(result, ["a", "b"], judge.config)
+    assert f"3 of them refusals of the server, the first one '--judge_url {server.url}: answered with an error" in said
+    assert "Error code: 400" in said and "\x1b" not in said and len(file.read_text().splitlines()) == 2 * NUMBER - 3
+    result, _, _ = ask(server.url, answers, *flags)
+    assert (result["requests"], result["refused"], result["pairs"][0]["prompts"]) == (3, 0, NUMBER)
+    server.faults += [send(400, "{}")] * 50
+    server.seen.clear()
+    with pytest.raises(UserError, match=r"20 of 20 replies .* the first one: '--judge_url .*Error code: 400"):
+        ask(server.url, answers, "--judge_parallel", "1")
+    assert len(server.seen) == 20
+
+
+def test_requests_under_way_end_when_another_one_fails(server, tmp_path):
+    def slow(handler):
+        time.sleep(0.5)
+        reply("A")(handler)
+
+    file = tmp_path / "judge.jsonl"
+    server.faults += [slow, slow, slow, send(404, "{}")]
+    with pytest.raises(UserError, match=r"no model m.* keeps 3 replies"):
+        ask(server.url, answers_of(1, 2), "--judge_cache", str(file), "--judge_parallel", "4")
+    assert len(server.seen) == 4 and len(file.read_text().splitlines()) == 3
+
+
+def test_a_share_that_may_be_chance_does_not_end_a_run(server, monkeypatch):
+    """5 of 20 replies, which are 5 of 72 in the end. Each reply is parsed a fixed number of times."""
+    parsed = []
+    monkeypatch.setattr("ppo.judge.verdict", lambda text: (parsed.append(text), verdict(text))[1])
+    server.faults += [reply("?")] * 5
+    result, _, _ = ask(server.url, answers_of(1, 2, 3))
+    assert result["unreadable"] == 5 and result["requests"] == 6 * NUMBER and len(parsed) <= 3 * 6 * NUMBER
+
+
+@pytest.mark.parametrize("key", ["sk-schlüssel", "sk-\x7fa", "sk-\udc80"])
+def test_a_key_that_no_request_can_carry(server, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match=r"^OPENAI_API_KEY in the environment has characters") as error:
+        Judge(config(server.url))
+    assert "sk-" not in str(error.value) and not server.seen
 
 
 def test_a_missing_server_or_key_is_found_before_anything_is_sampled(server, monkeypatch):
@@ -213,13 +262,16 @@ def test_a_missing_server_or_key_is_found_before_anything_is_sampled(server, mon
 
 def test_replies_without_a_verdict(server, tmp_path):
     server.faults += [reply(x) for x in ("A \x1b[2J", None, "<script>")]
-    result, _, _ = ask(server.url, answers_of(1, 2), "--judge_parallel", "1")
+    result, judge, _ = ask(server.url, answers_of(1, 2), "--judge_parallel", "1", "--judge_max_requests", "99")
     assert result["unreadable"] == 3 and result["pairs"][0]["prompts"] == NUMBER - 2  # both orders of the first two
-    assert "3 replies are no verdict" in render_judge(result, ["a", "b"], config(server.url))
+    said = render_judge(result, ["a", "b"], judge.config)
+    assert "3 replies are no verdict, the first one 'A \\x1b[2J'; these" in said and "ended" not in said
     server.faults += [reply("well, \x1b[2J")] * 100
     file = str(tmp_path / "judge.jsonl")
     server.seen.clear()
-    with pytest.raises(UserError, match=r"m: 20 of 20 replies .* as 'well, \\x1b\[2J'; change .*max_tokens\)$"):
+    with pytest.raises(
+        UserError, match=r"m: 20 of 20 replies .* the first one: 'well, \\x1b\[2J'; change .*max_tokens\)$"
+    ):
         ask(server.url, answers_of(1, 2), "--judge_cache", file, "--judge_parallel", "1")
     assert len(server.seen) == 20  # no more money is spent
 
@@ -230,11 +282,34 @@ def test_budgets(server, tmp_path):
     result, _, _ = ask(server.url, answers_of(1, 2), *flags)
     assert len(server.seen) == result["requests"] == 7 and result["pairs"][0]["prompts"] == 3
     said = render_judge(result, ["a", "b"], config(server.url, *flags)).splitlines()[-1]
-    assert said == f"{NUMBER - 3} pairs of answers have no verdict: --judge_max_requests 7 ended; run again to go on"
+    assert said == f"{2 * NUMBER - 7} requests were not sent: --judge_max_requests 7 ended; run again to go on"
     ask(server.url, answers_of(1, 2), *flags)
     assert len(server.seen) == 14
     flags = ("--judge_max_tokens", "500", "--judge_parallel", "1")  # 102 per request
     assert ask(server.url, answers_of(1, 2), *flags)[0]["requests"] == 5
+
+
+@pytest.mark.parametrize("flags", [("--judge_max_tokens", "500"), ("--judge_price", "1", "2")])
+def test_tokens_that_a_server_does_not_count(server, tmp_path, flags):
+    """An error after the first reply, which is kept."""
+    file = tmp_path / "judge.jsonl"
+    server.faults += [send(200, '{"choices": [{"message": {"content": "A"}}]}')] * 2
+    with pytest.raises(
+        UserError, match=f"^{flags[0]}: .* does not say how many tokens.*; leave {flags[0]} out"
+    ) as error:
+        ask(server.url, answers_of(1, 2), "--judge_cache", str(file), "--judge_parallel", "1", *flags)
+    assert "keeps 1 replies" in str(error.value) and len(server.seen) == 1
+    assert ask(server.url, answers_of(1, 2))[0]["pairs"][0]["prompts"] == NUMBER  # without the flag
+
+
+def test_replies_are_kept_beside_an_output_that_is_a_file(tmp_path):
+    def kept(*flags) -> str | None:
+        return config("http://localhost/v1", *map(str, flags)).judge_cache_file
+
+    (tmp_path / "link").symlink_to(tmp_path / "new" / "table.json")
+    assert kept() is None and kept("--output", "/dev/null") is None
+    assert kept("--output", "/dev/null", "--judge_cache", "x") == "x"
+    assert kept("--output", tmp_path / "link") == str(tmp_path / "new" / "table.judge.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -248,6 +323,7 @@ def test_budgets(server, tmp_path):
         (["--judge_arguments", '{"messages": []}'], "--judge_arguments has the field messages"),
         (["--judge_parallel", "0"], "--judge_parallel 0"),
         (["--judge_model", ""], "--judge_url without --judge_model"),
+        (["--judge_url", "", "--judge_model", "", "--judge_price", "1", "2"], "--judge_price without --judge_url"),
     ],
 )
 def test_flags(flags, said):

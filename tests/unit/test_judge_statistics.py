@@ -77,7 +77,12 @@ def test_length_control_by_hand():
 
 def test_length_control_without_a_difference_or_a_loss():
     outcome = verdicts(1, 1, 0.5, 0)
-    assert length_controlled(outcome, numpy.full(4, 7.0), numpy.ones((1, 4))) == pytest.approx(0.625, abs=2e-3)
+    assert length_controlled(outcome, numpy.zeros(4), numpy.ones((1, 4))) == pytest.approx(0.625, abs=2e-3)
+    assert numpy.isnan(length_controlled(outcome, numpy.full(4, 7.0), numpy.ones((1, 4))))  # length, or quality
+    [rate, nothing] = length_controlled(verdicts(1, NAN), numpy.zeros(2), verdicts((1, 1), (0, 2)))
+    assert rate > 0.96 and numpy.isnan(nothing)  # a resample without a known verdict
+    one = judged_pair(verdicts((0, 1)), numpy.array([False]), numpy.array([7.0]), {}, resampled(1, 1))
+    assert one["length_controlled_win_rate"] is None and one["win_rate"] == [1, 1, 1]
     [rate] = length_controlled(numpy.ones(9), numpy.arange(9.0), numpy.ones((1, 9)))
     a = math.log(rate / (1 - rate))
     assert 0.97 < rate < 1
@@ -106,6 +111,9 @@ def test_bradley_terry_by_hand():
     assert [rating[0] for rating in ratings] == pytest.approx([step, 0, -step], abs=1e-3)
     assert step == pytest.approx(190.85, abs=0.01)
     assert all(low <= estimate <= high for estimate, low, high in ratings)
+    scores[:, 2], scores[:, :, 2] = NAN, NAN  # else it would be known to be average
+    scores[:, 2, 2] = 0.5
+    assert [rating is None for rating in bradley_terry(scores, resampled(count, 0))] == [False, False, True]
 
 
 def test_scores_of_pairs():
