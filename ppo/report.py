@@ -44,10 +44,12 @@ def judge(run: RunFiles) -> None:
     past = [(row, name, flag) for row in run.metrics for name, flag in past_limits(_numbers(row), limits)]
     alarmed = {row["step"] for row, _, _ in past}
     run.best, run.num_alarms = _best(run, alarmed), len(alarmed)
-    run.remarks = [_alarm_text(name, flag, past, limits) for name, flag in dict.fromkeys(x[1:] for x in past)]
+    run.remarks += [_alarm_text(name, flag, past, limits) for name, flag in dict.fromkeys(x[1:] for x in past)]
+    count = run.num_rollbacks
     if not past:
-        run.remarks = ["No alarm: KL, perplexity and the other signs of a collapse stayed within their limits."]
-    if is_number(count := run.metrics[-1].get("rollbacks")) and count:
+        found = f"No alarm{' in the steps that are shown' if count else ''}"
+        run.remarks.append(f"{found}: KL, perplexity and the other signs of a collapse stayed within their limits.")
+    if count:
         run.remarks.append(
             f"Rollbacks: {count:g}. After an alarm the run went back to a checkpoint and took other prompts; the steps "
             "that were taken back are not shown, and best/ may be of one of them."
@@ -80,12 +82,12 @@ def _best(run: RunFiles, alarmed: set[int]) -> dict | None:
 def _alarm_text(name: str, flag: str, past: list[tuple[dict, str, str]], limits: AlarmFlags) -> str:
     """Returns a sentence about all alarms of a metric."""
     rows = [row for row, other, _ in past if other == name]
-    limit, worst = getattr(limits, flag), (max if flag == "alarm_kl" else min)(row[name] for row in rows)
+    limit, far, worst = getattr(limits, flag), *(("up", max) if flag == "alarm_kl" else ("down", min))
     first, last = (rows[i]["step"] for i in (0, -1))
     when = f"step {first}" if len(rows) == 1 else f"{len(rows)} steps between {first} and {last}"
     return (
-        f"Alarm: {name} was past --{flag} {limit:g} at {when}, up to {number(worst)}: {MEANINGS[name]}. Read the "
-        "samples of these steps."
+        f"Alarm: {name} was past --{flag} {limit:g} at {when}, {far} to {number(worst(row[name] for row in rows))}: "
+        f"{MEANINGS[name]}. Read the samples of these steps."
     )
 
 

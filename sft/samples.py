@@ -17,8 +17,8 @@ from utils.tokenizer import stop_ids
 @torch.no_grad()
 def sample_answers(
     engine: TrainEngine, dialogues: list[EncodedDialogue], tokenizer, window: int, maxlen_res: int
-) -> list[dict[str, str]]:
-    """Returns per dialogue its last prompt with special tokens, the model's greedy answer, and the reference answer.
+) -> list[dict]:
+    """Returns rows with a dialogue's last prompt with special tokens, the model's greedy answer, and the reference.
 
     All ranks generate the same answers, as ZeRO-3 needs all ranks. Answers have at most `maxlen_res` tokens, fewer if
     the longest prompt and its answer reach the `window`. Collective.
@@ -38,6 +38,7 @@ def sample_answers(
     answers = sequences[:, ids.shape[1] :].tolist()
     return [
         {
+            "held_out": True,  # first, as in PPO's rows
             "prompt": tokenizer.decode(prompt),
             "answer": decode_answer(tokenizer, answer),
             "reference": decode_answer(tokenizer, dialogue.ids[len(prompt) :]),

@@ -103,7 +103,7 @@ def build_stage(
     def save_adapter(folder: str) -> None:
         save_lm_adapter(model, decoder_of(lm), lm, config.hf_model_name_or_path, folder, tokenizer)
 
-    def samples(engine: TrainEngine) -> list[dict[str, str]]:
+    def samples(engine: TrainEngine) -> list[dict]:
         return sample_answers(engine, shown, tokenizer, config.context_truncate, config.maxlen_res)
 
     stage = Stage(

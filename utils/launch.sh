@@ -215,7 +215,7 @@ run_once() { # $1: folder that the stage ends with; $2: log file; then as for la
 
 end_demo() { # $1: output folder
   python -m ppo.report "$1"
-  echo "Everything is in $1; all metrics: tensorboard --logdir $1/tensorboard"
+  printf 'talk to the model: python -m ppo.chat --model %q\n' "$1/final"
 }
 
 has_flag() { # $1: flag; then a command line. Whether the flag is there

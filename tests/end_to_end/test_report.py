@@ -1,7 +1,11 @@
 """Trainers write report.html at their end; `python -m ppo.report` makes it anew, for runs of all stages."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +13,15 @@ import reward.train
 import sft.train
 from ppo.report import main
 from tests.helpers.tiny import SAMPLES, tiny_llama_folder
-from tests.helpers.tiny_run import fit_flags, read_lines, refusal, run_flags, run_module, write_json
+from tests.helpers.tiny_run import (
+    REPOSITORY,
+    clean_environment,
+    fit_flags,
+    read_lines,
+    refusal,
+    run_flags,
+    write_json,
+)
 from train_ppo import main as train_ppo
 from utils.run.folder import check_owned
 
@@ -39,16 +51,23 @@ def test_ppo_with_changed_flags_and_samples_side_by_side(inputs, tmp_path, capfd
     assert "<td>--critic_lr</td><td>0.001</td><td>1.65e-06</td>" in page and "<td>--gamma</td>" not in page
     rows = read_lines(out / "samples.jsonl")
     held_out = [row for row in rows if row.get("held_out")]
-    sides = re.search(r'<article class="many"><div class="prompt"><pre>Help</pre>.*?</article>', page, re.DOTALL)[0]
-    assert sides.count("<pre>") == 1 + len([row for row in held_out if row["prompt"] == "Help"]) == 4
+    sides = re.search(
+        r'<article class="many"><div class="prompt"><pre>[^<]*Human:Help&lt;[^<]*</pre>.*?</article>', page, re.DOTALL
+    )[0]
+    assert sides.count("<pre>") == 1 + len([row for row in held_out if "Human:Help<" in row["prompt"]]) == 4
     best = max((row for row in read_lines(out / "metrics.jsonl")), key=lambda row: row["eval_score_mean"])
     assert f'<span class="small">Best step</span><b>{best["step"]}</b><span class="small">best/ holds it' in page
     assert best["eval_num_prompts"] == 3
 
     kept = (out / "report.html").read_bytes()
-    result = run_module("ppo.report", out)
+    command = ["bash", "-c", 'source utils/launch.sh; end_demo "$1"', "-", out]  # the end of run_en.sh --demo
+    settings = clean_environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(command, cwd=REPOSITORY, env=settings, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == f"written: {out}/report.html (open it in a browser)\n"
+    assert result.stdout.splitlines() == [
+        f"written: {out}/report.html (open it in a browser)",
+        f"talk to the model: python -m ppo.chat --model {out}/final",
+    ]
     assert (out / "report.html").read_bytes() == kept
     assert refusal(main, [str(out), "--output", str(tmp_path)], capfd).endswith("is a folder; pass the name of a file")
 
@@ -64,6 +83,7 @@ def test_sft_and_reward_runs_on_one_page(base, tmp_path):
     ]  # fmt: skip
     assert {"Loss", "Accuracy", "Score difference", "Calibration error"} <= set(titles(pages[1]))
     assert "Finished: all 3 steps" in pages[0] and "<summary>reference</summary>" in pages[0]
+    assert 'data-held="1"' in pages[0] and 'data-held="0"' not in pages[0]  # all answers are to held-out prompts
     main([*map(str, runs), "--output", str(tmp_path / "both.html")])
     page = (tmp_path / "both.html").read_text("utf-8")
     assert all(f"<h2>{run}</h2>" in page for run in runs)

@@ -73,6 +73,7 @@ def test_held_out_accuracy_and_perplexity_are_those_of_the_saved_model(run):
 def test_each_evaluation_answers_held_out_prompts(run):
     rows = read_lines(run / "samples.jsonl")
     assert [row["step"] for row in rows] == [4, 4, 8, 8, 12, 12]  # there are two held-out dialogues
+    assert all(row["held_out"] is True for row in rows)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run / "final"), load_tokenizer(str(run / "final"))
     for row, turns in zip(rows[4:], parsed_dialogues(DATA)[1], strict=True):
         prompt = encode_prompt(tokenizer, turns[:-1], "moss_en")

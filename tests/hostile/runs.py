@@ -39,6 +39,7 @@ def line(name: str, text: str, last: bool = False) -> Change:
 
 report = partial(Case, "report", "ppo_run")
 KEPT = "a foreign line is no reason to stop a run"
+LEFT_OUT = "a comparison is left out of the report, which says why"
 COMPARISON = {"": [3, []], "table": [3, {"score": {"before": 3}}, {"score": 3}, {"score": {"before": ["x", 1, 2]}}],
     "answers": [3, [3], [{}]]}  # fmt: skip
 WHOLE = {"table": {"score": {"before": [1, 0, 2]}}, "answers": [{"prompt": "a", "answer": "b", "answer_after": "c"}]}
@@ -72,8 +73,8 @@ RUN_FILES = (
     | named("metrics.jsonl: {}, last, on resume", LAST, fit, KEPT)
     | named("metrics.jsonl: {}, reported", FIRST, report, KEPT)
     | named("samples.jsonl: {}, reported", SAMPLES, report, KEPT)
-    | named("comparison.json: {}", COMPARED, report)
-    | files("comparison.json", report)
+    | named("comparison.json: {}", COMPARED, report, LEFT_OUT)
+    | named("{}", files("comparison.json", report), kept, LEFT_OUT)
     | named("report: {}", BROKEN, report)
     | named("report: {}", NO_NUMBERS, report, "what is no number is not drawn, and what is no sample is not shown")
     | named("run: {}", RUNS, fit)

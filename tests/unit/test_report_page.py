@@ -2,7 +2,10 @@
 
 import base64
 import hashlib
+import json
+import os
 import re
+import tracemalloc
 
 import pytest
 
@@ -11,10 +14,10 @@ from reward.metrics import LARGER_IS_BETTER
 from tests.helpers.run_folder import HOSTILE, STEP, judged, make_run
 from utils.report import verdict
 from utils.report.charts import draw_overview
-from utils.report.choose import MAX_POINTS, choose_rows, evenly, thinned
+from utils.report.choose import MAX_POINTS, choose_rows, evenly, short_names, thinned
 from utils.report.page import page_of
 from utils.report.panels import panels_of
-from utils.report.read import MAX_SAMPLES
+from utils.report.read import MAX_SAMPLES, read_run
 
 
 def test_a_long_line_keeps_its_ends_and_extremes():
@@ -69,11 +72,37 @@ def test_alarms_and_the_best_step_in_words(tmp_path):
     assert tiles["Score"] == ("2", "held out, at the best step, 95 % interval 1.61 to 2.39")
     assert tiles["KL"] == ("5", "nats per response, held out, at the best step")
     assert tiles["Alarms"][0] == "2"
+    assert tiles["Alarms"][1] == "steps with signs of a collapse, in the steps that are shown; rollbacks: 2"
     said = "\n".join(verdict.sentences(run))
     assert "Not finished: step 5 of 10, written on 20" in said
     assert "kl_ref was past --alarm_kl 48 at 2 steps between 4 and 5, up to 61.5: the policy is so far" in said
-    assert "perplexity was past --alarm_perplexity 1.05 at step 5, up to 1.01: the policy repeats itself" in said
+    assert "perplexity was past --alarm_perplexity 1.05 at step 5, down to 1.01: the policy repeats itself" in said
     assert "Rollbacks: 2." in said and "No alarm" not in said
+
+
+def test_a_run_with_a_rollback_had_an_alarm(tmp_path):
+    run = judged(make_run(tmp_path / "run", [STEP | {"rollbacks": 0}, STEP | {"rollbacks": 1}]))
+    assert verdict.tiles(run)[-1] == ("Alarms", "none", "in the steps that are shown; rollbacks: 1")
+    said = verdict.sentences(run)
+    assert said[1].startswith("No alarm in the steps that are shown: ") and said[2].startswith("Rollbacks: 1.")
+
+
+@pytest.mark.parametrize(
+    ("steps", "has_final", "said"),
+    [
+        (2, False, "Not finished: step 2 of 5, "),
+        (2, True, "Finished: the target was reached at step 2, "),
+        (5, True, "Finished: all 5 steps are done, "),
+    ],
+)
+def test_a_critic_that_is_trained_alone(tmp_path, steps, has_final, said):
+    flags = {"pretrain": True, "critic_pretrain_steps": 5, "train_steps": 1000}
+    folder = make_run(tmp_path / "run", [{"value_loss": 1.0, "kl_ref": 0.0}] * steps, **flags)
+    if has_final:
+        (folder / "final").mkdir()
+    run = judged(folder)
+    assert verdict.sentences(run)[0].startswith(said)
+    assert verdict.tiles(run)[0] == ("Steps", f"{steps} of 5", "")
 
 
 def test_a_finished_run_with_a_comparison_in_words(tmp_path):
@@ -82,20 +111,69 @@ def test_a_finished_run_with_a_comparison_in_words(tmp_path):
              "reward_fn score": {"before": [0, 0, 0], "after": [0.1, 0, 1], "difference": same},
              "kl": {"after": [6.0, 5.5, 6.5]}}  # fmt: skip
     answers = [{"prompt": "p", "answer": "a", "answer_after": "b"}]
-    folder = make_run(tmp_path / "run", [STEP] * 3, comparison={"table": table, "answers": answers}, train_steps=3)
+    comparison = {"policies": ["a/model", "b/final/"], "table": table, "answers": answers}
+    folder = make_run(tmp_path / "run", [STEP] * 3, comparison=comparison, train_steps=3)
     (folder / "final").mkdir()
     (folder / "bad_batches").mkdir()
     (folder / "bad_batches" / "step_2_1.safetensors").write_text("")
     run = judged(folder)
     tiles = {label: (value, meaning) for label, value, meaning in verdict.tiles(run)}
-    meaning = "reward model score before → after on 1 prompts; after: 95 % interval 2.5 to 3.5"
+    names = "before: model, after: final"
+    meaning = f"reward model score, {names}, on 1 prompts; after: 95 % interval 2.5 to 3.5"
     assert tiles["Score"] == ("1 → 3", meaning)
     assert tiles["KL"] == ("6", "nats per response, 95 % interval 5.5 to 6.5") and tiles["Alarms"] == ("none", "")
     said = verdict.sentences(run)
     assert said[0] == "Finished: all 3 steps are done, and final/ holds the model after the last one."
-    assert "The reward model score is higher after the training: difference 2 [1.5, 2.5]" in said[1]
-    assert "The reward_fn score is not clearly higher or lower after the training: difference 0.1 [−0.2," in said[2]
+    assert f"The reward model score is higher after the training ({names}): difference 2 [1.5, 2.5]" in said[1]
+    assert "The reward_fn score is not clearly higher or lower after the training" in said[2]
+    assert "difference 0.1 [−0.2, 0.4]" in said[2]
     assert said[3].startswith("No alarm") and said[4].startswith("1 bad batch was left out or")
+
+
+def test_a_comparison_of_three_policies_by_a_judge(tmp_path):
+    nan = [float("nan")] * 3
+    tables = [{"reward_fn score": {"before": nan, "after": nan, "difference": nan}, "kl": {"after": nan}},
+              {"kl": {"after": [7.0, 6.0, 8.0]}}]  # fmt: skip
+    pairs = [{"policies": [0, 1], "prompts": 9, "win_rate": [0.75, 0.5, 1.0], "length_controlled_win_rate": None},
+             {"policies": [1, 7], "prompts": 0}]  # fmt: skip
+    comparison = {
+        "policies": ["sft", "one/final", "two/final"], "table": tables[0], "tables": tables,
+        "answers": [{"prompt": "p", "answer": "a", "answer_after": "b", "answer_3": "c"}],
+        "ratings": {"judge": {"ratings": [[-120.0, -200.0, -40.0], [120.0, 40.0, 200.0], None]}},
+        "judge": {"model": HOSTILE, "pairs": pairs},
+    }  # fmt: skip
+    run = judged(make_run(tmp_path / "run", [STEP | {"eval_kl_ref": 5.0, "eval_score_mean": 1.0}], [], comparison))
+    tiles = {label: (value, meaning) for label, value, meaning in verdict.tiles(run)}
+    assert tiles["Score"] == ("1", "held out, at the best step") and tiles["KL"][0] == "5"  # the comparison's are NaN
+    assert len(verdict.sentences(run)) == 2
+    page = page_of([run])
+    assert "<p>before: sft, after: one/final</p>" in page and "<p>before: sft, after: two/final</p>" in page
+    assert "<td>kl</td><td>7 [6, 8]</td>" in page and "<td>kl</td><td></td><td>unknown</td>" in page
+    assert "<tr><td>sft</td><td>−120 [−200, −40]</td></tr>" in page
+    assert "<tr><td>two/final</td><td>unknown</td></tr>" in page
+    assert "<tr><td>one/final against sft</td><td>9</td><td>0.75 [0.5, 1]</td><td>unknown</td></tr>" in page
+    assert "policy 8 against one/final" in page and '<p class="meta">after: one/final</p>' in page
+    assert "By the judge &lt;script&gt;alert(1)&lt;/script&gt;&amp;\\u001b[2J" in page and page.count("<script") == 0
+
+
+def test_the_shortest_names_that_tell_policies_apart():
+    assert short_names(["a/model", "b/final/", "a/model"]) == ["model", "final", "model"]
+    assert short_names(["runs/a/final", "runs/b/final"]) == ["a/final", "b/final"]
+    assert short_names(["/", "org/model"]) == ["/", "model"] and short_names([]) == []
+    assert short_names([f"{x}/1/2/3/4" for x in "ab"]) == ["a/1/2/3/4", "b/1/2/3/4"]
+
+
+def test_a_comparison_of_an_earlier_model_is_left_out(tmp_path):
+    comparison = {"table": {"kl": {"after": [6.0, 5.5, 6.5]}}, "answers": []}
+    folder = make_run(tmp_path / "run", [STEP], comparison=comparison)
+    last_step = (folder / "metrics.jsonl").stat().st_mtime_ns
+    os.utime(folder / "comparison.json", ns=(last_step, last_step))
+    assert judged(folder).comparison == comparison
+    os.utime(folder / "comparison.json", ns=(last_step, last_step - 10**9))
+    run = judged(folder)
+    assert run.comparison is None and "KL" not in {tile[0] for tile in verdict.tiles(run)}
+    remark = "comparison.json is left out, since it is older than the last step: run ppo.compare again, or touch it"
+    assert any(text.startswith(remark) for text in verdict.sentences(run))
 
 
 def test_the_best_step_of_supervised_runs(tmp_path):
@@ -168,6 +246,26 @@ def test_a_long_run_is_cut_to_what_a_page_can_hold(tmp_path):
     page = page_of([run])
     assert "400 of 8000 rows, from steps spread evenly over the run" in page
     assert "answer 0." in page and "answer 7999." in page
+
+
+def test_samples_are_found_again_between_other_lines(tmp_path):
+    """Lines that no run wrote, the text of other scripts, and one that is being written."""
+    folder = make_run(tmp_path / "run", [STEP] * 3)
+    rows = [json.dumps({"step": i, "prompt": "问" * i, "answer": f"é{i}"}, ensure_ascii=False) for i in (1, 2, 3)]
+    (folder / "samples.jsonl").write_text(f'{rows[0]}\nforeign é\n\n{rows[1]}\n{{"step": 2}}\n{rows[2]}')
+    run = judged(folder)
+    assert [row["answer"] for row in run.samples] == ["é1", "é2"] and run.num_samples == 3
+
+
+def test_the_samples_of_a_long_run_are_not_held_in_memory(tmp_path):
+    row = {"prompt": "p", "answer": "x" * 10_000}
+    folder = make_run(tmp_path / "run", [STEP], [row | {"step": i} for i in range(2000)])
+    tracemalloc.start()
+    try:
+        assert len(read_run(folder, max_samples=4).samples) == 4
+        assert tracemalloc.get_traced_memory()[1] < 4e6  # of 20 MB
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_overview_is_a_picture_of_a_card():

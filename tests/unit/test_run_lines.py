@@ -11,6 +11,7 @@ from tests.helpers.parts import ppo_config
 from tests.helpers.tiny_run import refusal
 from utils.errors import UserError
 from utils.files import disk_errors
+from utils.report.read import read_run
 from utils.run.folder import cut_lines
 from utils.run.resume import check_folder
 
@@ -79,18 +80,27 @@ def test_a_report_passes_over_foreign_lines(run):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "reason"),
+    ("content", "reason"),
     [
-        ("config.json", {"critic_pretrain_steps": "1"}, "critic_pretrain_steps: .* valid integer"),
-        ("comparison.json", {"answers": []}, "table: .* required"),
-        ("comparison.json", {"table": {"kl": {"after": [1, 2]}}, "answers": []}, "table.kl.after: .* 3 items"),
-        ("comparison.json", {"table": {"kl": {"after": [1, 2, "3"]}}, "answers": []}, "table.kl.after.2: .* number"),
-        ("comparison.json", {"table": {}, "answers": [{"prompt": "a", "answer": 3}]}, "answers.0.answer: .* string"),
+        ({"answers": []}, "table: .* required"),
+        ({"table": {"kl": {"after": [1, 2]}}, "answers": []}, "table.kl.after: .* 3 items"),
+        ({"table": {"kl": {"after": [1, 2, "3"]}}, "answers": []}, "table.kl.after.2: .* number"),
+        ({"table": {}, "answers": [{"prompt": "a", "answer": 3}]}, "answers.0.answer: .* string"),
+        ({"table": {}, "answers": [], "judge": {"model": "<b>", "pairs": [{"policies": [0]}]}}, "policies: .* 2 items"),
+        ({"table": {}, "answers": [], "tables": None}, "tables: .* list"),
     ],
 )
-def test_a_report_of_damaged_files_is_refused(run, capfd, name, content, reason):
-    (run / name).write_text(json.dumps(content))
+def test_a_damaged_comparison_is_left_out(run, content, reason):
+    (run / "comparison.json").write_text(json.dumps(content))
+    found = read_run(run)
+    (remark,) = found.remarks
+    assert found.comparison is None and found.last_step == 2
+    assert re.fullmatch(f"comparison.json is left out, since it is damaged.*{reason}.*: run ppo.compare again.", remark)
+
+
+def test_a_report_of_damaged_flags_is_refused(run, capfd):
+    (run / "config.json").write_text('{"critic_pretrain_steps": "1"}')
     error = refusal(main, [str(run)], capfd)
-    assert f"RUN: {run / name} is damaged or not readable (" in error
-    assert re.search(reason, error)
+    assert f"RUN: {run / 'config.json'} is damaged or not readable (" in error
+    assert re.search("critic_pretrain_steps: .* valid integer", error)
     assert not (run / "report.html").exists()

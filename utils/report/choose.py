@@ -13,6 +13,16 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300
 
 
+def short_names(paths: list[str]) -> list[str]:
+    """Returns the last parts of paths, as few as tell them apart; the whole paths if more than 4 would be needed."""
+    parts = [[part for part in path.split("/") if part] or [path] for path in paths]
+    for count in range(1, 5):
+        names = ["/".join(each[-count:]) for each in parts]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return paths
+
+
 def points(metrics: list[dict], key: str, x: str = "step") -> list[tuple[float, float]]:
     """Returns (x, value) of the rows that have numbers for both."""
     found = [(row.get(x), row[key]) for row in metrics if is_number(row.get(key))]

@@ -7,13 +7,13 @@ from pathlib import Path
 from utils.files import atomic_file
 from utils.html import html_page, html_table
 from utils.report.charts import STYLES, Drawing, Series, series_of
+from utils.report.comparison import comparison_html
 from utils.report.panels import Panel, Plane, Stack, panels_of
 from utils.report.read import RunFiles
-from utils.report.samples import samples_html, text_html
-from utils.report.verdict import interval, number, sentences, tiles
+from utils.report.samples import samples_html
+from utils.report.verdict import number, sentences, tiles
 from utils.terminal import printable
 
-NUM_ANSWERS = 12  # of a comparison that are shown
 DASHES = ("━", "┅", "┈")  # how the styles of lines look in a legend
 OWN_FILES = Path(__file__).parent
 
@@ -29,7 +29,8 @@ def page_of(runs: list[RunFiles]) -> str:
     """Returns the page. All texts of runs are escaped, and control characters in them are shown as such."""
     compared = '<h2 id="compared">Before and after, by ppo.compare</h2>' if any(run.comparison for run in runs) else ""
     parts = [_links(runs), *(_head(run, len(runs) > 1) for run in runs), _panels(runs)]
-    parts += [compared, *map(_comparison, runs), samples_html(runs), '<h2 id="flags">Flags</h2>', *map(_flags, runs)]
+    parts += [compared, *map(comparison_html, runs), samples_html(runs)]
+    parts += ['<h2 id="flags">Flags</h2>', *map(_flags, runs)]
     body = "\n".join(filter(None, parts))
     style, script = ((OWN_FILES / name).read_text("utf-8") for name in ("page.css", "page.js"))
     title = ", ".join(run.name for run in runs)
@@ -102,24 +103,6 @@ def _description(panel: Panel, series: list[Series]) -> str:
 
 def _kinds(line: Series) -> list[tuple[str, list]]:
     return [pair for pair in (("training", line.train), ("held out", line.held_out)) if pair[1]]
-
-
-def _comparison(run: RunFiles) -> str:
-    if not run.comparison:
-        return ""
-    table, answers = run.comparison["table"], run.comparison["answers"]
-    columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    rows = [[name, *(interval(row[x]) if x in row else "" for x in columns)] for name, row in table.items()]
-    shown = "".join(
-        f'<article><div class="prompt">{text_html(row["prompt"])}</div><div class="sides"><div><p class="meta">before'
-        f'</p>{text_html(row["answer"])}</div><div><p class="meta">after</p>{text_html(row["answer_after"])}</div>'
-        "</div></article>\n"
-        for row in answers[:NUM_ANSWERS]
-    )
-    return f"""<p>{html.escape(run.name)}: {len(answers)} prompts; means with 95 % intervals over prompts.</p>
-<div class="wide">{html_table(["", *columns], rows)}</div>
-<details><summary>The answers to the first {min(NUM_ANSWERS, len(answers))} prompts</summary>
-{shown}</details>"""
 
 
 def _flags(run: RunFiles) -> str:

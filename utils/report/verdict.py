@@ -17,8 +17,15 @@ def number(value: float) -> str:
     return f"{value:.3g}".replace("-", "−") if abs(value) < 1000 else f"{value:,.0f}".replace("-", "−")
 
 
-def interval(estimate: Sequence[float]) -> str:
+def is_known(estimate: Sequence[float] | None) -> bool:
+    """Returns whether an estimate and its interval are numbers; a comparison may have NaN."""
+    return bool(estimate) and all(map(is_number, estimate))
+
+
+def interval(estimate: Sequence[float] | None) -> str:
     """Returns an estimate with its 95 % interval."""
+    if not is_known(estimate):
+        return "unknown"
     middle, low, high = (number(value) for value in estimate)
     return f"{middle} [{low}, {high}]"
 
@@ -26,6 +33,11 @@ def interval(estimate: Sequence[float]) -> str:
 def bounds(estimate: Sequence[float]) -> str:
     """Returns the 95 % interval of an estimate in words."""
     return f"95 % interval {number(estimate[1])} to {number(estimate[2])}"
+
+
+def before_after(policies: list[str]) -> str:
+    """Returns which policies "before" and "after" are, the first two; "" if that is not known."""
+    return "before: {}, after: {}".format(*policies) if len(policies) > 1 else ""
 
 
 def held_out_interval(row: dict) -> list[float] | None:
@@ -51,6 +63,8 @@ def progress(run: RunFiles) -> str:
     when = datetime.fromtimestamp(run.written, UTC).strftime("%Y-%m-%d %H:%M UTC")
     if total and step >= total and run.has_final:
         return f"Finished: all {total} steps are done, and final/ holds the model after the last one."
+    if run.trains_critic_only and run.has_final:
+        return f"Finished: the target was reached at step {step}, and final/ holds the critic after it."
     of = f" of {total}" if total else ""
     return f"Not finished: step {step}{of}, written on {when}. The run goes on, or it was stopped there."
 
@@ -64,23 +78,27 @@ def tiles(run: RunFiles) -> list[Tile]:
         found.append(("Best step", str(run.best["step"]), where))
     found += _ppo_tiles(run) if run.stage == "ppo" else _supervised_tiles(run)
     if run.num_alarms is not None:
-        found.append(("Alarms", str(run.num_alarms or "none"), "steps with signs of a collapse" * (run.num_alarms > 0)))
+        said = ["steps with signs of a collapse"] if run.num_alarms else []
+        said += [f"in the steps that are shown; rollbacks: {run.num_rollbacks:g}"] if run.num_rollbacks else []
+        found.append(("Alarms", str(run.num_alarms or "none"), ", ".join(said)))
     return found
 
 
 def _ppo_tiles(run: RunFiles) -> list[Tile]:
     table = run.comparison["table"] if run.comparison else {}
-    name = next((name for name in SCORES if {"before", "after"} <= table.get(name, {}).keys()), None)
+    known = {name: [table.get(name, {}).get(key) for key in ("before", "after")] for name in SCORES}
+    name = next((name for name, both in known.items() if all(map(is_known, both))), None)
     found, best = [], run.best or {}
     if name:
-        before, after = (table[name][key] for key in ("before", "after"))
-        meaning = f"{name} before → after on {len(run.comparison['answers'])} prompts; after: {bounds(after)}"
+        before, after = known[name]
+        which = before_after(run.policies) or "before → after"
+        meaning = f"{name}, {which}, on {len(run.comparison['answers'])} prompts; after: {bounds(after)}"
         found.append(("Score", f"{number(before[0])} → {number(after[0])}", meaning))
     elif is_number(best.get("eval_score_mean")):
         estimate = held_out_interval(best)
         meaning = f"held out, at the best step{f', {bounds(estimate)}' if estimate else ''}"
         found.append(("Score", number(best["eval_score_mean"]), meaning))
-    if kl := table.get("kl", {}).get("after"):
+    if is_known(kl := table.get("kl", {}).get("after")):
         found.append(("KL", number(kl[0]), f"nats per response, {bounds(kl)}"))
     elif is_number(best.get("eval_kl_ref")):
         found.append(("KL", number(best["eval_kl_ref"]), "nats per response, held out, at the best step"))
@@ -114,11 +132,11 @@ def sentences(run: RunFiles) -> list[str]:
 
 def _gain(run: RunFiles) -> list[str]:
     table = run.comparison["table"] if run.comparison else {}
-    found = []
+    found, which = [], f" ({names})" if (names := before_after(run.policies)) else ""
     for name in SCORES:
-        if not (row := table.get(name, {}).get("difference")):
+        if not is_known(row := table.get(name, {}).get("difference")):
             continue
         words = "higher" if row[1] > 0 else "lower" if row[2] < 0 else None
         said = f"{words} after the training" if words else "not clearly higher or lower after the training"
-        found.append(f"The {name} is {said}: difference {interval(row)}, 95 % interval over prompts.")
+        found.append(f"The {name} is {said}{which}: difference {interval(row)}, 95 % interval over prompts.")
     return found

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from utils.files import atomic_file, open_regular, parse_row, read_json, sync
+from utils.files import atomic_file, read_json, sync
 from utils.flags.parser import changed_defaults
 from utils.flags.run import FREE_ON_RESUME, RunFlags
 from utils.hub import public_name
 from utils.models.adapter_folder import CONFIG
 from utils.models.card import CARD, PICTURE, Card, card_text
-from utils.run.index import LINES
+from utils.report.read import metrics_of
 from utils.tokenizer import template_of
 
 
@@ -37,15 +37,6 @@ def shown(name: str, value) -> str:
         return "…"
     is_path = name.endswith("_path") or name == "reward_fn" or text.startswith(("/", "~", "./", "../"))
     return public_name(text) if is_path and isinstance(value, str) else text
-
-
-def metrics_of(run: str) -> list[dict]:
-    """Returns the rows of a run's metrics.jsonl."""
-    file = os.path.join(run, LINES[0])
-    if not os.path.isfile(file):
-        return []
-    with open_regular(file) as lines:
-        return [row for line in lines if (row := parse_row(line))]
 
 
 def picture_of(run: str) -> bytes | None:
