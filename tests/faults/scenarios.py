@@ -1,17 +1,18 @@
-"""Small runs that something befalls, one after the other, in processes forked from this one:
-
-    python -m tests.faults.scenarios CASES.json
+"""Small runs that something befalls, one after the other, in processes forked from one that has imported the packages.
 
 A case: "module" and "function", called with the words "argv" (main) or with these arguments (others); "ranks";
 "fault": a name in FAULTS, or the arguments of kill_at; "patience": seconds; "log": file. "second": words
-that the second rank gets in addition; "folders": the working folder of each rank. Prints exit codes as JSON.
+that the second rank gets in addition; "folders": the working folder of each rank.
 """
 
+import atexit
 import importlib
 import importlib.util
 import json
 import os
+import select
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -24,18 +25,23 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - takes seconds, which every engine in a fork would pay
+# Imports that take seconds, which every fork would pay otherwise.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+import matplotlib.backends.backend_svg
+import matplotlib.figure  # noqa: F401
 import torch
+import torch.utils.tensorboard
 from tqdm import tqdm
 
 from tests.faults.faults import FAULTS, Fault, nothing
 from tests.faults.moments import kill_at
-from tests.helpers.tiny_run import Inputs, run_flags, run_module
+from tests.helpers.tiny_run import REPOSITORY, Inputs, clean_environment, run_flags
 from utils.launcher import free_port
 
 LIMIT = 300  # seconds for a run to come to its end
 DEFAULTS = {"module": "train_ppo", "function": "main", "ranks": 2, "fault": None, "patience": 60, "second": []}
 SMALL = {"train_steps": 3, "checkpoint_per_step": 1, "keep_checkpoints": 3, "num_eval_prompts": 0}
+_servers: dict[bool, subprocess.Popen] = {}  # with vLLM or without -> the process that others are forked from
 
 
 @dataclass(frozen=True)
@@ -64,15 +70,33 @@ def run_cases(folder: Path, inputs: Inputs, cases: dict[str, dict], runs: Path |
 def run_forked(folder: Path, rows: dict[str, dict]) -> dict[str, Result]:
     """Name -> result. A row: "argv", and what differs from DEFAULTS. Packages are imported once for all of them."""
     cases = [DEFAULTS | row | {"log": str(folder / f"{name}.log".replace(" ", "_"))} for name, row in rows.items()]
-    (folder / "cases.json").write_text(json.dumps(cases))
-    result = run_module("tests.faults.scenarios", folder / "cases.json", timeout=LIMIT + 60 * len(cases))
-    assert result.returncode == 0, result.stderr[-3000:]
+    with_vllm = any("vllm" in case["argv"] or case["module"].startswith("tests.vllm.") for case in cases)
+    request = {"cases": cases, "log": str(folder / "scenarios.log"), "environment": clean_environment()}
+    codes = _answer(with_vllm, request, LIMIT + 60 * len(cases))
+    assert codes is not None, Path(request["log"]).read_text()[-3000:]
     found = {}
-    for name, case, codes in zip(rows, cases, json.loads(result.stdout.splitlines()[-1]), strict=True):
+    for name, case, codes in zip(rows, cases, codes, strict=True):
         argv = case["argv"]
         out = Path(argv[argv.index("--model_save_path") + 1]) if case["function"] == "main" else folder
         found[name] = Result(codes, Path(case["log"]).read_text(), out)
     return found
+
+
+def _answer(with_vllm: bool, request: dict, timeout: float) -> list[list[int]] | None:
+    """Exit codes of the cases, from the process that is forked for them; None if it has failed."""
+    if with_vllm not in _servers:
+        command = [sys.executable, "-m", "tests.faults.scenarios", "vllm" if with_vllm else ""]
+        environment = clean_environment() | {"DS_ACCELERATOR": "cpu"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        _servers[with_vllm] = server = subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes)
+        atexit.register(server.kill)
+    server = _servers[with_vllm]
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    if not select.select([server.stdout], [], [], timeout)[0]:
+        _servers.pop(with_vllm).kill()
+        raise TimeoutError(f"no answer within {timeout} s; see {request['log']}")
+    return json.loads(server.stdout.readline())
 
 
 def finished(results: dict[str, Result]) -> dict[str, Path]:
@@ -137,22 +161,47 @@ def call(run: Callable, words: list, case: dict) -> None:
     run(*([words[0] + case["second"]] if rank == 1 and case["second"] else words))
 
 
-def main() -> None:
-    """All cases of the file."""
-    torch.set_num_threads(1)  # before the first tensor: a process that has threads must not be forked
-    codes, cases = [], json.loads(Path(sys.argv[1]).read_text())
-    with_vllm = any("vllm" in case["argv"] or case["module"].startswith("tests.vllm.") for case in cases)
-    if with_vllm and importlib.util.find_spec("vllm"):
-        importlib.import_module("ppo.decoding.vllm_engine")  # takes seconds, which every process would pay
-    for case in cases:
+def run(request: dict) -> list[list[int]]:
+    """All cases, and what they print, in this process, which is forked for them."""
+    os.environ.clear()
+    os.environ.update(request["environment"] | {"DS_ACCELERATOR": "cpu"})
+    handle = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    codes = []
+    for case in request["cases"]:
         fault = case["fault"] or nothing
         fault = FAULTS[fault] if isinstance(fault, str) else kill_at(*fault) if isinstance(fault, list) else fault
-        run = getattr(importlib.import_module(case["module"]), case["function"])
+        function = getattr(importlib.import_module(case["module"]), case["function"])
         words = [case["argv"]] if case["function"] == "main" else case["argv"]
-        children = start(partial(call, run, words, case), case["ranks"], Path(case["log"]), fault)
+        children = start(partial(call, function, words, case), case["ranks"], Path(case["log"]), fault)
         codes.append(wait(children, case["patience"]))
-    print(json.dumps(codes))
+    return codes
+
+
+def serve() -> None:
+    """Answers each line of standard input, a request, with the codes of its cases, or null."""
+    torch.set_num_threads(1)  # before the first tensor: a process that has threads must not be forked
+    if "vllm" in sys.argv and importlib.util.find_spec("vllm"):
+        importlib.import_module("ppo.decoding.vllm_engine")  # takes seconds, which every process would pay
+    for line in sys.stdin:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            found = None
+            try:
+                found = run(json.loads(line))
+            except BaseException:  # noqa: BLE001 - this process must not go on as the parent
+                traceback.print_exc()
+            finally:
+                os.write(writer, json.dumps(found).encode())
+                os._exit(0)
+        os.close(writer)
+        with open(reader) as answer:
+            print(answer.read() or "null", flush=True)
+        os.waitpid(child, 0)
 
 
 if __name__ == "__main__":
-    main()
+    serve()

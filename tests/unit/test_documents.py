@@ -44,6 +44,8 @@ def known_flags() -> set[str]:
             if isinstance(node, ast.ClassDef) and node.name.endswith(("Config", "Flags")):
                 fields = (line.target.id for line in node.body if isinstance(line, ast.AnnAssign))
                 known |= {f"--{name}" for name in fields}
+                others = (line.value for line in node.body if ast.unparse(line).startswith("aliases: "))
+                known |= {f"--{name.value}" for value in others for name in value.keys}
     for file in (*REPOSITORY.glob("*.sh"), *REPOSITORY.glob("*/*.sh")):
         known |= set(re.findall(r"(?<![-\w])--[a-z0-9_]+", file.read_text("utf-8")))
     return known
