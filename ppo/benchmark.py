@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the table; one process."""
     config = parse_args(BenchmarkConfig, argv)
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # read when datasets is imported
-    os.environ.setdefault("HF_EVALUATE_OFFLINE", "1")
+    os.environ.setdefault("HF_EVALUATE_OFFLINE", os.environ["HF_DATASETS_OFFLINE"])  # of metrics
     from ppo.benchmark_run import evaluate_policies
     from utils.files import check_output_file, write_json
 

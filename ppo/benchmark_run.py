@@ -5,13 +5,10 @@ import logging
 import math
 from typing import Any
 
-from data.choose_template import prepare_tokenizer
 from ppo.benchmark_flags import BenchmarkConfig
-from utils.engine.engine import DTYPES, device
+from ppo.finished_policies import load_policy, prepare_policies
 from utils.errors import UserError
 from utils.files import first_names
-from utils.models.load import load_causal_lm
-from utils.run.start import choose_dtype
 
 
 def evaluate_policies(config: BenchmarkConfig) -> list[dict]:
@@ -22,10 +19,8 @@ def evaluate_policies(config: BenchmarkConfig) -> list[dict]:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("ppo.benchmark: lm-eval is not installed; run pip install lm-eval==0.4.13")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    choose_dtype(config)
-    named = [("--models", path) for path in config.models]
     tasks = _load_tasks(config)
-    tokenizer, _ = prepare_tokenizer(config, config.tokenizer_name_or_path or config.models[0], named, print)
+    tokenizer, _ = prepare_policies(config, [("--models", path) for path in config.models])
     return [_evaluate(path, tasks, tokenizer, config) for path in config.models]
 
 
@@ -53,9 +48,7 @@ def _evaluate(path: str, tasks: dict[str, Any], tokenizer, config: BenchmarkConf
         if own != 0 or config.num_fewshot is None:  # as lm-eval: 0 in a task's file stays
             task.set_config(key="num_fewshot", value=(own or 0) if config.num_fewshot is None else config.num_fewshot)
         task.set_fewshot_seed(seed=config.seed)
-    model = load_causal_lm(
-        path, DTYPES[config.dtype], device(), config.attn_implementation, tokenizer, flag="--models"
-    ).requires_grad_(False)
+    model = load_policy(path, "--models", config, tokenizer).lm
     print(f"{path}: {', '.join(tasks['tasks'])}")
     lm = HFLM(
         pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size,

@@ -6,23 +6,21 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from data.choose_template import prepare_tokenizer
 from data.encode import encode_prompts
 from data.template import Turns, decode_answer
 from ppo.chat_flags import ChatConfig
 from ppo.decoding.sampling import EVALUATION, Sampling
 from ppo.decoding_check import choose_decoding
+from ppo.finished_policies import load_policy, prepare_policies
 from ppo.models import PolicyModel
 from ppo.rollout import PolicySampler
 from ppo.score import GREEDY_TOPP
 from ppo.types import PromptBatch
 from reward.scoring.ensemble import Encoding, Frozen, score_dialogues
 from reward.scoring.load import load_ensemble, reward_readers
-from utils.engine.engine import DTYPES, InferenceEngine, device
+from utils.engine.engine import InferenceEngine
 from utils.errors import Say, UserError
-from utils.files import read_json
-from utils.models.load import check_window, embedding_rows, load_causal_lm, settings_folder, window_at
-from utils.run.start import choose_dtype
+from utils.models.load import embedding_rows, window_at
 from utils.tokenizer import stop_ids
 
 
@@ -51,11 +49,8 @@ class ChatModels:
     """One or two policies with one tokenizer, and the reward models."""
 
     def __init__(self, config: ChatConfig, say: Say):
-        choose_dtype(config)
-        source = config.tokenizer_name_or_path or config.model
-        self.tokenizer, self.template = prepare_tokenizer(config, source, config.policies, say)
+        self.tokenizer, self.template = prepare_policies(config, config.policies, say)
         for flag, path in config.policies:
-            _check_generates(path, flag)
             config.fit_window(window_at(path, flag))
         self.config, self.sampling = config, chosen_sampling(config)
         readers = reward_readers(config, self.tokenizer, say)
@@ -67,12 +62,8 @@ class ChatModels:
         )
 
     def _load_policy(self, path: str, flag: str, say: Say) -> PolicyModel:
-        config = self.config
-        dtype, kernel = DTYPES[config.dtype], config.attn_implementation
-        lm = load_causal_lm(path, dtype, device(), kernel, self.tokenizer, say, flag)
-        check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
-        policy = PolicyModel(lm).requires_grad_(False)
-        choose_decoding(policy, config, f"{flag} {path}", say)
+        policy = load_policy(path, flag, self.config, self.tokenizer, say)
+        choose_decoding(policy, self.config, f"{flag} {path}", say)
         return policy
 
     def begin(self, turns: Turns) -> Answer:
@@ -133,10 +124,3 @@ def chosen_sampling(config: ChatConfig) -> Sampling:
     if given.get("temperature") == 0:
         given |= {"temperature": 1.0, "topp": GREEDY_TOPP}
     return replace(EVALUATION, **given)
-
-
-def _check_generates(path: str, flag: str) -> None:
-    """Raises UserError for a reward model or critic: with tied embeddings it would load, and generate nonsense."""
-    kinds = str(read_json(settings_folder(path, flag) / "config.json", flag).get("architectures"))
-    if "Classification" in kinds:
-        raise UserError(f"{flag} {path} is a reward model or critic ({kinds}), which generates no text; pass a policy")

@@ -58,7 +58,8 @@ class Screen:
 
     def rows(self, texts: list[str]) -> None:
         """Writes a remark on each of the answers above, in a terminal with an empty line below."""
-        cells = [wrapped(text, _half() if len(texts) > 1 else _width()) for text in texts]
+        width = _half() if len(texts) > 1 else _width()
+        cells = [wrapped(text, width) if self.is_terminal else [text] for text in texts]
         for cell in zip_longest(*cells, fillvalue=""):
             if any(cell):
                 self._write(self._styled(_row(list(cell), _half()) if len(cell) > 1 else cell[0], _DIM) + "\n")

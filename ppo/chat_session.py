@@ -55,7 +55,7 @@ class Session:
         self.questions: list[tuple[str, list[int]]] = []  # with the number of turns of each dialogue before it
 
     def _obey(self, line: str) -> None:
-        name, _, rest = line[1:].strip().partition(" ")
+        name, rest = [*line[1:].split(None, 1), "", ""][:2]
         command = {
             "reset": self._reset, "system": self._set_system, "retry": self._retry, "undo": self._undo,
             "save": self._save, "help": lambda _: self.screen.note(HELP), "quit": self._quit,

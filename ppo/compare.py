@@ -5,10 +5,9 @@ intervals (bootstrap over prompts); the KL of AFTER to BEFORE is estimated on pl
 language model compares the answers, too.
 """
 
-import os
-
 from ppo.compare_flags import CompareConfig
-from utils.flags.parser import entry_point, parse_args
+from utils.flags.config_file import load_flags
+from utils.flags.parser import FlagParser, entry_point, parse_args
 
 RESAMPLES = 2000
 
@@ -16,7 +15,7 @@ RESAMPLES = 2000
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Prints the table, the samples and what a judge says; with --checkpoints, ppo.overoptimisation. One process."""
-    if any(word.partition("=")[0] == "--checkpoints" for word in argv):
+    if _asks_for_checkpoints(argv):
         from ppo.overoptimisation import main as score_checkpoints
 
         score_checkpoints(argv)
@@ -24,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_args(CompareConfig, argv)
     from ppo.compare_policies import sample_policies
     from ppo.judge_report import add_judge, rate, render_ratings, score_pairs
-    from utils.files import check_output_file, write_json
+    from utils.files import check_output_file, is_special, write_json
 
     if config.output:
         check_output_file(config.output, "--output")
@@ -44,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         result |= {"tables": tables, "ratings": rate(score_pairs(found), config.seed)}
         print(render_ratings(result["ratings"], config.policies))
     if judge:
-        if config.output and is_file(config.output):  # the judge may fail
+        if config.output and not is_special(config.output):  # the judge may fail
             write_json(config.output, result, "--output")
         print(add_judge(result, judge, found, config.seed))
     if config.output:
@@ -52,9 +51,13 @@ def main(argv: list[str] | None = None) -> None:
         print(f"written to {config.output}")
 
 
-def is_file(path: str) -> bool:
-    """Whether a path is, or will be, a file that can be written twice, not a pipe or a device."""
-    return os.path.isfile(path) or not os.path.exists(path)
+def _asks_for_checkpoints(argv: list[str]) -> bool:
+    """Whether --checkpoints is on the command line, or in the file of --config."""
+    parser = FlagParser(allow_abbrev=False, add_help=False)
+    for name in ("--checkpoints", "--config"):
+        parser.add_argument(name, nargs="?", const="")  # without a value: the whole parser says so
+    found, _ = parser.parse_known_args(argv)
+    return found.checkpoints is not None or bool(found.config and "checkpoints" in load_flags(found.config)[0])
 
 
 def _answers(rows: list[list[dict]]) -> list[dict]:

@@ -2,14 +2,11 @@
 
 from collections.abc import Callable
 
-from data.choose_template import first_prompt, prepare_tokenizer
-from data.encoded import form_options, load_encoded
-from data.prompts import PromptEncoder
 from ppo.compare_flags import CompareConfig
 from ppo.decoding.sampling import EVALUATION, Sampling
 from ppo.decoding_check import choose_decoding
+from ppo.finished_policies import load_policy, load_prompts, prepare_policies
 from ppo.models import Models, PolicyModel
-from ppo.ranks import batch_of
 from ppo.rollout import PolicySampler, Sampler, response_texts
 from ppo.sampler_gap import sampler_problem
 from ppo.score import score
@@ -18,12 +15,11 @@ from ppo.user_reward import NUM_CHECKED, UserScores, load_reward_functions
 from ppo.vllm_sampler import VLLMSampler, check_rollout_engine, start_vllm
 from reward.scoring.ensemble import Ensemble, Frozen
 from reward.scoring.load import load_ensemble, reward_readers
-from utils.engine.engine import DTYPES, InferenceEngine, device, init_distributed
+from utils.engine.engine import InferenceEngine, init_distributed
 from utils.engine.memory import device_memory, device_room
 from utils.errors import UserError
 from utils.models.config import UNUSED
-from utils.models.load import check_window, load_causal_lm, window_at
-from utils.run.start import choose_dtype
+from utils.models.load import window_at
 
 
 def sample_policies(config: CompareConfig) -> list[dict]:
@@ -33,26 +29,15 @@ def sample_policies(config: CompareConfig) -> list[dict]:
     function, length, 1 where the response ended with an end token, its negative log-likelihood under its own policy and
     under the first. Memory: two policies at a time and the reward models.
     """
-    choose_dtype(config)
     check_rollout_engine(config)
-    named = [("--policies", path) for path in config.policies]
-    tokenizer, template = prepare_tokenizer(config, config.tokenizer_name_or_path or config.policies[0], named, print)
-    for flag, path in named:
-        config.fit_window(window_at(path, flag))
-    room = config.maxlen_prompt - config.maxlen_res
-    encoder = PromptEncoder(tokenizer, template, room, form_options(config))
-    train, valid = load_encoded(config.data_path, encoder, config, 0, config.seed, print)
-    if valid:
-        print("compared on the held-out data")
-    else:
-        print("compared on all prompts, since there is no *valid* file: make sure that none was trained on")
-    prompts = valid[: config.num_prompts] or train.first(config.num_prompts)
-    print(first_prompt(tokenizer, prompts[0].ids))
-    batch = batch_of(prompts, list(range(len(prompts))))
+    tokenizer, template = prepare_policies(config, [("--policies", path) for path in config.policies])
+    for path in config.policies:
+        config.fit_window(window_at(path, "--policies"))
+    batch = load_prompts(config, tokenizer, template)
     if reward_fn := load_reward_functions(config):
         reward_fn.check_columns(batch.columns[:NUM_CHECKED], print)
     readers = reward_readers(config, tokenizer, print)
-    first, second = (_load_policy(config, path, tokenizer) for path in config.policies[:2])
+    first, second = (load_policy(path, "--policies", config, tokenizer) for path in config.policies[:2])
     rows = first.lm.get_input_embeddings().weight.shape[0]
     reward = load_ensemble(config, readers, tokenizer, rows, lambda model: Frozen(model, config.offload_frozen), print)
     make_sampler = _sampler_maker(config, tokenizer, first)
@@ -66,7 +51,7 @@ def sample_policies(config: CompareConfig) -> list[dict]:
             raise UserError(problem)
         answers = response_texts(rollout, tokenizer)
         said = reward_fn and reward_fn(batch.turns, answers, batch.columns, finite=True)
-        rows = [{"prompt": p.turns[-1]["content"], "answer": a} for p, a in zip(prompts, answers, strict=True)]
+        rows = [{"prompt": p[-1]["content"], "answer": a} for p, a in zip(batch.turns, answers, strict=True)]
         return {"rows": rows, "columns": _columns(rollout, scores, reward, said), "turns": batch.turns}
 
     sampler = make_sampler(second, config.policies[1])
@@ -74,17 +59,11 @@ def sample_policies(config: CompareConfig) -> list[dict]:
     for path in config.policies[1:]:
         if len(found) > 1:
             sampler = second = None  # its memory is for the next one
-            sampler = make_sampler(_load_policy(config, path, tokenizer), path)
+            sampler = make_sampler(load_policy(path, "--policies", config, tokenizer), path)
         plain = answer(sampler, Sampling())["columns"]
         kl = [b - a for a, b in zip(plain["nll"], plain["nll under before"], strict=True)]
         found.append(answer(sampler, EVALUATION) | {"kl": kl})
     return found
-
-
-def _load_policy(config: CompareConfig, path: str, tokenizer) -> PolicyModel:
-    lm = load_causal_lm(path, DTYPES[config.dtype], device(), config.attn_implementation, tokenizer, flag="--policies")
-    check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
-    return PolicyModel(lm).requires_grad_(False)
 
 
 def _columns(rollout: Rollout, scores: Scores, reward: Ensemble | None, said: UserScores | None) -> dict[str, list]:

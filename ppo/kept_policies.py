@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import torch
 
+from ppo.finished_policies import load_policy
 from ppo.models import PolicyModel
-from utils.engine.engine import DTYPES, device
 from utils.errors import UserError
 from utils.flags.lora import LoraFlags
 from utils.models.adapter_folder import merge_adapters
 from utils.models.adapters import train_adapter, trained_parameters
-from utils.models.load import check_window, load_causal_lm, share_adapters
+from utils.models.load import share_adapters
 from utils.run.checkpoint import all_checkpoints
 from utils.run.restore import saved_weights
 
@@ -48,24 +48,19 @@ def kept_policies(run: str, start: str, saved: dict) -> list[Kept]:
     return [Kept("start", 0, start), *kept]
 
 
-def load_policy(kept: Kept, config, saved: dict, tokenizer) -> PolicyModel:
+def load_kept(kept: Kept, config, saved: dict, tokenizer) -> PolicyModel:
     """Returns a policy, frozen, in --dtype. A checkpoint's float32 weights are rounded to it as in an export."""
-    start, flag = (config.policy_model_path, "--policy_model_path") if kept.name == "start" else (kept.path, FLAG)
-    lora = _lora_flags(saved, config) if kept.checkpoint else None
-    path, flag = (config.policy_model_path, "--policy_model_path") if kept.checkpoint else (start, flag)
-    lm = load_causal_lm(
-        path, DTYPES[config.dtype], device(), config.attn_implementation, tokenizer, flag=flag, merge=not lora
-    )
-    check_window(lm, config.maxlen_prompt, "--maxlen_prompt")
-    model = PolicyModel(lm)
-    if kept.checkpoint:
-        if lora:
-            share_adapters(model, model.decoder, path, flag)
-            train_adapter(model, model.decoder, "policy", lora)
-        read_checkpoint(model, kept.path)
-        if lora:
-            merge_adapters(model.decoder)
-            model.share(model.decoder)
+    if not kept.checkpoint:
+        return load_policy(kept.path, "--policy_model_path" if kept.name == "start" else FLAG, config, tokenizer)
+    path, flag, lora = config.policy_model_path, "--policy_model_path", _lora_flags(saved, config)
+    model = load_policy(path, flag, config, tokenizer, merge=not lora).requires_grad_()
+    if lora:
+        share_adapters(model, model.decoder, path, flag)
+        train_adapter(model, model.decoder, "policy", lora)
+    read_checkpoint(model, kept.path)
+    if lora:
+        merge_adapters(model.decoder)
+        model.share(model.decoder)
     return model.requires_grad_(False).eval()
 
 

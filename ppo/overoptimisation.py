@@ -5,32 +5,35 @@ on (proxy) and held-out scores, in standard deviations of the first policy's, ar
 2023 (https://arxiv.org/abs/2210.10760). 95 % intervals: bootstrap over prompts.
 """
 
+import math
 import os
 
 from ppo.overoptimisation_flags import CheckpointsConfig, read_flags
-from utils.flags.parser import entry_point
 
 
-@entry_point
 def main(argv: list[str]) -> None:
-    """Prints the table and what follows from it; one process. Writes JSON and a picture to --output."""
+    """Prints the table and what follows from it; JSON and a picture go to --output. Raises UserError."""
     config, saved = read_flags(argv)
     from ppo.overoptimisation_plot import draw_overoptimisation
     from ppo.overoptimisation_scores import score_policies
     from reward.evaluation.plots import check_plots
-    from utils.files import atomic_file, check_output_file, write_json
+    from utils.files import atomic_file, check_output_file, is_special, write_json
 
+    picture = None
     if config.output:
         check_output_file(config.output, "--output")
-        check_plots()
+        if not is_special(config.output):
+            picture = f"{os.path.splitext(config.output)[0]}.png"
+            check_output_file(picture, "--output")
+            check_plots()
     report = overoptimisation(*score_policies(config, saved), config)
     print(render(report))
     if config.output:
-        picture = f"{os.path.splitext(config.output)[0]}.png"
-        write_json(config.output, report, "--output")
-        with atomic_file(picture, "--output") as file:
-            file.buffer.write(draw_overoptimisation(report))
-        print(f"written to {config.output} and {picture}")
+        write_json(config.output, finite(report), "--output")
+        if picture:
+            with atomic_file(picture, "--output") as file:
+                file.buffer.write(draw_overoptimisation(report))
+        print(f"written to {config.output}" + f" and {picture}" * bool(picture))
 
 
 def overoptimisation(kept: list, columns: dict, scores: dict, config: CheckpointsConfig) -> dict:
@@ -69,6 +72,15 @@ def overoptimisation(kept: list, columns: dict, scores: dict, config: Checkpoint
         "policies": policies, "fit": fits, "parting": parted, "take": kept[taken].name,
         "highest_heldout": kept[best].name,
     }  # fmt: skip
+
+
+def finite(value):
+    """Returns a report with None for numbers that are not finite, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {key: finite(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def render(report: dict) -> str:

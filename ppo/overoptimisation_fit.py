@@ -4,6 +4,8 @@ The functions take and return values per policy and resample, [policies, resampl
 itself, the others are drawn from the prompts, the same for all policies. The first policy is the one before training.
 """
 
+from statistics import NormalDist
+
 import torch
 
 RESAMPLES = 2000
@@ -21,8 +23,18 @@ def resampled_mean(x: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def interval(x: torch.Tensor) -> Interval:
-    """Returns the estimate and the percentile bootstrap interval of one value: [resamples]."""
-    return [float(x[0]), *torch.nanquantile(x[1:], torch.tensor([0.025, 0.975], dtype=x.dtype)).tolist()]
+    """Returns the estimate and the percentile bootstrap interval of one value: [resamples]. Infinity is a value."""
+    limits = torch.tensor([0.025, 0.975], dtype=x.dtype)
+    return [float(x[0]), *torch.nanquantile(x[1:], limits, interpolation="nearest").tolist()]
+
+
+def simultaneous(x: torch.Tensor, count: int) -> Interval:
+    """Returns the estimate of one of `count` values, all of whose intervals hold together with 95 % (Bonferroni).
+
+    Normal, with the bootstrap's deviation: the resamples are too few for quantiles that far out.
+    """
+    half = NormalDist().inv_cdf(1 - 0.025 / count) * float(x[1:].std())
+    return [float(x[0]), float(x[0]) - half, float(x[0]) + half]
 
 
 def standardised(scores: torch.Tensor, seed: int) -> torch.Tensor:
@@ -58,11 +70,13 @@ def parting(proxy: torch.Tensor, heldout: torch.Tensor, order: list[int]) -> dic
     """Returns the first policy whose proxy score is higher and held-out score lower than earlier, or None.
 
     order: indices of policies by step. Compared with the policy before it that has the highest held-out score; both
-    95 % intervals of the differences must exclude 0. Keys: policy, since (indices), proxy, heldout (differences).
+    intervals of the differences must exclude 0. The highest of noisy scores is too high, and each policy is compared:
+    the intervals hold for all pairs together. Keys: policy, since (indices), proxy, heldout (differences).
     """
+    pairs = len(order) * (len(order) - 1) // 2
     for place, i in enumerate(order[1:], 1):
         since = max(order[:place], key=lambda k: float(heldout[k, 0]))
-        rise, fall = (interval(x[i] - x[since]) for x in (proxy, heldout))
+        rise, fall = (simultaneous(x[i] - x[since], pairs) for x in (proxy, heldout))
         if rise[1] > 0 > fall[2]:
             return {"policy": i, "since": since, "proxy": rise, "heldout": fall}
     return None

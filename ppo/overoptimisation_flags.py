@@ -12,7 +12,7 @@ from utils.files import read_json
 from utils.flags.checks import SEEDS, check_range
 from utils.flags.data import RecordFlags
 from utils.flags.fields import Common
-from utils.flags.parser import parse_args
+from utils.flags.parser import parse_args, read_values
 
 COLUMNS = ("proxy", "kl", "length")  # of the scores, in which held-out ones have their paths as names
 
@@ -51,16 +51,23 @@ class CheckpointsConfig(LengthFlags, DecodingFlags, RewardFunctionFlags, RewardF
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, num_prompts=(1, None), seed=SEEDS, temperature=(1e-3, None))
+        check_range(self, num_prompts=(2, None), seed=SEEDS, temperature=(1e-3, None))
         if not self.heldout_reward_model_path and not self.heldout_reward_fn:
             what = "nothing that the run was not trained on scores the answers"
             raise UserError(f"{what}: pass --heldout_reward_model_path or --heldout_reward_fn")
+        if self.output and self.output.lower().endswith(".png"):
+            raise UserError(
+                f"--output {self.output} is for the JSON file; pass a name in .json: the picture lies beside it"
+            )
+        trained = {_place(value) for value in self.reward_paths + self.reward_fn}
         for flag in ("heldout_reward_model_path", "heldout_reward_fn"):
             values = getattr(self, flag)
-            if trained := {*values} & {*self.reward_paths, *self.reward_fn}:
-                raise UserError(f"--{flag} {min(trained)}: the run was trained on it; pass another one")
-            if twice := [value for value in values if values.count(value) > 1]:
-                raise UserError(f"--{flag} contains {twice[0]} twice: pass it once")
+            places = [_place(value) for value in values]
+            for value, place in zip(values, places, strict=True):
+                if place in trained:
+                    raise UserError(f"--{flag} {value}: the run was trained on it; pass another one")
+                if places.count(place) > 1:
+                    raise UserError(f"--{flag} contains {value} twice: pass it once")
         self.heldout_reward_model_path = [
             f"./{path}" if path in COLUMNS else path for path in self.heldout_reward_model_path
         ]
@@ -68,19 +75,41 @@ class CheckpointsConfig(LengthFlags, DecodingFlags, RewardFunctionFlags, RewardF
 
 def read_flags(argv: list[str]) -> tuple[CheckpointsConfig, dict]:
     """Returns (flags, content of the run's config.json). Raises UserError."""
-    config = parse_args(CheckpointsConfig, argv)
-    file = os.path.join(config.checkpoints, "config.json")
+    given, chosen = read_values(CheckpointsConfig, argv)  # unchecked: the checks need the run's values as well
+    run = given.get("checkpoints") or parse_args(CheckpointsConfig, argv).checkpoints
+    file = os.path.join(run, "config.json")
     if not os.path.isfile(file):
-        raise UserError(f"--checkpoints {config.checkpoints}: no config.json there; pass the folder of a PPO run")
+        raise UserError(f"--checkpoints {run}: no config.json there; pass the folder of a PPO run")
     saved = read_json(file, "--checkpoints")
     if not saved.get("policy_model_path"):
         raise UserError(f"--checkpoints: {file} names no policy_model_path; pass the folder of a PPO run")
-    if saved.get("reward_fn") and not config.reward_paths + config.reward_fn:
-        asked = " ".join(map(str, saved["reward_fn"])) if isinstance(saved["reward_fn"], list) else saved["reward_fn"]
-        raise UserError(f"--checkpoints: the run's score is that of --reward_fn {asked}; pass it, if it may be run")
     scores = {"reward_model_path": saved.get("reward_model_path") or saved.get("critic_model_path")}
-    words = _words(saved | ({} if saved.get("reward_fn") else scores), config.given)
-    return parse_args(CheckpointsConfig, [*words, *argv]), saved
+    words = _words(saved | ({} if saved.get("reward_fn") else scores), chosen)
+    return parse_args(CheckpointsConfig, [*words, *_weights(saved, given), *argv]), saved
+
+
+def _weights(saved: dict, given: dict) -> list[str]:
+    """Returns --reward_fn_weights of a run if its functions are given. Raises UserError if nothing scores as it did."""
+    functions, weights = (_texts(saved.get(name)) for name in ("reward_fn", "reward_fn_weights"))
+    flag = ["--reward_fn_weights", *weights] if weights else []
+    asked = " ".join(["--reward_fn", *functions, *flag])
+    if functions and not given.get("reward_model_path") and not given.get("reward_fn"):
+        raise UserError(f"--checkpoints: the run's score is that of {asked}; pass it, if it may be run")
+    if not flag or not given.get("reward_fn") or "reward_fn_weights" in given:
+        return []
+    if [*map(_place, given["reward_fn"])] != [*map(_place, functions)]:
+        raise UserError(f"--checkpoints: the run's score is that of {asked}; pass --reward_fn_weights as well")
+    return flag
+
+
+def _texts(value) -> list[str]:
+    return [*map(str, value)] if isinstance(value, list) else [str(value)] if value else []
+
+
+def _place(value: str) -> str:
+    """Returns one name for all paths of a model's folder, or of a function as file.py:name."""
+    file, colon, name = value.rpartition(":")
+    return os.path.realpath(file) + colon + name if colon else os.path.realpath(value)
 
 
 def _words(saved: dict, given: frozenset[str]) -> list[str]:

@@ -5,24 +5,21 @@ import math
 
 import torch
 
-from data.choose_template import first_prompt, prepare_tokenizer
-from data.encoded import form_options, load_encoded
-from data.prompts import PromptEncoder
 from ppo.decoding.sampling import Sampling
 from ppo.decoding_check import choose_decoding
-from ppo.kept_policies import kept_policies, load_policy
+from ppo.finished_policies import load_prompts, prepare_policies
+from ppo.kept_policies import kept_policies, load_kept
 from ppo.models import Models
 from ppo.overoptimisation_flags import CheckpointsConfig
-from ppo.ranks import batch_of
 from ppo.rollout import PolicySampler, response_texts
 from ppo.score import score
+from ppo.types import PromptBatch
 from ppo.user_reward import NUM_CHECKED, load_reward_functions
 from reward.scoring.ensemble import Ensemble, Frozen
 from reward.scoring.load import load_ensemble, reward_readers
 from utils.engine.engine import InferenceEngine, device
 from utils.errors import UserError
 from utils.models.load import embedding_rows, window_at
-from utils.run.start import choose_dtype
 
 
 def score_policies(config: CheckpointsConfig, saved: dict) -> tuple[list, dict[str, torch.Tensor], dict]:
@@ -32,24 +29,22 @@ def score_policies(config: CheckpointsConfig, saved: dict) -> tuple[list, dict[s
     answers, so that both are of one distribution. A prompt with an answer that a function does not score is left out.
     Memory: the first policy and one other, and all reward models. saved: the run's config.json.
     """
-    choose_dtype(config)
-    start = config.policy_model_path
+    start, flag = config.policy_model_path, "--policy_model_path"
     kept = kept_policies(config.checkpoints, start, saved)
-    named = [("--policy_model_path", start)]
-    tokenizer, template = prepare_tokenizer(config, config.tokenizer_name_or_path or start, named, print)
-    config.fit_window(window_at(start, named[0][0]))
+    tokenizer, template = prepare_policies(config, [(flag, start)])
+    config.fit_window(window_at(start, flag))
     batch = _prompts(config, saved, tokenizer, template)
     functions = {name: load_reward_functions(config, f"--{name}") for name in ("reward_fn", "heldout_reward_fn")}
     for function in filter(None, functions.values()):
         function.check_columns(batch.columns[:NUM_CHECKED], print)
-    first = load_policy(kept[0], config, saved, tokenizer)
+    first = load_kept(kept[0], config, saved, tokenizer)
     judges = _reward_models(config, tokenizer, embedding_rows(first.lm))
     both = Ensemble([member for ensemble in judges if ensemble for member in ensemble.members])
     proxy, own = judges[0], len(judges[0].members) if judges[0] else 0
     reference, sampling = Frozen(first, offload=False), Sampling(config.temperature)
 
     def judge(place: int) -> dict[str, list[float]]:
-        policy = first if place == 0 else load_policy(kept[place], config, saved, tokenizer)
+        policy = first if place == 0 else load_kept(kept[place], config, saved, tokenizer)
         choose_decoding(policy, config, kept[place].name, print)
         engine = InferenceEngine(policy)
         rollout = PolicySampler(engine, tokenizer, config)(batch, sampling, config.seed)
@@ -78,26 +73,28 @@ def score_policies(config: CheckpointsConfig, saved: dict) -> tuple[list, dict[s
     rows = [judge(place) for place in range(len(kept))]
     columns = {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
     known = torch.stack([*columns.values()]).isfinite().all(0).all(0)
-    if int(known.sum()) < 2:
-        raise UserError(f"{int(known.sum())} of {len(known)} prompts have a score for all answers; pass more prompts")
+    count = int(known.sum())
+    if count < 2:
+        problem = f"{count} of {len(known)} prompts have a score for all answers, which takes two at least"
+        raise UserError(f"--num_prompts {config.num_prompts}: {problem}; raise it, or pass other ones with --data_path")
+    if count < len(known):
+        print(f"{len(known) - count} of {len(known)} prompts are left out: not all of their answers have a score")
     columns = {name: x[:, known] for name, x in columns.items()}
     return kept, {name: columns.pop(name) for name in ("kl", "length")}, columns
 
 
-def _prompts(config: CheckpointsConfig, saved: dict, tokenizer, template: str):
+def _prompts(config: CheckpointsConfig, saved: dict, tokenizer, template: str) -> PromptBatch:
     """Returns the prompts: those that the run has held out, with its seed, unless there is a *valid* file."""
-    encoder = PromptEncoder(tokenizer, template, config.maxlen_prompt - config.maxlen_res, form_options(config))
     own = config.data_path == saved.get("data_path")
     count, seed = (saved.get(name) if own else 0 for name in ("num_eval_prompts", "seed"))
     if not all(isinstance(x, int) for x in (count, seed)):
         raise UserError(
             f"--checkpoints {config.checkpoints}: config.json has no num_eval_prompts or seed; copy it again"
         )
-    train, valid = load_encoded(config.data_path, encoder, config, count, seed, print, lower=True)
-    print("scored on the held-out prompts" if valid else "scored on all prompts: make sure that none was trained on")
-    prompts = valid[: config.num_prompts] or train.first(config.num_prompts)
-    print(first_prompt(tokenizer, prompts[0].ids))
-    return batch_of(prompts, list(range(len(prompts))))
+    batch = load_prompts(config, tokenizer, template, count, seed)
+    if len(batch.turns) < 2:
+        raise UserError(f"--data_path {' '.join(config.data_path)}: one prompt is too few for an interval; pass more")
+    return batch
 
 
 def _reward_models(config: CheckpointsConfig, tokenizer, rows: int) -> list[Ensemble | None]:

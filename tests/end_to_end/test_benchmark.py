@@ -68,6 +68,18 @@ def test_one_model_is_too_few(inputs):
     assert done.returncode == 2 and "--models has 1 values: pass two" in done.stderr
 
 
+@pytest.mark.parametrize("given", ["", "0"])
+def test_metrics_are_downloaded_if_data_are(given, inputs, tmp_path, monkeypatch, capfd):
+    """Two switches of two libraries; the message names the first. Nothing is downloaded by default."""
+    for name in ("HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
+        monkeypatch.setenv(name, "")  # so that what main sets is taken back
+        monkeypatch.delenv(name)
+    if given:
+        monkeypatch.setenv("HF_DATASETS_OFFLINE", given)
+    assert "is a folder" in refusal(main, flags(inputs, tasks="x", output=tmp_path), capfd)
+    assert os.environ["HF_EVALUATE_OFFLINE"] == os.environ["HF_DATASETS_OFFLINE"] == (given or "1")
+
+
 @pytest.fixture
 def lm_eval():
     """Skips a test where lm-eval is missing. In CI it fails."""
@@ -120,6 +132,9 @@ def test_user_mistakes_are_one_line(inputs, tmp_path, capfd, lm_eval):
     assert "own_choice: cannot be loaded" in line and "must be on this machine" in line
     line = refusal(main, flags(inputs, tasks="own_choice", task_path=task, models=[inputs.policy, "/nowhere"]), capfd)
     assert "--models" in line and "/nowhere" in line
+    models = [inputs.policy, inputs.reward]
+    line = refusal(main, flags(inputs, tasks="own_choice", task_path=task, models=models), capfd)
+    assert f"--models {inputs.reward} is a reward model or critic" in line
 
 
 @pytest.mark.slow

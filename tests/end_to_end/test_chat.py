@@ -179,7 +179,7 @@ def test_commands(chat, talkers, tmp_path):
     """Of two models: /undo, /retry, /system and /reset change the dialogues, /save writes all of them."""
     file = tmp_path / "chat.jsonl"
     lines = [
-        "A?", "B?", "/undo", "C?", "/retry", "/system  Be kind. ", "D?", f"/save {file}", "/reset", "E?", "/system",
+        "A?", "B?", "/undo", "C?", "/retry", "/system\t Be kind. ", "D?", f"/save {file}", "/reset", "E?", "/system",
         "/help", f"/save {file}",
     ]  # fmt: skip
     flags = {"model": talkers[0], "compare": talkers[1], "maxlen_res": 9, "dtype": "fp32", "seed": 3}
@@ -275,6 +275,12 @@ def test_texts_grow_by_whole_characters(inputs):
         assert all(later.startswith(before) and "\ufffd" not in before for before, later in pairwise(texts))
         assert {"你", "你好"} <= set(texts)
         assert list(growing_texts(tokenizer, ids[:-1]))[-1] != text
+
+
+def test_a_long_remark_is_one_line_in_a_pipe():
+    out, text = io.StringIO(), "score 0.500 (" + "0.500, " * 30 + "0.500)"
+    Screen(out, is_terminal=False).rows([text])
+    assert out.getvalue() == f"{text}\n"
 
 
 def test_lines_of_a_column():

@@ -1,6 +1,7 @@
 """ppo.compare --checkpoints on tiny runs that kept their checkpoints, as a user types it."""
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ppo.compare import main
-from ppo.kept_policies import kept_policies, load_policy
+from ppo.kept_policies import kept_policies, load_kept
 from tests.helpers.tiny_run import HELD_OUT, as_argv, final_weights, policy_folder, refusal, run_flags
 from tests.helpers.tiny_run import tiny_reward_model as reward_model
 from train_ppo import main as train_ppo
@@ -42,7 +43,7 @@ def weights_of_checkpoint(run, step: int, policy) -> dict[str, torch.Tensor]:
         checkpoints=str(run), policy_model_path=str(policy), dtype="fp32", attn_implementation=None, maxlen_prompt=80,
         seed=1,
     )  # fmt: skip
-    model = load_policy(kept, config, saved, load_tokenizer(str(policy), "moss_en"))
+    model = load_kept(kept, config, saved, load_tokenizer(str(policy), "moss_en"))
     return saved_tensors(model.lm)
 
 
@@ -74,7 +75,7 @@ def test_every_kept_policy_is_scored(inputs, run, tmp_path, capsys):
     start, *others = report["policies"]
     assert start["sqrt_kl"] == [0.0] * 3 and all(x == [0.0] * 3 for x in start["gains"].values())
     assert len({one["scores"]["proxy"] for one in report["policies"]}) > 2 and others[2]["kl"][0] != 0.0
-    assert "scored on the held-out prompts" in shown and f"take: {report['take']}" in shown
+    assert "compared on the held-out data" in shown and f"take: {report['take']}" in shown
     assert "<script>\\u001b[2J" in shown and "\x1b" not in shown + output.read_text("utf-8")
     assert (tmp_path / "out" / "over.png").read_bytes().startswith(b"\x89PNG")
 
@@ -98,9 +99,32 @@ def test_run_of_a_reward_function_does_not_run_it_unasked(inputs, tmp_path, capf
     again = {"reward_fn": f"{inputs.reward_file}:vowels"}
     assert "the run was trained on it" in refusal(main, flags_of(inputs, out, **again), capfd)
     output = tmp_path / "over.json"
-    main(flags_of(inputs, out, heldout_reward_fn=f"{inputs.reward_file}:short", output=output, **again))
+    picture = output.with_suffix(".png")
+    picture.mkdir()
+    flags = flags_of(inputs, out, heldout_reward_fn=f"{inputs.reward_file}:short", output=output, **again)
+    assert "over.png is a folder" in refusal(main, flags, capfd)
+    picture.rmdir()
+    main(flags)
     for one in json.loads(output.read_text("utf-8"))["policies"]:
         assert 0 < one["scores"]["proxy"] < 1 and one["scores"][f"{inputs.reward_file}:short"] < 0
+
+
+def test_prompts_without_a_score_are_left_out(inputs, run, tmp_path, capfd):
+    """An answer without a score leaves out its prompt; a pipe gets the JSON alone, and no picture."""
+    file, pipe = tmp_path / "judge.py", tmp_path / "pipe"
+    file.write_text(
+        "def some(prompts, answers): return [None if t[-1]['content'] == 'Help' else 1.0 for t in prompts]\n"
+        "def none(prompts, answers): return [None for _ in answers]\n"
+    )
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    main(flags_of(inputs, run, heldout_reward_fn=f"{file}:some", output=pipe))
+    assert json.loads(os.read(reader, 1 << 16))["prompts"] == len(HELD_OUT) - 1
+    os.close(reader)
+    assert f"1 of {len(HELD_OUT)} prompts are left out" in capfd.readouterr().out
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["judge.py", "pipe"]
+    line = refusal(main, flags_of(inputs, run, heldout_reward_fn=f"{file}:none"), capfd)
+    assert "--num_prompts 256: 0 of 3 prompts have a score" in line
 
 
 def test_damaged_and_foreign_folders_are_refused(inputs, run, tmp_path, capfd):

@@ -9,7 +9,15 @@ import torch
 from ppo.compare import main
 from reward.model import load_scalar_model
 from reward.scoring.ensemble import Encoding, score_dialogues
-from tests.helpers.tiny_run import HELD_OUT, as_argv, read_lines, read_metrics, run_flags, tiny_reward_model
+from tests.helpers.tiny_run import (
+    HELD_OUT,
+    as_argv,
+    read_lines,
+    read_metrics,
+    refusal,
+    run_flags,
+    tiny_reward_model,
+)  # fmt: skip
 from train_ppo import main as train_ppo
 from utils.tokenizer import load_tokenizer
 
@@ -54,6 +62,15 @@ def test_a_policy_and_itself(inputs, compare):
         assert cells.get("difference", [0.0] * 3) == [0.0] * 3, name
     assert result["table"]["kl"]["after"] == [0.0] * 3
     assert all(row["answer"] == row["answer_after"] for row in result["answers"])
+
+
+def test_a_reward_model_is_no_policy(inputs, capfd):
+    flags = {
+        "policies": [inputs.policy, inputs.reward],
+        "data_path": inputs.prompts,
+        "reward_model_path": inputs.reward,
+    }
+    assert f"--policies {inputs.reward} is a reward model or critic" in refusal(main, as_argv(flags), capfd)
 
 
 def test_cut_responses_and_data_without_a_valid_file(inputs, compare, capsys):

@@ -28,6 +28,11 @@ def test_weights_are_the_benchmarks_numbers_of_pairs():
     assert totals == {"Chat": 358, "Chat Hard": 456, "Safety": 740, "Reasoning": 1431 - 447 + 984}
 
 
+def test_xstest_has_the_numbers_of_the_benchmarks_code():
+    """EXAMPLE_COUNTS gives 250 to should-refuse, of which the data has 154; its leaderboard weighs by them."""
+    assert section_accuracies({"xstest-should-refuse": 1.0, "xstest-should-respond": 0.0}) == {"Safety": 250 / 404}
+
+
 def test_accuracy_by_strength():
     """Eleven pairs, ten of known strength, in fifths of two; those of strength below 0 are scored the other way."""
     items = [Comparison([[1, 2], [1, 3]], 1, [(0, 1)], [0.0], "all", "x:1", place=place) for place in range(11)]

@@ -24,7 +24,7 @@ def read_config_file(path: str, parse: Callable[[list[str]], dict], known: set[s
     parse: a command line -> values by flag; known: names of flags. null stands for the default. Raises UserError, with
     file and line, for keys that are no flags and for values that a flag does not take.
     """
-    values, text = _load(path)
+    values, text = load_flags(path)
     is_record = "argv" in values and "versions" in values
     given = {}
     for key, value in values.items():
@@ -47,7 +47,8 @@ def read_config_file(path: str, parse: Callable[[list[str]], dict], known: set[s
     return given, set() if is_record else set(given)
 
 
-def _load(path: str) -> tuple[dict, str]:
+def load_flags(path: str) -> tuple[dict, str]:
+    """Returns (keys and values, text) of a file of flags, as they stand there. Raises UserError."""
     import yaml
 
     try:

@@ -69,7 +69,24 @@ def parse_args(
     presets: name -> {field: value}. amounts: switch -> its amount, {"use_x": "x"}: an explicit amount of 0 switches off
     a `use_x` that only the preset had set. The config's attribute `given` names the flags whose values the user chose.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    given, chosen = read_values(config_type, list(sys.argv[1:] if argv is None else argv), presets)
+    values = {}
+    if presets:
+        values |= presets[given.get("preset", config_type.preset)]
+        values |= {switch: False for switch, amount in (amounts or {}).items() if given.get(amount) == 0}
+    config = config_type.__new__(config_type)
+    config.given = chosen  # before __init__, whose checks ask for it
+    config.__init__(**values | given)
+    return config
+
+
+def read_values(
+    config_type: type, argv: list[str], presets: dict[str, dict] | None = None
+) -> tuple[dict[str, Any], frozenset[str]]:  # fmt: skip
+    """Returns (flag -> value, the flags that the user chose) of a command line and its --config, without any checks.
+
+    Shows the help and exits if the command line asks for it.
+    """
     for place, word in enumerate(argv):
         if word in ("-h", "--help"):
             show_help(config_type, (argv[place + 1 :] or [""])[0])
@@ -84,14 +101,7 @@ def parse_args(
         if presets and values.get("preset") not in (None, given.get("preset", values.get("preset"))):
             _check_preset(given["preset"], presets, path, values.keys() - given.keys())
         given, chosen = values | given, chosen | of_file
-    values = {}
-    if presets:
-        values |= presets[given.get("preset", config_type.preset)]
-        values |= {switch: False for switch, amount in (amounts or {}).items() if given.get(amount) == 0}
-    config = config_type.__new__(config_type)
-    config.given = frozenset(chosen)  # before __init__, whose checks ask for it
-    config.__init__(**values | given)
-    return config
+    return given, frozenset(chosen)
 
 
 def _check_preset(preset: str, presets: dict[str, dict], path: str, of_file: set[str]) -> None:
