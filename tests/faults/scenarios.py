@@ -72,10 +72,10 @@ def run_forked(folder: Path, rows: dict[str, dict]) -> dict[str, Result]:
     cases = [DEFAULTS | row | {"log": str(folder / f"{name}.log".replace(" ", "_"))} for name, row in rows.items()]
     with_vllm = any("vllm" in case["argv"] or case["module"].startswith("tests.vllm.") for case in cases)
     request = {"cases": cases, "log": str(folder / "scenarios.log"), "environment": clean_environment()}
-    codes = _answer(with_vllm, request, LIMIT + 60 * len(cases))
-    assert codes is not None, Path(request["log"]).read_text()[-3000:]
+    answer = _answer(with_vllm, request, LIMIT + 60 * len(cases))
+    assert answer is not None, Path(request["log"]).read_text()[-3000:]
     found = {}
-    for name, case, codes in zip(rows, cases, codes, strict=True):
+    for name, case, codes in zip(rows, cases, answer, strict=True):
         argv = case["argv"]
         out = Path(argv[argv.index("--model_save_path") + 1]) if case["function"] == "main" else folder
         found[name] = Result(codes, Path(case["log"]).read_text(), out)
