@@ -102,7 +102,7 @@ def test_the_report_of_a_model_and_of_two():
     scored = pairs(0.0, 1.0, 2.0, 3.0, subsets="aabb")
     items, scores = [*scored.items, item((4, 2), subset="b")], [*scored.scores.tolist(), 1.0, 5.0]
     scored = ScoredItems(items, torch.tensor(scores))
-    report = model_report(scored)
+    report = model_report(scored, {})
     quantiles = {"0.05": -3.2, "0.25": 0.0, "0.5": 1.0, "0.75": 2.0, "0.95": 2.8}
     assert report["score_difference_quantiles"] == pytest.approx(quantiles)
     assert report["score_difference_std"] == pytest.approx(math.sqrt(30 / 5 - 0.4**2))

@@ -128,7 +128,7 @@ def test_a_rollback_brings_the_unit_back():
     saved = run.state.state_dict() | {"critic_center": 0.5, "value_moments": {"mean": 1.0, "count": 3, "squares": 18.0}}
     start = SimpleNamespace(state=saved)
     run.lifecycle = SimpleNamespace(newest_checkpoint=lambda say: start, restore=lambda start, seed: None)
-    run.logger.rewind, run.averages = lambda step: None, {}
+    run.logger.rewind, run.averages, run.notified = lambda step: None, {}, set()
     critic.module.score_scale = 50.0  # of later steps
     assert Run._collapses(run, ["a sign"])
     assert (critic.module.score_scale, critic.module.score_center) == (3.0, 0.5)
