@@ -92,9 +92,10 @@ def test_a_run_whose_terminal_is_closed(inputs, tmp_path, undisturbed, ignore, c
     )  # fmt: skip
     os.close(slave)
     shown = []
-    reader = threading.Thread(target=lambda: shown.append(read_until(master, b"step 1/")))
+    reader = threading.Thread(target=lambda: shown.append(read_until(master, b"score     KL")))  # step 1
     reader.start()
     reader.join(120)
+    assert shown and run.poll() is None
     os.close(master)
     assert run.wait(timeout=120) == code
     if ignore == "true":
