@@ -12,4 +12,4 @@ ruff check .
 ruff format --check .
 # Two workers, a file at a time, the longest first; what a file's tests share is made once. Folders of what passed go
 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -o tmp_path_retention_policy=failed \
-  tests/{faults,cluster,distributed,vllm,end_to_end,security,bad_inputs,hostile,golden,unit} "$@"
+  tests/{faults,cluster,distributed,vllm,trackers,end_to_end,security,bad_inputs,hostile,golden,unit} "$@"

@@ -50,8 +50,8 @@ FAKES = {
 def test_every_check_at_toy_sizes(tmp_path):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
-        ["bash", "tests/gpu.sh", "--cpu", "--out", str(tmp_path)],
-        cwd=REPOSITORY, env=clean_environment() | {"PATH": path}, capture_output=True, text=True, timeout=500,
+        ["bash", "tests/gpu.sh", "--cpu", "--minutes", "20", "--out", str(tmp_path)],
+        cwd=REPOSITORY, env=clean_environment() | {"PATH": path}, capture_output=True, text=True, timeout=1300,
     )  # fmt: skip
     first, *rows = read_lines(tmp_path / "gpu.jsonl")
     assert first["card"] == "CPU" and first["versions"].keys() >= {"torch", "transformers", "deepspeed"}

@@ -79,7 +79,7 @@ def test_sft_and_reward_runs_on_one_page(base, tmp_path):
     reward.train.main(fit_flags(base, SAMPLES / "en" / "preferences", runs[1], **ends))
     pages = [(run / "report.html").read_text("utf-8") for run in runs]
     assert titles(pages[0]) == [
-        "Loss", "Accuracy of tokens", "Perplexity", "Gradient norm", "Learning rate", "Tokens per second",
+        "Loss", "Accuracy of tokens", "Perplexity", "Gradient norm", "Learning rate", "Tokens per second", "Memory, GB",
     ]  # fmt: skip
     assert {"Loss", "Accuracy", "Score difference", "Calibration error"} <= set(titles(pages[1]))
     assert "Finished: all 3 steps" in pages[0] and "<summary>reference</summary>" in pages[0]

@@ -42,7 +42,7 @@ def test_the_loss_starts_at_the_logarithm_of_the_vocabulary_and_falls(run):
     assert abs(metrics[0]["loss"] - 5.99) < 0.4  # ln 400
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
     assert metrics[11]["eval_loss"] < metrics[3]["eval_loss"]
-    expected = {"step", "loss", "lr", "grad_norm", "tokens_per_second"}
+    expected = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "memory_peak_gb"}
     assert set(metrics[0]) == expected
     assert set(metrics[3]) == expected | {"eval_loss", "eval_perplexity", "eval_token_accuracy"}
 

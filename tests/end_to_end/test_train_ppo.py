@@ -34,7 +34,7 @@ METRICS = {
     *("eos_fraction", "policy_loss", "value_loss", "approx_kl", "clip_fraction", "value_clip_fraction", "ratio_mean"),
     *("advantage_mean", "advantage_std", "return_mean", "value_mean", "explained_variance", "grad_norm_policy"),
     *("grad_norm_critic", "lr_policy", "lr_critic", "samples_per_second", "tokens_per_second", "seconds_rollout"),
-    *("seconds_score", "seconds_update"),
+    *("seconds_score", "seconds_update", "memory_peak_gb"),
 }
 
 

@@ -18,7 +18,7 @@ from tests.helpers.tiny import tiny_llama, tiny_llama_folder, tiny_tokenizer_fol
 from utils.tokenizer import load_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
-TIMES = ("seconds_", "samples_per_second", "tokens_per_second")
+MEASURED = ("seconds_", "samples_per_second", "tokens_per_second", "memory_")
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 PROMPTS = [
@@ -177,9 +177,9 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def read_metrics(out: Path) -> list[dict]:
-    """What a run wrote, a dict a step, without the times, which no two runs share."""
+    """What a run wrote, a dict a step, without times and memory, which no two runs share."""
     rows = read_lines(out / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith(MEASURED)} for row in rows]
 
 
 def clean_environment() -> dict[str, str]:

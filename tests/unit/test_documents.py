@@ -124,6 +124,11 @@ def test_tree_lists_every_folder_and_nothing_else(document):
     assert missing | (folders - listed) == set()
 
 
+def test_the_script_runs_all_tests():
+    named = re.search(r"tests/\{([\w,]+)\}", text_of("tests/run.sh"))[1].split(",")
+    assert sorted(named) == sorted({file.parent.name for file in (REPOSITORY / "tests").glob("*/test_*.py")})
+
+
 def test_readme_is_short():
     text = text_of("README.md")
     assert len(text.splitlines()) <= 150

@@ -15,7 +15,7 @@ EXPECTED = {
     "policy_loss": "3_policy", "grad_norm_policy": "3_policy", "pretrain_loss": "3_policy", "lr_policy": "3_policy",
     "value_loss": "4_critic", "value_clip_fraction": "4_critic", "explained_variance_4": "4_critic",
     "grad_norm_critic": "4_critic", "return_noise": "4_critic", "seconds_rollout": "5_speed",
-    "tokens_per_second": "5_speed", "something_new": "6_other", "lossy": "6_other",
+    "memory_peak_gb": "5_speed", "tokens_per_second": "5_speed", "something_new": "6_other", "lossy": "6_other",
 }  # fmt: skip
 
 

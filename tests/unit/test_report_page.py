@@ -42,15 +42,15 @@ def test_samples_are_whole_steps_spread_over_the_run():
 
 def test_panels_are_those_with_numbers():
     row = {"step": 1, "score_mean": 1.0, "entropy": None, "value_loss": "x", "eval_kl_ref": 0.5, "perplexity_ref": 3,
-           "seconds_rollout": 2.0, "seconds_<b>": 1.0, "memory_peak_gib": 4.0}  # fmt: skip
+           "seconds_rollout": 2.0, "seconds_<b>": 1.0, "memory_peak_gb": 4.0}  # fmt: skip
     found = {panel.title: list(panel.keys) for panel in panels_of([[row]])}
     assert found == {
         "Score": ["score_mean"],
         "KL to the reference, nats per response": ["kl_ref"],
         "Score against KL": ["kl_ref", "score_mean"],
         "Perplexity": ["perplexity_ref"],
+        "Memory, GB": ["memory_peak_gb"],
         "Seconds per step": ["seconds_rollout"],
-        "Memory": ["memory_peak_gib"],
     }
 
 

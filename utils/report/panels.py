@@ -63,8 +63,9 @@ PANELS = [
     ),
     Panel("Learning rate", {"lr_policy": "policy", "lr_critic": "critic", "lr": ""}),
     _one("Tokens per second", "tokens_per_second"),
+    _one("Memory, GB", "memory_peak_gb", "The most that rank 0 has held so far."),
 ]
-SECONDS, MEMORY = re.compile(r"seconds_[a-z_]{1,20}"), re.compile(r"memory_[a-z_]{1,30}")
+SECONDS = re.compile(r"seconds_[a-z_]{1,20}")
 
 
 def panels_of(runs_metrics: list[list[dict]]) -> list[Panel]:
@@ -77,8 +78,6 @@ def panels_of(runs_metrics: list[list[dict]]) -> list[Panel]:
         known = {key: label for key, label in panel.keys.items() if {key, f"eval_{key}"} & names}
         if len(known) == len(panel.keys) if is_plane else known:
             found.append(type(panel)(panel.title, known, panel.hint))
-    for title, pattern in (("Seconds per step", SECONDS), ("Memory", MEMORY)):
-        keys = {x: x.partition("_")[2] for x in sorted(names) if pattern.fullmatch(x)}
-        kind = Stack if pattern is SECONDS and len(runs_metrics) == 1 else Panel
-        found += [kind(title, keys)] if keys else []
-    return found
+    phases = {x: x.partition("_")[2] for x in sorted(names) if SECONDS.fullmatch(x)}
+    kind = Stack if len(runs_metrics) == 1 else Panel
+    return found + ([kind("Seconds per step", phases)] if phases else [])

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from utils.device import synchronize
+from utils.device import peak_memory, synchronize
 from utils.distributed import is_main
 from utils.files import disk_errors
 from utils.html import markdown
@@ -67,9 +67,10 @@ class RunLogger:
         self.display = Display(total_steps, step, every)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Writes a step's numbers to metrics.jsonl (NaN as null), TensorBoard and the trackers."""
+        """Writes a step's numbers and the peak memory to metrics.jsonl (NaN as null), TensorBoard and the trackers."""
         if not is_main():
             return
+        values = values | {"memory_peak_gb": peak_memory() / 1e9}
         clean = {key: (value if math.isfinite(value) else None) for key, value in values.items()}
         with self._disk():
             _append(os.path.join(self.folder, "metrics.jsonl"), {"step": step, **clean})

@@ -6,7 +6,7 @@ import re
 _GROUPS = {
     "2_evaluation": r"eval_",
     "1_training": r"(ranking_|lm_|simcse_)?loss$|accuracy|score_difference$|lr$|grad_norm$",
-    "5_speed": r"seconds_|samples_per_second$|tokens_per_second$",
+    "5_speed": r"seconds_|samples_per_second$|tokens_per_second$|memory_",
     "1_reward": r"score_|reward_|kl_|response_length$|eos_fraction$|uniform_group_fraction$|bad_batches$|rollbacks$",
     "4_critic": r"value_|return_|explained_variance|(grad_norm|lr)_critic$",
     "3_policy": r"policy_|approx_kl$|ratio_|clip_|dual_clip_|advantage_|entropy$|perplexity|pretrain_loss$|router_|"
