@@ -39,7 +39,7 @@ from tests.faults.moments import kill_at
 from tests.helpers.tiny_run import REPOSITORY, Inputs, clean_environment, run_flags
 from utils.launcher import free_port
 
-LIMIT = 300  # seconds for a run to come to its end
+LIMIT = 600  # seconds for a run to come to its end
 DEFAULTS = {"module": "train_ppo", "function": "main", "ranks": 2, "fault": None, "patience": 60, "second": []}
 SMALL = {"train_steps": 3, "checkpoint_per_step": 1, "keep_checkpoints": 3, "num_eval_prompts": 0}
 _servers: dict[bool, subprocess.Popen] = {}  # with vLLM or without -> the process that others are forked from
