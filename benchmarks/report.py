@@ -21,23 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATED = ("score_mean", "score_std", "kl_ref", "response_length", "perplexity", "perplexity_ref", "entropy")
-WORDS = (
-    "the",
-    "answer",
-    "depends",
-    "on",
-    "what",
-    "you",
-    "would",
-    "like",
-    "to",
-    "know",
-    "about",
-    "this",
-    "and",
-    "how",
-    "much",
-)
+WORDS = ["the", "answer", "depends", "on", "what", "you", "would", "like", "to", "know", "about", "this", "and", "how"]
 
 
 def row_of(step: int, draw: random.Random) -> dict[str, float]:
@@ -52,7 +36,7 @@ def row_of(step: int, draw: random.Random) -> dict[str, float]:
         "policy_loss": noise(0.01), "clip_fraction": abs(noise(0.02)), "value_clip_fraction": abs(noise(0.02)),
         "grad_norm_policy": 1 + abs(noise()), "grad_norm_critic": 3 + abs(noise()), "lr_policy": 5e-7,
         "lr_critic": 1.65e-6, "tokens_per_second": 3000 + noise(50), "seconds_rollout": 40 + noise(2),
-        "seconds_score": 9 + noise(), "seconds_update": 25 + noise(),
+        "seconds_score": 9 + noise(), "seconds_update": 25 + noise(), "memory_peak_gb": 60.0,
     }  # fmt: skip
     row |= {f"other_metric_{i}": noise(1) for i in range(38)}
     if step % 100 == 0:

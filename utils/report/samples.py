@@ -63,7 +63,9 @@ def _answer(place: int, row: dict, names: list[str]) -> str:
     for key in [*WORDS, *(key for key in row if key not in (*WORDS, *TEXTS))]:
         if is_number(row.get(key)):
             words.append(f"{WORDS.get(key, key)} {number(row[key])}")
-        elif isinstance(row.get(key), (str, bool)) and len(str(row[key])) <= 40:
+        elif isinstance(row.get(key), bool):
+            words.append(key if row[key] else f"not {key}")
+        elif isinstance(row.get(key), str) and len(row[key]) <= 40:
             words.append(f"{key} {row[key]}")
     name = f'<span class="key c{place % 6}">{html.escape(names[place])}</span> ' if names else ""
     reference = row.get("reference")
