@@ -130,7 +130,7 @@ def test_a_seed_repeats_the_run_and_another_does_not(run, inputs, tmp_path):
         {"zero_stage": 0},
         {"zero_stage": 1},
         {"reuse_sampler_logprobs": True},
-        {"compile": True, "gradient_checkpoint": True},
+        pytest.param({"compile": True, "gradient_checkpoint": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

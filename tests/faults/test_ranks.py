@@ -13,7 +13,8 @@ from tests.helpers.tiny import SAMPLES, tiny_llama_folder
 from tests.helpers.tiny_run import SIZES, assert_same_run, final_weights, fit_flags, read_metrics
 
 TIMEOUT = 8  # seconds; many times what a step of this size takes
-SHORT = ("rollout", "update", "loading", "reward function")  # where faults are tested without --all, too
+# What is tested without --all, too: places of faults, and runs with bad numbers.
+SHORT = ("rollout", "update", "loading", "reward function", "undisturbed", "NaN loss", "collapse", "policy", "critic")
 
 
 def places(names) -> list:
@@ -96,12 +97,12 @@ NUMBERS["critic"] = {"offload_optimizer": True, "fault": "NaN critic gradient", 
 
 
 @pytest.fixture(scope="module")
-def numbers(inputs, tmp_path_factory) -> dict[str, Result]:
-    cases = {name: {"zero_stage": 2} | case for name, case in NUMBERS.items()}
+def numbers(inputs, tmp_path_factory, pytestconfig) -> dict[str, Result]:
+    cases = {name: {"zero_stage": 2} | case for name, case in chosen(pytestconfig, NUMBERS).items()}
     return run_cases(tmp_path_factory.mktemp("numbers"), inputs, cases)
 
 
-@pytest.mark.parametrize("fault", BAD)
+@pytest.mark.parametrize("fault", places(BAD))
 def test_bad_numbers_on_one_rank_stop_both_before_the_step(numbers, fault):
     """Without the fault the run goes on from before it, and no bit of it is another."""
     result, after = numbers[fault], numbers[f"after {fault}"]

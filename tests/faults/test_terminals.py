@@ -61,6 +61,7 @@ def undisturbed(inputs, tmp_path_factory) -> dict[str, Path]:
     return finished(run_cases(folder, inputs, {"one": FLAGS | {"ranks": 1}, "two": FLAGS | scores}))
 
 
+@pytest.mark.slow
 def test_a_run_whose_output_nobody_reads_goes_on(inputs, tmp_path, undisturbed):
     """Alone, and as a recipe, whose log goes on too."""
     run, recipe = (shlex.join(run_flags(inputs, tmp_path / name, **FLAGS)) for name in ("run", "recipe"))
@@ -75,7 +76,7 @@ def test_a_run_whose_output_nobody_reads_goes_on(inputs, tmp_path, undisturbed):
     assert_same_run(tmp_path / "recipe", undisturbed["one"])
 
 
-@pytest.mark.parametrize(("ignore", "code"), [("true", 0), ("auto", 129)])
+@pytest.mark.parametrize(("ignore", "code"), [pytest.param("true", 0, marks=pytest.mark.slow), ("auto", 129)])
 def test_a_run_whose_terminal_is_closed(inputs, tmp_path, undisturbed, ignore, code):
     """It saves and ends, or goes on to its end; printing to the terminal fails then."""
     out, (master, slave) = tmp_path / "run", pty.openpty()

@@ -130,6 +130,7 @@ def test_a_finished_run_is_read_in_bins(tmp_path):
     assert (found.seconds, found.tax, found.commit) == (132, 0.12346, "abcdefg")
 
 
+@pytest.mark.slow
 def test_from_settings_to_verdicts(inputs, tmp_path, monkeypatch, capsys):
     """Tiny models where the world's are; two settings of 20 steps, one figure, and results of their own."""
     world = tmp_path / "world"
