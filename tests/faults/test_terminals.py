@@ -93,7 +93,8 @@ def test_a_run_whose_terminal_is_closed(inputs, tmp_path, undisturbed, ignore, c
     )  # fmt: skip
     os.close(slave)
     shown = []
-    reader = threading.Thread(target=lambda: shown.append(read_until(master, b"score     KL")))  # step 1
+    # The header of the table is printed when the first step is complete.
+    reader = threading.Thread(target=lambda: shown.append(read_until(master, b"score     KL")))
     reader.start()
     reader.join(120)
     assert shown and run.poll() is None

@@ -204,6 +204,13 @@ def test_hostile_text_is_shown_as_text(tmp_path):
         assert "(3000 more characters)" in page
 
 
+def test_a_sample_says_whether_it_ended_by_itself(tmp_path):
+    samples = [{"step": 1, "prompt": "p", "answer": "a", "length": 3, "ended": ended} for ended in (True, False)]
+    page = page_of([judged(make_run(tmp_path / "run", [STEP], samples))])
+    shown = re.findall(r'<p class="meta">(.*?)</p>', page)
+    assert shown == ["step 1 · length 3 · ended", "step 1 · length 3 · not ended"]
+
+
 def test_only_the_script_of_the_page_may_run(tmp_path):
     page = page_of([judged(make_run(tmp_path / "run", [STEP], [{"prompt": "p", "answer": "a"}]))])
     (script,) = re.findall("<script>(.*?)</script>", page, re.DOTALL)
