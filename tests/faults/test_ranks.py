@@ -14,7 +14,7 @@ from tests.helpers.tiny_run import SIZES, assert_same_run, final_weights, fit_fl
 
 TIMEOUT = 8  # seconds; many times what a step of this size takes
 # What is tested without --all, too: places of faults, and runs with bad numbers.
-SHORT = ("rollout", "update", "loading", "reward function", "undisturbed", "NaN loss", "collapse", "policy", "critic")
+SHORT = ("rollout", "update", "reward function", "undisturbed", "NaN loss", "collapse", "policy", "critic")
 
 
 def places(names) -> list:

@@ -27,8 +27,8 @@ def outcomes(request, tmp_path_factory) -> dict[str, dict]:
     return json.loads((folder / "outcomes.json").read_text())
 
 
-# The short form of the tests runs every sixth case.
-SOME = [name if i % 6 == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(CASES)]
+# The short form of the tests runs every eighth case.
+SOME = [name if i % 8 == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(CASES)]
 
 
 @pytest.mark.parametrize("name", SOME)
