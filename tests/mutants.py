@@ -211,6 +211,7 @@ MUTANTS = [Mutant(*mutant) for mutant in (
      "        read = attention_mask.bool()", "unit/test_adapters.py"),
     ("adapters merged in the dtype of the weights", "base.weight.data = held.float()", "base.weight.data = held",
      "unit/test_adapters.py"),
+    ("adapters are added without their scale", "alpha=self.scaling[name]", "alpha=1.0", "unit/test_adapters.py"),
     ("weights with a merged adapter are not trained", "    decoder.requires_grad_(True)  # peft has frozen them\n", "",
      "unit/test_adapters.py"),
     ("merged weights stay", "        layer.merged_adapters.clear()\n        base.weight.data = held",

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from peft.tuners import lora
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -109,6 +110,27 @@ def test_bf16_weights_are_merged_in_float32_and_rounded_once(folder):
             assert layer.lora_A["one"].weight.dtype == torch.float32
             assert torch.equal(merged[f"{name}.weight"], exact.to(torch.bfloat16))
             assert not torch.equal(merged[f"{name}.weight"], layer.base_layer.weight)
+
+
+def test_bf16_layers_compute_and_keep_nothing_in_float32_but_give_what_peft_gives(folder):
+    model = policy(load_causal_lm(str(folder), torch.bfloat16, CPU, say=str), "one", "two")
+    model.activate()
+    layer, draw = model.adapted[0], torch.Generator().manual_seed(0)
+    x = torch.randn(5, 7, layer.in_features, generator=draw).bfloat16().requires_grad_()
+    weights = [part[name].weight for part in (layer.lora_A, layer.lora_B) for name in ("one", "two")]
+
+    def passes(forward):
+        dtypes = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: dtypes.add(x.dtype) or x, lambda x: x):
+            output = forward(layer, x)
+        return dtypes, [output, *torch.autograd.grad((output.float() - 1).square().sum(), [x, *weights])]
+
+    (dtypes, ours), (of_peft, theirs) = passes(type(layer).forward), passes(lora.Linear.forward)
+    assert dtypes == {torch.bfloat16} and torch.float32 in of_peft
+    assert [one.dtype for one in ours] == [torch.bfloat16] * 2 + [torch.float32] * 4
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).norm() < 0.01 * other.norm()
+    assert (ours[0] - layer.base_layer(x)).norm() > 0.1 * ours[0].norm()
 
 
 def test_an_adapter_on_an_adapter(folder, tmp_path):

@@ -91,12 +91,15 @@ def inject(decoder: nn.Module, name: str, settings, tensors: dict[str, torch.Ten
     """
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
+    from utils.models.adapter_layer import use_base_dtype
+
     trained = [x for layer in adapted_layers(decoder) for x in layer.parameters() if x.requires_grad]
     decoder.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
         peft("--lora_rank").inject_adapter_in_model(settings, decoder, name, state_dict=tensors)
     cast_adapter_dtype(decoder, name)
+    use_base_dtype(adapted_layers(decoder))
     for parameter in trained:  # of other adapters, which peft freezes
         parameter.requires_grad_(True)
 
