@@ -26,7 +26,7 @@ CRITIC_FREE = {
     "rloo": "RLOO", "grpo": "GRPO", "reinforce_pp": "REINFORCE++",
 }  # fmt: skip
 # Seconds of a step of GAE in steps of the other, by benchmarks/estimators.py (28 November 2026, three rounds). Measured
-# after the figure's runs, which shared their cores, so that their own seconds mean nothing.
+# after the figure's first run, which shared its cores, so that its own seconds mean nothing.
 COST = {"rloo": 1.3, "grpo": 1.4, "reinforce_pp": 1.4}
 AT_KL = 1.5  # nats per response, where gold is compared
 MARGIN = 0.05  # of gold; the standard deviation of the gold score of single answers is about 0.5
@@ -65,7 +65,8 @@ ESTIMATOR_FIGURE = Figure(
 )  # fmt: skip
 
 # With ten times the learning rate of all weights, as the claims were written, the policy moved further than with all
-# weights. Three times was added afterwards: seed 101 had shown it on the frontier of all weights.
+# weights. Three times was added afterwards: seed 101 had shown it on the frontier of all weights. Three seeds became
+# eight after two runs of them, with AVX2 and AVX-512, had not agreed.
 LORA = {"lora": "ten times the rate", "lora@lr=3e-4": "three times the rate"}
 LORA_FIGURE = Figure(
     "Adapters instead of all weights", {setting: 8 for name in (*LORA, CRITIC) for setting in weighted(name)}, [

@@ -185,6 +185,15 @@ def test_an_adapter_of_full_rank_learns_what_all_weights_learn():
     assert (learnt(4) - whole).abs().max() > 0.05
 
 
+def test_named_layers_get_a_second_adapter(folder):
+    names = ["q_proj", "v_proj"]
+    model = policy(load(folder), "policy", "critic", lora_target_modules=names)
+    assert len(model.adapted) == 2 * model.lm.config.num_hidden_layers
+    assert all({*x.lora_A} == {"policy", "critic"} for x in model.adapted)
+    with pytest.raises(UserError, match=r"lora_A: a layer of this name does not exist; use all-linear, or down_proj, "):
+        train_adapter(model, model.decoder, "third", ppo_config(lora_rank=3, lora_target_modules=["lora_A"]))
+
+
 def test_each_model_trains_its_own_adapter_alone(folder):
     lm = load(folder)
     model, critic = policy(lm, "policy"), ScalarModel(lm.base_model, tiny_scalar_model().head)

@@ -1,6 +1,7 @@
 """LoRA adapters on frozen decoders, by peft: several on one decoder, of which each forward says which it uses."""
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ ALL_LINEAR = "all-linear"  # what peft calls all linear layers but the head
 NOT_READ = {"jamba", "laguna", "longcat_flash", "zamba"}
 FALCONS = "FalconLinear"
 BASE = "base_layer."  # in the names of the frozen weights of a layer with adapters
+PART = re.compile(r"\.(base_layer|lora_\w+)(\.|$)")  # in the names of modules in such a layer
 
 
 def add_adapter(decoder: nn.Module, name: str, config, rank: int = 0) -> None:
@@ -51,8 +53,8 @@ def add_adapter(decoder: nn.Module, name: str, config, rank: int = 0) -> None:
 
 def check_targets(decoder: nn.Module, names: list[str]) -> None:
     """Raises UserError for a name in --lora_target_modules that is no linear layer's."""
-    layers = {path: x for path, x in decoder.named_modules() if path}
-    linear = {path for path, x in layers.items() if isinstance(x, nn.Linear | Conv1D)}
+    layers = {path: x for path, x in decoder.named_modules() if path and not PART.search(path)}
+    linear = {path for path, x in layers.items() if isinstance(x, nn.Linear | Conv1D) or hasattr(x, "lora_A")}
     known = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
     for name in names:
         found = {path for path in layers if f".{path}".endswith(f".{name}")}
