@@ -7,7 +7,6 @@ import subprocess
 import pytest
 import torch
 
-from ppo.planning.vllm_memory import PHASES
 from tests.unit.test_documents import text_of
 from train_ppo import main
 
@@ -73,10 +72,10 @@ def test_sizes_of_clusters(folders, capsys):
 def test_memory_of_adapters(folders, capsys, row):
     text = section(LORA, "Memory")
     model, flags, peak, slots = table_of(text)[1:][row]
-    numbers, _, output = printed(text, folders[model], flags, capsys)
-    phase = PHASES[numbers["total"].index(max(numbers["total"]))]
-    assert f"{max(numbers['total']):.1f}, in {phase}" == peak
-    assert f", {slots} slots, " in output and "\nFITS: " in output
+    _, _, output = printed(text, folders[model], flags, capsys)
+    memory = flags.strip("`").split()[-1]
+    assert f"\nFITS: {peak.replace(',', f' of {memory} GiB,')}\n" in output
+    assert f", {slots} slots, " in output
 
 
 def test_64_gpus_on_paper(folders, capsys):
