@@ -14,8 +14,8 @@ class LoraFlags:
     """LoRA: train low-rank adapters instead of all weights (needs peft: pip install peft==0.21.2)."""
 
     lora_rank: Common[int] = 0
-    """Rank of the adapters; 0: train all weights. The weights of the model are then frozen, and adapters, the
-    sums of their gradients and optimizer state are float32"""
+    """Rank of the adapters; 0: train all weights. The weights of the model are then frozen, and adapters,
+    accumulated gradients and optimizer state are float32"""
     lora_alpha: float | None = None
     """The adapters' output is multiplied by lora_alpha / lora_rank. Default: twice the rank"""
     lora_dropout: float = 0.0

@@ -14,7 +14,7 @@ class AdapterLinear(Linear):
     peft computes in the adapter's dtype. With float32 adapters on bf16 weights that converts inputs and outputs to
     float32, and keeps a float32 input for the backward pass of each layer. Here the adapter, which is small, is rounded
     to the dtype of the inputs in each forward, and added to the output by one kernel; gradients add up in float32.
-    peft finds layers for further adapters by "Linear" in the name of their class.
+    The name of this class must contain "Linear": by it peft's all-linear finds layers that already have an adapter.
     """
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
